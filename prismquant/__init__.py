@@ -1,0 +1,55 @@
+"""PrismQuant: post-training quantization of vision-language models, with a setting for each modality.
+
+    import prismquant as pq
+
+    result = pq.quantize("path/to/model", recipe="w4a8", calibration="calib.jsonl", out="out/")
+    model, processor = pq.load("out/")
+
+Importing the package is cheap and inert: no model library is imported, no device is touched.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prismquant.api import Result, evaluate, inspect, load, quantize
+    from prismquant.errors import PrismQuantError
+    from prismquant.recipe.schema import Recipe, load_recipe
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PrismQuantError",
+    "Recipe",
+    "Result",
+    "__version__",
+    "evaluate",
+    "inspect",
+    "load",
+    "load_recipe",
+    "quantize",
+]
+
+_HOMES = {
+    "PrismQuantError": "prismquant.errors",
+    "Recipe": "prismquant.recipe.schema",
+    "Result": "prismquant.api",
+    "evaluate": "prismquant.api",
+    "inspect": "prismquant.api",
+    "load": "prismquant.api",
+    "load_recipe": "prismquant.recipe.schema",
+    "quantize": "prismquant.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is asked for, so that ``prismquant --help`` answers at once."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'prismquant' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,5 @@
+"""``python -m prismquant``."""
+
+from prismquant.cli import main
+
+main()

@@ -1,0 +1,260 @@
+"""What a solver is given, what it returns, and what all solvers share.
+
+A problem is one input and all the layers that read it (the query, key and value projections; gate and
+up): they have one Hessian, so a solver factorizes it once. The measure of success is the same for
+every method and does not depend on how the codes were chosen:
+
+    loss = trace((W - Q) H (W - Q)^T),    H = mean of x x^T over the calibration tokens
+
+which is the mean squared error of the layer's output, summed over output features; without a Hessian
+it is the squared error of the weight. Rows of a weight never interact, so it is a sum over rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from prismquant.errors import FormatError, NumericsError, PrismQuantError
+from prismquant.formats.packed import QuantizedTensor
+from prismquant.formats.spec import NumberSpec
+from prismquant.numerics.affine import Granularity, check_finite, dequantize, quantize
+from prismquant.numerics.ranges import RangeRule, weight_scales
+
+Note = float | int | str
+
+
+@dataclass(frozen=True, eq=False)
+class LayerProblem:
+    """Layers to quantize that are all fed by the same input.
+
+    Attributes:
+        names: What errors call the layers.
+        weights: float32 ``[out_i, in]``, one for each name.
+        spec: The format of all of them: static, tensor, channel or group granularity.
+        range_rule: How scales are chosen.
+        scale_dtype: Dtype in which scales are stored; they are rounded to it before codes are chosen.
+        hessian: Mean of ``x x^T`` over the counted tokens, float32 ``[in, in]``, symmetric; ``None``
+            when nothing was calibrated.
+
+    Raises:
+        FormatError: The parts do not fit one another, or the format is one of activations.
+        NumericsError: A weight or the Hessian holds NaN or an infinity, or the Hessian's diagonal a
+            negative number.
+    """
+
+    names: tuple[str, ...]
+    weights: tuple[Tensor, ...]
+    spec: NumberSpec
+    range_rule: RangeRule
+    scale_dtype: torch.dtype
+    hessian: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not self.names or len(self.names) != len(self.weights):
+            raise FormatError(
+                f"{len(self.names)} names cannot stand for {len(self.weights)} weights",
+                where=self.title,
+            )
+        shapes = [tuple(weight.shape) for weight in self.weights]
+        if any(len(s) != 2 or s[1] != self.in_features or 0 in s for s in shapes):
+            raise FormatError(
+                f"weights that share an input must be [out, in] with one in, not {shapes}",
+                where=self.title,
+            )
+        if self.spec.dynamic:
+            raise FormatError(
+                f"{self.spec.describe()} is a format of activations",
+                where=self.title,
+                remedy="use a static format for weights",
+            )
+        for name, weight in zip(self.names, self.weights, strict=True):
+            try:
+                self.spec.scale_shape(*weight.shape)
+                check_finite(weight, "the weight")
+            except PrismQuantError as error:
+                raise type(error)(error.what, where=name, remedy=error.remedy) from error
+        if self.hessian is not None:
+            self._check_hessian(self.hessian)
+
+    @property
+    def in_features(self) -> int:
+        """Columns of every weight."""
+        return int(self.weights[0].shape[-1])
+
+    @property
+    def title(self) -> str:
+        """The names, for an error."""
+        return ", ".join(self.names)
+
+    def _check_hessian(self, hessian: Tensor) -> None:
+        expected = (self.in_features, self.in_features)
+        if tuple(hessian.shape) != expected:
+            raise FormatError(
+                f"the Hessian of {self.in_features} input features must be {list(expected)}, "
+                f"not {list(hessian.shape)}",
+                where=self.title,
+            )
+        try:
+            check_finite(hessian, "the Hessian")
+        except NumericsError as error:
+            raise NumericsError(error.what, where=self.title, remedy=error.remedy) from error
+        lowest = float(hessian.diagonal().min())
+        if lowest < 0:
+            raise NumericsError(
+                f"the Hessian's diagonal holds {lowest:.4g}, a mean of squares is never negative",
+                where=self.title,
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class LayerResult:
+    """What a solver chose, and what it costs.
+
+    Attributes:
+        weights: One for each layer of the problem, in its order.
+        losses: The module's loss of each layer.
+        baseline_losses: The loss of rounding to nearest with the same scales: what there was to gain.
+        notes: Facts for the record, about all the layers together: damping, fallbacks and the like.
+    """
+
+    weights: tuple[QuantizedTensor, ...]
+    losses: tuple[float, ...]
+    baseline_losses: tuple[float, ...]
+    notes: Mapping[str, Note] = field(default_factory=dict)
+
+
+class Solver(Protocol):
+    """A method that chooses codes: a frozen dataclass whose fields are its options.
+
+    Every field has a default; ``__post_init__`` raises RecipeError on a value out of bounds.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether a problem without a Hessian is refused."""
+        ...
+
+    def solve(self, problem: LayerProblem) -> LayerResult:
+        """Choose the codes of every layer of a problem."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Scales:
+    """The stored scale, and zero point, of one layer.
+
+    Attributes:
+        scale: In the stored dtype: ``[1]``, ``[out, 1]`` or ``[out, G]``.
+        zero_point: int8 of the same shape, or ``None``.
+    """
+
+    scale: Tensor
+    zero_point: Tensor | None
+
+
+def choose_scales(problem: LayerProblem, importance: Tensor | None = None) -> tuple[Scales, ...]:
+    """Choose the scales of every layer by the problem's range rule.
+
+    Args:
+        problem: The layers.
+        importance: ``[in]``, not negative: what an error in each column costs. Only the ``mse`` rule
+            uses it.
+
+    Returns:
+        One for each layer.
+
+    Raises:
+        RecipeError: The rule is not one for weights.
+    """
+    spec = problem.spec
+    if importance is not None:
+        # Only ratios matter, and those must not overflow when powers of errors are weighed with them.
+        importance = importance / importance.max().clamp_min(torch.finfo(importance.dtype).tiny)
+    return tuple(
+        Scales(
+            *weight_scales(
+                weight,
+                spec.grid,
+                spec.symmetric,
+                spec.granularity,
+                spec.group_size,
+                problem.range_rule,
+                problem.scale_dtype,
+                importance,
+            )
+        )
+        for weight in problem.weights
+    )
+
+
+def nearest_codes(weight: Tensor, scales: Scales, spec: NumberSpec) -> Tensor:
+    """Round every weight to the nearest code.
+
+    Args:
+        weight: ``[out, in]``.
+        scales: Its scales.
+        spec: The format.
+
+    Returns:
+        int8 ``[out, in]``.
+    """
+    return quantize(
+        weight, scales.scale, scales.zero_point, spec.grid, spec.granularity, spec.group_size
+    )
+
+
+def decode(codes: Tensor, scales: Scales, spec: NumberSpec) -> Tensor:
+    """The values that codes stand for, float32 ``[out, in]``."""
+    return dequantize(
+        codes, scales.scale, scales.zero_point, spec.granularity, spec.group_size, torch.float32
+    )
+
+
+def row_losses(error: Tensor, hessian: Tensor | None) -> Tensor:
+    """The loss of each row.
+
+    Args:
+        error: ``W - Q``, float32 ``[out, in]``.
+        hessian: ``[in, in]``, or ``None`` for the squared error of the weight.
+
+    Returns:
+        float64 ``[out]``, never negative.
+    """
+    image = error if hessian is None else error @ hessian
+    # A positive semidefinite form can only come out negative by rounding.
+    return (image * error).sum(dim=1, dtype=torch.float64).clamp_min_(0.0)
+
+
+def scales_by_column(
+    scales: Sequence[Scales], rows: Sequence[int], spec: NumberSpec
+) -> tuple[Tensor, Tensor | None]:
+    """Bring the scales of several layers into the form that a loop over columns reads.
+
+    Args:
+        scales: One for each layer.
+        rows: Output features of each layer.
+        spec: The format.
+
+    Returns:
+        Scale and zero point in float32, contiguous ``[G, sum of rows]``; ``G`` is 1 unless the
+        granularity is the group. Column ``j`` of a weight belongs to line ``j // group_size``.
+    """
+
+    def lines(parts: Sequence[Tensor]) -> Tensor:
+        wide = [
+            part.to(torch.float32).expand(1, count)
+            if spec.granularity == Granularity.TENSOR
+            else part.to(torch.float32).T
+            for part, count in zip(parts, rows, strict=True)
+        ]
+        return torch.cat(wide, dim=1).contiguous()
+
+    zeros = [s.zero_point for s in scales if s.zero_point is not None]
+    return lines([s.scale for s in scales]), lines(zeros) if zeros else None

@@ -1,0 +1,271 @@
+"""The main job as functions: inspect, quantize, load, evaluate.
+
+Each puts together what the layers below do, in the order recipe, bind, plan, engine, export.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prismquant.errors import DataError, StorageError
+from prismquant.evaluate.fidelity import Fidelity, evaluate_model
+from prismquant.export.compressed_tensors import CheckpointWriter
+from prismquant.export.load import load_model
+from prismquant.models.bind import BoundModel, bind
+from prismquant.models.load import load_processor
+from prismquant.pipeline.checkpoint import RunDirectory, RunRecord, environment, peak_memory_bytes
+from prismquant.pipeline.data import (
+    Batch,
+    Sample,
+    fingerprint,
+    make_batches,
+    read_samples,
+    require_modalities,
+)
+from prismquant.pipeline.engine import Reporter, Run, Silent, run
+from prismquant.pipeline.plan import Plan, make_plan
+from prismquant.recipe.schema import Recipe, load_recipe
+from prismquant.storage import ShardReader
+
+RecipeSource = str | Path | Mapping[str, Any] | Recipe
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        folder: The checkpoint.
+        plan: What was done.
+        record: How well.
+    """
+
+    folder: Path
+    plan: Plan
+    record: RunRecord
+
+
+def inspect(model: str | Path, recipe: RecipeSource) -> Plan:
+    """What a recipe would do to a model. Reads the configuration and the shards' headers, no weights.
+
+    Args:
+        model: Folder of the checkpoint.
+        recipe: A preset's name, a file, a dictionary or a recipe.
+
+    Raises:
+        RecipeError, ModelError, PlanError: Something does not fit; the message says what.
+    """
+    return make_plan(load_recipe(recipe), bind(Path(model), headers_required=False))
+
+
+def quantize(
+    model: str | Path,
+    recipe: RecipeSource,
+    out: str | Path,
+    calibration: str | Path | None = None,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    resume: bool = False,
+    trust_remote_code: bool = False,
+    reporter: Reporter | None = None,
+) -> Result:
+    """Quantize a checkpoint, block by block, into a folder that transformers and vLLM load.
+
+    Args:
+        model: Folder of the source checkpoint.
+        recipe: A preset's name, a file, a dictionary or a recipe.
+        out: Folder of the result; must not exist or be empty, unless ``resume``.
+        calibration: A data file or the name of a data set. Not needed by recipes of ``rtn`` and dynamic
+            activations.
+        device: Where the arithmetic happens.
+        dtype: In which blocks are run; float32 on a CPU, else the checkpoint's.
+        resume: Go on with a run that was cut off.
+        trust_remote_code: Allow code in the checkpoint's folder to build the processor.
+        reporter: Is told how far the run is.
+
+    Raises:
+        PrismQuantError: With what is wrong, where, and the remedy. All that can be checked is checked
+            before any long work.
+    """
+    recipe = load_recipe(recipe)
+    bound = bind(Path(model))
+    plan = make_plan(recipe, bound)
+    target = torch.device(device)
+    arithmetic = dtype or (torch.float32 if target.type == "cpu" else bound.dtype)
+    samples = _calibration_samples(plan, calibration)
+    directory = RunDirectory(Path(out))
+    _refuse_inside(Path(out), bound.folder)
+    record = directory.begin(
+        RunRecord(
+            identity=_identity(plan, bound, samples, f"{target.type} {arithmetic}"),
+            model=str(model),
+            calibration=str(calibration or ""),
+            samples=Counter(sample.kind for sample in samples),
+            environment=environment(),
+        ),
+        plan,
+        recipe,
+        resume=resume,
+    )
+    if record.finished:
+        return Result(Path(out), plan, record)
+    job = Run(
+        plan=plan,
+        bound=bound,
+        batches=_batches(bound, samples, recipe.calibration.batch_size, trust_remote_code),
+        sink=(writer := CheckpointWriter(Path(out), bound, plan)),
+        reporter=reporter or Silent(),
+        device=target,
+        dtype=arithmetic,
+        done={step.name: step for step in record.steps},
+    )
+    for step in run(job):
+        record = replace(
+            record,
+            steps=(*record.steps, step),
+            seconds=record.seconds + step.seconds,
+            peak_memory_bytes=peak_memory_bytes(),
+        )
+        directory.save(record)
+    writer.finish()
+    record = replace(record, finished=True)
+    directory.save(record)
+    return Result(Path(out), plan, record)
+
+
+def load(
+    folder: str | Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> tuple[nn.Module, Any]:
+    """Load a checkpoint, quantized or not, and its processor. Needs no other quantization library.
+
+    Args:
+        folder: A checkpoint in compressed-tensors format, or in floating point.
+        dtype: Of the arithmetic; the checkpoint's by default.
+        trust_remote_code: Allow code in the folder to build the processor.
+
+    Returns:
+        The model, in evaluation mode, with inputs quantized as the checkpoint says; and the processor.
+
+    Raises:
+        ModelError, FormatError, StorageError: The checkpoint cannot be read.
+    """
+    processor = load_processor(Path(folder), trust_remote_code=trust_remote_code)
+    return load_model(Path(folder), dtype=dtype), processor
+
+
+def evaluate(
+    model: str | Path,
+    data: str | Path,
+    *,
+    reference: str | Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 16,
+    dtype: torch.dtype | None = torch.float32,
+    generated: bool = False,
+    trust_remote_code: bool = False,
+) -> Fidelity:
+    """Measure a model's answers, alone and against a reference.
+
+    Args:
+        model: Folder of the checkpoint to measure.
+        data: Evaluation samples; each must end with an assistant's answer.
+        reference: Folder of the model to compare with, usually the unquantized one.
+        limit: At most so many samples.
+        batch_size: Samples run together.
+        dtype: Of the arithmetic; None keeps the checkpoint's.
+        generated: Also decode greedily and compare normalized text.
+        trust_remote_code: Allow code in the folder to build the processor.
+
+    Raises:
+        PrismQuantError: A checkpoint or the data cannot be read.
+    """
+    samples = read_samples(data, limit=limit)
+    if not samples:
+        raise DataError("there is no sample", where=str(data))
+    loaded, processor = load(model, dtype=dtype, trust_remote_code=trust_remote_code)
+    compared = load_model(Path(reference), dtype=dtype) if reference else None
+    batches = make_batches(
+        samples, processor, batch_size=batch_size, vision_token_ids=vision_token_ids(loaded)
+    )
+    return evaluate_model(
+        loaded, batches, reference=compared, generated=generated, processor=processor
+    )
+
+
+def vision_token_ids(model: nn.Module) -> tuple[int, ...]:
+    """Ids of the image and video placeholders of a model."""
+    config: Any = model.config
+    keys = ("image_token_id", "video_token_id")
+    return tuple(getattr(config, key) for key in keys if getattr(config, key, None) is not None)
+
+
+def _calibration_samples(plan: Plan, source: str | Path | None) -> tuple[Sample, ...]:
+    if not plan.needs_data:
+        return ()
+    if source is None:
+        raise DataError(
+            f"recipe {plan.recipe!r} needs calibration data",
+            remedy="give --calib FILE, or use `solver: rtn` and dynamic activations, which need none",
+        )
+    settings = plan.calibration
+    samples = read_samples(source, limit=settings.samples, seed=settings.seed)
+    require_modalities(samples, _needed_kinds(plan))
+    return samples
+
+
+def _needed_kinds(plan: Plan) -> set[str]:
+    """Kinds of samples without which a layer that needs statistics would see nothing."""
+    hungry = [row for row in plan.quantized if row.static_input or row.solver != "rtn"]
+    return {"vision" for row in hungry if str(row.site.modality) in ("vision", "projector")}
+
+
+def _batches(
+    bound: BoundModel, samples: Sequence[Sample], batch_size: int, trust_remote_code: bool
+) -> list[Batch]:
+    if not samples:
+        return []
+    processor = load_processor(bound.folder, trust_remote_code=trust_remote_code)
+    ids = bound.vision_token_ids
+    return list(make_batches(samples, processor, batch_size=batch_size, vision_token_ids=ids))
+
+
+def _identity(
+    plan: Plan, bound: BoundModel, samples: Sequence[Sample], arithmetic: str
+) -> dict[str, str]:
+    return {
+        "plan": plan.fingerprint(),
+        "model": _model_fingerprint(bound.folder),
+        "data": fingerprint(samples) if samples else "",
+        "arithmetic": arithmetic,
+    }
+
+
+def _model_fingerprint(folder: Path) -> str:
+    """SHA-256 over the configuration, the headers, and both ends of every shard."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    reader = ShardReader(folder)
+    for name in sorted(reader.names):
+        digest.update(f"{name} {reader.info(name)}".encode())
+    window = 1 << 16
+    for shard in sorted({reader.info(name).file for name in reader.names}):
+        with (folder / shard).open("rb") as file:
+            digest.update(file.read(window))
+            file.seek(max(0, (folder / shard).stat().st_size - window))
+            digest.update(file.read(window))
+    return digest.hexdigest()
+
+
+def _refuse_inside(out: Path, source: Path) -> None:
+    if out.resolve() == source.resolve():
+        raise StorageError(
+            "the output folder is the source model's", where=str(out), remedy="choose another --out"
+        )

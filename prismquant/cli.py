@@ -1,0 +1,227 @@
+"""The command line. Each command is a few lines over :mod:`prismquant.api`.
+
+Exit status: 0 done, 1 failed with a message that names what, where and the remedy, 2 usage. With ``--json``
+one JSON object goes to stdout; progress and messages always go to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from prismquant import __version__
+from prismquant.errors import PrismQuantError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Quantize vision-language models after training, and prove what was lost.",
+)
+recipes = typer.Typer(no_args_is_help=True, help="List, show and check recipes.")
+app.add_typer(recipes, name="recipe")
+
+Model = Annotated[Path, typer.Argument(help="Folder of a checkpoint.", show_default=False)]
+RecipeOption = Annotated[str, typer.Option("--recipe", help="A preset's name or a YAML file.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that lies in the checkpoint's folder.")
+]
+
+
+def main() -> None:
+    """Run the command line and exit with its status."""
+    sys.exit(_guarded(lambda: app(standalone_mode=False)))
+
+
+def _guarded(command: Callable[[], Any]) -> int:
+    """Turn what a command raises into a message and a status."""
+    console = Console(stderr=True, highlight=False)
+    try:
+        status = command()
+    except PrismQuantError as error:
+        console.print("[bold red]error:[/] ", end="")
+        console.print(str(error), markup=False)
+        return 1
+    except (KeyboardInterrupt, typer.Abort):
+        console.print("stopped; finished steps are kept, `--resume` goes on after the last one")
+        return 1
+    except typer.Exit as leave:
+        return leave.exit_code
+    except Exception as error:
+        # typer reports wrong flags and arguments through its parser's own exceptions.
+        show = getattr(error, "show", None)
+        if show is None:
+            raise
+        show()
+        return 2
+    return status if isinstance(status, int) else 0
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo-out"),
+    as_json: AsJson = False,
+) -> None:
+    """Quantize the embedded model with W4A16 and W4A8 and show float, RTN and GPTQ side by side."""
+    from prismquant.demo.run import run_demo
+    from prismquant.report.tables import fidelity_table
+
+    console = Console(stderr=as_json, highlight=False)
+    report = run_demo(out, say=console.print)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict()))
+        return
+    console.print(fidelity_table(report.rows, title=report.title))
+    console.print(f"checkpoints, records and results.json: {out}")
+
+
+@app.command()
+def inspect(
+    model: Model,
+    recipe: RecipeOption = "w4a16",
+    as_json: AsJson = False,
+) -> None:
+    """Print the plan: every layer with its format and size. Reads headers only, no weights."""
+    from prismquant.api import inspect as make
+    from prismquant.report.tables import plan_tables
+
+    plan = make(model, recipe)
+    if as_json:
+        typer.echo(json.dumps(plan.to_dict()))
+        return
+    console = Console(highlight=False)
+    for table in plan_tables(plan.to_dict()):
+        console.print(table)
+
+
+@app.command()
+def quantize(
+    model: Model,
+    recipe: RecipeOption,
+    out: Annotated[Path, typer.Option(help="Folder of the result.", show_default=False)],
+    calib: Annotated[
+        str | None,
+        typer.Option(help="Calibration samples: JSONL, LLaVA JSON, text, or a data set's name."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="At most so many samples.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Samples run together.")] = None,
+    solver: Annotated[
+        str | None, typer.Option(help="Use this method for every layer: rtn or gptq.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ..")] = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was cut off.")] = False,
+    trust_remote_code: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """Quantize a checkpoint into a folder that transformers and vLLM load."""
+    from prismquant.api import quantize as run
+    from prismquant.recipe.schema import load_recipe
+    from prismquant.report.progress import ProgressReporter
+    from prismquant.report.tables import run_table
+
+    chosen = load_recipe(recipe)
+    if solver is not None:
+        chosen = chosen.with_rules({"solver": solver}, name=f"{chosen.name}-{solver}")
+    changes = {k: v for k, v in {"samples": samples, "batch_size": batch_size}.items() if v}
+    chosen = chosen.with_calibration(**changes)
+    console = Console(stderr=True, highlight=False)
+    with ProgressReporter(console) as reporter:
+        result = run(
+            model,
+            chosen,
+            out,
+            calib,
+            device=device,
+            resume=resume,
+            trust_remote_code=trust_remote_code,
+            reporter=reporter,
+        )
+    if as_json:
+        typer.echo(json.dumps({"out": str(out), "record": result.record.to_dict()}))
+        return
+    console.print(run_table(result.plan.to_dict(), result.record.to_dict()))
+    console.print(f"written: {out}")
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    data: Annotated[str, typer.Option(help="Samples with answers.", show_default=False)],
+    reference: Annotated[
+        Path | None, typer.Option(help="Model to compare with, usually the unquantized one.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many samples.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples run together.")] = 16,
+    generated: Annotated[
+        bool, typer.Option("--generated", help="Also decode and compare normalized text.")
+    ] = False,
+    trust_remote_code: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """Exact match, NLL, and KL divergence to the reference, by kind of question and of token."""
+    from prismquant.api import evaluate as measure
+    from prismquant.report.tables import evaluation_tables
+    from prismquant.storage import write_json
+
+    result = measure(
+        model,
+        data,
+        reference=reference,
+        limit=limit,
+        batch_size=batch_size,
+        generated=generated,
+        trust_remote_code=trust_remote_code,
+    )
+    if out is not None:
+        write_json(out, result.to_dict())
+    if as_json:
+        typer.echo(json.dumps(result.to_dict()))
+        return
+    console = Console(highlight=False)
+    for table in evaluation_tables(result):
+        console.print(table)
+
+
+@recipes.command("list")
+def list_recipes(as_json: AsJson = False) -> None:
+    """Name the presets."""
+    from prismquant.recipe.presets import PRESETS
+
+    if as_json:
+        typer.echo(json.dumps(sorted(PRESETS)))
+    else:
+        typer.echo("\n".join(PRESETS))
+
+
+@recipes.command("show")
+def show_recipe(recipe: Annotated[str, typer.Argument(help="A preset's name or a file.")]) -> None:
+    """Print a recipe as YAML, e.g. to start one of your own from a preset."""
+    from prismquant.recipe.schema import load_recipe
+
+    typer.echo(load_recipe(recipe).to_yaml(), nl=False)
+
+
+@recipes.command("validate")
+def validate_recipe(recipe: Annotated[str, typer.Argument(help="A preset's name or a file.")]) -> None:
+    """Check a recipe against the grammar."""
+    from prismquant.recipe.schema import load_recipe
+
+    loaded = load_recipe(recipe)
+    typer.echo(f"{loaded.name}: {len(loaded.rules)} rules, valid")

@@ -1,0 +1,1 @@
+"""Named number formats (:mod:`~prismquant.formats.spec`) and bit layouts (``packed``)."""

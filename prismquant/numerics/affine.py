@@ -1,0 +1,441 @@
+"""The affine map between real values and integer codes, and which values share one scale.
+
+    code  = round_half_even(clamp(x / scale + zero_point, qmin, qmax))
+    value = (code - zero_point) * scale
+
+Two invariants hold everywhere. A scale is rounded to the dtype in which it will be stored *before*
+codes are chosen, so what is simulated is what is stored. And all arithmetic is float32 on the
+stored scale, so :func:`simulate` equals :func:`dequantize` of :func:`quantize` bit for bit.
+
+The shape of a scale says what it covers (``x`` is a weight ``[out, in]`` or an activation
+``[..., in]``):
+
+    ==========  ===============  ========================================
+    tensor      ``[1]``          the whole of ``x``
+    channel     ``[out, 1]``     one row of a weight
+    token       ``[..., 1]``     one token's features
+    group       ``[..., G]``     ``in / G`` consecutive features of a row
+    ==========  ===============  ========================================
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from prismquant.errors import FormatError, NumericsError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from prismquant.numerics.grids import IntGrid
+
+# Elementwise passes run over pieces of this many elements: on a CPU a piece stays in the
+# second-level cache between passes, elsewhere it only bounds the temporary memory.
+_CPU_PIECE = 1 << 17
+_DEVICE_PIECE = 1 << 26
+
+
+class Granularity(StrEnum):
+    """What shares one scale."""
+
+    TENSOR = "tensor"
+    CHANNEL = "channel"
+    GROUP = "group"
+    TOKEN = "token"
+
+
+def to_groups(x: Tensor, granularity: Granularity, group_size: int | None = None) -> Tensor:
+    """Arrange a tensor so that its last axis is what shares one scale.
+
+    The leading axes of the result are the shape of the scale, so a reduction over the last axis
+    yields one number for each scale. No data is copied unless ``x`` is strided and the granularity
+    is the tensor.
+
+    Args:
+        x: Weight ``[out, in]`` or activation ``[..., in]``.
+        granularity: What shares one scale.
+        group_size: Consecutive features to a group; for group granularity only.
+
+    Returns:
+        tensor ``[1, n]``, channel and token ``[..., 1, in]``, group ``[..., G, group_size]``.
+
+    Raises:
+        FormatError: The group size does not divide the last axis, or is missing.
+    """
+    if granularity == Granularity.TENSOR:
+        return x.reshape(1, -1)
+    if x.ndim == 0:
+        raise FormatError(f"a scalar has no features to give {granularity} granularity")
+    if granularity == Granularity.GROUP:
+        size = check_group_size(x.shape[-1], group_size)
+        return x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
+    return x.unsqueeze(-2)
+
+
+def from_groups(groups: Tensor, shape: Sequence[int]) -> Tensor:
+    """Undo :func:`to_groups`.
+
+    Args:
+        groups: What :func:`to_groups` returned, or something of its shape.
+        shape: The shape of the tensor before grouping.
+
+    Returns:
+        The values in that shape.
+    """
+    return groups.reshape(tuple(shape))
+
+
+def check_group_size(features: int, group_size: int | None) -> int:
+    """Make sure that groups tile the features exactly.
+
+    Args:
+        features: Length of the axis to be cut into groups.
+        group_size: Features to a group.
+
+    Returns:
+        The group size.
+
+    Raises:
+        FormatError: It is missing, not positive, or does not divide ``features``; the error lists
+            the sizes that would.
+    """
+    if group_size is None or group_size < 1:
+        raise FormatError(
+            f"group granularity needs a positive group size, not {group_size}",
+            remedy="give group_size, e.g. 128",
+        )
+    if features % group_size:
+        legal = [str(d) for d in range(1, features + 1) if features % d == 0]
+        raise FormatError(
+            f"group size {group_size} does not divide {features} input features",
+            remedy=f"use a divisor of {features} ({', '.join(legal)}) or channel granularity",
+        )
+    return group_size
+
+
+def scale_zero_point(
+    low: Tensor,
+    high: Tensor,
+    grid: IntGrid,
+    symmetric: bool,
+    scale_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """Turn ranges into the scale, and the zero point, that will be stored.
+
+    The range is widened to hold zero, so that zero is always represented exactly. A symmetric grid
+    with all its codes puts the largest magnitude midway between its two outermost codes, -qmin and
+    qmax (``absmax / ((2^b - 1) / 2)``: absmax / 7.5 for 4 bits), the rule of the compressed-tensors
+    library; a narrow one puts it on the outermost code. An asymmetric scale is the range over the
+    number of steps, and its zero point is taken from the scale as rounded.
+
+    Args:
+        low: Lower ends of the ranges, any shape.
+        high: Upper ends, same shape.
+        grid: The codes.
+        symmetric: Keep zero at code 0; otherwise a zero point is chosen.
+        scale_dtype: Dtype in which the scale is stored: float32, bfloat16 or float16.
+
+    Returns:
+        The scale in ``scale_dtype``, and the zero point as int8 or ``None``, both shaped like
+        ``low``. A scale is a positive normal number of its dtype: 1 for a range of zero width, and
+        clamped into the dtype's range where it would underflow or overflow.
+
+    Raises:
+        NumericsError: A range is not finite.
+        FormatError: ``scale_dtype`` is not one of the three.
+    """
+    if scale_dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise FormatError(
+            f"a scale cannot be stored as {scale_dtype}",
+            remedy="use float32, bfloat16 or float16",
+        )
+    check_finite(low, "the lower end of a range")
+    check_finite(high, "the upper end of a range")
+    low = low.to(torch.float32).clamp(max=0.0)
+    high = high.to(torch.float32).clamp(min=0.0)
+    steps = grid.levels - 1
+    if symmetric:
+        scale = torch.maximum(-low, high) / (steps / 2)
+    else:
+        # A range wider than float32 can express is divided before it is subtracted.
+        scale = (high - low) / steps
+        scale = torch.where(scale.isinf(), high / steps - low / steps, scale)
+    limits = torch.finfo(scale_dtype)
+    scale = torch.where(scale == 0, 1.0, scale.clamp(limits.smallest_normal, limits.max))
+    stored = scale.to(scale_dtype)
+    if symmetric:
+        return stored, None
+    zero = grid.qmin - low / stored.to(torch.float32)
+    return stored, zero.round_().clamp_(grid.qmin, grid.qmax).to(torch.int8)
+
+
+def dynamic_scale_zero_point(
+    x: Tensor,
+    grid: IntGrid,
+    symmetric: bool,
+    granularity: Granularity,
+    group_size: int | None = None,
+    scale_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Scales of an activation from its own extremes, as dynamic quantization takes them.
+
+    Args:
+        x: Activation ``[..., in]``.
+        grid: The codes.
+        symmetric: Keep zero at code 0.
+        granularity: token, group or tensor (or channel, to treat ``x`` as a weight).
+        group_size: For group granularity.
+        scale_dtype: Dtype of the scale; by default that of ``x``.
+
+    Returns:
+        Scale and zero point, shaped as the module's table says. An empty unit has scale 1.
+
+    Raises:
+        NumericsError: ``x`` holds NaN or an infinity.
+        FormatError: The group size does not divide the features.
+    """
+    low, high = extremes(x, granularity, group_size)
+    return scale_zero_point(low, high, grid, symmetric, scale_dtype or x.dtype)
+
+
+def extremes(
+    x: Tensor, granularity: Granularity, group_size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of everything that shares one scale.
+
+    Args:
+        x: Weight ``[out, in]`` or activation ``[..., in]``.
+        granularity: What shares one scale.
+        group_size: For group granularity.
+
+    Returns:
+        Two tensors of the scale's shape, in the dtype of ``x``; zeros where there are no values.
+
+    Raises:
+        NumericsError: ``x`` holds NaN or an infinity.
+        FormatError: The group size does not divide the features.
+    """
+    groups = to_groups(x, granularity, group_size)
+    if groups.shape[-1] == 0:
+        nothing = groups.new_zeros(groups.shape[:-1])
+        return nothing, nothing.clone()
+    # NaN and infinities survive the reductions: the values themselves need no mask. Two reductions
+    # are vectorised on a CPU where the one that yields both ends is not.
+    low, high = groups.amin(dim=-1), groups.amax(dim=-1)
+    if not (_all_finite(low) and _all_finite(high)):
+        check_finite(x, "the tensor")
+    return low, high
+
+
+def quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    grid: IntGrid,
+    granularity: Granularity,
+    group_size: int | None = None,
+) -> Tensor:
+    """Round values to codes.
+
+    Args:
+        x: Values, any floating dtype, weight ``[out, in]`` or activation ``[..., in]``.
+        scale: Stored scale, shaped as the module's table says.
+        zero_point: int8, shaped like the scale; ``None`` for a symmetric format.
+        grid: The codes.
+        granularity: What shares one scale.
+        group_size: For group granularity.
+
+    Returns:
+        int8 codes, shaped like ``x``.
+
+    Raises:
+        NumericsError: ``x`` holds NaN or an infinity.
+        FormatError: The shapes do not fit.
+    """
+    _check_values(x)
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    for values, out, step, zero in _pieces(x, codes, scale, zero_point, granularity, group_size):
+        out.copy_(_round_to_codes(values, step, zero, grid))
+    return codes
+
+
+def dequantize(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    granularity: Granularity,
+    group_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Turn codes back into values: ``(codes - zero_point) * scale``, rounded once, to ``dtype``.
+
+    Args:
+        codes: int8, weight ``[out, in]`` or activation ``[..., in]``.
+        scale: Stored scale, shaped as the module's table says.
+        zero_point: int8, shaped like the scale; ``None`` for a symmetric format.
+        granularity: What shares one scale.
+        group_size: For group granularity.
+        dtype: Dtype of the result.
+
+    Returns:
+        Values shaped like ``codes``.
+
+    Raises:
+        FormatError: The shapes do not fit.
+    """
+    result = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    for values, out, step, zero in _pieces(
+        codes, result, scale, zero_point, granularity, group_size
+    ):
+        real = values.to(torch.float32)
+        if zero is not None:
+            real = real.sub_(zero)
+        out.copy_(real.mul_(step))
+    return result
+
+
+def simulate(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    grid: IntGrid,
+    granularity: Granularity,
+    group_size: int | None = None,
+) -> Tensor:
+    """Quantize and dequantize in one pass, without storing codes.
+
+    Args:
+        x: Values, any floating dtype, weight ``[out, in]`` or activation ``[..., in]``.
+        scale: Stored scale, shaped as the module's table says.
+        zero_point: int8, shaped like the scale; ``None`` for a symmetric format.
+        grid: The codes.
+        granularity: What shares one scale.
+        group_size: For group granularity.
+
+    Returns:
+        Values on the grid, in the shape and dtype of ``x``; bit for bit what
+        ``dequantize(quantize(x))`` gives.
+
+    Raises:
+        NumericsError: ``x`` holds NaN or an infinity.
+        FormatError: The shapes do not fit.
+    """
+    _check_values(x)
+    result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for values, out, step, zero in _pieces(x, result, scale, zero_point, granularity, group_size):
+        # Integer codes know no negative zero; adding zero removes the one that rounding leaves.
+        real = _round_to_codes(values, step, zero, grid).add_(0.0)
+        if zero is not None:
+            real = real.sub_(zero)
+        out.copy_(real.mul_(step))
+    return result
+
+
+def check_finite(x: Tensor, what: str) -> None:
+    """Refuse NaN and infinities, and say where the first one is.
+
+    Args:
+        x: Any tensor.
+        what: What to call it in the error.
+
+    Raises:
+        NumericsError: ``x`` holds a value that is not finite.
+    """
+    if x.numel() == 0 or not x.is_floating_point() or _all_finite(x):
+        return
+    bad = (~torch.isfinite(x)).nonzero()
+    first = tuple(int(i) for i in bad[0])
+    nans = int(torch.isnan(x).sum())
+    raise NumericsError(
+        f"{what} holds {nans} NaN and {len(bad) - nans} infinite of {x.numel()} values; "
+        f"the first is {float(x[first])} at index {list(first)}",
+        remedy="check the checkpoint and the calibration data, or compute in a wider dtype",
+    )
+
+
+def _all_finite(x: Tensor) -> bool:
+    """Whether all values are finite, read once and without a mask of the tensor's size."""
+    if x.numel() == 0:
+        return True
+    low, high = torch.aminmax(x)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _check_values(x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise FormatError(f"only floating-point values can be quantized, not {x.dtype}")
+    check_finite(x, "the tensor to quantize")
+
+
+def _round_to_codes(values: Tensor, step: Tensor, zero: Tensor | None, grid: IntGrid) -> Tensor:
+    """Codes as float32; ``values`` is left as it is."""
+    codes = values.to(torch.float32) / step
+    if zero is not None:
+        codes = codes.add_(zero)
+    return codes.clamp_(grid.qmin, grid.qmax).round_()
+
+
+def _pieces(
+    source: Tensor,
+    target: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    granularity: Granularity,
+    group_size: int | None,
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """Cut a tensor into pieces of whole rows, each with its scale and zero point in float32.
+
+    Args:
+        source: Values or codes.
+        target: Contiguous result of the same shape; the pieces are views of it.
+        scale: As the module's table says.
+        zero_point: Like the scale.
+        granularity: What shares one scale.
+        group_size: For group granularity.
+
+    Yields:
+        Pieces ``[rows, G, group]`` of source and target, and ``[rows or 1, G, 1]`` of scale and
+        zero point.
+    """
+    if source.numel() == 0:
+        return
+    features = source.shape[-1] if source.ndim else 1
+    size = features
+    if granularity == Granularity.GROUP:
+        size = check_group_size(features, group_size)
+    shape = (source.numel() // features, features // size, size)
+    step = _as_rows(scale, "scale", shape, granularity)
+    zero = None if zero_point is None else _as_rows(zero_point, "zero point", shape, granularity)
+    values, out = source.reshape(shape), target.view(shape)
+    limit = _CPU_PIECE if source.device.type == "cpu" else _DEVICE_PIECE
+    height = max(1, limit // features)
+    shared = step.shape[0] == 1
+    for start in range(0, shape[0], height):
+        rows = slice(start, start + height)
+        yield (
+            values[rows],
+            out[rows],
+            step if shared else step[rows],
+            zero if zero is None or shared else zero[rows],
+        )
+
+
+def _as_rows(
+    scale: Tensor, name: str, shape: tuple[int, int, int], granularity: Granularity
+) -> Tensor:
+    """Bring a scale or zero point to float32 ``[rows or 1, G, 1]``, or say why it does not fit."""
+    rows, groups, _ = shape
+    if granularity == Granularity.TENSOR:
+        rows = 1
+    if scale.numel() == groups:
+        rows = 1
+    elif scale.numel() != rows * groups:
+        raise FormatError(
+            f"a {name} of shape {list(scale.shape)} does not fit {rows} rows of {groups} groups",
+            remedy=f"check that it was made with {granularity} granularity",
+        )
+    return scale.to(torch.float32).reshape(rows, groups, 1)

@@ -1,0 +1,1 @@
+"""The engine: plan, data, capture, block by block, and the run directory."""

@@ -1,0 +1,322 @@
+"""Running a model one step at a time, with the model's own code in between.
+
+The engine holds one step (patch embedding, block, projector, head) in memory at a time, yet every step must
+see exactly what the whole model would pass it: rotary embeddings, attention masks, cu_seqlens, windows, deepstack
+features. Instead of knowing how each family computes those, :class:`Replay` lets the model's own ``forward`` run
+with its finished steps replaced by stand-ins: the last finished step returns its stored output, earlier
+blocks hand their input through, finished projectors return their stored features, and the step in question
+records how it was called and stops the run. What is stored per batch is one hidden state and the projectors'
+outputs, whatever the number of blocks.
+
+A *call* is one pass of one batch through a tower. A batch passes the vision tower once for its images and
+once for its videos, and the language model once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prismquant.errors import ModelError, NumericsError
+from prismquant.models.arch import Modality
+from prismquant.models.bind import BoundModel, BoundStep
+from prismquant.pipeline.data import Batch
+
+
+class _Captured(Exception):
+    """Ends a forward pass at the step in question; carries how the step was called."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.args_of_step = args
+        self.kwargs_of_step = kwargs
+
+
+class Enough(Exception):
+    """Raised by a hook that has seen all that it needs; ends a step's forward pass early."""
+
+
+@dataclass
+class _Pass:
+    """What is kept of one call between steps.
+
+    Attributes:
+        inputs: Keyword arguments of the model (vision) or of the language model (llm).
+        row_weights: [tokens] float32, 0 for padding; None: every row counts.
+        latest: Name of the last finished step of the chain.
+        hidden: Its output.
+        entry_shape: Shape of the entry step's output, for a stand-in that costs nothing.
+        features: Outputs of finished projector steps by name.
+    """
+
+    inputs: dict[str, Any]
+    row_weights: Tensor | None
+    latest: str = ""
+    hidden: Any = None
+    entry_shape: torch.Size = field(default_factory=torch.Size)
+    features: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StepCall:
+    """How the model calls a step.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        row_weights: [tokens] float32 weights of the rows for statistics, or None: all count alike.
+        keep: Stores the step's output, which later steps will see.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    row_weights: Tensor | None
+    keep: Callable[[Any], None]
+
+
+class Replay:
+    """Feeds the steps of a model, in the order in which the model runs them.
+
+    Args:
+        model: Parameters may be on the meta device; those of the step that is run, and of the modules
+            between the steps, must be real by then.
+        bound: Its description.
+        batches: Calibration batches.
+        device: Where steps run. Stored states are kept there too.
+        dtype: Floating-point inputs are cast to it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        bound: BoundModel,
+        batches: Sequence[Batch],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.model = model
+        self.bound = bound
+        self._batches = [
+            {key: _moved(value, device, dtype) for key, value in batch.inputs.items()} for batch in batches
+        ]
+        self._vision = [self._vision_passes(inputs) for inputs in self._batches]
+        self._llm: list[_Pass] = []
+        self._steps = {step.name: step for step in bound.steps}
+
+    def vision_steps(self) -> list[BoundStep]:
+        """Steps of the vision tower and the projectors in the order in which the model runs them.
+
+        Empty without any image or video among the batches. The entry step and the modules between the steps
+        must be real.
+        """
+        first = next((p for passes in self._vision for p in passes), None)
+        if first is None:
+            return []
+        steps = [s for s in self.bound.steps if s.modality is not Modality.LLM]
+        order: list[BoundStep] = []
+
+        def visit(step: BoundStep) -> Callable[..., Any]:
+            module = self.model.get_submodule(step.name)
+            forward = module.forward
+
+            def stand_in(*args: Any, **kwargs: Any) -> Any:
+                order.append(step)
+                if len(order) == len(steps):
+                    raise _Captured(args, kwargs)
+                return forward(*args, **kwargs) if step.kind == "entry" else args[0]
+
+            return stand_in
+
+        self._capture(first.inputs, {s.name: visit(s) for s in steps})
+        return order
+
+    def begin_llm(self) -> None:
+        """Compute what the language model is given, and forget the vision tower's states.
+
+        All vision steps must be finished; the embeddings must be real.
+        """
+        root = self._llm_root()
+        for inputs, passes in zip(self._batches, self._vision, strict=True):
+            captured = self._capture(inputs, self._vision_stand_ins(passes) | {root: _capture_here})
+            mask = inputs.get("attention_mask")
+            weights = None if mask is None else mask.reshape(-1).to(torch.float32)
+            if captured.args_of_step:
+                raise ModelError(
+                    "the language model is called with positional arguments", where=self.bound.arch.name
+                )
+            self._llm.append(_Pass(captured.kwargs_of_step, weights))
+        self._vision.clear()
+        self._batches.clear()
+
+    def calls(self, step: BoundStep) -> Iterator[StepCall]:
+        """How the model calls ``step``, pass by pass; all steps before it must be finished."""
+        if step.kind == "head":
+            yield from self._head_calls()
+        elif step.modality is Modality.LLM:
+            root = self.model.get_submodule(self._llm_root())
+            for state in self._llm:
+                stand_ins = self._chain_stand_ins(state, Modality.LLM) | {step.name: _capture_here}
+                captured = self._capture(state.inputs, stand_ins, root)
+                yield self._step_call(step, state, captured)
+        else:
+            for passes in self._vision:
+                for state in passes:
+                    stand_ins = self._vision_stand_ins([state]) | {step.name: _capture_here}
+                    captured = self._capture(state.inputs, stand_ins)
+                    yield self._step_call(step, state, captured)
+
+    def _vision_passes(self, inputs: dict[str, Any]) -> list[_Pass]:
+        """One pass for each group of vision inputs that the batch has, e.g. images, then videos."""
+        groups = self.bound.arch.input_groups
+        vision_keys = {key for group in groups for key in group}
+        common = {key: value for key, value in inputs.items() if key not in vision_keys}
+        return [
+            _Pass(common | {key: inputs[key] for key in group if key in inputs}, None)
+            for group in groups
+            if inputs.get(group[0]) is not None
+        ]
+
+    def _head_calls(self) -> Iterator[StepCall]:
+        root = self.model.get_submodule(self._llm_root())
+        for state in self._llm:
+            with _stand_ins(self.model, self._chain_stand_ins(state, Modality.LLM)):
+                output = root(**state.inputs)
+            yield StepCall((output.last_hidden_state,), {}, state.row_weights, lambda _: None)
+
+    def _step_call(self, step: BoundStep, state: _Pass, captured: _Captured) -> StepCall:
+        def keep(output: Any) -> None:
+            values = output if isinstance(output, Tensor) else output[0]
+            if not torch.isfinite(values).all():
+                raise NumericsError(
+                    "the output holds NaN or infinity",
+                    where=step.name,
+                    remedy="check the source weights and the calibration samples; float16 overflow is cured by "
+                    "running in float32",
+                )
+            if step.kind == "projector":
+                state.features[step.name] = output
+                return
+            if step.kind == "entry":
+                state.entry_shape = values.shape
+            if step.modality is Modality.LLM and "inputs_embeds" in state.inputs:
+                # From now on only its shape is looked at.
+                state.inputs["inputs_embeds"] = _hollow(state.inputs["inputs_embeds"])
+            state.latest, state.hidden = step.name, output
+
+        return StepCall(captured.args_of_step, captured.kwargs_of_step, state.row_weights, keep)
+
+    def _vision_stand_ins(self, passes: Sequence[_Pass]) -> dict[str, Callable[..., Any]]:
+        """Stand-ins for finished vision steps; the passes follow each other within one forward."""
+        queue = list(passes)
+        current: list[_Pass] = queue[:1]
+
+        def entry(*args: Any, **_: Any) -> Any:
+            state = queue.pop(0)
+            current[:] = [state]
+            if state.latest in self._steps and self._steps[state.latest].kind == "entry":
+                return state.hidden
+            return _first_tensor(args).new_zeros(1).expand(state.entry_shape)
+
+        stand_ins: dict[str, Callable[..., Any]] = {}
+        for step in self.bound.steps:
+            if step.modality is Modality.LLM or not queue:
+                continue
+            if step.kind == "projector":
+                if all(step.name in state.features for state in passes):
+                    stand_ins[step.name] = lambda *_, _n=step.name, **__: current[0].features[_n]
+            elif step.kind == "entry":
+                if all(state.latest for state in passes):
+                    stand_ins[step.name] = entry
+            else:
+                stand_ins[step.name] = _chain_link(step.name, lambda: current[0])
+        return stand_ins
+
+    def _chain_stand_ins(self, state: _Pass, modality: Modality) -> dict[str, Callable[..., Any]]:
+        return {
+            step.name: _chain_link(step.name, lambda: state)
+            for step in self.bound.steps
+            if step.modality is modality and step.kind == "block"
+        }
+
+    def _capture(
+        self,
+        inputs: dict[str, Any],
+        stand_ins: dict[str, Callable[..., Any]],
+        root: nn.Module | None = None,
+    ) -> _Captured:
+        embeddings = self.model.get_input_embeddings()  # type: ignore[operator]
+        if embeddings.weight.is_meta:
+            # In the vision tower's turn, text embeddings are computed first and then not used.
+            stand_ins = stand_ins | {
+                _name_of(self.model, embeddings): lambda ids: torch.zeros(
+                    1, dtype=embeddings.weight.dtype, device=ids.device
+                ).expand(*ids.shape, embeddings.weight.shape[1])
+            }
+        try:
+            with _stand_ins(self.model, stand_ins):
+                if root is None:
+                    self.model(**inputs, use_cache=False)
+                else:
+                    root(**inputs)
+        except _Captured as captured:
+            return captured
+        raise ModelError(
+            "the model's forward pass ended without running the expected step",
+            where=self.bound.arch.name,
+            remedy="the architecture file names a module that this model does not call",
+        )
+
+    def _llm_root(self) -> str:
+        return next(t.root for t in self.bound.arch.towers if t.modality is Modality.LLM)
+
+
+def _capture_here(*args: Any, **kwargs: Any) -> Any:
+    raise _Captured(args, kwargs)
+
+
+def _chain_link(name: str, state: Callable[[], _Pass]) -> Callable[..., Any]:
+    """The last finished step gives its output; every other hands its input through."""
+
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        now = state()
+        return now.hidden if now.latest == name else _first_tensor(args or tuple(kwargs.values()))
+
+    return stand_in
+
+
+@contextlib.contextmanager
+def _stand_ins(model: nn.Module, forwards: dict[str, Callable[..., Any]]) -> Iterator[None]:
+    """Within the block, the modules named run other functions in place of their ``forward``."""
+    modules = {model.get_submodule(name): forward for name, forward in forwards.items()}
+    for module, forward in modules.items():
+        module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def _first_tensor(args: tuple[Any, ...]) -> Tensor:
+    return next(value for value in args if isinstance(value, Tensor))
+
+
+def _hollow(x: Tensor) -> Tensor:
+    """Zeros of the same shape that take no memory."""
+    return x.new_zeros(1).expand(x.shape)
+
+
+def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+
+
+def _name_of(model: nn.Module, module: nn.Module) -> str:
+    return next(name for name, candidate in model.named_modules() if candidate is module)

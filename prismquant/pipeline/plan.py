@@ -1,0 +1,343 @@
+"""What will be done, row by row: a recipe laid over a model.
+
+Everything that can be known without weights is decided here, before any long work: the number format of
+every layer, how its codes are chosen, in which layout it is stored, and how many bytes it takes. All
+misfits are reported together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from prismquant.errors import FormatError, PlanError
+from prismquant.formats.packed import stored_bytes
+from prismquant.formats.spec import NumberSpec
+from prismquant.models.bind import BoundModel, BoundSite
+from prismquant.numerics.ranges import RangeRule
+from prismquant.recipe.schema import Calibration, Recipe, Setting, resolve
+from prismquant.storage import ShardReader
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """What happens to one layer.
+
+    Attributes:
+        site: The layer.
+        weights: Its weight's number format; None: left alone.
+        activations: Its input's number format; None: floating point.
+        solver: The method that chooses the codes.
+        options: Its options.
+        weight_range: How the weight's range is chosen.
+        activation_range: How a static input's range is chosen.
+        layout: ``pack-quantized``, ``int-quantized``, or ``dense`` (floating point on disk).
+        stored_bytes: Bytes that the weight, its scales and zero points take on disk.
+        float_bytes: Bytes that the weight takes in the source.
+        note: Why it is left alone, or what differs from the recipe's words.
+    """
+
+    site: BoundSite
+    weights: NumberSpec | None
+    activations: NumberSpec | None
+    solver: str
+    options: Mapping[str, Any]
+    weight_range: RangeRule
+    activation_range: RangeRule
+    layout: str
+    stored_bytes: int
+    float_bytes: int
+    note: str
+
+    @property
+    def static_input(self) -> bool:
+        """Whether a static activation scale must be calibrated."""
+        return self.activations is not None and not self.activations.dynamic
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {
+            "name": self.site.name,
+            "disk_name": self.site.disk_name,
+            "modality": str(self.site.modality),
+            "role": self.site.role,
+            "kind": str(self.site.kind),
+            "shape": list(self.site.weight_shape),
+            "weights": self.weights.describe() if self.weights else None,
+            "activations": self.activations.describe() if self.activations else None,
+            "solver": self.solver if self.weights else None,
+            "options": dict(self.options) if self.weights else {},
+            "weight_range": asdict(self.weight_range) if self.weights else None,
+            "activation_range": asdict(self.activation_range) if self.static_input else None,
+            "layout": self.layout,
+            "stored_bytes": self.stored_bytes,
+            "float_bytes": self.float_bytes,
+            "note": self.note,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One row per layer, in the order of the work.
+
+    Attributes:
+        recipe: Name of the recipe.
+        architecture: Name of the architecture.
+        rows: The layers.
+        left_alone: Layers that no site describes, each with the reason.
+        other_bytes: Bytes of all tensors that are no layer's weight: embeddings, norms, biases.
+        calibration: How statistics are gathered.
+    """
+
+    recipe: str
+    architecture: str
+    rows: tuple[PlanRow, ...]
+    left_alone: tuple[tuple[str, str], ...]
+    other_bytes: int
+    calibration: Calibration
+
+    @property
+    def quantized(self) -> tuple[PlanRow, ...]:
+        """The rows that change something."""
+        return tuple(row for row in self.rows if row.weights is not None)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration samples are needed."""
+        return any(row.static_input or row.solver != "rtn" for row in self.quantized)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors on disk afterwards, without file headers."""
+        return self.other_bytes + sum(row.stored_bytes for row in self.rows)
+
+    @property
+    def float_bytes(self) -> int:
+        """Bytes of all tensors in the source."""
+        return self.other_bytes + sum(row.float_bytes for row in self.rows)
+
+    def totals(self) -> dict[str, dict[str, int]]:
+        """Per modality: layers, quantized layers, bytes before and after."""
+        totals: dict[str, dict[str, int]] = {}
+        for row in self.rows:
+            entry = totals.setdefault(
+                str(row.site.modality),
+                {"layers": 0, "quantized": 0, "float_bytes": 0, "stored_bytes": 0},
+            )
+            entry["layers"] += 1
+            entry["quantized"] += row.weights is not None
+            entry["float_bytes"] += row.float_bytes
+            entry["stored_bytes"] += row.stored_bytes
+        return totals
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {
+            "recipe": self.recipe,
+            "architecture": self.architecture,
+            "rows": [row.to_dict() for row in self.rows],
+            "left_alone": [{"name": n, "reason": r} for n, r in self.left_alone],
+            "other_bytes": self.other_bytes,
+            "totals": self.totals(),
+            "total_bytes": self.total_bytes,
+            "float_bytes": self.float_bytes,
+            "calibration": self.calibration.model_dump(mode="json"),
+        }
+
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that decides the result except weights and data."""
+        body = {key: value for key, value in self.to_dict().items() if key != "recipe"}
+        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def make_plan(recipe: Recipe, bound: BoundModel) -> Plan:
+    """Lay a recipe over a model.
+
+    Raises:
+        RecipeError: A layer's merged fields are impossible.
+        PlanError: A rule matches nothing, a group size does not divide, fused layers differ, or a layer
+            cannot be stored as asked. One error lists all of them.
+    """
+    settings = {
+        site.name: resolve(
+            recipe, modality=site.modality, role=site.role, name=site.name
+        )
+        for site in bound.sites
+    }
+    sizes = _source_sizes(bound)
+    findings = _idle_rules(recipe, bound, settings.values())
+    rows = []
+    for site in bound.sites:
+        try:
+            rows.append(_row(site, settings[site.name], bound.dtype, sizes))
+        except (PlanError, FormatError) as error:
+            findings.append(f"{site.name}: {error.what}" + (f" ({error.remedy})" if error.remedy else ""))
+    findings += _torn_fusions(rows)
+    if not findings and not any(row.weights for row in rows):
+        findings.append("no layer is quantized: no rule with `weights` stays in force")
+    if findings:
+        shown = findings[:20]
+        more = [f"and {len(findings) - 20} more"] if len(findings) > 20 else []
+        raise PlanError(
+            f"recipe {recipe.name!r} does not fit this {bound.arch.title}:\n"
+            + "\n".join(f"  - {line}" for line in [*shown, *more]),
+            where=str(bound.folder),
+            remedy="`prismquant inspect MODEL` lists every layer with its modality, role and shape",
+        )
+    return Plan(
+        recipe=recipe.name,
+        architecture=bound.arch.name,
+        rows=tuple(rows),
+        left_alone=tuple(bound.left_alone),
+        other_bytes=sum(sizes.values()) - sum(row.float_bytes for row in rows),
+        calibration=recipe.calibration,
+    )
+
+
+def problem_groups(rows: Sequence[PlanRow]) -> list[list[PlanRow]]:
+    """Rows of one stage that read the same input and are quantized alike, to be solved together."""
+    groups: dict[str, list[PlanRow]] = {}
+    for row in rows:
+        settings = row.to_dict()
+        key = [row.site.input_key] + [
+            settings[k] for k in (
+                "weights",
+                "activations",
+                "solver",
+                "options",
+                "weight_range",
+                "activation_range",
+            )
+        ]
+        groups.setdefault(json.dumps(key, sort_keys=True), []).append(row)
+    return list(groups.values())
+
+
+def _source_sizes(bound: BoundModel) -> dict[str, int]:
+    """Bytes of every tensor by its name on disk; without shards, as the configuration implies."""
+    if bound.has_weights:
+        reader = ShardReader(bound.folder)
+        return {name: reader.info(name).nbytes for name in reader.names}
+    head = f"{bound.arch.head}.weight"
+    return {
+        bound.names.to_disk(name): math.prod(shape) * bound.dtype.itemsize
+        for name, shape in bound.shapes.items()
+        if not (bound.tied and name == head)
+    }
+
+
+def _row(
+    site: BoundSite, setting: Setting, dtype: torch.dtype, sizes: Mapping[str, int]
+) -> PlanRow:
+    float_bytes = 0 if site.tied else sizes[f"{site.disk_name}.weight"]
+    row = PlanRow(
+        site=site,
+        weights=setting.weights,
+        activations=setting.activations,
+        solver=setting.solver,
+        options=setting.options,
+        weight_range=setting.weight_range,
+        activation_range=setting.activation_range,
+        layout=DENSE,
+        stored_bytes=float_bytes,
+        float_bytes=float_bytes,
+        note="" if setting.weights else "no rule gives it a weight format",
+    )
+    if setting.weights is None:
+        return row
+    if site.tied:
+        raise PlanError(
+            "its weight is tied to the input embeddings, which stay in floating point",
+            remedy="leave it alone with `skip: true`",
+        )
+    row = _fit_group(row, setting.group_fallback)
+    if site.kind == "patch_conv":
+        return _dense_row(row)
+    layout = _layout(row.weights, row.activations)
+    size = stored_bytes((site.out_features, site.in_features), row.weights, layout, dtype)
+    return replace(row, layout=layout, stored_bytes=size + _input_bytes(row.activations, dtype))
+
+
+def _fit_group(row: PlanRow, fallback: str) -> PlanRow:
+    weights, width = row.weights, row.site.in_features
+    if weights is None or weights.group_size is None or width % weights.group_size == 0:
+        return row
+    size = weights.group_size
+    if fallback == "channel":
+        channel = replace(weights, granularity=_channel(weights), group_size=None)
+        return replace(row, weights=channel, note=f"group size {size} does not divide {width}")
+    legal = [g for g in (256, 128, 96, 64, 48, 32, 16) if width % g == 0]
+    raise PlanError(
+        f"group size {size} does not divide its {width} input features",
+        remedy=f"use group_size {' or '.join(map(str, legal[:3]))}, granularity channel, "
+        "or group_fallback: channel"
+        if legal
+        else "use granularity channel, or group_fallback: channel",
+    )
+
+
+def _channel(weights: NumberSpec) -> Any:
+    return type(weights.granularity)("channel")
+
+
+def _dense_row(row: PlanRow) -> PlanRow:
+    if row.activations is not None:
+        raise PlanError(
+            "no checkpoint format declares a quantized input for a convolution",
+            remedy="set activations: none for the role patch_embed",
+        )
+    note = "; ".join(filter(None, [row.note, "a convolution is stored dequantized"]))
+    return replace(row, note=note)
+
+
+def _layout(weights: NumberSpec | None, activations: NumberSpec | None) -> str:
+    plain = weights is not None and weights.symmetric and weights.granularity in ("tensor", "channel")
+    if weights is not None and weights.bits == 8 and plain and activations is not None:
+        return "int-quantized"
+    return "pack-quantized"
+
+
+def _input_bytes(activations: NumberSpec | None, dtype: torch.dtype) -> int:
+    if activations is None or activations.dynamic:
+        return 0
+    return dtype.itemsize + (0 if activations.symmetric else 1)
+
+
+def _idle_rules(recipe: Recipe, bound: BoundModel, settings: Iterable[Setting]) -> list[str]:
+    used = {index for setting in settings for index in setting.rules}
+    modalities = sorted({str(site.modality) for site in bound.sites})
+    roles = sorted({site.role for site in bound.sites})
+    return [
+        f"rules[{index}] matches no layer: {rule.match.model_dump(mode='json', exclude_defaults=True)}; "
+        f"modalities: {', '.join(modalities)}; roles: {', '.join(roles)}"
+        for index, rule in enumerate(recipe.rules)
+        if index not in used
+    ]
+
+
+def _torn_fusions(rows: Sequence[PlanRow]) -> list[str]:
+    """Servers load q/k/v and gate/up as one matrix each: their schemes must agree."""
+    groups: dict[str, list[PlanRow]] = {}
+    for row in rows:
+        if row.site.fuse_key is not None:
+            groups.setdefault(row.site.fuse_key, []).append(row)
+    findings = []
+    for members in groups.values():
+        schemes = {(row.weights, row.activations) for row in members}
+        if len(schemes) > 1:
+            listed = "; ".join(
+                f"{row.site.role}: {row.weights.describe() if row.weights else 'float'}" for row in members
+            )
+            findings.append(
+                f"{members[0].site.name} and its neighbours are fused by servers and must share a "
+                f"scheme, but: {listed}"
+            )
+    return findings

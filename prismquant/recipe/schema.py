@@ -1,0 +1,394 @@
+"""What the user wants: ordered rules over modalities, roles and names.
+
+    version: 1
+    rules:
+      - match: {modality: llm, role: [attn, mlp]}
+        weights: int4-g128
+        solver: gptq
+      - match: {name: "*.layers.0.*"}
+        weights: {bits: 8}
+
+Rules are read from top to bottom; a later rule wins field by field, also inside ``weights``,
+``activations`` and the two range rules. A layer is quantized when some rule gave it ``weights`` and none
+that came later said ``skip: true``. The same schema reads YAML and Python; every unknown key is an
+error that names its path and the key that was probably meant.
+
+The recipe knows nothing of a particular model: :mod:`prismquant.pipeline.plan` lays it over one.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from prismquant.algorithms.table import SOLVERS, build_solver
+from prismquant.errors import PrismQuantError, RecipeError, suggest
+from prismquant.formats.spec import NumberSpec, spec
+from prismquant.models.arch import Modality
+from prismquant.numerics.ranges import RangeRule
+
+Fields = dict[str, Any]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Match(_Strict):
+    """Which layers a rule speaks of: all the criteria given must hold; in a list, any entry may.
+
+    Attributes:
+        modality: ``vision``, ``projector`` or ``llm``.
+        role: What the layer does, e.g. ``attn.qkv``; a dotted prefix such as ``attn`` matches all below it.
+        name: The module path, as a glob or, after ``re:``, a regular expression for the whole path.
+    """
+
+    modality: tuple[Modality, ...] = ()
+    role: tuple[str, ...] = ()
+    name: tuple[str, ...] = ()
+
+    @field_validator("modality", "role", "name", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("name")
+    @classmethod
+    def _patterns_compile(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            _name_regex(pattern)
+        return patterns
+
+    def matches(self, *, modality: str, role: str, name: str) -> bool:
+        """Whether a layer with these properties is meant."""
+        return (
+            (not self.modality or modality in self.modality)
+            and (not self.role or any(role == r or role.startswith(f"{r}.") for r in self.role))
+            and (not self.name or any(_name_regex(p).fullmatch(name) for p in self.name))
+        )
+
+
+class Rule(_Strict):
+    """One statement of a recipe. Fields left out keep what earlier rules said.
+
+    Attributes:
+        match: Which layers; left out, all.
+        weights: A format's name (``int4-g128``) or fields of one, e.g. ``{bits: 4, group_size: 64}``.
+        activations: Likewise for the layer's input; ``none`` keeps it in floating point.
+        solver: The method that chooses the codes: ``rtn`` or ``gptq``.
+        options: That method's options. A rule that names another solver starts from its defaults.
+        weight_range: How a weight's range is chosen: ``minmax``, ``mse``, ``percentile``, or its fields.
+        activation_range: Likewise for static activations, ``ema`` too.
+        group_fallback: What to do where the group size does not divide the layer's inputs: ``error``,
+            or ``channel`` for one scale a row.
+        skip: ``true`` leaves the layer alone.
+    """
+
+    match: Match = Match()
+    weights: Fields | None = None
+    activations: Fields | Literal["none"] | None = None
+    solver: str | None = None
+    options: Fields | None = None
+    weight_range: Fields | None = None
+    activation_range: Fields | None = None
+    group_fallback: Literal["error", "channel"] | None = None
+    skip: bool | None = None
+
+    @field_validator("weights", "activations", mode="before")
+    @classmethod
+    def _format_fields(cls, value: Any) -> Any:
+        if value is None or value == "none":
+            return value
+        if isinstance(value, str):
+            return spec(value).to_dict()
+        return _known_fields(value, NumberSpec, "number format")
+
+    @field_validator("weight_range", "activation_range", mode="before")
+    @classmethod
+    def _range_fields(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        fields = {"kind": value} if isinstance(value, str) else value
+        return _known_fields(fields, RangeRule, "range rule")
+
+    @field_validator("solver")
+    @classmethod
+    def _known_solver(cls, value: str | None) -> str | None:
+        if value is not None and value not in SOLVERS:
+            raise ValueError(f"unknown solver {value!r}; {suggest(value, SOLVERS)}")
+        return value
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Rule:
+        if not self.model_fields_set - {"match"}:
+            raise ValueError("the rule sets nothing")
+        return self
+
+
+class Calibration(_Strict):
+    """How statistics are gathered.
+
+    Attributes:
+        samples: At most so many calibration samples, spread over the kinds that are present.
+        batch_size: Samples run together.
+        seed: Chooses the samples when there are more than ``samples``.
+        sequential: Later layers of a block see the block's earlier layers quantized.
+        propagate_weights: The next block sees this block's quantized weights.
+        propagate_activations: The next block sees this block's quantized activations.
+    """
+
+    samples: int = Field(default=128, ge=1)
+    batch_size: int = Field(default=8, ge=1)
+    seed: int = 0
+    sequential: bool = True
+    propagate_weights: bool = True
+    propagate_activations: bool = True
+
+
+class Recipe(_Strict):
+    """Ordered rules and how to calibrate. See the module's text for the grammar.
+
+    Attributes:
+        version: Of the grammar; 1.
+        name: What tables call it.
+        rules: Later ones win.
+        calibration: How statistics are gathered.
+    """
+
+    version: Literal[1] = 1
+    name: str = "custom"
+    rules: tuple[Rule, ...] = Field(min_length=1)
+    calibration: Calibration = Calibration()
+
+    def with_rules(self, *rules: Mapping[str, Any], name: str | None = None) -> Recipe:
+        """This recipe with more rules after its own."""
+        body = self.to_dict()
+        body["rules"] = [*body["rules"], *rules]
+        return parse_recipe(body | ({"name": name} if name else {}), source=self.name)
+
+    def with_calibration(self, **changes: int | bool) -> Recipe:
+        """This recipe with other calibration settings."""
+        body = self.to_dict()
+        return parse_recipe(
+            body | {"calibration": body.get("calibration", {}) | changes}, source=self.name
+        )
+
+    def to_dict(self) -> Fields:
+        """What :func:`parse_recipe` reads back: JSON types only, nothing that was left out."""
+        return self.model_dump(mode="json", exclude_unset=True) | {"version": 1, "name": self.name}
+
+    def to_yaml(self) -> str:
+        """The recipe as a YAML file."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+class Setting(_Strict):
+    """What the rules, merged, say of one layer.
+
+    Attributes:
+        rules: Indices of the rules that matched, in order.
+        weights: The weight's number format; None leaves the layer alone.
+        activations: The input's number format; None keeps floating point.
+        solver: The method's name.
+        options: Its options.
+        weight_range: How the weight's range is chosen.
+        activation_range: How a static activation's range is chosen.
+        group_fallback: What to do where a group size does not divide.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    rules: tuple[int, ...]
+    weights: NumberSpec | None
+    activations: NumberSpec | None
+    solver: str
+    options: Fields
+    weight_range: RangeRule
+    activation_range: RangeRule
+    group_fallback: Literal["error", "channel"]
+
+
+def resolve(recipe: Recipe, *, modality: str, role: str, name: str) -> Setting:
+    """Merge all the rules that match one layer; later ones win field by field.
+
+    Raises:
+        RecipeError: The merged fields make no number format, range rule or solver; the message names
+            the layer and the rules that took part.
+    """
+    merged: Fields = {"solver": "gptq", "options": {}, "group_fallback": "error", "skip": False}
+    matched: list[int] = []
+    for index, rule in enumerate(recipe.rules):
+        if rule.match.matches(modality=modality, role=role, name=name):
+            matched.append(index)
+            _merge(merged, rule)
+    if merged["skip"]:
+        merged["weights"] = None
+    try:
+        return _setting(merged, tuple(matched))
+    except (PrismQuantError, TypeError, ValueError) as error:
+        numbers = ", ".join(f"rules[{i}]" for i in matched)
+        what = error.what if isinstance(error, PrismQuantError) else str(error)
+        raise RecipeError(
+            what,
+            where=f"{name} ({modality}, {role}), set by {numbers} of recipe {recipe.name!r}",
+            remedy=getattr(error, "remedy", None),
+        ) from error
+
+
+def load_recipe(source: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
+    """A recipe from a preset's name, a YAML file, a dictionary, or a recipe.
+
+    Raises:
+        RecipeError: No such preset or file, or the content does not fit the grammar.
+    """
+    from prismquant.recipe.presets import PRESETS
+
+    if isinstance(source, Recipe):
+        return source
+    if isinstance(source, Mapping):
+        return parse_recipe(source, source="recipe")
+    if str(source) in PRESETS:
+        return parse_recipe(PRESETS[str(source)] | {"name": str(source)}, source=str(source))
+    path = Path(source)
+    if not path.is_file():
+        raise RecipeError(
+            f"no preset and no file is called {str(source)!r}", remedy=suggest(str(source), PRESETS)
+        )
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"not valid YAML: {error}", where=str(path)) from error
+    if not isinstance(content, Mapping):
+        raise RecipeError(
+            "the file holds no mapping with a key 'rules'",
+            where=str(path),
+            remedy="begin with `version: 1` and `rules:`",
+        )
+    return parse_recipe({"name": path.stem, **content}, source=str(path))
+
+
+def parse_recipe(content: Mapping[str, Any], *, source: str) -> Recipe:
+    """Check a dictionary against the grammar.
+
+    Args:
+        content: As read from YAML or written in Python.
+        source: Named in errors.
+
+    Raises:
+        RecipeError: One error that lists everything that is wrong, each with its path.
+    """
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        findings = [_finding(item) for item in error.errors()]
+        raise RecipeError(
+            "the recipe is not valid:\n" + "\n".join(f"  - {line}" for line in findings), where=source
+        ) from error
+    except PrismQuantError as error:
+        raise RecipeError(error.what, where=source, remedy=error.remedy) from error
+
+
+def _merge(merged: Fields, rule: Rule) -> None:
+    if rule.solver is not None and rule.solver != merged["solver"]:
+        merged["solver"] = rule.solver
+        merged["options"] = {}
+    for key in ("weights", "activations", "weight_range", "activation_range", "options"):
+        value = getattr(rule, key)
+        if value == "none":
+            merged[key] = None
+        elif value is not None:
+            merged[key] = {**(merged.get(key) or {}), **value}
+    if rule.weights is not None:
+        merged["skip"] = False
+    if rule.group_fallback is not None:
+        merged["group_fallback"] = rule.group_fallback
+    if rule.skip is not None:
+        merged["skip"] = rule.skip
+
+
+def _setting(merged: Fields, matched: tuple[int, ...]) -> Setting:
+    weights, activations = merged.get("weights"), merged.get("activations")
+    setting = Setting(
+        rules=matched,
+        weights=NumberSpec.from_dict(_coherent(weights)) if weights else None,
+        activations=NumberSpec.from_dict(_coherent(activations)) if weights and activations else None,
+        solver=merged["solver"],
+        options=merged["options"],
+        weight_range=RangeRule(**(merged.get("weight_range") or {})),
+        activation_range=RangeRule(**(merged.get("activation_range") or {})),
+        group_fallback=merged["group_fallback"],
+    )
+    if setting.weights is not None:
+        build_solver(setting.solver, setting.options)
+        _check_formats(setting)
+    return setting
+
+
+def _coherent(fields: Fields) -> Fields:
+    """A later ``granularity: channel`` drops the group size that an earlier rule had set."""
+    if fields.get("granularity") not in (None, "group"):
+        return {key: value for key, value in fields.items() if key != "group_size"}
+    if fields.get("group_size") is not None:
+        return {**fields, "granularity": "group"}
+    return fields
+
+
+def _check_formats(setting: Setting) -> None:
+    weights, activations = setting.weights, setting.activations
+    if weights is not None and (weights.dynamic or weights.granularity == "token"):
+        raise RecipeError("weights are neither dynamic nor scaled per token")
+    if weights is not None and setting.weight_range.kind == "ema":
+        raise RecipeError("a weight has no running range: 'ema' is for activations")
+    if activations is None:
+        return
+    if activations.granularity == "token" and not activations.dynamic:
+        raise RecipeError(
+            "per-token scales are only known at run time",
+            remedy="set dynamic: true, or granularity: tensor for static scales",
+        )
+    if activations.granularity not in ("token", "tensor"):
+        raise RecipeError(
+            f"activations with {activations.granularity} scales are not supported",
+            remedy="use granularity tensor (static) or token (dynamic)",
+        )
+    if activations.granularity == "tensor" and activations.dynamic:
+        raise RecipeError("dynamic activations have one scale a token: set granularity: token")
+
+
+def _known_fields(value: Any, kind: type, what: str) -> Fields:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"expected a name or a mapping, found {value!r}")
+    known = kind.__dataclass_fields__  # type: ignore[attr-defined]
+    for key in value:
+        if key not in known:
+            raise ValueError(f"unknown key {key!r} of a {what}; {suggest(str(key), known)}")
+    return dict(value)
+
+
+def _name_regex(pattern: str) -> re.Pattern[str]:
+    expression = pattern[3:] if pattern.startswith("re:") else fnmatch.translate(pattern)
+    try:
+        return re.compile(expression)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+
+
+def _finding(item: Any) -> str:
+    path = ".".join(str(part) for part in item["loc"]) or "recipe"
+    if item["type"] == "extra_forbidden":
+        return f"{path}: unknown key; {suggest(str(item['loc'][-1]), _keys_at(item['loc']))}"
+    return f"{path}: {item['msg'].removeprefix('Value error, ')}"
+
+
+def _keys_at(location: Sequence[Any]) -> Iterable[str]:
+    names = [part for part in location[:-1] if isinstance(part, str)]
+    model: type[BaseModel] = {"rules": Rule, "match": Match, "calibration": Calibration}.get(
+        names[-1] if names else "", Recipe
+    )
+    return model.model_fields

@@ -1,0 +1,78 @@
+"""Telling a person how far a run is: block, stage, loss, memory, time left."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from prismquant.pipeline.checkpoint import StepRecord, peak_memory_bytes
+
+
+class ProgressReporter:
+    """A progress bar on a console; use it as a context manager around a run.
+
+    Args:
+        console: Where to draw. On anything but a terminal, each finished step is printed as one line.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[memory]}"),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task = self._progress.add_task("starting", total=None, memory="")
+
+    def __enter__(self) -> ProgressReporter:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def begin(self, steps: int) -> None:
+        """The run has so many steps."""
+        self._progress.update(self._task, total=steps)
+
+    def stage(self, step: str, what: str) -> None:
+        """A stage of a step begins."""
+        memory = f"{peak_memory_bytes() / 2**20:.0f} MiB peak"
+        self._progress.update(self._task, description=f"{step}: {what}", memory=memory)
+
+    def finish(self, record: StepRecord) -> None:
+        """A step is done: one line with its layers and their summed loss."""
+        self._progress.advance(self._task)
+        if not record.layers:
+            return
+        loss = sum(layer.loss for layer in record.layers)
+        fallbacks = sum("fallback" in layer.notes for layer in record.layers)
+        tail = f", {fallbacks} fell back" if fallbacks else ""
+        self._console.print(
+            f"{record.name}: {len(record.layers)} layers, loss {loss:.4g}, "
+            f"{record.seconds:.1f} s, {peak_memory_bytes() / 2**20:.0f} MiB peak{tail}",
+            highlight=False,
+        )

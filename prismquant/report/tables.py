@@ -1,0 +1,212 @@
+"""Tables of results, for the terminal and for Markdown.
+
+A table is made in two steps: figures to rows of text, rows to :class:`rich.table.Table` or to
+Markdown, so that both always say the same. Nothing is printed here. Results of evaluations come as
+the plain dictionaries of ``Fidelity.to_dict()``, as they also stand in a run's record.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+NOTHING = "-"
+_KINDS = ("text", "image", "video")
+_CLASSES = {"answer": "answers", "text": "other text", "vision": "vision"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of a comparison; None stands for what was not measured.
+
+    Attributes:
+        name: E.g. ``float``, ``RTN W4``.
+        exact_match: Share of right answers, 0 to 1.
+        by_kind: The same for each kind of sample.
+        nll: Mean negative log-likelihood of an answer token, in nats.
+        kl: Mean KL divergence from the reference on answer tokens, in nats.
+        kl_error: Its standard error.
+        top1: Share of answer tokens on which both agree, 0 to 1.
+        size: Bytes of the checkpoint's tensors.
+        generated_match: Share of answers whose decoded text is right.
+    """
+
+    name: str
+    exact_match: float | None = None
+    by_kind: Mapping[str, float | None] = field(default_factory=dict)
+    nll: float | None = None
+    kl: float | None = None
+    kl_error: float | None = None
+    top1: float | None = None
+    size: int | None = None
+    generated_match: float | None = None
+
+
+def variant(name: str, result: Mapping[str, Any], *, size: int | None = None) -> Variant:
+    """A row from the dictionary of an evaluation."""
+    overall = result["overall"]
+    answers = overall["divergence"].get("answer", {})
+    return Variant(
+        name=name,
+        exact_match=overall["exact_match"],
+        by_kind={kind: figures["exact_match"] for kind, figures in result["by_kind"].items()},
+        nll=overall["nll_token"],
+        kl=answers.get("kl"),
+        kl_error=answers.get("kl_error"),
+        top1=answers.get("top1"),
+        size=size,
+        generated_match=overall["generated_match"],
+    )
+
+
+def reference_variant(name: str, result: Mapping[str, Any], *, size: int | None = None) -> Variant:
+    """A row for the reference that the dictionary of an evaluation also measured."""
+    overall = result["overall"]
+    return Variant(
+        name=name,
+        exact_match=overall["reference_exact_match"],
+        by_kind={k: figures["reference_exact_match"] for k, figures in result["by_kind"].items()},
+        nll=overall["reference_nll_token"],
+        size=size,
+        generated_match=overall["reference_generated_match"],
+    )
+
+
+def comparison_table(variants: Sequence[Variant], *, title: str | None = None) -> Table:
+    """One row for each variant: exact match by kind, likelihood, divergence, agreement, size."""
+    return rich_table(*_comparison(variants), title=title)
+
+
+def comparison_markdown(variants: Sequence[Variant]) -> str:
+    """The same as :func:`comparison_table`, in Markdown."""
+    return markdown_table(*_comparison(variants))
+
+
+def detail_table(result: Mapping[str, Any], *, title: str | None = None) -> Table:
+    """One evaluation by kind of sample, by type of task, and by class of tokens."""
+    return rich_table(*_details(result), title=title)
+
+
+def detail_markdown(result: Mapping[str, Any]) -> str:
+    """The same as :func:`detail_table`, in Markdown."""
+    return markdown_table(*_details(result))
+
+
+def rich_table(
+    headers: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None
+) -> Table:
+    """A table whose first column is text and whose others are figures."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for number, header in enumerate(headers):
+        table.add_column(header, justify="right" if number else "left", no_wrap=bool(number))
+    for row in rows:
+        # rich would take brackets in names for markup.
+        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+    return table
+
+
+def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in GitHub's Markdown, its columns aligned for reading as plain text."""
+    escaped = [[cell.replace("|", r"\|") for cell in row] for row in (headers, *rows)]
+    widths = [max(3, *(len(row[column]) for row in escaped)) for column in range(len(headers))]
+    lines = [
+        "| "
+        + " | ".join(
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        + " |"
+        for row in escaped
+    ]
+    rule = ["-" * (width - 1) + ":" if column else "-" * width for column, width in
+    enumerate(widths)] lines.insert(1, "| " + " | ".join(rule) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def format_share(value: float | None) -> str:
+    """A share as percent with one decimal, e.g. ``91.3 %``."""
+    return NOTHING if value is None else f"{100 * value:.1f} %"
+
+
+def format_figure(value: float | None, error: float | None = None) -> str:
+    """A figure with three significant digits, and its error in the same unit, e.g. ``0.0123 ± 0.0004``."""
+    if value is None:
+        return NOTHING
+    text = _three_digits(value)
+    if error is None:
+        return text
+    if "e" in text:
+        return f"{text} ± {_three_digits(error)}"
+    places = len(text.partition(".")[2])
+    return f"{text} ± {error:.{places}f}"
+
+
+def format_bytes(size: int | None) -> str:
+    """A size in binary units with three digits, e.g. ``1.95 GiB``."""
+    if size is None:
+        return NOTHING
+    if size < 1024:
+        return f"{size} B"
+    value, unit = float(size), "B"
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
+        value /= 1024
+        # Not 1024: what is rounded to three digits must not read 1000.
+        if value < 999.5:
+            break
+    return f"{value:.3g} {unit}"
+
+
+def _three_digits(value: float) -> str:
+    if value == 0:
+        return "0"
+    if not 1e-5 <= abs(value) < 1e4:
+        return f"{value:.2e}"
+    exponent = int(f"{value:.2e}".partition("e")[2])
+    return f"{value:.{max(0, 2 - exponent)}f}"
+
+
+def _comparison(variants: Sequence[Variant]) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows. Columns that no variant fills are left out."""
+    seen = {kind for row in variants for kind in row.by_kind}
+    kinds = [kind for kind in _KINDS if kind in seen] + sorted(seen - set(_KINDS))
+    columns: list[tuple[str, list[str]]] = [
+        ("variant", [row.name for row in variants]),
+        ("exact match", [format_share(row.exact_match) for row in variants]),
+        *((kind, [format_share(row.by_kind.get(kind)) for row in variants]) for kind in kinds),
+        ("decoded match", [format_share(row.generated_match) for row in variants]),
+        ("NLL / token", [format_figure(row.nll) for row in variants]),
+        ("KL / token", [format_figure(row.kl, row.kl_error) for row in variants]),
+        ("top-1", [format_share(row.top1) for row in variants]),
+        ("size", [format_bytes(row.size) for row in variants]),
+    ]
+    used = [(header, cells) for header, cells in columns if any(cell != NOTHING for cell in cells)]
+    rows = [list(cells) for cells in zip(*(cells for _, cells in used), strict=True)]
+    return [header for header, _ in used], rows
+
+
+def _details(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    groups = [("all", result["overall"])]
+    groups += [(kind, result["by_kind"][kind]) for kind in _KINDS if kind in result["by_kind"]]
+    groups += [(f"  {name}", figures) for name, figures in result["by_type"].items()]
+    compared = [name for name in _CLASSES if name in result["overall"]["divergence"]]
+    headers = ["samples of", "number", "exact match"]
+    headers += ["reference"] if compared else []
+    headers += ["NLL / token"]
+    for name in compared:
+        headers += [f"KL, {_CLASSES[name]}", "top-1"]
+    rows = []
+    for name, figures in groups:
+        row = [name, str(figures["samples"]), format_share(figures["exact_match"])]
+        row += [format_share(figures["reference_exact_match"])] if compared else []
+        row += [format_figure(figures["nll_token"])]
+        for token_class in compared:
+            part = figures["divergence"].get(token_class, {})
+            row += [format_figure(part.get("kl"), part.get("kl_error")),
+            format_share(part.get("top1"))]
+        rows.append(row)
+    return headers, rows

@@ -1,0 +1,1 @@
+"""What a quantized layer is at run time."""

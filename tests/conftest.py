@@ -1,0 +1,48 @@
+"""Fixtures that all tests share: one thread, and small checkpoints that are built once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_vlm
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``tiny(family, **options)``: folder of a small checkpoint; equal arguments share one folder.
+
+    Tests must not write to it; they copy it first.
+    """
+    built: dict[str, Path] = {}
+
+    def get(family: str, **options: Any) -> Path:
+        key = repr((family, sorted(options.items(), key=lambda item: item[0])))
+        if key not in built:
+            built[key] = tiny_vlm.build(family, tmp_path_factory.mktemp(family), **options)
+        return built[key]
+
+    return get
+
+
+@pytest.fixture(scope="session", params=tiny_vlm.FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """Every family in turn."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(family: str, tiny: Callable[..., Path]) -> Path:
+    """A small checkpoint of every family in turn."""
+    return tiny(family)
+
+
+@pytest.fixture(scope="session")
+def calibration_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL file of two texts, two pictures and two clips."""
+    return tiny_vlm.samples(tmp_path_factory.mktemp("calibration"))
