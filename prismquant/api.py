@@ -109,7 +109,7 @@ def quantize(
             identity=_identity(plan, bound, samples, f"{target.type} {arithmetic}"),
             model=str(model),
             calibration=str(calibration or ""),
-            samples=Counter(sample.kind for sample in samples),
+            samples=dict(Counter(sample.kind for sample in samples)),
             environment=environment(),
         ),
         plan,

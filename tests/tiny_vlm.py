@@ -1,8 +1,9 @@
 """Small random models of every family, saved as real checkpoints, and small calibration files.
 
-The models are built from a config, so that their code is that of transformers; widths are multiples of
-128 where a group size of 128 is to fit. Weights are drawn so that nothing is trivially zero or one:
-biases are non-zero and norms scatter around one. A local word-level tokenizer with Qwen's special
+The models are built from a config, so that their code is that of transformers; widths are multiples
+of 128 where a group size of 128 is to fit. Weights are drawn so that nothing is trivially zero or
+one: biases are non-zero and norms scatter around one. A local word-level tokenizer with Qwen's
+    special
 tokens, a chat template and real image and video processors lie beside the weights.
 """
 
@@ -10,9 +11,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image, ImageDraw
@@ -22,6 +21,10 @@ from prismquant.models.arch import known_archs
 from prismquant.models.bind import import_transformers
 from prismquant.models.names import NameMap
 from prismquant.storage import write_json, write_tensors, write_text
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "video_llama_3")
 
@@ -298,7 +301,9 @@ def _write_tokenizer(folder: Path, family: str, transformers: Any) -> None:
         unk_token="<unk>",
         padding_side="left",
     )
-    start, end = ("", "\\n") if family == "video_llama_3" else ("<|vision_start|>", "<|vision_end|>")
+    start, end = "<|vision_start|>", "<|vision_end|>"
+    if family == "video_llama_3":
+        start, end = "", "\\n"
     template = _CHAT_TEMPLATE.replace("IMAGE", f"'{start}<|image_pad|>{end}'")
     fast.chat_template = template.replace("VIDEO", f"'{start}<|video_pad|>{end}'")
     fast.save_pretrained(folder)
@@ -331,16 +336,17 @@ def _write_processors(folder: Path, family: str, transformers: Any) -> None:
 
 
 def _write_remote(folder: Path, config: Any) -> None:
-    """config.json and preprocessor_config.json in the form of the original VideoLLaMA3 repositories."""
+    """Write both config files as the original VideoLLaMA3 repositories have them."""
     text, vision = config.text_config, config.vision_config
-    keys = (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-        "num_key_value_heads hidden_act max_position_embeddings rms_norm_eps bos_token_id "
-        "eos_token_id pad_token_id use_sliding_window attention_dropout"
-    ).split()
-    vision_keys = (
-        "hidden_size intermediate_size num_hidden_layers num_attention_heads patch_size".split()
-    )
+    keys = [
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act"),
+        *("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "use_sliding_window"),
+    ]
+    vision_keys = [
+        *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        "patch_size",
+    ]
     write_json(
         folder / "config.json",
         {
@@ -380,3 +386,25 @@ def _write_remote(folder: Path, config: Any) -> None:
             "rescale_factor": 1 / 255,
         },
     )
+
+
+def encode(processor: Any, path: Path) -> list[dict[str, torch.Tensor]]:
+    """Model inputs of every sample of a calibration file, one by one."""
+    result = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        messages = json.loads(line)["messages"]
+        items = [i for m in messages if isinstance(m["content"], list) for i in m["content"]]
+        images = [Image.open(path.parent / i["image"]) for i in items if i["type"] == "image"]
+        clips = [i["video"] for i in items if i["type"] == "video"]
+        videos = [[Image.open(path.parent / name) for name in clip] for clip in clips]
+        metadata = [
+            {"fps": 2.0, "total_num_frames": len(clip), "frames_indices": list(range(len(clip)))}
+            for clip in clips
+        ]
+        given: dict[str, Any] = {"images": images} if images else {}
+        if videos:
+            given |= {"videos": videos, "video_metadata": metadata, "do_sample_frames": False}
+        text = processor.apply_chat_template(messages, tokenize=False)
+        encoded = processor(text=[text], return_tensors="pt", **given)
+        result.append({k: v for k, v in encoded.items() if isinstance(v, torch.Tensor)})
+    return result

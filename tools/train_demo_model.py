@@ -92,7 +92,7 @@ class Settings:
     """What a run is made of; two runs with equal settings and threads give equal weights."""
 
     family: str
-    steps: int = 8000
+    steps: int = 6000
     width: int = 128
     layers: int = 5
     inner: int = 256
@@ -589,8 +589,9 @@ class Run:
         self.model.generation_config = transformers.GenerationConfig(
             do_sample=False, eos_token_id=ids[END], pad_token_id=ids[PAD], max_new_tokens=96
         )
-        decayed = [value for value in self.model.parameters() if value.ndim > 1]
-        plain = [value for value in self.model.parameters() if value.ndim == 1]
+        self.trained = nn.ModuleDict({"model": self.model, "probe": self.probe})
+        decayed = [value for value in self.trained.parameters() if value.ndim > 1]
+        plain = [value for value in self.trained.parameters() if value.ndim == 1]
         groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=settings.rate, betas=(0.9, 0.98))
         self.step, self.seconds = 0, 0.0
@@ -625,7 +626,7 @@ class Run:
         loss = F.cross_entropy(logits.float(), batch.targets[batch.targets >= 0])
         help_factor = max(0.0, 1 - self.step / (2 * settings.curriculum))
         (loss + help_factor * probe_loss(self.probe, features, batch.cells)).backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(self.trained.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -635,8 +636,8 @@ class Run:
         """Write the weights, the optimizer's moments and the progress."""
         folder = self.out / "training"
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"weight/{name}": value.detach() for name, value in self.model.named_parameters()}
-        for name, value in self.model.named_parameters():
+        tensors = {f"weight/{name}": value.detach() for name, value in self.trained.named_parameters()}
+        for name, value in self.trained.named_parameters():
             for key, moment in self.optimizer.state.get(value, {}).items():
                 tensors[f"{key}/{name}"] = moment
         partial = folder / "state.safetensors.partial"
@@ -653,7 +654,7 @@ class Run:
             changed = [name for name in mine if name != "steps" and mine[name] != theirs[name]]
             if changed:
                 raise SystemExit(f"cannot resume: the interrupted run had other values of {', '.join(changed)}")
-            for name, value in self.model.named_parameters():
+            for name, value in self.trained.named_parameters():
                 value.data.copy_(file.get_tensor(f"weight/{name}"))
                 self.optimizer.state[value] = {
                     key: file.get_tensor(f"{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")

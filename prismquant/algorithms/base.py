@@ -1,29 +1,33 @@
 """What a solver is given, what it returns, and what all solvers share.
 
-A problem is one input and all the layers that read it (the query, key and value projections; gate and
-up): they have one Hessian, so a solver factorizes it once. The measure of success is the same for
-every method and does not depend on how the codes were chosen:
+A problem is one input and all the layers that read it (the query, key and value projections; gate
+and up): they have one Hessian, so a solver factorizes it once. The measure of success is the same
+for every method and does not depend on how the codes were chosen:
 
     loss = trace((W - Q) H (W - Q)^T),    H = mean of x x^T over the calibration tokens
 
-which is the mean squared error of the layer's output, summed over output features; without a Hessian
-it is the squared error of the weight. Rows of a weight never interact, so it is a sum over rows.
+which is the mean squared error of the layer's output, summed over output features; without a
+Hessian it is the squared error of the weight. Rows of a weight never interact, so it is a sum over
+rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from prismquant.errors import FormatError, NumericsError, PrismQuantError
-from prismquant.formats.packed import QuantizedTensor
-from prismquant.formats.spec import NumberSpec
 from prismquant.numerics.affine import Granularity, check_finite, dequantize, quantize
 from prismquant.numerics.ranges import RangeRule, weight_scales
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from prismquant.formats.packed import QuantizedTensor
+    from prismquant.formats.spec import NumberSpec
 
 Note = float | int | str
 
@@ -37,9 +41,10 @@ class LayerProblem:
         weights: float32 ``[out_i, in]``, one for each name.
         spec: The format of all of them: static, tensor, channel or group granularity.
         range_rule: How scales are chosen.
-        scale_dtype: Dtype in which scales are stored; they are rounded to it before codes are chosen.
-        hessian: Mean of ``x x^T`` over the counted tokens, float32 ``[in, in]``, symmetric; ``None``
-            when nothing was calibrated.
+        scale_dtype: Dtype in which scales are stored; they are rounded to it before codes are
+            chosen.
+        hessian: Mean of ``x x^T`` over the counted tokens, float32 ``[in, in]``, symmetric;
+            ``None`` when nothing was calibrated.
 
     Raises:
         FormatError: The parts do not fit one another, or the format is one of activations.
@@ -64,6 +69,11 @@ class LayerProblem:
         if any(len(s) != 2 or s[1] != self.in_features or 0 in s for s in shapes):
             raise FormatError(
                 f"weights that share an input must be [out, in] with one in, not {shapes}",
+                where=self.title,
+            )
+        if any(weight.dtype != torch.float32 for weight in self.weights):
+            raise FormatError(
+                f"solvers work on float32, not {[weight.dtype for weight in self.weights]}",
                 where=self.title,
             )
         if self.spec.dynamic:
@@ -118,8 +128,8 @@ class LayerResult:
     Attributes:
         weights: One for each layer of the problem, in its order.
         losses: The module's loss of each layer.
-        baseline_losses: The loss of rounding to nearest with the same scales: what there was to gain.
-        notes: Facts for the record, about all the layers together: damping, fallbacks and the like.
+        baseline_losses: The loss of rounding to nearest with the same scales.
+        notes: Facts for the record, about all the layers together: damping, fallbacks and such.
     """
 
     weights: tuple[QuantizedTensor, ...]
@@ -164,8 +174,8 @@ def choose_scales(problem: LayerProblem, importance: Tensor | None = None) -> tu
 
     Args:
         problem: The layers.
-        importance: ``[in]``, not negative: what an error in each column costs. Only the ``mse`` rule
-            uses it.
+        importance: ``[in]``, not negative: what an error in each column costs. Only the ``mse``
+            rule uses it.
 
     Returns:
         One for each layer.
@@ -175,7 +185,7 @@ def choose_scales(problem: LayerProblem, importance: Tensor | None = None) -> tu
     """
     spec = problem.spec
     if importance is not None:
-        # Only ratios matter, and those must not overflow when powers of errors are weighed with them.
+        # Only ratios matter; as they are, the numbers could overflow when they weigh errors.
         importance = importance / importance.max().clamp_min(torch.finfo(importance.dtype).tiny)
     return tuple(
         Scales(

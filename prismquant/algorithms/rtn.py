@@ -61,7 +61,7 @@ class RTN:
                 raise NumericsError(
                     "scales cannot be weighed without calibration data",
                     where=problem.title,
-                    remedy="calibrate with data that reaches this layer, or set scale_weighting: none",
+                    remedy="add calibration data that reaches it, or set scale_weighting: none",
                 )
             importance = problem.hessian.diagonal()
         notes: dict[str, Note] = {"scale_weighting": self.scale_weighting}

@@ -1,19 +1,22 @@
 """What calibration leaves behind of a layer's input: its second moments.
 
-A :class:`HessianRecord` is a running sum of ``w x x^T`` and of ``w``; the mean is one division at the
-very end. So a token counts the same in whichever batch it comes, two records merge by addition, and
-tokens of weight 0 (padding) leave no trace, whatever they hold.
+A :class:`HessianRecord` is a running sum of ``w x x^T`` and of ``w``; the mean is one division at
+the very end. So a token counts the same in whichever batch it comes, two records merge by addition,
+and tokens of weight 0 (padding) leave no trace, whatever they hold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from prismquant.errors import DataError, NumericsError
 from prismquant.numerics.affine import check_finite
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 class HessianRecord:
@@ -49,8 +52,8 @@ class HessianRecord:
 
         Args:
             x: ``[n, in]``, any floating dtype.
-            weights: ``[n]``, not negative, bool or number; what each token counts for, by default 1.
-                Tokens of weight 0 are dropped unread.
+            weights: ``[n]``, not negative, bool or number; what each token counts for, by default
+                1. Tokens of weight 0 are dropped unread.
 
         Raises:
             NumericsError: A counted token holds NaN or an infinity, or a weight is not a finite
@@ -107,7 +110,7 @@ class HessianRecord:
             raise NumericsError(
                 "no calibration token has reached this layer",
                 where=self.name,
-                remedy="add calibration samples of the modality that passes it, or quantize it with rtn",
+                remedy="add calibration samples of the modality that passes it, or use solver: rtn",
             )
         mean = self._sum / self._count
         # The two halves are summed in different orders; their average is the same for both.
@@ -121,16 +124,14 @@ class HessianRecord:
         return mean
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that :meth:`from_state_dict` needs: ``sum`` ``[in, in]`` and ``count`` ``[]``."""
+        """What :meth:`from_state_dict` needs: ``sum`` ``[in, in]`` and ``count`` ``[]``."""
         return {
             "sum": self._sum.clone(),
             "count": torch.tensor(self._count, dtype=torch.float64),
         }
 
     @classmethod
-    def from_state_dict(
-        cls, state: Mapping[str, Tensor], name: str | None = None
-    ) -> HessianRecord:
+    def from_state_dict(cls, state: Mapping[str, Tensor], name: str | None = None) -> HessianRecord:
         """Restore a record.
 
         Args:
@@ -163,5 +164,7 @@ class HessianRecord:
             )
         weights = weights.to(torch.float32)
         if not bool(((weights >= 0) & torch.isfinite(weights)).all()):
-            raise NumericsError("a token's weight must be a finite number from 0 on", where=self.name)
+            raise NumericsError(
+                "a token's weight must be a finite number from 0 on", where=self.name
+            )
         return weights

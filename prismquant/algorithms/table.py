@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import importlib
 import typing
-from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Literal, cast
 
 from prismquant.algorithms.base import Solver
 from prismquant.errors import RecipeError, suggest
+
+if typing.TYPE_CHECKING:
+    from collections.abc import Mapping
 
 SOLVERS: Mapping[str, str] = {
     "gptq": "prismquant.algorithms.gptq:GPTQ",

@@ -81,7 +81,7 @@ WORDS: tuple[str, ...] = (
 )
 
 _RADII: dict[str, tuple[float, float]] = {"small": (4.0, 4.8), "large": (6.1, 7.2)}
-_PAINT_SIGMA = 15.0
+_PAINT_SIGMA = 17.0
 _PIXEL_SIGMA = 7.0
 _AXIS: Field = np.arange(FRAME_PIXELS, dtype=np.float32) + np.float32(0.5)
 

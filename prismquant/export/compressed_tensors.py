@@ -297,10 +297,11 @@ def _layer_tensors(layer: SolvedLayer) -> dict[str, Tensor]:
         values = layer.weight.dequantize(layer.weight.scale.dtype).reshape(row.site.weight_shape)
         return {f"{prefix}.weight": values}
     tensors = {f"{prefix}.{k}": v for k, v in pack(layer.weight, row.layout).items()}
+    # Layers that share an input share its scale in memory; on disk each has its own.
     if layer.input_scale is not None:
-        tensors[f"{prefix}.input_scale"] = layer.input_scale
+        tensors[f"{prefix}.input_scale"] = layer.input_scale.clone()
     if layer.input_zero_point is not None:
-        tensors[f"{prefix}.input_zero_point"] = layer.input_zero_point
+        tensors[f"{prefix}.input_zero_point"] = layer.input_zero_point.clone()
     return tensors
 
 

@@ -253,7 +253,10 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     period = 8 // math.gcd(8, bits)
     cycles = -(-columns // period)
     width = cycles * (period * bits // 8)
-    stream = torch.zeros(rows, words * _WORD_BYTES, dtype=torch.uint8, device=codes.device)
+    packed = torch.zeros(rows, words, dtype=torch.int32, device=codes.device)
+    if codes.numel() == 0:
+        return packed
+    stream = packed.view(torch.uint8)
     for piece in _row_slices(rows, columns):
         offset = _to_offset_binary(codes[piece], bits)
         if cycles * period != columns:
@@ -262,7 +265,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
         # The last cycle may run over the end of the last word, with padding only.
         kept = min(width, words * _WORD_BYTES)
         stream[piece, :kept] = filled[:, :kept]
-    return _bytes_to_words(stream)
+    return packed if _little_endian(packed) else _swap_bytes(stream).view(torch.int32)
 
 
 def unpack_bits(packed: Tensor, bits: int, rows: int, columns: int) -> Tensor:
@@ -339,17 +342,20 @@ def _from_offset_binary(offset: Tensor, bits: int) -> Tensor:
     return (offset - (1 << (bits - 1))).view(torch.int8)
 
 
-def _bytes_to_words(stream: Tensor) -> Tensor:
-    if sys.byteorder == "big" and stream.device.type == "cpu":
-        stream = stream.view(*stream.shape[:-1], -1, _WORD_BYTES).flip(-1).flatten(-2)
-    return stream.contiguous().view(torch.int32)
-
-
 def _words_to_bytes(words: Tensor) -> Tensor:
+    """int32 ``[rows, words]`` -> uint8 ``[rows, 4 words]``, least significant byte first."""
     stream = words.contiguous().view(torch.uint8)
-    if sys.byteorder == "big" and stream.device.type == "cpu":
-        stream = stream.view(*stream.shape[:-1], -1, _WORD_BYTES).flip(-1).flatten(-2)
-    return stream
+    return stream if _little_endian(words) else _swap_bytes(stream)
+
+
+def _little_endian(x: Tensor) -> bool:
+    """Accelerators are; a CPU need not be."""
+    return x.device.type != "cpu" or sys.byteorder == "little"
+
+
+def _swap_bytes(stream: Tensor) -> Tensor:
+    """Reverse the bytes of every word."""
+    return stream.unflatten(-1, (-1, _WORD_BYTES)).flip(-1).flatten(-2)
 
 
 def _row_slices(rows: int, columns: int) -> list[slice]:

@@ -1,9 +1,9 @@
 """What an architecture is: towers, sites and edges, as data.
 
-One TOML file in ``archs/`` describes one model family. It says which modules can be quantized (sites),
-in which order they run, what shares an input, what must share a scheme because servers fuse it, which
-float rescalings leave the function unchanged (edges), and how checkpoints name their tensors (layouts).
-There is no code per model: a new family is a new file.
+One TOML file in ``archs/`` describes one model family. It says which modules can be quantized
+(sites), in which order they run, what shares an input, what must share a scheme because servers
+fuse it, which float rescalings leave the function unchanged (edges), and how checkpoints name their
+tensors (layouts). There is no code per model: a new family is a new file.
 
 Loading is strict. An unknown key, a missing key or a reference to a site that does not exist is a
 :class:`~prismquant.errors.ModelError` that names the file and the key.
@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import functools
 import tomllib
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prismquant.errors import ModelError, suggest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
 
 _FOLDER = Path(__file__).parent / "archs"
 _E = TypeVar("_E", bound=StrEnum)
@@ -37,7 +39,7 @@ class SiteKind(StrEnum):
     """How a site's weight becomes a matrix."""
 
     LINEAR = "linear"
-    # A convolution whose kernel equals its stride reads disjoint patches: as a matrix it is a reshape.
+    # A convolution whose kernel equals its stride reads disjoint patches: a reshaped matrix.
     PATCH_CONV = "patch_conv"
 
 
@@ -46,9 +48,9 @@ class EdgeKind(StrEnum):
 
     # norm weight (and bias) times s, consumer columns divided by s
     NORM = "norm"
-    # producer rows (and bias) times s, consumer columns divided by s; only elementwise products between
+    # producer rows (and bias) times s, consumer columns divided by s; only products in between
     LINEAR = "linear"
-    # value projection rows times s, output projection columns divided by s; grouped heads share values
+    # value rows times s, output projection columns divided by s; grouped heads share values
     VALUE = "value"
 
 
@@ -57,7 +59,8 @@ class Site:
     """One quantizable layer, relative to the module that a step runs.
 
     Attributes:
-        role: What the layer does, e.g. ``attn.qkv.q``; recipes match it exactly or by dotted prefix.
+        role: What the layer does, e.g. ``attn.qkv.q``; recipes match it exactly or by dotted
+            prefix.
         path: Module path relative to the step's module.
         kind: Linear layer or patch convolution.
         stage: Order inside the step; sites of one stage are calibrated in one pass.
@@ -75,14 +78,17 @@ class Site:
 
 @dataclass(frozen=True)
 class Edge:
-    """Two ends between which scale can move. Paths are relative to the step, or absolute in an ArchSpec.
+    """Two ends between which scale can move.
+
+    Paths are relative to the step's module, or absolute where an :class:`ArchSpec` holds the edge.
 
     Attributes:
         kind: What the ends are.
         norm: The norm at the upper end, for kind ``norm``.
         producer: The linear at the upper end, for the other kinds.
         consumers: All linears that read the upper end's output; the list is complete.
-        part: ``v`` when the producer is a fused query-key-value layer, of which the last third counts.
+        part: ``v`` when the producer is a fused query-key-value layer, of which the last third
+            counts.
     """
 
     kind: EdgeKind
@@ -110,7 +116,8 @@ class Tower:
         entry_sites: Sites of the entry, relative to it.
         sites: Sites of every block or module, relative to it.
         edges: Edges of every block or module, relative to it.
-        heads: Config key of the number of attention heads, e.g. ``text_config.num_attention_heads``.
+        heads: Config key of the number of attention heads, e.g.
+            ``text_config.num_attention_heads``.
         kv_heads: Config key of the number of key and value heads; ``heads`` when absent.
     """
 
@@ -132,8 +139,8 @@ class Layout:
 
     Attributes:
         name: Short name for messages.
-        rewrites: ``(disk prefix, module prefix)`` pairs of whole dotted parts; the longest match wins.
-            Empty means that names are module paths already.
+        rewrites: ``(disk prefix, module prefix)`` pairs of whole dotted parts; the longest match
+            wins. Empty means that names are module paths already.
     """
 
     name: str
@@ -144,8 +151,8 @@ class Layout:
 class Inference:
     """How a missing config value follows from the safetensors headers or from another value.
 
-    Exactly one of three forms: the size of ``tensor`` along ``axis``; the ``count`` of numbered members
-    below a path; or the value of key ``divide`` divided by ``by``.
+    Exactly one of three forms: the size of ``tensor`` along ``axis``; the ``count`` of numbered
+    members below a path; or the value of key ``divide`` divided by ``by``.
     """
 
     tensor: str | None = None
@@ -200,7 +207,8 @@ class ProcessorMap:
     Attributes:
         hf_class, image_class, video_class: Native classes.
         keys: Keys copied from preprocessor_config.json to both image and video processor.
-        min_tokens, max_tokens: Keys that hold a size in visual tokens; multiplied by the pixels of a token.
+        min_tokens, max_tokens: Keys that hold a size in visual tokens; multiplied by the pixels of
+            a token.
         chat_template: Jinja template that writes one placeholder per image or video.
     """
 
@@ -225,7 +233,8 @@ class ArchSpec:
         towers: In calibration order.
         head: Module path of the output projection; a site with role ``lm_head``.
         embeddings: Module path of the token embedding, to which the head may be tied.
-        input_groups: Names of the vision inputs, one group per call of the vision tower, in call order.
+        input_groups: Names of the vision inputs, one group per call of the vision tower, in call
+            order.
         vision_token_ids: Config keys of the ids of image and video placeholders.
         layouts: The first is assumed when a folder has no weights.
         edges: Edges between steps, with absolute paths.
@@ -277,11 +286,12 @@ def load_arch(path: Path) -> ArchSpec:
     """Read one architecture file.
 
     Args:
-        path: A TOML file; its stem is the architecture's name. ``extends`` names a sibling file whose
-            keys hold where this one does not set them.
+        path: A TOML file; its stem is the architecture's name. ``extends`` names a sibling file
+            whose keys hold where this one does not set them.
 
     Raises:
-        ModelError: The file is not TOML, has unknown, missing or mistyped keys, or contradicts itself.
+        ModelError: The file is not TOML, has unknown, missing or mistyped keys, or contradicts
+            itself.
     """
     data = _read_toml(path)
     parent = data.pop("extends", None)
@@ -326,11 +336,12 @@ class _Table:
         return value
 
     def maybe_text(self, key: str) -> str | None:
-        return self.text(key) if key in self._data else self._absent(key)
+        self._read.add(key)
+        return self.text(key) if key in self._data else None
 
     def number(self, key: str, default: int | None = None) -> int:
         if key not in self._data and default is not None:
-            self._absent(key)
+            self._read.add(key)
             return default
         value = self._take(key)
         if not isinstance(value, int) or isinstance(value, bool):
@@ -339,7 +350,7 @@ class _Table:
 
     def texts(self, key: str, default: tuple[str, ...] | None = None) -> tuple[str, ...]:
         if key not in self._data and default is not None:
-            self._absent(key)
+            self._read.add(key)
             return default
         value = self._take(key)
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
@@ -365,8 +376,9 @@ class _Table:
         return result
 
     def table(self, key: str) -> _Table | None:
+        self._read.add(key)
         if key not in self._data:
-            return self._absent(key)
+            return None
         value = self._take(key)
         if not isinstance(value, dict):
             raise self._mistyped(key, "a table", value)
@@ -382,8 +394,12 @@ class _Table:
             for index, item in enumerate(value)
         )
 
-    def keys(self) -> tuple[str, ...]:
-        return tuple(self._data)
+    def children(self) -> Iterator[tuple[str, _Table]]:
+        """All members, each of which must be a table."""
+        for key in self._data:
+            table = self.table(key)
+            if table is not None:
+                yield key, table
 
     def finish(self) -> None:
         """Refuse keys that nobody asked for."""
@@ -397,9 +413,6 @@ class _Table:
 
     def wrong(self, message: str) -> ModelError:
         return ModelError(f"{self._path.rstrip('.') or 'file'}: {message}", where=self._file)
-
-    def _absent(self, key: str) -> None:
-        self._read.add(key)
 
     def _take(self, key: str) -> Any:
         self._read.add(key)
@@ -521,10 +534,7 @@ def _inferences(table: _Table | None) -> dict[str, Inference]:
     result: dict[str, Inference] = {}
     if table is None:
         return result
-    for key in table.keys():
-        item = table.table(key)
-        if item is None:
-            continue
+    for key, item in table.children():
         result[key] = Inference(
             tensor=item.maybe_text("tensor"),
             axis=item.number("axis", 0),

@@ -1,9 +1,9 @@
-"""Binding an architecture to a checkpoint folder: everything is checked before anything is computed.
+"""Binding an architecture to a checkpoint: everything is checked before anything is computed.
 
 :func:`bind` builds the model without memory for its weights, reads the headers of the shards, and
 compares both with the architecture: every path exists, every linear and convolution is claimed by a
-site or left alone for a stated reason, every tensor is where it should be and has the right shape. All
-findings go into one error. It takes seconds for a model of any size and reads no weights.
+site or left alone for a stated reason, every tensor is where it should be and has the right shape.
+All findings go into one error. It takes seconds for a model of any size and reads no weights.
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ import json
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -41,6 +39,10 @@ from prismquant.models.arch import (
 )
 from prismquant.models.names import NameMap, choose_layout
 from prismquant.storage import INDEX_NAME, ShardReader, TensorInfo, read_json
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from types import ModuleType
 
 __all__ = [
     "BoundEdge",
@@ -135,8 +137,10 @@ class BoundEdge:
         norm: Norm at the upper end, or None.
         producer: Linear at the upper end, or None.
         consumers: All readers of the upper end's output.
-        size: Channels at the upper end that can be scaled: of the norm; output rows of the producer.
-        first_row: First row of the producer's weight that counts: two thirds down a fused query-key-value.
+        size: Channels at the upper end that can be scaled: of the norm; output rows of the
+            producer.
+        first_row: First row of the producer's weight that counts: two thirds down a fused
+            query-key-value.
         tile: Times that the channels repeat in a consumer's input: 4 behind a concatenating merger.
         heads, kv_heads: Attention heads, for kind ``value``; otherwise 0.
         step: Index of the step of the consumers.
@@ -221,8 +225,8 @@ def identify(folder: Path | str) -> ArchSpec:
     """Say which architecture a checkpoint folder holds.
 
     Raises:
-        ModelError: There is no folder or no config.json, the file is broken, the model is text-only,
-            or no architecture file describes its model type.
+        ModelError: There is no folder or no config.json, the file is broken, the model is
+            text-only, or no architecture file describes its model type.
     """
     config = _read_config(Path(folder))
     model_type = config.get("model_type")
@@ -243,7 +247,9 @@ def identify(folder: Path | str) -> ArchSpec:
             remedy=f"use a vision-language checkpoint; {suggest(model_type, by_type)}",
         )
     raise ModelError(
-        f"no architecture describes model_type {model_type!r}", where=where, remedy=suggest(model_type, by_type)
+        f"no architecture describes model_type {model_type!r}",
+        where=where,
+        remedy=suggest(model_type, by_type),
     )
 
 
@@ -282,7 +288,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ModelError(
             f"there is no model folder {str(folder)!r}",
-            remedy="give a local folder with config.json and *.safetensors; download hub models first",
+            remedy="give a folder with config.json and *.safetensors; download hub models first",
         )
     path = folder / "config.json"
     if not path.is_file():
@@ -354,9 +360,9 @@ def _converted_section(
         value = _inferred(rule, infos, result)
         if value is None:
             raise ModelError(
-                f"config.json has no {section.source!r}, and {key} does not follow from the tensors",
+                f"config.json has no {section.source!r}, and the tensors do not show {key}",
                 where=str(folder / "config.json"),
-                remedy=f"add {section.source!r} with the config of the vision encoder's repository",
+                remedy=f"add {section.source!r} with the vision encoder's own config",
             )
         result[key] = value
     return result
@@ -371,7 +377,7 @@ def _inferred(
         prefix = rule.count + "."
         members = {name[len(prefix) :].split(".")[0] for name in infos if name.startswith(prefix)}
         return len(members) or None
-    value = known[rule.divide] if rule.divide in known else None
+    value = known.get(rule.divide or "")
     return value // rule.by if value is not None and value % rule.by == 0 else None
 
 
@@ -395,8 +401,9 @@ def import_transformers() -> ModuleType:
     """Import transformers, also where torchvision lacks its compiled operators.
 
     transformers imports torchvision whenever it is installed. A torchvision built for another torch
-    loads none of its operators, and then its own import fails because it describes two of them, ``nms``
-    and ``qnms``. Only detection models call these; declaring their schemas lets the import succeed.
+    loads none of its operators, and then its own import fails because it describes two of them,
+    ``nms`` and ``qnms``. Only detection models call these; declaring their schemas lets the import
+    succeed.
 
     Raises:
         ModelError: transformers is not installed.
@@ -415,7 +422,7 @@ def import_transformers() -> ModuleType:
     try:
         return importlib.import_module("transformers")
     except ImportError as error:
-        raise ModelError("transformers is not installed", remedy="pip install prismquant") from error
+        raise ModelError("transformers is missing", remedy="pip install prismquant") from error
 
 
 @functools.cache
@@ -494,8 +501,9 @@ def bind(
     disk_names = infos.keys() or _index_names(folder)
     names = choose_layout(arch.layouts, disk_names, modules.keys())
     head_weight = f"{arch.head}.weight"
-    tied = bool(getattr(config, "tie_word_embeddings", False)) and not (
-        names.to_disk(head_weight) in disk_names
+    tied = (
+        bool(getattr(config, "tie_word_embeddings", False))
+        and names.to_disk(head_weight) not in disk_names
     )
     findings: list[str] = []
     steps = _bind_steps(arch, names, modules, tied, findings)
@@ -504,7 +512,9 @@ def bind(
     edges = _bind_edges(arch, config, modules, steps, findings)
     if not quantized:
         if _read_config(folder).get("quantization_config"):
-            findings.append("config.json has a quantization_config: the checkpoint is quantized already")
+            findings.append(
+                "config.json has a quantization_config: the checkpoint is quantized already"
+            )
         elif infos:
             findings.extend(_compare(arch, names, shapes, infos, head_weight if tied else None))
     if findings:
@@ -550,7 +560,9 @@ def _bind_steps(
     for tower in arch.towers:
         for path, kind, sites in _tower_steps(tower, modules, findings):
             index = len(steps)
-            bound = [_bind_site(site, tower, path, index, names, modules, findings) for site in sites]
+            bound = [
+                _bind_site(site, tower, path, index, names, modules, findings) for site in sites
+            ]
             kept = sorted((site for site in bound if site is not None), key=lambda site: site.stage)
             steps.append(BoundStep(index, tower.modality, path, tuple(kept), kind))
     head = Site("lm_head", "", SiteKind.LINEAR, 0, "final")
@@ -572,10 +584,7 @@ def _tower_steps(
         for path in _members(tower.blocks, modules, findings):
             yield path, "block", tower.sites
     for pattern in tower.modules:
-        if pattern.endswith(".*"):
-            paths = _members(pattern[:-2], modules, findings)
-        else:
-            paths = [pattern]
+        paths = _members(pattern[:-2], modules, findings) if pattern.endswith(".*") else [pattern]
         for path in paths:
             yield path, "projector", tower.sites
 

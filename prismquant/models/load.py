@@ -1,22 +1,21 @@
 """Weights into modules, a piece at a time or all at once.
 
 A model starts empty (parameters without memory, real buffers). :func:`materialize` fills one module
-from the shards and reads only that module's tensors; :func:`release` gives the memory back. Evaluation
-loads everything through the same reader, so that every layout, also the remote-code one, runs in the
-native transformers class. Nothing here reads a pickle.
+from the shards and reads only that module's tensors; :func:`release` gives the memory back.
+Evaluation loads everything through the same reader, so that every layout, also the remote-code one,
+runs in the native transformers class. Nothing here reads a pickle.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from prismquant.errors import DataError, ModelError
-from prismquant.models.arch import ArchSpec, ProcessorMap
 from prismquant.models.bind import (
     bind,
     config_value,
@@ -25,8 +24,11 @@ from prismquant.models.bind import (
     import_transformers,
     native_config,
 )
-from prismquant.models.names import NameMap
 from prismquant.storage import ShardReader, read_json
+
+if TYPE_CHECKING:
+    from prismquant.models.arch import ArchSpec, ProcessorMap
+    from prismquant.models.names import NameMap
 
 __all__ = [
     "empty_model",
@@ -73,7 +75,7 @@ def materialize(
             value = shared if shared is not None else _read(full, reader, names, device, dtype)
             if value.shape != parameter.shape:
                 raise ModelError(
-                    f"{full}: shape {tuple(value.shape)} on disk, {tuple(parameter.shape)} expected",
+                    f"{full}: shape {tuple(value.shape)} on disk, not {tuple(parameter.shape)}",
                     where=str(reader.folder),
                 )
             module._parameters[leaf] = (
@@ -132,8 +134,8 @@ def load_float(
 def load_processor(folder: Path | str, *, trust_remote_code: bool = False) -> Any:
     """Load tokenizer, image and video processor of a checkpoint.
 
-    Where the checkpoint's own processor is remote code, the native one is built from its settings, with
-    a chat template that writes one placeholder for each image or video.
+    Where the checkpoint's own processor is remote code, the native one is built from its settings,
+    with a chat template that writes one placeholder for each image or video.
 
     Args:
         folder: The checkpoint.
@@ -175,9 +177,7 @@ def _no_processor(folder: Path, why: str) -> DataError:
     )
 
 
-def _native_processor(
-    arch: ArchSpec, table: ProcessorMap, folder: Path, transformers: Any
-) -> Any:
+def _native_processor(arch: ArchSpec, table: ProcessorMap, folder: Path, transformers: Any) -> Any:
     settings = read_json(folder / "preprocessor_config.json")
     common = {key: settings[key] for key in table.keys if key in settings}
     patch = int(config_value(native_config(arch, folder), "vision_config.patch_size"))
@@ -189,7 +189,10 @@ def _native_processor(
         pixels = (patch * int(kind.merge_size)) ** 2
         size = {
             edge: int(settings[key]) * pixels
-            for edge, key in (("shortest_edge", table.min_tokens), ("longest_edge", table.max_tokens))
+            for edge, key in (
+                ("shortest_edge", table.min_tokens),
+                ("longest_edge", table.max_tokens),
+            )
             if key in settings
         }
         return kind(**common, **({"size": size} if len(size) == 2 else {}))

@@ -1,18 +1,23 @@
 """Tensor names on disk and module paths, both ways.
 
-A checkpoint names its tensors as some release of some library did; the modules that run it have paths
-of their own. transformers renames while it loads and saves. PrismQuant keeps the names of the source
-checkpoint on disk, so every name is translated by one :class:`NameMap`, which is a bijection on the
+A checkpoint names its tensors as some release of some library did; the modules that run it have
+paths of their own. transformers renames while it loads and saves. PrismQuant keeps the names of the
+source checkpoint on disk, so every name is translated by one :class:`NameMap`, which is a bijection
+on the
 names that occur: :meth:`NameMap.to_disk` checks that the way back leads to where it came from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from prismquant.errors import ModelError
-from prismquant.models.arch import Layout
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Sequence
+
+    from prismquant.models.arch import Layout
 
 
 @dataclass(frozen=True)

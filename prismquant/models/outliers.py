@@ -1,11 +1,11 @@
 """Activation outliers for a model that has none, without changing its function.
 
-Large language models have a few channels whose activations are tens of times larger than the rest, and
-that is what makes activation quantization hard. Small models do not have them. Along an edge (a norm
-and all layers that read it, or the two ends of a gated product) scale can move: here it moves up at
-chosen channels and down in the readers. Every factor is a power of two, so each product keeps its bits
-and the outputs are equal bit for bit, in float32 and in bfloat16 (checked: nothing overflows and no
-digit is lost in a subnormal).
+Large language models have a few channels whose activations are tens of times larger than the rest,
+and that is what makes activation quantization hard. Small models do not have them. Along an edge (a
+norm and all layers that read it, or the two ends of a gated product) scale can move: here it moves
+up at chosen channels and down in the readers. Every factor is a power of two, so each product keeps
+its bits and the outputs are equal bit for bit, in float32 and in bfloat16 (checked: nothing
+overflows and no digit is lost in a subnormal).
 
 The channels are mostly the same in all blocks, as in real models, where they live in the residual
 stream (Dettmers et al., LLM.int8(), 2022, section 4).
@@ -83,7 +83,8 @@ def scale_edges(
     """Move scale along the edges of a state dict, in place of its entries.
 
     Args:
-        tensors: Module tensor name -> tensor; touched entries are replaced, tensors are not written to.
+        tensors: Module tensor name -> tensor; touched entries are replaced, tensors are not written
+            to.
         bound: Says where the edges are.
         factor, channels, seed, modality: As for :func:`add_outliers`.
 

@@ -160,25 +160,25 @@ class _Engine:
         replay = Replay(self.model, bound, job.batches, device=job.device, dtype=job.dtype)
         vision = [s for s in bound.steps if s.modality is not Modality.LLM]
         llm = [s for s in bound.steps if s.modality is Modality.LLM]
-        with self._loaded(self._between_steps(vision=True)):
-            entries = [s for s in vision if s.kind == "entry"]
-            with contextlib.ExitStack() as stack:
-                for entry in entries:
-                    stack.enter_context(self._loaded([entry.name]))
-                order = replay.vision_steps()
-            # Without images nothing passes the tower, and nothing in it needs data.
-            steps = order or vision
-            for index, step in enumerate(steps):
-                needed = self._any_left([*steps[index:], *llm])
-                yield from self._step(step, replay if order and needed else None)
-        if not self._any_left(llm):
-            for step in llm:
-                yield from self._step(step, None)
-            return
-        with self._loaded(self._between_steps(vision=False)):
-            replay.begin_llm()
+        with contextlib.ExitStack() as around_llm:
+            with self._loaded(self._between_steps(vision=True)):
+                yield from self._vision_steps(replay, vision, llm)
+                if self._any_left(llm):
+                    around_llm.enter_context(self._loaded(self._between_steps(vision=False)))
+                    replay.begin_llm()
             for index, step in enumerate(llm):
                 yield from self._step(step, replay if self._any_left(llm[index:]) else None)
+
+    def _vision_steps(
+        self, replay: Replay, vision: Sequence[BoundStep], llm: Sequence[BoundStep]
+    ) -> Iterator[StepRecord]:
+        with self._loaded([step.name for step in vision if step.kind == "entry"]):
+            order = replay.vision_steps()
+        # Without images nothing passes the tower, and nothing in it needs data.
+        steps = order or vision
+        for index, step in enumerate(steps):
+            needed = self._any_left([*steps[index:], *llm])
+            yield from self._step(step, replay if order and needed else None)
 
     def _any_left(self, steps: Sequence[BoundStep]) -> bool:
         return any(step.name in self.rows for step in steps)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def rich_table(
         table.add_column(header, justify="right" if number else "left", no_wrap=bool(number))
     for row in rows:
         # rich would take brackets in names for markup.
-        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+        table.add_row(*(escape(cell) for cell in row))
     return table
 
 
@@ -114,18 +115,14 @@ def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str
     """A table in GitHub's Markdown, its columns aligned for reading as plain text."""
     escaped = [[cell.replace("|", r"\|") for cell in row] for row in (headers, *rows)]
     widths = [max(3, *(len(row[column]) for row in escaped)) for column in range(len(headers))]
-    lines = [
-        "| "
-        + " | ".join(
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        + " |"
+    rule = ["-" * width for width in widths[:1]] + ["-" * (width - 1) + ":" for width in widths[1:]]
+    padded = [
+        [row[0].ljust(widths[0])]
+        + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         for row in escaped
     ]
-    rule = ["-" * (width - 1) + ":" if column else "-" * width for column, width in
-    enumerate(widths)] lines.insert(1, "| " + " | ".join(rule) + " |")
-    return "\n".join(lines) + "\n"
+    padded.insert(1, rule)
+    return "".join(f"| {' | '.join(row)} |\n" for row in padded)
 
 
 def format_share(value: float | None) -> str:
@@ -134,7 +131,7 @@ def format_share(value: float | None) -> str:
 
 
 def format_figure(value: float | None, error: float | None = None) -> str:
-    """A figure with three significant digits, and its error in the same unit, e.g. ``0.0123 ± 0.0004``."""
+    """A figure with three significant digits and its error, e.g. ``0.0123 ± 0.0004``."""
     if value is None:
         return NOTHING
     text = _three_digits(value)
@@ -152,13 +149,10 @@ def format_bytes(size: int | None) -> str:
         return NOTHING
     if size < 1024:
         return f"{size} B"
-    value, unit = float(size), "B"
-    for unit in ("KiB", "MiB", "GiB", "TiB"):
-        value /= 1024
-        # Not 1024: what is rounded to three digits must not read 1000.
-        if value < 999.5:
-            break
-    return f"{value:.3g} {unit}"
+    units = ("KiB", "MiB", "GiB", "TiB")
+    # Not 1024: what is rounded to three digits must not read 1000.
+    power = next((n for n in range(1, len(units)) if size / 1024**n < 999.5), len(units))
+    return f"{size / 1024**power:.3g} {units[power - 1]}"
 
 
 def _three_digits(value: float) -> str:
@@ -206,7 +200,9 @@ def _details(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         row += [format_figure(figures["nll_token"])]
         for token_class in compared:
             part = figures["divergence"].get(token_class, {})
-            row += [format_figure(part.get("kl"), part.get("kl_error")),
-            format_share(part.get("top1"))]
+            row += [
+                format_figure(part.get("kl"), part.get("kl_error")),
+                format_share(part.get("top1")),
+            ]
         rows.append(row)
     return headers, rows

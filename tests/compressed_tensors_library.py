@@ -1,0 +1,35 @@
+"""The compressed-tensors library, as the reference that tests compare with.
+
+It imports transformers, which imports torchvision; a torchvision built for another torch needs its
+two operator schemas declared before that.
+"""
+
+from __future__ import annotations
+
+import torch
+
+if not hasattr(torch.ops.torchvision, "nms"):
+    _DECLARED = torch.library.Library("torchvision", "FRAGMENT")
+    _DECLARED.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _DECLARED.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+from compressed_tensors.compressors.naive_quantized import IntQuantizationCompressor
+from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization.lifecycle.forward import dequantize, fake_quantize, quantize
+from compressed_tensors.quantization.utils import (
+    calculate_qparams,
+    compute_dynamic_scales_and_zp,
+)
+
+__all__ = [
+    "IntQuantizationCompressor",
+    "PackedQuantizationCompressor",
+    "QuantizationArgs",
+    "QuantizationScheme",
+    "calculate_qparams",
+    "compute_dynamic_scales_and_zp",
+    "dequantize",
+    "fake_quantize",
+    "quantize",
+]

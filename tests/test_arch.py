@@ -1,0 +1,198 @@
+"""Architectures are data, read strictly."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prismquant.errors import ModelError
+from prismquant.models import arch as arch_module
+from prismquant.models.arch import EdgeKind, Layout, Modality, SiteKind, known_archs, load_arch
+from prismquant.models.names import NameMap, choose_layout
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ALL = sorted(known_archs())
+
+
+@pytest.fixture
+def broken(tmp_path: Path):
+    """``broken(name, old, new)`` loads a copy of an architecture file with one text replaced."""
+
+    def load(name: str, old: str, new: str) -> None:
+        for path in arch_module._FOLDER.glob("*.toml"):
+            shutil.copy(path, tmp_path / path.name)
+        target = tmp_path / f"{name}.toml"
+        text = target.read_text()
+        assert old in text
+        target.write_text(text.replace(old, new, 1))
+        load_arch(target)
+
+    return load
+
+
+def test_five_architectures_are_described():
+    assert ALL == ["qwen2_5_vl", "qwen2_vl", "qwen3_vl", "video_llama_3", "video_llama_3_remote"]
+
+
+def test_no_model_type_belongs_to_two_architectures():
+    kinds = [kind for arch in known_archs().values() for kind in arch.model_types]
+    assert len(set(kinds)) == len(kinds)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_architecture_has_the_three_modalities_with_the_language_model_last(name):
+    towers = known_archs()[name].towers
+    assert [tower.modality for tower in towers] == [
+        Modality.VISION,
+        Modality.PROJECTOR,
+        Modality.LLM,
+    ]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_language_model_has_seven_sites_in_four_stages(name):
+    sites = known_archs()[name].tower(Modality.LLM).sites
+    assert [(site.role, site.stage, site.fuse) for site in sites] == [
+        ("attn.qkv.q", 0, "qkv"),
+        ("attn.qkv.k", 0, "qkv"),
+        ("attn.qkv.v", 0, "qkv"),
+        ("attn.out", 1, None),
+        ("mlp.gate", 2, "gate_up"),
+        ("mlp.up", 2, "gate_up"),
+        ("mlp.down", 3, None),
+    ]
+    # one input per stage
+    assert len({site.input for site in sites}) == 4
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_patch_embedding_is_a_convolution(name):
+    (site,) = known_archs()[name].tower("vision").entry_sites
+    assert site.kind is SiteKind.PATCH_CONV
+    assert site.role == "patch_embed"
+
+
+def test_only_gated_blocks_have_linear_edges():
+    """GELU between fc1 and fc2 does not let a scale through."""
+    gated = {
+        name: any(edge.kind is EdgeKind.LINEAR for edge in known_archs()[name].tower("vision").edges)
+        for name in ALL
+    }
+    assert [name for name, value in gated.items() if value] == ["qwen2_5_vl"]
+
+
+def test_a_fused_query_key_value_layer_offers_only_its_value_part():
+    edges = known_archs()["qwen3_vl"].tower("vision").edges
+    (edge,) = [edge for edge in edges if edge.kind is EdgeKind.VALUE]
+    assert (edge.producer, edge.part) == ("attn.qkv", "v")
+
+
+def test_the_remote_layout_shares_its_towers_with_the_native_one():
+    archs = known_archs()
+    assert archs["video_llama_3_remote"].towers == archs["video_llama_3"].towers
+    assert archs["video_llama_3_remote"].hf_class == archs["video_llama_3"].hf_class
+
+
+def test_a_missing_tower_is_an_error():
+    with pytest.raises(ModelError, match="no audio tower"):
+        known_archs()["qwen2_vl"].tower("audio")
+
+
+def test_an_unknown_key_is_named_with_its_path_and_a_suggestion(broken):
+    with pytest.raises(ModelError, match=r"towers\[0\].entry_sites\[0\].stagee") as caught:
+        broken("qwen2_vl", 'input = "pixels"', 'input = "pixels"\nstagee = 1')
+    assert "did you mean 'stage'" in str(caught.value)
+    assert "qwen2_vl.toml" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('title = "Qwen2-VL"\n', "", "'title' is missing"),
+        ('title = "Qwen2-VL"', "title = 2", "'title' must be a string, not 2"),
+        ('model_types = ["qwen2_vl"]', 'model_types = "qwen2_vl"', "list of strings"),
+        ("stage = 1\n", "stage = true\n", "whole number"),
+        ('["pixel_values", "image_grid_thw"],', '"pixel_values",', "list of lists"),
+        ('modality = "vision"', 'modality = "sight"', "'sight' is none of vision"),
+        ('kind = "patch_conv"', 'kind = "patch"', "'patch' is none of linear"),
+        ('consumers = ["mlp.fc1"]', 'consumers = ["mlp.fc3"]', "'mlp.fc3', which is no site"),
+        ('"self_attn.k_proj", "self_attn.v_proj"]', '"self_attn.k_proj"]', "list all readers"),
+        ('part = "v"', 'part = "q"', "part can only be 'v'"),
+        ('norm = "norm1"', 'producer = "attn.qkv"', "kind 'norm' has a norm"),
+        ('path = "attn.proj"', 'path = "attn.qkv"', "listed twice"),
+        ('entry = "model.visual.patch_embed"\n', "", "come together"),
+        ('blocks = "model.visual.blocks"\n', "", "either blocks or modules"),
+        ('"visual" = "model.visual"', '"visual" = "model.language_model"', "two disk prefixes"),
+        ('title = "Qwen2-VL"', "title = ", "not a TOML file"),
+        ('title = "Qwen2-VL"', 'title = "Qwen2-VL"\nextends = "nothing"', "nothing.toml"),
+        ('title = "Qwen2-VL"', 'title = "Qwen2-VL"\nleft_alone = 3', "must be a table"),
+        ("[[layouts]]\nname", "layouts = 3\n[x]\nname", "list of tables"),
+    ],
+)
+def test_a_mistake_in_a_file_is_refused(broken, old, new, message):
+    with pytest.raises(ModelError, match=message.replace("[", r"\[")):
+        broken("qwen2_vl", old, new)
+
+
+def test_an_inference_rule_has_one_form(broken):
+    with pytest.raises(ModelError, match="exactly one of tensor, count and divide"):
+        broken("video_llama_3_remote", "by = 72 }", 'by = 72, count = "model" }')
+
+
+# ---------------------------------------------------------------------------------------- names
+
+_PART = st.text("abcdefghij_0123456789", min_size=1, max_size=8)
+
+
+@pytest.mark.parametrize("name", ALL)
+@given(parts=st.lists(_PART, min_size=1, max_size=5), data=st.data())
+def test_names_translate_there_and_back(name, parts, data):
+    """Below every module prefix, to_disk is injective and to_module is its inverse."""
+    arch = known_archs()[name]
+    for layout in arch.layouts:
+        names = NameMap(layout.name, layout.rewrites)
+        roots = [tower.root for tower in arch.towers] + [arch.head]
+        module = ".".join([data.draw(st.sampled_from(roots)), *parts])
+        if any(f"{module}.".startswith(f"{disk}.") for disk, _ in layout.rewrites if "." in disk):
+            continue
+        assert names.to_module(names.to_disk(module)) == module
+
+
+def test_prefixes_are_whole_dotted_parts_and_the_longest_wins():
+    names = NameMap("remote", known_archs()["video_llama_3_remote"].layouts[0].rewrites)
+    assert names.to_module("model.vision_encoder.x.weight") == "model.vision_model.x.weight"
+    assert names.to_module("model.layers.0.mlp") == "model.language_model.layers.0.mlp"
+    assert names.to_disk("model.projector.readout.0") == "model.mm_projector.readout.0"
+    assert not names.knows("modelling.layers")
+
+
+def test_names_without_a_place_are_refused():
+    names = NameMap("old", known_archs()["qwen2_vl"].layouts[0].rewrites)
+    with pytest.raises(ModelError, match="no name on disk for 'model.audio.x'"):
+        names.to_disk("model.audio.x")
+    with pytest.raises(ModelError, match="does not know the tensor 'audio.x'"):
+        names.to_module("audio.x")
+
+
+def test_a_name_that_would_not_come_back_is_refused():
+    """``model.visual`` below the language model would read back as the vision tower's neighbour."""
+    names = NameMap("odd", (("a", "m"), ("a.b", "n")))
+    with pytest.raises(ModelError, match="no name on disk"):
+        names.to_disk("m.b.weight")
+
+
+def test_the_layout_follows_from_the_names():
+    layouts = known_archs()["qwen2_vl"].layouts
+    modules = {"model.visual.merger", "model.language_model.norm", "lm_head"}
+    old = ["visual.merger.weight", "model.norm.weight_packed", "lm_head.weight"]
+    new = ["model.visual.merger.weight", "model.language_model.norm.weight", "lm_head.weight"]
+    assert choose_layout(layouts, old, modules).layout == "old"
+    assert choose_layout(layouts, new, modules).layout == "native"
+    assert choose_layout(layouts, [], modules).layout == "old"
+    assert choose_layout([Layout("only")], old, modules).to_disk("x.y") == "x.y"

@@ -1,0 +1,140 @@
+"""Number formats: their names, what is refused, and what they cost."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prismquant.errors import FormatError
+from prismquant.formats.spec import PRESETS, NumberSpec, spec
+from prismquant.numerics.affine import Granularity
+from prismquant.numerics.grids import IntGrid
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> NumberSpec:
+    granularity = draw(st.sampled_from(Granularity))
+    symmetric = draw(st.booleans())
+    dynamic = draw(st.booleans()) or granularity == Granularity.TOKEN
+    return NumberSpec(
+        bits=draw(st.integers(2, 8)),
+        granularity=granularity,
+        group_size=draw(st.integers(1, 512)) if granularity == Granularity.GROUP else None,
+        symmetric=symmetric,
+        narrow=symmetric and draw(st.booleans()),
+        dynamic=dynamic and granularity != Granularity.CHANNEL,
+    )
+
+
+@given(specs())
+def test_every_format_is_its_name_and_its_dictionary(number: NumberSpec) -> None:
+    assert spec(number.name) == number
+    assert NumberSpec.from_dict(json.loads(json.dumps(number.to_dict()))) == number
+
+
+@given(specs(), specs())
+def test_different_formats_are_described_differently(a: NumberSpec, b: NumberSpec) -> None:
+    assert (a.describe() == b.describe()) == (a == b)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_named_as_they_are(name: str) -> None:
+    assert PRESETS[name].name == name
+    assert spec(name) == PRESETS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("int4-g128", "int4 g128 sym"),
+        ("int4-g128-asym", "int4 g128 asym"),
+        ("int8-token", "int8 token dyn"),
+        ("int8-token-asym", "int8 token asym dyn"),
+        ("int8-tensor", "int8 tensor sym"),
+        ("int8-channel-narrow", "int8 channel narrow"),
+    ],
+)
+def test_descriptions_read_like_the_literature(name: str, words: str) -> None:
+    assert spec(name).describe() == words
+
+
+def test_the_usual_formats_are_presets() -> None:
+    usual = {"int4-g128", "int8-channel", "int4-channel", "int8-token", "int8-tensor", "int3-g128"}
+    assert usual | {"int2-g64", "int4-g128-asym"} <= set(PRESETS)
+
+
+def test_names_beyond_the_presets_follow_the_same_grammar() -> None:
+    assert spec("int5-g96") == NumberSpec(5, Granularity.GROUP, 96)
+
+
+@pytest.mark.parametrize("name", ["int4", "int4-g", "fp8", "int4-g128-sym", "INT4-g128", ""])
+def test_unknown_names_are_refused_with_the_known_ones(name: str) -> None:
+    with pytest.raises(FormatError, match=re.escape(repr(name))) as caught:
+        spec(name)
+    assert "int4-g128" in str(caught.value)
+
+
+def test_a_slip_of_the_pen_is_answered_with_the_name_that_was_meant() -> None:
+    with pytest.raises(FormatError, match="did you mean 'int8-channel'"):
+        spec("int8-chanel")
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"bits": 1, "granularity": "channel"}, "1 bits"),
+        ({"bits": 9, "granularity": "channel"}, "9 bits"),
+        ({"bits": 4, "granularity": "group"}, "positive group size"),
+        ({"bits": 4, "granularity": "group", "group_size": 0}, "positive group size"),
+        ({"bits": 4, "granularity": "group", "group_size": 1.5}, "positive group size"),
+        ({"bits": 4, "granularity": "channel", "group_size": 32}, "no meaning"),
+        ({"bits": 4, "granularity": "row"}, "no granularity 'row'"),
+        ({"bits": 8, "granularity": "token"}, "always dynamic"),
+        ({"bits": 8, "granularity": "channel", "dynamic": True}, "for weights"),
+        ({"bits": 8, "granularity": "channel", "symmetric": "yes"}, "symmetric must be"),
+        ({"bits": 4, "granularity": "channel", "symmetric": False, "narrow": True}, "narrow"),
+        ({"bits": 4, "granularity": "channel", "groupsize": 32}, "no field 'groupsize'"),
+        ({"granularity": "channel"}, "needs 'bits'"),
+        ({"bits": 4}, "needs 'granularity'"),
+    ],
+)
+def test_combinations_that_mean_nothing_are_refused(fields: dict[str, object], told: str) -> None:
+    with pytest.raises(FormatError, match=told):
+        NumberSpec.from_dict(fields)
+
+
+def test_the_granularity_may_be_given_as_its_name() -> None:
+    number = NumberSpec(4, "group", 128)  # type: ignore[arg-type]
+    assert number.granularity is Granularity.GROUP
+    assert number == spec("int4-g128")
+    assert number.grid == IntGrid(4)
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        ("int4-g128", 4 + 16 / 128),
+        ("int4-g128-asym", 4 + 20 / 128),
+        ("int4-channel", 4 + 16 / 4096),
+        ("int8-tensor", 8.0),
+    ],
+)
+def test_effective_bits_count_scales_and_zero_points(name: str, bits: float) -> None:
+    assert spec(name).effective_bits(4096) == pytest.approx(bits)
+
+
+def test_effective_bits_refuse_a_group_that_does_not_divide() -> None:
+    with pytest.raises(FormatError, match="128 does not divide 100"):
+        spec("int4-g128").effective_bits(100)
+
+
+def test_scale_shapes_follow_the_granularity() -> None:
+    assert spec("int8-tensor").scale_shape(6, 256) == (1,)
+    assert spec("int8-channel").scale_shape(6, 256) == (6, 1)
+    assert spec("int4-g64").scale_shape(6, 256) == (6, 4)
+    with pytest.raises(FormatError, match="no tokens"):
+        spec("int8-token").scale_shape(6, 256)
