@@ -1,4 +1,5 @@
-"""PrismQuant: post-training quantization of vision-language models, with a setting for each modality.
+"""PrismQuant: post-training quantization of vision-language models, with a setting for each
+modality.
 
     import prismquant as pq
 
@@ -45,7 +46,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is asked for, so that ``prismquant --help`` answers at once."""
+    """Import what is asked for only then: ``prismquant --help`` answers at once."""
     if name not in _HOMES:
         raise AttributeError(f"module 'prismquant' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

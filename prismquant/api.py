@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,8 @@ class Result:
 
 
 def inspect(model: str | Path, recipe: RecipeSource) -> Plan:
-    """What a recipe would do to a model. Reads the configuration and the shards' headers, no weights.
+    """What a recipe would do to a model. Reads the configuration and the shards' headers, no
+    weights.
 
     Args:
         model: Folder of the checkpoint.
@@ -84,7 +85,8 @@ def quantize(
         model: Folder of the source checkpoint.
         recipe: A preset's name, a file, a dictionary or a recipe.
         out: Folder of the result; must not exist or be empty, unless ``resume``.
-        calibration: A data file or the name of a data set. Not needed by recipes of ``rtn`` and dynamic
+        calibration: A data file or the name of a data set. Not needed by recipes of ``rtn`` and
+        dynamic
             activations.
         device: Where the arithmetic happens.
         dtype: In which blocks are run; float32 on a CPU, else the checkpoint's.
@@ -93,7 +95,8 @@ def quantize(
         reporter: Is told how far the run is.
 
     Raises:
-        PrismQuantError: With what is wrong, where, and the remedy. All that can be checked is checked
+        PrismQuantError: With what is wrong, where, and the remedy. All that can be checked is
+        checked
             before any long work.
     """
     recipe = load_recipe(recipe)
@@ -153,7 +156,8 @@ def load(
         trust_remote_code: Allow code in the folder to build the processor.
 
     Returns:
-        The model, in evaluation mode, with inputs quantized as the checkpoint says; and the processor.
+        The model, in evaluation mode, with inputs quantized as the checkpoint says; and the
+        processor.
 
     Raises:
         ModelError, FormatError, StorageError: The checkpoint cannot be read.
@@ -188,24 +192,30 @@ def evaluate(
     Raises:
         PrismQuantError: A checkpoint or the data cannot be read.
     """
-    samples = read_samples(data, limit=limit)
-    if not samples:
-        raise DataError("there is no sample", where=str(data))
+    samples = read_samples(data, limit=limit, require_answers=True)
     loaded, processor = load(model, dtype=dtype, trust_remote_code=trust_remote_code)
     compared = load_model(Path(reference), dtype=dtype) if reference else None
-    batches = make_batches(
-        samples, processor, batch_size=batch_size, vision_token_ids=vision_token_ids(loaded)
-    )
+    batches = batches_of(samples, processor, loaded, batch_size=batch_size)
     return evaluate_model(
         loaded, batches, reference=compared, generated=generated, processor=processor
     )
 
 
-def vision_token_ids(model: nn.Module) -> tuple[int, ...]:
-    """Ids of the image and video placeholders of a model."""
+def batches_of(
+    samples: Sequence[Sample], processor: Any, model: nn.Module, *, batch_size: int
+) -> Iterator[Batch]:
+    """Samples as a model's inputs, a batch at a time.
+
+    Args:
+        samples: From :func:`prismquant.pipeline.data.read_samples`.
+        processor: The model's.
+        model: Knows the ids of its image and video placeholders.
+        batch_size: Samples run together.
+    """
     config: Any = model.config
     keys = ("image_token_id", "video_token_id")
-    return tuple(getattr(config, key) for key in keys if getattr(config, key, None) is not None)
+    ids = {getattr(config, key) for key in keys if getattr(config, key, None) is not None}
+    return make_batches(samples, processor, batch_size=batch_size, vision_token_ids=ids)
 
 
 def _calibration_samples(plan: Plan, source: str | Path | None) -> tuple[Sample, ...]:
@@ -214,7 +224,7 @@ def _calibration_samples(plan: Plan, source: str | Path | None) -> tuple[Sample,
     if source is None:
         raise DataError(
             f"recipe {plan.recipe!r} needs calibration data",
-            remedy="give --calib FILE, or use `solver: rtn` and dynamic activations, which need none",
+            remedy="give --calib FILE; only `solver: rtn` with dynamic activations needs none",
         )
     settings = plan.calibration
     samples = read_samples(source, limit=settings.samples, seed=settings.seed)

@@ -1,7 +1,7 @@
 """The command line. Each command is a few lines over :mod:`prismquant.api`.
 
-Exit status: 0 done, 1 failed with a message that names what, where and the remedy, 2 usage. With ``--json``
-one JSON object goes to stdout; progress and messages always go to stderr.
+Exit status: 0 done, 1 failed with a message that names what, where and the remedy, 2 usage. With
+``--json`` one JSON object goes to stdout; progress and messages always go to stderr.
 """
 
 from __future__ import annotations
@@ -80,14 +80,14 @@ def demo(
 ) -> None:
     """Quantize the embedded model with W4A16 and W4A8 and show float, RTN and GPTQ side by side."""
     from prismquant.demo.run import run_demo
-    from prismquant.report.tables import fidelity_table
+    from prismquant.report.tables import comparison_table
 
     console = Console(stderr=as_json, highlight=False)
     report = run_demo(out, say=console.print)
     if as_json:
         typer.echo(json.dumps(report.to_dict()))
         return
-    console.print(fidelity_table(report.rows, title=report.title))
+    console.print(comparison_table(report.rows, title=report.title))
     console.print(f"checkpoints, records and results.json: {out}")
 
 
@@ -99,15 +99,14 @@ def inspect(
 ) -> None:
     """Print the plan: every layer with its format and size. Reads headers only, no weights."""
     from prismquant.api import inspect as make
-    from prismquant.report.tables import plan_tables
+    from prismquant.report.plans import layer_table, totals_table
 
     plan = make(model, recipe)
     if as_json:
         typer.echo(json.dumps(plan.to_dict()))
         return
     console = Console(highlight=False)
-    for table in plan_tables(plan.to_dict()):
-        console.print(table)
+    console.print(layer_table(plan), totals_table(plan))
 
 
 @app.command()
@@ -125,15 +124,17 @@ def quantize(
         str | None, typer.Option(help="Use this method for every layer: rtn or gptq.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ..")] = "cpu",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was cut off.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run that was cut off.")
+    ] = False,
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Quantize a checkpoint into a folder that transformers and vLLM load."""
     from prismquant.api import quantize as run
     from prismquant.recipe.schema import load_recipe
+    from prismquant.report.plans import run_table
     from prismquant.report.progress import ProgressReporter
-    from prismquant.report.tables import run_table
 
     chosen = load_recipe(recipe)
     if solver is not None:
@@ -155,7 +156,7 @@ def quantize(
     if as_json:
         typer.echo(json.dumps({"out": str(out), "record": result.record.to_dict()}))
         return
-    console.print(run_table(result.plan.to_dict(), result.record.to_dict()))
+    console.print(run_table(result.plan, result.record))
     console.print(f"written: {out}")
 
 
@@ -177,8 +178,8 @@ def evaluate(
 ) -> None:
     """Exact match, NLL, and KL divergence to the reference, by kind of question and of token."""
     from prismquant.api import evaluate as measure
-    from prismquant.report.tables import evaluation_tables
-    from prismquant.storage import write_json
+    from prismquant.report.tables import comparison_table, detail_table, reference_variant, variant
+    from prismquant.storage import weight_bytes, write_json
 
     result = measure(
         model,
@@ -194,9 +195,10 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps(result.to_dict()))
         return
-    console = Console(highlight=False)
-    for table in evaluation_tables(result):
-        console.print(table)
+    measured = result.to_dict()
+    rows = [reference_variant(str(reference), measured)] if reference else []
+    rows.append(variant(str(model), measured, size=weight_bytes(model)))
+    Console(highlight=False).print(comparison_table(rows), detail_table(measured))
 
 
 @recipes.command("list")
@@ -219,7 +221,9 @@ def show_recipe(recipe: Annotated[str, typer.Argument(help="A preset's name or a
 
 
 @recipes.command("validate")
-def validate_recipe(recipe: Annotated[str, typer.Argument(help="A preset's name or a file.")]) -> None:
+def validate_recipe(
+    recipe: Annotated[str, typer.Argument(help="A preset's name or a file.")],
+) -> None:
     """Check a recipe against the grammar."""
     from prismquant.recipe.schema import load_recipe
 

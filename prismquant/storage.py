@@ -1,9 +1,9 @@
 """Reading shards and writing files whole or not at all.
 
-Everything that PrismQuant writes goes through :func:`atomic_path`: the bytes go to a temporary name in
-the same folder, are flushed to the disk, and only then renamed. A run that is killed leaves either the
-old file or the new one, never half of one. Tensors are read one at a time by name from safetensors
-shards; shapes and dtypes come from the headers, without touching the data.
+Everything that PrismQuant writes goes through :func:`atomic_path`: the bytes go to a temporary
+name in the same folder, are flushed to the disk, and only then renamed. A run that is killed
+leaves either the old file or the new one, never half of one. Tensors are read one at a time by
+name from safetensors shards; shapes and dtypes come from the headers, without touching the data.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-# A header is JSON of names and offsets: 100 MB is far above any real one and the format's own limit.
+# A header is JSON of names and offsets: 100 MB is far above any real one and the format's own
+# limit.
 _MAX_HEADER_BYTES = 100_000_000
 
 
@@ -113,7 +114,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a safetensors file, whole or not at all. Names are sorted, so equal input gives equal bytes."""
+    """Write a safetensors file, whole or not at all.
+
+    Names are sorted, so equal input gives equal bytes.
+    """
     ready = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     write_bytes(path, save(ready, metadata={"format": "pt"}))
 
@@ -215,15 +219,21 @@ class ShardReader:
         return tensor.clone()
 
 
+def weight_bytes(folder: Path) -> int:
+    """Bytes of a checkpoint's shards on disk, their headers included."""
+    return sum(file.stat().st_size for file in _shard_files(folder))
+
+
 def _shard_files(folder: Path) -> list[Path]:
     index = folder / INDEX_NAME
     if index.exists():
         content = read_json(index)
-        named = sorted(set(content.get("weight_map", {}).values())) if isinstance(content, dict) else []
+        weight_map = content.get("weight_map", {}) if isinstance(content, dict) else {}
+        named = sorted(set(weight_map.values()))
         missing = [name for name in named if not (folder / name).is_file()]
         if missing or not named:
             raise StorageError(
-                f"the index names shards that are not there: {', '.join(missing[:4]) or 'none at all'}",
+                f"the index names shards that are not there: {', '.join(missing[:4]) or 'none'}",
                 where=str(index),
                 remedy="complete the download, or delete a stale index file",
             )

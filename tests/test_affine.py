@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 
+import compressed_tensors_library as library
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import compressed_tensors_library as library
 from prismquant.errors import FormatError, NumericsError
 from prismquant.numerics.affine import (
     Granularity,
@@ -35,7 +35,9 @@ UNITS = [
 ]
 
 
-def sample(seed: int, *shape: int, dtype: torch.dtype = torch.float32, spread: float = 0.0) -> Tensor:
+def sample(
+    seed: int, *shape: int, dtype: torch.dtype = torch.float32, spread: float = 0.0
+) -> Tensor:
     """Normal values; with ``spread``, rows of very different magnitude."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(*shape, generator=generator)
@@ -178,6 +180,7 @@ def test_ranges_that_are_not_finite_are_refused(bad: float) -> None:
             )
 
 
+@settings(deadline=None)
 @given(
     bits=st.integers(2, 8),
     symmetric=st.booleans(),
@@ -221,6 +224,7 @@ def test_the_zero_point_is_added_before_rounding() -> None:
     assert codes.item() == 2
 
 
+@settings(deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     bits=st.integers(2, 8),

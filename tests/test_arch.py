@@ -80,11 +80,10 @@ def test_the_patch_embedding_is_a_convolution(name):
 
 def test_only_gated_blocks_have_linear_edges():
     """GELU between fc1 and fc2 does not let a scale through."""
-    gated = {
-        name: any(edge.kind is EdgeKind.LINEAR for edge in known_archs()[name].tower("vision").edges)
-        for name in ALL
+    kinds = {
+        name: {edge.kind for edge in known_archs()[name].tower("vision").edges} for name in ALL
     }
-    assert [name for name, value in gated.items() if value] == ["qwen2_5_vl"]
+    assert [name for name in ALL if EdgeKind.LINEAR in kinds[name]] == ["qwen2_5_vl"]
 
 
 def test_a_fused_query_key_value_layer_offers_only_its_value_part():
@@ -132,7 +131,7 @@ def test_an_unknown_key_is_named_with_its_path_and_a_suggestion(broken):
         ('title = "Qwen2-VL"', "title = ", "not a TOML file"),
         ('title = "Qwen2-VL"', 'title = "Qwen2-VL"\nextends = "nothing"', "nothing.toml"),
         ('title = "Qwen2-VL"', 'title = "Qwen2-VL"\nleft_alone = 3', "must be a table"),
-        ("[[layouts]]\nname", "layouts = 3\n[x]\nname", "list of tables"),
+        ("[[edges]]\nkind", "[edges]\nkind", "list of tables"),
     ],
 )
 def test_a_mistake_in_a_file_is_refused(broken, old, new, message):
@@ -159,8 +158,6 @@ def test_names_translate_there_and_back(name, parts, data):
         names = NameMap(layout.name, layout.rewrites)
         roots = [tower.root for tower in arch.towers] + [arch.head]
         module = ".".join([data.draw(st.sampled_from(roots)), *parts])
-        if any(f"{module}.".startswith(f"{disk}.") for disk, _ in layout.rewrites if "." in disk):
-            continue
         assert names.to_module(names.to_disk(module)) == module
 
 
@@ -174,14 +171,14 @@ def test_prefixes_are_whole_dotted_parts_and_the_longest_wins():
 
 def test_names_without_a_place_are_refused():
     names = NameMap("old", known_archs()["qwen2_vl"].layouts[0].rewrites)
-    with pytest.raises(ModelError, match="no name on disk for 'model.audio.x'"):
+    with pytest.raises(ModelError, match=r"no name on disk for 'model.audio.x'"):
         names.to_disk("model.audio.x")
-    with pytest.raises(ModelError, match="does not know the tensor 'audio.x'"):
+    with pytest.raises(ModelError, match=r"does not know the tensor 'audio.x'"):
         names.to_module("audio.x")
 
 
 def test_a_name_that_would_not_come_back_is_refused():
-    """``model.visual`` below the language model would read back as the vision tower's neighbour."""
+    """On disk ``m.b`` would be ``a.b``, which belongs to another module."""
     names = NameMap("odd", (("a", "m"), ("a.b", "n")))
     with pytest.raises(ModelError, match="no name on disk"):
         names.to_disk("m.b.weight")

@@ -462,7 +462,7 @@ def test_impossible_samplings_are_refused(values: tuple[float, int, int]) -> Non
 
 
 def mixed_samples(folder: Path) -> tuple[Sample, ...]:
-    """A text, two pictures with a clip between them, a picture, a single-frame clip, another text."""
+    """Texts, pictures and clips, alone and together; one without an answer."""
     for number in range(6):
         save_picture(folder / f"{number}.png", size=(16 + 8 * (number % 3), 24), seed=number)
     frames = [str(save_picture(folder / f"f{n}.png", seed=10 + n).name) for n in range(4)]
@@ -616,7 +616,7 @@ def test_video_files_reach_the_model(tmp_path: Path, processor: Any, tiny_folder
 def test_the_rate_of_a_clip_stands_in_the_prompt(
     tmp_path: Path, processors: Any, family: str, time: str
 ) -> None:
-    """Four frames, one every two seconds: pairs are at 1 s and 5 s, single frames at 0, 2, 4, 6 s."""
+    """Four frames, one every two seconds: pairs are at 1 and 5 s, single frames at 0, 2, ... s."""
     frames = [save_picture(tmp_path / f"{n}.png", seed=n).name for n in range(4)]
     lines = [turns([{"type": "video", "video": frames, "fps": 0.5}])]
     batch = only(read_samples(write_lines(tmp_path / "d.jsonl", lines)), processors(family))
@@ -630,13 +630,6 @@ def test_placeholder_tokens_in_a_text_are_refused(tmp_path: Path, processors: An
     with pytest.raises(DataError, match="0 images, but 1 placeholders") as caught:
         only(samples, processors("qwen2_vl"))
     assert "sample sly" in str(caught.value)
-
-
-def with_template(processor: Any, tmp_path: Path, template: str) -> Any:
-    processor.save_pretrained(tmp_path / "processor")
-    changed = load_processor(tmp_path / "processor")
-    changed.chat_template = template
-    return changed
 
 
 @pytest.mark.parametrize(
@@ -656,9 +649,10 @@ def with_template(processor: Any, tmp_path: Path, template: str) -> Any:
     ],
 )
 def test_chat_templates_that_hide_the_answer_are_refused(
-    tmp_path: Path, processors: Any, template: str, finding: str
+    tmp_path: Path, tiny: Callable[..., Path], template: str, finding: str
 ) -> None:
-    changed = with_template(processors("qwen2_vl"), tmp_path, template)
+    changed = load_processor(tiny("qwen2_vl"))
+    changed.chat_template = template
     samples = read_samples(write_lines(tmp_path / "data.jsonl", [turns()]))
     with pytest.raises(DataError, match=finding):
         only(samples, changed)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
+import compressed_tensors_library as library
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import compressed_tensors_library as library
 from prismquant.errors import FormatError
 from prismquant.formats.packed import (
     LAYOUTS,
@@ -80,6 +80,7 @@ def test_check_vectors(bits: int, codes: list[int], words: list[int]) -> None:
     assert [word & 0xFFFFFFFF for word in packed[0].tolist()] == words
 
 
+@settings(deadline=None)
 @given(
     bits=st.integers(2, 8),
     rows=st.integers(0, 4),
@@ -146,6 +147,7 @@ def stored_specs() -> st.SearchStrategy[NumberSpec]:
     )
 
 
+@settings(deadline=None)
 @given(
     number=stored_specs(),
     seed=st.integers(0, 10_000),

@@ -2,13 +2,14 @@
 
     python tools/train_demo_model.py --out DIR [--family qwen2_vl] [--steps N] [--resume]
 
-The run writes ``DIR/training/`` (weights and optimizer moments as safetensors, progress as JSON; ``--resume``
-continues from it) and, now and then and at the end, ``DIR/checkpoint/``: a complete checkpoint that
-``AutoProcessor`` and ``AutoModelForImageTextToText`` load, with a model card that states what was measured.
+The run writes ``DIR/training/`` (weights and optimizer moments as safetensors, progress as JSON;
+``--resume`` continues from it) and, now and then and at the end, ``DIR/checkpoint/``: a complete
+checkpoint that ``AutoProcessor`` and ``AutoModelForImageTextToText`` load, with a model card that
+states what was measured.
 
-One training row holds one picture, one clip or no picture, followed by as many questions as fit. Every question
-sees the picture and itself but no other question, at the positions it would have alone, so that a row of many
-questions trains exactly what a single question asks.
+One training row holds one picture, one clip or no picture, followed by as many questions as fit.
+Every question sees the picture and itself but no other question, at the positions it would have
+alone, so that a row of many questions trains exactly what a single question asks.
 """
 
 from __future__ import annotations
@@ -22,25 +23,22 @@ import shutil
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 from prismquant.demo import scenes
-from prismquant.demo.scenes import Kind, Sample, Turn
-
 
 
 def _import_torchvision() -> None:
-    """Import torchvision; where its compiled part cannot be loaded, declare the two operators it insists on.
+    """Import torchvision; where its compiled part fails to load, declare the operators it needs.
 
     The processors use its pure transforms only.
     """
@@ -48,7 +46,9 @@ def _import_torchvision() -> None:
         importlib.import_module("torchvision")
     except RuntimeError:
         for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
+            torch.library.define(
+                f"torchvision::{name}", "(Tensor dets, Tensor scores, float threshold) -> Tensor"
+            )
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]
         importlib.import_module("torchvision")
@@ -57,6 +57,11 @@ def _import_torchvision() -> None:
 _import_torchvision()
 import transformers  # noqa: E402
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from prismquant.demo.scenes import Kind, Sample, Turn
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
@@ -110,9 +115,10 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One architecture: its config, its processor and the vision features of many equal frames at once.
+    """One architecture: its config, its processor and its way to encode many equal frames at once.
 
-    ``encode`` maps pixels of shape (frame pairs, GRID * GRID, patch values) to (frame pairs, tokens, width).
+    ``encode`` maps pixels of shape (frame pairs, GRID * GRID, patch values) to (frame pairs,
+    tokens, width).
     """
 
     config: Callable[[Settings, Mapping[str, int], int], Any]
@@ -124,14 +130,18 @@ class Family:
 
 
 def build_tokenizer() -> Any:
-    """Train a byte-level tokenizer on generated questions until each of their words is one token."""
+    """Train a byte-level tokenizer on generated text until each of its words is one token."""
     corpus = []
     for kind in KINDS:
         for index in range(3000):
-            for turn in scenes.make_sample(kind, scenes.sample_rng("train", 0, index), 1.0, 4).turns:
+            for turn in scenes.make_sample(
+                kind, scenes.sample_rng("train", 0, index), 1.0, 4
+            ).turns:
                 corpus += [turn.question, turn.answer]
     corpus += [f"{role}\n" for role in ("user", "assistant", "system")] * 100
-    pattern = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    pattern = Regex(
+        r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -159,7 +169,11 @@ def build_tokenizer() -> Any:
 
 
 def qwen2_vl_config(settings: Settings, ids: Mapping[str, int], vocabulary: int) -> Any:
-    """Return a small Qwen2-VL; theta is low so that rows and columns of nine tokens differ in every head."""
+    """Return a small Qwen2-VL.
+
+    The columns get the slowest rotary frequencies. With the usual theta of a million they would not
+    tell three columns apart, so theta is low.
+    """
     head = 32
     half = head // 2
     return transformers.Qwen2VLConfig(
@@ -200,12 +214,15 @@ def qwen2_vl_config(settings: Settings, ids: Mapping[str, int], vocabulary: int)
 
 
 def qwen2_vl_processor(tokenizer: Any) -> Any:
-    """Return the processor for pictures and clips of FRAME_PIXELS by FRAME_PIXELS; others are resized to that area."""
+    """Return the processor; pictures and clips larger than a frame are resized to its area."""
     common = {
         "patch_size": PATCH,
         "merge_size": MERGE,
         "temporal_patch_size": TEMPORAL,
-        "size": {"shortest_edge": scenes.FRAME_PIXELS**2 // 2, "longest_edge": scenes.FRAME_PIXELS**2},
+        "size": {
+            "shortest_edge": scenes.FRAME_PIXELS**2 // 2,
+            "longest_edge": scenes.FRAME_PIXELS**2,
+        },
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
     }
@@ -218,11 +235,13 @@ def qwen2_vl_processor(tokenizer: Any) -> Any:
 
 
 def qwen2_vl_encode(model: nn.Module, pixels: Tensor) -> Tensor:
-    """Run the vision tower on all frame pairs at once; pairs never see each other, so a batch axis replaces the
-    tower's loop over sequences."""
+    """Run the vision tower on all frame pairs at once.
+
+    Pairs never see each other, so a batch axis replaces the tower's loop over sequences.
+    """
     visual: Any = model.model.visual
     pairs, patches, _ = pixels.shape
-    hidden = F.linear(pixels, visual.patch_embed.proj.weight.flatten(1))
+    hidden = functional.linear(pixels, visual.patch_embed.proj.weight.flatten(1))
     places = _patch_places()
     cos, sin = visual.rotary_pos_emb(hidden, places.T)
     for block in visual.blocks:
@@ -230,14 +249,14 @@ def qwen2_vl_encode(model: nn.Module, pixels: Tensor) -> Tensor:
         qkv = attention.qkv(block.norm1(hidden)).view(pairs, patches, 3, attention.num_heads, -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
-        mixed = F.scaled_dot_product_attention(query, key, value.to(query.dtype))
+        mixed = functional.scaled_dot_product_attention(query, key, value.to(query.dtype))
         hidden = hidden + attention.proj(mixed.transpose(1, 2).flatten(2))
         hidden = hidden + block.mlp(block.norm2(hidden))
     return visual.merger(hidden).view(pairs, patches // MERGE**2, -1)
 
 
 def _patch_places() -> Tensor:
-    """Return the (row, column) of each patch in the order of the processors: by merged token, then within it."""
+    """Return each patch's (row, column), (2, patches), in the processors' order: token by token."""
     rows, columns = torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij")
     places = torch.stack([rows, columns]).view(2, GRID // MERGE, MERGE, GRID // MERGE, MERGE)
     return places.transpose(2, 3).reshape(2, -1)
@@ -254,7 +273,10 @@ FAMILIES: dict[str, Family] = {
 
 
 def initialise(model: nn.Module, layers: int, vision_layers: int) -> None:
-    """Draw weights with standard deviation 1 / sqrt(inputs); outputs of residual branches are smaller by depth."""
+    """Draw weights with standard deviation 1 / sqrt(inputs), less at the ends of residual branches.
+
+    The usual 0.02 is far too small for layers this narrow.
+    """
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv3d):
             inputs = module.weight[0].numel()
@@ -277,11 +299,14 @@ def initialise(model: nn.Module, layers: int, vision_layers: int) -> None:
 class Batch:
     """Tensors of a batch of rows.
 
-    ids, targets: (rows, tokens); targets hold the next token where it belongs to an answer, else -1.
-    places: (3, rows, tokens) rotary positions. mask: (rows, 1, tokens, tokens), true where attention goes.
-    pixels: (frame pairs, patches, values). slots: (rows, tokens), true where the vision features go, in order.
-    turn: (rows, tokens) number of the question of the row that the token belongs to, 0 for the picture, -1 for padding.
-    cells: (frame pairs, cells, attributes) what each cell shows, see :func:`cell_labels`.
+    Attributes:
+        ids: (rows, tokens).
+        targets: (rows, tokens), the next token where it belongs to an answer, else -1.
+        places: (3, rows, tokens), rotary positions.
+        mask: (rows, 1, tokens, tokens), true where attention goes.
+        pixels: (frame pairs, patches, values).
+        slots: (rows, tokens), true where the vision features go, in order.
+        cells: (frame pairs, cells, attributes), what each cell shows, see :func:`cell_labels`.
     """
 
     ids: Tensor
@@ -290,16 +315,20 @@ class Batch:
     mask: Tensor
     pixels: Tensor
     slots: Tensor
-    turn: Tensor
     cells: Tensor
 
 
-PROBED = (len(scenes.PLACES), len(scenes.SIZES) + 1, len(scenes.COLOURS) + 1, len(scenes.SHAPES) + 1)
-"""Number of values of each attribute of a cell: its place, and size, colour and shape of its object or none."""
+PROBED = (
+    len(scenes.PLACES),
+    len(scenes.SIZES) + 1,
+    len(scenes.COLOURS) + 1,
+    len(scenes.SHAPES) + 1,
+)
+"""Values of each attribute of a cell: its place; size, colour and shape of its object, or none."""
 
 
 def cell_labels(sample: Sample) -> np.ndarray:
-    """Return the attributes of each cell for each frame pair, (pairs, cells, len(PROBED)); -1 where motion blurs it."""
+    """Return the attributes of each cell, (frame pairs, cells, len(PROBED)); -1 where one moves."""
     scene = sample.scene
     if scene is None:
         raise ValueError("a sample without a scene has no cells")
@@ -310,7 +339,11 @@ def cell_labels(sample: Sample) -> np.ndarray:
         row, column = thing.cell
         number = row * scenes.BOARD_CELLS + column
         if scene.motion is None or scene.motion.index != index:
-            words = scenes.SIZES.index(thing.size), colours.index(thing.colour), scenes.SHAPES.index(thing.shape)
+            words = (
+                scenes.SIZES.index(thing.size),
+                colours.index(thing.colour),
+                scenes.SHAPES.index(thing.shape),
+            )
             labels[number, 1:] = [1 + word for word in words]
             continue
         end_row, end_column = scene.motion.end
@@ -321,7 +354,7 @@ def cell_labels(sample: Sample) -> np.ndarray:
 
 
 class Packer:
-    """Builds batches from samples without the processor, whose result :func:`check_against_processor` compares."""
+    """Builds batches without the processor; :func:`check_against_processor` compares the two."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -339,14 +372,16 @@ class Packer:
         return ids
 
     def patches(self, frames: Sequence[scenes.Frame]) -> np.ndarray:
-        """Return the frames' patches as (frame pairs, patches, values); a single frame counts twice."""
+        """Return the frames as (frame pairs, patches, values); a single frame counts twice."""
         stack = np.stack(frames if len(frames) > 1 else [frames[0], frames[0]])
-        pixels = self._levels[stack].reshape(-1, TEMPORAL, GRID // MERGE, MERGE, PATCH, GRID // MERGE, MERGE, PATCH, 3)
+        pixels = self._levels[stack].reshape(
+            -1, TEMPORAL, GRID // MERGE, MERGE, PATCH, GRID // MERGE, MERGE, PATCH, 3
+        )
         ordered = pixels.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
         return ordered.reshape(ordered.shape[0], GRID * GRID, -1)
 
     def prefix(self, sample: Sample) -> tuple[list[int], list[tuple[int, int, int]], list[bool]]:
-        """Return ids, (time, row, column) positions and vision slots of the part before the question."""
+        """Return ids, (time, row, column) positions and vision slots before the question."""
         head = self.encode(f"{START}user\n")
         if sample.kind == "text":
             places = [(i, i, i) for i in range(len(head))]
@@ -356,7 +391,12 @@ class Packer:
         head = head + self.encode(VISION_START)
         first = len(head)
         pad = self.encode(IMAGE_PAD if sample.kind == "image" else VIDEO_PAD)
-        grid = [(first + t, first + r, first + c) for t in range(pairs) for r in range(side) for c in range(side)]
+        grid = [
+            (first + t, first + r, first + c)
+            for t in range(pairs)
+            for r in range(side)
+            for c in range(side)
+        ]
         after = first + max(pairs, side)
         ids = head + pad * len(grid) + self.encode(VISION_END)
         places = [(i, i, i) for i in range(first)] + grid + [(after, after, after)]
@@ -364,12 +404,12 @@ class Packer:
         return ids, places, slots
 
     def turn(self, turn: Turn) -> tuple[list[int], list[int]]:
-        """Return the ids from the question to the start of the answer, and those of the answer with its end."""
+        """Return the ids from the question up to the answer, and the answer's with its end."""
         question = self.encode(turn.question) + self.encode(f"{END}\n{START}assistant\n")
         return question, self.encode(turn.answer) + self.encode(END)
 
     def pack(self, samples: Sequence[Sample], tokens: int | None = None) -> Batch:
-        """Pack one sample a row, with those of its questions that fit into ``tokens`` (all, if it is None)."""
+        """Pack one sample a row, with those of its questions that fit into ``tokens``, if given."""
         rows = []
         for sample in samples:
             ids, places, slots = self.prefix(sample)
@@ -389,8 +429,14 @@ class Packer:
         width = tokens or max(len(row[0]) for row in rows)
         shape = (len(rows), width)
         ids_array = np.full(shape, self.encode(PAD)[0], dtype=np.int64)
-        targets_array, turns_array = np.full(shape, -1, dtype=np.int64), np.full(shape, -1, dtype=np.int64)
-        places_array, slots_array = np.zeros((*shape, 3), dtype=np.int64), np.zeros(shape, dtype=bool)
+        targets_array, turns_array = (
+            np.full(shape, -1, dtype=np.int64),
+            np.full(shape, -1, dtype=np.int64),
+        )
+        places_array, slots_array = (
+            np.zeros((*shape, 3), dtype=np.int64),
+            np.zeros(shape, dtype=bool),
+        )
         for number, (ids, targets, places, slots, turns) in enumerate(rows):
             ids_array[number, : len(ids)] = ids
             targets_array[number, : len(ids)] = targets
@@ -402,7 +448,11 @@ class Packer:
         causal = torch.ones(width, width, dtype=torch.bool).tril()
         cells = [cell_labels(sample) for sample in samples if sample.frames]
         seen = [self.patches(sample.frames) for sample in samples if sample.frames]
-        pixels = np.concatenate(seen) if seen else np.zeros((0, GRID * GRID, 3 * TEMPORAL * PATCH * PATCH), np.float32)
+        pixels = (
+            np.concatenate(seen)
+            if seen
+            else np.zeros((0, GRID * GRID, 3 * TEMPORAL * PATCH * PATCH), np.float32)
+        )
         return Batch(
             ids=torch.from_numpy(ids_array),
             targets=torch.from_numpy(targets_array),
@@ -410,16 +460,21 @@ class Packer:
             mask=causal & ((keys == queries) | (keys == 0)),
             pixels=torch.from_numpy(pixels),
             slots=torch.from_numpy(slots_array),
-            turn=turn_tensor,
-            cells=torch.from_numpy(np.concatenate(cells) if cells else np.zeros((0, 1, 1), dtype=np.int64)),
+            cells=torch.from_numpy(
+                np.concatenate(cells) if cells else np.zeros((0, 1, 1), dtype=np.int64)
+            ),
         )
 
 
 def answer_logits(model: Any, family: Family, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the logits (answer tokens of the batch, vocabulary) that predict the answers' tokens, and the vision
-    features (frame pairs, tokens, width)."""
+    """Return the logits that predict the answers' tokens, and the vision features.
+
+    Shapes: (answer tokens of the batch, vocabulary) and (frame pairs, tokens, width).
+    """
     embeds = model.get_input_embeddings()(batch.ids)
-    features = family.encode(model, batch.pixels)
+    features = embeds.new_zeros((0, 1, embeds.shape[-1]))
+    if len(batch.pixels):
+        features = family.encode(model, batch.pixels)
     embeds = embeds.masked_scatter(batch.slots[:, :, None], features.flatten(0, 1).to(embeds.dtype))
     hidden = model.model.language_model(
         inputs_embeds=embeds,
@@ -431,14 +486,14 @@ def answer_logits(model: Any, family: Family, batch: Batch) -> tuple[Tensor, Ten
 
 
 def probe_loss(probe: nn.Module, features: Tensor, cells: Tensor) -> Tensor:
-    """Return how badly a linear probe reads the cells from their vision tokens, in nats a cell and attribute.
+    """Return how badly a linear probe reads the cells from their vision tokens, in nats.
 
     Without it the language model finds nothing in the features to look at for thousands of steps.
     """
-    normed = F.rms_norm(features.float(), features.shape[-1:])
+    normed = functional.rms_norm(features.float(), features.shape[-1:])
     parts = probe(normed).float().split(PROBED, dim=-1)
     losses = [
-        F.cross_entropy(part.flatten(0, 1), cells[:, :, index].flatten(), ignore_index=-1)
+        functional.cross_entropy(part.flatten(0, 1), cells[:, :, index].flatten(), ignore_index=-1)
         for index, part in enumerate(parts)
     ]
     return torch.stack(losses).mean()
@@ -451,8 +506,12 @@ def probe_loss(probe: nn.Module, features: Tensor, cells: Tensor) -> Tensor:
 class Scores:
     """What one model did on the held-out questions.
 
-    loss: mean over answer tokens, in nats. exact: share of questions whose every answer token is the likeliest, by
-    ``all``, by kind and by ``kind/topic``. counts: questions behind each share. logits: (answer tokens, vocabulary).
+    Attributes:
+        loss: mean over answer tokens, in nats.
+        exact: share of questions whose every answer token is the likeliest, by ``all``, by kind and
+            by ``kind/topic``.
+        counts: number of questions behind each share.
+        logits: (answer tokens, vocabulary).
     """
 
     loss: float
@@ -462,8 +521,10 @@ class Scores:
 
 
 @torch.no_grad()
-def score(model: Any, family: Family, packer: Packer, samples: Sequence[Sample], rows: int = 100) -> Scores:
-    """Ask each sample's first question, each in a row of its own, and compare the answers token by token."""
+def score(
+    model: Any, family: Family, packer: Packer, samples: Sequence[Sample], rows: int = 100
+) -> Scores:
+    """Ask each sample's first question in a row of its own; compare the answers token by token."""
     logits, targets = [], []
     right: dict[str, list[bool]] = defaultdict(list)
     for start in range(0, len(samples), rows):
@@ -478,30 +539,34 @@ def score(model: Any, family: Family, packer: Packer, samples: Sequence[Sample],
             for key in ("all", sample.kind, f"{sample.kind}/{sample.turns[0].topic}"):
                 right[key].append(exact)
     everything = torch.cat(logits)
-    loss = F.cross_entropy(everything, torch.cat(targets)).item()
+    loss = functional.cross_entropy(everything, torch.cat(targets)).item()
     exact_share = {key: sum(values) / len(values) for key, values in sorted(right.items())}
-    return Scores(loss, exact_share, {key: len(values) for key, values in right.items()}, everything)
+    return Scores(
+        loss, exact_share, {key: len(values) for key, values in right.items()}, everything
+    )
 
 
 @torch.no_grad()
 def round_language_weights(model: Any, bits: int, group: int = 128) -> None:
-    """Round the projections of the language layers to nearest, symmetric, one scale for ``group`` inputs."""
+    """Round the language layers' projections to nearest, a symmetric scale for each group."""
     top = 2 ** (bits - 1) - 1
     for module in model.model.language_model.layers.modules():
         if isinstance(module, nn.Linear):
             grouped = module.weight.view(module.out_features, -1, group)
             scale = grouped.abs().amax(-1, keepdim=True) / top
-            module.weight.copy_(((grouped / scale).round().clamp(-top, top) * scale).view_as(module.weight))
+            module.weight.copy_(
+                ((grouped / scale).round().clamp(-top, top) * scale).view_as(module.weight)
+            )
 
 
 def divergence(reference: Tensor, other: Tensor) -> float:
-    """Return the mean Kullback-Leibler divergence, in nats, of (tokens, vocabulary) logits from the reference's."""
+    """Return the mean KL(reference || other) in nats, from logits (tokens, vocabulary)."""
     first, second = reference.log_softmax(-1), other.log_softmax(-1)
     return (first.exp() * (first - second)).sum(-1).mean().item()
 
 
 def measure(model: Any, family: Family, packer: Packer, seed: int, per_kind: int) -> dict[str, Any]:
-    """Measure the weights as they are shipped, rounded to bfloat16, and what rounding them to 4 and 3 bits does."""
+    """Measure the weights as shipped, in bfloat16, and the harm of rounding to 4 and 3 bits."""
     samples = [
         scenes.make_sample(kind, scenes.sample_rng("evaluation", seed, index))
         for kind in KINDS
@@ -514,13 +579,18 @@ def measure(model: Any, family: Family, packer: Packer, seed: int, per_kind: int
         rounded = copy.deepcopy(shipped)
         round_language_weights(rounded, bits)
         scores = score(rounded, family, packer, samples)
-        result[f"w{bits}"] = {"kl": divergence(plain.logits, scores.logits), "exact": scores.exact["all"]}
+        result[f"w{bits}"] = {
+            "kl": divergence(plain.logits, scores.logits),
+            "exact": scores.exact["all"],
+        }
     return result
 
 
 @torch.no_grad()
-def check_against_processor(model: Any, family: Family, packer: Packer, processor: Any, seed: int) -> None:
-    """Raise if packed batches differ from what the processor and the model's own forward make of the same samples."""
+def check_against_processor(
+    model: Any, family: Family, packer: Packer, processor: Any, seed: int
+) -> None:
+    """Raise unless packed batches equal what the processor and the model's own forward make."""
     exact_model = copy.deepcopy(model).eval().float()
     for kind in KINDS:
         for index in range(6):
@@ -540,12 +610,16 @@ def check_against_processor(model: Any, family: Family, packer: Packer, processo
                 return_tensors="pt",
             )
             if not torch.equal(inputs["input_ids"], batch.ids):
-                raise RuntimeError(f"the packed ids of {kind} sample {index} differ from the processor's")
+                raise RuntimeError(
+                    f"the packed ids of {kind} sample {index} differ from the processor's"
+                )
             pixels = inputs.get("pixel_values" if kind == "image" else "pixel_values_videos")
             if pixels is not None:
                 torch.testing.assert_close(pixels, batch.pixels.flatten(0, 1), atol=2e-6, rtol=0)
             logits = exact_model(**inputs).logits[batch.targets >= 0]
-            torch.testing.assert_close(answer_logits(exact_model, family, batch)[0], logits, atol=2e-3, rtol=1e-3)
+            torch.testing.assert_close(
+                answer_logits(exact_model, family, batch)[0], logits, atol=2e-3, rtol=1e-3
+            )
 
 
 # Training
@@ -583,7 +657,9 @@ class Run:
         vocabulary = math.ceil(len(self.tokenizer) / WIDTH_UNIT) * WIDTH_UNIT
         torch.manual_seed(settings.seed)
         config = self.family.config(settings, ids, vocabulary)
-        self.model: Any = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+        self.model: Any = transformers.AutoModelForImageTextToText.from_config(
+            config, dtype=torch.float32
+        )
         initialise(self.model, settings.layers, settings.vision_layers)
         self.probe = nn.Linear(settings.width, sum(PROBED))
         self.model.generation_config = transformers.GenerationConfig(
@@ -592,13 +668,18 @@ class Run:
         self.trained = nn.ModuleDict({"model": self.model, "probe": self.probe})
         decayed = [value for value in self.trained.parameters() if value.ndim > 1]
         plain = [value for value in self.trained.parameters() if value.ndim == 1]
-        groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        groups = [
+            {"params": decayed, "weight_decay": settings.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ]
         self.optimizer = torch.optim.AdamW(groups, lr=settings.rate, betas=(0.9, 0.98))
         self.step, self.seconds = 0, 0.0
 
     def train(self, report_every: int, save_every: int, measure_every: int) -> None:
         """Train to the last step, reporting, saving and measuring on the way."""
-        check_against_processor(self.model, self.family, self.packer, self.processor, self.settings.seed)
+        check_against_processor(
+            self.model, self.family, self.packer, self.processor, self.settings.seed
+        )
         losses: list[float] = []
         while self.step < self.settings.steps:
             begin = time.monotonic()
@@ -606,7 +687,9 @@ class Run:
             self.seconds += time.monotonic() - begin
             if self.step % report_every == 0:
                 pace = self.seconds / self.step
-                print(f"step {self.step}: loss {np.mean(losses):.4f}, {pace:.3f} s a step", flush=True)
+                print(
+                    f"step {self.step}: loss {np.mean(losses):.4f}, {pace:.3f} s a step", flush=True
+                )
                 losses.clear()
             if self.step % save_every == 0:
                 self.save_training()
@@ -623,7 +706,7 @@ class Run:
             group["lr"] = settings.rate * rate_factor(self.step, settings)
         with torch.autocast("cpu", torch.bfloat16):
             logits, features = answer_logits(self.model, self.family, batch)
-        loss = F.cross_entropy(logits.float(), batch.targets[batch.targets >= 0])
+        loss = functional.cross_entropy(logits.float(), batch.targets[batch.targets >= 0])
         help_factor = max(0.0, 1 - self.step / (2 * settings.curriculum))
         (loss + help_factor * probe_loss(self.probe, features, batch.cells)).backward()
         nn.utils.clip_grad_norm_(self.trained.parameters(), 1.0)
@@ -636,7 +719,9 @@ class Run:
         """Write the weights, the optimizer's moments and the progress."""
         folder = self.out / "training"
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"weight/{name}": value.detach() for name, value in self.trained.named_parameters()}
+        tensors = {
+            f"weight/{name}": value.detach() for name, value in self.trained.named_parameters()
+        }
         for name, value in self.trained.named_parameters():
             for key, moment in self.optimizer.state.get(value, {}).items():
                 tensors[f"{key}/{name}"] = moment
@@ -644,20 +729,25 @@ class Run:
         progress = {"step": self.step, "seconds": self.seconds, "settings": asdict(self.settings)}
         save_file(tensors, partial, metadata={"progress": json.dumps(progress)})
         partial.replace(folder / "state.safetensors")
-        (folder / "progress.json").write_text(json.dumps(progress, indent=2) + "\n", encoding="utf-8")
+        (folder / "progress.json").write_text(
+            json.dumps(progress, indent=2) + "\n", encoding="utf-8"
+        )
 
     def resume(self) -> None:
-        """Continue from the files of :meth:`save_training`; only the number of steps may have changed."""
+        """Continue from the saved training state; only the number of steps may have changed."""
         with safe_open(self.out / "training" / "state.safetensors", "pt") as file:
             progress = json.loads(file.metadata()["progress"])
             mine, theirs = asdict(self.settings), progress["settings"]
             changed = [name for name in mine if name != "steps" and mine[name] != theirs[name]]
             if changed:
-                raise SystemExit(f"cannot resume: the interrupted run had other values of {', '.join(changed)}")
+                raise SystemExit(
+                    f"cannot resume: the interrupted run had other values of {', '.join(changed)}"
+                )
             for name, value in self.trained.named_parameters():
                 value.data.copy_(file.get_tensor(f"weight/{name}"))
                 self.optimizer.state[value] = {
-                    key: file.get_tensor(f"{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")
+                    key: file.get_tensor(f"{key}/{name}")
+                    for key in ("step", "exp_avg", "exp_avg_sq")
                 }
         self.step, self.seconds = progress["step"], progress["seconds"]
 
@@ -666,11 +756,13 @@ class Run:
         measured = measure(self.model, self.family, self.packer, self.settings.seed, per_kind)
         kinds = ", ".join(f"{kind} {measured['exact'][kind]:.3f}" for kind in KINDS)
         print(
-            f"step {self.step}: exact match {measured['exact']['all']:.3f} ({kinds}), loss {measured['loss']:.4f},"
-            f" KL W4 {measured['w4']['kl']:.5f}, W3 {measured['w3']['kl']:.5f}",
+            f"step {self.step}: exact match {measured['exact']['all']:.3f} ({kinds}),"
+            f" loss {measured['loss']:.4f}, KL W4 {measured['w4']['kl']:.5f}, W3 {measured['w3']['kl']:.5f}",
             flush=True,
         )
-        fresh, target, old = (self.out / name for name in ("checkpoint.partial", "checkpoint", "checkpoint.old"))
+        fresh, target, old = (
+            self.out / name for name in ("checkpoint.partial", "checkpoint", "checkpoint.old")
+        )
         shutil.rmtree(fresh, ignore_errors=True)
         copy.deepcopy(self.model).to(torch.bfloat16).save_pretrained(fresh)
         self.processor.save_pretrained(fresh)
@@ -684,33 +776,39 @@ class Run:
     def _card(self, measured: Mapping[str, Any]) -> str:
         settings = self.settings
         values = sum(value.numel() for value in self.model.parameters())
-        language = sum(value.numel() for value in self.model.model.language_model.layers.parameters())
+        language = sum(
+            value.numel() for value in self.model.model.language_model.layers.parameters()
+        )
         exact, counts = measured["exact"], measured["counts"]
         state = "" if self.step == settings.steps else " (an intermediate state of the run)"
         topics = "".join(
-            f"| {key.replace('/', ': ')} | {counts[key]} | {share:.1%} |\n" for key, share in exact.items() if key != "all"
+            f"| {key.replace('/', ': ')} | {counts[key]} | {share:.1%} |\n"
+            for key, share in exact.items()
+            if key != "all"
         )
         return f"""# PrismQuant demonstration model ({settings.family})
 
-A {values / 1e6:.2f} million parameter vision-language model, trained from nothing on the drawn scenes of
-`prismquant.demo.scenes`: pictures, short clips and plain text, with questions that have one right answer. It is
-small so that every method can be tried on a laptop, and near its capacity so that quantization shows. It knows
-nothing but these scenes.
+A {values / 1e6:.2f} million parameter vision-language model, trained from nothing on the drawn
+scenes of `prismquant.demo.scenes`: pictures, short clips and plain text, with questions that have
+one right answer. It is small so that every method can be tried on a laptop, and near its capacity
+so that quantization shows. It knows nothing but these scenes.
 
-- Architecture: language model {settings.width} wide, {settings.layers} layers, {settings.inner} in the MLP
-  ({language / 1e6:.2f} M parameters in its layers); vision tower 128 wide, {settings.vision_layers} blocks, patches of {PATCH} x {PATCH}
-  pixels on {scenes.FRAME_PIXELS} x {scenes.FRAME_PIXELS} frames, {(GRID // MERGE) ** 2} tokens for a frame or a pair of frames. Every Linear's
-  inputs and outputs are multiples of {WIDTH_UNIT}.
-- Training: {self.step} steps{state} of {settings.rows} rows of {settings.row_tokens} tokens, AdamW, peak rate {settings.rate:g},
-  {self.seconds / 60:.0f} minutes on {torch.get_num_threads()} CPU thread(s), bfloat16 arithmetic, float32 weights; stored in bfloat16.
+- Architecture: language model {settings.width} wide, {settings.layers} layers, {settings.inner} in
+  the MLP ({language / 1e6:.2f} M parameters in its layers); vision tower 128 wide,
+  {settings.vision_layers} blocks, patches of {PATCH} x {PATCH} pixels on {scenes.FRAME_PIXELS} x
+  {scenes.FRAME_PIXELS} frames, {(GRID // MERGE) ** 2} tokens for a frame or a pair of frames. Every
+  Linear's inputs and outputs are multiples of {WIDTH_UNIT}.
+- Training: {self.step} steps{state} of {settings.rows} rows of {settings.row_tokens} tokens, AdamW,
+  peak rate {settings.rate:g}, {self.seconds / 60:.0f} minutes on {torch.get_num_threads()} CPU
+  thread(s), bfloat16 arithmetic, float32 weights; stored in bfloat16.
   `python tools/train_demo_model.py --out DIR` repeats it.
 
 ## Measured
 
-On {counts["all"]} held-out questions, with the stored weights in float32 arithmetic. Exact match counts a question when every
-token of the answer, its end included, is the likeliest one. Divergence is the mean over answer tokens
-of KL(stored || rounded), in nats, when the projections of the language layers are rounded to nearest, symmetrically, with one
-scale for each 128 inputs.
+On {counts["all"]} held-out questions, with the stored weights in float32 arithmetic. Exact match
+counts a question when every token of the answer, its end included, is the likeliest one. Divergence
+is the mean over answer tokens of KL(stored || rounded), in nats, when the projections of the
+language layers are rounded to nearest, symmetrically, with one scale for each 128 inputs.
 
 | | loss | exact match | divergence |
 |---|---|---|---|
@@ -727,12 +825,18 @@ def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description="Train the demonstration model.")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--family", choices=sorted(FAMILIES), default="qwen2_vl", help="architecture")
-    parser.add_argument("--steps", type=int, default=Settings.steps, help="number of training steps")
+    parser.add_argument(
+        "--family", choices=sorted(FAMILIES), default="qwen2_vl", help="architecture"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=Settings.steps, help="number of training steps"
+    )
     parser.add_argument("--seed", type=int, default=Settings.seed, help="seed of weights and data")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
-    parser.add_argument("--measure-every", type=int, default=1000, help="steps between measurements")
+    parser.add_argument(
+        "--measure-every", type=int, default=1000, help="steps between measurements"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     run = Run(Settings(arguments.family, arguments.steps, seed=arguments.seed), arguments.out)

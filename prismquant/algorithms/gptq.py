@@ -145,9 +145,9 @@ class GPTQ:
         ]
         sweep = _Sweep(problem, scales, alive[factor.order], self.block_size)
         swept_loss = sweep.run(factor.feedback, factor.pivots, revisit=False)
-        coupling = _coupling(factor.damped)
+        refined_loss, coupling = swept_loss, _coupling(factor.damped)
         for _ in range(self.refine_passes):
-            sweep.run(coupling, factor.pivots, revisit=True)
+            refined_loss += sweep.run(coupling, factor.damped.diagonal(), revisit=True)
         notes: dict[str, Note] = {
             "damping": factor.damping,
             "damping_attempts": factor.attempts,
@@ -156,9 +156,8 @@ class GPTQ:
             "scale_weighting": self.scale_weighting,
             "dead_columns": problem.in_features - len(alive),
             "swept_loss": swept_loss,
+            "refined_loss": refined_loss,
         }
-        if self.refine_passes:
-            notes["refined_loss"] = float(row_losses(sweep.errors.T, factor.damped).sum())
         codes = sweep.codes(torch.cat(nearest))
         return _choose_rows(problem, scales, nearest, codes, hessian, notes)
 
@@ -198,6 +197,8 @@ class GPTQ:
         pivots = transposed.diagonal()
         feedback = transposed / pivots.unsqueeze(1)
         if int(failed) or not bool(torch.isfinite(feedback).all()):
+            return None
+        if not bool((pivots.square() > _noise(dtype, len(damped)) * damped.diagonal()).all()):
             return None
         feedback.fill_diagonal_(0.0)
         return _Factor(
@@ -283,18 +284,19 @@ class _Sweep:
         self._rounder = _Rounder(problem.spec.grid, steps, zeros)
         self._lines = _lines_of(columns, problem.spec)
 
-    def run(self, coefficients: Tensor, pivots: Tensor, *, revisit: bool) -> float:
+    def run(self, coefficients: Tensor, costs: Tensor, *, revisit: bool) -> float:
         """Round every column once, from ``w_k + sum over j of coefficients[k, j] * e_j``.
 
         Args:
             coefficients: ``[n, n]``, zero on the diagonal. A first sweep gives strictly lower
-                triangular ones; a revisit may couple every column with every other.
-            pivots: ``[n]``, the cost of a squared distance between target and code.
-            revisit: Whether later columns have errors already.
+                triangular ones; a revisit couples every column with every other.
+            costs: ``[n]``, of a squared distance between a column's target and its value.
+            revisit: Whether the columns have values already.
 
         Returns:
-            The sum over columns and rows of cost times squared distance: after a first sweep,
-            exactly the loss under the factorized Hessian.
+            Costs times squared distances, summed: after a first sweep this is exactly the loss
+            under the factorized Hessian. A revisit counts off those of the values it replaced: this
+            is exactly by how much it changed the loss.
         """
         total = 0.0
         for block in self._blocks():
@@ -304,6 +306,7 @@ class _Sweep:
             )
             change = torch.empty_like(distances)
             for i, k in enumerate(range(block.start, block.stop)):
+                # A target to begin with, in the end its distance from the value chosen.
                 target = distances[i]
                 if i:
                     # What has changed inside this block since the product above.
@@ -314,8 +317,10 @@ class _Sweep:
                 torch.sub(error, self.errors[k], out=change[i])
                 self.errors[k] = error
                 target.sub_(values)
-            squares = distances.square_().sum(dim=1, dtype=torch.float64)
-            total += float(squares @ pivots[block].to(torch.float64))
+            squares = distances.square()
+            if revisit:
+                squares -= distances.sub_(change).square_()
+            total += float(squares.sum(1, dtype=torch.float64) @ costs[block].to(torch.float64))
         return total
 
     def codes(self, nearest: Tensor) -> Tensor:
@@ -361,6 +366,14 @@ def _lines_of(columns: Tensor, spec: NumberSpec) -> list[int]:
     if spec.granularity != Granularity.GROUP or spec.group_size is None:
         return [0] * len(columns)
     return (columns // spec.group_size).tolist()
+
+
+def _noise(dtype: torch.dtype, count: int) -> float:
+    """How small a pivot, as a fraction of its diagonal entry, is lost in rounding errors.
+
+    A factorization may succeed with such a pivot, but what its column owes to others is noise.
+    """
+    return 10.0 * math.sqrt(count) * torch.finfo(dtype).eps
 
 
 def _coupling(damped: Tensor) -> Tensor:

@@ -1,31 +1,35 @@
 """A question set about small pictures and clips, drawn from a seed.
 
-A scene is a 3 x 3 board with up to six objects on it. Every object has a size, a colour, a shape and a cell.
-Colours lie close together and every object's paint is a little off, so that some answers are uncertain even
-for a perfect reader. There are three kinds of sample:
+A scene is a 3 x 3 board with up to six objects on it. Every object has a size, a colour, a shape
+and a cell. Colours lie close together and every object's paint is a little off, so that some
+answers are uncertain even for a perfect reader. There are three kinds of sample:
 
 - ``image``: one picture and questions about it;
 - ``video``: a clip of four or six frames in which one object moves from cell to cell;
-- ``text``: questions that need no picture (facts to be read from a description, orders, sums, sorting).
+- ``text``: questions that need no picture (facts to be read from a description, orders, sums,
+  sorting).
 
-All samples come from a ``random.Random`` that :func:`sample_rng` derives from the name of a split, a seed and an
-index, so that training, calibration and evaluation data cannot coincide.
+All samples come from a ``random.Random`` that :func:`sample_rng` derives from the name of a split,
+a seed and an index, so that training, calibration and evaluation data cannot coincide.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 Kind = Literal["text", "image", "video"]
 Split = Literal["train", "calibration", "evaluation"]
@@ -108,7 +112,7 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Motion:
-    """The move of one object: its index in the scene, a direction and the (row, column) where it ends."""
+    """The move of one object: its index in the scene, a direction and the cell where it ends."""
 
     index: int
     direction: str
@@ -136,8 +140,8 @@ class Turn:
 class Sample:
     """One sample: no frame for text, one for an image, four or six for a clip.
 
-    Each frame is a ``uint8`` array of shape (FRAME_PIXELS, FRAME_PIXELS, 3). The turns are independent questions
-    about the same frames, and ``scene`` is what they show.
+    Each frame is a ``uint8`` array of shape (FRAME_PIXELS, FRAME_PIXELS, 3). The turns are
+    independent questions about the same frames, and ``scene`` is what they show.
     """
 
     kind: Kind
@@ -160,7 +164,8 @@ def make_sample(kind: Kind, rng: random.Random, hardness: float = 1.0, turns: in
     Args:
         kind: what the sample shows.
         rng: the only source of chance.
-        hardness: from 0 (one or two objects, clean paint) to 1 (up to six objects, uncertain paint).
+        hardness: from 0 (one or two objects, clean paint) to 1 (up to six objects, uncertain
+            paint).
         turns: number of questions.
     """
     if not 0.0 <= hardness <= 1.0:
@@ -170,12 +175,16 @@ def make_sample(kind: Kind, rng: random.Random, hardness: float = 1.0, turns: in
     if kind == "image":
         scene = _draw_scene(rng, hardness)
         frames = _render(scene, rng, hardness, (0.0,))
-        return Sample(kind, frames, tuple(_ask(_IMAGE_TOPICS, scene, rng) for _ in range(turns)), scene)
+        return Sample(
+            kind, frames, tuple(_ask(_IMAGE_TOPICS, scene, rng) for _ in range(turns)), scene
+        )
     if kind == "video":
         scene = _draw_clip(rng, hardness)
         count = rng.choice((4, 6))
         frames = _render(scene, rng, hardness, [i / (count - 1) for i in range(count)])
-        return Sample(kind, frames, tuple(_ask(_VIDEO_TOPICS, scene, rng) for _ in range(turns)), scene)
+        return Sample(
+            kind, frames, tuple(_ask(_VIDEO_TOPICS, scene, rng) for _ in range(turns)), scene
+        )
     raise ValueError(f"unknown kind {kind!r}: expected one of {', '.join(KINDS)}")
 
 
@@ -188,11 +197,11 @@ def write_dataset(
     mix: Mapping[Kind, float] | None = None,
     hardness: float = 1.0,
 ) -> Path:
-    """Write one-question samples as ``{split}.jsonl`` with their frames as PNG files; return the JSONL path.
+    """Write one-question samples as ``{split}.jsonl`` and their frames as PNG; return the JSONL.
 
-    Each line holds ``id``, ``kind``, ``topic`` and ``messages``: a user message whose content lists the picture
-    (or the clip as a list of frames) and the question, and an assistant message with the answer. Paths are
-    relative to ``folder``.
+    Each line holds ``id``, ``kind``, ``topic`` and ``messages``: a user message whose content lists
+    the picture (or the clip as a list of frames) and the question, and an assistant message with
+    the answer. Paths are relative to ``folder``.
 
     Args:
         folder: where the files go; made if missing.
@@ -202,7 +211,7 @@ def write_dataset(
         mix: share of each kind; thirds if not given.
         hardness: as in :func:`make_sample`.
     """
-    kinds = _spread(mix or {kind: 1.0 for kind in KINDS}, count)
+    kinds = _spread(mix or dict.fromkeys(KINDS, 1.0), count)
     sample_rng(split, seed, count).shuffle(kinds)
     frames_folder = folder / "frames"
     frames_folder.mkdir(parents=True, exist_ok=True)
@@ -219,8 +228,13 @@ def write_dataset(
             content.insert(0, {"type": "image", "image": paths[0]})
         elif kind == "video":
             content.insert(0, {"type": "video", "video": paths})
-        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": turn.answer}]
-        lines.append(json.dumps({"id": identity, "kind": kind, "topic": turn.topic, "messages": messages}))
+        messages = [
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": turn.answer},
+        ]
+        lines.append(
+            json.dumps({"id": identity, "kind": kind, "topic": turn.topic, "messages": messages})
+        )
     target = folder / f"{split}.jsonl"
     partial = target.with_suffix(".jsonl.partial")
     partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
@@ -249,7 +263,7 @@ def _draw_thing(rng: random.Random, cell: Cell) -> Thing:
 
 
 def _draw_things(rng: random.Random, cells: Sequence[Cell]) -> list[Thing]:
-    """Put one object on each cell; a later one often repeats a colour or a shape of an earlier one."""
+    """Put an object on each cell; a later one often repeats a colour or shape of an earlier one."""
     things: list[Thing] = []
     for cell in cells:
         thing = _draw_thing(rng, cell)
@@ -273,7 +287,9 @@ def _draw_clip(rng: random.Random, hardness: float) -> Scene:
     """Draw a clip's first frame and the motion of one object, whose way is free."""
     direction, (down, across) = rng.choice(tuple(DIRECTIONS.items()))
     length = rng.choice((1, 2))
-    starts = [cell for cell in PLACES if (cell[0] + down * length, cell[1] + across * length) in PLACES]
+    starts = [
+        cell for cell in PLACES if (cell[0] + down * length, cell[1] + across * length) in PLACES
+    ]
     start = rng.choice(starts)
     way = [(start[0] + down * step, start[1] + across * step) for step in range(length + 1)]
     free = [cell for cell in PLACES if cell not in way]
@@ -287,7 +303,10 @@ def _draw_clip(rng: random.Random, hardness: float) -> Scene:
 
 
 def _distance(shape: str, radius: float, across: Field, down: Field) -> Field:
-    """Return the signed distance in pixels to the outline, negative inside; inputs are offsets from the centre."""
+    """Return the signed distance to the outline, negative inside; all lengths in pixels.
+
+    ``across`` and ``down`` are offsets from the centre and broadcast to (rows, columns).
+    """
     x, y = np.abs(across), np.abs(down)
     if shape == "circle":
         return np.sqrt(x * x + y * y) - radius
@@ -305,7 +324,9 @@ def _distance(shape: str, radius: float, across: Field, down: Field) -> Field:
     raise ValueError(f"unknown shape {shape!r}")
 
 
-def _render(scene: Scene, rng: random.Random, hardness: float, times: Sequence[float]) -> tuple[Frame, ...]:
+def _render(
+    scene: Scene, rng: random.Random, hardness: float, times: Sequence[float]
+) -> tuple[Frame, ...]:
     """Paint the scene at the given times (0 is the start of the motion, 1 its end)."""
     noise = np.random.default_rng(rng.getrandbits(64))
     sigma = _PAINT_SIGMA * (0.3 + 0.7 * hardness)
@@ -326,7 +347,9 @@ def _render(scene: Scene, rng: random.Random, hardness: float, times: Sequence[f
     frames = []
     for time in times:
         canvas = paper.copy()
-        for index, (thing, (paint_rgb, radius, shift)) in enumerate(zip(scene.things, paints, strict=True)):
+        for index, (thing, (paint_rgb, radius, shift)) in enumerate(
+            zip(scene.things, paints, strict=True)
+        ):
             row, column = float(thing.cell[0]), float(thing.cell[1])
             if scene.motion is not None and scene.motion.index == index:
                 row += time * (scene.motion.end[0] - row)
@@ -345,7 +368,9 @@ def _render(scene: Scene, rng: random.Random, hardness: float, times: Sequence[f
 # Questions about scenes
 
 
-def _matches(things: Sequence[Thing], size: str | None, colour: str | None, shape: str | None) -> list[Thing]:
+def _matches(
+    things: Sequence[Thing], size: str | None, colour: str | None, shape: str | None
+) -> list[Thing]:
     return [
         thing
         for thing in things
@@ -355,8 +380,10 @@ def _matches(things: Sequence[Thing], size: str | None, colour: str | None, shap
     ]
 
 
-def _refer(things: Sequence[Thing], thing: Thing, rng: random.Random, without: str = "") -> str | None:
-    """Return words that fit ``thing`` and no other, never using the attribute ``without``; None if there are none."""
+def _refer(
+    things: Sequence[Thing], thing: Thing, rng: random.Random, without: str = ""
+) -> str | None:
+    """Return words that fit ``thing`` and no other, or None; they do not tell ``without``."""
     options = []
     for use_size in (False, True):
         for use_colour in (False, True):
@@ -368,7 +395,9 @@ def _refer(things: Sequence[Thing], thing: Thing, rng: random.Random, without: s
                 colour = thing.colour if use_colour else None
                 shape = thing.shape if use_shape else None
                 if len(_matches(things, size, colour, shape)) == 1:
-                    options.append(" ".join(word for word in (size, colour, shape or "object") if word))
+                    options.append(
+                        " ".join(word for word in (size, colour, shape or "object") if word)
+                    )
     return rng.choice(options) if options else None
 
 
@@ -414,7 +443,9 @@ def _ask_count(scene: Scene, rng: random.Random) -> Turn | None:
 def _ask_position(scene: Scene, rng: random.Random) -> Turn | None:
     thing = rng.choice(scene.things)
     reference = _refer(scene.things, thing, rng)
-    return None if reference is None else Turn("position", f"Where is the {reference}?", thing.place)
+    return (
+        None if reference is None else Turn("position", f"Where is the {reference}?", thing.place)
+    )
 
 
 def _holds(first: Cell, relation: str, second: Cell) -> bool:
@@ -441,7 +472,7 @@ def _ask_relation(scene: Scene, rng: random.Random) -> Turn | None:
 
 
 def _ask_exists(scene: Scene, rng: random.Random) -> Turn | None:
-    """Ask for an object that is there, or for one that differs from one that is there in colour or in shape."""
+    """Ask for an object that is there, or for one that differs from it in colour or in shape."""
     thing = rng.choice(scene.things)
     if rng.random() < 0.5:
         return Turn("exists", f"Is there {_article(thing.colour)} {thing.shape}?", "yes")
@@ -506,11 +537,13 @@ def _ask_moves(scene: Scene, rng: random.Random) -> Turn | None:
     reference = _refer(scene.things, scene.things[index], rng)
     if reference is None:
         return None
-    return Turn("moves", f"Does the {reference} move?", "yes" if index == scene.motion.index else "no")
+    return Turn(
+        "moves", f"Does the {reference} move?", "yes" if index == scene.motion.index else "no"
+    )
 
 
 def _ask_still(scene: Scene, rng: random.Random) -> Turn | None:
-    """Ask where an object is that does not move, or what colour or shape an object of the clip has."""
+    """Ask where a still object is, or what colour or shape an object of the clip has."""
     if scene.motion is None:
         return None
     index = rng.randrange(len(scene.things))
@@ -545,7 +578,9 @@ def _ask_clip_description(scene: Scene, rng: random.Random) -> Turn | None:
 # Questions without pictures
 
 
-def _from_text(hardness: float, rng: random.Random, builders: Sequence[SceneTopic], topic: str) -> Turn | None:
+def _from_text(
+    hardness: float, rng: random.Random, builders: Sequence[SceneTopic], topic: str
+) -> Turn | None:
     """Ask about a scene that is described in words."""
     count = rng.randint(1, 2 + round(2 * hardness))
     cells = sorted(rng.sample(tuple(PLACES), count))
@@ -570,16 +605,18 @@ def _ask_text_relation(hardness: float, rng: random.Random) -> Turn | None:
 
 
 def _ask_order(hardness: float, rng: random.Random) -> Turn | None:
-    """Give the order of two to four objects by statements about neighbours, and ask for a neighbour or an end."""
+    """State the order of two or three objects by neighbours; ask for a neighbour or an end."""
     count = rng.randint(2, 2 + round(hardness))
     before, after, first, last = rng.choice(
         (("left of", "right of", "leftmost", "rightmost"), ("above", "below", "highest", "lowest"))
     )
     names = [f"{colour} {shape}" for colour, shape in _distinct_pairs(rng, count)]
-    pairs = list(zip(names, names[1:], strict=False))
+    pairs = list(itertools.pairwise(names))
     rng.shuffle(pairs)
     facts = [
-        f"The {left} is {before} the {right}." if rng.random() < 0.5 else f"The {right} is {after} the {left}."
+        f"The {left} is {before} the {right}."
+        if rng.random() < 0.5
+        else f"The {right} is {after} the {left}."
         for left, right in pairs
     ]
     index = rng.randrange(count - 1)
@@ -604,7 +641,9 @@ def _ask_sum(hardness: float, rng: random.Random) -> Turn | None:
     first, second = rng.randint(0, 9), rng.randint(0, 9)
     if rng.random() < 0.5:
         return Turn("sum", f"What is {first} plus {second}?", str(first + second))
-    return Turn("sum", f"What is {max(first, second)} minus {min(first, second)}?", str(abs(first - second)))
+    return Turn(
+        "sum", f"What is {max(first, second)} minus {min(first, second)}?", str(abs(first - second))
+    )
 
 
 def _ask_sort(hardness: float, rng: random.Random) -> Turn | None:
@@ -677,7 +716,9 @@ _TEXT_TOPICS: tuple[Callable[[float, random.Random], Turn | None], ...] = (
 
 
 def _ask(
-    topics: Sequence[Callable[[Subject, random.Random], Turn | None]], subject: Subject, rng: random.Random
+    topics: Sequence[Callable[[Subject, random.Random], Turn | None]],
+    subject: Subject,
+    rng: random.Random,
 ) -> Turn:
     """Draw topics until one of them has a question."""
     while True:

@@ -1,14 +1,14 @@
 """Checkpoints in the compressed-tensors format, written step by step and read back.
 
-The rules that readers (vLLM, transformers with the compressed-tensors library) enforce, and that this
-module keeps:
+The rules that readers (vLLM, transformers with the compressed-tensors library) enforce, and that
+this module keeps:
 
-- ``quantization_config`` sits at the top level of ``config.json``; inside a group only known keys are allowed, and
-  every group says its own ``format``.
+- ``quantization_config`` sits at the top level of ``config.json``; inside a group only known keys
+  are allowed, and every group says its own ``format``.
 - Targets and ignores are explicit module paths, disjoint, never overlapping patterns: the readers
   order overlapping patterns differently.
-- Tensors keep the names of the source checkpoint, with ``weight`` replaced by ``weight_packed``, ``weight_scale``,
-  ``weight_shape`` and, for asymmetric formats only, ``weight_zero_point``.
+- Tensors keep the names of the source checkpoint, with ``weight`` replaced by ``weight_packed``,
+  ``weight_scale``, ``weight_shape`` and, for asymmetric formats only, ``weight_zero_point``.
 - Every file of the source other than weights and ``config.json`` is copied byte for byte.
 
 ``config.json`` is written last: until then no reader takes the folder for a model.
@@ -16,9 +16,9 @@ module keeps:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-import re
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,11 @@ class CheckpointWriter:
 
     def _names_of(self, step: BoundStep) -> list[str]:
         prefix = f"{step.name}."
-        return [n for n in sorted(self._reader.names) if self.bound.names.to_module(n).startswith(prefix)]
+        return [
+            n
+            for n in sorted(self._reader.names)
+            if self.bound.names.to_module(n).startswith(prefix)
+        ]
 
     def _loose_names(self) -> list[str]:
         taken = {name for step in self.bound.steps for name in self._names_of(step)}
@@ -228,7 +232,8 @@ def read_schemes(config: Mapping[str, Any], linears: Sequence[str]) -> dict[str,
 
 
 class DequantizingReader(ShardReader):
-    """A checkpoint seen as if it were in floating point: packed weights are unpacked when they are read.
+    """A checkpoint seen as if it were in floating point: packed weights are unpacked when they are
+    read.
 
     Args:
         folder: The checkpoint.
@@ -339,7 +344,9 @@ def _specification(arguments: Mapping[str, Any]) -> NumberSpec:
     if arguments.get("type", "int") != "int":
         raise FormatError(f"numbers of type {arguments['type']!r} cannot be read yet")
     group_size = arguments.get("group_size")
-    inferred = "group" if group_size and group_size > 0 else "channel" if group_size == -1 else "tensor"
+    inferred = (
+        "group" if group_size and group_size > 0 else "channel" if group_size == -1 else "tensor"
+    )
     granularity = arguments.get("strategy") or inferred
     return NumberSpec.from_dict(
         {
@@ -353,7 +360,6 @@ def _specification(arguments: Mapping[str, Any]) -> NumberSpec:
 
 
 def _hit(name: str, patterns: Sequence[str]) -> bool:
-    import re
 
     return any(
         re.match(p[3:], name) if p.startswith("re:") else p in (name, "Linear") for p in patterns

@@ -355,7 +355,7 @@ def _little_endian(x: Tensor) -> bool:
 
 def _swap_bytes(stream: Tensor) -> Tensor:
     """Reverse the bytes of every word."""
-    return stream.unflatten(-1, (-1, _WORD_BYTES)).flip(-1).flatten(-2)
+    return stream.reshape(len(stream), -1, _WORD_BYTES).flip(-1).flatten(-2)
 
 
 def _row_slices(rows: int, columns: int) -> list[slice]:

@@ -443,6 +443,9 @@ def empty_model(config: Any, arch: ArchSpec) -> nn.Module:
 
     Returns:
         The model in eval mode, without gradients or cache.
+
+    Raises:
+        ModelError: The config contradicts itself.
     """
     transformers = import_transformers()
     from accelerate import init_empty_weights
@@ -455,6 +458,11 @@ def empty_model(config: Any, arch: ArchSpec) -> nn.Module:
     try:
         with init_empty_weights(include_buffers=False):
             model: nn.Module = getattr(transformers, arch.hf_class)(config)
+    except Exception as error:
+        raise ModelError(
+            f"transformers cannot build this {arch.title}: {error}",
+            remedy="restore config.json from the original checkpoint",
+        ) from error
     finally:
         logger.setLevel(level)
     model.eval()

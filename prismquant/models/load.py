@@ -65,7 +65,8 @@ def materialize(
         ModelError: The path does not exist, or a tensor has another shape than its parameter.
         StorageError: A tensor is missing or unreadable.
     """
-    device = torch.device(device)
+    # With its index, so that tied ends on one device are recognized as such.
+    device = torch.empty(0, device=device).device
     for path, module in _below(model, prefix):
         for leaf, parameter in module._parameters.items():
             if parameter is None:

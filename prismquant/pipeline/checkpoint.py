@@ -5,8 +5,8 @@
     out/prismquant/record.json    one entry per finished step; the last one says "finished"
 
 A step's shard is written before its entry. A run that is killed therefore never claims a step whose
-shard is not whole, and ``--resume`` goes on after the last entry. ``config.json`` comes last of all, so an
-unfinished folder cannot be mistaken for a model.
+shard is not whole, and ``--resume`` goes on after the last entry. ``config.json`` comes last of
+all, so an unfinished folder cannot be mistaken for a model.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ class RunRecord:
     """What was done, and how well.
 
     Attributes:
-        identity: Fingerprints of the plan, the model and the data, and the arithmetic; a run is only
+        identity: Fingerprints of the plan, the model and the data, and the arithmetic; a run is
+        only
             resumed when all agree.
         model: Folder of the source.
         calibration: Name of the calibration source; empty when none was needed.
@@ -107,7 +108,9 @@ class RunRecord:
             raise StorageError(f"run record of version {content.get('version')!r} cannot be read")
         try:
             steps = tuple(
-                StepRecord(**{**step, "layers": tuple(LayerRecord(**layer) for layer in step["layers"])})
+                StepRecord(
+                    **{**step, "layers": tuple(LayerRecord(**layer) for layer in step["layers"])}
+                )
                 for step in content["steps"]
             )
             fields = {k: v for k, v in content.items() if k not in ("version", "steps")}
@@ -145,7 +148,8 @@ class RunDirectory:
             The earlier run's record when it is resumed, else ``record``.
 
         Raises:
-            StorageError: The folder is in use, or the earlier run differs; the message says in what.
+            StorageError: The folder is in use, or the earlier run differs; the message says in
+            what.
         """
         if resume and self.record_path.exists():
             return self._resume(record)
@@ -153,7 +157,8 @@ class RunDirectory:
             raise StorageError(
                 "the output folder exists and is not empty",
                 where=str(self.folder),
-                remedy="choose another --out, delete it, or pass --resume to go on with a run that was cut off",
+                remedy="choose another --out, delete it, or pass --resume to go on "
+                "with a run that was cut off",
             )
         write_json(self._inside / "plan.json", plan.to_dict())
         write_text(self._inside / "recipe.yaml", recipe.to_yaml())
@@ -170,7 +175,9 @@ class RunDirectory:
 
     def _resume(self, record: RunRecord) -> RunRecord:
         earlier = self.load()
-        differing = [key for key, value in record.identity.items() if earlier.identity.get(key) != value]
+        differing = [
+            key for key, value in record.identity.items() if earlier.identity.get(key) != value
+        ]
         if differing:
             raise StorageError(
                 f"cannot resume: {', '.join(differing)} of the earlier run differ",

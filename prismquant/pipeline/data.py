@@ -236,7 +236,7 @@ def require_modalities(samples: Iterable[Sample], needed: Collection[str]) -> No
 def fingerprint(samples: Iterable[Sample]) -> str:
     """SHA-256 over the messages and over the bytes of every picture and clip they name.
 
-    Paths do not enter: the same data in another folder have the same fingerprint.
+    Paths and ids do not enter: the same data in another folder have the same fingerprint.
 
     Raises:
         DataError: A file is missing.
@@ -247,8 +247,9 @@ def fingerprint(samples: Iterable[Sample]) -> str:
             content = message["content"]
             items = [{"type": "text", "text": content}] if isinstance(content, str) else content
             parts = [_item_digest(item, sample) for item in items]
-            line = json.dumps([sample.id, message["role"], parts], ensure_ascii=True)
+            line = json.dumps([message["role"], parts], ensure_ascii=True)
             digest.update(line.encode() + b"\n")
+        digest.update(b"\n")
     return digest.hexdigest()
 
 
@@ -955,9 +956,16 @@ def _length_estimate(sample: Sample) -> float:
         if isinstance(first, Image.Image):
             width, height = first.size
         elif kind == "image" or isinstance(file, list):
-            with Image.open(first) as picture:
-                width, height = picture.size
+            width, height = _header_size(first)
         else:
             width, height = 640, 480
         tokens += width * height / 28**2 * len(frames)
     return tokens
+
+
+def _header_size(path: Path) -> tuple[int, int]:
+    try:
+        with Image.open(path) as picture:
+            return picture.size
+    except OSError:  # explained when the picture itself is read
+        return 0, 0

@@ -1,8 +1,8 @@
 """The one loop: for each step, capture, solve, replace, carry forward, write.
 
-One step (patch embedding, block, projector, head) is in memory at a time. Its parameters are read from the shards,
-its layers are solved stage by stage, its output under the quantized weights becomes the next step's input,
-its tensors are handed to the sink, and its memory is given back.
+One step (patch embedding, block, projector, head) is in memory at a time. Its parameters are read
+from the shards, its layers are solved stage by stage, its output under the quantized weights
+becomes the next step's input, its tensors are handed to the sink, and its memory is given back.
 """
 
 from __future__ import annotations
@@ -29,7 +29,12 @@ from prismquant.pipeline.capture import Enough, Replay, StepCall
 from prismquant.pipeline.checkpoint import LayerRecord, StepRecord
 from prismquant.pipeline.data import Batch
 from prismquant.pipeline.plan import DENSE, Plan, PlanRow, problem_groups
-from prismquant.runtime.quant_linear import InputQuantizer, QuantLinear, inputs_in_float, quantize_inputs
+from prismquant.runtime.quant_linear import (
+    InputQuantizer,
+    QuantLinear,
+    inputs_in_float,
+    quantize_inputs,
+)
 from prismquant.storage import ShardReader
 
 
@@ -116,7 +121,7 @@ class Run:
     batches: Sequence[Batch]
     sink: Sink
     reporter: Reporter = field(default_factory=Silent)
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     done: Mapping[str, StepRecord] = field(default_factory=dict)
 
@@ -126,8 +131,8 @@ def run(job: Run) -> Iterator[StepRecord]:
     """Quantize a model step by step.
 
     Yields:
-        The record of each step when its shard is durable; steps already in ``job.done`` are carried forward but not
-        yielded again.
+        The record of each step when its shard is durable; steps already in ``job.done`` are
+        carried forward but not yielded again.
 
     Raises:
         NumericsError: A weight, an activation or a Hessian is not finite or cannot be factorized.
@@ -259,7 +264,9 @@ class _Engine:
     ) -> None:
         """Run the step over all calls, feeding each group the input of its layers."""
         if replay is None:
-            raise NumericsError("a layer needs calibration data but none passes it", where=step.name)
+            raise NumericsError(
+                "a layer needs calibration data but none passes it", where=step.name
+            )
         module = self.model.get_submodule(step.name)
         for call in replay.calls(step):
             _feed(module, call, groups, what)
@@ -290,9 +297,11 @@ class _Engine:
         return self.model.get_submodule(row.site.name)
 
     def _between_steps(self, *, vision: bool) -> list[str]:
-        """Modules with parameters of their own outside all steps: embeddings, norms between towers."""
+        """Modules that hold parameters outside all steps: embeddings, norms between towers."""
         steps = [step.name for step in self.job.bound.steps]
-        roots = [t.root for t in self.job.bound.arch.towers if t.modality is not Modality.LLM and t.root]
+        roots = [
+            t.root for t in self.job.bound.arch.towers if t.modality is not Modality.LLM and t.root
+        ]
         names = []
         for name, _ in self.model.named_parameters():
             owner = name.rpartition(".")[0]
@@ -346,14 +355,17 @@ class _Group:
                 self.hessian = self.hessian or HessianRecord(rows.shape[1], device=rows.device)
                 self.hessian.update(self._quantized(rows), row_weights)
         except NumericsError as error:
-            raise NumericsError(error.what, where=f"input of {self.name}", remedy=error.remedy) from error
+            raise NumericsError(
+                error.what, where=f"input of {self.name}", remedy=error.remedy
+            ) from error
 
     def _quantized(self, rows: Tensor) -> Tensor:
         """The input as the layer will really see it."""
         spec = self.rows[0].activations
         if spec is None or not self.job.plan.calibration.propagate_activations:
             return rows
-        return InputQuantizer(spec, *self._input_parameters())(rows)
+        seen: Tensor = InputQuantizer(spec, *self._input_parameters())(rows)
+        return seen
 
     def _input_parameters(self) -> tuple[Tensor | None, Tensor | None]:
         spec = self.rows[0].activations
@@ -372,7 +384,9 @@ class _Group:
         """Choose the codes of all the layers at once."""
         self._input_parameters()
         first = self.rows[0]
-        weights = tuple(self._weight(row, module) for row, module in zip(self.rows, modules, strict=True))
+        weights = tuple(
+            self._weight(row, module) for row, module in zip(self.rows, modules, strict=True)
+        )
         if self.solver.needs_hessian and self.hessian is None:
             raise NumericsError(
                 "no calibration token reached this layer",
@@ -396,8 +410,8 @@ class _Group:
         return {"input_low": self._low_high[0], "input_high": self._low_high[1]}
 
     def _weight(self, row: PlanRow, module: nn.Module) -> Tensor:
-        weight: Tensor = module.weight.detach()  # type: ignore[assignment, operator, union-attr]
-        matrix = weight.to(torch.float32).reshape(row.site.out_features, row.site.in_features)
+        shape = (row.site.out_features, row.site.in_features)
+        matrix = module.get_parameter("weight").detach().to(torch.float32).reshape(shape)
         if not torch.isfinite(matrix).all():
             bad = int((~torch.isfinite(matrix)).sum())
             raise NumericsError(
@@ -445,6 +459,9 @@ def _drop_quantizers(model: nn.Module, name: str) -> None:
             parent, _, child = path.rpartition(".")
             with torch.device("meta"):
                 plain = nn.Linear(
-                    module.in_features, module.out_features, module.bias is not None, dtype=module.weight.dtype
+                    module.in_features,
+                    module.out_features,
+                    module.bias is not None,
+                    dtype=module.weight.dtype,
                 )
             setattr(model.get_submodule(parent), child, plain.requires_grad_(False))

@@ -1,8 +1,8 @@
 """What will be done, row by row: a recipe laid over a model.
 
-Everything that can be known without weights is decided here, before any long work: the number format of
-every layer, how its codes are chosen, in which layout it is stored, and how many bytes it takes. All
-misfits are reported together.
+Everything that can be known without weights is decided here, before any long work: the number
+format of every layer, how its codes are chosen, in which layout it is stored, and how many bytes
+it takes. All misfits are reported together.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from typing import Any
 import torch
 
 from prismquant.errors import FormatError, PlanError
-from prismquant.formats.packed import stored_bytes
+from prismquant.formats.packed import INT_QUANTIZED, PACK_QUANTIZED, stored_bytes
 from prismquant.formats.spec import NumberSpec
+from prismquant.models.arch import SiteKind
 from prismquant.models.bind import BoundModel, BoundSite
+from prismquant.numerics.affine import Granularity
 from prismquant.numerics.ranges import RangeRule
 from prismquant.recipe.schema import Calibration, Recipe, Setting, resolve
 from prismquant.storage import ShardReader
@@ -163,13 +165,12 @@ def make_plan(recipe: Recipe, bound: BoundModel) -> Plan:
 
     Raises:
         RecipeError: A layer's merged fields are impossible.
-        PlanError: A rule matches nothing, a group size does not divide, fused layers differ, or a layer
+        PlanError: A rule matches nothing, a group size does not divide, fused layers differ, or a
+        layer
             cannot be stored as asked. One error lists all of them.
     """
     settings = {
-        site.name: resolve(
-            recipe, modality=site.modality, role=site.role, name=site.name
-        )
+        site.name: resolve(recipe, modality=site.modality, role=site.role, name=site.name)
         for site in bound.sites
     }
     sizes = _source_sizes(bound)
@@ -179,7 +180,9 @@ def make_plan(recipe: Recipe, bound: BoundModel) -> Plan:
         try:
             rows.append(_row(site, settings[site.name], bound.dtype, sizes))
         except (PlanError, FormatError) as error:
-            findings.append(f"{site.name}: {error.what}" + (f" ({error.remedy})" if error.remedy else ""))
+            findings.append(
+                f"{site.name}: {error.what}" + (f" ({error.remedy})" if error.remedy else "")
+            )
     findings += _torn_fusions(rows)
     if not findings and not any(row.weights for row in rows):
         findings.append("no layer is quantized: no rule with `weights` stays in force")
@@ -208,7 +211,8 @@ def problem_groups(rows: Sequence[PlanRow]) -> list[list[PlanRow]]:
     for row in rows:
         settings = row.to_dict()
         key = [row.site.input_key] + [
-            settings[k] for k in (
+            settings[k]
+            for k in (
                 "weights",
                 "activations",
                 "solver",
@@ -258,22 +262,23 @@ def _row(
             "its weight is tied to the input embeddings, which stay in floating point",
             remedy="leave it alone with `skip: true`",
         )
-    row = _fit_group(row, setting.group_fallback)
-    if site.kind == "patch_conv":
+    weights, note = _fit_group(setting.weights, site.in_features, setting.group_fallback)
+    row = replace(row, weights=weights, note=note)
+    if site.kind is SiteKind.PATCH_CONV:
         return _dense_row(row)
-    layout = _layout(row.weights, row.activations)
-    size = stored_bytes((site.out_features, site.in_features), row.weights, layout, dtype)
+    layout = _layout(weights, row.activations)
+    size = stored_bytes((site.out_features, site.in_features), weights, layout, dtype)
     return replace(row, layout=layout, stored_bytes=size + _input_bytes(row.activations, dtype))
 
 
-def _fit_group(row: PlanRow, fallback: str) -> PlanRow:
-    weights, width = row.weights, row.site.in_features
-    if weights is None or weights.group_size is None or width % weights.group_size == 0:
-        return row
+def _fit_group(weights: NumberSpec, width: int, fallback: str) -> tuple[NumberSpec, str]:
+    """The format that this width allows, and a note where it is not the one asked for."""
     size = weights.group_size
+    if size is None or width % size == 0:
+        return weights, ""
     if fallback == "channel":
-        channel = replace(weights, granularity=_channel(weights), group_size=None)
-        return replace(row, weights=channel, note=f"group size {size} does not divide {width}")
+        channel = replace(weights, granularity=Granularity.CHANNEL, group_size=None)
+        return channel, f"group size {size} does not divide {width}"
     legal = [g for g in (256, 128, 96, 64, 48, 32, 16) if width % g == 0]
     raise PlanError(
         f"group size {size} does not divide its {width} input features",
@@ -282,10 +287,6 @@ def _fit_group(row: PlanRow, fallback: str) -> PlanRow:
         if legal
         else "use granularity channel, or group_fallback: channel",
     )
-
-
-def _channel(weights: NumberSpec) -> Any:
-    return type(weights.granularity)("channel")
 
 
 def _dense_row(row: PlanRow) -> PlanRow:
@@ -298,11 +299,12 @@ def _dense_row(row: PlanRow) -> PlanRow:
     return replace(row, note=note)
 
 
-def _layout(weights: NumberSpec | None, activations: NumberSpec | None) -> str:
-    plain = weights is not None and weights.symmetric and weights.granularity in ("tensor", "channel")
-    if weights is not None and weights.bits == 8 and plain and activations is not None:
-        return "int-quantized"
-    return "pack-quantized"
+def _layout(weights: NumberSpec, activations: NumberSpec | None) -> str:
+    """What servers expect: 8-bit weights with 8-bit inputs as plain int8, all else packed."""
+    plain = weights.symmetric and weights.granularity is not Granularity.GROUP
+    if weights.bits == 8 and plain and activations is not None:
+        return INT_QUANTIZED
+    return PACK_QUANTIZED
 
 
 def _input_bytes(activations: NumberSpec | None, dtype: torch.dtype) -> int:
@@ -316,7 +318,8 @@ def _idle_rules(recipe: Recipe, bound: BoundModel, settings: Iterable[Setting]) 
     modalities = sorted({str(site.modality) for site in bound.sites})
     roles = sorted({site.role for site in bound.sites})
     return [
-        f"rules[{index}] matches no layer: {rule.match.model_dump(mode='json', exclude_defaults=True)}; "
+        f"rules[{index}] matches no layer: "
+        f"{rule.match.model_dump(mode='json', exclude_defaults=True)}; "
         f"modalities: {', '.join(modalities)}; roles: {', '.join(roles)}"
         for index, rule in enumerate(recipe.rules)
         if index not in used
@@ -334,10 +337,11 @@ def _torn_fusions(rows: Sequence[PlanRow]) -> list[str]:
         schemes = {(row.weights, row.activations) for row in members}
         if len(schemes) > 1:
             listed = "; ".join(
-                f"{row.site.role}: {row.weights.describe() if row.weights else 'float'}" for row in members
+                f"{row.site.role}: {row.weights.describe() if row.weights else 'float'}"
+                for row in members
             )
             findings.append(
-                f"{members[0].site.name} and its neighbours are fused by servers and must share a "
-                f"scheme, but: {listed}"
+                f"{members[0].site.name} and its neighbours are fused by servers "
+                f"and must share a scheme, but: {listed}"
             )
     return findings

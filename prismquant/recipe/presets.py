@@ -1,8 +1,8 @@
 """Recipes with a name.
 
 A plain name covers what servers expect to be quantized: the attention and MLP projections of the
-language model. ``-all`` adds the vision tower, the patch embedding and the projector. ``lm_head`` and
-the embeddings are always left alone. The patch embedding keeps its input in floating point: no
+language model. ``-all`` adds the vision tower, the patch embedding and the projector. ``lm_head``
+and the embeddings are always left alone. The patch embedding keeps its input in floating point: no
 checkpoint format can declare a quantized input for a convolution.
 """
 

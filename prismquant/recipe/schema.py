@@ -9,9 +9,9 @@
         weights: {bits: 8}
 
 Rules are read from top to bottom; a later rule wins field by field, also inside ``weights``,
-``activations`` and the two range rules. A layer is quantized when some rule gave it ``weights`` and none
-that came later said ``skip: true``. The same schema reads YAML and Python; every unknown key is an
-error that names its path and the key that was probably meant.
+``activations`` and the two range rules. A layer is quantized when some rule gave it ``weights``
+and none that came later said ``skip: true``. The same schema reads YAML and Python; every unknown
+key is an error that names its path and the key that was probably meant.
 
 The recipe knows nothing of a particular model: :mod:`prismquant.pipeline.plan` lays it over one.
 """
@@ -45,7 +45,8 @@ class Match(_Strict):
 
     Attributes:
         modality: ``vision``, ``projector`` or ``llm``.
-        role: What the layer does, e.g. ``attn.qkv``; a dotted prefix such as ``attn`` matches all below it.
+        role: What the layer does, e.g. ``attn.qkv``; a dotted prefix such as ``attn`` matches all
+        below it.
         name: The module path, as a glob or, after ``re:``, a regular expression for the whole path.
     """
 
@@ -79,13 +80,16 @@ class Rule(_Strict):
 
     Attributes:
         match: Which layers; left out, all.
-        weights: A format's name (``int4-g128``) or fields of one, e.g. ``{bits: 4, group_size: 64}``.
+        weights: A format's name (``int4-g128``) or fields of one, e.g. ``{bits: 4, group_size:
+        64}``.
         activations: Likewise for the layer's input; ``none`` keeps it in floating point.
         solver: The method that chooses the codes: ``rtn`` or ``gptq``.
         options: That method's options. A rule that names another solver starts from its defaults.
-        weight_range: How a weight's range is chosen: ``minmax``, ``mse``, ``percentile``, or its fields.
+        weight_range: How a weight's range is chosen: ``minmax``, ``mse``, ``percentile``, or its
+        fields.
         activation_range: Likewise for static activations, ``ema`` too.
-        group_fallback: What to do where the group size does not divide the layer's inputs: ``error``,
+        group_fallback: What to do where the group size does not divide the layer's inputs:
+        ``error``,
             or ``channel`` for one scale a row.
         skip: ``true`` leaves the layer alone.
     """
@@ -218,7 +222,8 @@ def resolve(recipe: Recipe, *, modality: str, role: str, name: str) -> Setting:
     """Merge all the rules that match one layer; later ones win field by field.
 
     Raises:
-        RecipeError: The merged fields make no number format, range rule or solver; the message names
+        RecipeError: The merged fields make no number format, range rule or solver; the message
+        names
             the layer and the rules that took part.
     """
     merged: Fields = {"solver": "gptq", "options": {}, "group_fallback": "error", "skip": False}
@@ -288,7 +293,8 @@ def parse_recipe(content: Mapping[str, Any], *, source: str) -> Recipe:
     except ValidationError as error:
         findings = [_finding(item) for item in error.errors()]
         raise RecipeError(
-            "the recipe is not valid:\n" + "\n".join(f"  - {line}" for line in findings), where=source
+            "the recipe is not valid:\n" + "\n".join(f"  - {line}" for line in findings),
+            where=source,
         ) from error
     except PrismQuantError as error:
         raise RecipeError(error.what, where=source, remedy=error.remedy) from error
@@ -317,7 +323,9 @@ def _setting(merged: Fields, matched: tuple[int, ...]) -> Setting:
     setting = Setting(
         rules=matched,
         weights=NumberSpec.from_dict(_coherent(weights)) if weights else None,
-        activations=NumberSpec.from_dict(_coherent(activations)) if weights and activations else None,
+        activations=NumberSpec.from_dict(_coherent(activations))
+        if weights and activations
+        else None,
         solver=merged["solver"],
         options=merged["options"],
         weight_range=RangeRule(**(merged.get("weight_range") or {})),
@@ -388,7 +396,9 @@ def _finding(item: Any) -> str:
 
 def _keys_at(location: Sequence[Any]) -> Iterable[str]:
     names = [part for part in location[:-1] if isinstance(part, str)]
-    model: type[BaseModel] = {"rules": Rule, "match": Match, "calibration": Calibration}.get(
-        names[-1] if names else "", Recipe
-    )
-    return model.model_fields
+    models: dict[str, type[BaseModel]] = {
+        "rules": Rule,
+        "match": Match,
+        "calibration": Calibration,
+    }
+    return models.get(names[-1] if names else "", Recipe).model_fields

@@ -22,7 +22,8 @@ class ProgressReporter:
     """A progress bar on a console; use it as a context manager around a run.
 
     Args:
-        console: Where to draw. On anything but a terminal, each finished step is printed as one line.
+        console: Where to draw. On anything but a terminal, each finished step is printed as one
+        line.
     """
 
     def __init__(self, console: Console) -> None:

@@ -140,7 +140,9 @@ def format_figure(value: float | None, error: float | None = None) -> str:
     if "e" in text:
         return f"{text} ± {_three_digits(error)}"
     places = len(text.partition(".")[2])
-    return f"{text} ± {error:.{places}f}"
+    # An error below the figure's last digit is still not zero.
+    rounded = f"{error:.{places}f}"
+    return f"{text} ± {rounded if float(rounded) or not error else f'{error:.0e}'}"
 
 
 def format_bytes(size: int | None) -> str:

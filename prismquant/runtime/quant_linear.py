@@ -1,9 +1,9 @@
 """A quantized layer at run time: dequantized weights and, where asked, a quantized input.
 
-The weight that a :class:`QuantLinear` multiplies with is exactly what the checkpoint stores, dequantized.
-The input is quantized and dequantized on the way in, with a static scale from calibration or a dynamic
-scale per token. Simulating this in floating point gives the accuracy of integer kernels, which differ only in
-the order of summation.
+The weight that a :class:`QuantLinear` multiplies with is exactly what the checkpoint stores,
+dequantized. The input is quantized and dequantized on the way in, with a static scale from
+calibration or a dynamic scale per token. Simulating this in floating point gives the accuracy of
+integer kernels, which differ only in the order of summation.
 """
 
 from __future__ import annotations

@@ -1,0 +1,93 @@
+"""The main job on the embedded model: float, rounding to nearest and GPTQ side by side.
+
+Calibration and evaluation data are drawn afresh from disjoint seeds, so nothing is measured on
+what it was calibrated with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prismquant.api import batches_of, quantize
+from prismquant.demo.scenes import write_dataset
+from prismquant.evaluate.fidelity import Fidelity, evaluate_model
+from prismquant.export.load import load_model
+from prismquant.models.load import load_processor
+from prismquant.pipeline.data import read_samples
+from prismquant.recipe.schema import load_recipe
+from prismquant.report.tables import Variant, reference_variant, variant
+from prismquant.storage import write_json
+
+CHECKPOINT = Path(__file__).parent / "checkpoint"
+RECIPES = ("w4a16", "w4a8")
+SOLVERS = ("rtn", "gptq")
+CALIBRATION_SAMPLES = 128
+EVALUATION_SAMPLES = 600
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """What the demonstration measured.
+
+    Attributes:
+        title: What the rows have in common.
+        rows: One per variant, the unquantized model first.
+    """
+
+    title: str
+    rows: tuple[Variant, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {"title": self.title, "rows": [asdict(row) for row in self.rows]}
+
+
+def run_demo(out: Path, say: Callable[[str], None]) -> DemoReport:
+    """Quantize the embedded model in four ways and measure each against the original.
+
+    Args:
+        out: Folder for data, checkpoints and ``results.json``; must not exist or be empty.
+        say: Is told what happens, a line at a time.
+
+    Raises:
+        StorageError: The folder is in use or cannot be written.
+    """
+    calibration = write_dataset(out / "calibration", split="calibration", count=CALIBRATION_SAMPLES)
+    evaluation = write_dataset(out / "evaluation", split="evaluation", count=EVALUATION_SAMPLES)
+    say(f"data: {CALIBRATION_SAMPLES} calibration and {EVALUATION_SAMPLES} evaluation questions")
+    rows: list[Variant] = []
+    for recipe in RECIPES:
+        for solver in SOLVERS:
+            name = f"{recipe} {solver}"
+            folder = out / f"{recipe}-{solver}"
+            rule = {"solver": solver} | ({"weight_range": "minmax"} if solver == "rtn" else {})
+            chosen = load_recipe(recipe).with_rules(rule, name=f"{recipe}-{solver}")
+            result = quantize(CHECKPOINT, chosen, folder, calibration)
+            measured = measure(folder, CHECKPOINT, evaluation).to_dict()
+            if not rows:
+                rows.append(reference_variant("float", measured, size=result.plan.float_bytes))
+            rows.append(variant(name, measured, size=result.plan.total_bytes))
+            say(f"{name}: quantized in {result.record.seconds:.1f} s, loaded again and measured")
+    report = DemoReport("embedded model, language model quantized", tuple(rows))
+    write_json(out / "results.json", report.to_dict())
+    return report
+
+
+def measure(model: Path, reference: Path, data: Path, *, limit: int | None = None) -> Fidelity:
+    """Measure a checkpoint against another on a data file, in float32.
+
+    Args:
+        model: The checkpoint to measure.
+        reference: The one to compare with.
+        data: Samples with answers.
+        limit: At most so many.
+    """
+    samples = read_samples(data, limit=limit, require_answers=True)
+    loaded = load_model(model, dtype=torch.float32)
+    batches = batches_of(samples, load_processor(reference), loaded, batch_size=32)
+    return evaluate_model(loaded, batches, load_model(reference, dtype=torch.float32))

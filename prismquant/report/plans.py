@@ -1,0 +1,80 @@
+"""Tables of what will be done to a model, and of what was done."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from prismquant.pipeline.checkpoint import RunRecord
+from prismquant.pipeline.plan import Plan, PlanRow
+from prismquant.report.tables import format_bytes, format_figure, rich_table
+
+_FLOAT = "float"
+
+
+def layer_table(plan: Plan) -> Table:
+    """One row per layer: what it is, how it will be stored, and by which method."""
+    headers = ["layer", "modality", "role", "shape", "weights", "input", "solver", "bytes", "note"]
+    rows = [_layer(row) for row in plan.rows]
+    rows += [[name, "", "", "", _FLOAT, "", "", "", reason] for name, reason in plan.left_alone]
+    table = rich_table(headers, rows, title=f"{plan.architecture}, recipe {plan.recipe}")
+    for column in (*table.columns[1:7], table.columns[8]):
+        column.justify = "left"
+    table.columns[8].no_wrap = False
+    return table
+
+
+def totals_table(plan: Plan) -> Table:
+    """Layers and bytes by modality and for the whole model."""
+    headers = ["", "layers", "quantized", "before", "after", "of it"]
+    rows = [
+        _totals(
+            name, entry["layers"], entry["quantized"], entry["float_bytes"], entry["stored_bytes"]
+        )
+        for name, entry in plan.totals().items()
+    ]
+    rows.append(_totals("other tensors", None, None, plan.other_bytes, plan.other_bytes))
+    rows.append(
+        _totals("model", len(plan.rows), len(plan.quantized), plan.float_bytes, plan.total_bytes)
+    )
+    return rich_table(headers, rows, title="weights on disk")
+
+
+def run_table(plan: Plan, record: RunRecord) -> Table:
+    """One row per step: its layers, the method's loss against rounding to nearest, the time."""
+    headers = ["step", "layers", "loss", "of rounding's", "seconds", "remarks"]
+    rows = []
+    for step in record.steps:
+        if not step.layers:
+            continue
+        loss = sum(layer.loss for layer in step.layers)
+        baseline = sum(layer.baseline_loss for layer in step.layers)
+        share = f"{loss / baseline:.3f}" if baseline else ""
+        marked = [layer.name for layer in step.layers if "fallback" in layer.notes]
+        remark = f"fell back: {', '.join(marked)}" if marked else ""
+        count = str(len(step.layers))
+        rows.append([step.name, count, format_figure(loss), share, f"{step.seconds:.2f}", remark])
+    before, after = format_bytes(plan.float_bytes), format_bytes(plan.total_bytes)
+    title = f"recipe {plan.recipe}: {before} to {after} in {record.seconds:.1f} s"
+    return rich_table(headers, rows, title=title)
+
+
+def _layer(row: PlanRow) -> list[str]:
+    return [
+        row.site.name,
+        str(row.site.modality),
+        row.site.role,
+        " x ".join(map(str, row.site.weight_shape)),
+        row.weights.describe() if row.weights else _FLOAT,
+        row.activations.describe() if row.activations else _FLOAT,
+        row.solver if row.weights else "",
+        format_bytes(row.stored_bytes),
+        row.note,
+    ]
+
+
+def _totals(
+    name: str, layers: int | None, quantized: int | None, before: int, after: int
+) -> list[str]:
+    share = f"{100 * after / before:.1f} %" if before else ""
+    counts = ["" if n is None else str(n) for n in (layers, quantized)]
+    return [name, *counts, format_bytes(before), format_bytes(after), share]

@@ -1,0 +1,520 @@
+"""Range rules, against brute force on the values themselves in float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from prismquant.errors import FormatError, NumericsError, PrismQuantError, RecipeError
+from prismquant.numerics.affine import (
+    Granularity,
+    dequantize,
+    quantize,
+    scale_zero_point,
+    to_groups,
+)
+from prismquant.numerics.grids import IntGrid
+from prismquant.numerics.ranges import RangeRecord, RangeRule, weight_scales
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+UNITS = [(Granularity.TENSOR, None), (Granularity.CHANNEL, None), (Granularity.GROUP, 16)]
+
+
+def heavy_tailed(seed: int, *shape: int) -> Tensor:
+    """Laplace-like values with a few outliers, as weights and activations have."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(*shape, generator=generator)
+    return values * torch.rand(*shape, generator=generator).clamp(min=1e-6).log().abs()
+
+
+def weight_losses(
+    w: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    grid: IntGrid,
+    unit: tuple[Granularity, int | None],
+    norm: float,
+    importance: Tensor | None = None,
+) -> Tensor:
+    """The measure of the mse rule, for every scale, in float64."""
+    codes = quantize(w, scale, zero, grid, *unit)
+    error = (w.double() - dequantize(codes, scale, zero, *unit).double()).abs() ** norm
+    if importance is not None:
+        error = error * importance.double()
+    return to_groups(error, *unit).sum(-1)
+
+
+# --- rules ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"kind": "max"}, "no range rule 'max'"),
+        ({"percentile": 0.5}, "percentile.*0.5"),
+        ({"percentile": 1.1}, "percentile.*1.1"),
+        ({"max_shrink": 1.0}, "max_shrink"),
+        ({"max_shrink": -0.1}, "max_shrink"),
+        ({"steps": 1}, "steps"),
+        ({"norm": 0}, "norm"),
+        ({"norm": math.nan}, "norm"),
+        ({"momentum": 0}, "momentum"),
+    ],
+)
+def test_rules_out_of_bounds_are_refused(fields: dict[str, Any], told: str) -> None:
+    with pytest.raises(RecipeError, match=told):
+        RangeRule(**fields)
+
+
+# --- weights ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("unit", UNITS)
+def test_minmax_holds_the_extremes_of_every_unit(
+    unit: tuple[Granularity, int | None], symmetric: bool
+) -> None:
+    w = heavy_tailed(0, 6, 48)
+    groups = to_groups(w, *unit)
+    want = scale_zero_point(groups.amin(-1), groups.amax(-1), IntGrid(4), symmetric, torch.bfloat16)
+    got = weight_scales(w, IntGrid(4), symmetric, *unit, RangeRule(), torch.bfloat16)
+    assert torch.equal(got[0], want[0])
+    assert got[1] is want[1] is None or torch.equal(got[1], want[1])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("percentile", [0.75, 0.99, 1.0])
+def test_percentile_is_the_value_of_that_rank(
+    unit: tuple[Granularity, int | None], symmetric: bool, percentile: float
+) -> None:
+    w = heavy_tailed(1, 6, 48)
+    groups = to_groups(w, *unit).double()
+    rank = math.ceil(percentile * groups.shape[-1])
+    if symmetric:
+        high = groups.abs().sort(-1).values[..., rank - 1]
+        low = -high
+    else:
+        high = groups.sort(-1).values[..., rank - 1]
+        low = groups.sort(-1).values[..., -rank]
+    want = scale_zero_point(low.float(), high.float(), IntGrid(8), symmetric, torch.float32)
+    rule = RangeRule("percentile", percentile=percentile)
+    got = weight_scales(w, IntGrid(8), symmetric, *unit, rule, torch.float32)
+    assert torch.equal(got[0], want[0])
+
+
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    bits=st.integers(2, 8),
+    narrow=st.booleans(),
+    symmetric=st.booleans(),
+    unit=st.sampled_from(UNITS),
+    norm=st.sampled_from([1.0, 2.0, 2.4]),
+    dtype=st.sampled_from(DTYPES),
+    weighted=st.booleans(),
+)
+def test_mse_is_never_worse_than_minmax_by_its_own_measure(
+    seed: int,
+    bits: int,
+    narrow: bool,
+    symmetric: bool,
+    unit: tuple[Granularity, int | None],
+    norm: float,
+    dtype: torch.dtype,
+    weighted: bool,
+) -> None:
+    w = heavy_tailed(seed, 4, 32)
+    grid = IntGrid(bits, narrow)
+    importance = heavy_tailed(seed + 1, 32).abs() if weighted else None
+    rule = RangeRule("mse", norm=norm)
+    found = weight_scales(w, grid, symmetric, *unit, rule, dtype, importance)
+    plain = weight_scales(w, grid, symmetric, *unit, RangeRule(), dtype)
+    losses = weight_losses(w, *found, grid, unit, norm, importance)
+    bound = weight_losses(w, *plain, grid, unit, norm, importance)
+    assert bool((losses <= bound * (1 + 1e-4)).all())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("norm", [2.0, 2.4])
+@pytest.mark.parametrize("unit", UNITS)
+def test_mse_comes_within_a_percent_of_trying_every_range(
+    bits: int, symmetric: bool, norm: float, unit: tuple[Granularity, int | None]
+) -> None:
+    """Brute force over all 80 factors; but for a whole tensor the search looks at 27 of them."""
+    w = heavy_tailed(bits, 8, 256)
+    grid = IntGrid(bits)
+    importance = heavy_tailed(9, 256).abs()
+    groups = to_groups(w, *unit)
+    low, high = groups.amin(-1), groups.amax(-1)
+    top = (grid.levels - 1) / 2 / grid.qmax if symmetric else 1.0
+    tried = [
+        weight_losses(
+            w,
+            *scale_zero_point(low * factor, high * factor, grid, symmetric, torch.bfloat16),
+            grid,
+            unit,
+            norm,
+            importance,
+        )
+        for factor in torch.linspace(top, 0.2, 80).tolist()
+    ]
+    best = torch.stack(tried).amin(0)
+    rule = RangeRule("mse", norm=norm)
+    found = weight_scales(w, grid, symmetric, *unit, rule, torch.bfloat16, importance)
+    losses = weight_losses(w, *found, grid, unit, norm, importance)
+    assert float(losses.sum()) <= 1.01 * float(best.sum())
+    assert found[0].dtype == torch.bfloat16
+
+
+def test_importance_moves_the_choice_towards_what_matters() -> None:
+    """With one outlier of no importance, the scale shrinks to the rest; otherwise it is held."""
+    w = torch.linspace(-1, 1, 64).repeat(1, 1)
+    w[0, 0] = 3.0
+    careless, careful = torch.ones(64), torch.ones(64)
+    careless[0], careful[0] = 0.0, 1e6
+    rule = RangeRule("mse")
+    scales = [
+        weight_scales(
+            w, IntGrid(4), True, Granularity.CHANNEL, None, rule, torch.float32, importance
+        )[0].item()
+        for importance in (careless, careful)
+    ]
+    assert scales[0] == pytest.approx(1 / 7, rel=0.1)
+    assert scales[1] * 7 == pytest.approx(3.0, rel=0.15)
+
+
+def test_weights_larger_than_a_piece_have_no_seam() -> None:
+    w = heavy_tailed(3, 700, 512)
+    rule = RangeRule("mse")
+    unit = (Granularity.GROUP, 64)
+    whole, zero = weight_scales(w, IntGrid(4), False, *unit, rule, torch.float16)
+    rows = [0, 255, 511, 512, 513, 699]
+    assert zero is not None
+    for row in rows:
+        scale, point = weight_scales(
+            w[row : row + 1], IntGrid(4), False, *unit, rule, torch.float16
+        )
+        assert torch.equal(scale[0], whole[row])
+        assert point is not None
+        assert torch.equal(point[0], zero[row])
+    total, _ = weight_scales(w, IntGrid(4), True, Granularity.TENSOR, None, rule, torch.float16)
+    assert total.shape == (1,)
+
+
+@pytest.mark.parametrize("kind", ["minmax", "percentile", "mse"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_unusual_weights_still_have_usable_scales(
+    kind: Any, symmetric: bool, dtype: torch.dtype
+) -> None:
+    """All zero, all negative, all positive, tiny, subnormal, huge, one outlier."""
+    w = torch.stack(
+        [
+            torch.zeros(16),
+            -torch.linspace(1, 2, 16),
+            torch.linspace(1, 2, 16),
+            torch.linspace(-1e-30, 1e-30, 16),
+            torch.full((16,), 1e-44),
+            3e38 * torch.linspace(-1, 1, 16),
+            torch.eye(16)[0] * 1e4,
+        ]
+    )
+    rule = RangeRule(kind)
+    for unit in UNITS:
+        scale, zero = weight_scales(w, IntGrid(4), symmetric, *unit, rule, dtype)
+        assert bool((torch.isfinite(scale) & (scale > 0)).all())
+        assert scale.dtype == dtype
+        codes = quantize(w, scale, zero, IntGrid(4), *unit)
+        assert bool(torch.isfinite(dequantize(codes, scale, zero, *unit)).all())
+    scale, zero = weight_scales(
+        w, IntGrid(4), symmetric, Granularity.CHANNEL, None, rule, torch.float32
+    )
+    codes = quantize(w, scale, zero, IntGrid(4), Granularity.CHANNEL)
+    assert bool((dequantize(codes, scale, zero, Granularity.CHANNEL)[0] == 0).all())
+
+
+@pytest.mark.parametrize("kind", ["minmax", "percentile", "mse"])
+def test_empty_weights_have_scales_of_the_right_shape(kind: Any) -> None:
+    for shape, want in (((0, 16), (0, 1)), ((3, 0), (3, 1))):
+        scale, _ = weight_scales(
+            torch.zeros(shape),
+            IntGrid(4),
+            True,
+            Granularity.CHANNEL,
+            None,
+            RangeRule(kind),
+            torch.float32,
+        )
+        assert tuple(scale.shape) == want
+
+
+def test_weights_and_importances_that_cannot_be_used_are_refused() -> None:
+    w = heavy_tailed(4, 4, 32)
+
+    def scales(w: Tensor, importance: Tensor | None = None, **rule: Any) -> None:
+        unit = (Granularity.GROUP, rule.pop("size", 8))
+        rule = {"kind": "mse"} | rule
+        weight_scales(w, IntGrid(4), True, *unit, RangeRule(**rule), torch.float32, importance)
+
+    bad = w.clone()
+    bad[1, 2] = math.nan
+    wrong: list[tuple[type[PrismQuantError], str, dict[str, Any]]] = [
+        (NumericsError, r"nan at index \[1, 2\]", {"w": bad}),
+        (FormatError, "24 does not divide 32", {"w": w, "size": 24}),
+        (RecipeError, "ema rule is for activations", {"w": w, "kind": "ema"}),
+        (NumericsError, r"shape \[32\]", {"w": w, "importance": torch.ones(31)}),
+        (NumericsError, "negative", {"w": w, "importance": -torch.ones(32)}),
+        (NumericsError, "importance", {"w": w, "importance": torch.full((32,), math.inf)}),
+    ]
+    for error, told, arguments in wrong:
+        with pytest.raises(error, match=told):
+            scales(**arguments)
+
+
+# --- records ----------------------------------------------------------------------------------
+
+
+def record_of(*batches: Tensor, momentum: float = 0.01) -> RangeRecord:
+    record = RangeRecord(momentum)
+    for batch in batches:
+        record.update(batch)
+    return record
+
+
+def same(a: RangeRecord, b: RangeRecord, but: tuple[str, ...] = ()) -> bool:
+    left, right = a.state_dict(), b.state_dict()
+    return all(torch.equal(left[k], right[k]) for k in left if k not in but) and a.count == b.count
+
+
+@st.composite
+def batches_of_values(draw: st.DrawFn) -> list[Tensor]:
+    """Batches of very different magnitudes, with zeros, subnormals and powers of two among them."""
+    special = [
+        0.0,
+        -0.0,
+        1.0,
+        -1.0,
+        0.5,
+        -2.0,
+        1e-45,
+        -1e-45,
+        1e-38,
+        -1e38,
+        2.0**-100,
+        -(2.0**-113),
+    ]
+    number = st.one_of(st.sampled_from(special), st.floats(width=32, allow_nan=False))
+    number = number.filter(math.isfinite)
+    count = draw(st.integers(1, 5))
+    return [torch.tensor(draw(st.lists(number, min_size=1, max_size=12))) for _ in range(count)]
+
+
+@settings(deadline=None)
+@given(batches=batches_of_values(), data=st.data())
+def test_a_record_depends_on_neither_order_nor_batches_nor_merges(
+    batches: list[Tensor], data: st.DataObject
+) -> None:
+    """Bit for bit, but for the moving average, which is about order."""
+    ordered = ("averages", "batches")
+    together = record_of(torch.cat(batches))
+    one_by_one = record_of(*batches)
+    shuffled = record_of(*data.draw(st.permutations(batches)))
+    cut = data.draw(st.integers(0, len(batches)))
+    left, right = record_of(*batches[:cut]), record_of(*batches[cut:])
+    untouched = right.state_dict()
+    left.merge(right)
+    assert same(one_by_one, together, but=ordered)
+    assert same(one_by_one, shuffled, but=ordered)
+    assert same(one_by_one, left, but=("averages",))
+    torch.testing.assert_close(
+        left.state_dict()["averages"], one_by_one.state_dict()["averages"], rtol=1e-9, atol=0
+    )
+    assert all(torch.equal(value, right.state_dict()[key]) for key, value in untouched.items())
+
+
+@settings(deadline=None)
+@given(batches=batches_of_values())
+def test_extremes_and_counts_are_exact(batches: list[Tensor]) -> None:
+    values = torch.cat(batches)
+    record = record_of(*batches)
+    assert record.count == values.numel()
+    assert (record.low, record.high) == (values.min().item(), values.max().item())
+    assert record.low_high(RangeRule(), IntGrid(8), True) == (record.low, record.high)
+
+
+@settings(deadline=None)
+@given(
+    batches=batches_of_values(),
+    percentile=st.sampled_from([0.6, 0.9, 0.99, 1.0]),
+    symmetric=st.booleans(),
+)
+def test_percentiles_are_exact_to_within_one_bin(
+    batches: list[Tensor], percentile: float, symmetric: bool
+) -> None:
+    values = torch.cat(batches).double().sort().values
+    record = record_of(*batches)
+    rank = math.ceil(percentile * len(values))
+    rule = RangeRule("percentile", percentile=percentile)
+    low, high = record.low_high(rule, IntGrid(8), symmetric)
+    if symmetric:
+        want_high = values.abs().sort().values[rank - 1].item()
+        want_low = -want_high
+    else:
+        want_high, want_low = values[rank - 1].item(), values[-rank].item()
+    assert 0 <= high - want_high <= record.bin_width
+    assert 0 <= want_low - low <= record.bin_width
+
+
+@pytest.mark.parametrize("percentile", [0.9, 0.999, 0.9999])
+def test_percentiles_of_many_values_are_exact_to_within_one_bin(percentile: float) -> None:
+    x = heavy_tailed(5, 400_000)
+    record = record_of(*x.split(30_011))
+    rank = math.ceil(percentile * x.numel())
+    rule = RangeRule("percentile", percentile=percentile)
+    low, high = record.low_high(rule, IntGrid(8), False)
+    assert 0 <= high - x.sort().values[rank - 1].item() <= record.bin_width
+    assert 0 <= x.sort().values[-rank].item() - low <= record.bin_width
+    assert record.bin_width <= float(x.abs().max()) / 4096
+
+
+def mean_error(
+    x: Tensor, low: float, high: float, grid: IntGrid, symmetric: bool, p: float
+) -> float:
+    """The p-norm error per value of a static scale, from the values themselves."""
+    ends = (torch.tensor([low]), torch.tensor([high]))
+    scale, zero = scale_zero_point(*ends, grid, symmetric, torch.float32)
+    codes = quantize(x, scale, zero, grid, Granularity.TENSOR)
+    error = x.double() - dequantize(codes, scale, zero, Granularity.TENSOR).double()
+    return float((error.abs() ** p).mean() ** (1 / p))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("norm", [2.0, 2.4])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_mse_of_a_record_is_within_one_bin_of_brute_force(
+    bits: int, norm: float, seed: int
+) -> None:
+    """Each value is taken for one at most half a bin away, and the distance to the nearest code
+    changes no faster than the value: so both errors are off by half a bin at most."""
+    x = heavy_tailed(seed, 20_000)
+    grid = IntGrid(bits)
+    record = record_of(x)
+    rule = RangeRule("mse", norm=norm)
+    low, high = record.low_high(rule, grid, True)
+    assert low == -high
+    edge = float(x.abs().max())
+    top = (grid.levels - 1) / 2 / grid.qmax
+    brute = min(
+        mean_error(x, -edge * f, edge * f, grid, True, norm)
+        for f in torch.linspace(top, 0.2, rule.steps, dtype=torch.float64).tolist()
+    )
+    assert mean_error(x, low, high, grid, True, norm) <= brute + record.bin_width
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_mse_searches_the_ends_of_an_asymmetric_range_apart(bits: int) -> None:
+    """After a GELU, the short side is worth all of itself while the long side is cut."""
+    x = torch.nn.functional.gelu(heavy_tailed(6, 20_000))
+    grid = IntGrid(bits)
+    record = record_of(x)
+    low, high = record.low_high(RangeRule("mse"), grid, False)
+    assert record.low <= low <= 0 < high <= record.high
+    extremes = (record.low, record.high)
+    error = mean_error(x, low, high, grid, False, 2.4)
+    assert error <= mean_error(x, *extremes, grid, False, 2.4) + record.bin_width
+    jointly = min(
+        mean_error(x, extremes[0] * f, extremes[1] * f, grid, False, 2.4)
+        for f in torch.linspace(1, 0.2, 40).tolist()
+    )
+    assert error <= jointly * 1.01 + record.bin_width
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("values", [[0.0, 0.0], [3.0], [-3.0, -1.0], [1e-44], [3.4e38, -3.4e38]])
+def test_unusual_records_still_choose_a_finite_range(values: list[float], symmetric: bool) -> None:
+    record = record_of(torch.tensor(values))
+    for kind in ("minmax", "percentile", "mse", "ema"):
+        low, high = record.low_high(RangeRule(kind), IntGrid(8), symmetric)  # type: ignore[arg-type]
+        scale, _ = scale_zero_point(
+            torch.tensor([low]), torch.tensor([high]), IntGrid(8), symmetric, torch.float32
+        )
+        assert bool(torch.isfinite(scale).all())
+
+
+def test_the_moving_average_forgets_at_the_rate_of_its_momentum() -> None:
+    """Corrected for its start: the weights of the batches seen always sum to one."""
+    batches = [torch.tensor([-1.0, 2.0]), torch.tensor([-3.0, 4.0]), torch.tensor([0.0, 10.0])]
+    record = record_of(*batches, momentum=0.25)
+    weights = [0.25 * 0.75**2, 0.25 * 0.75, 0.25]
+    rule = RangeRule("ema", momentum=0.25)
+    low, high = record.low_high(rule, IntGrid(8), False)
+    assert low == pytest.approx((-1 * weights[0] - 3 * weights[1]) / sum(weights))
+    assert high == pytest.approx((2 * weights[0] + 4 * weights[1] + 10 * weights[2]) / sum(weights))
+    first = record_of(batches[0], momentum=0.25).low_high(rule, IntGrid(8), False)
+    assert first == (-1.0, 2.0)
+
+
+def test_another_momentum_is_refused() -> None:
+    record = record_of(torch.ones(3))
+    with pytest.raises(RecipeError, match=r"0\.5"):
+        record.low_high(RangeRule("ema", momentum=0.5), IntGrid(8), True)
+    with pytest.raises(NumericsError, match="cannot be merged"):
+        record.merge(RangeRecord(0.5))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_any_shape_and_dtype_is_counted_as_float32(dtype: torch.dtype) -> None:
+    x = heavy_tailed(7, 4, 6, 10).to(dtype)
+    assert same(record_of(x), record_of(x.float().flatten()))
+    assert same(record_of(x.transpose(0, 2)), record_of(x))
+
+
+def test_nothing_recorded_is_no_range_and_an_empty_batch_is_no_batch() -> None:
+    record = record_of(torch.zeros(0, 8))
+    assert same(record, RangeRecord())
+    with pytest.raises(NumericsError, match="no value has been recorded"):
+        record.low_high(RangeRule(), IntGrid(8), True)
+    seen = record_of(torch.ones(2))
+    seen.merge(record)
+    assert same(seen, record_of(torch.ones(2)))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_leave_the_record_unchanged(bad: float) -> None:
+    record = record_of(torch.ones(4))
+    x = torch.ones(3, 5)
+    x[2, 1] = bad
+    with pytest.raises(NumericsError, match=rf"{bad} at index \[2, 1\]"):
+        record.update(x)
+    assert same(record, record_of(torch.ones(4)))
+
+
+def test_values_beyond_float32_are_refused() -> None:
+    with pytest.raises(NumericsError, match="float32"):
+        RangeRecord().update(torch.tensor([1e300], dtype=torch.float64))
+
+
+def test_the_state_is_a_faithful_copy() -> None:
+    record = record_of(heavy_tailed(8, 100), heavy_tailed(9, 50) * 100, momentum=0.2)
+    back = RangeRecord.from_state_dict(record.state_dict())
+    assert same(back, record)
+    assert back.momentum == 0.2
+    back.update(torch.ones(3))
+    assert not same(back, record)
+    assert same(RangeRecord.from_state_dict(RangeRecord().state_dict()), RangeRecord())
+
+
+def test_a_broken_state_is_refused() -> None:
+    state = record_of(torch.ones(3)).state_dict()
+    with pytest.raises(NumericsError, match="made of"):
+        RangeRecord.from_state_dict({k: v for k, v in state.items() if k != "counts"})
+    with pytest.raises(NumericsError, match=r"counts.*\[3\]"):
+        RangeRecord.from_state_dict(state | {"counts": torch.zeros(3, dtype=torch.int64)})
