@@ -485,7 +485,7 @@ def test_a_config_that_contradicts_itself_is_reported(
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["num_attention_heads"] = 3
     write_json(folder / "config.json", config)
-    with pytest.raises(ModelError, match="Qwen2-VL: .*divisible by"):
+    with pytest.raises(ModelError, match=r"Qwen2-VL: .*divisible by"):
         bind(folder)
 
 

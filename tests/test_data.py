@@ -203,6 +203,7 @@ def test_paragraphs_of_a_text_file_are_samples_without_answers(tmp_path: Path) -
         (turns(answer=[image("ok.png")]), "is an answer that shows a picture"),
         ({"id": "first", **turns()}, "line 2: id 'first' is already taken by line 1"),
         ({"conversations": [{"value": "x"}]}, "has no 'from'"),
+        ({"image": "ok.png", "conversations": [{"from": "gpt", "value": "x"}]}, "no human turn"),
         (
             {"image": "ok.png", "conversations": [{"from": "human", "value": "<image><image>"}]},
             "2 <image> markers, but 1 image files",
@@ -482,7 +483,10 @@ def mixed_samples(folder: Path) -> tuple[Sample, ...]:
                 {"id": "long", **turns("which one of the two is it ?" * 12, [text("the red one")])},
                 {"id": "still", **turns([still, text("what moves ?")], "it")},
                 {"id": "turns", "messages": [*history, *turns("how many ?", "2")["messages"]]},
-                {"id": "open", "messages": [{"role": "user", "content": [image("4.png")]}]},
+                {
+                    "id": "open",
+                    "messages": [*history, {"role": "user", "content": [image("4.png")]}],
+                },
             ],
         )
     )
@@ -521,7 +525,7 @@ def test_placeholders_are_as_many_as_the_features_of_the_vision_tower(
         if token == VIDEO_ID and "video_compression_mask" in inputs:
             features = int(inputs["video_compression_mask"].sum())
         assert int((inputs["input_ids"] == token).sum()) == features
-    assert len(inputs["image_grid_thw"]) == 5
+    assert len(inputs["image_grid_thw"]) == 6
     assert len(inputs["video_grid_thw"]) == 2
 
 

@@ -123,7 +123,7 @@ class Family:
 
     config: Callable[[Settings, Mapping[str, int], int], Any]
     processor: Callable[[Any], Any]
-    encode: Callable[[nn.Module, Tensor], Tensor]
+    encode: Callable[[Any, Tensor], Tensor]
 
 
 # The tokenizer
@@ -234,12 +234,12 @@ def qwen2_vl_processor(tokenizer: Any) -> Any:
     )
 
 
-def qwen2_vl_encode(model: nn.Module, pixels: Tensor) -> Tensor:
+def qwen2_vl_encode(model: Any, pixels: Tensor) -> Tensor:
     """Run the vision tower on all frame pairs at once.
 
     Pairs never see each other, so a batch axis replaces the tower's loop over sequences.
     """
-    visual: Any = model.model.visual
+    visual = model.model.visual
     pairs, patches, _ = pixels.shape
     hidden = functional.linear(pixels, visual.patch_embed.proj.weight.flatten(1))
     places = _patch_places()
@@ -252,7 +252,8 @@ def qwen2_vl_encode(model: nn.Module, pixels: Tensor) -> Tensor:
         mixed = functional.scaled_dot_product_attention(query, key, value.to(query.dtype))
         hidden = hidden + attention.proj(mixed.transpose(1, 2).flatten(2))
         hidden = hidden + block.mlp(block.norm2(hidden))
-    return visual.merger(hidden).view(pairs, patches // MERGE**2, -1)
+    tokens: Tensor = visual.merger(hidden)
+    return tokens.view(pairs, patches // MERGE**2, -1)
 
 
 def _patch_places() -> Tensor:

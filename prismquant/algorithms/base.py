@@ -186,6 +186,7 @@ def choose_scales(problem: LayerProblem, importance: Tensor | None = None) -> tu
     spec = problem.spec
     if importance is not None:
         # Only ratios matter; as they are, the numbers could overflow when they weigh errors.
+        importance = importance.to(problem.weights[0].device, torch.float32)
         importance = importance / importance.max().clamp_min(torch.finfo(importance.dtype).tiny)
     return tuple(
         Scales(
@@ -237,7 +238,7 @@ def row_losses(error: Tensor, hessian: Tensor | None) -> Tensor:
     Returns:
         float64 ``[out]``, never negative.
     """
-    image = error if hessian is None else error @ hessian
+    image = error if hessian is None else error @ hessian.to(error.device, error.dtype)
     # A positive semidefinite form can only come out negative by rounding.
     return (image * error).sum(dim=1, dtype=torch.float64).clamp_min_(0.0)
 

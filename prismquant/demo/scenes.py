@@ -22,7 +22,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -308,20 +308,24 @@ def _distance(shape: str, radius: float, across: Field, down: Field) -> Field:
     ``across`` and ``down`` are offsets from the centre and broadcast to (rows, columns).
     """
     x, y = np.abs(across), np.abs(down)
+    away = np.sqrt(x * x + y * y)
+    outline: npt.NDArray[np.floating[Any]]
     if shape == "circle":
-        return np.sqrt(x * x + y * y) - radius
-    if shape == "square":
-        return np.maximum(x, y) - 0.86 * radius
-    if shape == "diamond":
-        return (x + y) * 0.7071 - 0.78 * radius
-    if shape == "triangle":
-        return np.maximum(down - 0.62 * radius, 0.866 * x - 0.5 * down - 0.56 * radius)
-    if shape == "cross":
+        outline = away - radius
+    elif shape == "square":
+        outline = np.maximum(x, y) - 0.86 * radius
+    elif shape == "diamond":
+        outline = (x + y) * 0.7071 - 0.78 * radius
+    elif shape == "triangle":
+        outline = np.maximum(down - 0.62 * radius, 0.866 * x - 0.5 * down - 0.56 * radius)
+    elif shape == "cross":
         arm = 0.36 * radius
-        return np.minimum(np.maximum(x - radius, y - arm), np.maximum(x - arm, y - radius))
-    if shape == "ring":
-        return np.abs(np.sqrt(x * x + y * y) - 0.74 * radius) - 0.27 * radius
-    raise ValueError(f"unknown shape {shape!r}")
+        outline = np.minimum(np.maximum(x - radius, y - arm), np.maximum(x - arm, y - radius))
+    elif shape == "ring":
+        outline = np.abs(away - 0.74 * radius) - 0.27 * radius
+    else:
+        raise ValueError(f"unknown shape {shape!r}")
+    return outline.astype(np.float32, copy=False)
 
 
 def _render(

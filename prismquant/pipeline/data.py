@@ -56,8 +56,9 @@ class Sample:
         kind: ``video`` if it shows any clip, else ``image`` if it shows any picture, else ``text``.
         messages: Each holds ``role`` and ``content``: a string, or a list of items
             ``{"type": "text", "text": ..}``, ``{"type": "image", "image": path}`` and
-            ``{"type": "video", "video": path or list of frame paths, "fps": optional}``. Pictures
-            of a Hugging Face dataset stand in place of paths.
+            ``{"type": "video", "video": path or list of frame paths, "fps": optional}``; fps is the
+            rate of the frames in the list, or the one at which to take frames from the file.
+            Pictures of a Hugging Face dataset stand in place of paths.
         folder: Relative paths start here.
         meta: Whatever else the source says of the sample.
     """
@@ -75,9 +76,8 @@ class Sample:
 
     @property
     def answer(self) -> str | None:
-        """Text of the last assistant message."""
-        index = _last_answer(self.messages)
-        return None if index is None else _text(self.messages[index])
+        """Text of the assistant message that ends the conversation, if one does."""
+        return _text(self.messages[-1]) if self.messages[-1]["role"] == "assistant" else None
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ class Batch:
     Attributes:
         inputs: Keyword arguments of the model: ``input_ids`` and ``attention_mask`` [B, T],
             pixels, grids.
-        answer_mask: Bool [B, T]: tokens of the last assistant message with its end-of-turn token.
-            A row without an answer, or whose answer was cut, has none.
+        answer_mask: Bool [B, T]: tokens of the assistant message that ends the conversation, with
+            its end-of-turn token. A row without one, or whose answer was cut, has none.
         vision_mask: Bool [B, T]: placeholders of pictures and clips.
         ids: Id of each row's sample.
         kinds: Kind of each row's sample.
@@ -182,8 +182,7 @@ def read_samples(
 def balanced_subset(
     samples: Sequence[Sample], limit: int | None, seed: int = 0
 ) -> tuple[Sample, ...]:
-    """At most ``limit`` samples, as many of each kind as of any other while they last, in their
-    order.
+    """At most ``limit`` samples, in their order, with the kinds as even as they can be.
 
     Which ones depends on the seed and their ids, not on the order or on Python's random numbers.
     """
@@ -421,9 +420,8 @@ def _llava_messages(value: Mapping[str, Any]) -> list[Any]:
         if markers and markers != len(files):
             raise _Finding(f"{markers} <{kind}> markers, but {len(files)} {kind} files")
         media[kind] = files
-    loose = [
-        kind for kind, files in media.items() if files and not any(f"<{kind}>" in t for t in texts)
-    ]
+    whole = "".join(texts)
+    loose = [kind for kind, files in media.items() if files and f"<{kind}>" not in whole]
     iterators = {kind: iter(files) for kind, files in media.items()}
     messages: list[Any] = []
     for turn, text in zip(turns, texts, strict=True):
@@ -438,6 +436,8 @@ def _llava_messages(value: Mapping[str, Any]) -> list[Any]:
         plain = all(item["type"] == "text" for item in items)
         content: Any = "".join(item["text"] for item in items) if plain else items
         messages.append({"role": role, "content": content})
+    if loose:
+        raise _Finding(f"no human turn to show the {loose[0]} in")
     return messages
 
 
@@ -559,11 +559,6 @@ def _media(sample: Sample) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 yield item["type"], item
 
 
-def _last_answer(messages: Sequence[Message]) -> int | None:
-    places = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    return places[-1] if places else None
-
-
 def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
@@ -624,7 +619,7 @@ def _check(chosen: Sequence[tuple[str, Sample]], require_answers: bool) -> list[
     findings: list[str] = []
     sizes: dict[Path, tuple[int, int]] = {}
     for where, sample in chosen:
-        if require_answers and not (sample.messages[-1]["role"] == "assistant" and sample.answer):
+        if require_answers and not sample.answer:
             findings.append(
                 f"{where}: the conversation does not end with an answer of the assistant"
             )
@@ -675,14 +670,10 @@ def _findings_error(name: str, findings: list[str]) -> DataError:
 
 @dataclass(frozen=True)
 class _Rendered:
-    """A sample through the chat template: the whole text, and where its last answer starts and
-    ends.
-
-    ``answer`` is None without an answer, else the number of characters before it and to its end.
-    """
+    """A sample as the chat template writes it: text, and the characters before its answer."""
 
     text: str
-    answer: tuple[int, int] | None
+    answer: int | None
 
 
 def make_batches(
@@ -776,15 +767,13 @@ def _make_batch(
 def _render(sample: Sample, processor: Any) -> _Rendered:
     """The sample's text from the chat template, one placeholder for each picture and clip."""
     messages = [_for_template(message) for message in sample.messages]
-    index = _last_answer(sample.messages)
     text = _template(processor, sample, messages)
     answer = None
-    if index is not None:
-        prompt = _template(processor, sample, messages[:index], add_generation_prompt=True)
-        through = _template(processor, sample, messages[: index + 1])
-        if not (text.startswith(through) and through.startswith(prompt)):
+    if sample.answer is not None:
+        prompt = _template(processor, sample, messages[:-1], add_generation_prompt=True)
+        if not text.startswith(prompt):
             raise _span_error(sample, "the chat template does not continue its own prompt")
-        answer = (len(prompt), len(through))
+        answer = len(prompt)
     counts = Counter(kind for kind, _ in _media(sample))
     for kind in ("image", "video"):
         token = getattr(processor, f"{kind}_token", None)
@@ -873,35 +862,30 @@ def _read_clip(item: Mapping[str, Any], sample: Sample, sampling: Sampling) -> C
 def _answer_span(
     tokens: list[int], text: _Rendered, processor: Any, sample: Sample
 ) -> tuple[int, int]:
-    """First token of the last answer and the one after its end-of-turn token.
+    """First token of the answer and the one after its end-of-turn token.
 
     The processor widens every placeholder into many tokens, so the texts after the last one are
     compared: as a placeholder is a special token, their tokens do not depend on what stands
     before. That the row ends with the text's tokens, and that the prompt's tokens come first among
     them, is checked and not assumed.
     """
-    if text.answer is None:
-        return 0, 0
-    begin, end = text.answer
     marks = [getattr(processor, f"{kind}_token", None) for kind in ("image", "video")]
     shown = [mark for mark in marks if mark and mark in text.text]
     start = max((text.text.rindex(mark) + len(mark) for mark in shown), default=0)
     tokenizer = processor.tokenizer
-    whole, prompt, through = (
+    whole, prompt = (
         tokenizer(text.text[start:stop], add_special_tokens=False)["input_ids"]
-        for stop in (len(text.text), begin, end)
+        for stop in (None, text.answer)
     )
     offset = len(tokens) - len(whole)
-    if start > begin or tokens[offset:] != whole:
+    if tokens[offset:] != whole:
         raise _span_error(
             sample, "its tokens are not those of the text after its last picture or clip"
         )
     if whole[: len(prompt)] != prompt:
         raise _span_error(sample, "the prompt's tokens are not the first tokens of the whole")
-    if whole[: len(through)] != through:
-        raise _span_error(sample, "the turn's tokens are not the first tokens of the whole")
     special = _special_ids(tokenizer)
-    ends = [index for index in range(len(prompt), len(through)) if through[index] in special]
+    ends = [index for index in range(len(prompt), len(whole)) if whole[index] in special]
     if not ends:
         raise _span_error(sample, "the chat template ends the answer with no special token")
     return offset + len(prompt), offset + ends[-1] + 1
