@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prismquant.errors import DataError, StorageError
+from prismquant.errors import DataError, PrismQuantError, StorageError
 from prismquant.evaluate.fidelity import Fidelity, evaluate_model
 from prismquant.export.compressed_tensors import CheckpointWriter
 from prismquant.export.load import load_model
@@ -102,11 +102,13 @@ def quantize(
     recipe = load_recipe(recipe)
     bound = bind(Path(model))
     plan = make_plan(recipe, bound)
-    target = torch.device(device)
+    target = _device(device)
     arithmetic = dtype or (torch.float32 if target.type == "cpu" else bound.dtype)
     samples = _calibration_samples(plan, calibration)
-    directory = RunDirectory(Path(out))
     _refuse_inside(Path(out), bound.folder)
+    directory = RunDirectory(Path(out))
+    directory.require_free(resume=resume)
+    batches = _batches(bound, samples, recipe.calibration.batch_size, trust_remote_code)
     record = directory.begin(
         RunRecord(
             identity=_identity(plan, bound, samples, f"{target.type} {arithmetic}"),
@@ -124,7 +126,7 @@ def quantize(
     job = Run(
         plan=plan,
         bound=bound,
-        batches=_batches(bound, samples, recipe.calibration.batch_size, trust_remote_code),
+        batches=batches,
         sink=(writer := CheckpointWriter(Path(out), bound, plan)),
         reporter=reporter or Silent(),
         device=target,
@@ -274,8 +276,23 @@ def _model_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise PrismQuantError(
+            f"device {name!r} cannot be used: {reason}", remedy="use --device cpu"
+        ) from error
+    return device
+
+
 def _refuse_inside(out: Path, source: Path) -> None:
-    if out.resolve() == source.resolve():
+    """A result in the source's folder would be taken for a part of the source."""
+    if out.resolve().is_relative_to(source.resolve()):
         raise StorageError(
-            "the output folder is the source model's", where=str(out), remedy="choose another --out"
+            "the output folder is the source model's, or lies in it",
+            where=str(out),
+            remedy="choose another --out",
         )

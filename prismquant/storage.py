@@ -28,6 +28,7 @@ from prismquant.errors import StorageError
 
 INDEX_NAME = "model.safetensors.index.json"
 
+_TEMPORARY = ".tmp"
 _DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -35,12 +36,17 @@ _DTYPES = {
     "I16": torch.int16,
     "I32": torch.int32,
     "I64": torch.int64,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
     "F64": torch.float64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
 }
 # A header is JSON of names and offsets: 100 MB is far above any real one and the format's own
 # limit.
@@ -79,7 +85,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_TEMPORARY, dir=path.parent)
         os.close(handle)
     except OSError as error:
         raise _storage_error(error, path) from error
@@ -95,6 +101,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise _storage_error(error, path) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Delete what :func:`atomic_path` left in a folder, and below it, when it was killed."""
+    for path in folder.rglob("*"):
+        if is_temporary(path):
+            path.unlink(missing_ok=True)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether :func:`atomic_path` would name a temporary file like this."""
+    return path.name.startswith(".") and path.name.endswith(_TEMPORARY)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -150,13 +168,16 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """Read the header of one safetensors file: name -> dtype and shape. The data stays untouched.
 
     Raises:
-        StorageError: The file is cut short or is not a safetensors file.
+        StorageError: The file is missing, cut short, not a safetensors file, or of a type that
+            torch does not have.
     """
     broken = StorageError(
         f"{path.name} is not a whole safetensors file",
         where=str(path),
         remedy="copy the file again; its download or transfer probably broke off",
     )
+    if not path.is_file():
+        raise StorageError(f"{path.name} is missing", where=str(path))
     with path.open("rb") as file:
         prefix = file.read(8)
         if len(prefix) != 8:
@@ -168,15 +189,22 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-            infos = {
-                name: TensorInfo(_DTYPES[entry["dtype"]], tuple(entry["shape"]), path.name)
-                for name, entry in header.items()
-            }
+            dtypes = {entry["dtype"] for entry in header.values()}
+            shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise broken from error
     if path.stat().st_size < 8 + length + end:
         raise broken
-    return infos
+    if unknown := dtypes - _DTYPES.keys():
+        raise StorageError(
+            f"{path.name} holds tensors of type {min(unknown)!r}, which cannot be read",
+            where=str(path),
+            remedy="use the original, unquantized checkpoint",
+        )
+    return {
+        name: TensorInfo(_DTYPES[header[name]["dtype"]], shape, path.name)
+        for name, shape in shapes.items()
+    }
 
 
 class ShardReader:

@@ -53,7 +53,7 @@ def replayed_logits(model: nn.Module, folder: Path, batches: list[Batch]) -> lis
 def test_replay_equals_the_models_own_forward(
     tiny_folder: Path, calibration_file: Path, batch_size: int
 ) -> None:
-    """Text, images and clips mixed in padded batches; equal to float tolerance at counted tokens."""
+    """Text, images and clips mixed in padded batches; equal to float tolerance where counted."""
     batches = batches_of(tiny_folder, calibration_file, batch_size)
     model = load_float(tiny_folder)
     with torch.no_grad():
@@ -87,7 +87,7 @@ def test_text_alone_passes_no_vision_step(tiny_folder: Path, tmp_path: Path) -> 
 def test_vision_steps_come_in_the_order_in_which_the_model_runs_them(
     tiny: Callable[..., Path], calibration_file: Path
 ) -> None:
-    """Qwen3-VL calls a deepstack merger between two blocks; its features must be those of that block."""
+    """Qwen3-VL calls a deepstack merger between two blocks, on the output of the first."""
     folder = tiny("qwen3_vl")
     model = load_float(folder)
     replay = Replay(

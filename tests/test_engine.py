@@ -83,8 +83,8 @@ def test_each_layer_is_solved_on_what_it_will_really_see(
 ) -> None:
     """The codes of a late layer equal a solve on inputs of the finished quantized model.
 
-    That holds only if all layers before it, in earlier blocks and in its own, were already quantized, with
-    their inputs, when its Hessian was gathered, and if padding was left out.
+    That holds only if all layers before it, in earlier blocks and in its own, were already
+    quantized, with their inputs, when its Hessian was gathered, and if padding was left out.
     """
     folder = tiny("qwen2_vl")
     out = tmp_path / "out"
@@ -177,7 +177,9 @@ def test_sequential_stages_can_be_turned_off(
         chosen = recipe("w4a8-static", "rtn", sequential=sequential)
         record = pq.quantize(folder, chosen, out, calibration_file).record
         layers = [layer for step in record.steps for layer in step.layers]
-        highs[sequential] = next(layer.notes["input_high"] for layer in layers if layer.name == name)
+        highs[sequential] = next(
+            layer.notes["input_high"] for layer in layers if layer.name == name
+        )
     assert math.isclose(highs[False], float(x.max()), rel_tol=1e-5)
     assert not math.isclose(highs[True], float(x.max()), rel_tol=1e-5)
 
@@ -192,7 +194,11 @@ def test_rounding_without_data_equals_rounding_each_weight(
         weight = full.get_submodule(row.site.name).weight.detach()  # type: ignore[operator]
         matrix = weight.reshape(row.site.out_features, -1)
         problem = LayerProblem(
-            ("w",), (matrix,), row.weights, RangeRule("mse"), torch.float32  # type: ignore[arg-type]
+            ("w",),
+            (matrix,),
+            row.weights,
+            RangeRule("mse"),
+            torch.float32,  # type: ignore[arg-type]
         )
         expected = RTN().solve(problem).weights[0].dequantize(torch.float32)
         actual = quantized.get_submodule(row.site.name).weight.reshape(matrix.shape)  # type: ignore[operator]

@@ -23,6 +23,7 @@ import shutil
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,17 +114,65 @@ class Settings:
     seed: int = 0
 
 
+@dataclass(slots=True)
+class Batch:
+    """Tensors of a batch of rows.
+
+    Attributes:
+        ids: (rows, tokens).
+        targets: (rows, tokens), the next token where it belongs to an answer, else -1.
+        places: (3, rows, tokens), rotary positions.
+        mask: (rows, 1, tokens, tokens), true where attention goes.
+        pixels: (frame pairs, patches, values).
+        slots: (rows, tokens), true where the vision features go, in order.
+        cells: (frame pairs, cells, attributes), what each cell shows, see :func:`cell_labels`.
+    """
+
+    ids: Tensor
+    targets: Tensor
+    places: Tensor
+    mask: Tensor
+    pixels: Tensor
+    slots: Tensor
+    cells: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """The part of a row before its questions, which all of them see.
+
+    Attributes:
+        ids: token ids.
+        places: rotary position of each token: time, row, column.
+        slots: for each token whether a vision feature takes its place.
+    """
+
+    ids: list[int]
+    places: list[tuple[int, int, int]]
+    slots: list[bool]
+
+
+Encode = Callable[[str], list[int]]
+"""Turns text into token ids."""
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One architecture: its config, its processor and its way to encode many equal frames at once.
+    """One architecture; another one is another entry of FAMILIES.
 
-    ``encode`` maps pixels of shape (frame pairs, GRID * GRID, patch values) to (frame pairs,
-    tokens, width).
+    Attributes:
+        config: makes its config from the settings, the ids of the special tokens and the number of
+            tokens.
+        processor: makes its processor from the tokenizer.
+        prefix: returns what comes before the question of a sample.
+        hidden: returns the last hidden states of a batch, (rows, tokens, width), and its vision
+            features, (frame pairs, tokens, width).
     """
 
     config: Callable[[Settings, Mapping[str, int], int], Any]
     processor: Callable[[Any], Any]
-    encode: Callable[[Any, Tensor], Tensor]
+    prefix: Callable[[Encode, Sample], Prefix]
+    hidden: Callable[[Any, Batch], tuple[Tensor, Tensor]]
 
 
 # The tokenizer
@@ -234,6 +283,46 @@ def qwen2_vl_processor(tokenizer: Any) -> Any:
     )
 
 
+def qwen2_vl_prefix(encode: Encode, sample: Sample) -> Prefix:
+    """Return the start of the user's message with the picture or the clip, if there is one."""
+    head = encode(f"{START}user\n")
+    if sample.kind == "text":
+        return Prefix(head, [(i, i, i) for i in range(len(head))], [False] * len(head))
+    pairs = max(1, len(sample.frames) // TEMPORAL)
+    side = GRID // MERGE
+    head = head + encode(VISION_START)
+    first = len(head)
+    grid = [
+        (first + time, first + row, first + column)
+        for time in range(pairs)
+        for row in range(side)
+        for column in range(side)
+    ]
+    after = first + max(pairs, side)
+    pads = encode(IMAGE_PAD if sample.kind == "image" else VIDEO_PAD) * len(grid)
+    return Prefix(
+        ids=head + pads + encode(VISION_END),
+        places=[(i, i, i) for i in range(first)] + grid + [(after, after, after)],
+        slots=[False] * first + [True] * len(grid) + [False],
+    )
+
+
+def qwen2_vl_hidden(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Put the vision features into the slots and run the language model."""
+    embeds = model.get_input_embeddings()(batch.ids)
+    features = embeds.new_zeros((0, 1, embeds.shape[-1]))
+    if len(batch.pixels):
+        features = qwen2_vl_encode(model, batch.pixels)
+    embeds = embeds.masked_scatter(batch.slots[:, :, None], features.flatten(0, 1).to(embeds.dtype))
+    outputs = model.model.language_model(
+        inputs_embeds=embeds,
+        position_ids=batch.places,
+        attention_mask={"full_attention": batch.mask},
+        use_cache=False,
+    )
+    return outputs.last_hidden_state, features
+
+
 def qwen2_vl_encode(model: Any, pixels: Tensor) -> Tensor:
     """Run the vision tower on all frame pairs at once.
 
@@ -269,7 +358,7 @@ def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 FAMILIES: dict[str, Family] = {
-    "qwen2_vl": Family(qwen2_vl_config, qwen2_vl_processor, qwen2_vl_encode),
+    "qwen2_vl": Family(qwen2_vl_config, qwen2_vl_processor, qwen2_vl_prefix, qwen2_vl_hidden),
 }
 
 
@@ -294,29 +383,6 @@ def initialise(model: nn.Module, layers: int, vision_layers: int) -> None:
 
 
 # Batches
-
-
-@dataclass(slots=True)
-class Batch:
-    """Tensors of a batch of rows.
-
-    Attributes:
-        ids: (rows, tokens).
-        targets: (rows, tokens), the next token where it belongs to an answer, else -1.
-        places: (3, rows, tokens), rotary positions.
-        mask: (rows, 1, tokens, tokens), true where attention goes.
-        pixels: (frame pairs, patches, values).
-        slots: (rows, tokens), true where the vision features go, in order.
-        cells: (frame pairs, cells, attributes), what each cell shows, see :func:`cell_labels`.
-    """
-
-    ids: Tensor
-    targets: Tensor
-    places: Tensor
-    mask: Tensor
-    pixels: Tensor
-    slots: Tensor
-    cells: Tensor
 
 
 PROBED = (
@@ -357,8 +423,9 @@ def cell_labels(sample: Sample) -> np.ndarray:
 class Packer:
     """Builds batches without the processor; :func:`check_against_processor` compares the two."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, prefix: Callable[[Encode, Sample], Prefix]) -> None:
         self._tokenizer = tokenizer
+        self._prefix = prefix
         self._cache: dict[str, list[int]] = {}
         levels = np.arange(256, dtype=np.float32) * np.float32(1 / 255)
         self._levels = (levels - np.float32(0.5)) / np.float32(0.5)
@@ -381,29 +448,6 @@ class Packer:
         ordered = pixels.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
         return ordered.reshape(ordered.shape[0], GRID * GRID, -1)
 
-    def prefix(self, sample: Sample) -> tuple[list[int], list[tuple[int, int, int]], list[bool]]:
-        """Return ids, (time, row, column) positions and vision slots before the question."""
-        head = self.encode(f"{START}user\n")
-        if sample.kind == "text":
-            places = [(i, i, i) for i in range(len(head))]
-            return head, places, [False] * len(head)
-        pairs = max(1, len(sample.frames) // TEMPORAL)
-        side = GRID // MERGE
-        head = head + self.encode(VISION_START)
-        first = len(head)
-        pad = self.encode(IMAGE_PAD if sample.kind == "image" else VIDEO_PAD)
-        grid = [
-            (first + t, first + r, first + c)
-            for t in range(pairs)
-            for r in range(side)
-            for c in range(side)
-        ]
-        after = first + max(pairs, side)
-        ids = head + pad * len(grid) + self.encode(VISION_END)
-        places = [(i, i, i) for i in range(first)] + grid + [(after, after, after)]
-        slots = [False] * first + [True] * len(grid) + [False]
-        return ids, places, slots
-
     def turn(self, turn: Turn) -> tuple[list[int], list[int]]:
         """Return the ids from the question up to the answer, and the answer's with its end."""
         question = self.encode(turn.question) + self.encode(f"{END}\n{START}assistant\n")
@@ -413,10 +457,10 @@ class Packer:
         """Pack one sample a row, with those of its questions that fit into ``tokens``, if given."""
         rows = []
         for sample in samples:
-            ids, places, slots = self.prefix(sample)
+            prefix = self._prefix(self.encode, sample)
+            ids, places = list(prefix.ids), list(prefix.places)
             targets, turns = [-1] * len(ids), [0] * len(ids)
             start = max(places[-1]) + 1
-            ids, places = list(ids), list(places)
             for number, turn in enumerate(sample.turns, start=1):
                 question, answer = self.turn(turn)
                 length = len(question) + len(answer)
@@ -425,8 +469,8 @@ class Packer:
                 ids += question + answer
                 targets += [-1] * (len(question) - 1) + answer + [-1]
                 turns += [number] * length
-                places += [(start + i,) * 3 for i in range(length)]
-            rows.append((ids, targets, places, slots, turns))
+                places += [(start + i, start + i, start + i) for i in range(length)]
+            rows.append((ids, targets, places, prefix.slots, turns))
         width = tokens or max(len(row[0]) for row in rows)
         shape = (len(rows), width)
         ids_array = np.full(shape, self.encode(PAD)[0], dtype=np.int64)
@@ -472,17 +516,7 @@ def answer_logits(model: Any, family: Family, batch: Batch) -> tuple[Tensor, Ten
 
     Shapes: (answer tokens of the batch, vocabulary) and (frame pairs, tokens, width).
     """
-    embeds = model.get_input_embeddings()(batch.ids)
-    features = embeds.new_zeros((0, 1, embeds.shape[-1]))
-    if len(batch.pixels):
-        features = family.encode(model, batch.pixels)
-    embeds = embeds.masked_scatter(batch.slots[:, :, None], features.flatten(0, 1).to(embeds.dtype))
-    hidden = model.model.language_model(
-        inputs_embeds=embeds,
-        position_ids=batch.places,
-        attention_mask={"full_attention": batch.mask},
-        use_cache=False,
-    ).last_hidden_state
+    hidden, features = family.hidden(model, batch)
     return model.lm_head(hidden[batch.targets >= 0]), features
 
 
@@ -652,7 +686,7 @@ class Run:
         self.settings, self.out = settings, out
         self.family = FAMILIES[settings.family]
         self.tokenizer = build_tokenizer()
-        self.packer = Packer(self.tokenizer)
+        self.packer = Packer(self.tokenizer, self.family.prefix)
         self.processor = self.family.processor(self.tokenizer)
         ids = {token: self.tokenizer.convert_tokens_to_ids(token) for token in SPECIALS}
         vocabulary = math.ceil(len(self.tokenizer) / WIDTH_UNIT) * WIDTH_UNIT
@@ -758,7 +792,8 @@ class Run:
         kinds = ", ".join(f"{kind} {measured['exact'][kind]:.3f}" for kind in KINDS)
         print(
             f"step {self.step}: exact match {measured['exact']['all']:.3f} ({kinds}),"
-            f" loss {measured['loss']:.4f}, KL W4 {measured['w4']['kl']:.5f}, W3 {measured['w3']['kl']:.5f}",
+            f" loss {measured['loss']:.4f},"
+            f" KL W4 {measured['w4']['kl']:.5f}, W3 {measured['w3']['kl']:.5f}",
             flush=True,
         )
         fresh, target, old = (

@@ -23,7 +23,7 @@ import torch
 from prismquant.errors import StorageError
 from prismquant.pipeline.plan import Plan
 from prismquant.recipe.schema import Recipe
-from prismquant.storage import read_json, write_json, write_text
+from prismquant.storage import is_temporary, read_json, remove_temporaries, write_json, write_text
 
 RECORD_VERSION = 1
 
@@ -104,8 +104,9 @@ class RunRecord:
         Raises:
             StorageError: The content was written by another version or is damaged.
         """
-        if content.get("version") != RECORD_VERSION:
-            raise StorageError(f"run record of version {content.get('version')!r} cannot be read")
+        version = content.get("version") if isinstance(content, Mapping) else None
+        if version != RECORD_VERSION:
+            raise StorageError(f"run record of version {version!r} cannot be read")
         try:
             steps = tuple(
                 StepRecord(
@@ -151,19 +152,39 @@ class RunDirectory:
             StorageError: The folder is in use, or the earlier run differs; the message says in
             what.
         """
+        self.require_free(resume=resume)
+        if self.record_path.exists():
+            record = self._earlier(record)
+        else:
+            self.save(record)
+        remove_temporaries(self.folder)
+        # A run that was killed at its very start has a record and may lack the other two.
+        if not (self._inside / "plan.json").exists():
+            write_json(self._inside / "plan.json", plan.to_dict())
+        if not (self._inside / "recipe.yaml").exists():
+            write_text(self._inside / "recipe.yaml", recipe.to_yaml())
+        return record
+
+    def require_free(self, *, resume: bool) -> None:
+        """Refuse a folder that holds files, unless they are of a run that is to be resumed.
+
+        Raises:
+            StorageError: The folder is in use.
+        """
         if resume and self.record_path.exists():
-            return self._resume(record)
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            return
+        if self.folder.is_dir():
+            files = (path for path in self.folder.rglob("*") if not path.is_dir())
+            used = any(not is_temporary(path) for path in files)
+        else:
+            used = self.folder.exists()
+        if used:
             raise StorageError(
                 "the output folder exists and is not empty",
                 where=str(self.folder),
                 remedy="choose another --out, delete it, or pass --resume to go on "
                 "with a run that was cut off",
             )
-        write_json(self._inside / "plan.json", plan.to_dict())
-        write_text(self._inside / "recipe.yaml", recipe.to_yaml())
-        self.save(record)
-        return record
 
     def save(self, record: RunRecord) -> None:
         """Write the record."""
@@ -173,7 +194,7 @@ class RunDirectory:
         """Read the record."""
         return RunRecord.from_dict(read_json(self.record_path))
 
-    def _resume(self, record: RunRecord) -> RunRecord:
+    def _earlier(self, record: RunRecord) -> RunRecord:
         earlier = self.load()
         differing = [
             key for key, value in record.identity.items() if earlier.identity.get(key) != value

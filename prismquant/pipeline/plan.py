@@ -265,7 +265,7 @@ def _row(
     weights, note = _fit_group(setting.weights, site.in_features, setting.group_fallback)
     row = replace(row, weights=weights, note=note)
     if site.kind is SiteKind.PATCH_CONV:
-        return _dense_row(row)
+        return _dense_row(row, dtype)
     layout = _layout(weights, row.activations)
     size = stored_bytes((site.out_features, site.in_features), weights, layout, dtype)
     return replace(row, layout=layout, stored_bytes=size + _input_bytes(row.activations, dtype))
@@ -289,14 +289,14 @@ def _fit_group(weights: NumberSpec, width: int, fallback: str) -> tuple[NumberSp
     )
 
 
-def _dense_row(row: PlanRow) -> PlanRow:
+def _dense_row(row: PlanRow, dtype: torch.dtype) -> PlanRow:
     if row.activations is not None:
         raise PlanError(
             "no checkpoint format declares a quantized input for a convolution",
             remedy="set activations: none for the role patch_embed",
         )
     note = "; ".join(filter(None, [row.note, "a convolution is stored dequantized"]))
-    return replace(row, note=note)
+    return replace(row, note=note, stored_bytes=math.prod(row.site.weight_shape) * dtype.itemsize)
 
 
 def _layout(weights: NumberSpec, activations: NumberSpec | None) -> str:
@@ -336,12 +336,16 @@ def _torn_fusions(rows: Sequence[PlanRow]) -> list[str]:
     for members in groups.values():
         schemes = {(row.weights, row.activations) for row in members}
         if len(schemes) > 1:
-            listed = "; ".join(
-                f"{row.site.role}: {row.weights.describe() if row.weights else 'float'}"
-                for row in members
-            )
+            listed = "; ".join(f"{row.site.role}: {_scheme(row)}" for row in members)
             findings.append(
                 f"{members[0].site.name} and its neighbours are fused by servers "
                 f"and must share a scheme, but: {listed}"
             )
     return findings
+
+
+def _scheme(row: PlanRow) -> str:
+    if row.weights is None:
+        return "float"
+    inputs = f", input {row.activations.describe()}" if row.activations else ""
+    return row.weights.describe() + inputs

@@ -25,7 +25,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from prismquant.algorithms.table import SOLVERS, build_solver
 from prismquant.errors import PrismQuantError, RecipeError, suggest
@@ -106,20 +114,34 @@ class Rule(_Strict):
 
     @field_validator("weights", "activations", mode="before")
     @classmethod
-    def _format_fields(cls, value: Any) -> Any:
+    def _format_fields(cls, value: Any, info: ValidationInfo) -> Any:
+        if value == "none" and info.field_name == "weights":
+            raise ValueError("a weight has a format; `skip: true` leaves a layer alone")
         if value is None or value == "none":
             return value
-        if isinstance(value, str):
-            return spec(value).to_dict()
-        return _known_fields(value, NumberSpec, "number format")
+        try:
+            if isinstance(value, str):
+                return spec(value).to_dict()
+            fields = _known_fields(value, NumberSpec, "number format")
+            _check_format_fields(fields)
+        except PrismQuantError as error:
+            raise _with_remedy(error) from error
+        return fields
 
     @field_validator("weight_range", "activation_range", mode="before")
     @classmethod
     def _range_fields(cls, value: Any) -> Any:
         if value is None:
             return None
-        fields = {"kind": value} if isinstance(value, str) else value
-        return _known_fields(fields, RangeRule, "range rule")
+        named = {"kind": value} if isinstance(value, str) else value
+        fields = _known_fields(named, RangeRule, "range rule")
+        try:
+            RangeRule(**fields)
+        except PrismQuantError as error:
+            raise _with_remedy(error) from error
+        except TypeError as error:
+            raise ValueError(f"a value of {fields} has the wrong type") from error
+        return fields
 
     @field_validator("solver")
     @classmethod
@@ -132,6 +154,16 @@ class Rule(_Strict):
     def _says_something(self) -> Rule:
         if not self.model_fields_set - {"match"}:
             raise ValueError("the rule sets nothing")
+        return self
+
+    @model_validator(mode="after")
+    def _options_are_of_the_solver(self) -> Rule:
+        # Without a solver's name the options are of whichever solver is in force: see `resolve`.
+        if self.solver is not None and self.options:
+            try:
+                build_solver(self.solver, self.options)
+            except PrismQuantError as error:
+                raise _with_remedy(error) from error
         return self
 
 
@@ -167,8 +199,15 @@ class Recipe(_Strict):
 
     version: Literal[1] = 1
     name: str = "custom"
-    rules: tuple[Rule, ...] = Field(min_length=1)
+    rules: tuple[Rule, ...]
     calibration: Calibration = Calibration()
+
+    @field_validator("rules")
+    @classmethod
+    def _some_rules(cls, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+        if not rules:
+            raise ValueError("there is no rule")
+        return rules
 
     def with_rules(self, *rules: Mapping[str, Any], name: str | None = None) -> Recipe:
         """This recipe with more rules after its own."""
@@ -296,8 +335,6 @@ def parse_recipe(content: Mapping[str, Any], *, source: str) -> Recipe:
             "the recipe is not valid:\n" + "\n".join(f"  - {line}" for line in findings),
             where=source,
         ) from error
-    except PrismQuantError as error:
-        raise RecipeError(error.what, where=source, remedy=error.remedy) from error
 
 
 def _merge(merged: Fields, rule: Rule) -> None:
@@ -355,11 +392,6 @@ def _check_formats(setting: Setting) -> None:
         raise RecipeError("a weight has no running range: 'ema' is for activations")
     if activations is None:
         return
-    if activations.granularity == "token" and not activations.dynamic:
-        raise RecipeError(
-            "per-token scales are only known at run time",
-            remedy="set dynamic: true, or granularity: tensor for static scales",
-        )
     if activations.granularity not in ("token", "tensor"):
         raise RecipeError(
             f"activations with {activations.granularity} scales are not supported",
@@ -379,6 +411,23 @@ def _known_fields(value: Any, kind: type, what: str) -> Fields:
     return dict(value)
 
 
+def _check_format_fields(fields: Fields) -> None:
+    """Refuse what no other rule could make possible; fields left out are filled with what fits."""
+    size, granularity = fields.get("group_size"), fields.get("granularity")
+    if granularity is None:
+        dynamic = fields.get("dynamic", False)
+        granularity = "group" if size is not None else "token" if dynamic else "tensor"
+    filled: Fields = {"bits": 8, "dynamic": granularity == "token", **fields}
+    if granularity == "group" and size is None:
+        filled["group_size"] = 128
+    NumberSpec(**filled | {"granularity": granularity})
+
+
+def _with_remedy(error: PrismQuantError) -> ValueError:
+    """An error as a finding: pydantic adds the path."""
+    return ValueError("; ".join(filter(None, [error.what, error.remedy])))
+
+
 def _name_regex(pattern: str) -> re.Pattern[str]:
     expression = pattern[3:] if pattern.startswith("re:") else fnmatch.translate(pattern)
     try:
@@ -388,7 +437,8 @@ def _name_regex(pattern: str) -> re.Pattern[str]:
 
 
 def _finding(item: Any) -> str:
-    path = ".".join(str(part) for part in item["loc"]) or "recipe"
+    steps = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in item["loc"])
+    path = "".join(steps).removeprefix(".") or "recipe"
     if item["type"] == "extra_forbidden":
         return f"{path}: unknown key; {suggest(str(item['loc'][-1]), _keys_at(item['loc']))}"
     return f"{path}: {item['msg'].removeprefix('Value error, ')}"
