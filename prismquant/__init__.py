@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prismquant.api import Result, evaluate, inspect, load, quantize
+    from prismquant.api import Result, inspect, load, measure, quantize
     from prismquant.errors import PrismQuantError
     from prismquant.recipe.schema import Recipe, load_recipe
 
@@ -26,10 +26,10 @@ __all__ = [
     "Recipe",
     "Result",
     "__version__",
-    "evaluate",
     "inspect",
     "load",
     "load_recipe",
+    "measure",
     "quantize",
 ]
 
@@ -37,10 +37,10 @@ _HOMES = {
     "PrismQuantError": "prismquant.errors",
     "Recipe": "prismquant.recipe.schema",
     "Result": "prismquant.api",
-    "evaluate": "prismquant.api",
     "inspect": "prismquant.api",
     "load": "prismquant.api",
     "load_recipe": "prismquant.recipe.schema",
+    "measure": "prismquant.api",
     "quantize": "prismquant.api",
 }
 

@@ -1,4 +1,4 @@
-"""The main job as functions: inspect, quantize, load, evaluate.
+"""The main job as functions: inspect, quantize, load, measure.
 
 Each puts together what the layers below do, in the order recipe, bind, plan, engine, export.
 """
@@ -19,9 +19,10 @@ from prismquant.errors import DataError, PrismQuantError, StorageError
 from prismquant.evaluate.fidelity import Fidelity, evaluate_model
 from prismquant.export.compressed_tensors import CheckpointWriter
 from prismquant.export.load import load_model
+from prismquant.memory import peak_memory_bytes
 from prismquant.models.bind import BoundModel, bind
 from prismquant.models.load import load_processor
-from prismquant.pipeline.checkpoint import RunDirectory, RunRecord, environment, peak_memory_bytes
+from prismquant.pipeline.checkpoint import RunDirectory, RunRecord, environment
 from prismquant.pipeline.data import (
     Batch,
     Sample,
@@ -168,7 +169,7 @@ def load(
     return load_model(Path(folder), dtype=dtype), processor
 
 
-def evaluate(
+def measure(
     model: str | Path,
     data: str | Path,
     *,

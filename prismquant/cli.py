@@ -177,7 +177,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Exact match, NLL, and KL divergence to the reference, by kind of question and of token."""
-    from prismquant.api import evaluate as measure
+    from prismquant.api import measure
     from prismquant.report.tables import comparison_table, detail_table, reference_variant, variant
     from prismquant.storage import weight_bytes, write_json
 

@@ -188,10 +188,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
             dtypes = {entry["dtype"] for entry in header.values()}
             shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise broken from error
     if path.stat().st_size < 8 + length + end:
         raise broken
@@ -256,8 +256,8 @@ def _shard_files(folder: Path) -> list[Path]:
     index = folder / INDEX_NAME
     if index.exists():
         content = read_json(index)
-        weight_map = content.get("weight_map", {}) if isinstance(content, dict) else {}
-        named = sorted(set(weight_map.values()))
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        named = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
         missing = [name for name in named if not (folder / name).is_file()]
         if missing or not named:
             raise StorageError(

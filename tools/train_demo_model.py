@@ -60,7 +60,7 @@ import transformers  # noqa: E402
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from prismquant.demo.scenes import Kind, Sample, Turn
 
@@ -95,7 +95,12 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is made of; two runs with equal settings and threads give equal weights."""
+    """What a run is made of; two runs with equal settings and threads give equal weights.
+
+    Until step ``curriculum`` the scenes grow harder, and long descriptions teach the model to look.
+    From step ``settle`` on the scenes are of mixed hardness, more rows are text, and short answers
+    count more, so that it learns to compare and to count as well.
+    """
 
     family: str
     steps: int = 6000
@@ -108,6 +113,7 @@ class Settings:
     warmup: int = 150
     decay: float = 0.4
     curriculum: int = 1000
+    settle: int = 1500
     rows: int = 24
     row_tokens: int = 160
     weight_decay: float = 0.01
@@ -125,6 +131,7 @@ class Batch:
         mask: (rows, 1, tokens, tokens), true where attention goes.
         pixels: (frame pairs, patches, values).
         slots: (rows, tokens), true where the vision features go, in order.
+        lengths: (answer tokens), for each of the targets in order the length of its answer.
         cells: (frame pairs, cells, attributes), what each cell shows, see :func:`cell_labels`.
     """
 
@@ -134,6 +141,7 @@ class Batch:
     mask: Tensor
     pixels: Tensor
     slots: Tensor
+    lengths: Tensor
     cells: Tensor
 
 
@@ -456,6 +464,7 @@ class Packer:
     def pack(self, samples: Sequence[Sample], tokens: int | None = None) -> Batch:
         """Pack one sample a row, with those of its questions that fit into ``tokens``, if given."""
         rows = []
+        lengths: list[int] = []
         for sample in samples:
             prefix = self._prefix(self.encode, sample)
             ids, places = list(prefix.ids), list(prefix.places)
@@ -469,6 +478,7 @@ class Packer:
                 ids += question + answer
                 targets += [-1] * (len(question) - 1) + answer + [-1]
                 turns += [number] * length
+                lengths += [len(answer)] * len(answer)
                 places += [(start + i, start + i, start + i) for i in range(length)]
             rows.append((ids, targets, places, prefix.slots, turns))
         width = tokens or max(len(row[0]) for row in rows)
@@ -505,6 +515,7 @@ class Packer:
             mask=causal & ((keys == queries) | (keys == 0)),
             pixels=torch.from_numpy(pixels),
             slots=torch.from_numpy(slots_array),
+            lengths=torch.tensor(lengths),
             cells=torch.from_numpy(
                 np.concatenate(cells) if cells else np.zeros((0, 1, 1), dtype=np.int64)
             ),
@@ -668,15 +679,33 @@ def rate_factor(step: int, settings: Settings) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - start) / (settings.steps - start)))
 
 
+EARLY_ROWS: tuple[Kind, ...] = ("image", "video", "text", "image", "video", "image")
+LATE_ROWS: tuple[Kind, ...] = ("image", "text", "video", "image", "text", "image")
+"""Kinds of the rows of a step, over and over, before and after the run settles."""
+
+
 def training_samples(step: int, settings: Settings) -> list[Sample]:
     """Return the rows of a step, ten questions each; they depend on the seed and the step only."""
     hardness = min(1.0, step / settings.curriculum)
+    kinds = EARLY_ROWS if step < settings.settle else LATE_ROWS
     rows = []
     for row in range(settings.rows):
         rng = scenes.sample_rng("train", settings.seed, step * settings.rows + row)
-        kind: Kind = ("image", "video", "text", "image", "video", "image")[row % 6]
-        rows.append(scenes.make_sample(kind, rng, hardness, 10))
+        if step >= settings.settle:
+            hardness = rng.uniform(0.3, 1.0)
+        rows.append(scenes.make_sample(kinds[row % len(kinds)], rng, hardness, 10))
     return rows
+
+
+def answer_loss(logits: Tensor, batch: Batch, balanced: bool) -> Tensor:
+    """Return the mean loss of answer tokens; balanced, an answer weighs its length's root."""
+    losses = functional.cross_entropy(
+        logits.float(), batch.targets[batch.targets >= 0], reduction="none"
+    )
+    if not balanced:
+        return losses.mean()
+    weights = batch.lengths.float().rsqrt()
+    return (losses * weights).sum() / weights.sum()
 
 
 class Run:
@@ -741,7 +770,7 @@ class Run:
             group["lr"] = settings.rate * rate_factor(self.step, settings)
         with torch.autocast("cpu", torch.bfloat16):
             logits, features = answer_logits(self.model, self.family, batch)
-        loss = functional.cross_entropy(logits.float(), batch.targets[batch.targets >= 0])
+        loss = answer_loss(logits, batch, balanced=self.step >= settings.settle)
         help_factor = max(0.0, 1 - self.step / (2 * settings.curriculum))
         (loss + help_factor * probe_loss(self.probe, features, batch.cells)).backward()
         nn.utils.clip_grad_norm_(self.trained.parameters(), 1.0)

@@ -225,12 +225,3 @@ def environment() -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-def peak_memory_bytes() -> int:
-    """Largest resident set of this process so far; 0 where the system does not tell."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

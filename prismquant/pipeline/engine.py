@@ -20,6 +20,7 @@ from prismquant.algorithms.base import LayerProblem, LayerResult, Solver
 from prismquant.algorithms.statistics import HessianRecord
 from prismquant.algorithms.table import build_solver
 from prismquant.errors import NumericsError
+from prismquant.memory import give_back_memory
 from prismquant.models.arch import Modality
 from prismquant.models.bind import BoundModel, BoundStep
 from prismquant.models.load import empty_model, materialize, release
@@ -323,6 +324,7 @@ class _Engine:
             for name in names:
                 release(self.model, name)
                 _drop_quantizers(self.model, name)
+            give_back_memory()
 
 
 class _Group:

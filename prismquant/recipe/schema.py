@@ -224,7 +224,8 @@ class Recipe(_Strict):
 
     def to_dict(self) -> Fields:
         """What :func:`parse_recipe` reads back: JSON types only, nothing that was left out."""
-        return self.model_dump(mode="json", exclude_unset=True) | {"version": 1, "name": self.name}
+        said = self.model_dump(mode="json", exclude_unset=True)
+        return {"version": self.version, "name": self.name} | said
 
     def to_yaml(self) -> str:
         """The recipe as a YAML file."""
@@ -346,7 +347,7 @@ def _merge(merged: Fields, rule: Rule) -> None:
         if value == "none":
             merged[key] = None
         elif value is not None:
-            merged[key] = {**(merged.get(key) or {}), **value}
+            merged[key] = {**(merged.get(key) or {}), **value, **_implied(key, value)}
     if rule.weights is not None:
         merged["skip"] = False
     if rule.group_fallback is not None:
@@ -359,10 +360,8 @@ def _setting(merged: Fields, matched: tuple[int, ...]) -> Setting:
     weights, activations = merged.get("weights"), merged.get("activations")
     setting = Setting(
         rules=matched,
-        weights=NumberSpec.from_dict(_coherent(weights)) if weights else None,
-        activations=NumberSpec.from_dict(_coherent(activations))
-        if weights and activations
-        else None,
+        weights=NumberSpec.from_dict(weights) if weights else None,
+        activations=NumberSpec.from_dict(activations) if weights and activations else None,
         solver=merged["solver"],
         options=merged["options"],
         weight_range=RangeRule(**(merged.get("weight_range") or {})),
@@ -375,13 +374,13 @@ def _setting(merged: Fields, matched: tuple[int, ...]) -> Setting:
     return setting
 
 
-def _coherent(fields: Fields) -> Fields:
-    """A later ``granularity: channel`` drops the group size that an earlier rule had set."""
-    if fields.get("granularity") not in (None, "group"):
-        return {key: value for key, value in fields.items() if key != "group_size"}
-    if fields.get("group_size") is not None:
-        return {**fields, "granularity": "group"}
-    return fields
+def _implied(key: str, value: Fields) -> Fields:
+    """``granularity: channel`` drops an earlier group size; a group size alone says granularity."""
+    if key not in ("weights", "activations"):
+        return {}
+    if value.get("granularity") not in (None, "group"):
+        return {"group_size": None}
+    return {"granularity": "group"} if value.get("group_size") is not None else {}
 
 
 def _check_formats(setting: Setting) -> None:

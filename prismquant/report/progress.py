@@ -15,7 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from prismquant.pipeline.checkpoint import StepRecord, peak_memory_bytes
+from prismquant.memory import peak_memory_bytes
+from prismquant.pipeline.checkpoint import StepRecord
 
 
 class ProgressReporter:

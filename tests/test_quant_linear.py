@@ -1,0 +1,177 @@
+"""A quantized layer at run time: what it multiplies, and what its input goes through."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from prismquant.formats.spec import spec
+from prismquant.runtime.quant_linear import (
+    InputQuantizer,
+    QuantLinear,
+    inputs_in_float,
+    quantize_inputs,
+)
+
+
+def brute_force(x: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Tensor:
+    """Quantize and dequantize in float64, with the rounded float32 scale of compressed-tensors."""
+    bottom, top = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    if symmetric:
+        scale = torch.maximum(low.abs(), high.abs()).float() / ((top - bottom) / 2)
+        zero = torch.zeros_like(scale)
+    else:
+        scale = (high - low).float() / (top - bottom)
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        zero = (bottom - low.float() / scale).round().clamp(bottom, top)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    codes = (x.float() / scale + zero).double().round().clamp(bottom, top)
+    return (codes - zero.double()) * scale.double()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 10_000),
+    bits=st.integers(3, 8),
+    symmetric=st.booleans(),
+    shape=st.sampled_from([(3, 8), (2, 5, 8), (1, 1, 1, 8), (8,)]),
+)
+def test_every_token_has_its_own_scale(
+    seed: int, bits: int, symmetric: bool, shape: tuple[int, ...]
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator) * torch.rand((*shape[:-1], 1), generator=generator)
+    quantizer = InputQuantizer(spec(f"int{bits}-token" + ("" if symmetric else "-asym")))
+    seen = quantizer(x)
+    assert seen.shape == x.shape
+    assert seen.dtype == x.dtype
+    for row, out in zip(x.reshape(-1, shape[-1]), seen.reshape(-1, shape[-1]), strict=True):
+        expected = brute_force(row, row.min(), row.max(), bits, symmetric)
+        step = (row.max().clamp(min=0) - row.min().clamp(max=0)) / (2**bits - 1)
+        # A value on the edge between two codes may fall either way; elsewhere nothing may differ.
+        away = (out.double() - expected).abs()
+        assert (away <= 2 * step * 1.001).all()
+        assert (away <= 1e-5 * (1 + row.abs().max())).float().mean() >= 0.75
+
+
+def test_tokens_do_not_influence_one_another() -> None:
+    x = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0))
+    quantizer = InputQuantizer(spec("int8-token"))
+    together = quantizer(x)
+    x[1, 3] *= 1000
+    other = quantizer(x)
+    same = torch.ones(2, 6, dtype=torch.bool)
+    same[1, 3] = False
+    assert torch.equal(together[same], other[same])
+
+
+@pytest.mark.parametrize("name", ["int8-tensor", "int8-tensor-asym", "int4-token"])
+def test_the_input_lands_on_the_grid_and_stays_there(name: str) -> None:
+    number = spec(name)
+    scale = None if number.dynamic else torch.tensor([0.05])
+    zero = torch.tensor([-3], dtype=torch.int8) if not number.symmetric else None
+    quantizer = InputQuantizer(number, scale, zero)
+    x = torch.randn(7, 32, generator=torch.Generator().manual_seed(1))
+    once = quantizer(x)
+    if scale is not None:
+        codes = once / scale + (0 if zero is None else zero)
+        torch.testing.assert_close(codes, codes.round(), atol=1e-4, rtol=0)
+        assert codes.min() >= number.grid.qmin
+        assert codes.max() <= number.grid.qmax
+        assert torch.equal(quantizer(once), once)
+    for row in once:
+        assert len(row.unique()) <= number.grid.levels
+
+
+def test_a_static_scale_clips_what_lies_outside() -> None:
+    quantizer = InputQuantizer(spec("int8-tensor"), torch.tensor([0.5]))
+    x = torch.tensor([[1000.0, -1000.0, 0.3, 0.0]])
+    assert quantizer(x).tolist() == [[63.5, -64.0, 0.5, 0.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_input_of_no_tokens_and_one_of_zeros_pass(dtype: torch.dtype) -> None:
+    """An image-free batch reaches the vision tower with no rows at all."""
+    quantizer = InputQuantizer(spec("int8-token"))
+    assert quantizer(torch.empty(0, 8, dtype=dtype)).shape == (0, 8)
+    zeros = torch.zeros(2, 8, dtype=dtype)
+    assert torch.equal(quantizer(zeros), zeros)
+    assert quantizer(zeros).dtype == dtype
+
+
+class Block(nn.Module):
+    """Two layers, nested as in a model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.inner(x)
+        return result
+
+
+def test_a_layer_is_replaced_in_place_and_keeps_its_parameters() -> None:
+    block = Block().eval()
+    weight, bias = block.inner[0].weight, block.inner[0].bias
+    quantize_inputs(block, "inner.0", spec("int8-token"), None, None)
+    layer = block.inner[0]
+    assert isinstance(layer, QuantLinear)
+    assert isinstance(layer, nn.Linear)
+    assert layer.weight is weight
+    assert layer.bias is bias
+    assert (layer.in_features, layer.out_features, layer.training) == (8, 6, False)
+    assert isinstance(block.inner[2], nn.Linear)
+    assert not isinstance(block.inner[2], QuantLinear)
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(2))
+    assert layer.input_quantizer is not None
+    expected = nn.functional.linear(layer.input_quantizer(x), weight, bias)
+    assert torch.equal(layer(x), expected)
+    assert not torch.equal(layer(x), nn.functional.linear(x, weight, bias))
+
+
+def test_a_layer_at_the_top_of_a_model_can_be_replaced() -> None:
+    model = nn.Sequential()
+    model.add_module("lm_head", nn.Linear(4, 4))
+    quantize_inputs(model, "lm_head", spec("int8-tensor"), torch.tensor([0.1]), None)
+    assert isinstance(model.lm_head, QuantLinear)
+
+
+def test_a_layer_without_a_quantizer_is_a_plain_layer() -> None:
+    linear = nn.Linear(5, 3)
+    x = torch.randn(2, 5)
+    assert torch.equal(QuantLinear.from_linear(linear, None)(x), linear(x))
+
+
+def test_inputs_can_be_left_in_float_for_a_while_even_after_an_error() -> None:
+    block = Block()
+    for name in ("inner.0", "inner.2"):
+        quantize_inputs(block, name, spec("int3-token"), None, None)
+    plain = Block()
+    plain.inner.load_state_dict(block.inner.state_dict())
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(3))
+    quantized = block(x)
+    with inputs_in_float(block):
+        assert torch.equal(block(x), plain(x))
+    with pytest.raises(RuntimeError), inputs_in_float(block):
+        raise RuntimeError
+    assert torch.equal(block(x), quantized)
+    # What was off before stays off.
+    block.inner[0].input_quantizer.enabled = False  # type: ignore[union-attr]
+    with inputs_in_float(block):
+        pass
+    assert not block.inner[0].input_quantizer.enabled  # type: ignore[union-attr]
+
+
+def test_static_scales_are_part_of_the_state_and_move_with_it() -> None:
+    block = Block()
+    zero = torch.tensor([4], dtype=torch.int8)
+    quantize_inputs(block, "inner.0", spec("int8-tensor-asym"), torch.tensor([0.25]), zero)
+    state = block.state_dict()
+    assert state["inner.0.input_quantizer.scale"].item() == 0.25
+    assert state["inner.0.input_quantizer.zero_point"].item() == 4
+    assert state["inner.0.input_quantizer.zero_point"].dtype == torch.int8

@@ -1,0 +1,340 @@
+"""Files are written whole or not at all, headers are read exactly, and pickles never."""
+
+from __future__ import annotations
+
+import ast
+import errno
+import json
+import os
+import pickle
+import stat
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import prismquant
+from prismquant.errors import StorageError
+from prismquant.storage import (
+    INDEX_NAME,
+    ShardReader,
+    atomic_path,
+    copy_file,
+    is_temporary,
+    read_header,
+    read_json,
+    remove_temporaries,
+    weight_bytes,
+    write_bytes,
+    write_json,
+    write_tensors,
+    write_text,
+)
+
+DTYPES = [
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn),
+    *(torch.float8_e5m2, torch.uint16, torch.uint32, torch.uint64),
+]
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*"))
+
+
+def write_file(path: Path, header: Any, data: bytes = b"") -> None:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    write_text(path, "old")
+    with pytest.raises(KeyboardInterrupt), atomic_path(path) as temporary:  # noqa: PT012
+        temporary.write_text("half of the new")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    assert names_in(tmp_path) == ["config.json"]
+
+
+def test_the_new_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file.txt"
+    with atomic_path(path) as temporary:
+        temporary.write_text("new")
+        assert not path.exists()
+        assert is_temporary(temporary)
+        assert temporary.parent == path.parent
+    assert path.read_text() == "new"
+    assert names_in(path.parent) == ["file.txt"]
+
+
+def test_what_is_written_is_as_readable_as_other_files(tmp_path: Path) -> None:
+    write_text(tmp_path / "ours", "")
+    (tmp_path / "theirs").write_text("")
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("ours", "theirs")]
+    assert modes[0] == modes[1]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_is_named_with_its_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, call: str
+) -> None:
+    """Whether the kernel tells of it on flushing or on renaming."""
+    write_text(tmp_path / "config.json", "old")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(*((os, "fsync") if call == "fsync" else (Path, "replace")), full)
+    with pytest.raises(StorageError, match=r"disk is full: config\.json") as caught:
+        write_text(tmp_path / "config.json", "new")
+    assert caught.value.where == str(tmp_path)
+    assert "--resume" in str(caught.value.remedy)
+    assert (tmp_path / "config.json").read_text() == "old"
+    assert names_in(tmp_path) == ["config.json"]
+
+
+def test_a_write_that_the_kernel_cuts_short_leaves_nothing(tmp_path: Path) -> None:
+    """A real limit of the kernel on the file's size, in a process of its own."""
+    pytest.importorskip("resource")
+    code = """
+import resource, signal, sys
+from pathlib import Path
+from prismquant.errors import StorageError
+from prismquant.storage import write_bytes
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    write_bytes(Path(sys.argv[1]), bytes(1 << 20))
+except StorageError as error:
+    print(error)
+"""
+    path = tmp_path / "model.safetensors"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
+    )
+    assert "the disk is full: model.safetensors was not written" in done.stdout
+    assert "remedy: free space" in done.stdout
+    assert names_in(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_with_its_place(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match=r"cannot write config\.json") as caught:
+        write_json(tmp_path / "file" / "config.json", {})
+    assert str(tmp_path / "file") in str(caught.value)
+
+
+def test_leftovers_of_a_killed_process_are_found_and_nothing_else(tmp_path: Path) -> None:
+    keep = [".hidden", "notes.tmp", "model.safetensors"]
+    for name in [*keep, ".model.safetensors.x1.tmp", "inside/.record.json.y2.tmp"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    remove_temporaries(tmp_path)
+    assert names_in(tmp_path) == sorted([*keep, "inside"])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    tensors=st.dictionaries(
+        st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=1),
+        st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 5), max_size=4)),
+        max_size=6,
+    )
+)
+def test_headers_say_what_safetensors_says(
+    tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, tuple[torch.dtype, list[int]]]
+) -> None:
+    """Names, types and shapes, and the number of bytes; values come back bit for bit."""
+    folder = tmp_path_factory.mktemp("header")
+    values = {
+        name: torch.randint(0, 2, shape).to(torch.float32).to(dtype)
+        for name, (dtype, shape) in tensors.items()
+    }
+    path = folder / "model.safetensors"
+    write_tensors(path, values)
+    infos, reader = read_header(path), ShardReader(folder)
+    with safe_open(path, framework="pt") as shard:
+        assert set(infos) == set(shard.keys()) == set(reader.names)
+        for name, info in infos.items():
+            theirs = shard.get_tensor(name)
+            assert (info.dtype, info.shape) == (theirs.dtype, tuple(theirs.shape))
+            assert info.nbytes == theirs.numel() * theirs.element_size()
+            assert info.file == path.name
+            ours = reader.read(name)
+            assert ours.dtype == values[name].dtype
+            assert bytes(ours.view(torch.uint8).flatten()) == bytes(
+                values[name].view(torch.uint8).flatten()
+            ) if ours.dim() else torch.equal(ours, values[name])
+    assert weight_bytes(folder) == path.stat().st_size
+
+
+def test_equal_tensors_give_equal_bytes_in_any_order(tmp_path: Path) -> None:
+    a, b = torch.arange(6.0).reshape(2, 3), torch.ones(2)
+    write_tensors(tmp_path / "1", {"a": a, "b": b})
+    write_tensors(tmp_path / "2", {"b": b, "a": a.T.contiguous().T})
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+
+
+@pytest.mark.parametrize("kept", [0, 5, 40, -1])
+def test_a_truncated_shard_is_refused_by_its_name(tmp_path: Path, kept: int) -> None:
+    """Cut inside the length, the header, or the data."""
+    save_file({"w": torch.ones(64)}, tmp_path / "model.safetensors")
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:kept])
+    with pytest.raises(StorageError, match=r"model\.safetensors is not a whole") as caught:
+        ShardReader(tmp_path)
+    assert "copy the file again" in str(caught.value.remedy)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"not json",
+        b"[1, 2]",
+        {"w": 3},
+        {"w": {"shape": [1], "data_offsets": [0, 4]}},
+        {"w": {"dtype": "F32", "data_offsets": [0, 4]}},
+        {"w": {"dtype": "F32", "shape": [1], "data_offsets": []}},
+        {"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, "x"]}},
+    ],
+)
+def test_a_header_that_makes_no_sense_is_refused(tmp_path: Path, header: Any) -> None:
+    write_file(tmp_path / "model.safetensors", header, bytes(4))
+    with pytest.raises(StorageError, match="not a whole safetensors file"):
+        read_header(tmp_path / "model.safetensors")
+
+
+def test_a_header_of_absurd_length_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
+    with pytest.raises(StorageError, match="not a whole"):
+        read_header(tmp_path / "w.safetensors")
+
+
+def test_an_unknown_element_type_is_named(tmp_path: Path) -> None:
+    header = {"w": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}
+    write_file(tmp_path / "w.safetensors", header, bytes(1))
+    with pytest.raises(StorageError, match="type 'F4', which cannot be read"):
+        read_header(tmp_path / "w.safetensors")
+
+
+def test_missing_shards_of_an_index_are_named(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "model-00001-of-00002.safetensors")
+    shards = {f"{n}": f"model-0000{i}-of-00002.safetensors" for i, n in enumerate("ab", start=1)}
+    write_json(tmp_path / INDEX_NAME, {"weight_map": shards})
+    with pytest.raises(StorageError, match="model-00002-of-00002") as caught:
+        ShardReader(tmp_path)
+    assert "model-00001" not in caught.value.what
+    assert INDEX_NAME in str(caught.value.where)
+    assert "complete the download" in str(caught.value.remedy)
+
+
+@pytest.mark.parametrize("content", [{}, [], {"weight_map": {}}, {"weight_map": 3}])
+def test_an_index_that_names_nothing_is_refused(tmp_path: Path, content: Any) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    write_json(tmp_path / INDEX_NAME, content)
+    with pytest.raises(StorageError, match="index names"):
+        ShardReader(tmp_path)
+
+
+def test_shards_outside_the_index_are_left_unread(tmp_path: Path) -> None:
+    """A stale shard beside the real ones must not win."""
+    save_file({"a": torch.ones(2)}, tmp_path / "model-1.safetensors")
+    save_file({"a": torch.zeros(2), "b": torch.zeros(1)}, tmp_path / "stale.safetensors")
+    write_json(tmp_path / INDEX_NAME, {"weight_map": {"a": "model-1.safetensors"}})
+    reader = ShardReader(tmp_path)
+    assert reader.names == {"a"}
+    assert torch.equal(reader.read("a"), torch.ones(2))
+
+
+def test_a_tensor_that_is_not_there_is_named(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(StorageError, match=r"'b\.weight' is missing"):
+        ShardReader(tmp_path).read("b.weight")
+    with pytest.raises(StorageError, match="is missing"):
+        ShardReader(tmp_path, files=["other.safetensors"])
+
+
+def test_what_is_read_survives_the_file(tmp_path: Path) -> None:
+    """Tensors are in ordinary memory: replacing the shard does not change them."""
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(1000)}, path)
+    tensor = ShardReader(tmp_path).read("a")
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert torch.equal(tensor, torch.ones(1000))
+
+
+class Trap:
+    """Unpickling it leaves a mark."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
+
+
+def test_pickles_are_refused_unread(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    bomb = pickle.dumps(Trap(tmp_path / "mark"))
+    for name in ("pytorch_model.bin", "model.pt", "consolidated.pth"):
+        (folder / name).write_bytes(bomb)
+    with pytest.raises(StorageError, match=r"no \*\.safetensors") as caught:
+        ShardReader(folder)
+    assert "pickle files are never read" in str(caught.value.remedy)
+    (folder / "model.safetensors").write_bytes(bomb)
+    with pytest.raises(StorageError, match="not a whole safetensors file"):
+        ShardReader(folder)
+    assert not (tmp_path / "mark").exists()
+
+
+def test_no_module_of_the_package_can_read_or_write_a_pickle() -> None:
+    """Neither by importing a pickle library nor through torch's, numpy's or pandas' loaders."""
+    root = Path(prismquant.__file__).parent
+    libraries = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve"}
+    calls = {"torch.load", "torch.save", "np.load", "numpy.load", "np.save", "numpy.save"}
+    found = []
+    for path in root.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in getattr(node, "names", []) if hasattr(alias, "asname")]
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module, *(f"{node.module}.{name}" for name in names)]
+            if isinstance(node, ast.Attribute):
+                names = [ast.unparse(node)]
+            found += [(path.name, n) for n in names if n in calls or n in libraries]
+    assert found == []
+
+
+def test_json_is_written_for_people_and_read_with_its_errors(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"name": "größe", "values": [1, 2]})
+    assert read_json(path) == {"name": "größe", "values": [1, 2]}
+    assert "größe" in path.read_text(encoding="utf-8")
+    assert path.read_bytes().endswith(b"}\n")
+    write_bytes(path, b'{"a": 1,\n "b" 2}')
+    with pytest.raises(StorageError, match="line 2") as caught:
+        read_json(path)
+    assert caught.value.where == str(path)
+    write_bytes(path, b'{"a": "\xff"}')
+    with pytest.raises(StorageError, match="not valid JSON"):
+        read_json(path)
+    with pytest.raises(StorageError, match=r"b\.json is missing"):
+        read_json(tmp_path / "b.json")
+
+
+def test_copies_are_byte_for_byte(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 100
+    (tmp_path / "a").write_bytes(data)
+    copy_file(tmp_path / "a", tmp_path / "deep" / "b")
+    assert (tmp_path / "deep" / "b").read_bytes() == data
