@@ -40,9 +40,17 @@ def main() -> None:
     sys.exit(_guarded(lambda: app(standalone_mode=False)))
 
 
+def _console(*, stderr: bool = False) -> Console:
+    """A console that keeps tables whole where there is no terminal to measure."""
+    console = Console(stderr=stderr, highlight=False)
+    if not console.is_terminal:
+        console.width = 160
+    return console
+
+
 def _guarded(command: Callable[[], Any]) -> int:
     """Turn what a command raises into a message and a status."""
-    console = Console(stderr=True, highlight=False)
+    console = _console(stderr=True)
     try:
         status = command()
     except PrismQuantError as error:
@@ -82,7 +90,7 @@ def demo(
     from prismquant.demo.run import run_demo
     from prismquant.report.tables import comparison_table
 
-    console = Console(stderr=as_json, highlight=False)
+    console = _console(stderr=as_json)
     report = run_demo(out, say=console.print)
     if as_json:
         typer.echo(json.dumps(report.to_dict()))
@@ -105,7 +113,7 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(plan.to_dict()))
         return
-    console = Console(highlight=False)
+    console = _console()
     console.print(layer_table(plan), totals_table(plan))
 
 
@@ -141,7 +149,7 @@ def quantize(
         chosen = chosen.with_rules({"solver": solver}, name=f"{chosen.name}-{solver}")
     changes = {k: v for k, v in {"samples": samples, "batch_size": batch_size}.items() if v}
     chosen = chosen.with_calibration(**changes)
-    console = Console(stderr=True, highlight=False)
+    console = _console(stderr=True)
     with ProgressReporter(console) as reporter:
         result = run(
             model,
@@ -198,7 +206,7 @@ def evaluate(
     measured = result.to_dict()
     rows = [reference_variant(str(reference), measured)] if reference else []
     rows.append(variant(str(model), measured, size=weight_bytes(model)))
-    Console(highlight=False).print(comparison_table(rows), detail_table(measured))
+    _console().print(comparison_table(rows), detail_table(measured))
 
 
 @recipes.command("list")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 from rich.table import Table
 
 from prismquant.pipeline.checkpoint import RunRecord
@@ -12,14 +15,22 @@ _FLOAT = "float"
 
 
 def layer_table(plan: Plan) -> Table:
-    """One row per layer: what it is, how it will be stored, and by which method."""
-    headers = ["layer", "modality", "role", "shape", "weights", "input", "solver", "bytes", "note"]
-    rows = [_layer(row) for row in plan.rows]
+    """One row for all layers that differ only in their block: what, how stored, by which method.
+
+    A layer of many blocks is named once, with ``*`` for the numbers of its blocks.
+    """
+    headers = ["layer", "count", "role", "shape", "weights", "input", "solver", "bytes", "note"]
+    alike: dict[tuple[str, ...], list[PlanRow]] = {}
+    for row in plan.rows:
+        alike.setdefault(_likeness(row), []).append(row)
+    rows = [
+        [_common_name(group), str(len(group)), *what, format_bytes(_stored(group)), note]
+        for (_, *what, note), group in alike.items()
+    ]
     rows += [[name, "", "", "", _FLOAT, "", "", "", reason] for name, reason in plan.left_alone]
     table = rich_table(headers, rows, title=f"{plan.architecture}, recipe {plan.recipe}")
-    for column in (*table.columns[1:7], table.columns[8]):
+    for column in (*table.columns[2:7], table.columns[8]):
         column.justify = "left"
-    table.columns[8].no_wrap = False
     return table
 
 
@@ -58,18 +69,27 @@ def run_table(plan: Plan, record: RunRecord) -> Table:
     return rich_table(headers, rows, title=title)
 
 
-def _layer(row: PlanRow) -> list[str]:
-    return [
-        row.site.name,
-        str(row.site.modality),
+def _likeness(row: PlanRow) -> tuple[str, ...]:
+    """What layers of one row of the table share: their name but for numbers, and all columns."""
+    return (
+        re.sub(r"\d+", "*", row.site.name),
         row.site.role,
         " x ".join(map(str, row.site.weight_shape)),
         row.weights.describe() if row.weights else _FLOAT,
         row.activations.describe() if row.activations else _FLOAT,
         row.solver if row.weights else "",
-        format_bytes(row.stored_bytes),
         row.note,
-    ]
+    )
+
+
+def _common_name(group: Sequence[PlanRow]) -> str:
+    """The layers' name, with ``*`` for a number in which they differ."""
+    parts = zip(*(row.site.name.split(".") for row in group), strict=True)
+    return ".".join(options[0] if len(set(options)) == 1 else "*" for options in parts)
+
+
+def _stored(group: Sequence[PlanRow]) -> int:
+    return sum(row.stored_bytes for row in group)
 
 
 def _totals(

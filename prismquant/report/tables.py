@@ -104,7 +104,8 @@ def rich_table(
     """A table whose first column is text and whose others are figures."""
     table = Table(title=title, title_justify="left", header_style="bold")
     for number, header in enumerate(headers):
-        table.add_column(header, justify="right" if number else "left", no_wrap=bool(number))
+        # On a narrow terminal all columns fold a little; otherwise the first would vanish.
+        table.add_column(header, justify="right" if number else "left", overflow="fold")
     for row in rows:
         # rich would take brackets in names for markup.
         table.add_row(*(escape(cell) for cell in row))

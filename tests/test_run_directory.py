@@ -1,0 +1,396 @@
+"""The run directory: what it refuses, what it keeps, and that a resumed run ends the same."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import tiny_vlm
+
+import prismquant as pq
+from prismquant.errors import StorageError
+from prismquant.models.bind import bind
+from prismquant.pipeline.checkpoint import LayerRecord, RunDirectory, RunRecord, StepRecord
+from prismquant.pipeline.engine import Silent
+from prismquant.pipeline.plan import Plan, make_plan
+from prismquant.recipe.schema import Recipe, load_recipe
+from prismquant.storage import ShardReader, read_json, write_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+RECORD = RunRecord(
+    identity={"plan": "p", "model": "m", "data": "d", "arithmetic": "cpu torch.float32"},
+    model="source",
+    calibration="calibration.jsonl",
+    samples={"text": 1, "image": 2},
+    environment={"torch": "2"},
+)
+STEP = StepRecord(
+    "model.layers.0",
+    "model-00001-of-00002.safetensors",
+    1.5,
+    (LayerRecord("model.layers.0.up", "gptq", 0.25, 0.5, {"damping": 0.01, "fallback": "rtn"}),),
+)
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    return load_recipe("w8a8").with_rules({"solver": "rtn"})
+
+
+@pytest.fixture(scope="module")
+def plan(tiny: Callable[..., Path], recipe: Recipe) -> Plan:
+    return make_plan(recipe, bind(tiny("qwen2_vl")))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Everything a reader of the checkpoint sees; what says when and how long is left out."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "record.json"
+    }
+
+
+def assert_unfinished_and_clean(folder: Path) -> None:
+    """No temporary file, no config.json, and every step that is claimed has its whole shard."""
+    names = [path.name for path in folder.rglob("*")]
+    assert not [name for name in names if name.endswith(".tmp")]
+    assert "config.json" not in names
+    record = RunDirectory(folder).load()
+    assert not record.finished
+    for step in record.steps:
+        ShardReader(folder, files=[step.shard])
+
+
+# The directory by itself
+
+
+def test_a_record_survives_being_written(tmp_path: Path) -> None:
+    record = replace(RECORD, steps=(STEP, replace(STEP, name="other", layers=())), finished=True)
+    directory = RunDirectory(tmp_path)
+    directory.save(record)
+    assert directory.load() == record
+    assert RunRecord.from_dict(json.loads(json.dumps(record.to_dict()))) == record
+    assert read_json(directory.record_path)["version"] == 1
+
+
+def test_a_new_run_writes_its_provenance_first(
+    tmp_path: Path, plan: Plan, recipe: Recipe
+) -> None:
+    out = tmp_path / "deep" / "out"
+    assert RunDirectory(out).begin(RECORD, plan, recipe, resume=False) == RECORD
+    assert load_recipe(out / "prismquant" / "recipe.yaml") == recipe
+    assert read_json(out / "prismquant" / "plan.json") == json.loads(json.dumps(plan.to_dict()))
+    assert RunDirectory(out).load() == RECORD
+
+
+def test_an_empty_folder_is_taken(tmp_path: Path, plan: Plan, recipe: Recipe) -> None:
+    RunDirectory(tmp_path).begin(RECORD, plan, recipe, resume=False)
+    assert RunDirectory(tmp_path).load() == RECORD
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("name", ["notes.txt", "deep/model.safetensors", ".hidden"])
+def test_a_folder_that_holds_files_is_refused_and_left_as_it_is(
+    tmp_path: Path, plan: Plan, recipe: Recipe, name: str, resume: bool
+) -> None:
+    """Also with --resume: there is nothing to go on with."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(StorageError, match="exists and is not empty") as caught:
+        RunDirectory(tmp_path).begin(RECORD, plan, recipe, resume=resume)
+    assert caught.value.where == str(tmp_path)
+    assert "--resume" in str(caught.value.remedy)
+    assert files_of(tmp_path) == {name: b"mine"}
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(
+    tmp_path: Path, plan: Plan, recipe: Recipe
+) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(StorageError, match="exists"):
+        RunDirectory(tmp_path / "out").begin(RECORD, plan, recipe, resume=False)
+
+
+def test_an_earlier_run_is_not_overwritten_without_resume(
+    tmp_path: Path, plan: Plan, recipe: Recipe
+) -> None:
+    RunDirectory(tmp_path).begin(RECORD, plan, recipe, resume=False)
+    with pytest.raises(StorageError, match="not empty"):
+        RunDirectory(tmp_path).begin(RECORD, plan, recipe, resume=False)
+
+
+def test_resuming_goes_on_with_the_earlier_record(
+    tmp_path: Path, plan: Plan, recipe: Recipe
+) -> None:
+    directory = RunDirectory(tmp_path)
+    directory.begin(RECORD, plan, recipe, resume=False)
+    write_tensors(tmp_path / STEP.shard, {})
+    earlier = replace(RECORD, steps=(STEP,), seconds=1.5)
+    directory.save(earlier)
+    leftover = tmp_path / f".{STEP.shard}.abc.tmp"
+    leftover.write_text("a killed process left this")
+    again = replace(RECORD, model="moved", environment={"torch": "3"})
+    assert directory.begin(again, plan, recipe, resume=True) == earlier
+    assert not leftover.exists()
+
+
+@pytest.mark.parametrize("left", [[], ["record.json"], ["record.json", "plan.json"]])
+def test_a_run_that_was_killed_at_its_very_start_can_be_resumed(
+    tmp_path: Path, plan: Plan, recipe: Recipe, left: list[str]
+) -> None:
+    """Whatever of the first three files was there already."""
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    RunDirectory(whole).begin(RECORD, plan, recipe, resume=False)
+    (out / "prismquant").mkdir(parents=True)
+    (out / "prismquant" / ".plan.json.xyz.tmp").write_text("{")
+    for name in left:
+        shutil.copy(whole / "prismquant" / name, out / "prismquant")
+    assert RunDirectory(out).begin(RECORD, plan, recipe, resume=True) == RECORD
+    assert files_of(out) == files_of(whole)
+
+
+@pytest.mark.parametrize("key", RECORD.identity)
+def test_a_run_of_something_else_is_not_resumed(
+    tmp_path: Path, plan: Plan, recipe: Recipe, key: str
+) -> None:
+    directory = RunDirectory(tmp_path)
+    directory.begin(RECORD, plan, recipe, resume=False)
+    other = replace(RECORD, identity={**RECORD.identity, key: "other"})
+    with pytest.raises(StorageError, match=f"cannot resume: {key} of the earlier run differ"):
+        directory.begin(other, plan, recipe, resume=True)
+    assert directory.load() == RECORD
+
+
+def test_a_shard_that_is_gone_is_named(tmp_path: Path, plan: Plan, recipe: Recipe) -> None:
+    directory = RunDirectory(tmp_path)
+    directory.begin(RECORD, plan, recipe, resume=False)
+    directory.save(replace(RECORD, steps=(STEP,)))
+    with pytest.raises(StorageError, match=f"{STEP.shard} of a finished step is gone"):
+        directory.begin(RECORD, plan, recipe, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "version None cannot be read"),
+        ("{}", "version None cannot be read"),
+        ('{"version": 99}', "version 99 cannot be read"),
+        ('{"version": 1}', "the run record is damaged"),
+        ('{"version": 1, "steps": 5}', "the run record is damaged"),
+        ('{"version": 1, "steps": [], "identity": {}, "model": "m", "x": 1}', "damaged"),
+        ('{"version": 1, "steps": [{"name": "a"}], "identity": {}, "model": "m"}', "damaged"),
+    ],
+)
+def test_a_damaged_record_is_an_error(
+    tmp_path: Path, plan: Plan, recipe: Recipe, text: str, what: str
+) -> None:
+    directory = RunDirectory(tmp_path)
+    directory.begin(RECORD, plan, recipe, resume=False)
+    directory.record_path.write_text(text)
+    with pytest.raises(StorageError, match=what) as caught:
+        directory.begin(RECORD, plan, recipe, resume=True)
+    assert str(directory.record_path) in str(caught.value)
+
+
+# Interrupted runs
+
+
+class StopAt(Silent):
+    """Presses Ctrl-C at the n-th thing that the run tells."""
+
+    def __init__(self, moment: int) -> None:
+        self.left = moment
+
+    def stage(self, step: str, what: str) -> None:
+        """Count down, then interrupt."""
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+    def finish(self, record: StepRecord) -> None:
+        """The moment after a step counts as well."""
+        self.stage(record.name, "finish")
+
+
+class Count(Silent):
+    """How many moments a run has."""
+
+    def __init__(self) -> None:
+        self.moments = 0
+
+    def stage(self, step: str, what: str) -> None:
+        """Count."""
+        self.moments += 1
+
+    def finish(self, record: StepRecord) -> None:
+        """Count."""
+        self.moments += 1
+
+
+KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "w4a8-static-all": ("qwen2_vl", "w4a8-static-all", {}),
+    "deepstack": ("qwen3_vl", "w4a16-all", {}),
+    "float propagation": ("qwen2_5_vl", "w4a8-static-all", {"propagate_weights": False}),
+    "float inputs": ("video_llama_3", "w4a8-all", {"propagate_activations": False}),
+    "not sequential": ("qwen2_vl", "w8a8-static", {"sequential": False}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_interrupted_run_is_clean_and_resumes_to_the_same_bytes(
+    kind: str, tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path
+) -> None:
+    """Ctrl-C once near the beginning, once in the middle, once near the end of one run."""
+    family, preset, calibration = KINDS[kind]
+    settings = {"batch_size": 4, "samples": 4} | calibration
+    recipe = load_recipe(preset).with_rules({"weight_range": "minmax"})
+    recipe = recipe.with_calibration(**settings)
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    count = Count()
+    given = tiny(family), recipe
+    pq.quantize(*given, whole, calibration_file, reporter=count)
+    finished = 0
+    for number, moment in enumerate((count.moments // 5, count.moments // 2, count.moments // 3)):
+        with pytest.raises(KeyboardInterrupt):
+            pq.quantize(
+                *given, out, calibration_file, resume=number > 0, reporter=StopAt(moment)
+            )
+        assert_unfinished_and_clean(out)
+        steps = len(RunDirectory(out).load().steps)
+        assert steps >= finished
+        finished = steps
+    assert finished > 0
+    result = pq.quantize(*given, out, calibration_file, resume=True)
+    assert result.record.finished
+    assert files_of(out) == files_of(whole)
+    uninterrupted = RunDirectory(whole).load()
+    for mine, theirs in zip(result.record.steps, uninterrupted.steps, strict=True):
+        assert replace(mine, seconds=0.0) == replace(theirs, seconds=0.0)
+
+
+def test_finished_steps_are_not_done_again(
+    tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path
+) -> None:
+    recipe = load_recipe("w4a16").with_calibration(samples=2)
+    given = tiny("qwen2_vl"), recipe, tmp_path, calibration_file
+    with pytest.raises(KeyboardInterrupt):
+        pq.quantize(*given, reporter=StopAt(14))
+    shards = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")}
+    steps = RunDirectory(tmp_path).load().steps
+    assert len(shards) == len(steps) > 0
+    result = pq.quantize(*given, resume=True)
+    assert {path: path.stat().st_mtime_ns for path in shards} == shards
+    assert result.record.steps[: len(steps)] == steps
+
+
+def test_resuming_a_finished_run_changes_nothing(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = load_recipe("w8a8").with_rules({"solver": "rtn"})
+    first = pq.quantize(tiny("qwen2_vl"), recipe, tmp_path)
+    before = files_of(tmp_path)
+    assert pq.quantize(tiny("qwen2_vl"), recipe, tmp_path, resume=True).record == first.record
+    assert files_of(tmp_path) == before
+
+
+def test_a_run_that_ended_before_its_last_files_is_completed(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full when the index is written; all steps are there."""
+    from prismquant.export import compressed_tensors
+
+    recipe = load_recipe("w8a8").with_rules({"solver": "rtn"})
+    pq.quantize(tiny("qwen2_vl"), recipe, tmp_path / "whole")
+
+    def full(*_: Any) -> None:
+        raise StorageError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compressed_tensors, "write_json", full)
+        with pytest.raises(StorageError, match="disk is full"):
+            pq.quantize(tiny("qwen2_vl"), recipe, tmp_path / "out")
+    assert_unfinished_and_clean(tmp_path / "out")
+    pq.quantize(tiny("qwen2_vl"), recipe, tmp_path / "out", resume=True)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_other_arguments_are_refused_by_what_differs(
+    tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path
+) -> None:
+    """Another recipe, other weights of the same shapes, other samples."""
+    recipe = load_recipe("w4a8-static").with_calibration(samples=4)
+    given = tiny("qwen2_vl"), recipe, tmp_path / "out", calibration_file
+    with pytest.raises(KeyboardInterrupt):
+        pq.quantize(*given, reporter=StopAt(14))
+    other_data = tiny_vlm.samples(tmp_path / "data", count=4, seed=9)
+    other_model = tiny("qwen2_vl", seed=1)
+    other_recipe = recipe.with_rules({"options": {"damping": 0.1}})
+    for position, changed, name in (
+        (1, other_recipe, "plan"),
+        (0, other_model, "model"),
+        (3, other_data, "data"),
+    ):
+        arguments: list[Any] = list(given)
+        arguments[position] = changed
+        with pytest.raises(StorageError, match=f"cannot resume: {name} of the earlier run differ"):
+            pq.quantize(*arguments, resume=True)
+    assert pq.quantize(*given, resume=True).record.finished
+
+
+# The signal 9 leaves no time to clean up: what it leaves is cleaned by the next run.
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
+def test_a_process_that_is_stopped_can_be_resumed(
+    tmp_path: Path, tiny: Callable[..., Path], calibration_file: Path, sent: signal.Signals
+) -> None:
+    """The real command line, with a real signal after the third shard."""
+    folder, whole, out = tiny("qwen2_vl", llm_blocks=16), tmp_path / "whole", tmp_path / "out"
+    recipe = load_recipe("w4a8-static").with_calibration(samples=3, batch_size=2)
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    # A shell may have told its background children to ignore Ctrl-C.
+    code = (
+        "import runpy, signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "runpy.run_module('prismquant', run_name='__main__')\n"
+    )
+    flags = ["--recipe", tmp_path / "recipe.yaml", "--calib", calibration_file, "--out", out]
+    command = [sys.executable, "-c", code, "quantize", folder, *flags]
+    process = subprocess.Popen(
+        [str(part) for part in command], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while len(list(out.glob("model-*.safetensors"))) < 3:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(sent)
+    stdout, stderr = process.communicate(timeout=60)
+    assert stdout == ""
+    assert not (out / "config.json").exists()
+    if sent == signal.SIGINT:
+        assert process.returncode == 1
+        assert re.search("stopped; finished steps are kept.*--resume", stderr.replace("\n", " "))
+        assert "Traceback" not in stderr
+        assert_unfinished_and_clean(out)
+    (out / ".model-00009-of-00021.safetensors.k.tmp").write_text("half a shard")
+    assert 0 < len(RunDirectory(out).load().steps) < 20
+    assert pq.quantize(folder, recipe, out, calibration_file, resume=True).record.finished
+    pq.quantize(folder, recipe, whole, calibration_file)
+    ours, theirs = files_of(out), files_of(whole)
+    # The recipe's file gave it another name there.
+    for files in (ours, theirs):
+        for name in ("prismquant/plan.json", "prismquant/recipe.yaml"):
+            del files[name]
+    assert ours == theirs
