@@ -20,7 +20,7 @@ evaluation = write_dataset(out / "evaluation", split="evaluation", count=200)
 result = pq.quantize(CHECKPOINT, recipe="w4a16", calibration=calibration, out=out / "w4a16")
 print(f"{result.plan.float_bytes} bytes became {result.plan.total_bytes}")
 
-fidelity = pq.evaluate(out / "w4a16", evaluation, reference=CHECKPOINT)
+fidelity = pq.measure(out / "w4a16", evaluation, reference=CHECKPOINT)
 answers = fidelity.overall.divergence["answer"]
 print(
     f"exact match {fidelity.overall.exact_match:.3f}, was {fidelity.overall.reference_exact_match:.3f}"

@@ -20,6 +20,7 @@ from prismquant.evaluate.fidelity import Fidelity, evaluate_model
 from prismquant.export.compressed_tensors import CheckpointWriter
 from prismquant.export.load import load_model
 from prismquant.memory import peak_memory_bytes
+from prismquant.models.arch import Modality
 from prismquant.models.bind import BoundModel, bind
 from prismquant.models.load import load_processor
 from prismquant.pipeline.checkpoint import RunDirectory, RunRecord, environment
@@ -237,8 +238,8 @@ def _calibration_samples(plan: Plan, source: str | Path | None) -> tuple[Sample,
 
 def _needed_kinds(plan: Plan) -> set[str]:
     """Kinds of samples without which a layer that needs statistics would see nothing."""
-    hungry = [row for row in plan.quantized if row.static_input or row.solver != "rtn"]
-    return {"vision" for row in hungry if str(row.site.modality) in ("vision", "projector")}
+    hungry = [row for row in plan.quantized if row.needs_data]
+    return {"vision" for row in hungry if row.site.modality is not Modality.LLM}
 
 
 def _batches(

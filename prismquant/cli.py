@@ -27,6 +27,9 @@ app = typer.Typer(
 recipes = typer.Typer(no_args_is_help=True, help="List, show and check recipes.")
 app.add_typer(recipes, name="recipe")
 
+# Newer versions of typer swallow Ctrl-C and return this; older ones raise Abort.
+_TYPERS_INTERRUPT = 130
+
 Model = Annotated[Path, typer.Argument(help="Folder of a checkpoint.", show_default=False)]
 RecipeOption = Annotated[str, typer.Option("--recipe", help="A preset's name or a YAML file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -44,7 +47,7 @@ def _console(*, stderr: bool = False) -> Console:
     """A console that keeps tables whole where there is no terminal to measure."""
     console = Console(stderr=stderr, highlight=False)
     if not console.is_terminal:
-        console.width = 160
+        console.width = 190
     return console
 
 
@@ -53,15 +56,22 @@ def _guarded(command: Callable[[], Any]) -> int:
     console = _console(stderr=True)
     try:
         status = command()
+        if status == _TYPERS_INTERRUPT:
+            raise KeyboardInterrupt
     except PrismQuantError as error:
         console.print("[bold red]error:[/] ", end="")
-        console.print(str(error), markup=False)
+        # Not wrapped: a path that is broken over two lines cannot be copied.
+        console.print(str(error), markup=False, soft_wrap=True)
         return 1
     except (KeyboardInterrupt, typer.Abort):
         console.print("stopped; finished steps are kept, `--resume` goes on after the last one")
         return 1
     except typer.Exit as leave:
         return leave.exit_code
+    except BrokenPipeError:
+        # `| head` has read enough. What is still buffered has nowhere to go.
+        sys.stdout = None  # type: ignore[assignment]
+        return 1
     except Exception as error:
         # typer reports wrong flags and arguments through its parser's own exceptions.
         show = getattr(error, "show", None)

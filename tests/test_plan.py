@@ -74,7 +74,9 @@ def test_predicted_bytes_are_the_bytes_that_are_written(
 ) -> None:
     tiny_folder = tiny(family)
     recipe = load_recipe(preset).with_rules({"solver": "rtn", "weight_range": "minmax"})
-    result = pq.quantize(tiny_folder, recipe.with_calibration(samples=3), tmp_path, calibration_file)
+    result = pq.quantize(
+        tiny_folder, recipe.with_calibration(samples=3), tmp_path, calibration_file
+    )
     check_bytes(result.plan, tmp_path)
     assert result.plan.float_bytes == sum(tensor_bytes(tiny_folder).values())
     assert result.plan.total_bytes < result.plan.float_bytes
@@ -110,7 +112,7 @@ def test_bytes_of_unusual_formats_in_half_precision(
 
 
 def test_bytes_of_a_checkpoint_of_two_types(tiny: Callable[..., Path], tmp_path: Path) -> None:
-    """Norms and the patch embedding in float32, all else in bfloat16: scales follow the majority."""
+    """Norms and patch embedding in float32, all else in bfloat16: scales follow the majority."""
     folder, out = tmp_path / "mixed", tmp_path / "out"
     shutil.copytree(tiny("qwen2_vl", dtype=torch.bfloat16), folder)
     reader = ShardReader(folder)
@@ -418,9 +420,7 @@ def test_impossible_fields_name_the_layer(tiny: Callable[..., Path]) -> None:
 # Inspecting
 
 
-def test_inspecting_reads_headers_only(
-    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_inspecting_reads_headers_only(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("tensor data were opened")
 

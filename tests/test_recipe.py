@@ -80,7 +80,7 @@ RULES = st.lists(
 
 
 def naive(rules: list[dict[str, Any]]) -> dict[str, Any]:
-    """The language in a dozen lines: one flat table of dotted keys, each written when it is said."""
+    """The language in a dozen lines: one flat table of dotted keys, written as they are said."""
     table: dict[str, Any] = {}
     for rule in rules:
         for key, value in rule.items():
@@ -149,9 +149,7 @@ def test_later_rules_win_field_by_field(drawn: list[tuple[bool, dict[str, Any]]]
         ("int4-g128", {"narrow": True}, "int4-g128-narrow"),
     ],
 )
-def test_a_part_of_a_weight_format_can_be_overridden(
-    first: str, later: Any, expected: str
-) -> None:
+def test_a_part_of_a_weight_format_can_be_overridden(first: str, later: Any, expected: str) -> None:
     """A name says all fields; a mapping only its own."""
     assert setting({"weights": first}, {"weights": later}).weights == spec(expected)
 
@@ -166,9 +164,7 @@ def test_a_part_of_a_weight_format_can_be_overridden(
         ("int8-tensor-asym", "int8-token", "int8-token"),
     ],
 )
-def test_a_part_of_an_input_format_can_be_overridden(
-    first: str, later: Any, expected: str
-) -> None:
+def test_a_part_of_an_input_format_can_be_overridden(first: str, later: Any, expected: str) -> None:
     rules = {"weights": "int8-channel", "activations": first}, {"activations": later}
     assert setting(*rules).activations == spec(expected)
 

@@ -172,9 +172,12 @@ def test_headers_say_what_safetensors_says(
             assert info.file == path.name
             ours = reader.read(name)
             assert ours.dtype == values[name].dtype
-            assert bytes(ours.view(torch.uint8).flatten()) == bytes(
-                values[name].view(torch.uint8).flatten()
-            ) if ours.dim() else torch.equal(ours, values[name])
+            assert (
+                bytes(ours.view(torch.uint8).flatten())
+                == bytes(values[name].view(torch.uint8).flatten())
+                if ours.dim()
+                else torch.equal(ours, values[name])
+            )
     assert weight_bytes(folder) == path.stat().st_size
 
 

@@ -40,6 +40,8 @@ Cell = tuple[int, int]
 KINDS: tuple[Kind, ...] = ("text", "image", "video")
 SPLITS: tuple[Split, ...] = ("train", "calibration", "evaluation")
 
+DEFAULT_HARDNESS = 1.0
+"""The hardness at which the shipped model is measured, calibrated and evaluated."""
 CELL_PIXELS = 16
 """Height and width of one board cell, in pixels."""
 BOARD_CELLS = 3
@@ -158,7 +160,9 @@ def sample_rng(split: Split, seed: int, index: int) -> random.Random:
     return random.Random(int.from_bytes(digest[:16], "big"))
 
 
-def make_sample(kind: Kind, rng: random.Random, hardness: float = 1.0, turns: int = 1) -> Sample:
+def make_sample(
+    kind: Kind, rng: random.Random, hardness: float = DEFAULT_HARDNESS, turns: int = 1
+) -> Sample:
     """Draw one sample.
 
     Args:
@@ -195,7 +199,7 @@ def write_dataset(
     seed: int = 0,
     count: int = 128,
     mix: Mapping[Kind, float] | None = None,
-    hardness: float = 1.0,
+    hardness: float = DEFAULT_HARDNESS,
 ) -> Path:
     """Write one-question samples as ``{split}.jsonl`` and their frames as PNG; return the JSONL.
 

@@ -367,9 +367,9 @@ def _hit(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _files_to_copy(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        hidden = any(part.startswith((".", "prismquant")) for part in relative.parts)
-        weights = path.name in ("config.json",) or path.name.endswith(".index.json")
-        if path.is_file() and path.suffix in _COPIED and not hidden and not weights:
+    """Tokenizer, processor, template and code files; some templates lie one level down."""
+    for path in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
+        about_weights = path.name == "config.json" or path.name.endswith(".index.json")
+        hidden = path.name.startswith(".")
+        if path.is_file() and path.suffix in _COPIED and not about_weights and not hidden:
             yield path

@@ -191,8 +191,18 @@ class RunDirectory:
         write_json(self.record_path, record.to_dict())
 
     def load(self) -> RunRecord:
-        """Read the record."""
-        return RunRecord.from_dict(read_json(self.record_path))
+        """Read the record.
+
+        Raises:
+            StorageError: It is missing or damaged.
+        """
+        content = read_json(self.record_path)
+        try:
+            return RunRecord.from_dict(content)
+        except StorageError as error:
+            raise StorageError(
+                error.what, where=str(self.record_path), remedy="choose another --out"
+            ) from error
 
     def _earlier(self, record: RunRecord) -> RunRecord:
         earlier = self.load()

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from prismquant.algorithms.table import build_solver
 from prismquant.errors import FormatError, PlanError
 from prismquant.formats.packed import INT_QUANTIZED, PACK_QUANTIZED, stored_bytes
 from prismquant.formats.spec import NumberSpec
@@ -63,6 +64,13 @@ class PlanRow:
     def static_input(self) -> bool:
         """Whether a static activation scale must be calibrated."""
         return self.activations is not None and not self.activations.dynamic
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration samples must pass this layer."""
+        if self.weights is None:
+            return False
+        return self.static_input or build_solver(self.solver, self.options).needs_hessian
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
@@ -114,7 +122,7 @@ class Plan:
     @property
     def needs_data(self) -> bool:
         """Whether calibration samples are needed."""
-        return any(row.static_input or row.solver != "rtn" for row in self.quantized)
+        return any(row.needs_data for row in self.quantized)
 
     @property
     def total_bytes(self) -> int:

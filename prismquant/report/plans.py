@@ -31,6 +31,8 @@ def layer_table(plan: Plan) -> Table:
     table = rich_table(headers, rows, title=f"{plan.architecture}, recipe {plan.recipe}")
     for column in (*table.columns[2:7], table.columns[8]):
         column.justify = "left"
+    # The note folds before the name does.
+    table.columns[8].max_width = 28
     return table
 
 
