@@ -65,8 +65,8 @@ def cell(
 
 
 def rows_of(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headers and rows of the table; the mean over calibration seeds, and GPTQ's share of RTN's KL."""
-    headers = "model,setting,method,exact match,NLL,KL,of RTN KL,seconds".split(",")
+    """Headers and rows of the table; means over calibration seeds, GPTQ's share of RTN's KL."""
+    headers = ["model", "setting", "method", "exact match", "NLL", "KL", "of RTN KL", "seconds"]
     rows = []
     for model, settings in results.items():
         first = next(iter(settings.values()))["rtn"][0]

@@ -22,9 +22,8 @@ print(f"{result.plan.float_bytes} bytes became {result.plan.total_bytes}")
 
 fidelity = pq.measure(out / "w4a16", evaluation, reference=CHECKPOINT)
 answers = fidelity.overall.divergence["answer"]
-print(
-    f"exact match {fidelity.overall.exact_match:.3f}, was {fidelity.overall.reference_exact_match:.3f}"
-)
+overall = fidelity.overall
+print(f"exact match {overall.exact_match:.3f}, was {overall.reference_exact_match:.3f}")
 print(f"KL to the float model {answers.kl:.5f} nats a token; same first choice {answers.top1:.4f}")
 print(f"answers lost {len(fidelity.right_to_wrong)}, won {len(fidelity.wrong_to_right)}")
 

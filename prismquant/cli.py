@@ -70,7 +70,7 @@ def _guarded(command: Callable[[], Any]) -> int:
         return leave.exit_code
     except BrokenPipeError:
         # `| head` has read enough. What is still buffered has nowhere to go.
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         return 1
     except Exception as error:
         # typer reports wrong flags and arguments through its parser's own exceptions.

@@ -19,7 +19,8 @@ def peak_memory_bytes() -> int:
 def give_back_memory() -> None:
     """Return freed pages to the system.
 
-    glibc keeps freed blocks of megabytes on its heap once it has seen some, and weights of many shapes
+    glibc keeps freed blocks of megabytes on its heap once it has seen some, and weights of many
+    shapes
     that come and go leave it in pieces: without this, a run over 32 blocks grows by ten megabytes a
     block although nothing is alive. Does nothing where the C library has no such call.
     """

@@ -21,6 +21,7 @@ import json
 import math
 import shutil
 import sys
+import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -828,7 +829,10 @@ class Run:
             self.out / name for name in ("checkpoint.partial", "checkpoint", "checkpoint.old")
         )
         shutil.rmtree(fresh, ignore_errors=True)
-        copy.deepcopy(self.model).to(torch.bfloat16).save_pretrained(fresh)
+        shipped = copy.deepcopy(self.model).to(torch.bfloat16)
+        for part in (shipped.config.text_config, shipped.config.vision_config):
+            part.dtype = torch.bfloat16
+        shipped.save_pretrained(fresh)
         self.processor.save_pretrained(fresh)
         (fresh / "README.md").write_text(self._card(measured), encoding="utf-8")
         shutil.rmtree(old, ignore_errors=True)
@@ -850,6 +854,20 @@ class Run:
             for key, share in exact.items()
             if key != "all"
         )
+        facts = (
+            f"- Architecture: language model {settings.width} wide, {settings.layers} layers,"
+            f" {settings.inner} in the MLP ({language / 1e6:.2f} M parameters in its layers);"
+            f" vision tower 128 wide, {settings.vision_layers} blocks,"
+            f" patches of {PATCH} x {PATCH} pixels on"
+            f" {scenes.FRAME_PIXELS} x {scenes.FRAME_PIXELS} frames, {(GRID // MERGE) ** 2}"
+            f" tokens for a picture or a pair of frames. The inputs and outputs of every Linear are"
+            f" multiples of {WIDTH_UNIT}.",
+            f"- Training: {self.step} steps{state} of {settings.rows} rows of {settings.row_tokens}"
+            f" tokens, AdamW, peak rate {settings.rate:g}, {self.seconds / 60:.0f} minutes on"
+            f" {torch.get_num_threads()} CPU thread(s), bfloat16 arithmetic, float32 weights;"
+            " stored in bfloat16. Repeat it with:",
+        )
+        listed = "\n".join(textwrap.fill(fact, 100, subsequent_indent="  ") for fact in facts)
         return f"""# PrismQuant demonstration model ({settings.family})
 
 A {values / 1e6:.2f} million parameter vision-language model, trained from nothing on the drawn
@@ -857,15 +875,9 @@ scenes of `prismquant.demo.scenes`: pictures, short clips and plain text, with q
 one right answer. It is small so that every method can be tried on a laptop, and near its capacity
 so that quantization shows. It knows nothing but these scenes.
 
-- Architecture: language model {settings.width} wide, {settings.layers} layers, {settings.inner} in
-  the MLP ({language / 1e6:.2f} M parameters in its layers); vision tower 128 wide,
-  {settings.vision_layers} blocks, patches of {PATCH} x {PATCH} pixels on {scenes.FRAME_PIXELS} x
-  {scenes.FRAME_PIXELS} frames, {(GRID // MERGE) ** 2} tokens for a frame or a pair of frames. Every
-  Linear's inputs and outputs are multiples of {WIDTH_UNIT}.
-- Training: {self.step} steps{state} of {settings.rows} rows of {settings.row_tokens} tokens, AdamW,
-  peak rate {settings.rate:g}, {self.seconds / 60:.0f} minutes on {torch.get_num_threads()} CPU
-  thread(s), bfloat16 arithmetic, float32 weights; stored in bfloat16.
-  `python tools/train_demo_model.py --out DIR` repeats it.
+{listed}
+
+      python tools/train_demo_model.py --out DIR
 
 ## Measured
 
