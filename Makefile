@@ -28,7 +28,8 @@ help:
 venv: .venv/ready
 
 demo: venv
-	$(BIN)/prismquant demo
+	rm -rf demo-out
+	$(BIN)/prismquant demo --out demo-out
 
 test: venv lint
 	$(BIN)/python -m pytest -q -m "not slow"

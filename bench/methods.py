@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from prismquant.api import quantize
-from prismquant.demo.run import CHECKPOINT, measure
+from prismquant.api import measure, quantize
+from prismquant.demo.run import CHECKPOINT
 from prismquant.demo.scenes import write_dataset
 from prismquant.models.outliers import add_outliers
 from prismquant.recipe.schema import Recipe, load_recipe
@@ -50,7 +50,7 @@ def cell(
         started = time.perf_counter()
         quantize(model, recipe_for(setting, solver), out, calibration)
         seconds = time.perf_counter() - started
-        overall = measure(out, model, evaluation).overall
+        overall = measure(out, evaluation, reference=model, batch_size=32).overall
     answers = overall.divergence["answer"]
     return {
         "exact_match": overall.exact_match,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -199,27 +199,13 @@ def measure(
     samples = read_samples(data, limit=limit, require_answers=True)
     loaded, processor = load(model, dtype=dtype, trust_remote_code=trust_remote_code)
     compared = load_model(Path(reference), dtype=dtype) if reference else None
-    batches = batches_of(samples, processor, loaded, batch_size=batch_size)
+    config: Any = loaded.config
+    keys = ("image_token_id", "video_token_id")
+    placeholders = {getattr(config, key) for key in keys if getattr(config, key, None) is not None}
+    batches = make_batches(samples, processor, batch_size=batch_size, vision_token_ids=placeholders)
     return evaluate_model(
         loaded, batches, reference=compared, generated=generated, processor=processor
     )
-
-
-def batches_of(
-    samples: Sequence[Sample], processor: Any, model: nn.Module, *, batch_size: int
-) -> Iterator[Batch]:
-    """Samples as a model's inputs, a batch at a time.
-
-    Args:
-        samples: From :func:`prismquant.pipeline.data.read_samples`.
-        processor: The model's.
-        model: Knows the ids of its image and video placeholders.
-        batch_size: Samples run together.
-    """
-    config: Any = model.config
-    keys = ("image_token_id", "video_token_id")
-    ids = {getattr(config, key) for key in keys if getattr(config, key, None) is not None}
-    return make_batches(samples, processor, batch_size=batch_size, vision_token_ids=ids)
 
 
 def _calibration_samples(plan: Plan, source: str | Path | None) -> tuple[Sample, ...]:

@@ -11,14 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from prismquant.api import batches_of, quantize
+from prismquant.api import measure, quantize
 from prismquant.demo.scenes import write_dataset
-from prismquant.evaluate.fidelity import Fidelity, evaluate_model
-from prismquant.export.load import load_model
-from prismquant.models.load import load_processor
-from prismquant.pipeline.data import read_samples
+from prismquant.pipeline.checkpoint import RunDirectory
 from prismquant.recipe.schema import load_recipe
 from prismquant.report.tables import Variant, reference_variant, variant
 from prismquant.storage import write_json
@@ -57,6 +52,7 @@ def run_demo(out: Path, say: Callable[[str], None]) -> DemoReport:
     Raises:
         StorageError: The folder is in use or cannot be written.
     """
+    RunDirectory(out).require_free(resume=False)
     calibration = write_dataset(out / "calibration", split="calibration", count=CALIBRATION_SAMPLES)
     evaluation = write_dataset(out / "evaluation", split="evaluation", count=EVALUATION_SAMPLES)
     say(f"data: {CALIBRATION_SAMPLES} calibration and {EVALUATION_SAMPLES} evaluation questions")
@@ -68,7 +64,8 @@ def run_demo(out: Path, say: Callable[[str], None]) -> DemoReport:
             rule = {"solver": solver} | ({"weight_range": "minmax"} if solver == "rtn" else {})
             chosen = load_recipe(recipe).with_rules(rule, name=f"{recipe}-{solver}")
             result = quantize(CHECKPOINT, chosen, folder, calibration)
-            measured = measure(folder, CHECKPOINT, evaluation).to_dict()
+            fidelity = measure(folder, evaluation, reference=CHECKPOINT, batch_size=32)
+            measured = fidelity.to_dict()
             if not rows:
                 rows.append(reference_variant("float", measured, size=result.plan.float_bytes))
             rows.append(variant(name, measured, size=result.plan.total_bytes))
@@ -76,18 +73,3 @@ def run_demo(out: Path, say: Callable[[str], None]) -> DemoReport:
     report = DemoReport("embedded model, language model quantized", tuple(rows))
     write_json(out / "results.json", report.to_dict())
     return report
-
-
-def measure(model: Path, reference: Path, data: Path, *, limit: int | None = None) -> Fidelity:
-    """Measure a checkpoint against another on a data file, in float32.
-
-    Args:
-        model: The checkpoint to measure.
-        reference: The one to compare with.
-        data: Samples with answers.
-        limit: At most so many.
-    """
-    samples = read_samples(data, limit=limit, require_answers=True)
-    loaded = load_model(model, dtype=torch.float32)
-    batches = batches_of(samples, load_processor(reference), loaded, batch_size=32)
-    return evaluate_model(loaded, batches, load_model(reference, dtype=torch.float32))
