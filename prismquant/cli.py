@@ -216,7 +216,11 @@ def evaluate(
     measured = result.to_dict()
     rows = [reference_variant(str(reference), measured)] if reference else []
     rows.append(variant(str(model), measured, size=weight_bytes(model)))
-    _console().print(comparison_table(rows), detail_table(measured))
+    console = _console()
+    console.print(comparison_table(rows), detail_table(measured))
+    if reference is not None:
+        lost, won = len(result.right_to_wrong), len(result.wrong_to_right)
+        console.print(f"answers lost {lost}, won {won}, against {reference}")
 
 
 @recipes.command("list")
