@@ -25,7 +25,7 @@ from rich.console import Console
 
 from prismquant.demo.run import CHECKPOINT
 from prismquant.demo.scenes import write_dataset
-from prismquant.models.bind import import_transformers
+from prismquant.models.config import import_transformers
 from prismquant.report.tables import format_bytes, rich_table
 from prismquant.storage import ShardReader
 

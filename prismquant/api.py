@@ -23,15 +23,9 @@ from prismquant.memory import peak_memory_bytes
 from prismquant.models.arch import Modality
 from prismquant.models.bind import BoundModel, bind
 from prismquant.models.load import load_processor
+from prismquant.pipeline.batches import Batch, make_batches
 from prismquant.pipeline.checkpoint import RunDirectory, RunRecord, environment
-from prismquant.pipeline.data import (
-    Batch,
-    Sample,
-    fingerprint,
-    make_batches,
-    read_samples,
-    require_modalities,
-)
+from prismquant.pipeline.data import Sample, fingerprint, read_samples, require_modalities
 from prismquant.pipeline.engine import Reporter, Run, Silent, run
 from prismquant.pipeline.plan import Plan, make_plan
 from prismquant.recipe.schema import Recipe, load_recipe

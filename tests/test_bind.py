@@ -17,8 +17,10 @@ from torch import nn
 
 from prismquant.errors import ModelError, StorageError
 from prismquant.models import bind as bind_module
+from prismquant.models import config as config_module
 from prismquant.models.arch import EdgeKind, Modality, SiteKind, known_archs
-from prismquant.models.bind import bind, empty_model, identify, native_config
+from prismquant.models.bind import bind
+from prismquant.models.config import empty_model, identify, native_config
 from prismquant.models.load import load_float, load_processor
 from prismquant.storage import ShardReader, write_json, write_tensors
 
@@ -326,7 +328,7 @@ def test_layers_that_no_site_claims_are_found(
     odd = dataclasses.replace(
         arch, towers=tuple(towers), left_alone={"model.visual.merger.mlp.2": "for the test"}
     )
-    monkeypatch.setattr(bind_module, "known_archs", lambda: {"qwen2_vl": odd})
+    monkeypatch.setattr(config_module, "known_archs", lambda: {"qwen2_vl": odd})
     with pytest.raises(ModelError) as caught:
         bind(tiny("qwen2_vl"))
     message = str(caught.value)
@@ -346,7 +348,7 @@ def test_layers_left_alone_are_listed_with_their_reason(
     odd = dataclasses.replace(
         arch, towers=(vision, projector, llm), left_alone={"*.mlp.2": "too small"}
     )
-    monkeypatch.setattr(bind_module, "known_archs", lambda: {"qwen2_vl": odd})
+    monkeypatch.setattr(config_module, "known_archs", lambda: {"qwen2_vl": odd})
     assert ("model.visual.merger.mlp.2", "too small") in bind(tiny("qwen2_vl")).left_alone
 
 
@@ -462,7 +464,7 @@ def test_an_absent_vision_config_is_inferred_from_the_headers(
     odd = dataclasses.replace(
         arch, config_map=dataclasses.replace(arch.config_map, sections=sections)
     )
-    monkeypatch.setattr(bind_module, "known_archs", lambda: {arch.name: odd})
+    monkeypatch.setattr(config_module, "known_archs", lambda: {arch.name: odd})
     config = bind(folder).config.vision_config
     assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (128, 256, 2)
     assert (config.num_attention_heads, config.patch_size, config.num_channels) == (4, 4, 3)

@@ -10,8 +10,9 @@ import torch
 from prismquant.models.arch import Modality
 from prismquant.models.bind import BoundStep, bind
 from prismquant.models.load import load_float, load_processor
+from prismquant.pipeline.batches import Batch, make_batches
 from prismquant.pipeline.capture import Replay
-from prismquant.pipeline.data import Batch, make_batches, read_samples
+from prismquant.pipeline.data import read_samples
 
 if TYPE_CHECKING:
     from collections.abc import Callable

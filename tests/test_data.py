@@ -20,12 +20,11 @@ from PIL import Image
 
 from prismquant.errors import DataError
 from prismquant.models.load import load_float, load_processor
+from prismquant.pipeline.batches import Batch, make_batches
 from prismquant.pipeline.data import (
-    Batch,
     Sample,
     balanced_subset,
     fingerprint,
-    make_batches,
     read_samples,
     require_modalities,
 )

@@ -17,8 +17,9 @@ from prismquant.export.load import load_model
 from prismquant.models.bind import bind
 from prismquant.models.load import load_float, load_processor
 from prismquant.numerics.ranges import RangeRule
-from prismquant.pipeline.data import make_batches, read_samples
-from prismquant.runtime.quant_linear import InputQuantizer
+from prismquant.pipeline.batches import make_batches
+from prismquant.pipeline.data import read_samples
+from prismquant.runtime.quant_linear import InputQuantizer, inputs_in_float
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -260,3 +261,21 @@ def test_a_recipe_is_not_changed_by_a_run(
     before = copy.deepcopy(chosen.to_dict())
     pq.quantize(tiny("qwen2_vl"), chosen, tmp_path / "out", calibration_file)
     assert chosen.to_dict() == before
+
+
+def test_quantized_activations_can_be_kept_from_the_next_block(
+    tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path
+) -> None:
+    """A second block then sees quantized weights before it, but inputs in floating point."""
+    folder, out = tiny("qwen2_vl"), tmp_path / "out"
+    name = "model.language_model.layers.1.self_attn.q_proj"
+    chosen = recipe("w4a8-static", "rtn", propagate_activations=False)
+    record = pq.quantize(folder, chosen, out, calibration_file).record
+    notes = next(layer.notes for s in record.steps for layer in s.layers if layer.name == name)
+    finished = load_model(out, dtype=torch.float32)
+    runs = inputs_of(folder, calibration_file)
+    with inputs_in_float(finished):
+        in_float = inputs_seen(finished, name, runs)
+    as_served = inputs_seen(finished, name, runs)
+    assert math.isclose(notes["input_high"], float(in_float.max()), rel_tol=1e-5)
+    assert not math.isclose(notes["input_high"], float(as_served.max()), rel_tol=1e-5)

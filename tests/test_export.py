@@ -13,9 +13,11 @@ import prismquant as pq
 from prismquant.errors import FormatError
 from prismquant.export.compressed_tensors import read_schemes
 from prismquant.export.load import load_model
-from prismquant.models.bind import bind, import_transformers
+from prismquant.models.bind import bind
+from prismquant.models.config import import_transformers
 from prismquant.models.load import load_float, load_processor
-from prismquant.pipeline.data import make_batches, read_samples
+from prismquant.pipeline.batches import make_batches
+from prismquant.pipeline.data import read_samples
 from prismquant.recipe.presets import PRESETS
 from prismquant.storage import ShardReader, read_json
 

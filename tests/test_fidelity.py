@@ -27,7 +27,8 @@ from prismquant.evaluate.fidelity import (
     summarize,
 )
 from prismquant.models.load import load_float, load_processor
-from prismquant.pipeline.data import Batch, make_batches, read_samples
+from prismquant.pipeline.batches import Batch, make_batches
+from prismquant.pipeline.data import read_samples
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -11,8 +11,9 @@ import tiny_vlm
 import torch
 
 from prismquant.errors import DataError, ModelError, StorageError
-from prismquant.models.bind import bind, import_transformers
-from prismquant.models.load import empty_model, load_float, load_processor, materialize, release
+from prismquant.models.bind import bind
+from prismquant.models.config import empty_model, import_transformers
+from prismquant.models.load import load_float, load_processor, materialize, release
 from prismquant.storage import ShardReader
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 from prismquant.models.arch import known_archs
-from prismquant.models.bind import import_transformers
+from prismquant.models.config import import_transformers
 from prismquant.models.names import NameMap
 from prismquant.storage import write_json, write_tensors, write_text
 

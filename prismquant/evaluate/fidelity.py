@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from prismquant.pipeline.data import Batch
+    from prismquant.pipeline.batches import Batch
 
 TOKEN_CLASSES = ("answer", "text", "vision")
 _ANSWER, _TEXT, _VISION = range(3)

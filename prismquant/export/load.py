@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from prismquant.export.compressed_tensors import DequantizingReader, read_schemes
-from prismquant.models.bind import empty_model, identify, native_config
+from prismquant.models.config import empty_model, identify, native_config
 from prismquant.models.load import materialize
 from prismquant.models.names import NameMap, choose_layout
 from prismquant.runtime.quant_linear import quantize_inputs

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from prismquant.errors import DataError, ModelError
-from prismquant.models.bind import (
-    bind,
+from prismquant.models.bind import bind
+from prismquant.models.config import (
     config_value,
     empty_model,
     identify,
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from prismquant.models.names import NameMap
 
 __all__ = [
-    "empty_model",
-    "import_transformers",
     "load_float",
     "load_processor",
     "materialize",

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from prismquant.errors import ModelError, NumericsError
 from prismquant.models.arch import Modality
 from prismquant.models.bind import BoundModel, BoundStep
-from prismquant.pipeline.data import Batch
+from prismquant.pipeline.batches import Batch
 
 
 class _Captured(Exception):  # noqa: N818 - it ends a pass, nothing is wrong

@@ -1,11 +1,9 @@
-"""Calibration and evaluation data: from files to batches that a model takes as they are.
+"""Calibration and evaluation data: from files to samples that are known to be whole.
 
 :func:`read_samples` reads chat messages, LLaVA-style conversations, plain text or a Hugging Face
 dataset and checks everything that can be checked without a model: structure, ids, every picture
 and clip. Hours of work must not end at a missing file, and a user should see all the broken lines
-of a file at once. :func:`make_batches` renders samples with the processor's own chat template and
-tells the tokens apart: answers, placeholders of pictures and clips, padding. The same input always
-gives the same tensors.
+of a file at once.
 """
 
 from __future__ import annotations
@@ -15,22 +13,16 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from PIL import Image
-from torch import Tensor
 
 from prismquant.errors import DataError
 from prismquant.pipeline.video import (
-    Clip,
-    Sampling,
     probe_video,
-    read_frames,
     read_picture,
-    read_video,
 )
 
 Kind = Literal["text", "image", "video"]
@@ -77,47 +69,7 @@ class Sample:
     @property
     def answer(self) -> str | None:
         """Text of the assistant message that ends the conversation, if one does."""
-        return _text(self.messages[-1]) if self.messages[-1]["role"] == "assistant" else None
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Several samples as tensors, padded on the right.
-
-    Attributes:
-        inputs: Keyword arguments of the model: ``input_ids`` and ``attention_mask`` [B, T],
-            pixels, grids.
-        answer_mask: Bool [B, T]: tokens of the assistant message that ends the conversation, with
-            its end-of-turn token. A row without one, or whose answer was cut, has none.
-        vision_mask: Bool [B, T]: placeholders of pictures and clips.
-        ids: Id of each row's sample.
-        kinds: Kind of each row's sample.
-        types: Type of task of each row's sample; empty where its metadata name none.
-    """
-
-    inputs: dict[str, Tensor]
-    answer_mask: Tensor
-    vision_mask: Tensor
-    ids: tuple[str, ...]
-    kinds: tuple[str, ...]
-    types: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def attended(self) -> Tensor:
-        """Bool [B, T]: tokens that are not padding."""
-        return self.inputs["attention_mask"].bool()
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
-        return replace(
-            self,
-            inputs={name: value.to(device) for name, value in self.inputs.items()},
-            answer_mask=self.answer_mask.to(device),
-            vision_mask=self.vision_mask.to(device),
-        )
+        return text_of(self.messages[-1]) if self.messages[-1]["role"] == "assistant" else None
 
 
 # Reading
@@ -220,7 +172,7 @@ def require_modalities(samples: Iterable[Sample], needed: Collection[str]) -> No
     present: set[str] = set()
     counts: Counter[str] = Counter()
     for sample in samples:
-        shown = {kind for kind, _ in _media(sample)}
+        shown = {kind for kind, _ in media_of(sample)}
         present |= shown | ({"vision"} if shown else {"text"})
         counts[sample.kind] += 1
     if missing := sorted(set(needed) - present):
@@ -299,7 +251,7 @@ def _rows_of_jsonl(text: str) -> tuple[list[_Row], list[str]]:
 
 def _broken_json(number: int, error: json.JSONDecodeError, line: str) -> str:
     place = f"{error.msg} at column {error.colno}"
-    return f"line {number}: no valid JSON ({place}): {_excerpt(line)}"
+    return f"line {number}: no valid JSON ({place}): {excerpt(line)}"
 
 
 def _rows_of_json(text: str) -> tuple[list[_Row], list[str]]:
@@ -356,7 +308,7 @@ def _rows_of_dataset(name: str, limit: int | None, seed: int) -> list[_Row]:
 def _parse(row: _Row, folder: Path, stem: str) -> Sample:
     value = row.value
     if not isinstance(value, dict):
-        raise _Finding(f"a sample is an object, not {_excerpt(json.dumps(value, default=str))}")
+        raise _Finding(f"a sample is an object, not {excerpt(json.dumps(value, default=str))}")
     if "messages" in value:
         used, messages = {"messages", "images", "videos"}, _chat_messages(value)
     elif "conversations" in value:
@@ -509,7 +461,7 @@ def _item(item: Any, number: int) -> dict[str, Any]:
             result["fps"] = float(item["fps"])
         return result
     raise _Finding(
-        f"message {number}: an item is of type text, image or video, not {_excerpt(repr(item))}"
+        f"message {number}: an item is of type text, image or video, not {excerpt(repr(item))}"
     )
 
 
@@ -525,12 +477,10 @@ def _file(file: Any, kind: str, number: int) -> Any:
 def _path(value: Any, number: int) -> str:
     if not isinstance(value, str) or not value:
         raise _Finding(
-            f"message {number}: a file is named by its path, not by {_excerpt(repr(value))}"
+            f"message {number}: a file is named by its path, not by {excerpt(repr(value))}"
         )
     if re.match(r"(https?|data|s3|gs|hf):", value):
-        raise _Finding(
-            f"message {number}: {_excerpt(value)} is not a local file; download it first"
-        )
+        raise _Finding(f"message {number}: {excerpt(value)} is not a local file; download it first")
     return value.removeprefix("file://")
 
 
@@ -544,14 +494,14 @@ def _items(message: Message) -> list[Mapping[str, Any]]:
     return [] if isinstance(content, str) else list(content)
 
 
-def _text(message: Message) -> str:
+def text_of(message: Message) -> str:
     content = message["content"]
     if isinstance(content, str):
         return content
     return "".join(item["text"] for item in content if item["type"] == "text")
 
 
-def _media(sample: Sample) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def media_of(sample: Sample) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Every picture and clip of a sample in order: its kind and its item."""
     for message in sample.messages:
         for item in _items(message):
@@ -565,7 +515,7 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _located(file: Any, sample: Sample) -> Any:
+def located(file: Any, sample: Sample) -> Any:
     """A path from the sample's folder; pictures in memory as they are."""
     return file if isinstance(file, Image.Image) else sample.folder / file
 
@@ -579,8 +529,8 @@ def _item_digest(item: Mapping[str, Any], sample: Sample) -> list[Any]:
         return ["text", item["text"]]
     file = item[item["type"]]
     if not isinstance(file, list):
-        return [item["type"], _file_digest(_located(file, sample), sample), item.get("fps")]
-    frames = [_file_digest(_located(frame, sample), sample) for frame in file]
+        return [item["type"], _file_digest(located(file, sample), sample), item.get("fps")]
+    frames = [_file_digest(located(frame, sample), sample) for frame in file]
     return ["frames", frames, item.get("fps")]
 
 
@@ -597,7 +547,7 @@ def _file_digest(file: Any, sample: Sample) -> str:
         ) from error
 
 
-def _excerpt(text: str) -> str:
+def excerpt(text: str) -> str:
     return text if len(text) <= _EXCERPT else text[: _EXCERPT - 2] + ".."
 
 
@@ -623,13 +573,13 @@ def _check(chosen: Sequence[tuple[str, Sample]], require_answers: bool) -> list[
             findings.append(
                 f"{where}: the conversation does not end with an answer of the assistant"
             )
-        for kind, item in _media(sample):
+        for kind, item in media_of(sample):
             try:
                 if kind == "video" and not isinstance(item["video"], list):
                     probe_video(sample.folder / item["video"])
                     continue
                 files = item["video"] if kind == "video" else [item["image"]]
-                seen = {_picture_size(_located(file, sample), sizes) for file in files}
+                seen = {_picture_size(located(file, sample), sizes) for file in files}
                 if len(seen) > 1:
                     listed = ", ".join(f"{width}x{height}" for width, height in sorted(seen))
                     findings.append(f"{where}: frames of one clip differ in size: {listed}")
@@ -663,293 +613,3 @@ def _findings_error(name: str, findings: list[str]) -> DataError:
         where=name,
         remedy="correct or remove these samples; nothing was started",
     )
-
-
-# Batches
-
-
-@dataclass(frozen=True)
-class _Rendered:
-    """A sample as the chat template writes it: text, and the characters before its answer."""
-
-    text: str
-    answer: int | None
-
-
-def make_batches(
-    samples: Sequence[Sample],
-    processor: Any,
-    *,
-    batch_size: int,
-    vision_token_ids: Collection[int],
-    max_length: int | None = None,
-    sort_by_length: bool = False,
-    sampling: Sampling | None = None,
-) -> Iterator[Batch]:
-    """Render, tokenize and pad samples, a batch at a time. Kinds mix freely within a batch.
-
-    Args:
-        samples: What was read.
-        processor: A processor of transformers with a chat template.
-        batch_size: Rows of a batch; the last one may have fewer.
-        vision_token_ids: Ids of the placeholder tokens of pictures and clips.
-        max_length: Longer rows are cut to this many tokens, but never within a picture or a clip.
-            An answer that was cut is no answer: its mask is empty.
-        sort_by_length: Put samples of similar length together, so that less is wasted on padding.
-            The ids tell which row is which.
-        sampling: How frames of video files are chosen.
-
-    Yields:
-        Batches on the CPU. Pictures and clips are read only when their batch is due.
-
-    Raises:
-        DataError: A file cannot be read, or the processor refuses a sample.
-    """
-    if batch_size < 1:
-        raise DataError(
-            f"a batch of {batch_size} samples is impossible", remedy="a batch size of 1 or more"
-        )
-    return _batches(
-        samples,
-        processor,
-        batch_size,
-        frozenset(vision_token_ids),
-        max_length,
-        sort_by_length,
-        sampling or Sampling(),
-    )
-
-
-def _batches(
-    samples: Sequence[Sample],
-    processor: Any,
-    batch_size: int,
-    vision_ids: frozenset[int],
-    max_length: int | None,
-    sort_by_length: bool,
-    sampling: Sampling,
-) -> Iterator[Batch]:
-    order = sorted(samples, key=_length_estimate) if sort_by_length else list(samples)
-    for start in range(0, len(order), batch_size):
-        chunk = order[start : start + batch_size]
-        yield _make_batch(chunk, processor, vision_ids, max_length, sampling)
-
-
-def _make_batch(
-    samples: Sequence[Sample],
-    processor: Any,
-    vision_ids: frozenset[int],
-    max_length: int | None,
-    sampling: Sampling,
-) -> Batch:
-    rendered = [_render(sample, processor) for sample in samples]
-    inputs = _process(samples, [row.text for row in rendered], processor, sampling)
-    ids, attention = inputs["input_ids"], inputs["attention_mask"].bool()
-    wanted = torch.tensor(sorted(vision_ids), dtype=ids.dtype)
-    vision = torch.isin(ids, wanted) & attention
-    answers = torch.zeros_like(vision)
-    for row, (sample, text) in enumerate(zip(samples, rendered, strict=True)):
-        if text.answer is not None:
-            tokens = ids[row, : int(attention[row].sum())].tolist()
-            first, last = _answer_span(tokens, text, processor, sample)
-            answers[row, first:last] = True
-    batch = Batch(
-        inputs=inputs,
-        answer_mask=answers,
-        vision_mask=vision,
-        ids=tuple(sample.id for sample in samples),
-        kinds=tuple(sample.kind for sample in samples),
-        types=tuple(sample.type for sample in samples),
-    )
-    return batch if max_length is None else _cut(batch, max_length)
-
-
-def _render(sample: Sample, processor: Any) -> _Rendered:
-    """The sample's text from the chat template, one placeholder for each picture and clip."""
-    messages = [_for_template(message) for message in sample.messages]
-    text = _template(processor, sample, messages)
-    answer = None
-    if sample.answer is not None:
-        prompt = _template(processor, sample, messages[:-1], add_generation_prompt=True)
-        if not text.startswith(prompt):
-            raise _span_error(sample, "the chat template does not continue its own prompt")
-        answer = len(prompt)
-    counts = Counter(kind for kind, _ in _media(sample))
-    for kind in ("image", "video"):
-        token = getattr(processor, f"{kind}_token", None)
-        found = text.count(token) if token else 0
-        if found != counts[kind]:
-            raise DataError(
-                f"{counts[kind]} {kind}s, but {found} placeholders {token!r} in the text",
-                where=f"sample {sample.id}",
-                remedy="a text must not hold placeholder tokens itself, and the chat template must "
-                "know items of this type",
-            )
-    return _Rendered(text, answer)
-
-
-def _template(processor: Any, sample: Sample, messages: list[Any], **options: bool) -> str:
-    try:
-        text: str = processor.apply_chat_template(messages, tokenize=False, **options)
-    # Templates are programs of their own; many raise errors of jinja2 for what they do not expect.
-    except Exception as error:
-        raise DataError(
-            f"the chat template refuses the conversation: {error}",
-            where=f"sample {sample.id}",
-            remedy="bring the roles into an order that the model knows, or check the chat template",
-        ) from error
-    return text
-
-
-def _for_template(message: Message) -> dict[str, Any]:
-    """A message without its files: templates only look at the types of items."""
-    content = message["content"]
-    if isinstance(content, str):
-        return {"role": message["role"], "content": content}
-    items = [dict(item) if item["type"] == "text" else {"type": item["type"]} for item in content]
-    return {"role": message["role"], "content": items}
-
-
-def _process(
-    samples: Sequence[Sample], texts: list[str], processor: Any, sampling: Sampling
-) -> dict[str, Tensor]:
-    pictures: list[Image.Image] = []
-    clips: list[Clip] = []
-    least = int(getattr(getattr(processor, "video_processor", None), "temporal_patch_size", 1) or 1)
-    for sample in samples:
-        try:
-            for kind, item in _media(sample):
-                if kind == "image":
-                    pictures.append(read_picture(_located(item["image"], sample)))
-                else:
-                    clips.append(_read_clip(item, sample, sampling).lengthened(least))
-        except DataError as error:
-            raise DataError(error.what, where=f"sample {sample.id}", remedy=error.remedy) from error
-    given: dict[str, Any] = {
-        "text": texts,
-        "images": pictures or None,
-        "videos": [clip.frames for clip in clips] or None,
-        "return_tensors": "pt",
-        # Templates write the special tokens themselves.
-        "text_kwargs": {"padding": True, "padding_side": "right", "add_special_tokens": False},
-    }
-    if clips:
-        given["videos_kwargs"] = {
-            "do_sample_frames": False,
-            "video_metadata": [clip.metadata for clip in clips],
-        }
-    try:
-        encoded = processor(**given)
-    # A processor is third-party code over user data: sizes, ratios, tokens, anything may displease
-    # it.
-    except Exception as error:
-        listed = ", ".join(sample.id for sample in samples)
-        raise DataError(
-            f"the model's processor refuses the data: {error}",
-            where=f"one of the samples {_excerpt(listed)}",
-            remedy="use a batch size of 1 to find the sample",
-        ) from error
-    return {name: value for name, value in encoded.items() if isinstance(value, Tensor)}
-
-
-def _read_clip(item: Mapping[str, Any], sample: Sample, sampling: Sampling) -> Clip:
-    file, fps = item["video"], item.get("fps", sampling.fps)
-    if isinstance(file, list):
-        return read_frames([_located(frame, sample) for frame in file], fps)
-    return read_video(sample.folder / file, replace(sampling, fps=fps))
-
-
-def _answer_span(
-    tokens: list[int], text: _Rendered, processor: Any, sample: Sample
-) -> tuple[int, int]:
-    """First token of the answer and the one after its end-of-turn token.
-
-    The processor widens every placeholder into many tokens, so the texts after the last one are
-    compared: as a placeholder is a special token, their tokens do not depend on what stands
-    before. That the row ends with the text's tokens, and that the prompt's tokens come first among
-    them, is checked and not assumed.
-    """
-    marks = [getattr(processor, f"{kind}_token", None) for kind in ("image", "video")]
-    shown = [mark for mark in marks if mark and mark in text.text]
-    start = max((text.text.rindex(mark) + len(mark) for mark in shown), default=0)
-    tokenizer = processor.tokenizer
-    whole, prompt = (
-        tokenizer(text.text[start:stop], add_special_tokens=False)["input_ids"]
-        for stop in (None, text.answer)
-    )
-    offset = len(tokens) - len(whole)
-    if tokens[offset:] != whole:
-        raise _span_error(
-            sample, "its tokens are not those of the text after its last picture or clip"
-        )
-    if whole[: len(prompt)] != prompt:
-        raise _span_error(sample, "the prompt's tokens are not the first tokens of the whole")
-    special = _special_ids(tokenizer)
-    ends = [index for index in range(len(prompt), len(whole)) if whole[index] in special]
-    if not ends:
-        raise _span_error(sample, "the chat template ends the answer with no special token")
-    return offset + len(prompt), offset + ends[-1] + 1
-
-
-def _special_ids(tokenizer: Any) -> set[int]:
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    marked = {int(index) for index, token in added.items() if getattr(token, "special", False)}
-    return marked | set(tokenizer.all_special_ids)
-
-
-def _span_error(sample: Sample, reason: str) -> DataError:
-    return DataError(
-        f"where the answer starts cannot be told: {reason}",
-        where=f"sample {sample.id}",
-        remedy="check the processor's chat template and tokenizer files",
-    )
-
-
-def _cut(batch: Batch, length: int) -> Batch:
-    """Rows of at most ``length`` tokens."""
-    shape = batch.inputs["input_ids"].shape
-    if shape[1] <= length:
-        return batch
-    for row in range(shape[0]):
-        if bool(batch.vision_mask[row, length:].any()):
-            raise DataError(
-                f"a picture or a clip does not fit into {length} tokens",
-                where=f"sample {batch.ids[row]}",
-                remedy="raise the maximum length, use smaller pictures or fewer frames",
-            )
-    whole = ~batch.answer_mask[:, length:].any(dim=1, keepdim=True)
-    inputs = {
-        name: value[:, :length] if value.shape[:2] == shape else value
-        for name, value in batch.inputs.items()
-    }
-    return replace(
-        batch,
-        inputs=inputs,
-        answer_mask=batch.answer_mask[:, :length] & whole,
-        vision_mask=batch.vision_mask[:, :length],
-    )
-
-
-def _length_estimate(sample: Sample) -> float:
-    """Roughly the tokens of a sample: four characters, or 28 x 28 pixels, each."""
-    tokens = sum(len(_text(message)) for message in sample.messages) / 4
-    for kind, item in _media(sample):
-        file = item[kind]
-        frames = file if isinstance(file, list) else [file]
-        first = _located(frames[0], sample)
-        if isinstance(first, Image.Image):
-            width, height = first.size
-        elif kind == "image" or isinstance(file, list):
-            width, height = _header_size(first)
-        else:
-            width, height = 640, 480
-        tokens += width * height / 28**2 * len(frames)
-    return tokens
-
-
-def _header_size(path: Path) -> tuple[int, int]:
-    try:
-        with Image.open(path) as picture:
-            return picture.size
-    except OSError:  # explained when the picture itself is read
-        return 0, 0

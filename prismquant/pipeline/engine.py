@@ -20,15 +20,16 @@ from prismquant.algorithms.base import LayerProblem, LayerResult, Solver
 from prismquant.algorithms.statistics import HessianRecord
 from prismquant.algorithms.table import build_solver
 from prismquant.errors import NumericsError
-from prismquant.memory import give_back_memory
+from prismquant.memory import keep_heap_compact
 from prismquant.models.arch import Modality
 from prismquant.models.bind import BoundModel, BoundStep
-from prismquant.models.load import empty_model, materialize, release
+from prismquant.models.config import empty_model
+from prismquant.models.load import materialize, release
 from prismquant.numerics.affine import scale_zero_point
 from prismquant.numerics.ranges import RangeRecord
+from prismquant.pipeline.batches import Batch
 from prismquant.pipeline.capture import Enough, Replay, StepCall
 from prismquant.pipeline.checkpoint import LayerRecord, StepRecord
-from prismquant.pipeline.data import Batch
 from prismquant.pipeline.plan import DENSE, Plan, PlanRow, problem_groups
 from prismquant.runtime.quant_linear import (
     InputQuantizer,
@@ -139,6 +140,7 @@ def run(job: Run) -> Iterator[StepRecord]:
         NumericsError: A weight, an activation or a Hessian is not finite or cannot be factorized.
         StorageError: A shard cannot be read or written.
     """
+    keep_heap_compact()
     yield from _Engine(job).run()
 
 
@@ -324,7 +326,6 @@ class _Engine:
             for name in names:
                 release(self.model, name)
                 _drop_quantizers(self.model, name)
-            give_back_memory()
 
 
 class _Group:
