@@ -271,8 +271,9 @@ class _Engine:
                 "a layer needs calibration data but none passes it", where=step.name
             )
         module = self.model.get_submodule(step.name)
-        for call in replay.calls(step):
-            _feed(module, call, groups, what)
+        with self._inputs_as_asked(module):
+            for call in replay.calls(step):
+                _feed(module, call, groups, what)
 
     def _forward(self, step: BoundStep, replay: Replay | None) -> list[_Output]:
         """The step's outputs, to be kept once the step is solved: keeping one ends its calls."""
@@ -280,9 +281,13 @@ class _Engine:
             return []
         self.job.reporter.stage(step.name, "forward")
         module = self.model.get_submodule(step.name)
-        as_served = self.job.plan.calibration.propagate_activations
-        with contextlib.nullcontext() if as_served else inputs_in_float(module):
+        with self._inputs_as_asked(module):
             return [(call.keep, module(*call.args, **call.kwargs)) for call in replay.calls(step)]
+
+    def _inputs_as_asked(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Inputs of solved layers as they will be served, or in float where the plan says so."""
+        as_served = self.job.plan.calibration.propagate_activations
+        return contextlib.nullcontext() if as_served else inputs_in_float(module)
 
     def _replace(self, layer: SolvedLayer) -> None:
         """Put the dequantized weight, and the input's quantizer, in the layer's place."""

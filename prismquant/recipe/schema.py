@@ -176,7 +176,7 @@ class Calibration(_Strict):
         seed: Chooses the samples when there are more than ``samples``.
         sequential: Later layers of a block see the block's earlier layers quantized.
         propagate_weights: The next block sees this block's quantized weights.
-        propagate_activations: The next block sees this block's quantized activations.
+        propagate_activations: Later layers and blocks, and Hessians, see quantized activations.
     """
 
     samples: int = Field(default=128, ge=1)
