@@ -20,8 +20,8 @@ help:
 # torch first, so that nothing that follows pulls another build of it.
 .venv/ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps "$(TORCHVISION)"
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps $(TORCHVISION)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[dev,video]"
 	touch $@
 
