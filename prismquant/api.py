@@ -82,8 +82,7 @@ def quantize(
         recipe: A preset's name, a file, a dictionary or a recipe.
         out: Folder of the result; must not exist or be empty, unless ``resume``.
         calibration: A data file or the name of a data set. Not needed by recipes of ``rtn`` and
-        dynamic
-            activations.
+            dynamic activations.
         device: Where the arithmetic happens.
         dtype: In which blocks are run; float32 on a CPU, else the checkpoint's.
         resume: Go on with a run that was cut off.
@@ -92,8 +91,7 @@ def quantize(
 
     Raises:
         PrismQuantError: With what is wrong, where, and the remedy. All that can be checked is
-        checked
-            before any long work.
+            checked before any long work.
     """
     recipe = load_recipe(recipe)
     bound = bind(Path(model))

@@ -3,8 +3,8 @@
 A checkpoint names its tensors as some release of some library did; the modules that run it have
 paths of their own. transformers renames while it loads and saves. PrismQuant keeps the names of the
 source checkpoint on disk, so every name is translated by one :class:`NameMap`, which is a bijection
-on the
-names that occur: :meth:`NameMap.to_disk` checks that the way back leads to where it came from.
+on the names that occur: :meth:`NameMap.to_disk` checks that the way back leads to where it came
+from.
 """
 
 from __future__ import annotations

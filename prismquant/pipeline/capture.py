@@ -1,11 +1,10 @@
 """Running a model one step at a time, with the model's own code in between.
 
 The engine holds one step (patch embedding, block, projector, head) in memory at a time, yet every
-step must
-see exactly what the whole model would pass it: rotary embeddings, attention masks, cu_seqlens,
-windows, deepstack features. Instead of knowing how each family computes those, :class:`Replay`
-lets the model's own ``forward`` run with its finished steps replaced by stand-ins: the last
-finished step returns its stored output, earlier blocks hand their input through, finished
+step must see exactly what the whole model would pass it: rotary embeddings, attention masks,
+cu_seqlens, windows, deepstack features. Instead of knowing how each family computes those,
+:class:`Replay` lets the model's own ``forward`` run with its finished steps replaced by stand-ins:
+the last finished step returns its stored output, earlier blocks hand their input through, finished
 projectors return their stored features, and the step in question records how it was called and
 stops the run. What is stored per batch is one hidden state and the projectors' outputs, whatever
 the number of blocks.
@@ -86,8 +85,7 @@ class Replay:
 
     Args:
         model: Parameters may be on the meta device; those of the step that is run, and of the
-        modules
-            between the steps, must be real by then.
+            modules between the steps, must be real by then.
         bound: Its description.
         batches: Calibration batches.
         device: Where steps run. Stored states are kept there too.

@@ -71,8 +71,7 @@ class RunRecord:
 
     Attributes:
         identity: Fingerprints of the plan, the model and the data, and the arithmetic; a run is
-        only
-            resumed when all agree.
+            only resumed when all agree.
         model: Folder of the source.
         calibration: Name of the calibration source; empty when none was needed.
         samples: Number of calibration samples by kind.

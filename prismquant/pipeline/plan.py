@@ -174,8 +174,7 @@ def make_plan(recipe: Recipe, bound: BoundModel) -> Plan:
     Raises:
         RecipeError: A layer's merged fields are impossible.
         PlanError: A rule matches nothing, a group size does not divide, fused layers differ, or a
-        layer
-            cannot be stored as asked. One error lists all of them.
+            layer cannot be stored as asked. One error lists all of them.
     """
     settings = {
         site.name: resolve(recipe, modality=site.modality, role=site.role, name=site.name)

@@ -97,8 +97,7 @@ class Rule(_Strict):
         fields.
         activation_range: Likewise for static activations, ``ema`` too.
         group_fallback: What to do where the group size does not divide the layer's inputs:
-        ``error``,
-            or ``channel`` for one scale a row.
+            ``error``, or ``channel`` for one scale a row.
         skip: ``true`` leaves the layer alone.
     """
 
@@ -263,8 +262,7 @@ def resolve(recipe: Recipe, *, modality: str, role: str, name: str) -> Setting:
 
     Raises:
         RecipeError: The merged fields make no number format, range rule or solver; the message
-        names
-            the layer and the rules that took part.
+            names the layer and the rules that took part.
     """
     merged: Fields = {"solver": "gptq", "options": {}, "group_fallback": "error", "skip": False}
     matched: list[int] = []
