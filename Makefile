@@ -44,7 +44,7 @@ lint: venv
 	$(BIN)/lint-imports
 
 bench: venv
-	$(BIN)/python -m bench.methods
+	$(BIN)/python -m bench.methods --seeds 3
 	$(BIN)/python -m bench.memory
 
 clean:

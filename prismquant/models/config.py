@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
-import json
 import logging
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from prismquant.errors import ModelError, suggest
+from prismquant.errors import ModelError, StorageError, suggest
 from prismquant.models.arch import (
     ArchSpec,
     ConfigMap,
@@ -125,13 +124,9 @@ def read_config(folder: Path) -> dict[str, Any]:
             remedy="give the folder of a Hugging Face checkpoint",
         )
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(
-            f"config.json is not valid JSON: {error}",
-            where=str(path),
-            remedy="restore the file from the original checkpoint",
-        ) from error
+        config = read_json(path)
+    except StorageError as error:
+        raise ModelError(error.what, where=error.where, remedy=error.remedy) from error
     if not isinstance(config, dict):
         raise ModelError(
             f"config.json holds a {type(config).__name__}, not an object",

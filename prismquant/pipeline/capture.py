@@ -253,14 +253,14 @@ class Replay:
         stand_ins: dict[str, Callable[..., Any]],
         root: nn.Module | None = None,
     ) -> _Captured:
-        find: Callable[[], nn.Embedding] = self.model.get_input_embeddings  # type: ignore[assignment]
-        embeddings = find()
-        if embeddings.weight.is_meta:
+        name = self.bound.arch.embeddings
+        table = self.model.get_parameter(f"{name}.weight")
+        if table.is_meta:
             # In the vision tower's turn, text embeddings are computed first and then not used.
             stand_ins = stand_ins | {
-                _name_of(self.model, embeddings): lambda ids: torch.zeros(
-                    1, dtype=embeddings.weight.dtype, device=ids.device
-                ).expand(*ids.shape, embeddings.weight.shape[1])
+                name: lambda ids: torch.zeros(1, dtype=table.dtype, device=ids.device).expand(
+                    *ids.shape, table.shape[1]
+                )
             }
         try:
             with _stand_ins(self.model, stand_ins):
@@ -320,8 +320,3 @@ def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     if not isinstance(value, Tensor):
         return value
     return value.to(device, dtype) if value.is_floating_point() else value.to(device)
-
-
-def _name_of(model: nn.Module, module: nn.Module) -> str:
-    names: dict[nn.Module, str] = {child: name for name, child in model.named_modules()}
-    return names[module]
