@@ -24,7 +24,7 @@ from prismquant.numerics.affine import (
     simulate,
     to_groups,
 )
-from prismquant.numerics.grids import IntGrid
+from prismquant.numerics.grids import FLOAT_KINDS, FloatGrid, FloatKind, Grid, IntGrid
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 UNITS = [
@@ -207,6 +207,31 @@ def test_zero_is_always_exact_and_values_in_range_err_by_half_a_step(
     assert bool((error <= step * (0.5 + slack)).all())
 
 
+@pytest.mark.parametrize("kind", FLOAT_KINDS)
+def test_the_scale_of_a_float_grid_puts_the_largest_magnitude_on_the_outermost_point(
+    kind: FloatKind,
+) -> None:
+    grid = FloatGrid(kind)
+    low, high = torch.tensor([-3.0, -1.0]), torch.tensor([1.0, 15.0])
+    scale, zero = scale_zero_point(low, high, grid, True, torch.float32)
+    assert zero is None
+    assert torch.equal(scale, torch.tensor([3.0, 15.0]) / grid.largest)
+    x = torch.tensor([[-3.0, 1.0], [-1.0, 15.0]])
+    codes = quantize(x, scale[:, None], None, grid, Granularity.CHANNEL)
+    assert grid.read(codes)[[0, 1], [0, 1]].tolist() == [-grid.largest, grid.largest]
+
+
+@pytest.mark.parametrize("kind", FLOAT_KINDS)
+def test_float_grids_take_no_zero_point(kind: FloatKind) -> None:
+    ends, one = (-torch.ones(1), torch.ones(1)), torch.ones(1)
+    with pytest.raises(FormatError, match="symmetric about zero"):
+        scale_zero_point(*ends, FloatGrid(kind), False, torch.float32)
+    zero, x = torch.zeros(1, dtype=torch.int8), torch.ones(2, 4)
+    for call in (quantize, simulate):
+        with pytest.raises(FormatError, match="symmetric about zero"):
+            call(x, one, zero, FloatGrid(kind), Granularity.TENSOR)
+
+
 # --- the map ----------------------------------------------------------------------------------
 
 
@@ -257,6 +282,38 @@ def test_simulation_is_dequantized_codes_bit_for_bit(
     assert torch.equal(bits_of(got), bits_of(want))
 
 
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    kind=st.sampled_from(FLOAT_KINDS),
+    unit=st.sampled_from(UNITS),
+    dtype=st.sampled_from(DTYPES),
+    scale_dtype=st.sampled_from(DTYPES),
+    lead=st.sampled_from([(3,), (2, 5), (1,), (2, 1, 3)]),
+)
+def test_simulation_on_float_grids_is_dequantized_codes_bit_for_bit(
+    seed: int,
+    kind: FloatKind,
+    unit: tuple[Granularity, int | None],
+    dtype: torch.dtype,
+    scale_dtype: torch.dtype,
+    lead: tuple[int, ...],
+) -> None:
+    """Negative zeros included; and the values are a point of the grid times the scale."""
+    granularity, size = unit
+    grid = FloatGrid(kind)
+    x = sample(seed, *lead, 24, dtype=dtype, spread=4.0)
+    scale, _ = dynamic_scale_zero_point(x, grid, True, granularity, size, scale_dtype)
+    codes = quantize(x, scale, None, grid, granularity, size)
+    want = dequantize(codes, scale, None, granularity, size, dtype, grid)
+    got = simulate(x, scale, None, grid, granularity, size)
+    assert got.dtype == dtype
+    assert torch.equal(bits_of(got), bits_of(want))
+    steps = to_groups(x, granularity, size).float() / scale.float().unsqueeze(-1)
+    points = grid.round_(steps) * scale.float().unsqueeze(-1)
+    assert torch.equal(from_groups(points, x.shape).to(dtype), got)
+
+
 def test_codes_are_those_of_float64_arithmetic_wherever_it_is_not_a_tie() -> None:
     x = sample(1, 64, 64)
     grid = IntGrid(4)
@@ -268,6 +325,17 @@ def test_codes_are_those_of_float64_arithmetic_wherever_it_is_not_a_tie() -> Non
     clear = ((exact - exact.floor()) - 0.5).abs() > 1e-5
     assert bool((codes.double() == exact.round())[clear].all())
     assert float(clear.float().mean()) > 0.99
+
+
+@pytest.mark.parametrize("kind", FLOAT_KINDS)
+def test_large_tensors_on_float_grids_go_in_pieces_without_a_seam(kind: FloatKind) -> None:
+    x, grid = sample(2, 300, 1000, spread=2.0), FloatGrid(kind)
+    for granularity, size in UNITS[1:]:
+        scale, _ = dynamic_scale_zero_point(x, grid, True, granularity, size)
+        whole = quantize(x, scale, None, grid, granularity, size)
+        for i in (0, 130, 131, 132, 299):
+            own = quantize(x[i : i + 1], scale[i : i + 1], None, grid, granularity, size)
+            assert torch.equal(whole[i : i + 1], own)
 
 
 def test_large_tensors_go_in_pieces_without_a_seam() -> None:
@@ -300,11 +368,11 @@ def test_the_input_is_left_as_it_was_and_may_be_strided() -> None:
 
 @pytest.mark.parametrize("shape", [(0, 16), (4, 0), (0,), (2, 0, 16)])
 @pytest.mark.parametrize(("granularity", "size"), UNITS)
+@pytest.mark.parametrize("grid", [IntGrid(8), FloatGrid("e4m3"), FloatGrid("e2m1")], ids=str)
 def test_empty_tensors_pass_through(
-    shape: tuple[int, ...], granularity: Granularity, size: int | None
+    shape: tuple[int, ...], granularity: Granularity, size: int | None, grid: Grid
 ) -> None:
     x = torch.zeros(shape)
-    grid = IntGrid(8)
     scale, zero = dynamic_scale_zero_point(x, grid, True, granularity, size)
     assert scale.shape == to_groups(x, granularity, size).shape[:-1]
     assert bool((scale == 1).all())
@@ -425,3 +493,46 @@ def test_static_activations_equal_the_library_in_float32(symmetric: bool) -> Non
     assert torch.equal(scale, their_scale)
     got = simulate(x, scale, zero, IntGrid(8), Granularity.TENSOR)
     assert torch.equal(got, library.fake_quantize(x, their_scale, their_zero, args))
+
+
+def float_args(bits: int, granularity: Granularity, size: int | None, dynamic: bool) -> object:
+    return library.QuantizationArgs(
+        num_bits=bits,
+        type="float",
+        symmetric=True,
+        strategy=granularity.value,
+        group_size=size,
+        dynamic=dynamic,
+    )
+
+
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    grid=st.sampled_from([FloatGrid("e4m3"), FloatGrid("e2m1")]),
+    unit=st.sampled_from([UNITS[0], UNITS[2], UNITS[3]]),
+)
+def test_dynamic_activations_on_float_grids_equal_the_library_in_float32(
+    seed: int, grid: FloatGrid, unit: tuple[Granularity, int | None]
+) -> None:
+    granularity, size = unit
+    x = sample(seed, 2, 7, 32, spread=3.0)
+    args = float_args(grid.bits, granularity, size, dynamic=True)
+    their_scale, _ = library.compute_dynamic_scales_and_zp(x, args, torch.nn.Identity())
+    scale, zero = dynamic_scale_zero_point(x, grid, True, granularity, size)
+    assert zero is None
+    assert torch.equal(scale.flatten(), their_scale.flatten())
+    got = simulate(x, scale, None, grid, granularity, size)
+    assert torch.equal(got, library.fake_quantize(x, their_scale, None, args))
+
+
+@pytest.mark.parametrize("grid", [FloatGrid("e4m3"), FloatGrid("e2m1")], ids=str)
+def test_static_activations_on_float_grids_equal_the_library_in_float32(grid: FloatGrid) -> None:
+    x = sample(7, 2, 9, 32)
+    args = float_args(grid.bits, Granularity.TENSOR, None, dynamic=False)
+    low, high = torch.tensor([-1.7]), torch.tensor([2.9])
+    their_scale, _ = library.calculate_qparams(low, high, args)
+    scale, _ = scale_zero_point(low, high, grid, True, torch.float32)
+    assert torch.equal(scale, their_scale)
+    got = simulate(x, scale, None, grid, Granularity.TENSOR)
+    assert torch.equal(got, library.fake_quantize(x, their_scale, None, args))

@@ -19,7 +19,7 @@ from prismquant.numerics.affine import (
     scale_zero_point,
     to_groups,
 )
-from prismquant.numerics.grids import IntGrid
+from prismquant.numerics.grids import FLOAT_KINDS, FloatGrid, FloatKind, Grid, IntGrid
 from prismquant.numerics.ranges import RangeRecord, RangeRule, weight_scales
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -37,14 +37,15 @@ def weight_losses(
     w: Tensor,
     scale: Tensor,
     zero: Tensor | None,
-    grid: IntGrid,
+    grid: Grid,
     unit: tuple[Granularity, int | None],
     norm: float,
     importance: Tensor | None = None,
 ) -> Tensor:
     """The measure of the mse rule, for every scale, in float64."""
     codes = quantize(w, scale, zero, grid, *unit)
-    error = (w.double() - dequantize(codes, scale, zero, *unit).double()).abs() ** norm
+    values = dequantize(codes, scale, zero, *unit, torch.float32, grid)
+    error = (w.double() - values.double()).abs() ** norm
     if importance is not None:
         error = error * importance.double()
     return to_groups(error, *unit).sum(-1)
@@ -174,6 +175,91 @@ def test_mse_comes_within_a_percent_of_trying_every_range(
     assert found[0].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("kind", FLOAT_KINDS)
+@pytest.mark.parametrize("unit", UNITS)
+def test_scales_of_float_grids_follow_the_extremes_or_the_rank(
+    unit: tuple[Granularity, int | None], kind: FloatKind
+) -> None:
+    w, grid = heavy_tailed(0, 6, 48), FloatGrid(kind)
+    ranked = to_groups(w, *unit).abs().sort(-1).values
+    rank = math.ceil(0.9 * ranked.shape[-1])
+    for rule, edge in (
+        (RangeRule(), ranked[..., -1]),
+        (RangeRule("percentile", percentile=0.9), ranked[..., rank - 1]),
+    ):
+        scale, zero = weight_scales(w, grid, True, *unit, rule, torch.bfloat16)
+        assert zero is None
+        assert torch.equal(scale, (edge / grid.largest).to(torch.bfloat16))
+
+
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    kind=st.sampled_from(FLOAT_KINDS),
+    unit=st.sampled_from(UNITS),
+    norm=st.sampled_from([1.0, 2.0, 2.4]),
+    dtype=st.sampled_from(DTYPES),
+    weighted=st.booleans(),
+)
+def test_mse_on_float_grids_is_never_worse_than_minmax_by_its_own_measure(
+    seed: int,
+    kind: FloatKind,
+    unit: tuple[Granularity, int | None],
+    norm: float,
+    dtype: torch.dtype,
+    weighted: bool,
+) -> None:
+    w, grid = heavy_tailed(seed, 4, 32), FloatGrid(kind)
+    importance = heavy_tailed(seed + 1, 32).abs() if weighted else None
+    rule = RangeRule("mse", norm=norm)
+    found = weight_scales(w, grid, True, *unit, rule, dtype, importance)
+    plain = weight_scales(w, grid, True, *unit, RangeRule(), dtype)
+    losses = weight_losses(w, *found, grid, unit, norm, importance)
+    bound = weight_losses(w, *plain, grid, unit, norm, importance)
+    assert bool((losses <= bound * (1 + 1e-4)).all())
+
+
+@pytest.mark.parametrize("norm", [2.0, 2.4])
+@pytest.mark.parametrize("unit", UNITS)
+def test_mse_on_four_float_bits_comes_within_a_percent_of_trying_every_range(
+    norm: float, unit: tuple[Granularity, int | None]
+) -> None:
+    """Ranges from that which puts the extremes on 4, the foot of the topmost binade."""
+    w, grid = heavy_tailed(4, 8, 256), FloatGrid("e2m1")
+    groups = to_groups(w, *unit)
+    low, high = groups.amin(-1), groups.amax(-1)
+    tried = [
+        weight_losses(
+            w,
+            *scale_zero_point(low * factor, high * factor, grid, True, torch.bfloat16),
+            grid,
+            unit,
+            norm,
+        )
+        for factor in torch.linspace(6 / 4, 0.2, 80).tolist()
+    ]
+    rule = RangeRule("mse", norm=norm)
+    found = weight_scales(w, grid, True, *unit, rule, torch.bfloat16)
+    losses = weight_losses(w, *found, grid, unit, norm)
+    assert float(losses.sum()) <= 1.01 * float(torch.stack(tried).amin(0).sum())
+
+
+@pytest.mark.parametrize("kind", FLOAT_KINDS)
+def test_sliding_the_extremes_down_the_topmost_binade_pays_in_small_groups(kind: FloatKind) -> None:
+    """Without clipping anything: against the best of the ranges that are no wider than minmax."""
+    w, grid, unit = heavy_tailed(5, 64, 256), FloatGrid(kind), (Granularity.GROUP, 16)
+    low, high = (end(-1) for end in (to_groups(w, *unit).amin, to_groups(w, *unit).amax))
+    narrower = [
+        weight_losses(
+            w, *scale_zero_point(low * f, high * f, grid, True, torch.float32), grid, unit, 2
+        )
+        for f in torch.linspace(1, 0.2, 80).tolist()
+    ]
+    found = weight_scales(w, grid, True, *unit, RangeRule("mse", norm=2), torch.float32)
+    losses = weight_losses(w, *found, grid, unit, 2)
+    assert float(losses.sum()) < 0.95 * float(torch.stack(narrower).amin(0).sum())
+
+
 def test_importance_moves_the_choice_towards_what_matters() -> None:
     """With one outlier of no importance, the scale shrinks to the rest; otherwise it is held."""
     w = torch.linspace(-1, 1, 64).repeat(1, 1)
@@ -210,10 +296,14 @@ def test_weights_larger_than_a_piece_have_no_seam() -> None:
 
 
 @pytest.mark.parametrize("kind", ["minmax", "percentile", "mse"])
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("grid", "symmetric"),
+    [(IntGrid(4), True), (IntGrid(4), False), *((FloatGrid(k), True) for k in FLOAT_KINDS)],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_unusual_weights_still_have_usable_scales(
-    kind: Any, symmetric: bool, dtype: torch.dtype
+    kind: Any, grid: Grid, symmetric: bool, dtype: torch.dtype
 ) -> None:
     """All zero, all negative, all positive, tiny, subnormal, huge, one outlier."""
     w = torch.stack(
@@ -229,16 +319,17 @@ def test_unusual_weights_still_have_usable_scales(
     )
     rule = RangeRule(kind)
     for unit in UNITS:
-        scale, zero = weight_scales(w, IntGrid(4), symmetric, *unit, rule, dtype)
+        scale, zero = weight_scales(w, grid, symmetric, *unit, rule, dtype)
         assert bool((torch.isfinite(scale) & (scale > 0)).all())
         assert scale.dtype == dtype
-        codes = quantize(w, scale, zero, IntGrid(4), *unit)
-        assert bool(torch.isfinite(dequantize(codes, scale, zero, *unit)).all())
-    scale, zero = weight_scales(
-        w, IntGrid(4), symmetric, Granularity.CHANNEL, None, rule, torch.float32
-    )
-    codes = quantize(w, scale, zero, IntGrid(4), Granularity.CHANNEL)
-    assert bool((dequantize(codes, scale, zero, Granularity.CHANNEL)[0] == 0).all())
+        codes = quantize(w, scale, zero, grid, *unit)
+        assert bool(
+            torch.isfinite(dequantize(codes, scale, zero, *unit, torch.float32, grid)).all()
+        )
+    scale, zero = weight_scales(w, grid, symmetric, Granularity.CHANNEL, None, rule, torch.float32)
+    codes = quantize(w, scale, zero, grid, Granularity.CHANNEL)
+    values = dequantize(codes, scale, zero, Granularity.CHANNEL, None, torch.float32, grid)
+    assert bool((values[0] == 0).all())
 
 
 @pytest.mark.parametrize("kind", ["minmax", "percentile", "mse"])
@@ -385,36 +476,33 @@ def test_percentiles_of_many_values_are_exact_to_within_one_bin(percentile: floa
     assert record.bin_width <= float(x.abs().max()) / 4096
 
 
-def mean_error(
-    x: Tensor, low: float, high: float, grid: IntGrid, symmetric: bool, p: float
-) -> float:
+def mean_error(x: Tensor, low: float, high: float, grid: Grid, symmetric: bool, p: float) -> float:
     """The p-norm error per value of a static scale, from the values themselves."""
     ends = (torch.tensor([low]), torch.tensor([high]))
     scale, zero = scale_zero_point(*ends, grid, symmetric, torch.float32)
     codes = quantize(x, scale, zero, grid, Granularity.TENSOR)
-    error = x.double() - dequantize(codes, scale, zero, Granularity.TENSOR).double()
+    values = dequantize(codes, scale, zero, Granularity.TENSOR, None, torch.float32, grid)
+    error = x.double() - values.double()
     return float((error.abs() ** p).mean() ** (1 / p))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("grid", [IntGrid(4), IntGrid(8), *map(FloatGrid, FLOAT_KINDS)], ids=str)
 @pytest.mark.parametrize("norm", [2.0, 2.4])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_mse_of_a_record_is_within_one_bin_of_brute_force(
-    bits: int, norm: float, seed: int
+    grid: Grid, norm: float, seed: int
 ) -> None:
     """Each value is taken for one at most half a bin away, and the distance to the nearest code
     changes no faster than the value: so both errors are off by half a bin at most."""
     x = heavy_tailed(seed, 20_000)
-    grid = IntGrid(bits)
     record = record_of(x)
     rule = RangeRule("mse", norm=norm)
     low, high = record.low_high(rule, grid, True)
     assert low == -high
     edge = float(x.abs().max())
-    top = (grid.levels - 1) / 2 / grid.qmax
     brute = min(
         mean_error(x, -edge * f, edge * f, grid, True, norm)
-        for f in torch.linspace(top, 0.2, rule.steps, dtype=torch.float64).tolist()
+        for f in torch.linspace(grid.headroom, 0.2, rule.steps, dtype=torch.float64).tolist()
     )
     assert mean_error(x, low, high, grid, True, norm) <= brute + record.bin_width
 
@@ -437,14 +525,20 @@ def test_mse_searches_the_ends_of_an_asymmetric_range_apart(bits: int) -> None:
     assert error <= jointly * 1.01 + record.bin_width
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("grid", "symmetric"),
+    [(IntGrid(8), True), (IntGrid(8), False), *((FloatGrid(k), True) for k in FLOAT_KINDS)],
+    ids=str,
+)
 @pytest.mark.parametrize("values", [[0.0, 0.0], [3.0], [-3.0, -1.0], [1e-44], [3.4e38, -3.4e38]])
-def test_unusual_records_still_choose_a_finite_range(values: list[float], symmetric: bool) -> None:
+def test_unusual_records_still_choose_a_finite_range(
+    values: list[float], grid: Grid, symmetric: bool
+) -> None:
     record = record_of(torch.tensor(values))
     for kind in ("minmax", "percentile", "mse", "ema"):
-        low, high = record.low_high(RangeRule(kind), IntGrid(8), symmetric)  # type: ignore[arg-type]
+        low, high = record.low_high(RangeRule(kind), grid, symmetric)  # type: ignore[arg-type]
         scale, _ = scale_zero_point(
-            torch.tensor([low]), torch.tensor([high]), IntGrid(8), symmetric, torch.float32
+            torch.tensor([low]), torch.tensor([high]), grid, symmetric, torch.float32
         )
         assert bool(torch.isfinite(scale).all())
 

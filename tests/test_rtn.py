@@ -9,8 +9,9 @@ from prismquant.algorithms.base import LayerProblem
 from prismquant.algorithms.rtn import RTN
 from prismquant.errors import NumericsError, RecipeError
 from prismquant.formats.spec import spec
-from prismquant.numerics.affine import quantize
-from prismquant.numerics.ranges import RangeRule, weight_scales
+from prismquant.numerics import ranges
+from prismquant.numerics.affine import dequantize, quantize, scale_zero_point, to_groups
+from prismquant.numerics.ranges import RangeRule, coupled_weight_scales, weight_scales
 
 
 def problem(name="int4-g8", kind="minmax", hessian=None, dtype=torch.bfloat16, seed=0):
@@ -71,9 +72,10 @@ def test_weighing_scales_with_the_diagonal_lowers_the_loss():
     assert weighted.notes["scale_weighting"] == "diagonal"
 
 
-def test_weighing_without_calibration_is_refused_by_name():
+@pytest.mark.parametrize("weighting", ["diagonal", "group"])
+def test_weighing_without_calibration_is_refused_by_name(weighting):
     with pytest.raises(NumericsError) as caught:
-        RTN("diagonal").solve(problem())
+        RTN(weighting).solve(problem())
     assert caught.value.where == "gate, up"
 
 
@@ -89,3 +91,121 @@ def test_a_layer_of_zeros_is_exact():
     result = RTN().solve(task)
     assert result.losses == (0.0,)
     assert not result.weights[0].codes.any()
+
+
+# --- weighing by blocks of the Hessian --------------------------------------------------------
+
+
+def correlated(features: int = 16, seed: int = 3) -> torch.Tensor:
+    """The Hessian of inputs of low rank plus noise."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(400, 4, generator=generator) @ torch.randn(4, features, generator=generator)
+    x += 0.2 * torch.randn(400, features, generator=generator)
+    return x.T @ x / len(x)
+
+
+def block_losses(weight, scale, zero, form, hessian):
+    """``e H e^T`` of every unit that has a scale, in float64."""
+    unit = (form.granularity, form.group_size)
+    codes = quantize(weight, scale, zero, form.grid, *unit)
+    error = weight.double() - dequantize(codes, scale, zero, *unit, grid=form.grid).double()
+    if form.granularity == "tensor":
+        return ((error @ hessian.double()) * error).sum().view(1)
+    groups = to_groups(error, *unit)
+    size = groups.shape[-1]
+    losses = [
+        ((part @ hessian[i * size :, i * size :][:size, :size].double()) * part).sum(-1)
+        for i, part in enumerate(groups.unbind(1))
+    ]
+    return torch.stack(losses, dim=1)
+
+
+FORMS = ["int4-g8", "int3-g4-asym", "int3-channel", "int4-channel-narrow", "int4-tensor", "fp4-g8"]
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_no_factor_of_the_search_gives_a_group_a_smaller_error_than_the_one_chosen(name):
+    """All factors are tried here, one in four and the best one's neighbours there."""
+    form, rule, hessian = spec(name), RangeRule("mse", steps=40), correlated()
+    weight = torch.randn(12, 16, generator=torch.Generator().manual_seed(4))
+    unit = (form.granularity, form.group_size)
+    chosen = coupled_weight_scales(
+        weight, form.grid, form.symmetric, *unit, rule, torch.bfloat16, hessian
+    )
+    found = block_losses(weight, *chosen, form, hessian)
+    low, high = to_groups(weight, *unit).amin(-1), to_groups(weight, *unit).amax(-1)
+    trials = []
+    for factor in [1.0, *torch.linspace(0.2, 1.0, 33).tolist()]:
+        ends = (low * factor, high * factor)
+        scales = scale_zero_point(*ends, form.grid, form.symmetric, torch.bfloat16)
+        trials.append(block_losses(weight, *scales, form, hessian))
+    assert bool((found <= trials[0] * (1 + 1e-5)).all())
+    best = torch.stack(trials).amin(0)
+    assert float(found.sum()) < 1.1 * float(best.sum())
+
+
+@pytest.mark.parametrize("name", ["int3-g8", "int3-channel", "int4-channel-asym"])
+def test_weighing_by_groups_lowers_the_loss_where_inputs_are_correlated(name):
+    task = problem(name, "mse", correlated())
+    plain, diagonal, group = (
+        sum(RTN(weighting).solve(task).losses) for weighting in ("none", "diagonal", "group")
+    )
+    assert group < min(plain, diagonal)
+
+
+def test_with_a_diagonal_hessian_both_ways_of_weighing_are_one():
+    hessian = torch.diag(torch.logspace(-2, 2, 16))
+    task = problem("int3-g8", "mse", hessian)
+    diagonal, group = RTN("diagonal").solve(task), RTN("group").solve(task)
+    assert group.losses == pytest.approx(diagonal.losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["minmax", "percentile"])
+def test_other_rules_do_not_look_at_the_hessian(kind):
+    task = problem("int4-g8", kind, correlated())
+    plain, group = RTN().solve(task), RTN("group").solve(task)
+    assert torch.equal(plain.weights[0].codes, group.weights[0].codes)
+    assert group.notes["scale_weighting"] == "group"
+
+
+def test_columns_that_calibration_never_excites_are_rounded_with_care():
+    """They have no cost of their own, yet their scale should hold them."""
+    hessian = correlated()
+    hessian[:8] = 0.0
+    hessian[:, :8] = 0.0
+    task = problem("int4-g8", "mse", hessian)
+    result = RTN("group").solve(task)
+    error = (task.weights[0] - result.weights[0].dequantize())[:, :8]
+    assert float(error.square().mean()) < 0.02
+    nothing = RTN("group").solve(problem("int4-g8", "mse", torch.zeros(16, 16)))
+    assert nothing.losses == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("size", [1e-18, 1e18])
+def test_the_size_of_the_hessian_does_not_matter(size):
+    task = problem("int3-g8", "mse", correlated())
+    scaled = problem("int3-g8", "mse", correlated() * size)
+    plain, group = RTN("group").solve(task), RTN("group").solve(scaled)
+    assert torch.equal(plain.weights[0].codes, group.weights[0].codes)
+
+
+def test_how_rows_are_cut_into_pieces_does_not_matter(monkeypatch):
+    for name in ("int3-g8", "int4-tensor", "int3-channel-asym"):
+        task = problem(name, "mse", correlated())
+        whole = RTN("group").solve(task)
+        with monkeypatch.context() as patch:
+            patch.setattr(ranges, "_COUPLED_PIECE", 32)
+            pieces = RTN("group").solve(task)
+        assert torch.equal(whole.weights[0].codes, pieces.weights[0].codes)
+        assert torch.equal(whole.weights[0].scale, pieces.weights[0].scale)
+
+
+def test_a_hessian_that_does_not_fit_is_refused():
+    form = spec("int4-g8")
+    weight = torch.randn(4, 16)
+    rule = RangeRule("mse")
+    for bad in (torch.eye(8), torch.full((16, 16), float("nan"))):
+        with pytest.raises(NumericsError, match="Hessian"):
+            coupled_weight_scales(
+                weight, form.grid, True, form.granularity, 8, rule, torch.bfloat16, bad
+            )

@@ -1,4 +1,4 @@
-"""Second moments of inputs: exact whatever the batches, blind to padding, loud about NaN."""
+"""What is kept of inputs: the same whatever the batches, blind to padding, loud about NaN."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prismquant.algorithms.statistics import HessianRecord
+from prismquant.algorithms.statistics import ChannelRecord, HessianRecord
 from prismquant.errors import DataError, NumericsError
 
 
@@ -173,3 +173,171 @@ def test_a_saved_record_goes_on_where_it_stopped(dtype):
 def test_a_damaged_state_is_refused(state):
     with pytest.raises(DataError):
         HessianRecord.from_state_dict(state)
+
+
+# --- channels ---------------------------------------------------------------------------------
+
+
+def tokens_of(count: int, features: int = 5, seed: int = 0):
+    """Inputs, weights (some 0) and vision marks."""
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        whole_numbers(count, features, seed),
+        torch.randint(0, 4, (count,), generator=generator).float(),
+        torch.rand(count, generator=generator) < 0.6,
+    )
+
+
+def channels_of(*batches, sample: int = 2048) -> ChannelRecord:
+    record = ChannelRecord(batches[0][0].shape[1], sample=sample)
+    for batch in batches:
+        record.update(*batch)
+    return record
+
+
+def assert_same(left: ChannelRecord, right: ChannelRecord) -> None:
+    for name in ("absmax", "absmean", "counts", "inputs", "token_weights", "vision"):
+        assert torch.equal(getattr(left, name), getattr(right, name)), name
+
+
+def test_channel_sizes_are_those_of_each_modality():
+    x, weights, vision = tokens_of(80)
+    record = channels_of((x, weights, vision))
+    for modality, marks in enumerate((~vision, vision)):
+        mine = marks & (weights > 0)
+        rows, costs = x[mine].double(), weights[mine].double()
+        assert torch.equal(record.absmax[modality], x[mine].abs().amax(0))
+        assert torch.equal(record.low[modality], x[mine].amin(0).clamp(max=0))
+        assert torch.equal(record.high[modality], x[mine].amax(0).clamp(min=0))
+        assert float(record.counts[modality]) == float(costs.sum())
+        mean = (rows.abs() * costs.unsqueeze(1)).sum(0) / costs.sum()
+        torch.testing.assert_close(record.absmean[modality].double(), mean, rtol=1e-6, atol=0)
+
+
+def test_a_small_input_is_kept_whole_but_for_its_padding():
+    x, weights, vision = tokens_of(40)
+    record = channels_of((x, weights, vision))
+    assert torch.equal(record.inputs, x[weights > 0])
+    assert torch.equal(record.token_weights, weights[weights > 0])
+    assert torch.equal(record.vision, vision[weights > 0])
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    seed=st.integers(0, 1000),
+    sample=st.integers(1, 50),
+    cuts=st.lists(st.integers(1, 99), max_size=6),
+)
+def test_the_sample_does_not_depend_on_the_cut_into_batches(seed, sample, cuts):
+    parts = tokens_of(100, seed=seed)
+    edges = [0, *sorted(set(cuts)), 100]
+    batches = [tuple(part[a:b] for part in parts) for a, b in itertools.pairwise(edges)]
+    record = channels_of(*batches, sample=sample)
+    assert_same(record, channels_of(parts, sample=sample))
+    assert len(record.inputs) == min(sample, int((parts[1] > 0).sum()))
+
+
+@pytest.mark.parametrize("length", [16, 100, 257, 1024])
+def test_the_sample_is_even_over_the_order_and_over_positions_in_a_sequence(length):
+    """A stride would meet the same positions of equally long sequences again and again."""
+    count, sample = 16384, 512
+    record = ChannelRecord(1, sample=sample)
+    record.update(torch.arange(count).float().unsqueeze(1))
+    index = record.inputs.flatten()
+    assert bool((index.diff() > 0).all())
+    assert float(index.diff().max()) < 3 * count / sample
+    first_quarter = (index % length < length / 4).float().mean()
+    assert abs(float(first_quarter) - 0.25) < 0.06
+
+
+def test_merged_channel_records_hold_the_sizes_of_all_tokens():
+    parts = tokens_of(90, seed=1)
+    left = channels_of(tuple(part[:30] for part in parts))
+    right = channels_of(tuple(part[30:] for part in parts))
+    left.merge(right)
+    assert_same(left, channels_of(parts))
+    assert len(right.inputs) < len(left.inputs)
+
+
+def test_a_merged_sample_takes_from_both_in_proportion():
+    few, many = ChannelRecord(1, sample=400), ChannelRecord(1, sample=400)
+    few.update(torch.zeros(1000, 1))
+    many.update(torch.ones(3000, 1))
+    few.merge(many)
+    assert len(few.inputs) == 400
+    assert abs(float(few.inputs.mean()) - 0.75) < 0.02
+    # Later tokens are chosen by their place among all.
+    few.update(torch.full((4000, 1), 2.0))
+    assert abs(float((few.inputs == 2).float().mean()) - 0.5) < 0.02
+
+
+def test_padding_leaves_no_trace_in_channels_whatever_it_holds():
+    x, weights, vision = tokens_of(30, seed=2)
+    kept = weights > 0
+    filled = x.clone()
+    filled[~kept] = float("nan")
+    assert_same(
+        channels_of((filled, weights, vision)), channels_of((x[kept], weights[kept], vision[kept]))
+    )
+
+
+def test_without_marks_all_tokens_are_text():
+    x, weights, _ = tokens_of(20)
+    record = channels_of((x, weights))
+    assert not bool(record.vision.any())
+    assert record.counts.tolist() == [float(weights.sum()), 0.0]
+    assert not bool(record.absmax[1].any())
+    assert not bool(record.absmean[1].any())
+
+
+def test_a_channel_record_of_nothing_is_all_zero():
+    record = ChannelRecord(3)
+    record.update(torch.ones(0, 3))
+    record.update(torch.ones(2, 3), torch.zeros(2), torch.ones(2, dtype=torch.bool))
+    assert record.inputs.shape == (0, 3)
+    assert not bool(record.absmax.any())
+    assert not bool(record.absmean.any())
+
+
+def test_half_precision_inputs_are_kept_in_float32():
+    record = ChannelRecord(2)
+    record.update(torch.full((3, 2), 1.5, dtype=torch.bfloat16))
+    assert record.inputs.dtype == torch.float32
+    assert record.absmean[0].tolist() == [1.5, 1.5]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_channels_refuse_what_is_not_finite_by_name(bad):
+    record = ChannelRecord(3, "layers.0.mlp")
+    x = torch.ones(4, 3)
+    x[1, 2] = bad
+    with pytest.raises(NumericsError, match="index") as caught:
+        record.update(x)
+    assert caught.value.where == "layers.0.mlp"
+    assert not bool(record.counts.any())
+    with pytest.raises(NumericsError, match="weight"):
+        record.update(torch.ones(1, 3), torch.tensor([bad]))
+
+
+@pytest.mark.parametrize(
+    ("x", "weights", "vision"),
+    [
+        (torch.ones(2, 4), None, None),
+        (torch.ones(3), None, None),
+        (torch.ones(2, 3), torch.ones(3), None),
+        (torch.ones(2, 3), None, torch.ones(3, dtype=torch.bool)),
+    ],
+)
+def test_shapes_of_channels_must_fit(x, weights, vision):
+    with pytest.raises(DataError):
+        ChannelRecord(3).update(x, weights, vision)
+
+
+def test_channel_records_of_different_widths_do_not_merge():
+    with pytest.raises(DataError, match="3 and 4"):
+        ChannelRecord(3).merge(ChannelRecord(4))
+
+
+def test_a_sample_of_nothing_is_refused():
+    with pytest.raises(DataError, match="empty"):
+        ChannelRecord(3, sample=0)

@@ -9,10 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
+from torch import Tensor
+
 from prismquant.algorithms.base import (
     LayerProblem,
     LayerResult,
     Note,
+    Scales,
     choose_scales,
     decode,
     nearest_codes,
@@ -20,6 +24,7 @@ from prismquant.algorithms.base import (
 )
 from prismquant.errors import NumericsError
 from prismquant.formats.packed import QuantizedTensor
+from prismquant.numerics.ranges import coupled_weight_scales
 
 
 @dataclass(frozen=True)
@@ -27,20 +32,21 @@ class RTN:
     """Rounds to nearest.
 
     Attributes:
-        scale_weighting: What an error in a column costs while the ``mse`` rule searches: the same
-            everywhere (``none``), or the column's entry in the diagonal of the Hessian
-            (``diagonal``), which is exact for rounding to nearest as far as its errors are
-            uncorrelated, and needs calibration.
+        scale_weighting: What the ``mse`` rule minimises. ``none``: the error of the weight, the
+            same everywhere. ``diagonal``: that error times each column's entry in the diagonal of
+            the Hessian. ``group``: the error of what each group (or row) puts out, by its block of
+            the Hessian; this is the search for clips of AWQ (Lin et al., arXiv 2306.00978, section
+            3.2), exact as far as groups are uncorrelated. The last two need calibration.
     """
 
     name: ClassVar[str] = "rtn"
 
-    scale_weighting: Literal["none", "diagonal"] = "none"
+    scale_weighting: Literal["none", "diagonal", "group"] = "none"
 
     @property
     def needs_hessian(self) -> bool:
-        """Only when scales are weighed with its diagonal."""
-        return self.scale_weighting == "diagonal"
+        """Only when scales are weighed with it."""
+        return self.scale_weighting != "none"
 
     def solve(self, problem: LayerProblem) -> LayerResult:
         """Round every layer to nearest.
@@ -55,20 +61,48 @@ class RTN:
             NumericsError: The weighting needs a Hessian and there is none.
             RecipeError: The range rule is not one for weights.
         """
-        importance = None
-        if self.needs_hessian:
-            if problem.hessian is None:
-                raise NumericsError(
-                    "scales cannot be weighed without calibration data",
-                    where=problem.title,
-                    remedy="add calibration data that reaches it, or set scale_weighting: none",
-                )
-            importance = problem.hessian.diagonal()
         notes: dict[str, Note] = {"scale_weighting": self.scale_weighting}
         weights, losses = [], []
-        for weight, scales in zip(problem.weights, choose_scales(problem, importance), strict=True):
+        for weight, scales in zip(problem.weights, self._scales(problem), strict=True):
             codes = nearest_codes(weight, scales, problem.spec)
             error = weight - decode(codes, scales, problem.spec)
             losses.append(float(row_losses(error, problem.hessian).sum()))
             weights.append(QuantizedTensor(codes, scales.scale, scales.zero_point, problem.spec))
         return LayerResult(tuple(weights), tuple(losses), tuple(losses), notes)
+
+    def _scales(self, problem: LayerProblem) -> tuple[Scales, ...]:
+        if self.scale_weighting == "none":
+            return choose_scales(problem)
+        if problem.hessian is None:
+            raise NumericsError(
+                "scales cannot be weighed without calibration data",
+                where=problem.title,
+                remedy="add calibration data that reaches it, or set scale_weighting: none",
+            )
+        if self.scale_weighting == "diagonal":
+            return choose_scales(problem, problem.hessian.diagonal())
+        return _coupled_scales(problem, problem.hessian)
+
+
+def _coupled_scales(problem: LayerProblem, hessian: Tensor) -> tuple[Scales, ...]:
+    """Scales that the ``mse`` rule finds with each group's block of the Hessian."""
+    spec, diagonal = problem.spec, hessian.diagonal()
+    live = diagonal > 0
+    if bool(live.any()) and not bool(live.all()):
+        # Dead columns have no cost of their own but are rounded with the same scales.
+        hessian = hessian + torch.diag(torch.where(live, 0.0, diagonal[live].min()))
+    return tuple(
+        Scales(
+            *coupled_weight_scales(
+                weight,
+                spec.grid,
+                spec.symmetric,
+                spec.granularity,
+                spec.group_size,
+                problem.range_rule,
+                problem.scale_dtype,
+                hessian,
+            )
+        )
+        for weight in problem.weights
+    )

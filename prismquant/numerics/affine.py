@@ -1,7 +1,10 @@
-"""The affine map between real values and integer codes, and which values share one scale.
+"""The affine map between real values and codes, and which values share one scale.
 
-    code  = round_half_even(clamp(x / scale + zero_point, qmin, qmax))
-    value = (code - zero_point) * scale
+    point = round_half_even(clamp(x / scale + zero_point, qmin, qmax))
+    value = (point - zero_point) * scale
+
+A point lies on a grid of :mod:`prismquant.numerics.grids`: an integer is its own code, a small
+floating-point number (which has no zero point) is coded as its bit pattern.
 
 Two invariants hold everywhere. A scale is rounded to the dtype in which it will be stored *before*
 codes are chosen, so what is simulated is what is stored. And all arithmetic is float32 on the
@@ -27,11 +30,12 @@ import torch
 from torch import Tensor
 
 from prismquant.errors import FormatError, NumericsError
+from prismquant.numerics.grids import IntGrid, integer_grid
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from prismquant.numerics.grids import IntGrid
+    from prismquant.numerics.grids import Grid
 
 # Elementwise passes run over pieces of this many elements: on a CPU a piece stays in the
 # second-level cache between passes, elsewhere it only bounds the temporary memory.
@@ -120,22 +124,23 @@ def check_group_size(features: int, group_size: int | None) -> int:
 def scale_zero_point(
     low: Tensor,
     high: Tensor,
-    grid: IntGrid,
+    grid: Grid,
     symmetric: bool,
     scale_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
     """Turn ranges into the scale, and the zero point, that will be stored.
 
     The range is widened to hold zero, so that zero is always represented exactly. A symmetric grid
-    with all its codes puts the largest magnitude midway between its two outermost codes, -qmin and
-    qmax (``absmax / ((2^b - 1) / 2)``: absmax / 7.5 for 4 bits), the rule of the compressed-tensors
-    library; a narrow one puts it on the outermost code. An asymmetric scale is the range over the
-    number of steps, and its zero point is taken from the scale as rounded.
+    with all its integers puts the largest magnitude midway between its two outermost ones, -qmin
+    and qmax (``absmax / ((2^b - 1) / 2)``: absmax / 7.5 for 4 bits), the rule of the
+    compressed-tensors library; a narrow one, and a floating-point one, puts it on the outermost
+    point. An asymmetric scale is the range over the number of steps, and its zero point is taken
+    from the scale as rounded.
 
     Args:
         low: Lower ends of the ranges, any shape.
         high: Upper ends, same shape.
-        grid: The codes.
+        grid: The points and their codes.
         symmetric: Keep zero at code 0; otherwise a zero point is chosen.
         scale_dtype: Dtype in which the scale is stored: float32, bfloat16 or float16.
 
@@ -146,7 +151,8 @@ def scale_zero_point(
 
     Raises:
         NumericsError: A range is not finite.
-        FormatError: ``scale_dtype`` is not one of the three.
+        FormatError: ``scale_dtype`` is not one of the three, or a floating-point grid is not to be
+            symmetric.
     """
     if scale_dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise FormatError(
@@ -157,10 +163,11 @@ def scale_zero_point(
     check_finite(high, "the upper end of a range")
     low = low.to(torch.float32).clamp(max=0.0)
     high = high.to(torch.float32).clamp(min=0.0)
-    steps = grid.levels - 1
     if symmetric:
-        scale = torch.maximum(-low, high) / (steps / 2)
+        scale = torch.maximum(-low, high) / grid.span
     else:
+        integers = integer_grid(grid)
+        steps = integers.levels - 1
         # A range wider than float32 can express is divided before it is subtracted.
         scale = (high - low) / steps
         scale = torch.where(scale.isinf(), high / steps - low / steps, scale)
@@ -169,13 +176,13 @@ def scale_zero_point(
     stored = scale.to(scale_dtype)
     if symmetric:
         return stored, None
-    zero = grid.qmin - low / stored.to(torch.float32)
-    return stored, zero.round_().clamp_(grid.qmin, grid.qmax).to(torch.int8)
+    zero = integers.qmin - low / stored.to(torch.float32)
+    return stored, zero.round_().clamp_(integers.qmin, integers.qmax).to(torch.int8)
 
 
 def dynamic_scale_zero_point(
     x: Tensor,
-    grid: IntGrid,
+    grid: Grid,
     symmetric: bool,
     granularity: Granularity,
     group_size: int | None = None,
@@ -185,7 +192,7 @@ def dynamic_scale_zero_point(
 
     Args:
         x: Activation ``[..., in]``.
-        grid: The codes.
+        grid: The points and their codes.
         symmetric: Keep zero at code 0.
         granularity: token, group or tensor (or channel, to treat ``x`` as a weight).
         group_size: For group granularity.
@@ -235,17 +242,17 @@ def quantize(
     x: Tensor,
     scale: Tensor,
     zero_point: Tensor | None,
-    grid: IntGrid,
+    grid: Grid,
     granularity: Granularity,
     group_size: int | None = None,
 ) -> Tensor:
-    """Round values to codes.
+    """Round values to the nearest points of a grid, and give their codes.
 
     Args:
         x: Values, any floating dtype, weight ``[out, in]`` or activation ``[..., in]``.
         scale: Stored scale, shaped as the module's table says.
         zero_point: int8, shaped like the scale; ``None`` for a symmetric format.
-        grid: The codes.
+        grid: The points and their codes.
         granularity: What shares one scale.
         group_size: For group granularity.
 
@@ -259,7 +266,7 @@ def quantize(
     _check_values(x)
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     for values, out, step, zero in _pieces(x, codes, scale, zero_point, granularity, group_size):
-        out.copy_(_round_to_codes(values, step, zero, grid))
+        grid.write(_round_to_points(values, step, zero, grid), out)
     return codes
 
 
@@ -270,8 +277,9 @@ def dequantize(
     granularity: Granularity,
     group_size: int | None = None,
     dtype: torch.dtype = torch.float32,
+    grid: Grid | None = None,
 ) -> Tensor:
-    """Turn codes back into values: ``(codes - zero_point) * scale``, rounded once, to ``dtype``.
+    """Turn codes back into values: ``(point - zero_point) * scale``, rounded once, to ``dtype``.
 
     Args:
         codes: int8, weight ``[out, in]`` or activation ``[..., in]``.
@@ -280,6 +288,7 @@ def dequantize(
         granularity: What shares one scale.
         group_size: For group granularity.
         dtype: Dtype of the result.
+        grid: What the codes stand for; may be left out for integers, which stand for themselves.
 
     Returns:
         Values shaped like ``codes``.
@@ -291,7 +300,7 @@ def dequantize(
     for values, out, step, zero in _pieces(
         codes, result, scale, zero_point, granularity, group_size
     ):
-        real = values.to(torch.float32)
+        real = values.to(torch.float32) if grid is None else grid.read(values)
         if zero is not None:
             real = real.sub_(zero)
         out.copy_(real.mul_(step))
@@ -302,7 +311,7 @@ def simulate(
     x: Tensor,
     scale: Tensor,
     zero_point: Tensor | None,
-    grid: IntGrid,
+    grid: Grid,
     granularity: Granularity,
     group_size: int | None = None,
 ) -> Tensor:
@@ -312,7 +321,7 @@ def simulate(
         x: Values, any floating dtype, weight ``[out, in]`` or activation ``[..., in]``.
         scale: Stored scale, shaped as the module's table says.
         zero_point: int8, shaped like the scale; ``None`` for a symmetric format.
-        grid: The codes.
+        grid: The points and their codes.
         granularity: What shares one scale.
         group_size: For group granularity.
 
@@ -325,10 +334,13 @@ def simulate(
         FormatError: The shapes do not fit.
     """
     _check_values(x)
+    integers = isinstance(grid, IntGrid)
     result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     for values, out, step, zero in _pieces(x, result, scale, zero_point, granularity, group_size):
-        # Integer codes know no negative zero; adding zero removes the one that rounding leaves.
-        real = _round_to_codes(values, step, zero, grid).add_(0.0)
+        real = _round_to_points(values, step, zero, grid)
+        if integers:
+            # Integer codes know no negative zero; adding zero removes the one that rounding leaves.
+            real = real.add_(0.0)
         if zero is not None:
             real = real.sub_(zero)
         out.copy_(real.mul_(step))
@@ -371,12 +383,13 @@ def _check_values(x: Tensor) -> None:
     check_finite(x, "the tensor to quantize")
 
 
-def _round_to_codes(values: Tensor, step: Tensor, zero: Tensor | None, grid: IntGrid) -> Tensor:
-    """Codes as float32; ``values`` is left as it is."""
-    codes = values.to(torch.float32) / step
+def _round_to_points(values: Tensor, step: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
+    """Points of the grid as float32; ``values`` is left as it is."""
+    points = values.to(torch.float32) / step
     if zero is not None:
-        codes = codes.add_(zero)
-    return codes.clamp_(grid.qmin, grid.qmax).round_()
+        points = points.add_(zero)
+        grid = integer_grid(grid)
+    return grid.round_(points)
 
 
 def _pieces(

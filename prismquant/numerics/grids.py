@@ -1,17 +1,34 @@
-"""Integer grids: which codes a format of so many bits may use.
+"""Grids: the points that a number format can express, in units of the scale, and their codes.
 
-Codes are always signed, in ``[-2^(b-1), 2^(b-1) - 1]``; an asymmetric format shifts them by a zero
-point instead of becoming unsigned, and only the bit layout on disk adds an offset.
+An integer grid holds consecutive whole numbers, and a point is its own code. Integer codes are
+always signed, in ``[-2^(b-1), 2^(b-1) - 1]``; an asymmetric format shifts them by a zero point
+instead of becoming unsigned, and only the bit layout on disk adds an offset.
+
+A floating-point grid holds sign, exponent and mantissa, so its points lie closer around zero; a
+code is the bit pattern. Both kinds round alike: clamp to the outermost points, then go to the
+nearest one, ties to the even code. Whatever a grid rounds to, it can write as codes and read again
+without loss.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Literal, get_args
 
-from prismquant.errors import FormatError
+import torch
+from torch import Tensor
+
+from prismquant.errors import FormatError, suggest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 MIN_BITS = 2
 MAX_BITS = 8
+
+FloatKind = Literal["e4m3", "e5m2", "e2m1"]
+FLOAT_KINDS: tuple[FloatKind, ...] = get_args(FloatKind)
 
 
 @dataclass(frozen=True)
@@ -55,3 +72,216 @@ class IntGrid:
     def levels(self) -> int:
         """How many codes there are."""
         return self.qmax - self.qmin + 1
+
+    @property
+    def span(self) -> float:
+        """What a symmetric scale divides the largest magnitude by: half the number of steps."""
+        return (self.levels - 1) / 2
+
+    @property
+    def headroom(self) -> float:
+        """The largest factor on a symmetric range that is worth a trial: there, nothing clips."""
+        return self.span / self.qmax
+
+    def round_(self, x: Tensor) -> Tensor:
+        """Move values, in units of the scale, to the nearest points: in place, half to even.
+
+        Args:
+            x: Floating point, finite, any shape.
+
+        Returns:
+            ``x``.
+        """
+        return x.clamp_(self.qmin, self.qmax).round_()
+
+    def rounded(self, x: Tensor, out: Tensor) -> Tensor:
+        """What :meth:`round_` gives, written to ``out``, of the dtype and shape of ``x``."""
+        return torch.clamp(x, self.qmin, self.qmax, out=out).round_()
+
+    def write(self, points: Tensor, codes: Tensor) -> None:
+        """Turn points into codes.
+
+        Args:
+            points: What :meth:`round_` returned.
+            codes: int8 of the same shape, to be filled.
+        """
+        codes.copy_(points)
+
+    def read(self, codes: Tensor) -> Tensor:
+        """The points that int8 codes stand for, as a new float32 tensor of their shape."""
+        return codes.to(torch.float32)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a floating-point format lays out its bits.
+
+    Attributes:
+        bits: Width of a code.
+        mantissa: Bits of the mantissa that are stored.
+        lowest: Exponent of the smallest normal number; below it, points keep its spacing.
+        highest: Exponent of the largest number.
+        largest: The largest number. (E4M3 gives one bit pattern up for NaN, E5M2 its topmost
+            exponent for NaN and infinity, E2M1 none.)
+        dtype: The dtype whose memory holds the codes, where torch has one.
+    """
+
+    bits: int
+    mantissa: int
+    lowest: int
+    highest: int
+    largest: float
+    dtype: torch.dtype | None
+
+
+_LAYOUTS: Mapping[str, _Layout] = MappingProxyType(
+    {
+        "e4m3": _Layout(8, 3, -6, 8, 448.0, torch.float8_e4m3fn),
+        "e5m2": _Layout(8, 2, -14, 15, 57344.0, torch.float8_e5m2),
+        "e2m1": _Layout(4, 1, 0, 2, 6.0, None),
+    }
+)
+
+# Of the dtypes that can be rounded: an integer of the same width, the bits of the exponent in it,
+# and the width of the mantissa.
+_ANATOMY: Mapping[torch.dtype, tuple[torch.dtype, int, int]] = MappingProxyType(
+    {
+        torch.float32: (torch.int32, 0x7F80_0000, 23),
+        torch.float64: (torch.int64, 0x7FF0_0000_0000_0000, 52),
+    }
+)
+
+
+@dataclass(frozen=True)
+class FloatGrid:
+    """The points of a small floating-point format, symmetric about zero.
+
+    Codes are bit patterns: for 8 bits the byte, for 4 bits a number from 0 to 15 whose highest bit
+    is the sign. Zero keeps its sign, as it does in a cast.
+
+    Attributes:
+        kind: ``e4m3`` and ``e5m2`` (Micikevicius et al., arXiv 2209.05433; OCP 8-bit floating
+            point), or ``e2m1`` (OCP Microscaling formats, section 5.3.3).
+
+    Raises:
+        FormatError: There is no such format.
+    """
+
+    kind: FloatKind
+
+    def __post_init__(self) -> None:
+        if self.kind not in FLOAT_KINDS:
+            raise FormatError(
+                f"there is no floating-point grid {self.kind!r}",
+                remedy=suggest(str(self.kind), FLOAT_KINDS),
+            )
+
+    @property
+    def bits(self) -> int:
+        """Width of a code."""
+        return self._layout.bits
+
+    @property
+    def largest(self) -> float:
+        """The largest point: 448, 57344 or 6."""
+        return self._layout.largest
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype whose memory holds the codes; ``None`` where torch has none."""
+        return self._layout.dtype
+
+    @property
+    def span(self) -> float:
+        """What a symmetric scale divides the largest magnitude by: the largest point."""
+        return self._layout.largest
+
+    @property
+    def headroom(self) -> float:
+        """The largest factor on a range that is worth a trial.
+
+        Up to there, the largest magnitude moves down through the topmost binade. One binade further
+        the points repeat, but for those lost near zero.
+        """
+        return self._layout.largest / 2.0**self._layout.highest
+
+    def round_(self, x: Tensor) -> Tensor:
+        """Move values, in units of the scale, to the nearest points: in place, half to even.
+
+        For 8 bits this is bit for bit what casting clamped float32 values gives.
+
+        Args:
+            x: float32 or float64, finite, any shape.
+
+        Returns:
+            ``x``.
+
+        Raises:
+            FormatError: ``x`` has another dtype.
+        """
+        if x.dtype not in _ANATOMY:
+            raise FormatError(f"only float32 and float64 can be rounded to {self.kind}: {x.dtype}")
+        integer, exponent, mantissa = _ANATOMY[x.dtype]
+        layout = self._layout
+        # As with integers, no gradient comes through.
+        values = x.detach().clamp_(-layout.largest, layout.largest)
+        # The power of two at or below each value; subnormals share that of the smallest normal.
+        power = (values.view(integer) & exponent).view(x.dtype).clamp_(min=2.0**layout.lowest)
+        # In the binade of this summand the spacing of x's dtype is that of the grid around x, so
+        # that adding it makes the processor round; half of it more keeps x's sign from leaving it.
+        power.mul_(1.5 * 2.0 ** (mantissa - layout.mantissa))
+        return x.copy_(torch.copysign((values + power).sub_(power), values))
+
+    def rounded(self, x: Tensor, out: Tensor) -> Tensor:
+        """What :meth:`round_` gives, written to ``out``, of the dtype and shape of ``x``."""
+        return self.round_(out.copy_(x))
+
+    def write(self, points: Tensor, codes: Tensor) -> None:
+        """Turn points into codes.
+
+        Args:
+            points: What :meth:`round_` returned.
+            codes: int8 of the same shape, to be filled.
+        """
+        if self.dtype is not None:
+            codes.view(self.dtype).copy_(points)
+            return
+        # 0, 0.5, 1, 1.5, 2, 3, 4, 6: each spacing is a line of its own, the last but one point.
+        magnitude = points.abs()
+        index = torch.minimum(2 * magnitude, magnitude + 2).clamp_(max=6)
+        codes.copy_(index.add_(magnitude.div_(6).floor_()))
+        codes |= torch.signbit(points).to(torch.int8) << 3
+
+    def read(self, codes: Tensor) -> Tensor:
+        """The points that int8 codes stand for, as a new float32 tensor of their shape."""
+        if self.dtype is not None:
+            return codes.view(self.dtype).to(torch.float32)
+        points = codes.new_tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float32)
+        return torch.cat([points, -points])[codes.to(torch.int32)]
+
+    @property
+    def _layout(self) -> _Layout:
+        return _LAYOUTS[self.kind]
+
+
+Grid = IntGrid | FloatGrid
+
+
+def integer_grid(grid: Grid) -> IntGrid:
+    """The same grid, known to be of integers: only those can be shifted by a zero point.
+
+    Args:
+        grid: Any grid.
+
+    Returns:
+        ``grid``.
+
+    Raises:
+        FormatError: It is of floating-point numbers.
+    """
+    if isinstance(grid, IntGrid):
+        return grid
+    raise FormatError(
+        f"{grid.kind} numbers are symmetric about zero and take no zero point",
+        remedy="use a symmetric format, or integers",
+    )

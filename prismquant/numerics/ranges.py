@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -21,13 +22,15 @@ from prismquant.errors import NumericsError, RecipeError, suggest
 from prismquant.numerics.affine import (
     Granularity,
     check_finite,
+    check_group_size,
     extremes,
     scale_zero_point,
+    simulate,
     to_groups,
 )
 
 if TYPE_CHECKING:
-    from prismquant.numerics.grids import IntGrid
+    from prismquant.numerics.grids import Grid
 
 RuleKind = Literal["minmax", "percentile", "mse", "ema"]
 
@@ -42,6 +45,8 @@ _MIN_EXPONENT = -100
 _STRIDE = 4
 _CPU_PIECE = 1 << 18
 _DEVICE_PIECE = 1 << 26
+# The search with a Hessian reads a block of it for every piece, which should be worth it.
+_COUPLED_PIECE = 1 << 22
 
 # (scales [T, *units], zero points or None) -> losses [T, *units], in steps of each scale
 _LossOf = Callable[[Tensor, Tensor | None], Tensor]
@@ -103,7 +108,7 @@ class RangeRule:
 
 def weight_scales(
     weight: Tensor,
-    grid: IntGrid,
+    grid: Grid,
     symmetric: bool,
     granularity: Granularity,
     group_size: int | None,
@@ -113,15 +118,17 @@ def weight_scales(
 ) -> tuple[Tensor, Tensor | None]:
     """Choose the scales, and the zero points, of a weight.
 
-    ``mse`` tries ranges from the extremes (for a symmetric grid with all its codes: from the range
-    that just avoids clipping either sign) down to ``1 - max_shrink`` of them. It weighs each trial
-    with the scale as it will be stored, and is never worse than ``minmax`` by its own measure:
+    ``mse`` tries ranges from the extremes down to ``1 - max_shrink`` of them. (It starts a little
+    wider for a symmetric grid with all its integers, where neither sign is clipped, and for a
+    floating-point grid, where the extremes come to the foot of the topmost binade.) It weighs each
+    trial with the scale as it will be stored, and is never worse than ``minmax`` by its own
+    measure:
 
         sum over the unit of importance * |w - dequantize(quantize(w))|^norm
 
     Args:
         weight: ``[out, in]``, any floating dtype.
-        grid: The codes.
+        grid: The points and their codes.
         symmetric: Keep zero at code 0.
         granularity: tensor, channel or group.
         group_size: For group granularity.
@@ -159,7 +166,7 @@ def weight_scales(
 class _Search:
     """The part of a search over shrink factors that does not depend on the data."""
 
-    grid: IntGrid
+    grid: Grid
     symmetric: bool
     rule: RangeRule
     scale_dtype: torch.dtype
@@ -169,7 +176,7 @@ class _Search:
         """The largest factor worth trying, relative to the min-max range."""
         if not self.symmetric:
             return 1.0
-        return (self.grid.levels - 1) / 2 / self.grid.qmax
+        return self.grid.headroom
 
     @property
     def bottom(self) -> float:
@@ -315,15 +322,14 @@ def _losses(
     return torch.stack(losses)
 
 
-def _error_in_steps(x: Tensor, codes: Tensor, zero: Tensor | None, grid: IntGrid) -> None:
+def _error_in_steps(x: Tensor, codes: Tensor, zero: Tensor | None, grid: Grid) -> None:
     """Turn ``x / scale`` into its rounding error, in place; ``codes`` is scratch space."""
     if zero is None:
-        torch.clamp(x, grid.qmin, grid.qmax, out=codes)
-        codes.round_()
+        grid.rounded(x, out=codes)
     else:
         shift = zero.to(x.dtype).unsqueeze(-1)
         torch.add(x, shift, out=codes)
-        codes.clamp_(grid.qmin, grid.qmax).round_().sub_(shift)
+        grid.round_(codes).sub_(shift)
     x.sub_(codes)
 
 
@@ -466,13 +472,13 @@ class RangeRecord:
         self._averages = self._averages * decay + other._averages
         self._batches += other._batches
 
-    def low_high(self, rule: RangeRule, grid: IntGrid, symmetric: bool) -> tuple[float, float]:
+    def low_high(self, rule: RangeRule, grid: Grid, symmetric: bool) -> tuple[float, float]:
         """The range that a rule chooses.
 
         Args:
             rule: Any of the four. ``percentile`` and ``mse`` are exact to within one bin width:
                 the first in the value of the range, the second in the p-norm error per value.
-            grid: The codes; only ``mse`` looks at them.
+            grid: The points and their codes; only ``mse`` looks at them.
             symmetric: Whether the scale will be; ``percentile`` and ``mse`` then clip both sides
                 at one magnitude.
 
@@ -564,7 +570,7 @@ class RangeRecord:
         low = -(_bin_of_rank(self._counts.flip(0), rank) + 1 - _HALF) * self.bin_width
         return max(low, self._low), min(high, self._high)
 
-    def _least_error(self, rule: RangeRule, grid: IntGrid, symmetric: bool) -> tuple[float, float]:
+    def _least_error(self, rule: RangeRule, grid: Grid, symmetric: bool) -> tuple[float, float]:
         """Search shrink factors; an asymmetric range is searched end by end, twice."""
         used = self._counts.nonzero().squeeze(-1)
         counts = self._counts[used].to(torch.float64)
@@ -634,3 +640,90 @@ def _coarsen(counts: Tensor, doublings: int) -> Tensor:
 def _bin_of_rank(counts: Tensor, rank: int) -> int:
     """The first bin by which ``rank`` values have been counted."""
     return int(torch.searchsorted(counts.cumsum(0), rank))
+
+
+def coupled_weight_scales(
+    weight: Tensor,
+    grid: Grid,
+    symmetric: bool,
+    granularity: Granularity,
+    group_size: int | None,
+    rule: RangeRule,
+    scale_dtype: torch.dtype,
+    hessian: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """Choose the scales of a weight by what its errors do together.
+
+    Like :func:`weight_scales`, but the ``mse`` search minimises, for every unit, the error of what
+    the unit puts out (AWQ's search for clips, Lin et al., arXiv 2306.00978, section 3.2):
+
+        e H e^T,    e = w - dequantize(quantize(w)) of the unit, H its block of the Hessian
+
+    The norm of the rule is not used, it is 2 by nature; other rules do not look at the Hessian. A
+    trial costs a product with the block: ``group_size`` times a pass over the weight.
+
+    Args:
+        weight: ``[out, in]``, any floating dtype.
+        grid: The points and their codes.
+        symmetric: Keep zero at code 0.
+        granularity: tensor, channel or group.
+        group_size: For group granularity.
+        rule: ``minmax``, ``percentile`` or ``mse``.
+        scale_dtype: Dtype in which the scale is stored.
+        hessian: ``[in, in]``, symmetric and positive semidefinite.
+
+    Returns:
+        Scale and zero point as :func:`prismquant.numerics.affine.scale_zero_point` gives them.
+
+    Raises:
+        RecipeError: The rule is ``ema``.
+        NumericsError: The weight or the Hessian is not finite, or the Hessian has the wrong shape.
+        FormatError: The group size does not divide.
+    """
+    unit = (granularity, group_size)
+    if rule.kind != "mse" or weight.numel() == 0:
+        return weight_scales(weight, grid, symmetric, *unit, rule, scale_dtype)
+    features = weight.shape[-1]
+    if tuple(hessian.shape) != (features, features):
+        raise NumericsError(
+            f"the Hessian must have shape [{features}, {features}], not {list(hessian.shape)}"
+        )
+    check_finite(hessian, "the Hessian")
+    low, high = extremes(weight, *unit)
+    search = _Search(grid, symmetric, replace(rule, norm=2.0), scale_dtype)
+    size = check_group_size(features, group_size) if granularity == Granularity.GROUP else features
+    starts = range(0, features, size)
+    blocks = torch.stack([hessian[i : i + size, i : i + size] for i in starts])
+    # Only ratios matter; as they are, the numbers could overflow.
+    blocks = blocks.to(weight.device, torch.float32)
+    blocks = blocks / blocks.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+
+    def losses(piece: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+        found = []
+        for t, scale in enumerate(scales):
+            zero = None if zeros is None else zeros[t]
+            error = piece - simulate(piece, scale, zero, grid, *unit)
+            steps = error.reshape(len(piece), -1, size) / scale.to(torch.float32).unsqueeze(-1)
+            steps = steps.transpose(0, 1)
+            # A positive semidefinite form can only come out negative by rounding.
+            found.append((steps @ blocks).mul_(steps).sum(-1).T.clamp_min_(0.0))
+        return torch.stack(found)
+
+    limit = _COUPLED_PIECE if weight.device.type == "cpu" else _DEVICE_PIECE
+    pieces = weight.to(torch.float32).split(max(1, limit // features))
+    if granularity == Granularity.TENSOR:
+
+        def whole(scales: Tensor, zeros: Tensor | None) -> Tensor:
+            parts = (losses(piece, scales, zeros) for piece in pieces)
+            return torch.stack([part.sum(dim=1, dtype=torch.float64) for part in parts]).sum(0)
+
+        return search.best(low, high, whole, stride=1)
+    scales, zeros = [], []
+    start = 0
+    for piece in pieces:
+        rows = slice(start, start + len(piece))
+        scale, zero = search.best(low[rows], high[rows], partial(losses, piece), _STRIDE)
+        scales.append(scale)
+        zeros += [] if zero is None else [zero]
+        start = rows.stop
+    return torch.cat(scales), torch.cat(zeros) if zeros else None

@@ -1,0 +1,147 @@
+"""AWQ: gives the columns that matter most finer steps, by how large their inputs are.
+
+A weight that is multiplied by ``s`` before rounding and divided after it has an error about ``s``
+times smaller, as long as the scale of its group does not grow. Columns with large inputs deserve
+that most (Lin et al., arXiv 2306.00978, section 3.2, equation 5):
+
+    s_j = (mean |x_j|)^a,    a searched in [0, 1] on the error of the readers' outputs
+
+The form with a weight term divides by ``wmean_j^(1 - a)``, where ``wmean_j`` is the mean of
+``|w| / max |w| of its group`` over the column: columns that already are as large as their group
+cannot be scaled up without making its steps coarser.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from prismquant.algorithms.edges import (
+    EdgeProblem,
+    EdgeResult,
+    Reader,
+    best_scale,
+    hopeless,
+    settle,
+)
+from prismquant.errors import RecipeError
+from prismquant.numerics.affine import Granularity, to_groups
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from prismquant.algorithms.base import Note
+
+# Weights looked at in one pass: bounds the temporary memory.
+_PIECE = 1 << 24
+
+
+@dataclass(frozen=True)
+class AWQ:
+    """Searches scales that follow the mean magnitudes of the inputs.
+
+    Attributes:
+        grid: Steps of the exponent between 0 and 1.
+        duo: Search with and without the weight term; otherwise without.
+        vision_weight: What vision tokens count for, where text tokens count 1: in the means and in
+            the error.
+        rows: Output features of each reader that the search looks at; the verdict counts all.
+        max_scale: Scales stay within this factor of 1.
+        power_of_two: Round scales to powers of two: folding them is then exact in floating point.
+
+    Raises:
+        RecipeError: A value is out of bounds.
+    """
+
+    name: ClassVar[str] = "awq"
+
+    grid: int = 20
+    duo: bool = True
+    vision_weight: float = 1.0
+    rows: int = 512
+    max_scale: float = 1024.0
+    power_of_two: bool = False
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "grid": (self.grid >= 1, "at least 1"),
+            "vision_weight": (0 <= self.vision_weight < math.inf, "a finite number from 0 on"),
+            "rows": (self.rows >= 1, "at least 1"),
+            "max_scale": (2 <= self.max_scale <= 1e6, "from 2 to 1e6"),
+        }
+        for option, (fine, legal) in bounds.items():
+            if not fine:
+                raise RecipeError(
+                    f"{option} cannot be {getattr(self, option)}", where=option, remedy=legal
+                )
+
+    def equalize(self, problem: EdgeProblem) -> EdgeResult:
+        """Choose the scale of one edge.
+
+        Args:
+            problem: The edge.
+
+        Returns:
+            The scale, or ``None`` unless it lowers the error of the outputs; and notes:
+            ``exponent``, ``weight_term`` (0 or 1), ``tried``, the errors before and after, the
+            smallest and the largest scale.
+
+        Raises:
+            NumericsError: Scaled weights or inputs leave float32.
+        """
+        nothing = hopeless(problem)
+        if nothing is not None:
+            return nothing
+        problem = replace(problem, vision_weight=problem.vision_weight * self.vision_weight)
+        inputs = problem.channel_mean(_mean_inputs(problem))
+        weights = problem.channel_mean(_mean_weights(problem).to(inputs.device))
+        live = (inputs > 0) & (weights > 0)
+
+        def candidates() -> Iterator[tuple[dict[str, Note], Tensor]]:
+            for weight_term in range(1 + self.duo):
+                # The two forms meet at exponent 1, and exponent 0 of the plain one is no scaling.
+                for step in range(1, self.grid + 1 - weight_term):
+                    exponent = step / self.grid
+                    logs = exponent * inputs.log2()
+                    if weight_term:
+                        logs = logs - (1 - exponent) * weights.log2()
+                    scale = settle(logs, live, self.max_scale, self.power_of_two)
+                    yield {"exponent": exponent, "weight_term": weight_term}, scale
+
+        return best_scale(problem, candidates(), self.rows)
+
+
+def _mean_inputs(problem: EdgeProblem) -> Tensor:
+    """Mean magnitude of each column over text and vision tokens, as they count; ``[in]``."""
+    record = problem.record
+    counts = record.counts.clone()
+    counts[1] *= problem.vision_weight
+    if not bool(counts.sum() > 0):
+        counts = record.counts
+    return ((counts / counts.sum()) @ record.absmean.to(torch.float64)).to(torch.float32)
+
+
+def _mean_weights(problem: EdgeProblem) -> Tensor:
+    """Mean over the rows of all readers of ``|w| / max |w|`` of its group, float32 ``[in]``."""
+    total = sum(_relative_sizes(reader) for reader in problem.readers)
+    rows = sum(len(reader.weight) for reader in problem.readers)
+    return (torch.as_tensor(total) / rows).to(torch.float32)
+
+
+def _relative_sizes(reader: Reader) -> Tensor:
+    """The sum over rows of ``|w| / max |w|`` of its group, float64 ``[in]``."""
+    weight, spec = reader.weight, reader.spec
+    grouped = spec is not None and spec.granularity == Granularity.GROUP
+    granularity = Granularity.GROUP if grouped else Granularity.CHANNEL
+    size = spec.group_size if spec is not None else None
+    total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+    for piece in weight.split(max(1, _PIECE // weight.shape[1])):
+        groups = to_groups(piece, granularity, size).abs()
+        largest = groups.amax(-1, keepdim=True)
+        relative = groups.div_(torch.where(largest > 0, largest, 1.0))
+        total += relative.reshape(piece.shape).sum(0)
+    return total

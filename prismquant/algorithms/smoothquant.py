@@ -1,0 +1,151 @@
+"""SmoothQuant: shares the outliers of the input between the input and the weights.
+
+A few channels of an input are many times larger than the rest, and set the scale that all share.
+Dividing them costs nothing in the input's float function, but makes the weights' columns larger;
+the strength ``alpha`` says how much of the difference moves (Xiao et al., arXiv 2211.10438,
+section 4, equation 4):
+
+    s_j = max |X_j|^alpha / max |W_j|^(1 - alpha)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from prismquant.algorithms.edges import (
+    EdgeProblem,
+    EdgeResult,
+    best_scale,
+    hopeless,
+    judge,
+    settle,
+)
+from prismquant.errors import RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from prismquant.algorithms.base import Note
+    from prismquant.algorithms.statistics import ChannelRecord
+
+_TEXT, _VISION = 0, 1
+
+
+@dataclass(frozen=True)
+class SmoothQuant:
+    """Balances the largest magnitudes of inputs and weights.
+
+    Attributes:
+        alpha: Strength without a search, from 0 (weights become even) to 1 (inputs become even).
+        search: Try strengths from 0 to 1 on the error of the readers' outputs and keep the best;
+            the edge stays as it is unless that lowers the error. Otherwise ``alpha`` is taken
+            unconditionally.
+        grid: Steps of the search between 0 and 1.
+        percentile: Which magnitude of a channel stands for its largest, in (0.5, 1]. Below 1 it is
+            taken from the sample of tokens.
+        modality: Whose inputs count: the larger of text and vision, channel by channel (``max``),
+            or one of them alone. Where the one has no tokens, the other counts.
+        vision_weight: What an error at a vision token costs in the search, where one at a text
+            token costs 1.
+        rows: Output features of each reader that the search looks at; the verdict counts all.
+        max_scale: Scales stay within this factor of 1.
+        power_of_two: Round scales to powers of two: folding them is then exact in floating point.
+
+    Raises:
+        RecipeError: A value is out of bounds.
+    """
+
+    name: ClassVar[str] = "smoothquant"
+
+    alpha: float = 0.5
+    search: bool = True
+    grid: int = 20
+    percentile: float = 1.0
+    modality: Literal["max", "text", "vision"] = "max"
+    vision_weight: float = 1.0
+    rows: int = 512
+    max_scale: float = 1024.0
+    power_of_two: bool = False
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "alpha": (0 <= self.alpha <= 1, "from 0 to 1"),
+            "grid": (self.grid >= 1, "at least 1"),
+            "percentile": (0.5 < self.percentile <= 1, "above 0.5, at most 1"),
+            "modality": (self.modality in ("max", "text", "vision"), "max, text or vision"),
+            "vision_weight": (0 <= self.vision_weight < math.inf, "a finite number from 0 on"),
+            "rows": (self.rows >= 1, "at least 1"),
+            "max_scale": (2 <= self.max_scale <= 1e6, "from 2 to 1e6"),
+        }
+        for option, (fine, legal) in bounds.items():
+            if not fine:
+                raise RecipeError(
+                    f"{option} cannot be {getattr(self, option)}", where=option, remedy=legal
+                )
+
+    def equalize(self, problem: EdgeProblem) -> EdgeResult:
+        """Choose the scale of one edge.
+
+        Args:
+            problem: The edge.
+
+        Returns:
+            The scale, and notes: ``alpha``, ``modality`` (whose inputs counted), ``tried``, the
+            errors before and after, the smallest and the largest scale.
+
+        Raises:
+            NumericsError: Scaled weights or inputs leave float32.
+        """
+        nothing = hopeless(problem)
+        if nothing is not None:
+            return nothing
+        problem = replace(problem, vision_weight=problem.vision_weight * self.vision_weight)
+        source = self._source(problem.record)
+        inputs = problem.channel_max(self._largest(problem.record, source))
+        weights = problem.channel_max(largest_weights(problem).to(inputs.device))
+        live = (inputs > 0) & (weights > 0)
+
+        def scale(alpha: float) -> Tensor:
+            logs = alpha * inputs.log2() - (1 - alpha) * weights.log2()
+            return settle(logs, live, self.max_scale, self.power_of_two)
+
+        def candidates() -> Iterator[tuple[dict[str, Note], Tensor]]:
+            for step in range(self.grid + 1):
+                alpha = step / self.grid
+                yield {"alpha": alpha, "modality": source}, scale(alpha)
+
+        if self.search:
+            return best_scale(problem, candidates(), self.rows)
+        notes: dict[str, Note] = {"alpha": self.alpha, "modality": source}
+        return judge(problem, scale(self.alpha), notes, must_gain=False)
+
+    def _source(self, record: ChannelRecord) -> str:
+        text, vision = (bool(count > 0) for count in record.counts)
+        if not vision:
+            return "text"
+        return self.modality if text else "vision"
+
+    def _largest(self, record: ChannelRecord, source: str) -> Tensor:
+        """The magnitude that stands for each column's largest, float32 ``[in]``."""
+        both = torch.stack([self._of_modality(record, m) for m in (_TEXT, _VISION)])
+        return both.amax(0) if source == "max" else both[_VISION if source == "vision" else _TEXT]
+
+    def _of_modality(self, record: ChannelRecord, modality: int) -> Tensor:
+        rows = record.inputs[record.vision == bool(modality)]
+        # A modality that is rare enough may be missing in the sample.
+        if self.percentile == 1 or not len(rows):
+            return record.absmax[modality]
+        rank = max(1, math.ceil(self.percentile * len(rows)))
+        return rows.abs().kthvalue(rank, dim=0).values
+
+
+def largest_weights(problem: EdgeProblem) -> Tensor:
+    """The largest magnitude of each column over all readers, float32 ``[in]``."""
+    low = torch.stack([reader.weight.amin(0) for reader in problem.readers]).amin(0)
+    high = torch.stack([reader.weight.amax(0) for reader in problem.readers]).amax(0)
+    return torch.maximum(-low, high)
