@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from typing import TYPE_CHECKING
 
@@ -92,6 +93,17 @@ def test_a_fused_query_key_value_layer_offers_only_its_value_part():
     assert (edge.producer, edge.part) == ("attn.qkv", "v")
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_both_towers_have_a_residual_stream(name):
+    """Vision writers come from the patch embedding on; the LLM's include the projector."""
+    vision, llm = known_archs()[name].streams
+    assert (vision.modality, llm.modality) == (Modality.VISION, Modality.LLM)
+    assert "patch_embed" in vision.writers[0]
+    assert llm.writers[0] == known_archs()[name].embeddings
+    assert any("merger" in path or "projector" in path for path in llm.writers)
+    assert llm.norms[-1] == "model.language_model.norm"
+
+
 def test_the_remote_layout_shares_its_towers_with_the_native_one():
     archs = known_archs()
     assert archs["video_llama_3_remote"].towers == archs["video_llama_3"].towers
@@ -132,11 +144,33 @@ def test_an_unknown_key_is_named_with_its_path_and_a_suggestion(broken):
         ('title = "Qwen2-VL"', 'title = "Qwen2-VL"\nextends = "nothing"', "nothing.toml"),
         ('title = "Qwen2-VL"', 'title = "Qwen2-VL"\nleft_alone = 3', "must be a table"),
         ("[[edges]]\nkind", "[edges]\nkind", "list of tables"),
+        ('[[streams]]\nmodality = "llm"', '[[streams]]\nmodality = "vision"', "two residual"),
+        (
+            '    "model.visual.blocks.*.mlp.fc2",\n',
+            "",
+            "stream lacks 'model.visual.blocks.*.mlp.fc2'",
+        ),
+        ('    "model.visual.blocks.*.norm1",\n', "", "stream lacks 'model.visual.blocks.*.norm1'"),
+        ('modality = "vision"\nwriters', 'modality = "vision"\nwriter', "'streams[0].writers' is"),
+        (
+            'modality = "vision"\nwriters = [',
+            'modality = "vision"\nwriters = []\nspare = [',
+            "unknown key 'streams[0].spare'",
+        ),
     ],
 )
 def test_a_mistake_in_a_file_is_refused(broken, old, new, message):
-    with pytest.raises(ModelError, match=message.replace("[", r"\[")):
+    with pytest.raises(ModelError, match=re.escape(message)):
         broken("qwen2_vl", old, new)
+
+
+def test_a_stream_has_two_ends(broken):
+    with pytest.raises(ModelError, match="a stream has writers and norms"):
+        broken(
+            "qwen3_vl",
+            "[[streams]]",
+            '[[streams]]\nmodality = "vision"\nwriters = []\nnorms = []\n\n[[streams]]',
+        )
 
 
 def test_an_inference_rule_has_one_form(broken):

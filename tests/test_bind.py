@@ -230,6 +230,80 @@ def test_a_merger_repeats_the_channels_of_its_norm(tiny: Callable[..., Path]):
     assert edges["model.visual.deepstack_merger_list.0.norm"].tile == 1
 
 
+# ----------------------------------------------------------------------------------------- streams
+
+
+def test_every_norm_edge_starts_at_a_residual_stream(tiny_folder: Path, family: str):
+    bound = bind(tiny_folder)
+    vision, llm = bound.streams
+    assert (vision.modality, llm.modality) == (Modality.VISION, Modality.LLM)
+    assert vision.width == llm.width == tiny_vlm.HIDDEN
+    assert vision.centred == (family != "qwen2_5_vl")  # which has RMSNorm there
+    assert not llm.centred
+    assert llm.embeddings == (bound.arch.embeddings,)
+    assert vision.embeddings == (("model.visual.pos_embed",) if family == "qwen3_vl" else ())
+    norms = [*vision.norms, *llm.norms]
+    assert sorted(norms) == sorted(edge.norm for edge in bound.edges if edge.norm)
+
+
+def test_the_writers_of_a_stream_are_what_the_blocks_and_their_neighbours_add(tiny_folder: Path):
+    bound = bind(tiny_folder)
+    for stream in bound.streams:
+        roles = Counter(bound.site(name).role for name in stream.writers)
+        blocks = [s for s in bound.steps if s.kind == "block" and s.modality is stream.modality]
+        mergers = [step for step in bound.steps if step.kind == "projector"]
+        vision = stream.modality is Modality.VISION
+        entries = {"patch_embed": 1} if vision else {"projector.fc2": len(mergers)}
+        assert roles == {"attn.out": len(blocks), "mlp.down": len(blocks), **entries}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norms": ("model.visual.blocks.*.norm1",)}, "merger.ln_q: read from no residual streams"),
+        ({"writers": ("model.visual.blocks.*.mlp.fc9",)}, "fc9: a residual stream names it"),
+        ({"writers": ("model.visual.patch_embed",)}, "patch_embed: expected a writer"),
+        ({"norms": ("model.visual.blocks.*.attn",)}, "attn: expected a norm of 128 channels"),
+        (
+            {"writers": ("model.visual.patch_embed.proj", "model.visual.blocks.*.mlp.fc1")},
+            r"vision stream differ in width: \[128, 256\]",
+        ),
+        (
+            {"norms": ("model.visual.blocks.*.norm?", "model.language_model.norm")},
+            "norm.: a residual stream names it",
+        ),
+        ({"norms": ("model.language_model.norm",)}, "model.norm: read from 2 residual streams"),
+    ],
+)
+def test_mistakes_in_a_stream_are_found(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, change, message: str
+):
+    arch = known_archs()["qwen2_vl"]
+    vision, llm = arch.streams
+    odd = dataclasses.replace(arch, streams=(dataclasses.replace(vision, **change), llm))
+    monkeypatch.setattr(config_module, "known_archs", lambda: {"qwen2_vl": odd})
+    with pytest.raises(ModelError, match=message):
+        bind(tiny("qwen2_vl"))
+
+
+def test_a_norm_of_a_stream_without_an_edge_is_found(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+):
+    arch = known_archs()["qwen2_vl"]
+    odd = dataclasses.replace(arch, edges=())
+    monkeypatch.setattr(config_module, "known_archs", lambda: {"qwen2_vl": odd})
+    with pytest.raises(ModelError, match=r"language_model.norm: no edge starts at this norm"):
+        bind(tiny("qwen2_vl"))
+
+
+def test_a_merger_list_without_members_is_no_mistake(tmp_path: Path):
+    """A Qwen3-VL whose language model takes no features from the middle of the vision tower."""
+    vision = {"deepstack_visual_indexes": [], "out_hidden_size": 4096}
+    write_json(tmp_path / "config.json", {"model_type": "qwen3_vl", "vision_config": vision})
+    llm = bind(tmp_path, headers_required=False).streams[1]
+    assert [name for name in llm.writers if "deepstack" in name] == []
+
+
 # --------------------------------------------------------------------------------------- identify
 
 

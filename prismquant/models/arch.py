@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _FOLDER = Path(__file__).parent / "archs"
 _E = TypeVar("_E", bound=StrEnum)
+# What a block adds to the residual stream.
+_RESIDUAL_ROLES = ("attn.out", "mlp.down")
 
 
 class Modality(StrEnum):
@@ -134,6 +136,25 @@ class Tower:
 
 
 @dataclass(frozen=True)
+class Stream:
+    """The residual stream of a tower: the tensor that its blocks read through norms and add to.
+
+    Paths are absolute; ``*`` stands for one dotted part. Both lists are complete, so that an
+    orthogonal matrix applied to all writers and, inverted, to all that reads the norms, leaves the
+    function unchanged.
+
+    Attributes:
+        modality: Of the tower.
+        writers: Linears, convolutions and embeddings whose outputs are added to the stream.
+        norms: The norms through which it is read.
+    """
+
+    modality: Modality
+    writers: tuple[str, ...]
+    norms: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Layout:
     """How tensor names on disk become module paths.
 
@@ -238,6 +259,7 @@ class ArchSpec:
         vision_token_ids: Config keys of the ids of image and video placeholders.
         layouts: The first is assumed when a folder has no weights.
         edges: Edges between steps, with absolute paths.
+        streams: Residual streams, one for a tower that can be rotated.
         left_alone: Path pattern -> why these layers are not quantizable.
         ignored_tensors: Patterns of tensors on disk that the model does not need.
         config_map: Present for remote-code checkpoints that the native class runs.
@@ -255,6 +277,7 @@ class ArchSpec:
     vision_token_ids: tuple[str, ...]
     layouts: tuple[Layout, ...]
     edges: tuple[Edge, ...] = ()
+    streams: tuple[Stream, ...] = ()
     left_alone: Mapping[str, str] = field(default_factory=dict)
     ignored_tensors: tuple[str, ...] = ()
     config_map: ConfigMap | None = None
@@ -310,6 +333,7 @@ def load_arch(path: Path) -> ArchSpec:
         vision_token_ids=top.texts("vision_token_ids"),
         layouts=tuple(_layout(table) for table in top.tables("layouts")),
         edges=tuple(_edge(table) for table in top.tables("edges")),
+        streams=tuple(_stream(table) for table in top.tables("streams")),
         left_alone=top.strings("left_alone"),
         ignored_tensors=top.texts("ignored_tensors", ()),
         config_map=_config_map(table) if (table := top.table("config")) else None,
@@ -498,6 +522,18 @@ def _edge(table: _Table) -> Edge:
     return edge
 
 
+def _stream(table: _Table) -> Stream:
+    stream = Stream(
+        modality=_member(table, Modality, table.text("modality")),
+        writers=table.texts("writers"),
+        norms=table.texts("norms"),
+    )
+    table.finish()
+    if not stream.writers or not stream.norms:
+        raise table.wrong("a stream has writers and norms")
+    return stream
+
+
 def _layout(table: _Table) -> Layout:
     name, pairs = table.text("name"), table.strings("rewrites")
     table.finish()
@@ -590,3 +626,24 @@ def _check(arch: ArchSpec, file: str) -> None:
                     f"the edge from {edge.source!r} must list all readers: {sorted(readers)}",
                     where=file,
                 )
+    _check_streams(arch, file)
+
+
+def _check_streams(arch: ArchSpec, file: str) -> None:
+    """A tower has one stream at most, and its blocks' own writers and norms are not forgotten."""
+    modalities = [stream.modality for stream in arch.streams]
+    if len(set(modalities)) != len(modalities):
+        raise ModelError("a tower has two residual streams", where=file)
+    for stream in arch.streams:
+        for tower in arch.towers:
+            if tower.blocks is None or tower.modality is not stream.modality:
+                continue
+            writers = {site.path for site in tower.sites if site.role in _RESIDUAL_ROLES}
+            norms = {edge.norm for edge in tower.edges if edge.norm is not None}
+            for paths, listed in ((writers, stream.writers), (norms, stream.norms)):
+                expected = {f"{tower.blocks}.*.{path}" for path in paths}
+                if forgotten := sorted(expected - set(listed)):
+                    raise ModelError(
+                        f"the {stream.modality} tower's residual stream lacks {forgotten[0]!r}",
+                        where=file,
+                    )

@@ -9,6 +9,7 @@ All findings go into one error. It takes seconds for a model of any size and rea
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from prismquant.models.arch import (
     Modality,
     Site,
     SiteKind,
+    Stream,
     Tower,
 )
 from prismquant.models.config import (
@@ -47,6 +49,7 @@ __all__ = [
     "BoundModel",
     "BoundSite",
     "BoundStep",
+    "BoundStream",
     "bind",
 ]
 
@@ -147,6 +150,28 @@ class BoundEdge:
 
 
 @dataclass(frozen=True)
+class BoundStream:
+    """The residual stream of one tower, with module paths.
+
+    Attributes:
+        modality: Of the tower.
+        width: Its channels.
+        writers: Linears and convolutions whose output rows are its channels.
+        embeddings: Tables whose rows are vectors of the stream.
+        norms: Norms through which it is read; each is the upper end of an edge, and each is as wide
+            as the stream or as several concatenated vectors of it.
+        centred: Whether a norm subtracts the mean over channels, as LayerNorm does.
+    """
+
+    modality: Modality
+    width: int
+    writers: tuple[str, ...]
+    embeddings: tuple[str, ...]
+    norms: tuple[str, ...]
+    centred: bool
+
+
+@dataclass(frozen=True)
 class BoundModel:
     """An architecture bound to a folder.
 
@@ -158,6 +183,7 @@ class BoundModel:
         steps: In calibration order.
         sites: All sites, in calibration order.
         edges: All edges.
+        streams: Residual streams of the towers that have a description of theirs.
         left_alone: ``(module path, reason)`` of layers that are never quantized.
         dtype: Most frequent floating dtype on disk, or the config's.
         shapes: Module tensor name -> shape, for every parameter and stored buffer.
@@ -172,6 +198,7 @@ class BoundModel:
     steps: tuple[BoundStep, ...]
     sites: tuple[BoundSite, ...]
     edges: tuple[BoundEdge, ...]
+    streams: tuple[BoundStream, ...]
     left_alone: tuple[tuple[str, str], ...]
     dtype: torch.dtype
     shapes: Mapping[str, tuple[int, ...]]
@@ -245,6 +272,7 @@ def bind(
     sites = tuple(site for step in steps for site in step.sites)
     left_alone = _bind_left_alone(arch, modules, {site.name for site in sites}, findings)
     edges = _bind_edges(arch, config, modules, steps, findings)
+    streams = _bind_streams(arch, modules, edges, findings)
     if not quantized:
         if read_config(folder).get("quantization_config"):
             findings.append(
@@ -262,6 +290,7 @@ def bind(
         steps=steps,
         sites=sites,
         edges=edges,
+        streams=streams,
         left_alone=left_alone,
         dtype=_dtype(config, infos),
         shapes=shapes,
@@ -463,6 +492,95 @@ def _bind_edge(
             step=owner[consumers[0]],
         )
     ]
+
+
+# ---------------------------------------------------------------------------------------- streams
+
+
+def _bind_streams(
+    arch: ArchSpec,
+    modules: Mapping[str, nn.Module],
+    edges: tuple[BoundEdge, ...],
+    findings: list[str],
+) -> tuple[BoundStream, ...]:
+    streams = [_bind_stream(stream, modules, findings) for stream in arch.streams]
+    bound = tuple(stream for stream in streams if stream is not None)
+    if len(bound) != len(arch.streams):
+        return bound
+    known = Counter(name for stream in bound for name in stream.norms)
+    sources = {edge.norm for edge in edges if edge.norm is not None}
+    findings.extend(
+        f"{name}: read from {known[name] or 'no'} residual streams"
+        for name in sorted(sources | known.keys())
+        if bound and known[name] != 1
+    )
+    findings.extend(
+        f"{name}: no edge starts at this norm of a residual stream"
+        for name in sorted(known.keys() - sources)
+    )
+    return bound
+
+
+def _bind_stream(
+    stream: Stream, modules: Mapping[str, nn.Module], findings: list[str]
+) -> BoundStream | None:
+    writers = _matches(stream.writers, modules, findings)
+    norms = _matches(stream.norms, modules, findings)
+    widths = Counter(
+        width for name in writers if (width := _written(name, modules, findings)) is not None
+    )
+    if not widths or not norms or widths.total() != len(writers):
+        return None
+    width = widths.most_common(1)[0][0]
+    if len(widths) > 1:
+        findings.append(f"the writers of the {stream.modality} stream differ in width: {[*widths]}")
+    centred = {name: _is_centred(modules[name]) for name in norms}
+    for name, kind in centred.items():
+        weight = getattr(modules[name], "weight", None)
+        if kind is None or not isinstance(weight, torch.Tensor) or weight.numel() % width:
+            findings.append(
+                f"{name}: expected a norm of {width} channels, found {_kind(modules[name])}"
+            )
+    return BoundStream(
+        modality=stream.modality,
+        width=width,
+        writers=tuple(name for name in writers if not isinstance(modules[name], nn.Embedding)),
+        embeddings=tuple(name for name in writers if isinstance(modules[name], nn.Embedding)),
+        norms=norms,
+        centred=any(centred.values()),
+    )
+
+
+def _matches(
+    patterns: tuple[str, ...], modules: Mapping[str, nn.Module], findings: list[str]
+) -> tuple[str, ...]:
+    result: list[str] = []
+    for pattern in patterns:
+        regex = re.compile(re.escape(pattern).replace(r"\*", r"[^.]+"))
+        found = [name for name in modules if regex.fullmatch(name)]
+        members = modules.get(pattern.partition(".*")[0])
+        if not found and not (isinstance(members, nn.ModuleList) and len(members) == 0):
+            findings.append(f"{pattern}: a residual stream names it, but no module has this path")
+        result.extend(found)
+    return tuple(result)
+
+
+def _written(name: str, modules: Mapping[str, nn.Module], findings: list[str]) -> int | None:
+    """Channels that a module adds to the stream."""
+    module = modules[name]
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim
+    if isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
+        return int(module.weight.shape[0])
+    findings.append(f"{name}: expected a writer of a residual stream, found {_kind(module)}")
+    return None
+
+
+def _is_centred(module: nn.Module) -> bool | None:
+    """Whether a norm subtracts the mean; None for a module that is no norm."""
+    if isinstance(module, nn.LayerNorm):
+        return True
+    return False if _kind(module).endswith("RMSNorm") else None
 
 
 # ---------------------------------------------------------------------------------------- headers
