@@ -13,7 +13,10 @@ if not hasattr(torch.ops.torchvision, "nms"):
     _DECLARED.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _DECLARED.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
-from compressed_tensors.compressors.naive_quantized import IntQuantizationCompressor
+from compressed_tensors.compressors.naive_quantized import (
+    FloatQuantizationCompressor,
+    IntQuantizationCompressor,
+)
 from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.lifecycle.forward import dequantize, fake_quantize, quantize
@@ -21,13 +24,16 @@ from compressed_tensors.quantization.utils import (
     calculate_qparams,
     compute_dynamic_scales_and_zp,
 )
+from compressed_tensors.quantization.utils.fp4_utils import cast_to_fp4
 
 __all__ = [
+    "FloatQuantizationCompressor",
     "IntQuantizationCompressor",
     "PackedQuantizationCompressor",
     "QuantizationArgs",
     "QuantizationScheme",
     "calculate_qparams",
+    "cast_to_fp4",
     "compute_dynamic_scales_and_zp",
     "dequantize",
     "fake_quantize",

@@ -19,7 +19,7 @@ from prismquant.models.load import load_float, load_processor
 from prismquant.numerics.ranges import RangeRule
 from prismquant.pipeline.batches import make_batches
 from prismquant.pipeline.data import read_samples
-from prismquant.runtime.quant_linear import InputQuantizer, inputs_in_float
+from prismquant.runtime.quant_linear import ActivationQuantizer, activations_in_float
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -155,7 +155,7 @@ def test_propagation_can_be_turned_off(
     ranges = {}
     for propagate in (False, True):
         out = tmp_path / str(propagate)
-        chosen = recipe("w4a8-static", "rtn", propagate_weights=propagate)
+        chosen = recipe("w4a8-static", "rtn", block_sequential=propagate)
         result = pq.quantize(folder, chosen, out, calibration_file)
         notes = next(
             layer.notes for s in result.record.steps for layer in s.layers if layer.name == name
@@ -175,7 +175,7 @@ def test_sequential_stages_can_be_turned_off(
     highs = {}
     for sequential in (False, True):
         out = tmp_path / str(sequential)
-        chosen = recipe("w4a8-static", "rtn", sequential=sequential)
+        chosen = recipe("w4a8-static", "rtn", layer_sequential=sequential)
         record = pq.quantize(folder, chosen, out, calibration_file).record
         layers = [layer for step in record.steps for layer in step.layers]
         highs[sequential] = next(
@@ -242,7 +242,7 @@ def test_the_head_can_be_quantized_too(
     x = inputs_seen(finished, "lm_head", inputs_of(folder, calibration_file))
     assert head.name == "lm_head"
     assert math.isclose(head.notes["input_high"], float(x.max()), rel_tol=1e-4)
-    assert isinstance(finished.lm_head.input_quantizer, InputQuantizer)
+    assert isinstance(finished.lm_head.input_quantizer, ActivationQuantizer)
 
 
 def test_gptq_lowers_every_layers_objective(
@@ -269,12 +269,12 @@ def test_quantized_activations_can_be_kept_from_the_next_block(
     """A second block then sees quantized weights before it, but inputs in floating point."""
     folder, out = tiny("qwen2_vl"), tmp_path / "out"
     name = "model.language_model.layers.1.self_attn.q_proj"
-    chosen = recipe("w4a8-static", "rtn", propagate_activations=False)
+    chosen = recipe("w4a8-static", "rtn", quantized_inputs=False)
     record = pq.quantize(folder, chosen, out, calibration_file).record
     notes = next(layer.notes for s in record.steps for layer in s.layers if layer.name == name)
     finished = load_model(out, dtype=torch.float32)
     runs = inputs_of(folder, calibration_file)
-    with inputs_in_float(finished):
+    with activations_in_float(finished):
         in_float = inputs_seen(finished, name, runs)
     as_served = inputs_seen(finished, name, runs)
     assert math.isclose(notes["input_high"], float(in_float.max()), rel_tol=1e-5)

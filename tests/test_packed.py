@@ -13,9 +13,10 @@ from torch import Tensor
 
 from prismquant.errors import FormatError
 from prismquant.formats.packed import (
-    LAYOUTS,
     QuantizedTensor,
+    check_declarable,
     check_layout,
+    declared_kind,
     pack,
     pack_bits,
     stored_bytes,
@@ -57,6 +58,7 @@ def stream_by_big_integers(row: list[int], bits: int) -> list[int]:
 def library_scheme(number: NumberSpec) -> object:
     args = library.QuantizationArgs(
         num_bits=number.bits,
+        type="int" if number.kind == "int" else "float",
         symmetric=number.symmetric,
         strategy=number.granularity.value,
         group_size=number.group_size,
@@ -132,6 +134,7 @@ def test_unpacking_refuses_another_shape_or_dtype() -> None:
 
 
 def stored_specs() -> st.SearchStrategy[NumberSpec]:
+    """Integers."""
     return st.builds(
         lambda bits, size, symmetric, narrow: NumberSpec(
             bits,
@@ -147,9 +150,18 @@ def stored_specs() -> st.SearchStrategy[NumberSpec]:
     )
 
 
+def layouts_of(number: NumberSpec) -> tuple[str, ...]:
+    if number.kind == "e4m3":
+        return ("float-quantized",)
+    return ("pack-quantized", "int-quantized") if number.symmetric else ("pack-quantized",)
+
+
+FLOATS = [spec(name) for name in ("fp8-channel", "fp8-g16", "fp8-tensor")]
+
+
 @settings(deadline=None)
 @given(
-    number=stored_specs(),
+    number=st.one_of(stored_specs(), st.sampled_from(FLOATS)),
     seed=st.integers(0, 10_000),
     rows=st.integers(1, 40),
     dtype=st.sampled_from(DTYPES),
@@ -163,7 +175,7 @@ def test_what_is_simulated_is_what_is_stored(
     unit = (number.granularity, number.group_size)
     q = quantized(w, number, scale_dtype)
     want = simulate(w, q.scale, q.zero_point, number.grid, *unit)
-    for layout in LAYOUTS if number.symmetric else LAYOUTS[:1]:
+    for layout in layouts_of(number):
         tensors = pack(q, layout)
         back = unpack(tensors, number, layout)
         assert torch.equal(back.codes, q.codes)
@@ -175,13 +187,14 @@ def test_what_is_simulated_is_what_is_stored(
 
 
 @pytest.mark.parametrize("shape", [(0, 16), (3, 0), (0, 0)])
-@pytest.mark.parametrize("name", ["int4-channel", "int3-g16-asym", "int8-channel"])
+@pytest.mark.parametrize("name", ["int4-channel", "int3-g16-asym", "int8-channel", "fp8-channel"])
 def test_empty_weights_pack_to_empty_tensors(shape: tuple[int, int], name: str) -> None:
     q = quantized(torch.zeros(shape), spec(name))
-    tensors = pack(q, "pack-quantized")
-    assert unpack(tensors, q.spec, "pack-quantized").shape == shape
+    layout = layouts_of(q.spec)[0]
+    tensors = pack(q, layout)
+    assert unpack(tensors, q.spec, layout).shape == shape
     size = sum(t.numel() * t.element_size() for t in tensors.values())
-    assert size == stored_bytes(shape, q.spec, "pack-quantized", torch.float32)
+    assert size == stored_bytes(shape, q.spec, layout, torch.float32)
 
 
 def test_a_tensor_scale_is_stored_as_plain_int8() -> None:
@@ -250,6 +263,51 @@ def test_int_quantized_is_bit_for_bit_what_the_library_writes_and_reads(
     assert torch.equal(read, q.dequantize(dtype))
 
 
+@pytest.mark.parametrize("number", FLOATS, ids=lambda number: number.name)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_float_quantized_is_bit_for_bit_what_the_library_writes_and_reads(
+    number: NumberSpec, dtype: torch.dtype
+) -> None:
+    w = weight(1, 12, 48)
+    w[0, :2] = torch.tensor([0.0, -1e-9])
+    q = quantized(w, number, dtype)
+    ours = pack(q, "float-quantized")
+    assert {k: t.dtype for k, t in ours.items()} == {
+        "weight": torch.float8_e4m3fn,
+        "weight_scale": dtype,
+    }
+    scheme = library_scheme(number)
+    # Division by a scale of 16 bits happens in 32 there only when it is given as such.
+    state = {"weight": w, "weight_scale": q.scale.float()}
+    theirs = library.FloatQuantizationCompressor.compress(state, scheme)
+    assert set(ours) == set(theirs)
+    assert torch.equal(ours["weight"].view(torch.int8), theirs["weight"].view(torch.int8))
+    read = library.FloatQuantizationCompressor.decompress(ours, scheme)["weight"]
+    assert read.dtype == dtype
+    view = torch.int32 if dtype == torch.float32 else torch.int16
+    assert torch.equal(read.view(view), q.dequantize(dtype).view(view))
+
+
+def test_every_byte_of_e4m3_survives_but_for_what_is_no_number() -> None:
+    codes = torch.arange(256).to(torch.int8)
+    numbers = codes[(codes & 0x7F) != 0x7F].view(1, -1)
+    q = QuantizedTensor(numbers, torch.ones(1, 1), None, spec("fp8-channel"))
+    assert torch.equal(unpack(pack(q, "float-quantized"), q.spec, "float-quantized").codes, numbers)
+    broken = QuantizedTensor(codes.view(2, -1), torch.ones(2, 1), None, spec("fp8-channel"))
+    with pytest.raises(FormatError, match="a code is 0x7f, no finite number of fp8 channel"):
+        pack(broken, "float-quantized")
+
+
+@pytest.mark.parametrize("name", ["fp8-channel", "fp8-e5m2-g16", "fp4-g16", "fp4-tensor"])
+def test_a_quantized_tensor_reads_its_codes_by_its_format(name: str) -> None:
+    w, number = weight(4, 6, 48), spec(name)
+    q = quantized(w, number)
+    unit = (number.granularity, number.group_size)
+    assert torch.equal(q.dequantize(), simulate(w, q.scale, None, number.grid, *unit))
+    step = {"fp8-channel": 1 / 16, "fp8-e5m2-g16": 1 / 8}.get(name, 1 / 2)
+    assert bool(((q.dequantize() - w).abs() <= step * w.abs() + 0.3 * q.scale.max()).all())
+
+
 # --- refusals ---------------------------------------------------------------------------------
 
 
@@ -260,6 +318,13 @@ def test_int_quantized_is_bit_for_bit_what_the_library_writes_and_reads(
         ("int8-tensor", "pack-quantized", "channel or group"),
         ("int8-channel-asym", "int-quantized", "symmetric"),
         ("int8-channel", "packed-quantized", "did you mean 'pack-quantized'"),
+        ("int8-channel", "float-quantized", "use the layout pack-quantized or int-quantized"),
+        ("fp8-channel", "int-quantized", "use the layout float-quantized"),
+        ("fp8-channel", "pack-quantized", "use the layout float-quantized"),
+        ("fp8-token", "float-quantized", "activations"),
+        ("fp8-e5m2-channel", "float-quantized", r"store them dense \(dequantized\)"),
+        ("fp4-g32", "float-quantized", r"store them dense \(dequantized\)"),
+        ("fp4-g32", "pack-quantized", r"store them dense \(dequantized\)"),
     ],
 )
 def test_layouts_refuse_what_they_cannot_hold(name: str, layout: str, told: str) -> None:
@@ -267,6 +332,26 @@ def test_layouts_refuse_what_they_cannot_hold(name: str, layout: str, told: str)
         check_layout(spec(name), layout)
     with pytest.raises(FormatError, match=told):
         stored_bytes((4, 8), spec(name), layout, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["fp8-e5m2-channel", "fp4-g8"])
+def test_packing_what_no_layout_holds_names_the_remedy(name: str) -> None:
+    with pytest.raises(FormatError, match="no layout") as caught:
+        pack(quantized(weight(0, 4, 16), spec(name)), "float-quantized")
+    assert "dense" in str(caught.value.remedy)
+
+
+def test_configurations_name_kinds_of_numbers_by_type_and_width() -> None:
+    for name in ("int4-g128", "int8-token-asym", "fp8-channel", "fp8-token", "fp4-g32-dyn"):
+        number = spec(name)
+        check_declarable(number)
+        told = "int" if number.kind == "int" else "float"
+        assert declared_kind(told, number.bits) == number.kind
+    with pytest.raises(FormatError, match="cannot declare fp8 e5m2 token dyn"):
+        check_declarable(spec("fp8-e5m2-token"))
+    for number_type, bits in (("float", 6), ("uint", 8)):
+        with pytest.raises(FormatError, match=f"'{number_type}' and {bits} bits"):
+            declared_kind(number_type, bits)
 
 
 def test_a_code_outside_the_grid_is_refused_before_it_corrupts_its_neighbours() -> None:
@@ -320,6 +405,10 @@ def test_the_shape_may_come_from_the_caller_but_must_agree_with_the_checkpoint()
     assert torch.equal(unpack(tensors, q.spec, "pack-quantized", (4, 16)).codes, q.codes)
     with pytest.raises(FormatError, match="unknown"):
         unpack(tensors, q.spec, "pack-quantized")
+    wide = {"weight": torch.zeros(4, 16), "weight_scale": torch.ones(4, 1)}
+    for name, layout in (("int8-channel", "int-quantized"), ("fp8-channel", "float-quantized")):
+        with pytest.raises(FormatError, match=r"not torch\.float32"):
+            unpack(wide, spec(name), layout)
     plain = pack(quantized(weight(3, 4, 16), spec("int8-channel")), "int-quantized")
     with pytest.raises(FormatError, match=r"\[4, 16\], expected \[4, 8\]"):
         unpack(plain, spec("int8-channel"), "int-quantized", (4, 8))

@@ -262,9 +262,9 @@ def test_the_fingerprint_changes_with_every_field_of_a_rule(
         {"samples": 7},
         {"batch_size": 3},
         {"seed": 1},
-        {"sequential": False},
-        {"propagate_weights": False},
-        {"propagate_activations": False},
+        {"layer_sequential": False},
+        {"block_sequential": False},
+        {"quantized_inputs": False},
     ],
     ids=str,
 )

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from prismquant.formats.spec import spec
 from prismquant.runtime.quant_linear import (
-    InputQuantizer,
+    ActivationQuantizer,
     QuantLinear,
-    inputs_in_float,
+    activations_in_float,
     quantize_inputs,
 )
 
@@ -45,7 +45,7 @@ def test_every_token_has_its_own_scale(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator) * torch.rand((*shape[:-1], 1), generator=generator)
-    quantizer = InputQuantizer(spec(f"int{bits}-token" + ("" if symmetric else "-asym")))
+    quantizer = ActivationQuantizer(spec(f"int{bits}-token" + ("" if symmetric else "-asym")))
     seen = quantizer(x)
     assert seen.shape == x.shape
     assert seen.dtype == x.dtype
@@ -60,7 +60,7 @@ def test_every_token_has_its_own_scale(
 
 def test_tokens_do_not_influence_one_another() -> None:
     x = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0))
-    quantizer = InputQuantizer(spec("int8-token"))
+    quantizer = ActivationQuantizer(spec("int8-token"))
     together = quantizer(x)
     x[1, 3] *= 1000
     other = quantizer(x)
@@ -74,7 +74,7 @@ def test_the_input_lands_on_the_grid_and_stays_there(name: str) -> None:
     number = spec(name)
     scale = None if number.dynamic else torch.tensor([0.05])
     zero = torch.tensor([-3], dtype=torch.int8) if not number.symmetric else None
-    quantizer = InputQuantizer(number, scale, zero)
+    quantizer = ActivationQuantizer(number, scale, zero)
     x = torch.randn(7, 32, generator=torch.Generator().manual_seed(1))
     once = quantizer(x)
     if scale is not None:
@@ -88,7 +88,7 @@ def test_the_input_lands_on_the_grid_and_stays_there(name: str) -> None:
 
 
 def test_a_static_scale_clips_what_lies_outside() -> None:
-    quantizer = InputQuantizer(spec("int8-tensor"), torch.tensor([0.5]))
+    quantizer = ActivationQuantizer(spec("int8-tensor"), torch.tensor([0.5]))
     x = torch.tensor([[1000.0, -1000.0, 0.3, 0.0]])
     assert quantizer(x).tolist() == [[63.5, -64.0, 0.5, 0.0]]
 
@@ -96,7 +96,7 @@ def test_a_static_scale_clips_what_lies_outside() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_an_input_of_no_tokens_and_one_of_zeros_pass(dtype: torch.dtype) -> None:
     """An image-free batch reaches the vision tower with no rows at all."""
-    quantizer = InputQuantizer(spec("int8-token"))
+    quantizer = ActivationQuantizer(spec("int8-token"))
     assert quantizer(torch.empty(0, 8, dtype=dtype)).shape == (0, 8)
     zeros = torch.zeros(2, 8, dtype=dtype)
     assert torch.equal(quantizer(zeros), zeros)
@@ -144,7 +144,7 @@ def test_a_layer_at_the_top_of_a_model_can_be_replaced() -> None:
 def test_a_layer_without_a_quantizer_is_a_plain_layer() -> None:
     linear = nn.Linear(5, 3)
     x = torch.randn(2, 5)
-    assert torch.equal(QuantLinear.from_linear(linear, None)(x), linear(x))
+    assert torch.equal(QuantLinear.from_linear(linear)(x), linear(x))
 
 
 def test_inputs_can_be_left_in_float_for_a_while_even_after_an_error() -> None:
@@ -155,14 +155,14 @@ def test_inputs_can_be_left_in_float_for_a_while_even_after_an_error() -> None:
     plain.inner.load_state_dict(block.inner.state_dict())
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(3))
     quantized = block(x)
-    with inputs_in_float(block):
+    with activations_in_float(block):
         assert torch.equal(block(x), plain(x))
-    with pytest.raises(RuntimeError), inputs_in_float(block):
+    with pytest.raises(RuntimeError), activations_in_float(block):
         raise RuntimeError
     assert torch.equal(block(x), quantized)
     # What was off before stays off.
     block.inner[0].input_quantizer.enabled = False  # type: ignore[union-attr]
-    with inputs_in_float(block):
+    with activations_in_float(block):
         pass
     assert not block.inner[0].input_quantizer.enabled  # type: ignore[union-attr]
 

@@ -280,7 +280,7 @@ rules:
     group_fallback: channel
   - match: {modality: [vision, projector]}
     skip: true
-calibration: {samples: 16, batch_size: 2, seed: 3, propagate_weights: false}
+calibration: {samples: 16, batch_size: 2, seed: 3, block_sequential: false}
 """
 
 
@@ -291,7 +291,7 @@ def test_yaml_python_and_a_recipe_are_the_same(tmp_path: Path) -> None:
     assert from_file == from_python == load_recipe(from_file) == load_recipe(str(path))
     assert from_file.name == "mixed"
     assert from_file.calibration.samples == 16
-    assert from_file.calibration.sequential
+    assert from_file.calibration.layer_sequential
 
 
 @pytest.mark.parametrize("source", [*PRESETS, "FULL"])
@@ -429,10 +429,10 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
             ],
             "tokens are not known in advance",
         ),
-        ([{"weights": "int8-channel", "activations": "int8-tensor-dyn"}], "granularity: token"),
+        ([{"weights": "int8-channel", "activations": "int8-tensor-dyn"}], "tensor scales are static"),
         (
             [{"weights": "int8-channel", "activations": "int8-g128"}],
-            "activations with group scales are not supported",
+            "activations of int8 g128 sym are not supported",
         ),
         (
             [{"weights": "int8-channel", "activations": "int8-channel"}],

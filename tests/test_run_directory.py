@@ -241,11 +241,11 @@ class Count(Silent):
 KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "w4a8-static-all": ("qwen2_vl", "w4a8-static-all", {}),
     "deepstack": ("qwen3_vl", "w4a16-all", {}),
-    "float propagation": ("qwen2_5_vl", "w4a8-static-all", {"propagate_weights": False}),
+    "float propagation": ("qwen2_5_vl", "w4a8-static-all", {"block_sequential": False}),
     "float inputs, not sequential": (
         "video_llama_3",
         "w4a8-all",
-        {"propagate_activations": False, "sequential": False},
+        {"quantized_inputs": False, "layer_sequential": False},
     ),
 }
 

@@ -12,21 +12,23 @@ from hypothesis import strategies as st
 from prismquant.errors import FormatError
 from prismquant.formats.spec import PRESETS, NumberSpec, spec
 from prismquant.numerics.affine import Granularity
-from prismquant.numerics.grids import IntGrid
+from prismquant.numerics.grids import FLOAT_KINDS, FloatGrid, IntGrid
 
 
 @st.composite
 def specs(draw: st.DrawFn) -> NumberSpec:
     granularity = draw(st.sampled_from(Granularity))
-    symmetric = draw(st.booleans())
+    kind = draw(st.sampled_from(["int", "int", *FLOAT_KINDS]))
+    symmetric = kind != "int" or draw(st.booleans())
     dynamic = draw(st.booleans()) or granularity == Granularity.TOKEN
     return NumberSpec(
-        bits=draw(st.integers(2, 8)),
+        bits=draw(st.integers(2, 8)) if kind == "int" else FloatGrid(kind).bits,
         granularity=granularity,
         group_size=draw(st.integers(1, 512)) if granularity == Granularity.GROUP else None,
         symmetric=symmetric,
-        narrow=symmetric and draw(st.booleans()),
+        narrow=kind == "int" and symmetric and draw(st.booleans()),
         dynamic=dynamic and granularity != Granularity.CHANNEL,
+        kind=kind,
     )
 
 
@@ -58,6 +60,11 @@ def test_presets_are_named_as_they_are(name: str) -> None:
         ("int8-token-asym", "int8 token asym dyn"),
         ("int8-tensor", "int8 tensor sym"),
         ("int8-channel-narrow", "int8 channel narrow"),
+        ("fp8-channel", "fp8 channel"),
+        ("fp8-token", "fp8 token dyn"),
+        ("fp8-e5m2-tensor", "fp8 e5m2 tensor"),
+        ("fp4-g32", "fp4 g32"),
+        ("fp4-g32-dyn", "fp4 g32 dyn"),
     ],
 )
 def test_descriptions_read_like_the_literature(name: str, words: str) -> None:
@@ -67,13 +74,19 @@ def test_descriptions_read_like_the_literature(name: str, words: str) -> None:
 def test_the_usual_formats_are_presets() -> None:
     usual = {"int4-g128", "int8-channel", "int4-channel", "int8-token", "int8-tensor", "int3-g128"}
     assert usual | {"int2-g64", "int4-g128-asym"} <= set(PRESETS)
+    floats = {"fp8-channel", "fp8-token", "fp8-tensor", "fp8-e5m2-channel"}
+    assert floats | {"fp4-g32", "fp4-channel", "fp4-token"} <= set(PRESETS)
 
 
 def test_names_beyond_the_presets_follow_the_same_grammar() -> None:
     assert spec("int5-g96") == NumberSpec(5, Granularity.GROUP, 96)
+    assert spec("fp8-e5m2-g96") == NumberSpec(8, Granularity.GROUP, 96, kind="e5m2")
+    assert spec("fp4-g64-dyn") == NumberSpec(4, Granularity.GROUP, 64, dynamic=True, kind="e2m1")
 
 
-@pytest.mark.parametrize("name", ["int4", "int4-g", "fp8", "int4-g128-sym", "INT4-g128", ""])
+@pytest.mark.parametrize(
+    "name", ["int4", "int4-g", "fp8", "int4-g128-sym", "INT4-g128", "", "fp6-channel"]
+)
 def test_unknown_names_are_refused_with_the_known_ones(name: str) -> None:
     with pytest.raises(FormatError, match=re.escape(repr(name))) as caught:
         spec(name)
@@ -100,6 +113,13 @@ def test_a_slip_of_the_pen_is_answered_with_the_name_that_was_meant() -> None:
         ({"bits": 8, "granularity": "channel", "symmetric": "yes"}, "symmetric must be"),
         ({"bits": 4, "granularity": "channel", "symmetric": False, "narrow": True}, "narrow"),
         ({"bits": 4, "granularity": "channel", "groupsize": 32}, "no field 'groupsize'"),
+        ({"bits": 8, "granularity": "channel", "kind": "float"}, "no kind of number 'float'"),
+        ({"bits": 4, "granularity": "channel", "kind": "e4m3"}, "8 bits, not 4"),
+        ({"bits": True, "granularity": "channel", "kind": "e2m1"}, "4 bits, not True"),
+        ({"granularity": "channel", "kind": "e4m3", "symmetric": False}, "asymmetric"),
+        ({"granularity": "channel", "kind": "e5m2", "narrow": True}, "narrow"),
+        ({"granularity": "channel", "kind": "e5m2", "dynamic": True}, "for weights"),
+        ({"granularity": "token", "kind": "e4m3"}, "always dynamic"),
         ({"granularity": "channel"}, "needs 'bits'"),
         ({"bits": 4}, "needs 'granularity'"),
     ],
@@ -116,6 +136,14 @@ def test_the_granularity_may_be_given_as_its_name() -> None:
     assert number.grid == IntGrid(4)
 
 
+@pytest.mark.parametrize("kind", FLOAT_KINDS)
+def test_the_kind_says_the_bits_and_the_grid(kind: str) -> None:
+    number = NumberSpec.from_dict({"kind": kind, "granularity": "channel"})
+    assert number.grid == FloatGrid(kind)  # type: ignore[arg-type]
+    assert number.bits == FloatGrid(kind).bits  # type: ignore[arg-type]
+    assert spec("int8-channel").to_dict()["kind"] == "int"
+
+
 @pytest.mark.parametrize(
     ("name", "bits"),
     [
@@ -123,6 +151,8 @@ def test_the_granularity_may_be_given_as_its_name() -> None:
         ("int4-g128-asym", 4 + 20 / 128),
         ("int4-channel", 4 + 16 / 4096),
         ("int8-tensor", 8.0),
+        ("fp8-channel", 8 + 16 / 4096),
+        ("fp4-g32", 4.5),
     ],
 )
 def test_effective_bits_count_scales_and_zero_points(name: str, bits: float) -> None:

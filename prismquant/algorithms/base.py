@@ -223,9 +223,8 @@ def nearest_codes(weight: Tensor, scales: Scales, spec: NumberSpec) -> Tensor:
 
 def decode(codes: Tensor, scales: Scales, spec: NumberSpec) -> Tensor:
     """The values that codes stand for, float32 ``[out, in]``."""
-    return dequantize(
-        codes, scales.scale, scales.zero_point, spec.granularity, spec.group_size, torch.float32
-    )
+    unit = (spec.granularity, spec.group_size)
+    return dequantize(codes, scales.scale, scales.zero_point, *unit, torch.float32, spec.grid)
 
 
 def row_losses(error: Tensor, hessian: Tensor | None) -> Tensor:

@@ -47,9 +47,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from prismquant.formats.spec import NumberSpec
-    from prismquant.numerics.grids import IntGrid
+    from prismquant.numerics.grids import Grid
 
-Order = Literal["pivot", "activation", "original"]
+Order = Literal["pivot", "activation", "group", "original"]
 Basis = Literal["column", "mean"]
 Weighting = Literal["pivot", "diagonal", "none"]
 
@@ -137,7 +137,8 @@ class GPTQ:
             )
         hessian = hessian.to(problem.weights[0].device, torch.float32)
         alive = hessian.diagonal().nonzero().flatten()
-        factor = self._factorize(hessian[alive][:, alive], problem.title)
+        groups = _lines_of(alive, problem.spec)
+        factor = self._factorize(hessian[alive][:, alive], groups, problem.title)
         scales = choose_scales(problem, self._importance(hessian, alive, factor))
         nearest = [
             nearest_codes(weight, s, problem.spec)
@@ -161,13 +162,13 @@ class GPTQ:
         codes = sweep.codes(torch.cat(nearest))
         return _choose_rows(problem, scales, nearest, codes, hessian, notes)
 
-    def _factorize(self, hessian: Tensor, title: str) -> _Factor:
+    def _factorize(self, hessian: Tensor, groups: Tensor, title: str) -> _Factor:
         """Order, damp and factorize, with more precision and then more damping until it works."""
         damping, attempts = self.damping, 0
         while damping <= _DAMPING_LIMIT:
             for dtype in (torch.float32, torch.float64):
                 attempts += 1
-                factor = self._attempt(hessian, damping, dtype, attempts)
+                factor = self._attempt(hessian, groups, damping, dtype, attempts)
                 if factor is not None:
                     return factor
             damping = max(10 * damping, _DAMPING_FLOOR)
@@ -181,13 +182,13 @@ class GPTQ:
         )
 
     def _attempt(
-        self, hessian: Tensor, damping: float, dtype: torch.dtype, attempts: int
+        self, hessian: Tensor, groups: Tensor, damping: float, dtype: torch.dtype, attempts: int
     ) -> _Factor | None:
         diagonal = hessian.diagonal().to(dtype)
         basis = diagonal if self.damping_basis == "column" else diagonal.mean()
         damped = hessian.to(dtype, copy=True)
         damped.diagonal().add_(damping * basis)
-        order = self._order(damped)
+        order = self._order(damped, groups)
         if order is None:
             return None
         damped = damped[order][:, order]
@@ -211,11 +212,13 @@ class GPTQ:
             dtype=dtype,
         )
 
-    def _order(self, damped: Tensor) -> Tensor | None:
+    def _order(self, damped: Tensor, groups: Tensor) -> Tensor | None:
         if self.order == "pivot":
             return _smallest_pivot_last(damped)
         if self.order == "activation":
             return torch.argsort(damped.diagonal(), descending=True, stable=True)
+        if self.order == "group":
+            return _group_by_group(damped.diagonal(), groups)
         return torch.arange(len(damped), device=damped.device)
 
     def _importance(self, hessian: Tensor, alive: Tensor, factor: _Factor) -> Tensor | None:
@@ -281,8 +284,10 @@ class _Sweep:
         self._codes = torch.zeros_like(self._weights, dtype=torch.int8)
         rows = [len(weight) for weight in problem.weights]
         steps, zeros = scales_by_column(scales, rows, problem.spec)
-        self._rounder = _Rounder(problem.spec.grid, steps, zeros)
-        self._lines = _lines_of(columns, problem.spec)
+        zero_lines = None if zeros is None else zeros.unbind()
+        self._grid = problem.spec.grid
+        self._rounder = _Rounder(self._grid, steps.unbind(), zero_lines)
+        self._lines: list[int] = _lines_of(columns, problem.spec).tolist()
 
     def run(self, coefficients: Tensor, costs: Tensor, *, revisit: bool) -> float:
         """Round every column once, from ``w_k + sum over j of coefficients[k, j] * e_j``.
@@ -304,19 +309,19 @@ class _Sweep:
             distances = torch.addmm(
                 self._weights[block], coefficients[block, :reach], self.errors[:reach]
             )
-            change = torch.empty_like(distances)
+            change, points = torch.empty_like(distances), torch.empty_like(distances)
             for i, k in enumerate(range(block.start, block.stop)):
                 # A target to begin with, in the end its distance from the value chosen.
                 target = distances[i]
                 if i:
                     # What has changed inside this block since the product above.
                     target.addmv_(change[:i].T, coefficients[k, block.start : k])
-                codes, values = self._rounder(target, self._lines[k])
-                self._codes[k] = codes
+                values = self._rounder(target, self._lines[k], points[i])
                 error = self._weights[k] - values
                 torch.sub(error, self.errors[k], out=change[i])
                 self.errors[k] = error
                 target.sub_(values)
+            self._grid.write(points, self._codes[block])
             squares = distances.square()
             if revisit:
                 squares -= distances.sub_(change).square_()
@@ -340,32 +345,39 @@ class _Rounder:
     """Rounds one column of all rows.
 
     Attributes:
-        grid: The codes.
-        steps: Scales, float32 ``[G, rows]``.
-        zeros: Zero points, float32 ``[G, rows]``, or ``None``.
+        grid: The points and their codes.
+        steps: Scales, float32 ``[rows]`` for each of ``G`` lines.
+        zeros: Zero points, likewise, or ``None``.
     """
 
-    grid: IntGrid
-    steps: Tensor
-    zeros: Tensor | None
+    grid: Grid
+    steps: tuple[Tensor, ...]
+    zeros: tuple[Tensor, ...] | None
 
-    def __call__(self, target: Tensor, line: int) -> tuple[Tensor, Tensor]:
-        """Codes and values, both float32 ``[rows]``, exactly as the affine map defines them."""
+    def __call__(self, target: Tensor, line: int, points: Tensor) -> Tensor:
+        """Round targets exactly as the affine map defines it.
+
+        Args:
+            target: float32 ``[rows]``; left as it is.
+            line: Of the scales.
+            points: float32 ``[rows]``, to be filled with points of the grid.
+
+        Returns:
+            The values that they stand for, float32 ``[rows]``.
+        """
         step = self.steps[line]
-        codes = target / step
+        torch.div(target, step, out=points)
         if self.zeros is None:
-            codes.clamp_(self.grid.qmin, self.grid.qmax).round_()
-            return codes, codes * step
+            return self.grid.round_(points) * step
         zero = self.zeros[line]
-        codes.add_(zero).clamp_(self.grid.qmin, self.grid.qmax).round_()
-        return codes, (codes - zero).mul_(step)
+        return (self.grid.round_(points.add_(zero)) - zero).mul_(step)
 
 
-def _lines_of(columns: Tensor, spec: NumberSpec) -> list[int]:
+def _lines_of(columns: Tensor, spec: NumberSpec) -> Tensor:
     """Which line of the scales each column uses: that of its group in the original order."""
     if spec.granularity != Granularity.GROUP or spec.group_size is None:
-        return [0] * len(columns)
-    return (columns // spec.group_size).tolist()
+        return torch.zeros_like(columns)
+    return columns // spec.group_size
 
 
 def _noise(dtype: torch.dtype, count: int) -> float:
@@ -379,6 +391,26 @@ def _noise(dtype: torch.dtype, count: int) -> float:
 def _coupling(damped: Tensor) -> Tensor:
     """``H_kj / H_kk`` off the diagonal, zero on it: the coefficients of coordinate descent."""
     return (damped / damped.diagonal().unsqueeze(1)).fill_diagonal_(0.0)
+
+
+def _group_by_group(diagonal: Tensor, groups: Tensor) -> Tensor:
+    """Groups by their largest entry, and columns within them by their own, largest first.
+
+    Columns that share a scale stay next to one another.
+
+    Args:
+        diagonal: Of the Hessian, ``[n]``.
+        groups: Which group each column belongs to, int64 ``[n]``.
+
+    Returns:
+        Column at each position, int64 ``[n]``.
+    """
+    columns = torch.argsort(diagonal, descending=True, stable=True)
+    _, group = groups[columns].unique(return_inverse=True)
+    position = torch.arange(len(columns), device=columns.device)
+    # A group's first column is its largest, so groups rank by where they first appear.
+    first = torch.full_like(position, len(columns)).scatter_reduce_(0, group, position, "amin")
+    return columns[torch.argsort(first[group], stable=True)]
 
 
 def _smallest_pivot_last(matrix: Tensor) -> Tensor | None:

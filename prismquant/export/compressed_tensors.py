@@ -26,11 +26,19 @@ import torch
 from torch import Tensor
 
 from prismquant.errors import FormatError, StorageError
-from prismquant.formats.packed import QuantizedTensor, pack, unpack
+from prismquant.formats.packed import (
+    QuantizedTensor,
+    check_declarable,
+    declared_kind,
+    pack,
+    unpack,
+)
 from prismquant.formats.spec import NumberSpec
 from prismquant.models.arch import SiteKind
 from prismquant.models.bind import BoundModel, BoundStep
-from prismquant.pipeline.engine import SolvedLayer
+from prismquant.models.rotation import untied
+from prismquant.pipeline.engine import source_reader
+from prismquant.pipeline.group import SolvedLayer, SplitColumns, StaticScale
 from prismquant.pipeline.plan import DENSE, Plan, PlanRow
 from prismquant.storage import (
     INDEX_NAME,
@@ -48,7 +56,16 @@ CONFIG_VERSION = "0.17.0"
 CONFIG_KEY = "quantization_config"
 METHOD = "compressed-tensors"
 _SUFFIXES = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
-_INPUT_SUFFIXES = ("input_scale", "input_zero_point")
+SIGNS, SPLIT_INDEX, SPLIT_WEIGHT = "input_signs", "split_index", "split_weight"
+_ACTIVATION_SUFFIXES = (
+    "input_scale",
+    "input_zero_point",
+    "output_scale",
+    "output_zero_point",
+    SIGNS,
+    SPLIT_INDEX,
+    SPLIT_WEIGHT,
+)
 _COPIED = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"}
 
 
@@ -65,17 +82,23 @@ class CheckpointWriter:
         self.folder = folder
         self.bound = bound
         self.plan = plan
-        self._reader = ShardReader(bound.folder)
+        self._reader = source_reader(plan, bound)
 
-    def write_step(self, step: BoundStep, layers: Sequence[SolvedLayer]) -> str:
-        """Write one step's shard: its quantized layers, and its other tensors as they are."""
+    def write_step(
+        self, step: BoundStep, layers: Sequence[SolvedLayer], changed: Mapping[str, Tensor]
+    ) -> str:
+        """Write one step's shard: its quantized layers, what was changed, the rest as it is."""
         solved = {f"{layer.row.site.disk_name}.weight": layer for layer in layers}
-        tensors: dict[str, Tensor] = {}
+        tensors = {self.bound.names.to_disk(name): tensor for name, tensor in changed.items()}
         for name in self._names_of(step):
             layer = solved.pop(name, None)
-            tensors |= {name: self._reader.read(name)} if layer is None else _layer_tensors(layer)
+            if layer is not None:
+                tensors |= _layer_tensors(layer)
+            elif name not in tensors:
+                tensors[name] = self._reader.read(name)
         if solved:
             raise StorageError(f"the source has no tensor {next(iter(solved))!r}", where=step.name)
+        tensors |= self._signs(step)
         shard = self._shard_name(self.bound.steps.index(step) + 1)
         write_tensors(self.folder / shard, tensors)
         return shard
@@ -85,6 +108,14 @@ class CheckpointWriter:
         reader = ShardReader(self.folder, files=[shard])
         return [self._read_layer(reader, row) for row in rows]
 
+    def read_plain(self, shard: str, rows: Sequence[PlanRow]) -> dict[str, Tensor]:
+        """All tensors of a shard that are not of these layers' weights and inputs."""
+        reader = ShardReader(self.folder, files=[shard])
+        known = {self.bound.names.to_disk(name) for name in self.bound.shapes}
+        weights = {f"{row.site.disk_name}.weight" for row in rows}
+        plain = sorted((reader.names & known) - weights)
+        return {self.bound.names.to_module(name): reader.read(name) for name in plain}
+
     def finish(self) -> None:
         """Write what belongs to no step, the index, the copied files, and ``config.json`` last."""
         loose = {name: self._reader.read(name) for name in self._loose_names()}
@@ -93,6 +124,8 @@ class CheckpointWriter:
         for source in _files_to_copy(self.bound.folder):
             copy_file(source, self.folder / source.relative_to(self.bound.folder))
         config = dict(read_json(self.bound.folder / "config.json"))
+        if untied(self.bound, self.plan.rotations):
+            config = _untied_config(config)
         groups = quantization_config(self.plan, self.bound)
         write_json(self.folder / "config.json", config | ({CONFIG_KEY: groups} if groups else {}))
 
@@ -103,9 +136,25 @@ class CheckpointWriter:
         if row.layout == DENSE:
             codes = reader.read(f"{prefix}.weight").reshape(row.site.out_features, -1)
             # A dense layer is stored dequantized: its values stand for themselves.
-            return SolvedLayer(row, DenseWeight(codes), None, None)
-        weight = _unpack(reader, prefix, StoredScheme(weights, row.activations, row.layout))
-        return SolvedLayer(row, weight, *_input_parameters(reader, prefix))
+            return SolvedLayer(row, DenseWeight(codes))
+        weight = _unpack(reader, prefix, StoredScheme(weights, row.layout))
+        return SolvedLayer(
+            row,
+            weight,
+            _static_scale(reader, prefix, "input"),
+            _static_scale(reader, prefix, "output"),
+            _split_columns(reader, prefix),
+        )
+
+    def _signs(self, step: BoundStep) -> dict[str, Tensor]:
+        """Signs that the runtime flips before it rotates the inputs of a step's layers."""
+        return {
+            f"{row.site.disk_name}.{SIGNS}": row.online.signs
+            for row in self.plan.rows
+            if row.site.step == step.index
+            and row.online is not None
+            and row.online.signs is not None
+        }
 
     def _names_of(self, step: BoundStep) -> list[str]:
         prefix = f"{step.name}."
@@ -117,6 +166,9 @@ class CheckpointWriter:
 
     def _loose_names(self) -> list[str]:
         taken = {name for step in self.bound.steps for name in self._names_of(step)}
+        # A step may have changed a tensor that belongs to none, such as a norm between towers.
+        for number in range(1, len(self.bound.steps) + 1):
+            taken |= read_header(self.folder / self._shard_name(number)).keys()
         return sorted(self._reader.names - taken)
 
     def _shard_name(self, number: int) -> str:
@@ -148,12 +200,15 @@ class DenseWeight:
         return self.values.to(dtype)
 
 
+_Key = tuple[NumberSpec | None, NumberSpec | None, NumberSpec | None, str]
+
+
 def quantization_config(plan: Plan, bound: BoundModel) -> dict[str, Any] | None:
     """The ``quantization_config`` of a plan; None where nothing is stored quantized."""
-    schemes: dict[tuple[NumberSpec | None, NumberSpec | None, str], list[str]] = {}
+    schemes: dict[_Key, list[str]] = {}
     for row in plan.quantized:
         if row.layout != DENSE:
-            key = (row.weights, row.activations, row.layout)
+            key = (row.weights, row.activations, row.outputs, row.layout)
             schemes.setdefault(key, []).append(_config_name(bound, row.site.name))
     if not schemes:
         return None
@@ -163,9 +218,9 @@ def quantization_config(plan: Plan, bound: BoundModel) -> dict[str, Any] | None:
             "format": layout,
             "weights": _arguments(weights),
             "input_activations": _arguments(activations),
-            "output_activations": None,
+            "output_activations": _arguments(outputs),
         }
-        for number, ((weights, activations, layout), names) in enumerate(schemes.items())
+        for number, ((weights, activations, outputs, layout), names) in enumerate(schemes.items())
     }
     layouts = {group["format"] for group in groups.values()}
     quantized = {name for names in schemes.values() for name in names}
@@ -179,7 +234,7 @@ def quantization_config(plan: Plan, bound: BoundModel) -> dict[str, Any] | None:
         "ignore": sorted(linears - quantized),
         "kv_cache_scheme": None,
         "sparsity_config": {},
-        "transform_config": {},
+        "transform_config": _transform_config(plan, bound),
         "config_groups": groups,
     }
 
@@ -190,13 +245,15 @@ class StoredScheme:
 
     Attributes:
         weights: The weight's number format.
-        activations: The input's, or None.
-        layout: ``pack-quantized`` or ``int-quantized``.
+        layout: ``pack-quantized``, ``int-quantized`` or ``float-quantized``.
+        activations: The input's number format, or None.
+        outputs: The output's, or None.
     """
 
     weights: NumberSpec
-    activations: NumberSpec | None
     layout: str
+    activations: NumberSpec | None = None
+    outputs: NumberSpec | None = None
 
 
 def read_schemes(config: Mapping[str, Any], linears: Sequence[str]) -> dict[str, StoredScheme]:
@@ -222,8 +279,11 @@ def read_schemes(config: Mapping[str, Any], linears: Sequence[str]) -> dict[str,
     for group in section["config_groups"].values():
         scheme = StoredScheme(
             _specification(group["weights"]),
-            _specification(group["input_activations"]) if group.get("input_activations") else None,
             group.get("format") or section["format"],
+            *(
+                _specification(group[key]) if group.get(key) else None
+                for key in ("input_activations", "output_activations")
+            ),
         )
         for name in linears:
             if _hit(name, group["targets"]) and not _hit(name, ignored):
@@ -250,7 +310,7 @@ class DequantizingReader(ShardReader):
         hidden = {
             f"{prefix}.{suffix}"
             for prefix in self._schemes
-            for suffix in (*_SUFFIXES, *_INPUT_SUFFIXES)
+            for suffix in (*_SUFFIXES, *_ACTIVATION_SUFFIXES)
         }
         return (super().names - hidden) | {f"{prefix}.weight" for prefix in self._schemes}
 
@@ -267,19 +327,27 @@ class DequantizingReader(ShardReader):
         scheme, prefix = self._scheme(name)
         if scheme is None:
             return super().read(name)
-        weight = _unpack(ShardReader(self.folder, [self._shard(prefix)]), prefix, scheme)
-        return weight.dequantize(torch.float32)
+        reader = self._own(prefix)
+        values = _unpack(reader, prefix, scheme).dequantize(torch.float32)
+        columns = _split_columns(reader, prefix)
+        if columns is None:
+            return values
+        return values.index_copy_(1, columns.index, columns.weight.float())
 
-    def input_parameters(self, prefix: str) -> tuple[Tensor | None, Tensor | None]:
-        """The static scale and zero point of a layer's input, where the checkpoint has them."""
-        return _input_parameters(ShardReader(self.folder, [self._shard(prefix)]), prefix)
+    def static_scale(self, prefix: str, side: str) -> StaticScale | None:
+        """The static scale of a layer's ``input`` or ``output``, where the checkpoint has one."""
+        return _static_scale(self._own(prefix), prefix, side)
+
+    def split_columns(self, prefix: str) -> SplitColumns | None:
+        """The columns of a layer that stay in floating point, where there are any."""
+        return _split_columns(self._own(prefix), prefix)
 
     def _scheme(self, name: str) -> tuple[StoredScheme | None, str]:
         prefix, _, leaf = name.rpartition(".")
         return (self._schemes.get(prefix) if leaf == "weight" else None), prefix
 
-    def _shard(self, prefix: str) -> str:
-        return super().info(f"{prefix}.weight_scale").file
+    def _own(self, prefix: str) -> ShardReader:
+        return ShardReader(self.folder, [super().info(f"{prefix}.weight_scale").file])
 
 
 def _config_name(bound: BoundModel, module_name: str) -> str:
@@ -302,20 +370,46 @@ def _layer_tensors(layer: SolvedLayer) -> dict[str, Tensor]:
         values = layer.weight.dequantize(layer.weight.scale.dtype).reshape(row.site.weight_shape)
         return {f"{prefix}.weight": values}
     tensors = {f"{prefix}.{k}": v for k, v in pack(layer.weight, row.layout).items()}
-    # Layers that share an input share its scale in memory; on disk each has its own.
-    if layer.input_scale is not None:
-        tensors[f"{prefix}.input_scale"] = layer.input_scale.clone()
-    if layer.input_zero_point is not None:
-        tensors[f"{prefix}.input_zero_point"] = layer.input_zero_point.clone()
-    return tensors
+    for side, static in (("input", layer.input), ("output", layer.output)):
+        # Layers that share an input share its scale in memory; on disk each has its own.
+        if static is not None:
+            tensors[f"{prefix}.{side}_scale"] = static.scale.clone()
+            if static.zero_point is not None:
+                tensors[f"{prefix}.{side}_zero_point"] = static.zero_point.clone()
+    return tensors | _split_tensors(layer)
 
 
-def _input_parameters(reader: ShardReader, prefix: str) -> tuple[Tensor | None, Tensor | None]:
-    scale, zero_point = (
-        reader.read(name) if name in reader.names else None
-        for name in (f"{prefix}.{suffix}" for suffix in _INPUT_SUFFIXES)
-    )
-    return scale, zero_point
+def _split_tensors(layer: SolvedLayer) -> dict[str, Tensor]:
+    """Columns in floating point, padded with index -1 to as many as the plan made room for."""
+    row = layer.row
+    if row.split is None or not isinstance(layer.weight, QuantizedTensor):
+        return {}
+    index = torch.full((row.split.columns,), -1, dtype=torch.int32)
+    weight = torch.zeros(row.site.out_features, row.split.columns, dtype=layer.weight.scale.dtype)
+    if layer.columns is not None:
+        count = len(layer.columns.index)
+        index[:count] = layer.columns.index.to(index)
+        weight[:, :count] = layer.columns.weight.to(weight)
+    prefix = row.site.disk_name
+    return {f"{prefix}.{SPLIT_INDEX}": index, f"{prefix}.{SPLIT_WEIGHT}": weight}
+
+
+def _split_columns(reader: ShardReader, prefix: str) -> SplitColumns | None:
+    if f"{prefix}.{SPLIT_INDEX}" not in reader.names:
+        return None
+    index = reader.read(f"{prefix}.{SPLIT_INDEX}").long()
+    used = index >= 0
+    if not bool(used.any()):
+        return None
+    return SplitColumns(index[used], reader.read(f"{prefix}.{SPLIT_WEIGHT}")[:, used])
+
+
+def _static_scale(reader: ShardReader, prefix: str, side: str) -> StaticScale | None:
+    if f"{prefix}.{side}_scale" not in reader.names:
+        return None
+    zero = f"{prefix}.{side}_zero_point"
+    zero_point = reader.read(zero) if zero in reader.names else None
+    return StaticScale(reader.read(f"{prefix}.{side}_scale"), zero_point)
 
 
 def _unpack(reader: ShardReader, prefix: str, scheme: StoredScheme) -> QuantizedTensor:
@@ -327,12 +421,71 @@ def _unpack(reader: ShardReader, prefix: str, scheme: StoredScheme) -> Quantized
         raise FormatError(error.what, where=prefix, remedy=error.remedy) from error
 
 
+def _transform_config(plan: Plan, bound: BoundModel) -> dict[str, Any]:
+    """Rotations at run time, as the ``hadamard`` transforms of compressed-tensors."""
+    blocks: dict[int, list[str]] = {}
+    for row in plan.rows:
+        if row.online is not None:
+            blocks.setdefault(row.online.block, []).append(_config_name(bound, row.site.name))
+    if not blocks:
+        return {}
+    return {
+        "config_groups": {
+            f"hadamard_{block}": {
+                "type": "hadamard",
+                "head_dim": block,
+                "randomize": False,
+                "requires_grad": False,
+                "apply": [
+                    {"targets": sorted(names), "location": "input", "inverse": False, "ignore": []}
+                ],
+            }
+            for block, names in blocks.items()
+        }
+    }
+
+
+def read_rotations(config: Mapping[str, Any], linears: Sequence[str]) -> dict[str, int]:
+    """Which linear layers of a model rotate their input, and in blocks of what width.
+
+    Args:
+        config: The content of ``config.json``.
+        linears: Names of the model's linear layers, as the configuration calls them.
+
+    Raises:
+        FormatError: A transform is one that PrismQuant does not have.
+    """
+    section = (config.get(CONFIG_KEY) or {}).get("transform_config") or {}
+    found: dict[str, int] = {}
+    for name, group in (section.get("config_groups") or {}).items():
+        for apply in group["apply"]:
+            known = group["type"] == "hadamard" and not group.get("randomize")
+            if not known or apply["location"] != "input" or not group.get("head_dim"):
+                raise FormatError(
+                    f"transform {name!r} ({group['type']} at {apply['location']}) cannot be read",
+                    remedy="only block-diagonal hadamard transforms of inputs are supported",
+                )
+            for linear in linears:
+                if _hit(linear, apply["targets"]) and not _hit(linear, apply.get("ignore") or []):
+                    found[linear] = int(group["head_dim"])
+    return found
+
+
+def _untied_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a model whose head has a weight of its own."""
+    text = config.get("text_config")
+    if isinstance(text, dict) and "tie_word_embeddings" in text:
+        config = config | {"text_config": text | {"tie_word_embeddings": False}}
+    return config | {"tie_word_embeddings": False}
+
+
 def _arguments(spec: NumberSpec | None) -> dict[str, Any] | None:
     if spec is None:
         return None
+    check_declarable(spec)
     return {
         "num_bits": spec.bits,
-        "type": "int",
+        "type": "int" if spec.kind == "int" else "float",
         "symmetric": spec.symmetric,
         "strategy": str(spec.granularity),
         "group_size": spec.group_size,
@@ -341,20 +494,20 @@ def _arguments(spec: NumberSpec | None) -> dict[str, Any] | None:
 
 
 def _specification(arguments: Mapping[str, Any]) -> NumberSpec:
-    if arguments.get("type", "int") != "int":
-        raise FormatError(f"numbers of type {arguments['type']!r} cannot be read yet")
     group_size = arguments.get("group_size")
     inferred = (
         "group" if group_size and group_size > 0 else "channel" if group_size == -1 else "tensor"
     )
     granularity = arguments.get("strategy") or inferred
+    bits = arguments.get("num_bits")
     return NumberSpec.from_dict(
         {
-            "bits": arguments["num_bits"],
+            "bits": bits,
             "granularity": granularity,
             "group_size": group_size if granularity == "group" else None,
             "symmetric": arguments.get("symmetric", True),
             "dynamic": bool(arguments.get("dynamic", False)),
+            "kind": declared_kind(arguments.get("type", "int"), bits),
         }
     )
 

@@ -1,6 +1,6 @@
 """Bit layouts: quantized weights as the tensors of a compressed-tensors checkpoint, and back.
 
-Two layouts of the compressed-tensors format (version 0.18 and newer) are written, bit for bit:
+Three layouts of the compressed-tensors format (version 0.18 and newer) are written, bit for bit:
 
 ``pack-quantized``
     ``weight_packed`` int32 ``[N, ceil(K b / 32)]``: each row is a little-endian bit stream of codes
@@ -9,6 +9,8 @@ Two layouts of the compressed-tensors format (version 0.18 and newer) are writte
     ``weight_zero_point``, packed alike but down the rows: int32 ``[ceil(N b / 32), G]``.
 ``int-quantized``
     ``weight`` int8 ``[N, K]`` and ``weight_scale``.
+``float-quantized``
+    ``weight`` float8_e4m3fn ``[N, K]`` and ``weight_scale``.
 
 Packing loses nothing: :func:`unpack` of :func:`pack` gives the codes, scales and zero points again.
 """
@@ -17,7 +19,9 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,18 +29,27 @@ from torch import Tensor
 
 from prismquant.errors import FormatError, suggest
 from prismquant.numerics.affine import Granularity, dequantize
+from prismquant.numerics.grids import FloatGrid, FloatKind
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
-    from prismquant.formats.spec import NumberSpec
+    from prismquant.formats.spec import Kind, NumberSpec
 
 PACK_QUANTIZED = "pack-quantized"
 INT_QUANTIZED = "int-quantized"
-LAYOUTS = (PACK_QUANTIZED, INT_QUANTIZED)
+FLOAT_QUANTIZED = "float-quantized"
+LAYOUTS = (PACK_QUANTIZED, INT_QUANTIZED, FLOAT_QUANTIZED)
+
+# Layouts that store each code in a byte of its own, and as what.
+_PLAIN: Mapping[str, torch.dtype] = MappingProxyType(
+    {INT_QUANTIZED: torch.int8, FLOAT_QUANTIZED: torch.float8_e4m3fn}
+)
 
 _WORD_BITS = 32
 _WORD_BYTES = 4
+# What a configuration means by a floating-point number of so many bits.
+_DECLARED_FLOATS: Mapping[int, FloatKind] = MappingProxyType({8: "e4m3", 4: "e2m1"})
 # Rows are packed in pieces of about so many codes: they stay in cache, and temporaries stay small.
 _PIECE = 1 << 20
 
@@ -46,7 +59,7 @@ class QuantizedTensor:
     """A weight in codes, with all that is needed to read it.
 
     Attributes:
-        codes: int8 ``[out, in]``.
+        codes: int8 ``[out, in]``: whole numbers, or the bit patterns of a floating-point format.
         scale: As stored: ``[1]``, ``[out, 1]`` or ``[out, G]`` by granularity.
         zero_point: int8, shaped like the scale; ``None`` exactly when the format is symmetric.
         spec: The format.
@@ -103,6 +116,7 @@ class QuantizedTensor:
             self.spec.granularity,
             self.spec.group_size,
             dtype,
+            self.spec.grid,
         )
 
 
@@ -111,7 +125,7 @@ def pack(q: QuantizedTensor, layout: str) -> dict[str, Tensor]:
 
     Args:
         q: The weight.
-        layout: ``pack-quantized`` or ``int-quantized``.
+        layout: One of :data:`LAYOUTS`.
 
     Returns:
         Contiguous tensors by the suffix of their name on disk.
@@ -123,8 +137,8 @@ def pack(q: QuantizedTensor, layout: str) -> dict[str, Tensor]:
     check_layout(q.spec, layout)
     _check_codes(q.codes, q.spec, "a code")
     scale = q.scale.contiguous()
-    if layout == INT_QUANTIZED:
-        return {"weight": q.codes.contiguous(), "weight_scale": scale}
+    if layout != PACK_QUANTIZED:
+        return {"weight": q.codes.contiguous().view(_PLAIN[layout]), "weight_scale": scale}
     tensors = {
         "weight_packed": pack_bits(q.codes, q.spec.bits),
         "weight_scale": scale,
@@ -148,7 +162,7 @@ def unpack(
         tensors: What :func:`pack` returned, by suffix. ``weight_shape`` may be missing when
             ``shape`` is given.
         spec: The format.
-        layout: ``pack-quantized`` or ``int-quantized``.
+        layout: One of :data:`LAYOUTS`.
         shape: ``(out, in)``, when it is known from elsewhere.
 
     Returns:
@@ -159,9 +173,12 @@ def unpack(
             and the layout demand.
     """
     check_layout(spec, layout)
-    if layout == INT_QUANTIZED:
+    if layout != PACK_QUANTIZED:
         _check_names(tensors, {"weight", "weight_scale"}, set(), spec, layout)
-        q = QuantizedTensor(tensors["weight"], tensors["weight_scale"], None, spec)
+        stored = tensors["weight"]
+        if stored.dtype != _PLAIN[layout]:
+            raise FormatError(f"{layout} weights are {_PLAIN[layout]}, not {stored.dtype}")
+        q = QuantizedTensor(stored.view(torch.int8), tensors["weight_scale"], None, spec)
         if shape is not None and tuple(shape) != q.shape:
             raise FormatError(f"weight is {list(q.shape)}, expected {list(shape)}")
         return q
@@ -187,7 +204,7 @@ def stored_bytes(
     Args:
         shape: ``(out, in)`` of the weight.
         spec: The format.
-        layout: ``pack-quantized`` or ``int-quantized``.
+        layout: One of :data:`LAYOUTS`.
         scale_dtype: Dtype of the stored scale.
 
     Returns:
@@ -200,7 +217,7 @@ def stored_bytes(
     rows, columns = shape
     scales = math.prod(spec.scale_shape(rows, columns))
     size = scales * scale_dtype.itemsize
-    if layout == INT_QUANTIZED:
+    if layout != PACK_QUANTIZED:
         return size + rows * columns
     size += rows * _words(columns, spec.bits) * _WORD_BYTES + 2 * torch.int64.itemsize
     if not spec.symmetric:
@@ -213,7 +230,7 @@ def check_layout(spec: NumberSpec, layout: str) -> None:
 
     Args:
         spec: The format of a weight.
-        layout: ``pack-quantized`` or ``int-quantized``.
+        layout: One of :data:`LAYOUTS`.
 
     Raises:
         FormatError: It cannot, or there is no such layout; the error says what would.
@@ -225,6 +242,16 @@ def check_layout(spec: NumberSpec, layout: str) -> None:
             f"{spec.describe()} is a format of activations and cannot be stored",
             remedy="use a static format for weights",
         )
+    if spec.kind not in ("int", "e4m3"):
+        raise FormatError(
+            f"no layout of the compressed-tensors format holds {spec.describe()} weights",
+            remedy="store them dense (dequantized), or use fp8 (E4M3) or integers",
+        )
+    if (layout == FLOAT_QUANTIZED) != (spec.kind == "e4m3"):
+        fitting = FLOAT_QUANTIZED if spec.kind == "e4m3" else f"{PACK_QUANTIZED} or {INT_QUANTIZED}"
+        raise FormatError(
+            f"{layout} weights cannot be {spec.describe()}", remedy=f"use the layout {fitting}"
+        )
     if layout == INT_QUANTIZED and not spec.symmetric:
         raise FormatError(
             f"int-quantized weights are symmetric, {spec.describe()} is not",
@@ -235,6 +262,45 @@ def check_layout(spec: NumberSpec, layout: str) -> None:
             "pack-quantized weights have channel or group granularity, not tensor",
             remedy="use channel granularity or the int-quantized layout",
         )
+
+
+def check_declarable(spec: NumberSpec) -> None:
+    """Make sure that a checkpoint's configuration can say that numbers have this format.
+
+    Args:
+        spec: The format of a weight or an activation.
+
+    Raises:
+        FormatError: The compressed-tensors format has no word for it.
+    """
+    if spec.kind == "e5m2":
+        raise FormatError(
+            f"the compressed-tensors format cannot declare {spec.describe()}",
+            remedy="use fp8 (E4M3) or integers",
+        )
+
+
+def declared_kind(number_type: str, bits: int | None) -> Kind:
+    """The kind of number that a configuration means.
+
+    Args:
+        number_type: ``int`` or ``float``.
+        bits: Width of a code, as far as it is given.
+
+    Returns:
+        The kind, as of :class:`prismquant.formats.spec.NumberSpec`.
+
+    Raises:
+        FormatError: It is neither an integer nor one of the floating-point layouts.
+    """
+    if number_type == "int":
+        return "int"
+    if number_type == "float" and bits is not None and bits in _DECLARED_FLOATS:
+        return _DECLARED_FLOATS[bits]
+    raise FormatError(
+        f"numbers of type {number_type!r} and {bits} bits cannot be read",
+        remedy="only int, and float of 8 bits (E4M3) or 4 bits (E2M1), are known",
+    )
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
@@ -372,13 +438,25 @@ def _words(columns: int, bits: int) -> int:
 def _check_codes(codes: Tensor, spec: NumberSpec, what: str) -> None:
     if codes.numel() == 0:
         return
-    low, high = (int(end) for end in torch.aminmax(codes))
     grid = spec.grid
+    if isinstance(grid, FloatGrid):
+        _check_numbers(codes, grid, spec, what)
+        return
+    low, high = (int(end) for end in torch.aminmax(codes))
     if low < grid.qmin or high > grid.qmax:
         wrong = low if low < grid.qmin else high
         raise FormatError(
             f"{what} is {wrong}, outside [{grid.qmin}, {grid.qmax}] of {spec.describe()}"
         )
+
+
+def _check_numbers(codes: Tensor, grid: FloatGrid, spec: NumberSpec, what: str) -> None:
+    """Refuse bit patterns that are no finite number."""
+    for rows in _row_slices(*codes.shape):
+        bad = ~grid.read(codes[rows]).isfinite()
+        if bool(bad.any()):
+            wrong = int(codes[rows][bad][0]) & 0xFF
+            raise FormatError(f"{what} is {wrong:#04x}, no finite number of {spec.describe()}")
 
 
 def _check_names(

@@ -1,42 +1,50 @@
-"""How one tensor is expressed in integers: a name, and everything the name means.
+"""How one tensor is expressed in few bits: a name, and everything the name means.
 
 A :class:`NumberSpec` is complete (nothing is left for a reader to guess) and valid from the moment
 it exists. Names follow one grammar,
-``int<bits>-<g<size>|channel|token|tensor>[-asym][-narrow][-dyn]``; ``token`` is always dynamic,
-because the tokens are not known before they arrive.
+``int<bits>-<g<size>|channel|token|tensor>[-asym][-narrow][-dyn]`` for integers and
+``<fp8|fp8-e5m2|fp4>-<g<size>|channel|token|tensor>[-dyn]`` for floating point, which is always
+symmetric; ``fp8`` is E4M3 and ``fp4`` E2M1. ``token`` is always dynamic, because the tokens are not
+known before they arrive.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 from prismquant.errors import FormatError, suggest
 from prismquant.numerics.affine import Granularity, check_group_size
-from prismquant.numerics.grids import IntGrid
+from prismquant.numerics.grids import FLOAT_KINDS, FloatGrid, FloatKind, Grid, IntGrid
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+Kind = Literal["int"] | FloatKind
 
+KINDS: tuple[Kind, ...] = ("int", *FLOAT_KINDS)
+
+_FLOAT_NAMES: Mapping[FloatKind, str] = MappingProxyType(
+    {"e4m3": "fp8", "e5m2": "fp8-e5m2", "e2m1": "fp4"}
+)
 _NAME = re.compile(
-    r"int(?P<bits>\d+)-(?:g(?P<size>\d+)|(?P<unit>channel|token|tensor))"
+    r"(?:int(?P<bits>\d+)|(?P<float>fp8-e5m2|fp8|fp4))-(?:g(?P<size>\d+)|(?P<unit>channel|token|tensor))"
     r"(?P<asym>-asym)?(?P<narrow>-narrow)?(?P<dyn>-dyn)?"
 )
 
 
 @dataclass(frozen=True)
 class NumberSpec:
-    """An integer format of a weight or an activation.
+    """The format of a weight or an activation.
 
     Attributes:
-        bits: Width of a code, 2 to 8.
+        bits: Width of a code: 2 to 8 for integers, what the kind says for floating point.
         granularity: What shares one scale.
         group_size: Consecutive input features to a group; with group granularity only.
         symmetric: Zero is code 0; otherwise every scale has a zero point.
         narrow: Leave out the lowest code; symmetric formats only.
         dynamic: Scales are taken from each activation as it arrives.
+        kind: ``int``, or a floating-point layout: ``e4m3``, ``e5m2`` or ``e2m1``.
 
     Raises:
         FormatError: The combination means nothing.
@@ -48,9 +56,10 @@ class NumberSpec:
     symmetric: bool = True
     narrow: bool = False
     dynamic: bool = False
+    kind: Kind = "int"
 
     def __post_init__(self) -> None:
-        IntGrid(self.bits, self.narrow)
+        self._check_kind()
         try:
             object.__setattr__(self, "granularity", Granularity(self.granularity))
         except ValueError:
@@ -89,28 +98,49 @@ class NumberSpec:
                 remedy="use token granularity for activations",
             )
 
+    def _check_kind(self) -> None:
+        if self.kind not in KINDS:
+            raise FormatError(
+                f"there is no kind of number {self.kind!r}", remedy=suggest(str(self.kind), KINDS)
+            )
+        if self.kind == "int":
+            IntGrid(self.bits, self.narrow)
+            return
+        own = FloatGrid(self.kind).bits
+        if isinstance(self.bits, bool) or self.bits != own:
+            raise FormatError(
+                f"{self.kind} numbers have {own} bits, not {self.bits!r}",
+                remedy=f"set bits to {own}, or kind to int",
+            )
+        for field, value in (("asymmetric", not self.symmetric), ("narrow", self.narrow)):
+            if value:
+                raise FormatError(
+                    f"{self.kind} numbers are symmetric about zero, they cannot be {field}",
+                    remedy="use a symmetric format that is not narrow, or integers",
+                )
+
     @property
-    def grid(self) -> IntGrid:
-        """The codes of this format."""
-        return IntGrid(self.bits, self.narrow)
+    def grid(self) -> Grid:
+        """The points of this format and their codes."""
+        return IntGrid(self.bits, self.narrow) if self.kind == "int" else FloatGrid(self.kind)
 
     @property
     def name(self) -> str:
         """The name from which :func:`spec` makes this format again, e.g. ``int4-g128``."""
-        parts = [f"int{self.bits}", self._unit]
+        parts = [self._number, self._unit]
         parts += [] if self.symmetric else ["asym"]
         parts += ["narrow"] if self.narrow else []
         parts += ["dyn"] if self.dynamic and self.granularity != Granularity.TOKEN else []
         return "-".join(parts)
 
     def describe(self) -> str:
-        """Say the format in a few words for a table, e.g. ``int4 g128 sym``, ``int8 token dyn``."""
-        parts = [f"int{self.bits}", self._unit]
+        """Say the format in a few words for a table, e.g. ``int4 g128 sym``, ``fp8 token dyn``."""
+        parts = [self._number.replace("-", " "), self._unit]
         if not self.symmetric:
             parts.append("asym")
         elif self.narrow:
             parts.append("narrow")
-        elif not self.dynamic:
+        elif not self.dynamic and self.kind == "int":
             parts.append("sym")
         parts += ["dyn"] if self.dynamic else []
         return " ".join(parts)
@@ -166,7 +196,8 @@ class NumberSpec:
         """Make a format from its fields.
 
         Args:
-            data: Field names and values; fields with defaults may be left out.
+            data: Field names and values; fields with defaults may be left out, and ``bits`` where
+                the kind says it.
 
         Returns:
             The format.
@@ -180,10 +211,17 @@ class NumberSpec:
                 raise FormatError(
                     f"a number format has no field {key!r}", remedy=suggest(str(key), known)
                 )
+        kind = data.get("kind")
+        implied = {"bits": FloatGrid(kind).bits} if kind in FLOAT_KINDS else {}
+        filled = implied | dict(data)
         for key in ("bits", "granularity"):
-            if key not in data:
+            if key not in filled:
                 raise FormatError(f"a number format needs {key!r}, got {dict(data)}")
-        return cls(**data)
+        return cls(**filled)
+
+    @property
+    def _number(self) -> str:
+        return f"int{self.bits}" if self.kind == "int" else _FLOAT_NAMES[self.kind]
 
     @property
     def _unit(self) -> str:
@@ -208,13 +246,16 @@ def spec(name: str) -> NumberSpec:
     if match is None:
         raise FormatError(f"there is no number format {name!r}", remedy=suggest(name, PRESETS))
     unit = match["unit"]
+    kinds: dict[str | None, Kind] = {name: kind for kind, name in _FLOAT_NAMES.items()}
+    kind = kinds.get(match["float"], "int")
     return NumberSpec(
-        bits=int(match["bits"]),
+        bits=int(match["bits"]) if kind == "int" else FloatGrid(kind).bits,
         granularity=Granularity(unit or Granularity.GROUP),
         group_size=None if unit else int(match["size"]),
         symmetric=match["asym"] is None,
         narrow=match["narrow"] is not None,
         dynamic=match["dyn"] is not None or unit == Granularity.TOKEN,
+        kind=kind,
     )
 
 
@@ -234,8 +275,12 @@ def _presets() -> Mapping[str, NumberSpec]:
         for unit in choices
         for suffix in ("", "-asym")
     ]
-    return MappingProxyType({name: spec(name) for name in (*names, "int8-tensor-dyn")})
+    names += ["int8-tensor-dyn", "fp8-tensor-dyn"]
+    names += [f"fp8-{unit}" for unit in ("channel", "token", "tensor", "g128")]
+    names += [f"fp8-e5m2-{unit}" for unit in ("channel", "token", "tensor")]
+    names += [f"fp4-{unit}" for unit in ("g16", "g32", "channel", "token", "g16-dyn", "g32-dyn")]
+    return MappingProxyType({name: spec(name) for name in names})
 
 
-# The formats that serving engines read, by name; any other of the grammar can be named as well.
+# The formats that are usual, by name; any other of the grammar can be named as well.
 PRESETS: Mapping[str, NumberSpec] = _presets()

@@ -49,6 +49,7 @@ class _Pass:
     Attributes:
         inputs: Keyword arguments of the model (vision) or of the language model (llm).
         row_weights: [tokens] float32, 0 for padding; None: every row counts.
+        vision: [tokens] bool, rows of images and videos in the language model; None elsewhere.
         latest: Name of the last finished step of the chain.
         hidden: Its output.
         entry_shape: Shape of the entry step's output, for a stand-in that costs nothing.
@@ -57,6 +58,7 @@ class _Pass:
 
     inputs: dict[str, Any]
     row_weights: Tensor | None
+    vision: Tensor | None = None
     latest: str = ""
     hidden: Any = None
     entry_shape: torch.Size = field(default_factory=torch.Size)
@@ -71,12 +73,15 @@ class StepCall:
         args: Positional arguments.
         kwargs: Keyword arguments.
         row_weights: [tokens] float32 weights of the rows for statistics, or None: all count alike.
+        vision: [tokens] bool, which rows are of an image or video, in the language model; else
+            None.
         keep: Stores the step's output, which later steps will see.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     row_weights: Tensor | None
+    vision: Tensor | None
     keep: Callable[[Any], None]
 
 
@@ -107,6 +112,7 @@ class Replay:
             {key: _moved(value, device, dtype) for key, value in batch.inputs.items()}
             for batch in batches
         ]
+        self._vision_tokens = [batch.vision_mask.reshape(-1).to(device) for batch in batches]
         self._vision = [self._vision_passes(inputs) for inputs in self._batches]
         self._llm: list[_Pass] = []
         self._steps = {step.name: step for step in bound.steps}
@@ -144,7 +150,9 @@ class Replay:
         All vision steps must be finished; the embeddings must be real.
         """
         root = self._llm_root()
-        for inputs, passes in zip(self._batches, self._vision, strict=True):
+        for inputs, passes, vision in zip(
+            self._batches, self._vision, self._vision_tokens, strict=True
+        ):
             captured = self._capture(inputs, self._vision_stand_ins(passes) | {root: _capture_here})
             mask = inputs.get("attention_mask")
             weights = None if mask is None else mask.reshape(-1).to(torch.float32)
@@ -153,7 +161,7 @@ class Replay:
                     "the language model is called with positional arguments",
                     where=self.bound.arch.name,
                 )
-            self._llm.append(_Pass(captured.kwargs_of_step, weights))
+            self._llm.append(_Pass(captured.kwargs_of_step, weights, vision))
         self._vision.clear()
         self._batches.clear()
 
@@ -190,7 +198,9 @@ class Replay:
         for state in self._llm:
             with _stand_ins(self.model, self._chain_stand_ins(state, Modality.LLM)):
                 output = root(**state.inputs)
-            yield StepCall((output.last_hidden_state,), {}, state.row_weights, lambda _: None)
+            yield StepCall(
+                (output.last_hidden_state,), {}, state.row_weights, state.vision, lambda _: None
+            )
 
     def _step_call(self, step: BoundStep, state: _Pass, captured: _Captured) -> StepCall:
         def keep(output: Any) -> None:
@@ -212,7 +222,9 @@ class Replay:
                 state.inputs["inputs_embeds"] = _hollow(state.inputs["inputs_embeds"])
             state.latest, state.hidden = step.name, output
 
-        return StepCall(captured.args_of_step, captured.kwargs_of_step, state.row_weights, keep)
+        return StepCall(
+            captured.args_of_step, captured.kwargs_of_step, state.row_weights, state.vision, keep
+        )
 
     def _vision_stand_ins(self, passes: Sequence[_Pass]) -> dict[str, Callable[..., Any]]:
         """Stand-ins for finished vision steps; the passes follow each other within one forward."""

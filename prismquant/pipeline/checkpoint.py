@@ -25,7 +25,7 @@ from prismquant.pipeline.plan import Plan
 from prismquant.recipe.schema import Recipe
 from prismquant.storage import is_temporary, read_json, remove_temporaries, write_json, write_text
 
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,23 @@ class LayerRecord:
 
 
 @dataclass(frozen=True)
+class EdgeRecord:
+    """What became of one edge.
+
+    Attributes:
+        source: Module path of its upper end.
+        readers: Module paths of the layers that read it.
+        equalizer: The method that chose the scale.
+        notes: What it chose and gained, or why it left the edge alone.
+    """
+
+    source: str
+    readers: tuple[str, ...]
+    equalizer: str
+    notes: Mapping[str, float | int | str]
+
+
+@dataclass(frozen=True)
 class StepRecord:
     """What became of one step.
 
@@ -57,12 +74,14 @@ class StepRecord:
         shard: File that holds its tensors.
         seconds: Wall time.
         layers: Its quantized layers.
+        edges: Edges along which scale was moved, or was not worth moving.
     """
 
     name: str
     shard: str
     seconds: float
     layers: tuple[LayerRecord, ...]
+    edges: tuple[EdgeRecord, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,16 +126,19 @@ class RunRecord:
         if version != RECORD_VERSION:
             raise StorageError(f"run record of version {version!r} cannot be read")
         try:
-            steps = tuple(
-                StepRecord(
-                    **{**step, "layers": tuple(LayerRecord(**layer) for layer in step["layers"])}
-                )
-                for step in content["steps"]
-            )
+            steps = tuple(_step_record(step) for step in content["steps"])
             fields = {k: v for k, v in content.items() if k not in ("version", "steps")}
             return cls(**fields, steps=steps)
         except (KeyError, TypeError) as error:
             raise StorageError(f"the run record is damaged: {error}") from error
+
+
+def _step_record(content: Mapping[str, Any]) -> StepRecord:
+    layers = tuple(LayerRecord(**layer) for layer in content["layers"])
+    edges = tuple(
+        EdgeRecord(**{**edge, "readers": tuple(edge["readers"])}) for edge in content["edges"]
+    )
+    return StepRecord(**{**content, "layers": layers, "edges": edges})
 
 
 class RunDirectory:

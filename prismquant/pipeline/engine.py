@@ -1,8 +1,12 @@
-"""The one loop: for each step, capture, solve, replace, carry forward, write.
+"""The one loop: for each step, capture, transform, solve, replace, tune, carry forward, write.
 
 One step (patch embedding, block, projector, head) is in memory at a time. Its parameters are read
-from the shards, its layers are solved stage by stage, its output under the quantized weights
-becomes the next step's input, its tensors are handed to the sink, and its memory is given back.
+from the shards, scale is moved along its edges, its layers are solved stage by stage, its output
+under the quantized weights becomes the next step's input, its tensors are handed to the sink, and
+its memory is given back.
+
+Where a method aims at the float model's output, a second chain runs beside the first: the same
+steps with float weights, fed by float steps before them.
 """
 
 from __future__ import annotations
@@ -10,71 +14,59 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from prismquant.algorithms.base import LayerProblem, LayerResult, Solver
-from prismquant.algorithms.statistics import HessianRecord
-from prismquant.algorithms.table import build_solver
+from prismquant.algorithms.statistics import ChannelRecord
+from prismquant.algorithms.table import build_equalizer
 from prismquant.errors import NumericsError
 from prismquant.memory import keep_heap_compact
 from prismquant.models.arch import Modality
 from prismquant.models.bind import BoundModel, BoundStep
 from prismquant.models.config import empty_model
 from prismquant.models.load import materialize, release
-from prismquant.numerics.affine import scale_zero_point
-from prismquant.numerics.ranges import RangeRecord
+from prismquant.models.rotation import RotatedReader
 from prismquant.pipeline.batches import Batch
 from prismquant.pipeline.capture import Enough, Replay, StepCall
-from prismquant.pipeline.checkpoint import LayerRecord, StepRecord
-from prismquant.pipeline.plan import DENSE, Plan, PlanRow, problem_groups
+from prismquant.pipeline.checkpoint import EdgeRecord, LayerRecord, StepRecord
+from prismquant.pipeline.equalize import edge_problem, move_scale
+from prismquant.pipeline.group import Group, GroupSettings, SolvedLayer, What, parameters
+from prismquant.pipeline.plan import DENSE, Plan, PlanEdge, PlanRow, problem_groups
+from prismquant.pipeline.tune import TunedBlock, tune
 from prismquant.runtime.quant_linear import (
-    InputQuantizer,
     QuantLinear,
-    inputs_in_float,
+    activations_in_float,
     quantize_inputs,
+    quantize_outputs,
+    rotate_inputs,
 )
 from prismquant.storage import ShardReader
 
-
-class StoredWeight(Protocol):
-    """A weight as the checkpoint holds it."""
-
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The values that it stands for, [out, in]."""
-
-
-_Output = tuple[Callable[[Any], None], Any]
-
-
-@dataclass(frozen=True)
-class SolvedLayer:
-    """A layer's numbers.
-
-    Attributes:
-        row: Its row of the plan.
-        weight: Codes and scales, or the dequantized values of a layer that is stored dense.
-        input_scale: [1] static input scale, or None.
-        input_zero_point: int8 [1], or None.
-    """
-
-    row: PlanRow
-    weight: StoredWeight
-    input_scale: Tensor | None
-    input_zero_point: Tensor | None
+Outputs = list[tuple[Callable[[Any], None], Any]]
 
 
 class Sink(Protocol):
     """Where finished steps go."""
 
-    def write_step(self, step: BoundStep, layers: Sequence[SolvedLayer]) -> str:
-        """Make the step durable; returns the shard's name."""
+    def write_step(
+        self, step: BoundStep, layers: Sequence[SolvedLayer], changed: Mapping[str, Tensor]
+    ) -> str:
+        """Make the step durable; returns the shard's name.
+
+        Args:
+            step: The step.
+            layers: Its quantized layers.
+            changed: Other tensors that differ from the source's, by module tensor name.
+        """
 
     def read_step(self, shard: str, rows: Sequence[PlanRow]) -> list[SolvedLayer]:
         """The layers of a step that an earlier run finished."""
+
+    def read_plain(self, shard: str, rows: Sequence[PlanRow]) -> dict[str, Tensor]:
+        """All other tensors of such a step, by module tensor name."""
 
 
 class Reporter(Protocol):
@@ -116,6 +108,8 @@ class Run:
         device: Where the arithmetic happens.
         dtype: In which steps are run; statistics are float32 in any case.
         done: Steps that an earlier run finished, by name.
+        vision_weights: What a vision token counts for at layers whose plan says ``gradient``, by
+            the layer's name.
     """
 
     plan: Plan
@@ -126,6 +120,15 @@ class Run:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     done: Mapping[str, StepRecord] = field(default_factory=dict)
+    vision_weights: Mapping[str, float] = field(default_factory=dict)
+
+
+def source_reader(plan: Plan, bound: BoundModel) -> ShardReader:
+    """The checkpoint as the run sees it: rotated, where the plan says so."""
+    if not plan.rotations:
+        return ShardReader(bound.folder)
+    exact = {f"{row.site.name}.weight" for row in plan.quantized}
+    return RotatedReader(bound.folder, bound, plan.rotations, exact)
 
 
 @torch.no_grad()
@@ -144,167 +147,58 @@ def run(job: Run) -> Iterator[StepRecord]:
     yield from _Engine(job).run()
 
 
-class _Engine:
-    """The state of one run: the model's skeleton, the shards, and the replay."""
+class _Chain:
+    """A model's skeleton, of which single steps are loaded, and the states between its steps."""
 
-    def __init__(self, job: Run) -> None:
+    def __init__(self, job: Run, reader: ShardReader) -> None:
         self.job = job
-        self.reader = ShardReader(job.bound.folder)
+        self.reader = reader
         self.model = empty_model(job.bound.config, job.bound.arch)
-        self.rows: dict[str, list[PlanRow]] = {}
-        for row in job.plan.quantized:
-            self.rows.setdefault(job.bound.steps[row.site.step].name, []).append(row)
+        self.replay = (
+            Replay(self.model, job.bound, job.batches, device=job.device, dtype=job.dtype)
+            if job.plan.needs_data
+            else None
+        )
+        self._online = {row.site.name: row.online for row in job.plan.rows if row.online}
 
-    def run(self) -> Iterator[StepRecord]:
-        self.job.reporter.begin(len(self.job.bound.steps))
-        if self.job.plan.needs_data:
-            yield from self._with_data()
-        else:
-            for step in self.job.bound.steps:
-                yield from self._step(step, None)
+    def module(self, name: str) -> nn.Module:
+        return self.model.get_submodule(name)
 
-    def _with_data(self) -> Iterator[StepRecord]:
-        bound, job = self.job.bound, self.job
-        replay = Replay(self.model, bound, job.batches, device=job.device, dtype=job.dtype)
-        vision = [s for s in bound.steps if s.modality is not Modality.LLM]
-        llm = [s for s in bound.steps if s.modality is Modality.LLM]
-        with contextlib.ExitStack() as around_llm:
-            with self._loaded(self._between_steps(vision=True)):
-                yield from self._vision_steps(replay, vision, llm)
-                if self._any_left(llm):
-                    around_llm.enter_context(self._loaded(self._between_steps(vision=False)))
-                    replay.begin_llm()
-            for index, step in enumerate(llm):
-                yield from self._step(step, replay if self._any_left(llm[index:]) else None)
-
-    def _vision_steps(
-        self, replay: Replay, vision: Sequence[BoundStep], llm: Sequence[BoundStep]
-    ) -> Iterator[StepRecord]:
-        with self._loaded([step.name for step in vision if step.kind == "entry"]):
-            order = replay.vision_steps()
-        # Without images nothing passes the tower, and nothing in it needs data.
-        steps = order or vision
-        for index, step in enumerate(steps):
-            needed = self._any_left([*steps[index:], *llm])
-            yield from self._step(step, replay if order and needed else None)
-
-    def _any_left(self, steps: Sequence[BoundStep]) -> bool:
-        return any(step.name in self.rows for step in steps)
-
-    def _step(self, step: BoundStep, replay: Replay | None) -> Iterator[StepRecord]:
-        """Solve one step, carry its output forward, and write it."""
-        started = time.monotonic()
-        rows = self.rows.get(step.name, [])
-        done = self.job.done.get(step.name)
-        float_first = not self.job.plan.calibration.propagate_weights
-        outputs: list[_Output] = []
-        layers: list[SolvedLayer] = []
-        records: list[LayerRecord] = []
-        with self._loaded([step.name] if rows or replay is not None else []):
-            if float_first:
-                outputs = self._forward(step, replay)
-            if done is not None:
-                layers = self.job.sink.read_step(done.shard, rows) if rows else []
-                for layer in layers:
-                    self._replace(layer)
-            else:
-                for stage in self._stages(rows):
-                    solved, told = self._solve_stage(step, stage, replay)
-                    layers += solved
-                    records += told
-            if not float_first:
-                outputs = self._forward(step, replay)
-            for keep, output in outputs:
-                keep(output)
-        if done is None:
-            self.job.reporter.stage(step.name, "write")
-            shard = self.job.sink.write_step(step, layers)
-            done = StepRecord(step.name, shard, time.monotonic() - started, tuple(records))
-            yield done
-        self.job.reporter.finish(done)
-
-    def _stages(self, rows: Sequence[PlanRow]) -> list[list[PlanRow]]:
-        """Rows in the order in which a block runs them; one stage when it is not sequential."""
-        if not rows:
-            return []
-        if not self.job.plan.calibration.sequential:
-            return [list(rows)]
-        stages: dict[int, list[PlanRow]] = {}
-        for row in rows:
-            stages.setdefault(row.site.stage, []).append(row)
-        return [stages[number] for number in sorted(stages)]
-
-    def _solve_stage(
-        self, step: BoundStep, rows: Sequence[PlanRow], replay: Replay | None
-    ) -> tuple[list[SolvedLayer], list[LayerRecord]]:
-        groups = [_Group(g, self._site_module(g[0]), self.job) for g in problem_groups(rows)]
-        static = [g for g in groups if g.rows[0].static_input]
-        if static:
-            self.job.reporter.stage(step.name, "ranges")
-            self._observe(step, replay, static, "ranges")
-        hungry = [g for g in groups if g.solver.needs_hessian]
-        if hungry:
-            self.job.reporter.stage(step.name, "Hessians")
-            self._observe(step, replay, hungry, "hessian")
-        solved: list[SolvedLayer] = []
-        records: list[LayerRecord] = []
-        for group in groups:
-            self.job.reporter.stage(step.name, f"{group.solver.name} {group.rows[0].site.role}")
-            result = group.solve([self._site_module(row) for row in group.rows])
-            outcomes = zip(
-                group.rows, result.weights, result.losses, result.baseline_losses, strict=True
-            )
-            for row, weight, loss, baseline in outcomes:
-                scale, zero_point = group.input_scale, group.input_zero_point
-                solved.append(SolvedLayer(row, weight, scale, zero_point))
-                self._replace(solved[-1])
-                notes = dict(result.notes) | group.input_notes()
-                records.append(LayerRecord(row.site.name, row.solver, loss, baseline, notes))
-        return solved, records
-
-    def _observe(
-        self, step: BoundStep, replay: Replay | None, groups: Sequence[_Group], what: str
-    ) -> None:
-        """Run the step over all calls, feeding each group the input of its layers."""
-        if replay is None:
+    def calls(self, step: BoundStep) -> Iterator[StepCall]:
+        if self.replay is None:
             raise NumericsError(
                 "a layer needs calibration data but none passes it", where=step.name
             )
-        module = self.model.get_submodule(step.name)
-        with self._inputs_as_asked(module):
-            for call in replay.calls(step):
-                _feed(module, call, groups, what)
+        return self.replay.calls(step)
 
-    def _forward(self, step: BoundStep, replay: Replay | None) -> list[_Output]:
+    def forward(self, step: BoundStep) -> Outputs:
         """The step's outputs, to be kept once the step is solved: keeping one ends its calls."""
-        if replay is None or step.kind == "head":
-            return []
-        self.job.reporter.stage(step.name, "forward")
-        module = self.model.get_submodule(step.name)
-        with self._inputs_as_asked(module):
-            return [(call.keep, module(*call.args, **call.kwargs)) for call in replay.calls(step)]
+        module = self.module(step.name)
+        with self.inputs_as_asked(module):
+            return [(call.keep, module(*call.args, **call.kwargs)) for call in self.calls(step)]
 
-    def _inputs_as_asked(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
+    def inputs_as_asked(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Inputs of solved layers as they will be served, or in float where the plan says so."""
-        as_served = self.job.plan.calibration.propagate_activations
-        return contextlib.nullcontext() if as_served else inputs_in_float(module)
+        as_served = self.job.plan.calibration.quantized_inputs
+        return contextlib.nullcontext() if as_served else activations_in_float(module)
 
-    def _replace(self, layer: SolvedLayer) -> None:
-        """Put the dequantized weight, and the input's quantizer, in the layer's place."""
-        row, site = layer.row, layer.row.site
-        module = self._site_module(row)
-        stored = self.job.bound.dtype if row.layout == DENSE else self.job.dtype
-        values = layer.weight.dequantize(stored).to(self.job.dtype).reshape(site.weight_shape)
-        module.weight = nn.Parameter(values.to(self.job.device), requires_grad=False)
-        if row.activations is not None:
-            quantize_inputs(
-                self.model, site.name, row.activations, layer.input_scale, layer.input_zero_point
-            )
+    @contextlib.contextmanager
+    def loaded(self, names: Sequence[str]) -> Iterator[None]:
+        """Within the block, these modules have their weights, and rotate what they must."""
+        job = self.job
+        for name in names:
+            materialize(self.model, name, self.reader, job.bound.names, job.device, job.dtype)
+            for layer, online in self._online.items():
+                if layer == name or layer.startswith(f"{name}."):
+                    rotate_inputs(self.model, layer, online.block, online.signs)
+        try:
+            yield
+        finally:
+            for name in names:
+                release(self.model, name)
+                _make_plain(self.model, name)
 
-    def _site_module(self, row: PlanRow) -> nn.Module:
-        return self.model.get_submodule(row.site.name)
-
-    def _between_steps(self, *, vision: bool) -> list[str]:
+    def between_steps(self, *, vision: bool) -> list[str]:
         """Modules that hold parameters outside all steps: embeddings, norms between towers."""
         steps = [step.name for step in self.job.bound.steps]
         roots = [
@@ -319,132 +213,370 @@ class _Engine:
                 names.append(owner)
         return names
 
-    @contextlib.contextmanager
-    def _loaded(self, names: Sequence[str]) -> Iterator[None]:
-        """Within the block, these modules have their weights."""
-        job = self.job
-        for name in names:
-            materialize(self.model, name, self.reader, job.bound.names, job.device, job.dtype)
-        try:
-            yield
-        finally:
-            for name in names:
-                release(self.model, name)
-                _drop_quantizers(self.model, name)
+
+@dataclass
+class _Work:
+    """What has become of one step so far.
+
+    Attributes:
+        layers: Solved layers.
+        records: What to tell of them.
+        edges: What to tell of the edges along which scale was moved.
+        changed: Names of tensors that scale was moved in.
+    """
+
+    layers: list[SolvedLayer] = field(default_factory=list)
+    records: list[LayerRecord] = field(default_factory=list)
+    edges: list[EdgeRecord] = field(default_factory=list)
+    changed: set[str] = field(default_factory=set)
 
 
-class _Group:
-    """Layers that share an input and a scheme, and what is gathered for them."""
+class _Engine:
+    """The state of one run: the chain of quantized steps and, where it is needed, the float one."""
 
-    def __init__(self, rows: Sequence[PlanRow], module: nn.Module, job: Run) -> None:
-        self.rows = rows
-        self.module = module
+    def __init__(self, job: Run) -> None:
         self.job = job
-        self.solver: Solver = build_solver(rows[0].solver, rows[0].options)
-        self.hessian: HessianRecord | None = None
-        self.ranges: RangeRecord | None = None
-        self.input_scale: Tensor | None = None
-        self.input_zero_point: Tensor | None = None
-        self._low_high = (0.0, 0.0)
+        self.reader = source_reader(job.plan, job.bound)
+        self.main = _Chain(job, self.reader)
+        self.float = _Chain(job, self.reader) if job.plan.needs_float_chain else None
+        self.rows: dict[str, list[PlanRow]] = {}
+        for row in job.plan.quantized:
+            self.rows.setdefault(job.bound.steps[row.site.step].name, []).append(row)
+        self.all_rows = {row.site.name: row for row in job.plan.rows}
+        self.edges: dict[int, list[PlanEdge]] = {}
+        for edge in job.plan.edges:
+            self.edges.setdefault(edge.edge.step, []).append(edge)
 
     @property
-    def name(self) -> str:
-        return self.rows[0].site.name
+    def chains(self) -> list[_Chain]:
+        return [self.main] if self.float is None else [self.main, self.float]
 
-    def observe(self, x: Tensor, row_weights: Tensor | None, what: str) -> None:
-        """Take in one call's input of the layers, any shape that reshapes to [rows, in]."""
-        rows = x.detach().reshape(-1, self.rows[0].site.in_features)
-        try:
-            if what == "ranges":
-                counted = rows if row_weights is None else rows[row_weights > 0]
-                self.ranges = self.ranges or RangeRecord(self.rows[0].activation_range.momentum)
-                self.ranges.update(counted)
+    def run(self) -> Iterator[StepRecord]:
+        self.job.reporter.begin(len(self.job.bound.steps))
+        if self.main.replay is None:
+            for step in self.job.bound.steps:
+                yield from self._step(step, flows=False)
+        else:
+            yield from self._with_data()
+
+    def _with_data(self) -> Iterator[StepRecord]:
+        steps = self.job.bound.steps
+        vision = [s for s in steps if s.modality is not Modality.LLM]
+        llm = [s for s in steps if s.modality is Modality.LLM]
+        with contextlib.ExitStack() as around_llm:
+            with self._loaded_between(vision=True):
+                yield from self._vision_steps(vision, llm)
+                if self._any_left(llm):
+                    around_llm.enter_context(self._loaded_between(vision=False))
+                    for chain in self.chains:
+                        if chain.replay is not None:
+                            chain.replay.begin_llm()
+            for index, step in enumerate(llm):
+                yield from self._step(step, flows=self._any_left(llm[index:]))
+
+    def _vision_steps(
+        self, vision: Sequence[BoundStep], llm: Sequence[BoundStep]
+    ) -> Iterator[StepRecord]:
+        entries = [step.name for step in vision if step.kind == "entry"]
+        with self.main.loaded(entries):
+            order = [] if self.main.replay is None else self.main.replay.vision_steps()
+        # Without images nothing passes the tower, and nothing in it needs data.
+        steps = order or vision
+        for index, step in enumerate(steps):
+            needed = self._any_left([*steps[index:], *llm])
+            yield from self._step(step, flows=bool(order) and needed)
+
+    def _any_left(self, steps: Sequence[BoundStep]) -> bool:
+        return any(step.name in self.rows for step in steps)
+
+    @contextlib.contextmanager
+    def _loaded_between(self, *, vision: bool) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for chain in self.chains:
+                stack.enter_context(chain.loaded(chain.between_steps(vision=vision)))
+            yield
+
+    def _step(self, step: BoundStep, *, flows: bool) -> Iterator[StepRecord]:
+        """Solve one step, carry its output forward, and write it.
+
+        Args:
+            step: The step.
+            flows: Whether calibration data passes it, for its own sake or that of a later step.
+        """
+        started = time.monotonic()
+        rows = self.rows.get(step.name, [])
+        done = self.job.done.get(step.name)
+        carries = flows and step.kind != "head"
+        with contextlib.ExitStack() as stack:
+            for chain in self.chains if rows or flows else []:
+                stack.enter_context(chain.loaded([step.name]))
+            if carries:
+                self.job.reporter.stage(step.name, "forward")
+            wanted = self.float.forward(step) if carries and self.float else []
+            before = not self.job.plan.calibration.block_sequential
+            outputs = self.main.forward(step) if carries and before else []
+            if done is not None:
+                self._restore(done, rows)
+                work = _Work()
             else:
-                self.hessian = self.hessian or HessianRecord(rows.shape[1], device=rows.device)
-                self.hessian.update(self._quantized(rows), row_weights)
-        except NumericsError as error:
-            raise NumericsError(
-                error.what, where=f"input of {self.name}", remedy=error.remedy
-            ) from error
+                work = self._solve(step, rows, [output for _, output in wanted], flows)
+            if carries and not before:
+                self.job.reporter.stage(step.name, "forward")
+                outputs = self.main.forward(step)
+            changed = self._changed(work)
+            for keep, output in [*wanted, *outputs]:
+                keep(output)
+        if done is None:
+            self.job.reporter.stage(step.name, "write")
+            shard = self.job.sink.write_step(step, work.layers, changed)
+            seconds = time.monotonic() - started
+            done = StepRecord(step.name, shard, seconds, tuple(work.records), tuple(work.edges))
+            yield done
+        self.job.reporter.finish(done)
 
-    def _quantized(self, rows: Tensor) -> Tensor:
-        """The input as the layer will really see it."""
-        spec = self.rows[0].activations
-        if spec is None or not self.job.plan.calibration.propagate_activations:
-            return rows
-        seen: Tensor = InputQuantizer(spec, *self._input_parameters())(rows)
-        return seen
+    def _solve(
+        self, step: BoundStep, rows: Sequence[PlanRow], wanted: Sequence[Any], flows: bool
+    ) -> _Work:
+        """Transform and solve a loaded step, then tune it as a whole.
 
-    def _input_parameters(self) -> tuple[Tensor | None, Tensor | None]:
-        spec = self.rows[0].activations
-        if spec is None or spec.dynamic or self.ranges is None:
-            return None, None
-        if self.input_scale is None:
-            rule = self.rows[0].activation_range
-            self._low_high = self.ranges.low_high(rule, spec.grid, spec.symmetric)
-            low, high = (torch.tensor([v], device=self.job.device) for v in self._low_high)
-            self.input_scale, self.input_zero_point = scale_zero_point(
-                low, high, spec.grid, spec.symmetric, self.job.bound.dtype
+        Args:
+            step: The step.
+            rows: What to quantize of it.
+            wanted: The float model's outputs, call by call, where they were asked for.
+            flows: Whether calibration data passes it.
+        """
+        work = _Work()
+        if flows:
+            self._equalize(step, work)
+        tuned = [row for row in rows if row.tuner is not None]
+        floats = {row.site.name: _weight_of(self.main, row) for row in tuned}
+        for stage in self._stages(rows):
+            self._solve_stage(step, stage, work)
+        if tuned:
+            self._tune(step, floats, wanted, work)
+        return work
+
+    def _equalize(self, step: BoundStep, work: _Work) -> None:
+        """Move scale along the step's edges, method by method, with one pass over the data each.
+
+        Edges further down come first, so that the rows of their upper ends are settled when those
+        ends are themselves readers. Within a method no edge changes the input of another's readers.
+        """
+        planned = self.edges.get(step.index, [])
+        for method in dict.fromkeys(edge.equalizer for edge in planned):
+            edges = [edge for edge in planned if edge.equalizer == method]
+            self.job.reporter.stage(step.name, method)
+            records = self._channels(step, edges)
+            for edge in reversed(edges):
+                self._equalize_edge(edge, records[edge.edge.consumers[0]], work)
+
+    def _channels(self, step: BoundStep, edges: Sequence[PlanEdge]) -> dict[str, ChannelRecord]:
+        """What calibration sees of the input of each edge's readers, by the first reader's name."""
+        names = list(dict.fromkeys(edge.edge.consumers[0] for edge in edges))
+        records = {
+            name: ChannelRecord(self.all_rows[name].site.in_features, name, device=self.job.device)
+            for name in names
+        }
+
+        def watch(name: str, call: StepCall) -> Callable[[Tensor], None]:
+            def see(x: Tensor) -> None:
+                module = self.main.module(name)
+                seen = module.rotated(x) if isinstance(module, QuantLinear) else x
+                rows = seen.reshape(-1, records[name].in_features)
+                records[name].update(rows, call.row_weights, call.vision)
+
+            return see
+
+        for call in self.main.calls(step):
+            _watch(
+                self.main.module(step.name),
+                call,
+                [(self.main.module(name), watch(name, call)) for name in names],
             )
-        return self.input_scale, self.input_zero_point
+        return records
 
-    def solve(self, modules: Sequence[nn.Module]) -> LayerResult:
-        """Choose the codes of all the layers at once."""
-        self._input_parameters()
-        first = self.rows[0]
-        weights = tuple(
-            self._weight(row, module) for row, module in zip(self.rows, modules, strict=True)
-        )
-        if self.solver.needs_hessian and self.hessian is None:
-            raise NumericsError(
-                "no calibration token reached this layer",
-                where=self.name,
-                remedy="add samples of the modality that passes it",
-            )
-        problem = LayerProblem(
-            names=tuple(row.site.name for row in self.rows),
-            weights=weights,
-            spec=_required(first),
-            range_rule=first.weight_range,
-            scale_dtype=self.job.bound.dtype,
-            hessian=None if self.hessian is None else self.hessian.mean(),
-        )
-        return self.solver.solve(problem)
+    def _equalize_edge(self, planned: PlanEdge, record: ChannelRecord, work: _Work) -> None:
+        edge, dtype = planned.edge, self.job.bound.dtype
+        weight = self._vision_weight(self.all_rows[edge.consumers[0]])
+        problem = edge_problem(self.main.model, edge, self.all_rows, record, dtype, weight)
+        result = build_equalizer(planned.equalizer, planned.options).equalize(problem)
+        notes = dict(result.notes)
+        work.edges.append(EdgeRecord(edge.source, edge.consumers, planned.equalizer, notes))
+        if result.scale is None:
+            return
+        for chain in self.chains:
+            work.changed.update(move_scale(chain.model, edge, result.scale, dtype))
 
-    def input_notes(self) -> dict[str, float | int | str]:
-        """The static input range, for the record."""
-        if self.input_scale is None:
+    def _vision_weight(self, row: PlanRow) -> float:
+        if row.vision_weight == "gradient":
+            return self.job.vision_weights.get(row.site.name, 1.0)
+        return row.vision_weight
+
+    def _stages(self, rows: Sequence[PlanRow]) -> list[list[PlanRow]]:
+        """Rows in the order in which a block runs them; one stage when it is not sequential."""
+        if not rows:
+            return []
+        if not self.job.plan.calibration.layer_sequential:
+            return [list(rows)]
+        stages: dict[int, list[PlanRow]] = {}
+        for row in rows:
+            stages.setdefault(row.site.stage, []).append(row)
+        return [stages[number] for number in sorted(stages)]
+
+    def _solve_stage(self, step: BoundStep, rows: Sequence[PlanRow], work: _Work) -> None:
+        groups = [self._group(members) for members in problem_groups(rows)]
+        told: dict[What, str] = {"columns": "columns", "ranges": "ranges", "moments": "Hessians"}
+        for what, title in told.items():
+            hungry = [group for group in groups if group.wants(what)]
+            if hungry:
+                self.job.reporter.stage(step.name, title)
+                self._observe(step, hungry, what)
+            if what == "columns":
+                for group in hungry:
+                    group.split_columns()
+        for group in groups:
+            self.job.reporter.stage(step.name, f"{group.solver.name} {group.rows[0].site.role}")
+            result, layers, notes = group.solve()
+            outcomes = zip(layers, result.losses, result.baseline_losses, strict=True)
+            for layer, loss, baseline in outcomes:
+                self._replace(layer)
+                row = layer.row
+                facts = dict(result.notes) | notes
+                work.layers.append(layer)
+                work.records.append(LayerRecord(row.site.name, row.solver, loss, baseline, facts))
+
+    def _group(self, rows: Sequence[PlanRow]) -> Group:
+        settings = GroupSettings(
+            device=self.job.device,
+            stored_dtype=self.job.bound.dtype,
+            quantized_inputs=self.job.plan.calibration.quantized_inputs,
+            vision_weight=self._vision_weight(rows[0]),
+        )
+        return Group(rows, [self.main.module(row.site.name) for row in rows], settings)
+
+    def _observe(self, step: BoundStep, groups: Sequence[Group], what: What) -> None:
+        """Run the step over all calls, feeding each group the input of its layers."""
+        module = self.main.module(step.name)
+        drifting = [g for g in groups if what == "moments" and g.rows[0].correction is not None]
+        twins = self.float.calls(step) if self.float is not None and drifting else None
+        with self.main.inputs_as_asked(module):
+            for call in self.main.calls(step):
+                wanted = {} if twins is None else self._float_inputs(step, next(twins), drifting)
+                _watch(module, call, *_observers(groups, call, what, wanted))
+
+    def _float_inputs(
+        self, step: BoundStep, call: StepCall, groups: Sequence[Group]
+    ) -> dict[str, Tensor]:
+        """What the float model has in place of the groups' inputs."""
+        if self.float is None:
             return {}
-        return {"input_low": self._low_high[0], "input_high": self._low_high[1]}
+        found: dict[str, Tensor] = {}
 
-    def _weight(self, row: PlanRow, module: nn.Module) -> Tensor:
-        shape = (row.site.out_features, row.site.in_features)
-        matrix = module.get_parameter("weight").detach().to(torch.float32).reshape(shape)
-        if not torch.isfinite(matrix).all():
-            bad = int((~torch.isfinite(matrix)).sum())
-            raise NumericsError(
-                f"the weight holds {bad} values that are NaN or infinite",
-                where=row.site.name,
-                remedy="the source checkpoint is damaged: download or convert it again",
-            )
-        return matrix
+        def keep(name: str) -> Callable[[Tensor], None]:
+            return lambda x: found.update({name: x})
+
+        watched = [(self.float.module(group.name), keep(group.name)) for group in groups]
+        _watch(self.float.module(step.name), call, watched)
+        return found
+
+    def _tune(
+        self,
+        step: BoundStep,
+        floats: Mapping[str, Tensor],
+        wanted: Sequence[Any],
+        work: _Work,
+    ) -> None:
+        """Improve the codes of the whole step on its output."""
+        self.job.reporter.stage(step.name, "tune")
+        teacher = None if self.float is None else self.float.module(step.name)
+        block = TunedBlock(
+            step.name,
+            self.main.module(step.name),
+            teacher,
+            list(self.main.calls(step)),
+            list(wanted),
+        )
+        for layers, notes in tune(block, work.layers, floats, self.job.bound.dtype):
+            for layer in layers:
+                index = [old.row.site.name for old in work.layers].index(layer.row.site.name)
+                work.layers[index] = layer
+                work.records[index] = replace(
+                    work.records[index], notes=dict(work.records[index].notes) | notes
+                )
+                self._replace(layer)
+
+    def _replace(self, layer: SolvedLayer) -> None:
+        """Put the dequantized weight, and the activations' quantizers, in the layer's place."""
+        row, site, model = layer.row, layer.row.site, self.main.model
+        stored = self.job.bound.dtype if row.layout == DENSE else self.job.dtype
+        values = layer.values(stored).to(self.job.dtype).reshape(site.weight_shape)
+        module = model.get_submodule(site.name)
+        module.weight = nn.Parameter(values.to(self.job.device), requires_grad=False)
+        if row.activations is not None:
+            scale, zero_point = parameters(layer.input)
+            columns = layer.columns.index if layer.columns else None
+            quantize_inputs(model, site.name, row.activations, scale, zero_point, columns)
+        if row.outputs is not None:
+            quantize_outputs(model, site.name, row.outputs, *parameters(layer.output))
+
+    def _restore(self, done: StepRecord, rows: Sequence[PlanRow]) -> None:
+        """Put a finished step's numbers in place, to carry its output forward."""
+        if any(edge.edge.step == self._index_of(done.name) for edge in self.job.plan.edges):
+            for name, tensor in self.job.sink.read_plain(done.shard, rows).items():
+                owner, _, leaf = name.rpartition(".")
+                module = self.main.module(owner)
+                if not module.get_parameter(leaf).is_meta:
+                    values = tensor.to(self.job.device, self.job.dtype)
+                    setattr(module, leaf, nn.Parameter(values, requires_grad=False))
+        for layer in self.job.sink.read_step(done.shard, rows) if rows else []:
+            self._replace(layer)
+
+    def _index_of(self, step: str) -> int:
+        return next(s.index for s in self.job.bound.steps if s.name == step)
+
+    def _changed(self, work: _Work) -> dict[str, Tensor]:
+        """Tensors in which scale was moved and which no solver stores, as they are to be stored."""
+        solved = {f"{layer.row.site.name}.weight" for layer in work.layers}
+        return {
+            name: self.main.model.get_parameter(name).detach().to(self.job.bound.dtype)
+            for name in sorted(work.changed - solved)
+        }
 
 
-def _feed(module: nn.Module, call: StepCall, groups: Sequence[_Group], what: str) -> None:
-    """One forward pass of a step that ends when every group has seen its input."""
-    waiting = len(groups)
+_Watched = tuple[nn.Module, Callable[[Tensor], None]]
 
-    def hook_for(group: _Group) -> Any:
+
+def _watch(
+    module: nn.Module,
+    call: StepCall,
+    inputs: Sequence[_Watched],
+    outputs: Sequence[_Watched] = (),
+) -> None:
+    """One forward pass of a step that ends when all inputs and outputs asked for were seen."""
+    waiting = len(inputs) + len(outputs)
+
+    def seen() -> None:
+        nonlocal waiting
+        waiting -= 1
+        if waiting == 0:
+            raise Enough
+
+    def before(see: Callable[[Tensor], None]) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            nonlocal waiting
-            group.observe(args[0], call.row_weights, what)
-            waiting -= 1
-            if waiting == 0:
-                raise Enough
+            see(args[0])
+            seen()
 
         return hook
 
-    handles = [group.module.register_forward_pre_hook(hook_for(group)) for group in groups]
+    def after(see: Callable[[Tensor], None]) -> Any:
+        def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+            see(output)
+            seen()
+
+        return hook
+
+    handles = [m.register_forward_pre_hook(before(see)) for m, see in inputs]
+    handles += [m.register_forward_hook(after(see)) for m, see in outputs]
     try:
         module(*call.args, **call.kwargs)
     except Enough:
@@ -454,13 +586,34 @@ def _feed(module: nn.Module, call: StepCall, groups: Sequence[_Group], what: str
             handle.remove()
 
 
-def _required(row: PlanRow) -> Any:
-    if row.weights is None:
-        raise NumericsError("a layer without a weight format reached a solver", where=row.site.name)
-    return row.weights
+def _observers(
+    groups: Sequence[Group], call: StepCall, what: What, wanted: Mapping[str, Tensor]
+) -> tuple[list[_Watched], list[_Watched]]:
+    """Who looks at the inputs, and who at the outputs, of the groups' layers in one call."""
+
+    def input_of(group: Group) -> Callable[[Tensor], None]:
+        return lambda x: group.observe(x, call, what, wanted.get(group.name))
+
+    def output_of(group: Group, row: PlanRow) -> Callable[[Tensor], None]:
+        return lambda y: group.observe_output(row, y, call)
+
+    inputs = [(group.modules[0], input_of(group)) for group in groups]
+    outputs = [
+        (module, output_of(group, row))
+        for group in groups
+        for row, module in zip(group.rows, group.modules, strict=True)
+        if what == "ranges" and row.static_output
+    ]
+    return inputs, outputs
 
 
-def _drop_quantizers(model: nn.Module, name: str) -> None:
+def _weight_of(chain: _Chain, row: PlanRow) -> Tensor:
+    """The float weight of a layer as a matrix."""
+    weight = chain.module(row.site.name).get_parameter("weight").detach()
+    return weight.to(torch.float32).reshape(row.site.out_features, row.site.in_features)
+
+
+def _make_plain(model: nn.Module, name: str) -> None:
     """Turn a released step's quantized layers back into plain ones: their work is done."""
     for path, module in list(model.get_submodule(name).named_modules(prefix=name)):
         if isinstance(module, QuantLinear):

@@ -12,19 +12,30 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from prismquant.algorithms.table import build_solver
-from prismquant.errors import FormatError, PlanError
-from prismquant.formats.packed import INT_QUANTIZED, PACK_QUANTIZED, stored_bytes
+from prismquant.algorithms.correction import Correction
+from prismquant.algorithms.split import Split
+from prismquant.algorithms.table import EQUALIZERS, build_solver
+from prismquant.errors import FormatError, ModelError, PlanError
+from prismquant.formats.packed import FLOAT_QUANTIZED, INT_QUANTIZED, PACK_QUANTIZED, stored_bytes
 from prismquant.formats.spec import NumberSpec
-from prismquant.models.arch import SiteKind
-from prismquant.models.bind import BoundModel, BoundSite
+from prismquant.models.arch import Modality, SiteKind
+from prismquant.models.bind import BoundEdge, BoundModel, BoundSite
+from prismquant.models.rotation import OnlineRotation, Rotation, online_rotations, untied
 from prismquant.numerics.affine import Granularity
 from prismquant.numerics.ranges import RangeRule
-from prismquant.recipe.schema import Calibration, Recipe, Setting, resolve
+from prismquant.recipe.schema import (
+    ROTATION,
+    SPLIT,
+    Calibration,
+    Match,
+    Recipe,
+    Setting,
+    resolve,
+)
 from prismquant.storage import ShardReader
 
 DENSE = "dense"
@@ -38,8 +49,15 @@ class PlanRow:
         site: The layer.
         weights: Its weight's number format; None: left alone.
         activations: Its input's number format; None: floating point.
+        outputs: Its output's number format; None: floating point.
         solver: The method that chooses the codes.
         options: Its options.
+        correction: How far its weight is corrected for what precedes it; None: not.
+        tuner: Who improves the codes on the block's output; None: nobody.
+        tuner_options: Its options.
+        vision_weight: What a vision token counts for in the language model's statistics.
+        online: What happens to its input before anything else; None: nothing.
+        split: When single input columns are kept in floating point; None: never.
         weight_range: How the weight's range is chosen.
         activation_range: How a static input's range is chosen.
         layout: ``pack-quantized``, ``int-quantized``, or ``dense`` (floating point on disk).
@@ -51,8 +69,15 @@ class PlanRow:
     site: BoundSite
     weights: NumberSpec | None
     activations: NumberSpec | None
+    outputs: NumberSpec | None
     solver: str
     options: Mapping[str, Any]
+    correction: Correction | None
+    tuner: str | None
+    tuner_options: Mapping[str, Any]
+    vision_weight: float | Literal["gradient"]
+    online: OnlineRotation | None
+    split: Split | None
     weight_range: RangeRule
     activation_range: RangeRule
     layout: str
@@ -70,7 +95,23 @@ class PlanRow:
         """Whether calibration samples must pass this layer."""
         if self.weights is None:
             return False
-        return self.static_input or build_solver(self.solver, self.options).needs_hessian
+        observed = self.static_input or self.static_output or self.split is not None
+        return observed or self.needs_float_chain or self.needs_hessian
+
+    @property
+    def static_output(self) -> bool:
+        """Whether a static scale of the output must be calibrated."""
+        return self.outputs is not None and not self.outputs.dynamic
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether its solver asks for second moments."""
+        return build_solver(self.solver, self.options).needs_hessian
+
+    @property
+    def needs_float_chain(self) -> bool:
+        """Whether the float model's states are needed beside those of the quantized one."""
+        return self.correction is not None or self.tuner is not None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
@@ -83,14 +124,47 @@ class PlanRow:
             "shape": list(self.site.weight_shape),
             "weights": self.weights.describe() if self.weights else None,
             "activations": self.activations.describe() if self.activations else None,
+            "outputs": self.outputs.describe() if self.outputs else None,
             "solver": self.solver if self.weights else None,
             "options": dict(self.options) if self.weights else {},
+            "correction": asdict(self.correction) if self.correction else None,
+            "tuner": self.tuner,
+            "tuner_options": dict(self.tuner_options),
+            "vision_weight": self.vision_weight,
+            "online": _online_name(self.online),
+            "split": asdict(self.split) if self.split else None,
             "weight_range": asdict(self.weight_range) if self.weights else None,
-            "activation_range": asdict(self.activation_range) if self.static_input else None,
+            "activation_range": asdict(self.activation_range)
+            if self.static_input or self.static_output
+            else None,
             "layout": self.layout,
             "stored_bytes": self.stored_bytes,
             "float_bytes": self.float_bytes,
             "note": self.note,
+        }
+
+
+@dataclass(frozen=True)
+class PlanEdge:
+    """Scale that is moved from the readers of an edge to its upper end, or back.
+
+    Attributes:
+        edge: The edge.
+        equalizer: The method that chooses the scale.
+        options: Its options.
+    """
+
+    edge: BoundEdge
+    equalizer: str
+    options: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {
+            "source": self.edge.source,
+            "readers": list(self.edge.consumers),
+            "equalizer": self.equalizer,
+            "options": dict(self.options),
         }
 
 
@@ -105,6 +179,9 @@ class Plan:
         left_alone: Layers that no site describes, each with the reason.
         other_bytes: Bytes of all tensors that are no layer's weight: embeddings, norms, biases.
         calibration: How statistics are gathered.
+        rotations: Which towers are rotated, and how.
+        edges: Along which edges scale is moved, in the order of the work.
+        remarks: What a user should know of the checkpoint: who cannot load it, and why.
     """
 
     recipe: str
@@ -113,6 +190,9 @@ class Plan:
     left_alone: tuple[tuple[str, str], ...]
     other_bytes: int
     calibration: Calibration
+    rotations: tuple[Rotation, ...] = ()
+    edges: tuple[PlanEdge, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @property
     def quantized(self) -> tuple[PlanRow, ...]:
@@ -122,7 +202,12 @@ class Plan:
     @property
     def needs_data(self) -> bool:
         """Whether calibration samples are needed."""
-        return any(row.needs_data for row in self.quantized)
+        return bool(self.edges) or any(row.needs_data for row in self.quantized)
+
+    @property
+    def needs_float_chain(self) -> bool:
+        """Whether the float model's states are needed beside those of the quantized one."""
+        return any(row.needs_float_chain for row in self.quantized)
 
     @property
     def total_bytes(self) -> int:
@@ -155,6 +240,9 @@ class Plan:
             "architecture": self.architecture,
             "rows": [row.to_dict() for row in self.rows],
             "left_alone": [{"name": n, "reason": r} for n, r in self.left_alone],
+            "rotations": [asdict(rotation) for rotation in self.rotations],
+            "edges": [edge.to_dict() for edge in self.edges],
+            "remarks": list(self.remarks),
             "other_bytes": self.other_bytes,
             "totals": self.totals(),
             "total_bytes": self.total_bytes,
@@ -182,15 +270,20 @@ def make_plan(recipe: Recipe, bound: BoundModel) -> Plan:
     }
     sizes = _source_sizes(bound)
     findings = _idle_rules(recipe, bound, settings.values())
+    rotations = _rotations(recipe, bound, findings)
+    online = online_rotations(bound, rotations) if not findings else {}
+    splits = _splits(recipe, bound)
     rows = []
     for site in bound.sites:
         try:
-            rows.append(_row(site, settings[site.name], bound.dtype, sizes))
+            row = _row(site, settings[site.name], bound, sizes, untied(bound, rotations))
+            rows.append(_with_input(row, online.get(site.name), splits.get(site.name), bound.dtype))
         except (PlanError, FormatError) as error:
             findings.append(
                 f"{site.name}: {error.what}" + (f" ({error.remedy})" if error.remedy else "")
             )
     findings += _torn_fusions(rows)
+    edges = _edges(recipe, bound, rows, findings)
     if not findings and not any(row.weights for row in rows):
         findings.append("no layer is quantized: no rule with `weights` stays in force")
     if findings:
@@ -209,6 +302,9 @@ def make_plan(recipe: Recipe, bound: BoundModel) -> Plan:
         left_alone=tuple(bound.left_alone),
         other_bytes=sum(sizes.values()) - sum(row.float_bytes for row in rows),
         calibration=recipe.calibration,
+        rotations=rotations,
+        edges=edges,
+        remarks=_remarks(rows),
     )
 
 
@@ -224,6 +320,9 @@ def problem_groups(rows: Sequence[PlanRow]) -> list[list[PlanRow]]:
                 "activations",
                 "solver",
                 "options",
+                "correction",
+                "vision_weight",
+                "split",
                 "weight_range",
                 "activation_range",
             )
@@ -246,25 +345,39 @@ def _source_sizes(bound: BoundModel) -> dict[str, int]:
 
 
 def _row(
-    site: BoundSite, setting: Setting, dtype: torch.dtype, sizes: Mapping[str, int]
+    site: BoundSite,
+    setting: Setting,
+    bound: BoundModel,
+    sizes: Mapping[str, int],
+    own_head: bool,
 ) -> PlanRow:
+    dtype = bound.dtype
     float_bytes = 0 if site.tied else sizes[f"{site.disk_name}.weight"]
+    # A rotation gives a tied head a weight of its own.
+    dense_bytes = math.prod(site.weight_shape) * dtype.itemsize if own_head else float_bytes
     row = PlanRow(
         site=site,
         weights=setting.weights,
         activations=setting.activations,
+        outputs=setting.outputs,
         solver=setting.solver,
         options=setting.options,
+        correction=setting.correction,
+        tuner=setting.tuner,
+        tuner_options=setting.tuner_options,
+        vision_weight=setting.vision_weight,
+        online=None,
+        split=None,
         weight_range=setting.weight_range,
         activation_range=setting.activation_range,
         layout=DENSE,
-        stored_bytes=float_bytes,
+        stored_bytes=dense_bytes if site.tied else float_bytes,
         float_bytes=float_bytes,
         note="" if setting.weights else "no rule gives it a weight format",
     )
     if setting.weights is None:
         return row
-    if site.tied:
+    if site.tied and not own_head:
         raise PlanError(
             "its weight is tied to the input embeddings, which stay in floating point",
             remedy="leave it alone with `skip: true`",
@@ -274,8 +387,118 @@ def _row(
     if site.kind is SiteKind.PATCH_CONV:
         return _dense_row(row, dtype)
     layout = _layout(weights, row.activations)
+    if layout == DENSE:
+        return _unportable_row(row, dtype)
     size = stored_bytes((site.out_features, site.in_features), weights, layout, dtype)
-    return replace(row, layout=layout, stored_bytes=size + _input_bytes(row.activations, dtype))
+    size += _scale_bytes(row.activations, dtype) + _scale_bytes(row.outputs, dtype)
+    return replace(row, layout=layout, stored_bytes=size)
+
+
+def _with_input(
+    row: PlanRow, online: OnlineRotation | None, split: Split | None, dtype: torch.dtype
+) -> PlanRow:
+    """The row with what happens to its input before it is quantized, and the bytes that takes."""
+    size = row.stored_bytes
+    if online is not None and online.signs is not None:
+        size += row.site.in_features
+    if split is not None and row.weights is not None and row.layout != DENSE:
+        size += split.columns * (4 + row.site.out_features * dtype.itemsize)
+    else:
+        split = None
+    return replace(row, online=online, split=split, stored_bytes=size)
+
+
+def _rotations(recipe: Recipe, bound: BoundModel, findings: list[str]) -> tuple[Rotation, ...]:
+    """The rotations that are asked for, at most one for each tower."""
+    chosen: dict[Modality, Rotation] = {}
+    for index, transform in enumerate(recipe.transforms):
+        if transform.name != ROTATION:
+            continue
+        towers = (Modality.VISION, Modality.LLM)
+        for rotation in transform.rotations(towers):
+            if rotation.modality in chosen:
+                findings.append(
+                    f"transforms[{index}]: the {rotation.modality} tower is rotated twice"
+                )
+            chosen[rotation.modality] = rotation
+    try:
+        online_rotations(bound, tuple(chosen.values()))
+    except ModelError as error:
+        findings.append(error.what + (f" ({error.remedy})" if error.remedy else ""))
+    return tuple(chosen.values())
+
+
+def _splits(recipe: Recipe, bound: BoundModel) -> dict[str, Split]:
+    """Where columns may be split off; a later transform wins."""
+    return {
+        site.name: transform.split()
+        for transform in recipe.transforms
+        if transform.name == SPLIT
+        for site in bound.sites
+        if _meant(transform.match, site)
+    }
+
+
+def _edges(
+    recipe: Recipe, bound: BoundModel, rows: Sequence[PlanRow], findings: list[str]
+) -> tuple[PlanEdge, ...]:
+    """Edges along which scale is moved: those with a reader that matches and is quantized."""
+    quantized = {row.site.name for row in rows if row.weights is not None}
+    chosen: list[PlanEdge] = []
+    for index, transform in enumerate(recipe.transforms):
+        if transform.name not in EQUALIZERS:
+            continue
+        meant = [edge for edge in bound.edges if _reads(edge, bound, quantized, transform.match)]
+        if not meant:
+            findings.append(f"transforms[{index}] ({transform.name}) matches no edge")
+        chosen += [PlanEdge(edge, transform.name, transform.options) for edge in meant]
+    return tuple(chosen)
+
+
+def _reads(edge: BoundEdge, bound: BoundModel, quantized: set[str], match: Match) -> bool:
+    sites = [bound.site(name) for name in edge.consumers]
+    if any(site.tied for site in sites):
+        return False
+    return any(site.name in quantized and _meant(match, site) for site in sites)
+
+
+def _meant(match: Match, site: BoundSite) -> bool:
+    return match.matches(modality=site.modality, role=site.role, name=site.name)
+
+
+def _online_name(online: OnlineRotation | None) -> str | None:
+    if online is None:
+        return None
+    return f"hadamard {online.block}" + ("" if online.signs is None else " with signs")
+
+
+def _remarks(rows: Sequence[PlanRow]) -> tuple[str, ...]:
+    """Who cannot load the checkpoint as it will be, and why."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        for why in _obstacles(row):
+            found.setdefault(why, []).append(row.site.name)
+    return tuple(f"{why}: {names[0]}{_and_more(names)}" for why, names in found.items())
+
+
+def _and_more(names: Sequence[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def _obstacles(row: PlanRow) -> list[str]:
+    found = []
+    if row.online is not None and row.online.signs is not None:
+        found.append("only prismquant.load applies signs before a rotation at run time")
+    elif row.online is not None and row.site.has_bias:
+        found.append("vLLM has no rotation before a layer with a bias; prismquant.load has")
+    elif row.online is not None:
+        found.append(
+            "the rotation at run time is declared as a transform of compressed-tensors: vLLM "
+            "applies it without tensor parallelism, transformers ignores it and computes nonsense"
+        )
+    if row.split is not None:
+        found.append("only prismquant.load keeps split columns in floating point")
+    return found
 
 
 def _fit_group(weights: NumberSpec, width: int, fallback: str) -> tuple[NumberSpec, str]:
@@ -297,7 +520,7 @@ def _fit_group(weights: NumberSpec, width: int, fallback: str) -> tuple[NumberSp
 
 
 def _dense_row(row: PlanRow, dtype: torch.dtype) -> PlanRow:
-    if row.activations is not None:
+    if row.activations is not None or row.outputs is not None:
         raise PlanError(
             "no checkpoint format declares a quantized input for a convolution",
             remedy="set activations: none for the role patch_embed",
@@ -306,15 +529,29 @@ def _dense_row(row: PlanRow, dtype: torch.dtype) -> PlanRow:
     return replace(row, note=note, stored_bytes=math.prod(row.site.weight_shape) * dtype.itemsize)
 
 
+def _unportable_row(row: PlanRow, dtype: torch.dtype) -> PlanRow:
+    """A format without a layout of its own: the values it can express, in the model's dtype."""
+    if row.activations is not None or row.outputs is not None:
+        raise PlanError(
+            f"no checkpoint format declares {_scheme(row)}",
+            remedy="leave activations and outputs in floating point, or use int or fp8 weights",
+        )
+    note = "; ".join(filter(None, [row.note, "stored dequantized"]))
+    return replace(row, note=note, stored_bytes=math.prod(row.site.weight_shape) * dtype.itemsize)
+
+
 def _layout(weights: NumberSpec, activations: NumberSpec | None) -> str:
     """What servers expect: 8-bit weights with 8-bit inputs as plain int8, all else packed."""
     plain = weights.symmetric and weights.granularity is not Granularity.GROUP
+    if weights.kind != "int":
+        return FLOAT_QUANTIZED if weights.kind == "e4m3" else DENSE
     if weights.bits == 8 and plain and activations is not None:
         return INT_QUANTIZED
     return PACK_QUANTIZED
 
 
-def _input_bytes(activations: NumberSpec | None, dtype: torch.dtype) -> int:
+def _scale_bytes(activations: NumberSpec | None, dtype: torch.dtype) -> int:
+    """Bytes of the static scale, and zero point, of an input or output."""
     if activations is None or activations.dynamic:
         return 0
     return dtype.itemsize + (0 if activations.symmetric else 1)
@@ -341,7 +578,7 @@ def _torn_fusions(rows: Sequence[PlanRow]) -> list[str]:
             groups.setdefault(row.site.fuse_key, []).append(row)
     findings = []
     for members in groups.values():
-        schemes = {(row.weights, row.activations) for row in members}
+        schemes = {(row.weights, row.activations, row.outputs) for row in members}
         if len(schemes) > 1:
             listed = "; ".join(f"{row.site.role}: {_scheme(row)}" for row in members)
             findings.append(
@@ -355,4 +592,5 @@ def _scheme(row: PlanRow) -> str:
     if row.weights is None:
         return "float"
     inputs = f", input {row.activations.describe()}" if row.activations else ""
-    return row.weights.describe() + inputs
+    outputs = f", output {row.outputs.describe()}" if row.outputs else ""
+    return row.weights.describe() + inputs + outputs

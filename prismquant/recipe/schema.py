@@ -13,6 +13,14 @@ Rules are read from top to bottom; a later rule wins field by field, also inside
 and none that came later said ``skip: true``. The same schema reads YAML and Python; every unknown
 key is an error that names its path and the key that was probably meant.
 
+``transforms`` change the model before anything is rounded, without changing its float function:
+
+    transforms:
+      - {name: rotation, match: {modality: llm}}
+      - {name: smoothquant, match: {role: mlp}, options: {alpha: 0.4}}
+
+They are applied in order: rotations first of all, then scales along edges.
+
 The recipe knows nothing of a particular model: :mod:`prismquant.pipeline.plan` lays it over one.
 """
 
@@ -35,13 +43,27 @@ from pydantic import (
     model_validator,
 )
 
-from prismquant.algorithms.table import SOLVERS, build_solver
+from prismquant.algorithms.correction import Correction
+from prismquant.algorithms.split import Split
+from prismquant.algorithms.table import (
+    EQUALIZERS,
+    SOLVERS,
+    TUNERS,
+    build_equalizer,
+    build_solver,
+    build_tuner,
+    checked_options,
+)
 from prismquant.errors import PrismQuantError, RecipeError, suggest
 from prismquant.formats.spec import NumberSpec, spec
 from prismquant.models.arch import Modality
+from prismquant.models.rotation import Rotation
 from prismquant.numerics.ranges import RangeRule
 
 Fields = dict[str, Any]
+
+ROTATION, SPLIT = "rotation", "split"
+TRANSFORMS = (ROTATION, SPLIT, *EQUALIZERS)
 
 
 class _Strict(BaseModel):
@@ -91,8 +113,16 @@ class Rule(_Strict):
         weights: A format's name (``int4-g128``) or fields of one, e.g. ``{bits: 4, group_size:
         64}``.
         activations: Likewise for the layer's input; ``none`` keeps it in floating point.
+        outputs: Likewise for the layer's output; by default it stays in floating point.
         solver: The method that chooses the codes: ``rtn`` or ``gptq``.
         options: That method's options. A rule that names another solver starts from its defaults.
+        correction: ``auto``, ``none``, or the fields of a :class:`Correction`: aim at the float
+            model's output instead of that of the quantized layers before.
+        tuner: ``none``, or who improves the codes on the output of the whole block: ``autoround``
+            or ``zeroquant``.
+        tuner_options: Its options.
+        vision_weight: What an image or video token counts for in the statistics of the language
+            model, a text token counting one; ``gradient`` takes the ratio of their gradients.
         weight_range: How a weight's range is chosen: ``minmax``, ``mse``, ``percentile``, or its
         fields.
         activation_range: Likewise for static activations, ``ema`` too.
@@ -104,14 +134,19 @@ class Rule(_Strict):
     match: Match = Match()
     weights: Fields | None = None
     activations: Fields | Literal["none"] | None = None
+    outputs: Fields | Literal["none"] | None = None
     solver: str | None = None
     options: Fields | None = None
+    correction: Fields | Literal["none"] | None = None
+    tuner: str | None = None
+    tuner_options: Fields | None = None
+    vision_weight: float | Literal["gradient"] | None = None
     weight_range: Fields | None = None
     activation_range: Fields | None = None
     group_fallback: Literal["error", "channel"] | None = None
     skip: bool | None = None
 
-    @field_validator("weights", "activations", mode="before")
+    @field_validator("weights", "activations", "outputs", mode="before")
     @classmethod
     def _format_fields(cls, value: Any, info: ValidationInfo) -> Any:
         if value == "none" and info.field_name == "weights":
@@ -149,6 +184,33 @@ class Rule(_Strict):
             raise ValueError(f"unknown solver {value!r}; {suggest(value, SOLVERS)}")
         return value
 
+    @field_validator("correction", mode="before")
+    @classmethod
+    def _correction_fields(cls, value: Any) -> Any:
+        if value is None or value == "none":
+            return value
+        named = {} if value == "auto" else value
+        fields = _known_fields(named, Correction, "correction")
+        try:
+            Correction(**checked_options(Correction, fields, "correction"))
+        except PrismQuantError as error:
+            raise _with_remedy(error) from error
+        return fields
+
+    @field_validator("tuner")
+    @classmethod
+    def _known_tuner(cls, value: str | None) -> str | None:
+        if value not in (None, "none") and value not in TUNERS:
+            raise ValueError(f"unknown tuner {value!r}; {suggest(str(value), TUNERS)}")
+        return value
+
+    @field_validator("vision_weight")
+    @classmethod
+    def _weight_in_bounds(cls, value: float | str | None) -> float | str | None:
+        if isinstance(value, float) and not 0 <= value <= 1000:
+            raise ValueError("a token's weight is a number from 0 to 1000")
+        return value
+
     @model_validator(mode="after")
     def _says_something(self) -> Rule:
         if not self.model_fields_set - {"match"}:
@@ -163,7 +225,56 @@ class Rule(_Strict):
                 build_solver(self.solver, self.options)
             except PrismQuantError as error:
                 raise _with_remedy(error) from error
+        if self.tuner not in (None, "none") and self.tuner_options:
+            try:
+                build_tuner(str(self.tuner), self.tuner_options)
+            except PrismQuantError as error:
+                raise _with_remedy(error) from error
         return self
+
+
+class Transform(_Strict):
+    """A change of the model that leaves its float function as it is.
+
+    Attributes:
+        name: ``rotation``, ``split``, ``smoothquant`` or ``awq``.
+        match: Where; a rotation takes whole towers, so it only asks for the modality. An edge is
+            meant when any of the layers that read it matches.
+        options: The transform's.
+    """
+
+    name: str
+    match: Match = Match()
+    options: Fields = {}
+
+    @model_validator(mode="after")
+    def _is_known(self) -> Transform:
+        if self.name not in TRANSFORMS:
+            raise ValueError(f"unknown transform {self.name!r}; {suggest(self.name, TRANSFORMS)}")
+        if self.name == ROTATION and (self.match.role or self.match.name):
+            raise ValueError("a rotation takes a whole tower: match it by modality alone")
+        if self.name == ROTATION and "modality" in self.options:
+            raise ValueError("`modality` of a rotation belongs into `match`")
+        try:
+            if self.name in EQUALIZERS:
+                build_equalizer(self.name, self.options)
+            elif self.name == SPLIT:
+                self.split()
+            else:
+                self.rotations((Modality.VISION, Modality.LLM))
+        except PrismQuantError as error:
+            raise _with_remedy(error) from error
+        return self
+
+    def split(self) -> Split:
+        """The options of a split."""
+        return Split(**checked_options(Split, self.options, SPLIT))
+
+    def rotations(self, towers: Iterable[Modality]) -> tuple[Rotation, ...]:
+        """One rotation for each of ``towers`` that is meant."""
+        options = checked_options(Rotation, self.options, ROTATION)
+        wanted = self.match.modality or tuple(towers)
+        return tuple(Rotation(modality=tower, **options) for tower in towers if tower in wanted)
 
 
 class Calibration(_Strict):
@@ -173,17 +284,17 @@ class Calibration(_Strict):
         samples: At most so many calibration samples, spread over the kinds that are present.
         batch_size: Samples run together.
         seed: Chooses the samples when there are more than ``samples``.
-        sequential: Later layers of a block see the block's earlier layers quantized.
-        propagate_weights: The next block sees this block's quantized weights.
-        propagate_activations: Later layers and blocks, and Hessians, see quantized activations.
+        layer_sequential: Later layers of a block see the block's earlier layers quantized.
+        block_sequential: The next block sees this block's quantized weights.
+        quantized_inputs: Later layers and blocks, and Hessians, see quantized activations.
     """
 
     samples: int = Field(default=128, ge=1)
     batch_size: int = Field(default=8, ge=1)
     seed: int = 0
-    sequential: bool = True
-    propagate_weights: bool = True
-    propagate_activations: bool = True
+    layer_sequential: bool = True
+    block_sequential: bool = True
+    quantized_inputs: bool = True
 
 
 class Recipe(_Strict):
@@ -193,12 +304,14 @@ class Recipe(_Strict):
         version: Of the grammar; 1.
         name: What tables call it.
         rules: Later ones win.
+        transforms: Applied in order, before anything is rounded.
         calibration: How statistics are gathered.
     """
 
     version: Literal[1] = 1
     name: str = "custom"
     rules: tuple[Rule, ...]
+    transforms: tuple[Transform, ...] = ()
     calibration: Calibration = Calibration()
 
     @field_validator("rules")
@@ -212,6 +325,12 @@ class Recipe(_Strict):
         """This recipe with more rules after its own."""
         body = self.to_dict()
         body["rules"] = [*body["rules"], *rules]
+        return parse_recipe(body | ({"name": name} if name else {}), source=self.name)
+
+    def with_transforms(self, *transforms: Mapping[str, Any], name: str | None = None) -> Recipe:
+        """This recipe with more transforms after its own."""
+        body = self.to_dict()
+        body["transforms"] = [*body.get("transforms", []), *transforms]
         return parse_recipe(body | ({"name": name} if name else {}), source=self.name)
 
     def with_calibration(self, **changes: int | bool) -> Recipe:
@@ -238,8 +357,13 @@ class Setting(_Strict):
         rules: Indices of the rules that matched, in order.
         weights: The weight's number format; None leaves the layer alone.
         activations: The input's number format; None keeps floating point.
+        outputs: The output's number format; None keeps floating point.
         solver: The method's name.
         options: Its options.
+        correction: How far weights are corrected for what precedes them; None: not.
+        tuner: Who improves the codes on the block's output; None: nobody.
+        tuner_options: Its options.
+        vision_weight: What a vision token counts for in the language model's statistics.
         weight_range: How the weight's range is chosen.
         activation_range: How a static activation's range is chosen.
         group_fallback: What to do where a group size does not divide.
@@ -250,8 +374,13 @@ class Setting(_Strict):
     rules: tuple[int, ...]
     weights: NumberSpec | None
     activations: NumberSpec | None
+    outputs: NumberSpec | None
     solver: str
     options: Fields
+    correction: Correction | None
+    tuner: str | None
+    tuner_options: Fields
+    vision_weight: float | Literal["gradient"]
     weight_range: RangeRule
     activation_range: RangeRule
     group_fallback: Literal["error", "channel"]
@@ -336,11 +465,28 @@ def parse_recipe(content: Mapping[str, Any], *, source: str) -> Recipe:
         ) from error
 
 
+_MERGED = (
+    "weights",
+    "activations",
+    "outputs",
+    "weight_range",
+    "activation_range",
+    "options",
+    "correction",
+    "tuner_options",
+)
+
+
 def _merge(merged: Fields, rule: Rule) -> None:
     if rule.solver is not None and rule.solver != merged["solver"]:
         merged["solver"] = rule.solver
         merged["options"] = {}
-    for key in ("weights", "activations", "weight_range", "activation_range", "options"):
+    if rule.tuner is not None and rule.tuner != merged.get("tuner"):
+        merged["tuner"] = rule.tuner
+        merged["tuner_options"] = {}
+    if rule.vision_weight is not None:
+        merged["vision_weight"] = rule.vision_weight
+    for key in _MERGED:
         value = getattr(rule, key)
         if value == "none":
             merged[key] = None
@@ -356,25 +502,34 @@ def _merge(merged: Fields, rule: Rule) -> None:
 
 def _setting(merged: Fields, matched: tuple[int, ...]) -> Setting:
     weights, activations = merged.get("weights"), merged.get("activations")
+    outputs, correction = merged.get("outputs"), merged.get("correction")
+    tuner = merged.get("tuner")
     setting = Setting(
         rules=matched,
         weights=NumberSpec.from_dict(weights) if weights else None,
         activations=NumberSpec.from_dict(activations) if weights and activations else None,
+        outputs=NumberSpec.from_dict(outputs) if weights and outputs else None,
         solver=merged["solver"],
         options=merged["options"],
+        correction=None if correction is None else Correction(**correction),
+        tuner=None if tuner == "none" else tuner,
+        tuner_options=merged.get("tuner_options") or {},
+        vision_weight=merged.get("vision_weight", 1.0),
         weight_range=RangeRule(**(merged.get("weight_range") or {})),
         activation_range=RangeRule(**(merged.get("activation_range") or {})),
         group_fallback=merged["group_fallback"],
     )
     if setting.weights is not None:
         build_solver(setting.solver, setting.options)
+        if setting.tuner is not None:
+            build_tuner(setting.tuner, setting.tuner_options)
         _check_formats(setting)
     return setting
 
 
 def _implied(key: str, value: Fields) -> Fields:
     """``granularity: channel`` drops an earlier group size; a group size alone says granularity."""
-    if key not in ("weights", "activations"):
+    if key not in ("weights", "activations", "outputs"):
         return {}
     if value.get("granularity") not in (None, "group"):
         return {"group_size": None}
@@ -387,15 +542,17 @@ def _check_formats(setting: Setting) -> None:
         raise RecipeError("weights are neither dynamic nor scaled per token")
     if weights is not None and setting.weight_range.kind == "ema":
         raise RecipeError("a weight has no running range: 'ema' is for activations")
-    if activations is None:
-        return
-    if activations.granularity not in ("token", "tensor"):
-        raise RecipeError(
-            f"activations with {activations.granularity} scales are not supported",
-            remedy="use granularity tensor (static) or token (dynamic)",
-        )
-    if activations.granularity == "tensor" and activations.dynamic:
-        raise RecipeError("dynamic activations have one scale a token: set granularity: token")
+    for what, spec_of in (("activations", activations), ("outputs", setting.outputs)):
+        if spec_of is not None and spec_of.granularity == "channel":
+            raise RecipeError(
+                f"{what} with channel scales are not supported",
+                remedy="use granularity tensor (static), token or group (dynamic)",
+            )
+        if spec_of is not None and spec_of.dynamic == (spec_of.granularity == "tensor"):
+            raise RecipeError(
+                f"{what} of {spec_of.describe()} are not supported",
+                remedy="tensor scales are static, token and group scales dynamic",
+            )
 
 
 def _known_fields(value: Any, kind: type, what: str) -> Fields:
@@ -446,6 +603,7 @@ def _keys_at(location: Sequence[Any]) -> Iterable[str]:
     models: dict[str, type[BaseModel]] = {
         "rules": Rule,
         "match": Match,
+        "transforms": Transform,
         "calibration": Calibration,
     }
     return models.get(names[-1] if names else "", Recipe).model_fields

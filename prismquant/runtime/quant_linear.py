@@ -1,9 +1,10 @@
 """A quantized layer at run time: dequantized weights and, where asked, a quantized input.
 
 The weight that a :class:`QuantLinear` multiplies with is exactly what the checkpoint stores,
-dequantized. The input is quantized and dequantized on the way in, with a static scale from
-calibration or a dynamic scale per token. Simulating this in floating point gives the accuracy of
-integer kernels, which differ only in the order of summation.
+dequantized. On the way in the input is rotated where the weight was, then quantized and
+dequantized, with a static scale from calibration or a dynamic scale per token; single columns may
+stay in floating point. Simulating this in floating point gives the accuracy of integer kernels,
+which differ only in the order of summation.
 """
 
 from __future__ import annotations
@@ -17,38 +18,82 @@ from torch.nn import functional
 
 from prismquant.formats.spec import NumberSpec
 from prismquant.numerics.affine import dynamic_scale_zero_point, simulate
+from prismquant.numerics.hadamard import block_hadamard
 
 
-class InputQuantizer(nn.Module):
-    """Quantizes and dequantizes a layer's input.
+class ActivationQuantizer(nn.Module):
+    """Quantizes and dequantizes a layer's input or output.
 
     Args:
-        spec: Static (tensor) or dynamic (token).
+        spec: Static (tensor) or dynamic (token, group).
         scale: [1] for static, None for dynamic.
         zero_point: int8 [1] for static asymmetric, else None.
+        columns: int64 [k], columns that pass in floating point and take no part in any scale.
     """
 
     scale: Tensor | None
     zero_point: Tensor | None
+    columns: Tensor | None
 
     def __init__(
-        self, spec: NumberSpec, scale: Tensor | None = None, zero_point: Tensor | None = None
+        self,
+        spec: NumberSpec,
+        scale: Tensor | None = None,
+        zero_point: Tensor | None = None,
+        columns: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.spec = spec
         self.enabled = True
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point)
+        self.register_buffer("columns", columns)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Simulate the number format on ``x`` [..., in]; dtype and shape are kept."""
+        """Simulate the number format on ``x`` [..., features]; dtype and shape are kept.
+
+        Gradients pass as if nothing were rounded.
+        """
         if not self.enabled or x.numel() == 0:
             return x
-        grid, granularity = self.spec.grid, self.spec.granularity
-        scale, zero_point = self.scale, self.zero_point
+        with torch.no_grad():
+            values = self._simulated(x)
+        return x + (values - x).detach() if x.requires_grad else values
+
+    def _simulated(self, x: Tensor) -> Tensor:
+        grid, granularity, size = self.spec.grid, self.spec.granularity, self.spec.group_size
+        scale, zero_point, columns = self.scale, self.zero_point, self.columns
+        kept = None if columns is None else x[..., columns]
+        if columns is not None:
+            x = x.index_fill(-1, columns, 0.0)
         if scale is None:
-            scale, zero_point = dynamic_scale_zero_point(x, grid, self.spec.symmetric, granularity)
-        return simulate(x, scale, zero_point, grid, granularity)
+            scale, zero_point = dynamic_scale_zero_point(
+                x, grid, self.spec.symmetric, granularity, size
+            )
+        values = simulate(x, scale, zero_point, grid, granularity, size)
+        return values if columns is None else values.index_copy_(-1, columns, kept)
+
+
+class InputRotation(nn.Module):
+    """Rotates a layer's input by a block-diagonal Hadamard matrix, after flipping signs.
+
+    Args:
+        block: Width of a block, a power of two that divides the features.
+        signs: int8 [features] of +1 and -1, or None.
+    """
+
+    signs: Tensor | None
+
+    def __init__(self, block: int, signs: Tensor | None = None) -> None:
+        super().__init__()
+        self.block = block
+        self.register_buffer("signs", signs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [..., features]; dtype and shape are kept."""
+        if self.signs is not None:
+            x = x * self.signs.to(x.dtype)
+        return block_hadamard(x, self.block)
 
 
 class QuantLinear(nn.Linear):
@@ -57,40 +102,78 @@ class QuantLinear(nn.Linear):
     Being an ``nn.Linear``, it can stand wherever a model expects one.
     """
 
-    input_quantizer: InputQuantizer | None
+    input_rotation: InputRotation | None
+    input_quantizer: ActivationQuantizer | None
+    output_quantizer: ActivationQuantizer | None
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, input_quantizer: InputQuantizer | None) -> QuantLinear:
-        """Take over a layer's parameters (not copied) and put a quantizer before it."""
+    def from_linear(cls, linear: nn.Linear) -> QuantLinear:
+        """Take over a layer's parameters (not copied), and what already is around it."""
+        if isinstance(linear, cls):
+            return linear
         with torch.device("meta"):
             layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
         layer.weight = linear.weight
         layer.bias = linear.bias
-        layer.input_quantizer = input_quantizer
+        layer.input_rotation = None
+        layer.input_quantizer = None
+        layer.output_quantizer = None
         return layer.train(linear.training)
+
+    def rotated(self, input: Tensor) -> Tensor:
+        """The input as the quantizer, and the weight, see it."""
+        return input if self.input_rotation is None else self.input_rotation(input)
 
     def forward(self, input: Tensor) -> Tensor:
         """``input`` [..., in] to [..., out]."""
+        input = self.rotated(input)
         if self.input_quantizer is not None:
             input = self.input_quantizer(input)
-        return functional.linear(input, self.weight, self.bias)
+        output = functional.linear(input, self.weight, self.bias)
+        return output if self.output_quantizer is None else self.output_quantizer(output)
+
+
+def quant_linear(model: nn.Module, name: str) -> QuantLinear:
+    """The layer called ``name`` as a :class:`QuantLinear`, put in its place in ``model``."""
+    parent_name, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    layer = QuantLinear.from_linear(getattr(parent, child))
+    setattr(parent, child, layer)
+    return layer
 
 
 def quantize_inputs(
-    model: nn.Module, name: str, spec: NumberSpec, scale: Tensor | None, zero_point: Tensor | None
+    model: nn.Module,
+    name: str,
+    spec: NumberSpec,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    columns: Tensor | None = None,
 ) -> None:
     """Put an input quantizer before the linear layer called ``name`` in ``model``, in place."""
-    parent_name, _, child = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
-    linear = getattr(parent, child)
-    quantizer = InputQuantizer(spec, scale, zero_point).to(linear.weight.device)
-    setattr(parent, child, QuantLinear.from_linear(linear, quantizer))
+    layer = quant_linear(model, name)
+    quantizer = ActivationQuantizer(spec, scale, zero_point, columns)
+    layer.input_quantizer = quantizer.to(layer.weight.device)
+
+
+def quantize_outputs(
+    model: nn.Module, name: str, spec: NumberSpec, scale: Tensor | None, zero_point: Tensor | None
+) -> None:
+    """Put an output quantizer behind the linear layer called ``name`` in ``model``, in place."""
+    layer = quant_linear(model, name)
+    layer.output_quantizer = ActivationQuantizer(spec, scale, zero_point).to(layer.weight.device)
+
+
+def rotate_inputs(model: nn.Module, name: str, block: int, signs: Tensor | None) -> None:
+    """Put a rotation before the linear layer called ``name`` in ``model``, in place."""
+    layer = quant_linear(model, name)
+    layer.input_rotation = InputRotation(block, signs).to(layer.weight.device)
 
 
 @contextlib.contextmanager
-def inputs_in_float(model: nn.Module) -> Iterator[None]:
-    """Within the block, inputs are not quantized."""
-    quantizers = [m for m in model.modules() if isinstance(m, InputQuantizer) and m.enabled]
+def activations_in_float(model: nn.Module) -> Iterator[None]:
+    """Within the block, inputs and outputs are not quantized."""
+    quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer) and m.enabled]
     for quantizer in quantizers:
         quantizer.enabled = False
     try:

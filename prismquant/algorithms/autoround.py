@@ -1,0 +1,162 @@
+"""AutoRound: signed gradient descent on rounding offsets and ranges of a block.
+
+Cheng et al., "Optimize Weight Rounding via Signed Gradient Descent" (arXiv 2309.05516, section 3):
+every weight has an offset V in [-1/2, 1/2] that is added before rounding, and every range factors
+on its ends. Each iteration moves all of them against the sign of the gradient of the block's output
+error; the learning rate falls to zero linearly. With a rate of 1 / iterations the moves of an
+offset add up to at most half a step, which is what it takes to reach either neighbouring code.
+
+Differences from the paper: factors begin at the start's scales rather than at the extremes and may
+also grow, so scales that a search has found are refined, not forgotten; codes begin at the start's,
+and where those lie further than half a step from the weight, the offset's bounds hold them too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from prismquant.algorithms.base import Note
+from prismquant.algorithms.blocks import (
+    BlockProblem,
+    BlockResult,
+    Latent,
+    Schedule,
+    conclude,
+    descend,
+    starting_loss,
+)
+from prismquant.errors import RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_REACH = 0.5
+
+
+@dataclass(frozen=True)
+class AutoRound:
+    """Tunes rounding and ranges by signed gradient descent.
+
+    Attributes:
+        iterations: Steps of descent.
+        learning_rate: Of the first step, in steps of the grid for offsets and as a fraction for
+            ranges; ``None`` means ``1 / iterations``.
+        batch: Recorded calls that an iteration sees.
+        learn_range: Tune scales and zero points too, not only the rounding.
+        settle: Further steps that move scales only, where these are tuned at all.
+        momentum: How much of the gradients before is kept, in [0, 1). The paper has none; it pays
+            at 2 and 3 bits.
+        seed: Of the order of calls.
+
+    Raises:
+        RecipeError: A value is out of bounds.
+    """
+
+    name: ClassVar[str] = "autoround"
+    same_inputs: ClassVar[bool] = False
+
+    iterations: int = 200
+    learning_rate: float | None = None
+    batch: int = 4
+    learn_range: bool = True
+    settle: int = 50
+    momentum: float = 0.9
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1:
+            raise RecipeError(f"there cannot be {self.iterations} iterations", where="iterations")
+        if self.learning_rate is not None and not 0 < self.learning_rate <= 1:
+            raise RecipeError(
+                f"a learning rate of {self.learning_rate} steps is out of bounds",
+                where="learning_rate",
+                remedy="use a number above 0, at most 1, or leave it out for 1 / iterations",
+            )
+        if self.batch < 1:
+            raise RecipeError(f"a batch of {self.batch} calls is empty", where="batch")
+        if self.settle < 0:
+            raise RecipeError(f"there cannot be {self.settle} iterations", where="settle")
+        if not 0 <= self.momentum < 1:
+            raise RecipeError(
+                f"momentum {self.momentum} is out of bounds",
+                where="momentum",
+                remedy="use a number from 0, below 1",
+            )
+
+    def tune(self, problem: BlockProblem) -> BlockResult:
+        """Tune all layers of a block together.
+
+        Args:
+            problem: The block.
+
+        Returns:
+            Codes and scales, never worse than the start over all calls. Notes: ``iterations``
+            done (fewer when the output stops being finite), ``batch``, ``learning_rate``, and those
+            of :func:`prismquant.algorithms.blocks.conclude`.
+
+        Raises:
+            NumericsError: The start's loss is not finite.
+            FormatError: Outputs, targets and token weights do not fit one another.
+        """
+        start_loss = starting_loss(problem)
+        latents = [Latent(layer) for layer in problem.layers]
+        rate = 1 / self.iterations if self.learning_rate is None else self.learning_rate
+        descent = _SignedDescent(latents, self.momentum, self.learn_range)
+        done = 0
+        if start_loss > 0:
+            schedule = Schedule(self.iterations, self.batch, self.seed)
+            done = descend(
+                problem, latents, schedule, start_loss, lambda left: descent.step(rate * left)
+            )
+        notes: dict[str, Note] = {
+            "iterations": done,
+            "batch": min(self.batch, problem.calls),
+            "learning_rate": rate,
+        }
+        settle = Schedule(self.settle if self.learn_range else 0, self.batch, self.seed)
+        tuned = [latent.quantized() for latent in latents]
+        return conclude(problem, start_loss, tuned, settle, notes)
+
+
+class _SignedDescent:
+    """Moves every number by the same length against the sign of its gradient.
+
+    Args:
+        latents: What to move.
+        momentum: How much of the gradients before is kept.
+        learn_range: Move the factors of ranges too.
+    """
+
+    def __init__(self, latents: Sequence[Latent], momentum: float, learn_range: bool) -> None:
+        self._latents = latents
+        self._momentum = momentum
+        self._learn_range = learn_range
+        # A start further than half a step from the weight must stay within reach.
+        self._bounds = [
+            (latent.offset.clamp(max=-_REACH), latent.offset.clamp(min=_REACH))
+            for latent in latents
+        ]
+        self._velocity: dict[int, Tensor] = {}
+
+    def step(self, rate: float) -> None:
+        """Move by ``rate``, using the gradients that are there."""
+        for latent, (low, high) in zip(self._latents, self._bounds, strict=True):
+            self._move(latent.offset, rate)
+            latent.offset.clamp_(low, high)
+            if self._learn_range:
+                for factor in latent.factors:
+                    self._move(factor, rate)
+                latent.limit()
+
+    def _move(self, x: Tensor, rate: float) -> None:
+        if x.grad is None:
+            return
+        direction = x.grad
+        if self._momentum:
+            velocity = self._velocity.setdefault(id(x), torch.zeros_like(x))
+            direction = velocity.mul_(self._momentum).add_(direction)
+        x.sub_(direction.sign(), alpha=rate)

@@ -1,0 +1,66 @@
+"""Keeping single input columns in floating point where they alone set the range.
+
+After an online rotation without signs, one column of a layer's input holds the sum of many, and a
+mean that the others do not have (Yu et al., MQuant, arXiv 2502.00425, section 4.3, "rotation
+magnitude suppression"). Split off, it no longer stretches the scale of the rest. Which column that
+is, and whether it is worth it, is measured here, not assumed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from prismquant.errors import RecipeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Split:
+    """When columns are split off.
+
+    Attributes:
+        threshold: A column goes when its largest magnitude is this many times that of all that
+            remain.
+        columns: At most so many of a layer.
+
+    Raises:
+        RecipeError: A value is out of bounds.
+    """
+
+    threshold: float = 2.0
+    columns: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.threshold <= 1e6:
+            raise RecipeError(
+                f"a threshold of {self.threshold} is out of bounds", where="threshold", remedy="2"
+            )
+        if not 1 <= self.columns <= 64:
+            raise RecipeError(
+                f"{self.columns} columns cannot be split off", where="columns", remedy="1 to 64"
+            )
+
+
+def outlying_columns(magnitudes: Tensor, split: Split) -> list[int]:
+    """Columns that alone stretch the range of a layer's input.
+
+    Args:
+        magnitudes: ``[in]``, the largest magnitude of each column.
+        split: When a column counts as one.
+
+    Returns:
+        The fewest columns, at most ``split.columns`` and in ascending order, without which the
+        range is ``split.threshold`` times smaller; none when no number of them achieves that.
+    """
+    order = magnitudes.argsort(descending=True, stable=True)
+    count = min(split.columns, len(order) - 1)
+    if count < 1:
+        return []
+    ranked = magnitudes[order].tolist()
+    for taken in range(1, count + 1):
+        if ranked[taken - 1] >= split.threshold * ranked[taken] and ranked[taken - 1] > 0:
+            return sorted(order[:taken].tolist())
+    return []

@@ -1,0 +1,127 @@
+"""ZeroQuant's layer-by-layer distillation: the float block teaches the quantized one.
+
+Yao et al., "ZeroQuant" (arXiv 2206.01861, section 4.3): one block at a time is trained to give the
+output of its float twin, by Adam on latent weights whose rounding gradients pass straight through.
+No labels, and no more of the model than one block, are needed. The method's formats (weights in
+groups, activations by token) belong to the recipe; this is the training.
+
+Latent weights are kept in steps of their own scale: a learning rate then means the same for every
+layer, where an absolute one is too large for one weight and too small for another. Scales stay
+those of the start unless they are learned as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from prismquant.algorithms.base import Note
+from prismquant.algorithms.blocks import (
+    ADAM_EPSILON,
+    BlockProblem,
+    BlockResult,
+    Latent,
+    Schedule,
+    conclude,
+    descend,
+    starting_loss,
+)
+from prismquant.errors import RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass(frozen=True)
+class ZeroQuant:
+    """Tunes latent weights by Adam.
+
+    Attributes:
+        iterations: Steps of descent.
+        learning_rate: Of the first step, in steps of the grid; it falls to zero linearly.
+        batch: Recorded calls that an iteration sees.
+        learn_range: Tune scales and zero points too.
+        settle: Further steps that move scales only, where these are tuned at all.
+        range_learning_rate: Of the first step, as a fraction of the range.
+        seed: Of the order of calls.
+
+    Raises:
+        RecipeError: A value is out of bounds.
+    """
+
+    name: ClassVar[str] = "zeroquant"
+    same_inputs: ClassVar[bool] = True
+
+    iterations: int = 200
+    learning_rate: float = 0.01
+    batch: int = 4
+    learn_range: bool = True
+    settle: int = 50
+    range_learning_rate: float = 0.005
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1:
+            raise RecipeError(f"there cannot be {self.iterations} iterations", where="iterations")
+        for option in ("learning_rate", "range_learning_rate"):
+            if not 0 < getattr(self, option) <= 1:
+                raise RecipeError(
+                    f"a learning rate of {getattr(self, option)} is out of bounds",
+                    where=option,
+                    remedy="use a number above 0, at most 1",
+                )
+        if self.settle < 0:
+            raise RecipeError(f"there cannot be {self.settle} iterations", where="settle")
+        if self.batch < 1:
+            raise RecipeError(f"a batch of {self.batch} calls is empty", where="batch")
+
+    def tune(self, problem: BlockProblem) -> BlockResult:
+        """Distil a block.
+
+        Args:
+            problem: The block.
+
+        Returns:
+            Codes and scales, never worse than the start over all calls. Notes: ``iterations``
+            done (fewer when the output stops being finite), ``batch``, ``learning_rate``, and those
+            of :func:`prismquant.algorithms.blocks.conclude`.
+
+        Raises:
+            NumericsError: The start's loss is not finite.
+            FormatError: Outputs, targets and token weights do not fit one another.
+        """
+        start_loss = starting_loss(problem)
+        latents = [Latent(layer) for layer in problem.layers]
+        adam = torch.optim.Adam(self._parameters(latents), eps=ADAM_EPSILON)
+        rates = [float(group["lr"]) for group in adam.param_groups]
+
+        def step(left: float) -> None:
+            for group, rate in zip(adam.param_groups, rates, strict=True):
+                group["lr"] = rate * left
+            adam.step()
+            for latent in latents:
+                latent.limit()
+
+        done = 0
+        if start_loss > 0:
+            schedule = Schedule(self.iterations, self.batch, self.seed)
+            done = descend(problem, latents, schedule, start_loss, step)
+        notes: dict[str, Note] = {
+            "iterations": done,
+            "batch": min(self.batch, problem.calls),
+            "learning_rate": self.learning_rate,
+        }
+        settle = Schedule(self.settle if self.learn_range else 0, self.batch, self.seed)
+        tuned = [latent.quantized() for latent in latents]
+        return conclude(problem, start_loss, tuned, settle, notes)
+
+    def _parameters(self, latents: Sequence[Latent]) -> list[dict[str, object]]:
+        groups: list[dict[str, object]] = [
+            {"params": [latent.offset for latent in latents], "lr": self.learning_rate}
+        ]
+        if self.learn_range:
+            factors = [factor for latent in latents for factor in latent.factors]
+            groups.append({"params": factors, "lr": self.range_learning_rate})
+        return groups

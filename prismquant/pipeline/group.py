@@ -1,0 +1,364 @@
+"""Layers that share an input: what is gathered for them, and how they are solved together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from prismquant.algorithms.base import LayerProblem, LayerResult, Solver
+from prismquant.algorithms.correction import DriftRecord
+from prismquant.algorithms.split import outlying_columns
+from prismquant.algorithms.statistics import HessianRecord
+from prismquant.algorithms.table import build_solver
+from prismquant.errors import NumericsError
+from prismquant.formats.spec import NumberSpec
+from prismquant.numerics.affine import scale_zero_point
+from prismquant.numerics.ranges import RangeRecord, RangeRule
+from prismquant.pipeline.capture import StepCall
+from prismquant.pipeline.plan import PlanRow
+from prismquant.runtime.quant_linear import ActivationQuantizer, QuantLinear
+
+What = Literal["columns", "ranges", "moments"]
+
+
+class StoredWeight(Protocol):
+    """A weight as the checkpoint holds it."""
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The values that it stands for, [out, in]."""
+
+
+@dataclass(frozen=True, eq=False)
+class StaticScale:
+    """A scale that calibration found for an input or an output.
+
+    Attributes:
+        scale: [1] in the stored dtype.
+        zero_point: int8 [1], or None.
+        low, high: The range that was chosen.
+    """
+
+    scale: Tensor
+    zero_point: Tensor | None
+    low: float = 0.0
+    high: float = 0.0
+
+
+def parameters(static: StaticScale | None) -> tuple[Tensor | None, Tensor | None]:
+    """Scale and zero point, as the runtime takes them."""
+    return (None, None) if static is None else (static.scale, static.zero_point)
+
+
+@dataclass(frozen=True, eq=False)
+class SplitColumns:
+    """Columns of a weight, and of its input, that stay in floating point.
+
+    Attributes:
+        index: int64 [k].
+        weight: [out, k], in the stored dtype.
+    """
+
+    index: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class SolvedLayer:
+    """A layer's numbers.
+
+    Attributes:
+        row: Its row of the plan.
+        weight: Codes and scales, or the dequantized values of a layer that is stored dense.
+        input: The static scale of its input, or None.
+        output: The static scale of its output, or None.
+        columns: What stays in floating point, or None.
+    """
+
+    row: PlanRow
+    weight: StoredWeight
+    input: StaticScale | None = None
+    output: StaticScale | None = None
+    columns: SplitColumns | None = None
+
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """What the layer multiplies with, [out, in]."""
+        values = self.weight.dequantize(dtype)
+        if self.columns is None:
+            return values
+        return values.index_copy(1, self.columns.index, self.columns.weight.to(values))
+
+
+@dataclass(frozen=True)
+class GroupSettings:
+    """What a group needs to know of the run.
+
+    Attributes:
+        device: Where the arithmetic happens.
+        stored_dtype: Of scales and of what stays in floating point.
+        quantized_inputs: Whether moments are of the inputs as they will be served.
+        vision_weight: What a vision token counts for, a text token counting one.
+    """
+
+    device: torch.device
+    stored_dtype: torch.dtype
+    quantized_inputs: bool
+    vision_weight: float
+
+
+class Group:
+    """Layers that share an input and a scheme.
+
+    Args:
+        rows: Their rows of the plan, all alike but for the layer.
+        modules: The layers.
+        settings: What to know of the run.
+    """
+
+    def __init__(
+        self, rows: Sequence[PlanRow], modules: Sequence[nn.Module], settings: GroupSettings
+    ) -> None:
+        self.rows = rows
+        self.modules = modules
+        self.settings = settings
+        self.solver: Solver = build_solver(rows[0].solver, rows[0].options)
+        self.columns: Tensor | None = None
+        self._hessian: HessianRecord | None = None
+        self._drift: DriftRecord | None = None
+        self._ranges: dict[str, RangeRecord] = {}
+        self._outputs: dict[str, RangeRecord] = {}
+        self._magnitudes: Tensor | None = None
+        self._input: StaticScale | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its first layer."""
+        return self.rows[0].site.name
+
+    def wants(self, what: What) -> bool:
+        """Whether a pass over the data is needed for this."""
+        row = self.rows[0]
+        if what == "columns":
+            return row.split is not None
+        if what == "ranges":
+            return row.static_input or any(row.static_output for row in self.rows)
+        return self.solver.needs_hessian or row.correction is not None
+
+    def observe(self, x: Tensor, call: StepCall, what: What, wanted: Tensor | None = None) -> None:
+        """Take in one call's input of the layers, any shape that reshapes to [rows, in].
+
+        Args:
+            x: The input.
+            call: Which rows count, and which are of images and videos.
+            what: What it is taken in for.
+            wanted: What the float model has in its place, where a correction needs it.
+        """
+        rows = self._rows(x)
+        try:
+            if what == "columns":
+                counted = rows if call.row_weights is None else rows[call.row_weights > 0]
+                if len(counted):
+                    seen = counted.abs().amax(0)
+                    known = self._magnitudes
+                    self._magnitudes = seen if known is None else torch.maximum(known, seen)
+            elif what == "ranges":
+                if self.rows[0].static_input:
+                    self._observe_range(self._ranges, self._without_columns(rows), call)
+            else:
+                self._observe_moments(rows, call, wanted)
+        except NumericsError as error:
+            raise NumericsError(
+                error.what, where=f"input of {self.name}", remedy=error.remedy
+            ) from error
+
+    def observe_output(self, row: PlanRow, y: Tensor, call: StepCall) -> None:
+        """Take in one call's output of a layer for its static range."""
+        rows = y.detach().reshape(-1, row.site.out_features)
+        counted = rows if call.row_weights is None else rows[call.row_weights > 0]
+        record = self._outputs.setdefault(row.site.name, RangeRecord(row.activation_range.momentum))
+        record.update(counted)
+
+    def split_columns(self) -> None:
+        """Decide which columns stay in floating point, once their magnitudes are known."""
+        split = self.rows[0].split
+        if split is None or self._magnitudes is None:
+            return
+        found = outlying_columns(self._magnitudes, split)
+        if found:
+            self.columns = torch.tensor(found, device=self.settings.device)
+
+    def solve(self) -> tuple[LayerResult, list[SolvedLayer], dict[str, float | int | str]]:
+        """Choose the codes of all the layers at once.
+
+        Returns:
+            The solver's result, the layers, and notes on the group's input.
+        """
+        row = self.rows[0]
+        weights = [self._weight(row, module) for row, module in self._pairs()]
+        notes = self._input_notes()
+        hessian = self._moments()
+        if self._drift is not None and row.correction is not None:
+            corrected, told = self._drift.correct(weights, row.correction)
+            weights, notes = list(corrected), notes | told
+        columns = self._take_columns(weights, hessian)
+        if columns[0] is not None:
+            notes["split_columns"] = ", ".join(str(int(c)) for c in columns[0].index)
+        problem = LayerProblem(
+            names=tuple(row.site.name for row in self.rows),
+            weights=tuple(weights),
+            spec=_required(row),
+            range_rule=row.weight_range,
+            scale_dtype=self.settings.stored_dtype,
+            hessian=hessian,
+        )
+        result = self.solver.solve(problem)
+        layers = [
+            SolvedLayer(row, weight, self._input_scale(), self._output_scale(row), kept)
+            for row, weight, kept in zip(self.rows, result.weights, columns, strict=True)
+        ]
+        return result, layers, notes
+
+    def _pairs(self) -> list[tuple[PlanRow, nn.Module]]:
+        return list(zip(self.rows, self.modules, strict=True))
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """An input as the layer's quantizer sees it, [rows, in]."""
+        module = self.modules[0]
+        x = x.detach()
+        seen = module.rotated(x) if isinstance(module, QuantLinear) else x
+        return seen.reshape(-1, self.rows[0].site.in_features)
+
+    def _without_columns(self, rows: Tensor) -> Tensor:
+        return rows if self.columns is None else rows.index_fill(1, self.columns, 0.0)
+
+    def _observe_range(self, records: dict[str, RangeRecord], rows: Tensor, call: StepCall) -> None:
+        """Text and vision tokens apart, so that the record can tell them apart.
+
+        A moving average is one of all tokens, batch after batch.
+        """
+        vision = None if self.rows[0].activation_range.kind == "ema" else call.vision
+        counted = None if call.row_weights is None else call.row_weights > 0
+        parts = {"text": None if vision is None else ~vision}
+        if vision is not None:
+            parts["vision"] = vision
+        for name, part in parts.items():
+            mask = part if counted is None else counted if part is None else part & counted
+            seen = rows if mask is None else rows[mask]
+            if len(seen):
+                momentum = self.rows[0].activation_range.momentum
+                records.setdefault(name, RangeRecord(momentum)).update(seen)
+
+    def _observe_moments(self, rows: Tensor, call: StepCall, wanted: Tensor | None) -> None:
+        weights = self._token_weights(call)
+        seen = self._quantized(rows)
+        if self.rows[0].correction is not None and wanted is not None:
+            if self._drift is None:
+                self._drift = DriftRecord(rows.shape[1], rows.device)
+            self._drift.update(seen, self._rows(wanted), weights)
+        else:
+            if self._hessian is None:
+                self._hessian = HessianRecord(rows.shape[1], device=rows.device)
+            self._hessian.update(seen, weights)
+
+    def _token_weights(self, call: StepCall) -> Tensor | None:
+        if call.vision is None or self.settings.vision_weight == 1:
+            return call.row_weights
+        weights = torch.where(call.vision, self.settings.vision_weight, 1.0)
+        return weights if call.row_weights is None else weights * call.row_weights
+
+    def _quantized(self, rows: Tensor) -> Tensor:
+        """The input as the layer will really see it."""
+        spec = self.rows[0].activations
+        if spec is None or not self.settings.quantized_inputs:
+            return rows
+        scale, zero_point = parameters(self._input_scale())
+        seen: Tensor = ActivationQuantizer(spec, scale, zero_point, self.columns)(rows)
+        return seen
+
+    def _moments(self) -> Tensor | None:
+        """The Hessian, if it was gathered; the split columns are no longer in it."""
+        record = self._drift or self._hessian
+        if record is None:
+            if self.solver.needs_hessian:
+                raise NumericsError(
+                    "no calibration token reached this layer",
+                    where=self.name,
+                    remedy="add samples of the modality that passes it",
+                )
+            return None
+        hessian = record.hessian() if isinstance(record, DriftRecord) else record.mean()
+        if self.columns is None:
+            return hessian
+        return hessian.index_fill(0, self.columns, 0.0).index_fill(1, self.columns, 0.0)
+
+    def _take_columns(
+        self, weights: list[Tensor], hessian: Tensor | None
+    ) -> list[SplitColumns | None]:
+        """Take the split columns out of the weights, in place of the list's entries."""
+        if self.columns is None:
+            return [None] * len(weights)
+        kept: list[SplitColumns | None] = []
+        for index, weight in enumerate(weights):
+            values = weight[:, self.columns].to(self.settings.stored_dtype)
+            kept.append(SplitColumns(self.columns, values))
+            weights[index] = weight.index_fill(1, self.columns, 0.0)
+        return kept
+
+    def _input_scale(self) -> StaticScale | None:
+        row = self.rows[0]
+        if row.activations is None or row.activations.dynamic or not self._ranges:
+            return None
+        if self._input is None:
+            merged = RangeRecord(row.activation_range.momentum)
+            for record in self._ranges.values():
+                merged.merge(record)
+            self._input = self._static(merged, row.activations, row.activation_range)
+        return self._input
+
+    def _output_scale(self, row: PlanRow) -> StaticScale | None:
+        if row.outputs is None or row.site.name not in self._outputs:
+            return None
+        return self._static(self._outputs[row.site.name], row.outputs, row.activation_range)
+
+    def _static(self, record: RangeRecord, spec: NumberSpec, rule: RangeRule) -> StaticScale:
+        low, high = record.low_high(rule, spec.grid, spec.symmetric)
+        ends = torch.tensor([[low], [high]], device=self.settings.device)
+        scale, zero_point = scale_zero_point(
+            ends[0], ends[1], spec.grid, spec.symmetric, self.settings.stored_dtype
+        )
+        return StaticScale(scale, zero_point, low, high)
+
+    def _input_notes(self) -> dict[str, float | int | str]:
+        """The static input range for the record, of the modalities together and apart."""
+        static = self._input_scale()
+        if static is None:
+            return {}
+        notes: dict[str, float | int | str] = {"input_low": static.low, "input_high": static.high}
+        if len(self._ranges) > 1:
+            for name, record in self._ranges.items():
+                spec, rule = self.rows[0].activations, RangeRule("minmax")
+                if spec is not None:
+                    low, high = record.low_high(rule, spec.grid, spec.symmetric)
+                    notes |= {f"input_low_{name}": low, f"input_high_{name}": high}
+        return notes
+
+    def _weight(self, row: PlanRow, module: nn.Module) -> Tensor:
+        shape = (row.site.out_features, row.site.in_features)
+        matrix = module.get_parameter("weight").detach().to(torch.float32).reshape(shape)
+        if not torch.isfinite(matrix).all():
+            bad = int((~torch.isfinite(matrix)).sum())
+            raise NumericsError(
+                f"the weight holds {bad} values that are NaN or infinite",
+                where=row.site.name,
+                remedy="the source checkpoint is damaged: download or convert it again",
+            )
+        return matrix
+
+
+def _required(row: PlanRow) -> Any:
+    if row.weights is None:
+        raise NumericsError("a layer without a weight format reached a solver", where=row.site.name)
+    return row.weights
