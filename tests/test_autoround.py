@@ -46,7 +46,7 @@ def test_letting_scales_settle_gains_beyond_rounding():
 
 @pytest.mark.parametrize("solver", [None, GPTQ()], ids=["rtn", "gptq"])
 def test_offsets_stay_within_half_a_step_of_the_weight_or_of_the_start(solver):
-    """Whatever the learning rate, each code lies between the start's and the weight's neighbours."""
+    """Whatever the learning rate, each code lies between the start and the weight's neighbours."""
     problem = tiny_blocks.block("int4-channel", solver=solver)
     tuner = AutoRound(iterations=20, learning_rate=0.5, learn_range=False)
     result = tuner.tune(problem)
@@ -69,8 +69,8 @@ def test_the_rate_of_the_first_step_is_one_over_the_iterations_unless_given():
 
 
 def test_notes_say_what_was_done():
-    notes = AutoRound(iterations=10, batch=100).tune(tiny_blocks.block()).notes
-    assert (notes["iterations"], notes["batch"]) == (10, 8)
+    notes = AutoRound(iterations=60, batch=100).tune(tiny_blocks.block()).notes
+    assert (notes["iterations"], notes["batch"]) == (60, 8)
     assert 0 < notes["changed_codes"] < 0.5
     assert 0 < notes["changed_scales"] <= 1
 
@@ -81,6 +81,7 @@ def test_notes_say_what_was_done():
         {"iterations": 0},
         {"learning_rate": 0.0},
         {"learning_rate": 2.0},
+        {"range_learning_rate": 0.0},
         {"batch": 0},
         {"settle": -1},
         {"momentum": 1.0},

@@ -34,7 +34,10 @@ from prismquant.errors import RecipeError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+# How far an offset may go, in steps: to either neighbouring code.
 _REACH = 0.5
+# A range moves all its codes at once, so it is given time; measured on 2 to 4 bits.
+_RANGE_SHARE = 0.4
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,9 @@ class AutoRound:
 
     Attributes:
         iterations: Steps of descent.
-        learning_rate: Of the first step, in steps of the grid for offsets and as a fraction for
-            ranges; ``None`` means ``1 / iterations``.
+        learning_rate: Of the first step, in steps of the grid; ``None`` means ``1 / iterations``.
+        range_learning_rate: Of the first step, as a fraction of the range; ``None`` means
+            ``0.4 * learning_rate``.
         batch: Recorded calls that an iteration sees.
         learn_range: Tune scales and zero points too, not only the rounding.
         settle: Further steps that move scales only, where these are tuned at all.
@@ -61,6 +65,7 @@ class AutoRound:
 
     iterations: int = 200
     learning_rate: float | None = None
+    range_learning_rate: float | None = None
     batch: int = 4
     learn_range: bool = True
     settle: int = 50
@@ -70,12 +75,14 @@ class AutoRound:
     def __post_init__(self) -> None:
         if self.iterations < 1:
             raise RecipeError(f"there cannot be {self.iterations} iterations", where="iterations")
-        if self.learning_rate is not None and not 0 < self.learning_rate <= 1:
-            raise RecipeError(
-                f"a learning rate of {self.learning_rate} steps is out of bounds",
-                where="learning_rate",
-                remedy="use a number above 0, at most 1, or leave it out for 1 / iterations",
-            )
+        for option in ("learning_rate", "range_learning_rate"):
+            rate = getattr(self, option)
+            if rate is not None and not 0 < rate <= 1:
+                raise RecipeError(
+                    f"a learning rate of {rate} is out of bounds",
+                    where=option,
+                    remedy="use a number above 0, at most 1, or leave it out",
+                )
         if self.batch < 1:
             raise RecipeError(f"a batch of {self.batch} calls is empty", where="batch")
         if self.settle < 0:
@@ -105,12 +112,13 @@ class AutoRound:
         start_loss = starting_loss(problem)
         latents = [Latent(layer) for layer in problem.layers]
         rate = 1 / self.iterations if self.learning_rate is None else self.learning_rate
-        descent = _SignedDescent(latents, self.momentum, self.learn_range)
+        range_rate = self.range_learning_rate or _RANGE_SHARE * rate
+        descent = _SignedDescent(latents, self.momentum, range_rate if self.learn_range else 0.0)
         done = 0
         if start_loss > 0:
             schedule = Schedule(self.iterations, self.batch, self.seed)
             done = descend(
-                problem, latents, schedule, start_loss, lambda left: descent.step(rate * left)
+                problem, latents, schedule, start_loss, lambda left: descent.step(rate, left)
             )
         notes: dict[str, Note] = {
             "iterations": done,
@@ -128,28 +136,25 @@ class _SignedDescent:
     Args:
         latents: What to move.
         momentum: How much of the gradients before is kept.
-        learn_range: Move the factors of ranges too.
+        range_rate: How far the factors of ranges move first; zero leaves them.
     """
 
-    def __init__(self, latents: Sequence[Latent], momentum: float, learn_range: bool) -> None:
+    def __init__(self, latents: Sequence[Latent], momentum: float, range_rate: float) -> None:
         self._latents = latents
         self._momentum = momentum
-        self._learn_range = learn_range
+        self._range_rate = range_rate
         # A start further than half a step from the weight must stay within reach.
-        self._bounds = [
-            (latent.offset.clamp(max=-_REACH), latent.offset.clamp(min=_REACH))
-            for latent in latents
-        ]
+        self._entries = [latent.offset.clone() for latent in latents]
         self._velocity: dict[int, Tensor] = {}
 
-    def step(self, rate: float) -> None:
-        """Move by ``rate``, using the gradients that are there."""
-        for latent, (low, high) in zip(self._latents, self._bounds, strict=True):
-            self._move(latent.offset, rate)
-            latent.offset.clamp_(low, high)
-            if self._learn_range:
+    def step(self, rate: float, left: float) -> None:
+        """Move by the gradients that are there: offsets by ``rate``, all scaled by ``left``."""
+        for latent, entry in zip(self._latents, self._entries, strict=True):
+            self._move(latent.offset, rate * left)
+            latent.offset.clamp_(entry.clamp(max=-_REACH), entry.clamp(min=_REACH))
+            if self._range_rate:
                 for factor in latent.factors:
-                    self._move(factor, rate)
+                    self._move(factor, self._range_rate * left)
                 latent.limit()
 
     def _move(self, x: Tensor, rate: float) -> None:

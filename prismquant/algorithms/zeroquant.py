@@ -6,8 +6,8 @@ No labels, and no more of the model than one block, are needed. The method's for
 groups, activations by token) belong to the recipe; this is the training.
 
 Latent weights are kept in steps of their own scale: a learning rate then means the same for every
-layer, where an absolute one is too large for one weight and too small for another. Scales stay
-those of the start unless they are learned as well.
+layer, where an absolute one is too large for one weight and too small for another. Ranges are
+factors on those of the start.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class ZeroQuant:
     batch: int = 4
     learn_range: bool = True
     settle: int = 50
-    range_learning_rate: float = 0.005
+    range_learning_rate: float = 0.002
     seed: int = 0
 
     def __post_init__(self) -> None:
