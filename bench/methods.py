@@ -1,13 +1,12 @@
 """What each method costs at each setting, on the embedded model, plain and with activation
 outliers.
 
-    python -m bench.methods [--samples 600] [--seeds 1] [--factor 64] [--channels 4] [--out
-    bench-out]
+    python -m bench.methods [--seeds 3] [--samples 600] [--models plain outliers] [--out bench-out]
 
 Each cell quantizes the language model, writes the checkpoint, loads it again and compares it with
-the unquantized model on questions that calibration never saw. RTN is rounding to nearest with
-min-max scales; GPTQ is the preset as it stands. The outlier version has the same float function,
-bit for bit.
+the unquantized model on questions that calibration never saw. The outlier version has the same
+float function, bit for bit. Finished cells are kept in ``OUT/methods.jsonl``: a run that was cut
+off goes on where it stopped, and ``--seeds`` can be raised later.
 """
 
 from __future__ import annotations
@@ -17,40 +16,164 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor, nn
 
-from prismquant.api import measure, quantize
+from prismquant import __version__
+from prismquant.api import quantize
 from prismquant.demo.run import CHECKPOINT
 from prismquant.demo.scenes import write_dataset
+from prismquant.evaluate.fidelity import evaluate_model
+from prismquant.export.load import load_model
+from prismquant.models.bind import bind
+from prismquant.models.load import load_processor
 from prismquant.models.outliers import add_outliers
-from prismquant.recipe.schema import Recipe, load_recipe
+from prismquant.pipeline.batches import Batch, make_batches
+from prismquant.pipeline.data import read_samples
+from prismquant.recipe.schema import Recipe, parse_recipe
 from prismquant.report.tables import markdown_table, rich_table
 
-SETTINGS = ("w8a8", "w4a16", "w4a8", "w4a8-static", "w3a16")
 CALIBRATION_SAMPLES = 128
+_LLM = {"modality": "llm", "role": ["attn", "mlp"]}
+
+SETTINGS: dict[str, dict[str, str]] = {
+    "W8A8 static": {"weights": "int8-channel", "activations": "int8-tensor"},
+    "W8A8 dynamic": {"weights": "int8-channel", "activations": "int8-token"},
+    "W4A16 g128": {"weights": "int4-g128"},
+    "W4A8 dynamic": {"weights": "int4-channel", "activations": "int8-token"},
+    "W4A8 static": {"weights": "int4-channel", "activations": "int8-tensor"},
+    "W3A16 g128": {"weights": "int3-g128"},
+    "W2A16 g64": {"weights": "int2-g64-asym"},
+    "W4A4": {"weights": "int4-channel", "activations": "int4-token"},
+}
 
 
-def recipe_for(setting: str, solver: str) -> Recipe:
-    """The preset with a solver; rounding to nearest takes min-max scales, its textbook form."""
-    rule = {"solver": solver} | ({"weight_range": "minmax"} if solver == "rtn" else {})
-    return load_recipe(setting).with_rules(rule, name=f"{setting}-{solver}")
+@dataclass(frozen=True)
+class Method:
+    """What a method adds to a setting.
+
+    Attributes:
+        rule: Fields of the rule.
+        transforms: Transforms of the recipe.
+        settings: Where it is tried; empty is everywhere.
+    """
+
+    rule: Mapping[str, Any] = field(default_factory=dict)
+    transforms: tuple[Mapping[str, Any], ...] = ()
+    settings: tuple[str, ...] = ()
 
 
-def cell(
-    model: Path, setting: str, solver: str, calibration: Path, evaluation: Path
-) -> dict[str, Any]:
+def _transform(name: str, **options: Any) -> dict[str, Any]:
+    return {"name": name, "match": {"modality": "llm"}, "options": options}
+
+
+_RTN = {"solver": "rtn"}
+_AWQ_CLIP = {"solver": "rtn", "options": {"scale_weighting": "group"}}
+_ROTATION = _transform("rotation")
+_ONLINE = _transform("rotation", online=True)
+_UNSIGNED = _transform("rotation", online=True, signs=False)
+_SMOOTH, _AWQ = _transform("smoothquant"), _transform("awq")
+_SPLIT = {"name": "split", "match": {"modality": "llm", "role": "mlp.down"}}
+_ACTIVATIONS = tuple(name for name, spec in SETTINGS.items() if "activations" in spec)
+_LOW = ("W4A8 dynamic", "W4A8 static", "W3A16 g128", "W2A16 g64", "W4A4")
+
+METHODS: dict[str, Method] = {
+    "rtn": Method(_RTN | {"weight_range": "minmax"}),
+    "gptq": Method(),
+    "awq": Method(_AWQ_CLIP, (_AWQ,)),
+    "awq+gptq": Method({}, (_AWQ,)),
+    "smoothquant": Method(_RTN, (_SMOOTH,)),
+    "smoothquant+gptq": Method({}, (_SMOOTH,)),
+    "rotation+gptq": Method({}, (_ROTATION,)),
+    "rotation online+rtn": Method(_RTN, (_ONLINE,), _ACTIVATIONS),
+    "rotation online+gptq": Method({}, (_ONLINE,), _ACTIVATIONS),
+    "rotation online+smoothquant+gptq": Method({}, (_ONLINE, _SMOOTH), _ACTIVATIONS),
+    "mquant": Method({}, (_UNSIGNED, _SPLIT), _ACTIVATIONS),
+    "gptq+correction": Method({"correction": "auto"}),
+    "awq+gptq+correction": Method({"correction": "auto"}, (_AWQ,)),
+    "zeroquant": Method(_RTN | {"tuner": "zeroquant"}, (), _LOW),
+    "awq+zeroquant": Method(_RTN | {"tuner": "zeroquant"}, (_AWQ,), _LOW),
+    "autoround": Method(_RTN | {"tuner": "autoround"}, (), _LOW),
+}
+
+
+def recipe_for(setting: str, method: str) -> Recipe:
+    """A setting's formats with what the method adds."""
+    chosen = METHODS[method]
+    low = "int8" not in SETTINGS[setting]["weights"]
+    rule = {"match": _LLM, "weight_range": "mse" if low else "minmax"}
+    rule |= {**SETTINGS[setting], **chosen.rule}
+    body = {"rules": [rule], "transforms": list(chosen.transforms)}
+    return parse_recipe(body | {"name": f"{setting}, {method}"}, source="bench")
+
+
+class Remembered(nn.Module):
+    """A model that computes the logits of each batch once.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._known: dict[bytes, Tensor] = {}
+
+    def forward(self, **inputs: Any) -> SimpleNamespace:
+        """The model's logits."""
+        kept = {k: v for k, v in inputs.items() if isinstance(v, Tensor) and k != "pixel_values"}
+        key = b"".join(bytes(v.cpu().numpy().tobytes()) for v in kept.values() if v.ndim <= 2)
+        if key not in self._known:
+            self._known[key] = self.model(**inputs).logits
+        return SimpleNamespace(logits=self._known[key])
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model to quantize, and what to compare with.
+
+    Attributes:
+        name: ``plain`` or ``outliers``.
+        folder: Its checkpoint.
+        reference: The unquantized model.
+        batches: Evaluation batches.
+    """
+
+    name: str
+    folder: Path
+    reference: nn.Module
+    batches: Sequence[Batch]
+
+
+def subject(name: str, folder: Path, evaluation: Path) -> Subject:
+    """Load the reference and render the questions once."""
+    bound = bind(folder)
+    batches = make_batches(
+        read_samples(evaluation, require_answers=True),
+        load_processor(folder),
+        batch_size=32,
+        vision_token_ids=bound.vision_token_ids,
+    )
+    reference = Remembered(load_model(folder, dtype=torch.float32))
+    return Subject(name, folder, reference, list(batches))
+
+
+def cell(what: Subject, setting: str, method: str, calibration: Path) -> dict[str, Any]:
     """Quantize once and measure."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         started = time.perf_counter()
-        quantize(model, recipe_for(setting, solver), out, calibration)
+        quantize(what.folder, recipe_for(setting, method), out, calibration)
         seconds = time.perf_counter() - started
-        overall = measure(out, evaluation, reference=model, batch_size=32).overall
+        model = load_model(out, dtype=torch.float32)
+    overall = evaluate_model(model, what.batches, what.reference).overall
     answers = overall.divergence["answer"]
     return {
         "exact_match": overall.exact_match,
@@ -64,41 +187,112 @@ def cell(
     }
 
 
-def rows_of(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headers and rows of the table; means over calibration seeds, GPTQ's share of RTN's KL."""
-    headers = ["model", "setting", "method", "exact match", "NLL", "KL", "of RTN KL", "seconds"]
+class Cells:
+    """Finished cells in a file, one line each.
+
+    Args:
+        path: The file.
+        facts: What else a cell depends on; cells of other facts are left alone.
+    """
+
+    def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
+        self.path = path
+        self.facts = dict(facts)
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        self.done: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for line in lines:
+            entry = json.loads(line)
+            if entry["facts"] == self.facts:
+                self.done[tuple(entry["cell"])] = entry["result"]
+
+    def add(self, key: tuple[Any, ...], result: Mapping[str, Any]) -> None:
+        """Keep a cell."""
+        self.done[key] = dict(result)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            entry = {"facts": self.facts, "cell": list(key), "result": dict(result)}
+            file.write(json.dumps(entry) + "\n")
+
+
+def rows_of(cells: Cells) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows of the table: means over calibration seeds, shares of plain GPTQ's KL."""
+    headers = ["model", "setting", "method", "exact match", "NLL", "KL", "of GPTQ", "s", "sets"]
+    runs: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for (model, setting, method, _), result in cells.done.items():
+        runs.setdefault((model, setting, method), []).append(result)
     rows = []
-    for model, settings in results.items():
-        first = next(iter(settings.values()))["rtn"][0]
+    for model in dict.fromkeys(key[0] for key in runs):
+        first = next(results[0] for key, results in runs.items() if key[0] == model)
         exact, nll = first["reference_exact_match"], first["reference_nll"]
-        rows.append([model, "float", "", f"{100 * exact:.1f} %", f"{nll:.4f}", "", "", ""])
-        for setting, solvers in settings.items():
-            base = statistics.fmean(run["kl"] for run in solvers["rtn"])
-            for solver, runs in solvers.items():
-                mean = {key: statistics.fmean(run[key] for run in runs) for key in runs[0]}
-                spread = statistics.stdev(run["kl"] for run in runs) if len(runs) > 1 else None
-                kl = f"{mean['kl']:.5f}" + ("" if spread is None else f" ± {spread:.5f}")
-                share = "" if solver == "rtn" else f"{mean['kl'] / base:.3f}"
-                quality = [f"{100 * mean['exact_match']:.1f} %", f"{mean['nll']:.4f}", kl, share]
-                rows.append([model, setting, solver.upper(), *quality, f"{mean['seconds']:.1f}"])
+        rows.append([model, "float", "", f"{100 * exact:.1f} %", f"{nll:.4f}", "", "", "", ""])
+        for setting in SETTINGS:
+            for method in METHODS:
+                if (model, setting, method) in runs:
+                    base = runs.get((model, setting, "gptq"))
+                    rows.append([model, setting, *_row(method, runs[model, setting, method], base)])
     return headers, rows
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run all cells and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def _row(
+    method: str, runs: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]] | None
+) -> list[str]:
+    mean = {key: statistics.fmean(run[key] for run in runs) for key in runs[0]}
+    spread = f" ± {statistics.stdev(run['kl'] for run in runs):.5f}" if len(runs) > 1 else ""
+    share = f"{mean['kl'] / statistics.fmean(run['kl'] for run in base):.2f}" if base else ""
+    return [
+        method,
+        f"{100 * mean['exact_match']:.1f} %",
+        f"{mean['nll']:.4f}",
+        f"{mean['kl']:.5f}{spread}",
+        share,
+        f"{mean['seconds']:.0f}",
+        str(len(runs)),
+    ]
+
+
+def _subjects(options: argparse.Namespace, work: Path, evaluation: Path) -> Iterator[Subject]:
+    if "plain" in options.models:
+        yield subject("plain", options.model, evaluation)
+    if "outliers" in options.models:
+        outliers = work / "outliers"
+        add_outliers(
+            options.model,
+            outliers,
+            factor=options.factor,
+            channels=options.channels,
+            modality="llm",
+        )
+        yield subject("outliers", outliers, evaluation)
+
+
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, default=CHECKPOINT, help="default: the embedded one")
+    parser.add_argument("--models", nargs="+", default=["plain", "outliers"], help="versions of it")
     parser.add_argument("--samples", type=int, default=600, help="evaluation questions")
     parser.add_argument("--seeds", type=int, default=1, help="calibration sets to average over")
-    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), help="presets")
-    parser.add_argument(
-        "--factor", type=float, default=64.0, help="outlier strength, a power of two"
-    )
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--factor", type=float, default=64.0, help="of outliers, a power of two")
     parser.add_argument("--channels", type=int, default=4, help="outlier channels at each norm")
-    parser.add_argument("--out", type=Path, default=None, help="write the table there as Markdown")
-    options = parser.parse_args(arguments)
-    console = Console(width=120, highlight=False)
-    results: dict[str, Any] = {}
+    parser.add_argument("--out", type=Path, default=Path("bench-out"), help="cells and the table")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run all cells that are missing and print the table."""
+    options = _arguments(arguments)
+    console = Console(width=140, highlight=False)
+    threads = torch.get_num_threads()
+    facts = {
+        "version": __version__,
+        "torch": torch.__version__,
+        "threads": threads,
+        "architecture": bind(options.model).arch.name,
+        "samples": options.samples,
+        "outliers": [options.factor, options.channels],
+    }
+    cells = Cells(options.out / "methods.jsonl", facts)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         evaluation = write_dataset(work / "eval", split="evaluation", count=options.samples)
@@ -108,28 +302,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             for seed in range(options.seeds)
         ]
-        outliers = work / "outliers"
-        add_outliers(
-            options.model,
-            outliers,
-            factor=options.factor,
-            channels=options.channels,
-            modality="llm",
-        )
-        for name, model in {"plain": options.model, "outliers": outliers}.items():
-            for setting in options.settings:
-                for solver in ("rtn", "gptq"):
-                    runs = [cell(model, setting, solver, data, evaluation) for data in sets]
-                    results.setdefault(name, {}).setdefault(setting, {})[solver] = runs
-                    console.print(f"{name} {setting} {solver}: KL {runs[0]['kl']:.5f}", style="dim")
-    headers, rows = rows_of(results)
-    threads = torch.get_num_threads()
-    title = f"{options.samples} questions, {options.seeds} calibration set(s), {threads} thread(s)"
+        subjects = list(_subjects(options, work, evaluation))
+        for seed, data in enumerate(sets):
+            for what in subjects:
+                for setting in options.settings:
+                    for method in options.methods:
+                        key = (what.name, setting, method, seed)
+                        only = METHODS[method].settings
+                        if key in cells.done or (only and setting not in only):
+                            continue
+                        result = cell(what, setting, method, data)
+                        cells.add(key, result)
+                        console.print(f"{key}: KL {result['kl']:.5f}", style="dim")
+    headers, rows = rows_of(cells)
+    title = f"{facts['architecture']}, {options.samples} questions, {threads} thread(s)"
     console.print(rich_table(headers, rows, title=title))
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(markdown_table(headers, rows), encoding="utf-8")
-    facts = {"threads": threads, "torch": torch.__version__, "samples": options.samples}
+    table = options.out / f"methods-{facts['architecture']}.md"
+    table.write_text(markdown_table(headers, rows), encoding="utf-8")
+    results = [{"cell": list(key), **result} for key, result in cells.done.items()]
     print(json.dumps({"bench": "methods", **facts, "results": results}))
 
 

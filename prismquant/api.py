@@ -27,6 +27,7 @@ from prismquant.pipeline.batches import Batch, make_batches
 from prismquant.pipeline.checkpoint import RunDirectory, RunRecord, environment
 from prismquant.pipeline.data import Sample, fingerprint, read_samples, require_modalities
 from prismquant.pipeline.engine import Reporter, Run, Silent, run
+from prismquant.pipeline.gradients import gradient_samples, vision_weights, wants_gradients
 from prismquant.pipeline.plan import Plan, make_plan
 from prismquant.recipe.schema import Recipe, load_recipe
 from prismquant.storage import ShardReader
@@ -103,6 +104,7 @@ def quantize(
     directory = RunDirectory(Path(out))
     directory.require_free(resume=resume)
     batches = _batches(bound, samples, recipe.calibration.batch_size, trust_remote_code)
+    answers = gradient_samples(samples, plan.calibration.seed) if wants_gradients(plan) else ()
     record = directory.begin(
         RunRecord(
             identity=_identity(plan, bound, samples, f"{target.type} {arithmetic}"),
@@ -117,15 +119,26 @@ def quantize(
     )
     if record.finished:
         return Result(Path(out), plan, record)
+    reporter = reporter or Silent()
+    if answers:
+        reporter.stage("model", "gradients")
     job = Run(
         plan=plan,
         bound=bound,
         batches=batches,
         sink=(writer := CheckpointWriter(Path(out), bound, plan)),
-        reporter=reporter or Silent(),
+        reporter=reporter,
         device=target,
         dtype=arithmetic,
         done={step.name: step for step in record.steps},
+        # Not a part of the record: model, data and plan decide them, and those are.
+        vision_weights=vision_weights(
+            plan,
+            bound,
+            _batches(bound, answers, 1, trust_remote_code),
+            device=target,
+            dtype=arithmetic,
+        ),
     )
     for step in run(job):
         record = replace(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -117,14 +117,17 @@ def inspect(
 ) -> None:
     """Print the plan: every layer with its format and size. Reads headers only, no weights."""
     from prismquant.api import inspect as make
-    from prismquant.report.plans import layer_table, totals_table
+    from prismquant.report.plans import layer_table, totals_table, transform_table
 
     plan = make(model, recipe)
     if as_json:
         typer.echo(json.dumps(plan.to_dict()))
         return
     console = _console()
-    console.print(layer_table(plan), totals_table(plan))
+    for table in (layer_table(plan), transform_table(plan), totals_table(plan)):
+        if table is not None:
+            console.print(table)
+    _print_remarks(console, plan.remarks)
 
 
 @app.command()
@@ -175,7 +178,14 @@ def quantize(
         typer.echo(json.dumps({"out": str(out), "record": result.record.to_dict()}))
         return
     console.print(run_table(result.plan, result.record))
+    _print_remarks(console, result.plan.remarks)
     console.print(f"written: {out}")
+
+
+def _print_remarks(console: Any, remarks: Sequence[str]) -> None:
+    """What a user should know of the checkpoint before serving it."""
+    for remark in remarks:
+        console.print(f"note: {remark}", style="yellow", markup=False)
 
 
 @app.command("eval")

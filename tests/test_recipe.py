@@ -429,7 +429,10 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
             ],
             "tokens are not known in advance",
         ),
-        ([{"weights": "int8-channel", "activations": "int8-tensor-dyn"}], "tensor scales are static"),
+        (
+            [{"weights": "int8-channel", "activations": "int8-tensor-dyn"}],
+            "tensor scales are static",
+        ),
         (
             [{"weights": "int8-channel", "activations": "int8-g128"}],
             "activations of int8 g128 sym are not supported",

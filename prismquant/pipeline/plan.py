@@ -442,15 +442,24 @@ def _splits(recipe: Recipe, bound: BoundModel) -> dict[str, Split]:
 def _edges(
     recipe: Recipe, bound: BoundModel, rows: Sequence[PlanRow], findings: list[str]
 ) -> tuple[PlanEdge, ...]:
-    """Edges along which scale is moved: those with a reader that matches and is quantized."""
+    """Edges along which scale is moved: those with a reader that matches and is quantized.
+
+    A rotation at run time lies between the two ends of an edge and mixes its channels, so no scale
+    passes it.
+    """
     quantized = {row.site.name for row in rows if row.weights is not None}
+    mixed = {row.site.name for row in rows if row.online is not None}
+    open_edges = [edge for edge in bound.edges if not mixed.intersection(edge.consumers)]
     chosen: list[PlanEdge] = []
     for index, transform in enumerate(recipe.transforms):
         if transform.name not in EQUALIZERS:
             continue
-        meant = [edge for edge in bound.edges if _reads(edge, bound, quantized, transform.match)]
+        meant = [edge for edge in open_edges if _reads(edge, bound, quantized, transform.match)]
         if not meant:
-            findings.append(f"transforms[{index}] ({transform.name}) matches no edge")
+            findings.append(
+                f"transforms[{index}] ({transform.name}) matches no edge: none ends in a quantized "
+                "layer that it means and whose input is not rotated at run time"
+            )
         chosen += [PlanEdge(edge, transform.name, transform.options) for edge in meant]
     return tuple(chosen)
 

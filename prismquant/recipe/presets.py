@@ -4,29 +4,50 @@ A plain name covers what servers expect to be quantized: the attention and MLP p
 language model. ``-all`` adds the vision tower, the patch embedding and the projector. ``lm_head``
 and the embeddings are always left alone. The patch embedding keeps its input in floating point: no
 checkpoint format can declare a quantized input for a convolution.
+
+A method's name before the setting adds the method: ``smoothquant-w8a8-static``, ``awq-w4a16``,
+``awq-gptq-w4a16``. Without one, codes come from GPTQ.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+Preset = dict[str, Any]
+
 _LLM = {"modality": "llm", "role": ["attn", "mlp"]}
 _VISION = {"modality": ["vision", "projector"]}
 _PATCH = {"role": "patch_embed"}
 
 
-def _preset(weights: str, activations: str | None, *, weight_range: str) -> dict[str, Any]:
-    rule: dict[str, Any] = {"match": _LLM, "weights": weights, "weight_range": weight_range}
+def _preset(weights: str, activations: str | None, *, weight_range: str, **fields: Any) -> Preset:
+    rule: Preset = {"match": _LLM, "weights": weights, "weight_range": weight_range} | fields
     return {"rules": [rule | ({"activations": activations} if activations else {})]}
 
 
-def _with_vision(preset: dict[str, Any], **changes: Any) -> dict[str, Any]:
+def _with_vision(preset: Preset, **changes: Any) -> Preset:
     rule = preset["rules"][0]
     # Widths such as 3420 and 4304 occur in vision towers: no group of 128 divides them.
     tower = rule | {"match": _VISION, "group_fallback": "channel"} | changes
     patch = {"match": _PATCH, "activations": "none"}
-    return {"rules": [rule, tower, patch]}
+    return preset | {"rules": [rule, tower, patch]}
 
+
+def _with(preset: Preset, *transforms: Preset, **fields: Any) -> Preset:
+    """The preset with transforms, and with fields in each of its rules that set a format."""
+    rules = [rule | fields if "weights" in rule else rule for rule in preset["rules"]]
+    return preset | {"rules": rules} | ({"transforms": list(transforms)} if transforms else {})
+
+
+_SMOOTHQUANT: Preset = {"name": "smoothquant"}
+_AWQ: Preset = {"name": "awq"}
+_ROTATION: Preset = {"name": "rotation", "match": {"modality": "llm"}}
+_ONLINE = _ROTATION | {"options": {"online": True}}
+# As MQuant does: Hadamard matrices without signs, and the column that stands out is split off.
+_UNSIGNED: Preset = {"name": "rotation", "options": {"online": True, "signs": False}}
+_SPLIT: Preset = {"name": "split", "match": {"role": "mlp.down"}}
+_RTN: Preset = {"solver": "rtn"}
+_AWQ_CLIP: Preset = {"solver": "rtn", "options": {"scale_weighting": "group"}}
 
 _W8A8 = _preset("int8-channel", "int8-token", weight_range="minmax")
 _W8A8_STATIC = _preset("int8-channel", "int8-tensor", weight_range="minmax")
@@ -34,8 +55,10 @@ _W4A16 = _preset("int4-g128", None, weight_range="mse")
 _W4A8 = _preset("int4-channel", "int8-token", weight_range="mse")
 _W4A8_STATIC = _preset("int4-channel", "int8-tensor", weight_range="mse")
 _W3A16 = _preset("int3-g128", None, weight_range="mse")
+_W2A16 = _preset("int2-g64-asym", None, weight_range="mse")
+_FP8 = _preset("fp8-channel", "fp8-token", weight_range="mse")
 
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, Preset] = {
     "w8a8": _W8A8,
     "w8a8-all": _with_vision(_W8A8),
     "w8a8-static": _W8A8_STATIC,
@@ -48,7 +71,23 @@ PRESETS: dict[str, dict[str, Any]] = {
     "w4a8-static-all": _with_vision(_W4A8_STATIC),
     "w3a16": _W3A16,
     "w3a16-all": _with_vision(_W3A16),
+    "fp8": _FP8,
+    "fp8-all": _with_vision(_FP8),
     "vision-w8a8-llm-w4a8": _with_vision(
         _W4A8, weights="int8-channel", activations="int8-token", weight_range="minmax"
     ),
+    "smoothquant-w8a8": _with(_W8A8, _SMOOTHQUANT, **_RTN),
+    "smoothquant-w8a8-static": _with(_W8A8_STATIC, _SMOOTHQUANT, **_RTN),
+    "smoothquant-gptq-w4a8": _with(_W4A8, _SMOOTHQUANT),
+    "smoothquant-gptq-w4a8-static": _with(_W4A8_STATIC, _SMOOTHQUANT),
+    "awq-w4a16": _with(_W4A16, _AWQ, **_AWQ_CLIP),
+    "awq-gptq-w4a16": _with(_W4A16, _AWQ),
+    "awq-gptq-w3a16": _with(_W3A16, _AWQ),
+    "rotation-gptq-w4a8": _with(_W4A8, _ONLINE),
+    "mquant-w4a8-static": _with(_with_vision(_W4A8_STATIC), _UNSIGNED, _SPLIT),
+    "zeroquant-w4a8": _with(
+        _preset("int4-g128", "int8-token", weight_range="minmax"), **_RTN, tuner="zeroquant"
+    ),
+    "zeroquant-w3a16": _with(_W3A16, **_RTN, tuner="zeroquant"),
+    "autoround-w2a16": _with(_W2A16, **_RTN, tuner="autoround"),
 }

@@ -55,6 +55,7 @@ from prismquant.algorithms.table import (
     checked_options,
 )
 from prismquant.errors import PrismQuantError, RecipeError, suggest
+from prismquant.formats.packed import check_declarable
 from prismquant.formats.spec import NumberSpec, spec
 from prismquant.models.arch import Modality
 from prismquant.models.rotation import Rotation
@@ -145,6 +146,11 @@ class Rule(_Strict):
     activation_range: Fields | None = None
     group_fallback: Literal["error", "channel"] | None = None
     skip: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _other_names(cls, content: Any) -> Any:
+        return _translated(content) if isinstance(content, Mapping) else content
 
     @field_validator("weights", "activations", "outputs", mode="before")
     @classmethod
@@ -543,6 +549,8 @@ def _check_formats(setting: Setting) -> None:
     if weights is not None and setting.weight_range.kind == "ema":
         raise RecipeError("a weight has no running range: 'ema' is for activations")
     for what, spec_of in (("activations", activations), ("outputs", setting.outputs)):
+        if spec_of is not None:
+            check_declarable(spec_of)
         if spec_of is not None and spec_of.granularity == "channel":
             raise RecipeError(
                 f"{what} with channel scales are not supported",
@@ -571,10 +579,49 @@ def _check_format_fields(fields: Fields) -> None:
     if granularity is None:
         dynamic = fields.get("dynamic", False)
         granularity = "group" if size is not None else "token" if dynamic else "tensor"
-    filled: Fields = {"bits": 8, "dynamic": granularity == "token", **fields}
+    filled: Fields = {"dynamic": granularity == "token", **fields}
+    if fields.get("kind", "int") == "int":
+        filled = {"bits": 8, **filled}
     if granularity == "group" and size is None:
         filled["group_size"] = 128
-    NumberSpec(**filled | {"granularity": granularity})
+    NumberSpec.from_dict(filled | {"granularity": granularity})
+
+
+_OTHER_NAMES = ("w_has_zero", "a_has_zero", "w_unsign", "a_unsign", "quantization_type")
+
+
+def _translated(content: Mapping[str, Any]) -> Fields:
+    """A rule in which MI-optimize's names of options have become fields of the formats.
+
+    ``unsign`` has no counterpart: codes with a zero point are the same numbers either way, and
+    codes without one are signed.
+    """
+    rule = {key: value for key, value in content.items() if key not in _OTHER_NAMES}
+    given = {key: content[key] for key in _OTHER_NAMES if key in content}
+    kinds = {
+        "static": {"granularity": "tensor", "dynamic": False},
+        "dynamic": {"granularity": "token", "dynamic": True},
+    }
+    for side, field in (("w", "weights"), ("a", "activations")):
+        changes: Fields = {}
+        zero = given.get(f"{side}_has_zero")
+        if zero is not None:
+            changes["symmetric"] = not zero
+        if given.get(f"{side}_unsign") and not zero:
+            raise ValueError(
+                f"{side}_unsign without {side}_has_zero would hold positive numbers only; "
+                f"set {side}_has_zero: true"
+            )
+        if side == "a" and "quantization_type" in given:
+            if given["quantization_type"] not in kinds:
+                options = ", ".join(kinds)
+                raise ValueError(f"quantization_type is one of {options}")
+            changes |= kinds[given["quantization_type"]]
+        if changes:
+            said = rule.get(field) or {}
+            fields = spec(said).to_dict() if isinstance(said, str) else dict(said)
+            rule[field] = fields | changes
+    return rule
 
 
 def _with_remedy(error: PrismQuantError) -> ValueError:

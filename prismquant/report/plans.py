@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
 from rich.table import Table
 
 from prismquant.pipeline.checkpoint import RunRecord
-from prismquant.pipeline.plan import Plan, PlanRow
+from prismquant.pipeline.plan import Plan, PlanEdge, PlanRow
 from prismquant.report.tables import format_bytes, format_figure, rich_table
 
 _FLOAT = "float"
@@ -52,6 +54,38 @@ def totals_table(plan: Plan) -> Table:
     return rich_table(headers, rows, title="weights on disk")
 
 
+def transform_table(plan: Plan) -> Table | None:
+    """What changes the model before anything is rounded; None where nothing does."""
+    headers = ["transform", "where", "count", "options"]
+    rows = [
+        ["rotation", f"{r.modality} tower", "1", _options(asdict(r), {"modality"})]
+        for r in plan.rotations
+    ]
+    alike: dict[tuple[str, ...], list[PlanEdge]] = {}
+    for edge in plan.edges:
+        where = re.sub(r"\d+", "*", edge.edge.source)
+        alike.setdefault((edge.equalizer, where, _options(edge.options)), []).append(edge)
+    rows += [[name, where, str(len(e)), said] for (name, where, said), e in alike.items()]
+    split = [row for row in plan.quantized if row.split is not None]
+    if split:
+        rows.append(["split", "where one column sets the range", str(len(split)), ""])
+    if not rows:
+        return None
+    table = rich_table(headers, rows, title="before anything is rounded")
+    for column in (table.columns[1], table.columns[3]):
+        column.justify = "left"
+    return table
+
+
+def _options(options: Mapping[str, Any], without: Collection[str] = ()) -> str:
+    given = {k: v for k, v in options.items() if k not in without and v is not None}
+    flags = {True: "{}", False: "no {}"}
+    return ", ".join(
+        flags[value].format(key) if isinstance(value, bool) else f"{key} {value}"
+        for key, value in given.items()
+    )
+
+
 def run_table(plan: Plan, record: RunRecord) -> Table:
     """One row per step: its layers, the method's loss against rounding to nearest, the time."""
     headers = ["step", "layers", "loss", "of rounding's", "seconds", "remarks"]
@@ -79,9 +113,17 @@ def _likeness(row: PlanRow) -> tuple[str, ...]:
         " x ".join(map(str, row.site.weight_shape)),
         row.weights.describe() if row.weights else _FLOAT,
         row.activations.describe() if row.activations else _FLOAT,
-        row.solver if row.weights else "",
+        _method(row),
         row.note,
     )
+
+
+def _method(row: PlanRow) -> str:
+    """Everything that decides a layer's codes."""
+    if row.weights is None:
+        return ""
+    parts = [row.solver, "correction" if row.correction else None, row.tuner]
+    return " + ".join(part for part in parts if part)
 
 
 def _common_name(group: Sequence[PlanRow]) -> str:

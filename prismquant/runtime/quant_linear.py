@@ -61,17 +61,18 @@ class ActivationQuantizer(nn.Module):
         return x + (values - x).detach() if x.requires_grad else values
 
     def _simulated(self, x: Tensor) -> Tensor:
+        if self.columns is None:
+            return self._rounded(x)
+        rest = self._rounded(x.index_fill(-1, self.columns, 0.0))
+        return rest.index_copy_(-1, self.columns, x[..., self.columns])
+
+    def _rounded(self, x: Tensor) -> Tensor:
         grid, granularity, size = self.spec.grid, self.spec.granularity, self.spec.group_size
-        scale, zero_point, columns = self.scale, self.zero_point, self.columns
-        kept = None if columns is None else x[..., columns]
-        if columns is not None:
-            x = x.index_fill(-1, columns, 0.0)
+        scale, zero_point = self.scale, self.zero_point
         if scale is None:
-            scale, zero_point = dynamic_scale_zero_point(
-                x, grid, self.spec.symmetric, granularity, size
-            )
-        values = simulate(x, scale, zero_point, grid, granularity, size)
-        return values if columns is None else values.index_copy_(-1, columns, kept)
+            symmetric = self.spec.symmetric
+            scale, zero_point = dynamic_scale_zero_point(x, grid, symmetric, granularity, size)
+        return simulate(x, scale, zero_point, grid, granularity, size)
 
 
 class InputRotation(nn.Module):
