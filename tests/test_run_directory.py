@@ -15,11 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import tiny_vlm
+import torch
 
 import prismquant as pq
 from prismquant.errors import StorageError
 from prismquant.models.bind import bind
-from prismquant.pipeline.checkpoint import LayerRecord, RunDirectory, RunRecord, StepRecord
+from prismquant.pipeline.checkpoint import (
+    RECORD_VERSION,
+    EdgeRecord,
+    LayerRecord,
+    RunDirectory,
+    RunRecord,
+    StepRecord,
+)
 from prismquant.pipeline.engine import Silent
 from prismquant.pipeline.plan import Plan, make_plan
 from prismquant.recipe.schema import Recipe, load_recipe
@@ -40,6 +48,7 @@ STEP = StepRecord(
     "model-00001-of-00002.safetensors",
     1.5,
     (LayerRecord("model.layers.0.up", "gptq", 0.25, 0.5, {"damping": 0.01, "fallback": "rtn"}),),
+    (EdgeRecord("model.layers.0.norm", ("model.layers.0.up",), "awq", {"skipped": "no gain"}),),
 )
 
 
@@ -82,7 +91,7 @@ def test_a_record_survives_being_written(tmp_path: Path) -> None:
     directory.save(record)
     assert directory.load() == record
     assert RunRecord.from_dict(json.loads(json.dumps(record.to_dict()))) == record
-    assert read_json(directory.record_path)["version"] == 1
+    assert read_json(directory.record_path)["version"] == RECORD_VERSION
 
 
 def test_a_new_run_writes_its_provenance_first(tmp_path: Path, plan: Plan, recipe: Recipe) -> None:
@@ -186,10 +195,10 @@ def test_a_shard_that_is_gone_is_named(tmp_path: Path, plan: Plan, recipe: Recip
         ("[]", "version None cannot be read"),
         ("{}", "version None cannot be read"),
         ('{"version": 99}', "version 99 cannot be read"),
-        ('{"version": 1}', "the run record is damaged"),
-        ('{"version": 1, "steps": 5}', "the run record is damaged"),
-        ('{"version": 1, "steps": [], "identity": {}, "model": "m", "x": 1}', "damaged"),
-        ('{"version": 1, "steps": [{"name": "a"}], "identity": {}, "model": "m"}', "damaged"),
+        ('{"version": 2}', "the run record is damaged"),
+        ('{"version": 2, "steps": 5}', "the run record is damaged"),
+        ('{"version": 2, "steps": [], "identity": {}, "model": "m", "x": 1}', "damaged"),
+        ('{"version": 2, "steps": [{"name": "a"}], "identity": {}, "model": "m"}', "damaged"),
     ],
 )
 def test_a_damaged_record_is_an_error(
@@ -259,25 +268,79 @@ def test_an_interrupted_run_is_clean_and_resumes_to_the_same_bytes(
     settings = {"batch_size": 4, "samples": 4} | calibration
     recipe = load_recipe(preset).with_rules({"weight_range": "minmax"})
     recipe = recipe.with_calibration(**settings)
+    assert_resumes_to_the_same_bytes(tiny(family), recipe, calibration_file, tmp_path)
+
+
+def assert_resumes_to_the_same_bytes(
+    folder: Path, recipe: Recipe, data: Path, tmp_path: Path
+) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
     count = Count()
-    given = tiny(family), recipe
-    pq.quantize(*given, whole, calibration_file, reporter=count)
+    given = folder, recipe
+    pq.quantize(*given, whole, data, reporter=count)
     finished = 0
     for number, moment in enumerate((count.moments // 5, count.moments // 2, count.moments // 3)):
         with pytest.raises(KeyboardInterrupt):
-            pq.quantize(*given, out, calibration_file, resume=number > 0, reporter=StopAt(moment))
+            pq.quantize(*given, out, data, resume=number > 0, reporter=StopAt(moment))
         assert_unfinished_and_clean(out)
         steps = len(RunDirectory(out).load().steps)
         assert steps >= finished
         finished = steps
     assert finished > 0
-    result = pq.quantize(*given, out, calibration_file, resume=True)
+    result = pq.quantize(*given, out, data, resume=True)
     assert result.record.finished
-    assert files_of(out) == files_of(whole)
+    mine, theirs = files_of(out), files_of(whole)
+    assert mine.keys() == theirs.keys()
+    assert not [name for name in mine if mine[name] != theirs[name]]
     uninterrupted = RunDirectory(whole).load()
-    for mine, theirs in zip(result.record.steps, uninterrupted.steps, strict=True):
-        assert replace(mine, seconds=0.0) == replace(theirs, seconds=0.0)
+    for step, expected in zip(result.record.steps, uninterrupted.steps, strict=True):
+        assert replace(step, seconds=0.0) == replace(expected, seconds=0.0)
+
+
+# Some readers of an edge stay in floating point: what becomes of them must be resumed as well.
+TRANSFORMED: dict[str, tuple[str, list[dict[str, Any]], list[dict[str, Any]]]] = {
+    "all at once": (
+        "video_llama_3",
+        [
+            {"weights": "int4-g16", "activations": "int8-tensor", "weight_range": "minmax"},
+            {"match": {"role": "patch_embed"}, "activations": "none"},
+            {"correction": "auto"},
+            {"match": {"modality": "llm", "role": "mlp"}, "tuner": "autoround"},
+            {"tuner_options": {"iterations": 2, "settle": 1}},
+        ],
+        [
+            {"name": "rotation", "options": {"online": True}},
+            {"name": "smoothquant", "options": {"search": False}},
+            {"name": "split", "match": {"role": "mlp.down"}, "options": {"threshold": 1.01}},
+        ],
+    ),
+    "scale into layers in float": (
+        "qwen2_vl",
+        [
+            {"match": {"role": ["mlp", "attn.qkv", "projector"]}, "weights": "int4-g32"},
+            {"match": {"role": "mlp.up", "modality": "vision"}, "skip": True},
+            {"match": {"role": "mlp.up", "name": "*layers.0*"}, "tuner": "none"},
+        ],
+        [{"name": "smoothquant", "options": {"search": False}}],
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", TRANSFORMED)
+def test_a_run_with_transforms_resumes_to_the_same_bytes(
+    kind: str,
+    dtype: torch.dtype,
+    tiny: Callable[..., Path],
+    calibration_file: Path,
+    tmp_path: Path,
+) -> None:
+    """Scale that was moved, float states, tuned codes: all of it is on disk or made again."""
+    family, rules, transforms = TRANSFORMED[kind]
+    calibration = {"batch_size": 2, "samples": 4}
+    recipe = load_recipe({"rules": rules, "transforms": transforms, "calibration": calibration})
+    folder = tiny(family, dtype=dtype)
+    assert_resumes_to_the_same_bytes(folder, recipe, calibration_file, tmp_path)
 
 
 def test_finished_steps_are_not_done_again(

@@ -273,7 +273,8 @@ class Trials:
         return float((lost / torch.where(total > 0, total, math.inf)).mean())
 
     def _energy(self, output: Tensor) -> Tensor:
-        return output.square().sum(1, dtype=torch.float64) @ self._costs
+        # Norms in one pass; only their squares, one a token, are summed in float64.
+        return torch.linalg.vector_norm(output, dim=1).to(torch.float64).square() @ self._costs
 
     def _pieces(self, rows: int | None) -> Iterator[_Piece]:
         height = max(1, _PIECE // max(self._inputs.shape[1], len(self._inputs), 1))

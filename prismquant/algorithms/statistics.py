@@ -174,7 +174,7 @@ class ChannelRecord:
         self,
         in_features: int,
         name: str | None = None,
-        sample: int = 2048,
+        sample: int = 1024,
         device: torch.device | str = "cpu",
     ) -> None:
         if sample < 1:
