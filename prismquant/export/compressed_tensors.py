@@ -204,13 +204,17 @@ _Key = tuple[NumberSpec | None, NumberSpec | None, NumberSpec | None, str]
 
 
 def quantization_config(plan: Plan, bound: BoundModel) -> dict[str, Any] | None:
-    """The ``quantization_config`` of a plan; None where nothing is stored quantized."""
+    """The ``quantization_config`` of a plan; None where there is nothing to say.
+
+    A rotation at run time is told even where no layer is stored quantized.
+    """
     schemes: dict[_Key, list[str]] = {}
     for row in plan.quantized:
         if row.layout != DENSE:
             key = (row.weights, row.activations, row.outputs, row.layout)
             schemes.setdefault(key, []).append(_config_name(bound, row.site.name))
-    if not schemes:
+    transforms = _transform_config(plan, bound)
+    if not schemes and not transforms:
         return None
     groups = {
         f"group_{number}": {
@@ -222,7 +226,7 @@ def quantization_config(plan: Plan, bound: BoundModel) -> dict[str, Any] | None:
         }
         for number, ((weights, activations, outputs, layout), names) in enumerate(schemes.items())
     }
-    layouts = {group["format"] for group in groups.values()}
+    layouts = {group["format"] for group in groups.values()} or {DENSE}
     quantized = {name for names in schemes.values() for name in names}
     linears = {_config_name(bound, name) for name in _linears(bound)}
     return {
@@ -234,7 +238,7 @@ def quantization_config(plan: Plan, bound: BoundModel) -> dict[str, Any] | None:
         "ignore": sorted(linears - quantized),
         "kv_cache_scheme": None,
         "sparsity_config": {},
-        "transform_config": _transform_config(plan, bound),
+        "transform_config": transforms,
         "config_groups": groups,
     }
 

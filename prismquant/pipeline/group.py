@@ -199,6 +199,8 @@ class Group:
         row = self.rows[0]
         weights = [self._weight(row, module) for row, module in self._pairs()]
         notes = self._input_notes()
+        if self.settings.vision_weight != 1:
+            notes["vision_weight"] = self.settings.vision_weight
         hessian = self._moments()
         if self._drift is not None and row.correction is not None:
             corrected, told = self._drift.correct(weights, row.correction)

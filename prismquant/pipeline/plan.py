@@ -284,6 +284,7 @@ def make_plan(recipe: Recipe, bound: BoundModel) -> Plan:
             )
     findings += _torn_fusions(rows)
     edges = _edges(recipe, bound, rows, findings)
+    findings += _idle_splits(recipe, rows)
     if not findings and not any(row.weights for row in rows):
         findings.append("no layer is quantized: no rule with `weights` stays in force")
     if findings:
@@ -414,6 +415,11 @@ def _rotations(recipe: Recipe, bound: BoundModel, findings: list[str]) -> tuple[
     for index, transform in enumerate(recipe.transforms):
         if transform.name != ROTATION:
             continue
+        if Modality.PROJECTOR in transform.match.modality:
+            findings.append(
+                f"transforms[{index}]: the projector is not rotated itself, it follows both of its "
+                "neighbours: match vision or llm"
+            )
         towers = (Modality.VISION, Modality.LLM)
         for rotation in transform.rotations(towers):
             if rotation.modality in chosen:
@@ -437,6 +443,16 @@ def _splits(recipe: Recipe, bound: BoundModel) -> dict[str, Split]:
         for site in bound.sites
         if _meant(transform.match, site)
     }
+
+
+def _idle_splits(recipe: Recipe, rows: Sequence[PlanRow]) -> list[str]:
+    splittable = [row.site for row in rows if row.split is not None]
+    return [
+        f"transforms[{index}] ({SPLIT}) matches no layer that is stored quantized"
+        for index, transform in enumerate(recipe.transforms)
+        if transform.name == SPLIT
+        and not any(_meant(transform.match, site) for site in splittable)
+    ]
 
 
 def _edges(
