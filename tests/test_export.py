@@ -34,7 +34,7 @@ HELD = ("w8a8", "w8a8-static-all", "w4a16-all", "w4a8", "w4a8-static-all", "w3a1
 
 def quantized(folder: Path, out: Path, data: Path, preset: str, *rules: dict[str, Any]) -> Path:
     """RTN is enough here: how the codes were chosen does not matter to a reader."""
-    recipe = pq.load_recipe(preset).with_rules({"solver": "rtn"}, *rules)
+    recipe = pq.load_recipe(preset).with_rules({"solver": "rtn", "tuner": "none"}, *rules)
     pq.quantize(folder, recipe, out, data)
     return out
 

@@ -59,12 +59,13 @@ def check_bytes(plan: Plan, folder: Path) -> None:
 # Bytes
 
 
-# `w4a16-all` does all that `w4a16` does: the shorter ones are tried on one family only.
+# `w4a16-all` does all that `w4a16` does: the shorter ones, and those that differ from them in the
+# method alone, are tried on one family only.
 PAIRS = [
     (preset, family)
     for preset in PRESETS
     for family in tiny_vlm.FAMILIES
-    if f"{preset}-all" not in PRESETS or family == "qwen2_5_vl"
+    if preset.endswith("-all") or preset.startswith(("vision", "mquant")) or family == "qwen2_5_vl"
 ]
 
 
@@ -73,7 +74,8 @@ def test_predicted_bytes_are_the_bytes_that_are_written(
     preset: str, family: str, tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path
 ) -> None:
     tiny_folder = tiny(family)
-    recipe = load_recipe(preset).with_rules({"solver": "rtn", "weight_range": "minmax"})
+    plain = {"solver": "rtn", "weight_range": "minmax", "tuner": "none"}
+    recipe = load_recipe(preset).with_rules(plain)
     result = pq.quantize(
         tiny_folder, recipe.with_calibration(samples=3), tmp_path, calibration_file
     )
@@ -108,6 +110,47 @@ def test_bytes_of_unusual_formats_in_half_precision(
     folder = tiny("qwen2_vl", dtype=torch.bfloat16)
     recipe = load_recipe({"rules": [rule], "calibration": {"samples": 2}})
     result = pq.quantize(folder, recipe, tmp_path, calibration_file, dtype=torch.float32)
+    check_bytes(result.plan, tmp_path)
+
+
+ROTATED: dict[str, Any] = {"name": "rotation", "options": {"online": True}}
+SPLIT: dict[str, Any] = {"name": "split", "options": {"threshold": 1.01, "columns": 3}}
+ALL = {"weights": "int8-g16", "solver": "rtn", "weight_range": "minmax"}
+
+
+@pytest.mark.parametrize(
+    ("rule", "transforms"),
+    [
+        (ALL, [ROTATED]),
+        (ALL | {"activations": "int8-token"}, [ROTATED, SPLIT]),
+        (ALL | {"outputs": "int8-tensor-asym", "activations": "int8-tensor"}, []),
+        (ALL | {"outputs": "int8-token", "weights": "int8-channel"}, [SPLIT]),
+        (ALL | {"weights": "fp8-channel", "activations": "fp8-token"}, [ROTATED, SPLIT]),
+        (ALL | {"weights": "fp8-tensor", "activations": "fp8-tensor"}, []),
+        (ALL | {"weights": "fp4-g16"}, [ROTATED]),
+        (ALL | {"weights": "fp8-e5m2-channel"}, [ROTATED]),
+    ],
+)
+@pytest.mark.parametrize("tie", [False, True])
+def test_bytes_of_what_lies_beside_the_weights(
+    tiny: Callable[..., Path],
+    calibration_file: Path,
+    tmp_path: Path,
+    rule: dict[str, Any],
+    transforms: list[dict[str, Any]],
+    tie: bool,
+) -> None:
+    """Signs, split columns, scales of outputs, a head that is no longer tied, dense formats."""
+    family = "qwen2_5_vl" if tie else "video_llama_3"
+    folder = tiny(family, tie=tie, dtype=torch.bfloat16)
+    plain = {"match": {"role": "patch_embed"}, "activations": "none", "outputs": "none"}
+    rules = [rule, plain]
+    if tie and ROTATED not in transforms:
+        rules.append({"match": {"role": "lm_head"}, "skip": True})
+    recipe = load_recipe(
+        {"rules": rules, "transforms": transforms, "calibration": {"samples": 3}},
+    )
+    result = pq.quantize(folder, recipe, tmp_path, calibration_file)
     check_bytes(result.plan, tmp_path)
 
 
@@ -415,6 +458,129 @@ def test_impossible_fields_name_the_layer(tiny: Callable[..., Path]) -> None:
     with pytest.raises(RecipeError, match="needs 'bits'") as caught:
         plan_of(tiny("qwen2_vl"), {"weights": {"granularity": "channel"}})
     assert "model.visual.patch_embed.proj (vision, patch_embed)" in str(caught.value.where)
+
+
+# Transforms
+
+
+def transformed(folder: Path, *transforms: dict[str, Any], **rule: Any) -> Plan:
+    recipe = load_recipe(
+        {"rules": [LLM | {"weights": "int4-g32"} | rule], "transforms": transforms}
+    )
+    return make_plan(recipe, bound(folder))
+
+
+@pytest.mark.parametrize(
+    ("transforms", "what"),
+    [
+        (
+            [{"name": "rotation"}, {"name": "rotation", "match": {"modality": "llm"}}],
+            "rotated twice",
+        ),
+        ([{"name": "awq", "match": {"modality": "vision"}}], "transforms[0] (awq) matches no edge"),
+        ([{"name": "awq", "match": {"role": "lm_head"}}], "transforms[0] (awq) matches no edge"),
+        (
+            [{"name": "rotation"}, {"name": "split", "match": {"modality": "vision"}}],
+            "transforms[1] (split) matches no layer that is stored quantized",
+        ),
+        (
+            [{"name": "rotation", "match": {"modality": ["projector", "llm"]}}],
+            "transforms[0]: the projector is not rotated itself",
+        ),
+        (
+            [{"name": "rotation", "options": {"online": True, "online_block": 1024}}],
+            "blocks of 1024 do not divide the 256 inputs of",
+        ),
+        (
+            [ROTATED, {"name": "smoothquant", "match": {"role": "mlp.down"}}],
+            "transforms[1] (smoothquant) matches no edge",
+        ),
+    ],
+)
+def test_transforms_that_do_not_fit_are_refused(
+    tiny: Callable[..., Path], transforms: list[dict[str, Any]], what: str
+) -> None:
+    with pytest.raises(PlanError, match=re.escape(what)):
+        transformed(tiny("qwen2_5_vl"), *transforms)
+
+
+def test_scale_moves_along_edges_with_a_reader_that_is_meant(tiny_folder: Path) -> None:
+    """Never past a rotation at run time, which mixes the channels."""
+    smooth: dict[str, Any] = {"name": "smoothquant"}
+    kinds = [("norm", 2), ("norm", 2), ("value", 2), ("linear", 2)]
+    plan = transformed(tiny_folder, smooth)
+    assert len(plan.edges) == sum(count for _, count in kinds)
+    some = transformed(tiny_folder, smooth | {"match": {"role": "attn.qkv.k"}})
+    assert {e.edge.source.rpartition(".")[2] for e in some.edges} == {"input_layernorm"}
+    online = transformed(tiny_folder, ROTATED, smooth)
+    assert len(online.edges) == 6
+    assert not [e for e in online.edges if e.edge.source.endswith("up_proj")]
+    twice = transformed(tiny_folder, smooth, {"name": "awq", "match": {"role": "mlp.down"}})
+    assert [e.equalizer for e in twice.edges] == ["smoothquant"] * 8 + ["awq"] * 2
+
+
+def test_remarks_say_who_cannot_load_the_checkpoint(tiny_folder: Path) -> None:
+    """And the plan that is written down has them."""
+    assert transformed(tiny_folder).remarks == ()
+    offline = transformed(tiny_folder, {"name": "rotation"}, {"name": "awq"})
+    assert offline.remarks == ()
+    llm = ROTATED | {"match": {"modality": "llm"}}
+    (remark,) = transformed(tiny_folder, llm).remarks
+    assert "transformers ignores it" in remark
+    assert remark.endswith("model.language_model.layers.0.mlp.down_proj and 1 more")
+    plan = transformed(tiny_folder, ROTATED, SPLIT)
+    assert any("split columns" in remark for remark in plan.remarks)
+    assert plan.to_dict()["remarks"] == list(plan.remarks)
+    gated = "qwen2_5_vl" in str(tiny_folder)
+    assert any("applies signs" in remark for remark in plan.remarks) is not gated
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"transforms": [{"name": "rotation"}]},
+        {"transforms": [{"name": "rotation", "options": {"seed": 1}}]},
+        {"transforms": [{"name": "rotation", "options": {"values": False}}]},
+        {"transforms": [ROTATED]},
+        {"transforms": [{"name": "awq"}]},
+        {"transforms": [{"name": "awq", "options": {"grid": 3}}]},
+        {"transforms": [{"name": "smoothquant"}]},
+        {"transforms": [{"name": "smoothquant"}, {"name": "awq"}]},
+        {"transforms": [{"name": "awq"}, {"name": "smoothquant"}]},
+        {"transforms": [{"name": "split"}]},
+        {"transforms": [SPLIT]},
+        {"rule": {"correction": "auto"}},
+        {"rule": {"correction": {"strength": 0.5}}},
+        {"rule": {"tuner": "autoround"}},
+        {"rule": {"tuner": "autoround", "tuner_options": {"seed": 5}}},
+        {"rule": {"vision_weight": 0.5}},
+        {"rule": {"outputs": "int8-tensor"}},
+        {"rule": {"outputs": "int8-tensor", "activation_range": "ema"}},
+    ],
+)
+def test_the_fingerprint_changes_with_every_method(
+    tiny: Callable[..., Path], change: dict[str, Any]
+) -> None:
+    FINGERPRINTS.setdefault(transformed(tiny("qwen2_vl")).fingerprint(), {})
+    plan = transformed(tiny("qwen2_vl"), *change.get("transforms", []), **change.get("rule", {}))
+    assert FINGERPRINTS.setdefault(plan.fingerprint(), change) is change
+
+
+FINGERPRINTS: dict[str, dict[str, Any]] = {}
+
+
+def test_methods_that_compare_with_the_float_model_need_data(tiny: Callable[..., Path]) -> None:
+    folder, rtn = tiny("qwen2_vl"), {"solver": "rtn"}
+    assert not transformed(folder, {"name": "rotation"}, **rtn).needs_data
+    for plan, beside in (
+        (transformed(folder, {"name": "awq"}, **rtn), False),
+        (transformed(folder, SPLIT, **rtn), False),
+        (transformed(folder, **rtn, outputs="int8-tensor"), False),
+        (transformed(folder, **rtn, correction="auto"), True),
+        (transformed(folder, **rtn, tuner="autoround"), True),
+    ):
+        assert plan.needs_data
+        assert plan.needs_float_chain is beside
 
 
 # Inspecting

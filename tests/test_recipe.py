@@ -13,9 +13,14 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prismquant.algorithms.correction import Correction
+from prismquant.algorithms.split import Split
+from prismquant.algorithms.table import EQUALIZERS, TUNERS
 from prismquant.errors import RecipeError
 from prismquant.formats.spec import spec
+from prismquant.models.arch import Modality
 from prismquant.models.bind import bind
+from prismquant.models.rotation import Rotation
 from prismquant.numerics.ranges import RangeRule
 from prismquant.pipeline.plan import make_plan
 from prismquant.recipe.presets import PRESETS
@@ -193,6 +198,67 @@ def test_options_merge_and_start_anew_with_another_solver() -> None:
     assert setting(gptq, {"solver": "gptq"}, more).options == {"damping": 0.05, "block_size": 64}
     assert setting(gptq, {"solver": "rtn"}).options == {}
     assert setting(gptq, {"solver": "rtn"}, {"solver": "gptq"}).options == {}
+
+
+def test_corrections_merge_and_none_takes_them_back() -> None:
+    rules = [
+        {"weights": "int4-channel", "correction": "auto"},
+        {"correction": {"strength": 1}},
+        {"correction": {"damping": 0.1}},
+    ]
+    assert setting(rules[0]).correction == Correction()
+    assert setting(*rules).correction == Correction(1.0, 0.1)
+    assert setting(*rules, {"correction": "none"}).correction is None
+    anew = setting(*rules, {"correction": "none"}, {"correction": {"damping": 0.5}})
+    assert anew.correction == Correction(damping=0.5)
+    assert setting({"weights": "int4-channel"}).correction is None
+
+
+def test_a_tuner_is_kept_replaced_or_taken_back() -> None:
+    rules = [
+        {"weights": "int4-channel", "tuner": "autoround", "tuner_options": {"iterations": 3}},
+        {"tuner_options": {"batch": 2}},
+    ]
+    assert setting(*rules).tuner == "autoround"
+    assert setting(*rules).tuner_options == {"iterations": 3, "batch": 2}
+    assert setting(*rules, {"tuner": "autoround"}).tuner_options == {"iterations": 3, "batch": 2}
+    other = setting(*rules, {"tuner": "zeroquant"})
+    assert (other.tuner, other.tuner_options) == ("zeroquant", {})
+    nobody = setting(*rules, {"tuner": "none"})
+    assert (nobody.tuner, nobody.tuner_options) == (None, {})
+    assert setting({"weights": "int4-channel"}).tuner is None
+
+
+def test_outputs_are_given_in_parts_and_taken_back_like_inputs() -> None:
+    rules = [{"weights": "int8-channel", "outputs": "int8-tensor"}, {"outputs": {"bits": 6}}]
+    assert setting(rules[0]).outputs == spec("int8-tensor")
+    assert setting(*rules).outputs == spec("int6-tensor")
+    assert setting(*rules, {"outputs": "none"}).outputs is None
+    assert setting({"outputs": "int8-tensor"}).outputs is None
+
+
+def test_transforms_are_read_in_order_with_all_their_words(tmp_path: Path) -> None:
+    """And survive being written down; more can be added behind them."""
+    transforms = [
+        {"name": "awq", "match": {"role": ["mlp", "attn.qkv"]}, "options": {"grid": 5}},
+        {"name": "rotation", "match": {"modality": "llm"}, "options": {"online": True, "seed": 3}},
+        {"name": "split"},
+    ]
+    recipe = of({"weights": "int8-channel"}, transforms=transforms)
+    assert [transform.name for transform in recipe.transforms] == ["awq", "rotation", "split"]
+    assert recipe.transforms[0].match == Match(role=("mlp", "attn.qkv"))
+    towers = (Modality.VISION, Modality.LLM)
+    assert recipe.transforms[1].rotations(towers) == (Rotation(Modality.LLM, online=True, seed=3),)
+    assert recipe.transforms[2].split() == Split()
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+    longer = recipe.with_transforms({"name": "smoothquant"}, name="longer")
+    assert longer.transforms[:3] == recipe.transforms
+    assert (longer.transforms[3].name, longer.name) == ("smoothquant", "longer")
+    assert len(recipe.transforms) == 3
+    everywhere = of({"weights": "int8-channel"}, transforms=[{"name": "rotation"}])
+    found = everywhere.transforms[0].rotations(towers)
+    assert found == (Rotation(Modality.VISION), Rotation(Modality.LLM))
 
 
 def test_skip_holds_until_a_later_rule_gives_weights_again() -> None:
@@ -396,6 +462,88 @@ def test_recipes_are_frozen_and_changed_by_copies() -> None:
             "rules[0].activations: tokens are not known in advance",
         ),
         ({"rules": [{"weights": {"granularity": "chanel"}}]}, "did you mean 'channel'?"),
+        (
+            {"transforms": [{"name": "smothquant"}]},
+            "transforms[0]: unknown transform 'smothquant'; did you mean 'smoothquant'?",
+        ),
+        (
+            {"transforms": [{"name": "awq"}, {"name": "awq", "option": {}}]},
+            "transforms[1].option: unknown key; did you mean 'options'?",
+        ),
+        ({"transforms": [{"match": {}}]}, "transforms[0].name: Field required"),
+        ({"transforms": [{"name": "awq", "match": {"rol": "mlp"}}]}, "transforms[0].match.rol:"),
+        (
+            {"transforms": [{"name": "awq", "match": {"modality": "text"}}]},
+            "transforms[0].match.modality[0]: Input should be 'vision', 'projector' or 'llm'",
+        ),
+        (
+            {"transforms": [{"name": "smoothquant", "options": {"alfa": 0.5}}]},
+            "transforms[0]: smoothquant has no option 'alfa'; did you mean 'alpha'?",
+        ),
+        (
+            {"transforms": [{"name": "smoothquant", "options": {"alpha": 1.5}}]},
+            "transforms[0]: alpha cannot be 1.5; from 0 to 1",
+        ),
+        (
+            {"transforms": [{"name": "split", "options": {"treshold": 2}}]},
+            "transforms[0]: split has no option 'treshold'; did you mean 'threshold'?",
+        ),
+        (
+            {"transforms": [{"name": "split", "options": {"columns": 0}}]},
+            "transforms[0]: 0 columns cannot be split off",
+        ),
+        (
+            {"transforms": [{"name": "rotation", "options": {"onlin": True}}]},
+            "transforms[0]: rotation has no option 'onlin'; did you mean 'online'?",
+        ),
+        (
+            {"transforms": [{"name": "rotation", "options": {"online": "yes"}}]},
+            "transforms[0]: 'yes' is not of type bool",
+        ),
+        (
+            {"transforms": [{"name": "rotation", "options": {"kind": "hadamar"}}]},
+            "transforms[0]: 'hadamar' is not a choice; did you mean 'hadamard'?",
+        ),
+        (
+            {"transforms": [{"name": "rotation", "options": {"online": True, "online_block": 96}}]},
+            "transforms[0]: online_block 96 needs online: true and a power of two",
+        ),
+        (
+            {"transforms": [{"name": "rotation", "match": {"role": "mlp"}}]},
+            "transforms[0]: a rotation takes a whole tower: match it by modality alone",
+        ),
+        (
+            {"transforms": [{"name": "rotation", "match": {"name": "*.layers.0.*"}}]},
+            "transforms[0]: a rotation takes a whole tower: match it by modality alone",
+        ),
+        (
+            {"transforms": [{"name": "rotation", "options": {"modality": "llm"}}]},
+            "transforms[0]: `modality` of a rotation belongs into `match`",
+        ),
+        (
+            {"rules": [{"correction": {"strenth": 1}}]},
+            "rules[0].correction: unknown key 'strenth' of a correction; did you mean 'strength'?",
+        ),
+        (
+            {"rules": [{"correction": {"strength": 2}}]},
+            "rules[0].correction: a correction of strength 2.0 is out of bounds",
+        ),
+        ({"rules": [{"correction": {"damping": True}}]}, "rules[0].correction: True is not of"),
+        ({"rules": [{"correction": "yes"}]}, "rules[0].correction: expected a name or a mapping"),
+        (
+            {"rules": [{"tuner": "autorond"}]},
+            "rules[0].tuner: unknown tuner 'autorond'; did you mean 'autoround'?",
+        ),
+        (
+            {"rules": [{"tuner": "autoround", "tuner_options": {"iteration": 3}}]},
+            "rules[0]: autoround has no option 'iteration'; did you mean 'iterations'?",
+        ),
+        (
+            {"rules": [{"tuner": "zeroquant", "tuner_options": {"iterations": 0}}]},
+            "rules[0]: there cannot be 0 iterations",
+        ),
+        ({"rules": [{"outputs": "int8-tokn"}]}, "rules[0].outputs:"),
+        ({"rules": [{"vision_weight": -1.0}]}, "rules[0].vision_weight: a token's weight is"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_path(content: dict[str, Any], found: str) -> None:
@@ -457,6 +605,14 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
         ),
         ([{"weights": "int4-g128-asym"}, {"weights": {"narrow": True}}], "narrow grid is symm"),
         ([{"weights": "int4-channel"}, {"weights": {"granularity": "group"}}], "group size"),
+        (
+            [{"weights": "int8-channel"}, {"outputs": "int8-channel"}],
+            "outputs with channel scales are not supported",
+        ),
+        (
+            [{"weights": "int4-g32", "tuner": "autoround"}, {"tuner_options": {"iteration": 3}}],
+            "autoround has no option 'iteration'",
+        ),
     ],
 )
 def test_impossible_combinations_name_the_layer_and_the_rules(
@@ -508,16 +664,23 @@ def test_a_broken_file_is_named(tmp_path: Path, text: str, what: str) -> None:
 def test_every_preset_fits_every_family(preset: str, tiny_folder: Path) -> None:
     """What the name promises is quantized, and nothing else; head and embeddings never."""
     plan = make_plan(load_recipe(preset), bound(tiny_folder))
-    everything = preset.endswith("-all") or preset.startswith("vision")
+    everything = preset.endswith("-all") or preset.startswith(("vision", "mquant"))
     for row in plan.rows:
         modality, role = str(row.site.modality), row.site.role
         wanted = (modality == "llm" and role != "lm_head") or (everything and modality != "llm")
         assert (row.weights is not None) is wanted, row.site.name
         if row.weights is not None:
-            bits = 8 if modality != "llm" and preset.startswith("vision") else None
+            eight = preset.startswith("fp8") or (modality != "llm" and "vision" in preset)
             named = re.search(r"w(\d)a\d+(-static)?(-all)?$", preset)
-            assert named
-            assert row.weights.bits == (bits or int(named[1]))
+            assert eight or named
+            assert row.weights.bits == (8 if eight or named is None else int(named[1]))
+            assert row.weights.kind == ("e4m3" if preset.startswith("fp8") else "int")
             static = "static" in preset and role != "patch_embed"
             assert row.static_input is static
             assert (row.activations is None) is ("a16" in preset or role == "patch_embed")
+            tuner = preset.partition("-")[0]
+            assert row.tuner == (tuner if tuner in TUNERS else None)
+    methods = set(preset.split("-"))
+    assert {edge.equalizer for edge in plan.edges} == methods & EQUALIZERS.keys()
+    assert bool(plan.rotations) is bool(methods & {"rotation", "mquant"})
+    assert any(row.split for row in plan.rows) is ("mquant" in methods)

@@ -274,7 +274,8 @@ class Trials:
 
     def _energy(self, output: Tensor) -> Tensor:
         # Norms in one pass; only their squares, one a token, are summed in float64.
-        return torch.linalg.vector_norm(output, dim=1).to(torch.float64).square() @ self._costs
+        lengths: Tensor = torch.linalg.vector_norm(output, dim=1)
+        return lengths.to(torch.float64).square() @ self._costs
 
     def _pieces(self, rows: int | None) -> Iterator[_Piece]:
         height = max(1, _PIECE // max(self._inputs.shape[1], len(self._inputs), 1))

@@ -35,8 +35,9 @@ from prismquant.formats.packed import (
 )
 from prismquant.formats.spec import NumberSpec
 from prismquant.models.arch import SiteKind
-from prismquant.models.bind import BoundModel, BoundStep
+from prismquant.models.bind import BoundModel, BoundSite, BoundStep
 from prismquant.models.rotation import untied
+from prismquant.numerics.hadamard import hadamard_matrix
 from prismquant.pipeline.engine import source_reader
 from prismquant.pipeline.group import SolvedLayer, SplitColumns, StaticScale
 from prismquant.pipeline.plan import DENSE, Plan, PlanRow
@@ -98,7 +99,7 @@ class CheckpointWriter:
                 tensors[name] = self._reader.read(name)
         if solved:
             raise StorageError(f"the source has no tensor {next(iter(solved))!r}", where=step.name)
-        tensors |= self._signs(step)
+        tensors |= self._rotations(step)
         shard = self._shard_name(self.bound.steps.index(step) + 1)
         write_tensors(self.folder / shard, tensors)
         return shard
@@ -146,15 +147,17 @@ class CheckpointWriter:
             _split_columns(reader, prefix),
         )
 
-    def _signs(self, step: BoundStep) -> dict[str, Tensor]:
-        """Signs that the runtime flips before it rotates the inputs of a step's layers."""
-        return {
-            f"{row.site.disk_name}.{SIGNS}": row.online.signs
-            for row in self.plan.rows
-            if row.site.step == step.index
-            and row.online is not None
-            and row.online.signs is not None
-        }
+    def _rotations(self, step: BoundStep) -> dict[str, Tensor]:
+        """What readers need to rotate the inputs of a step's layers: the matrix, the signs."""
+        tensors: dict[str, Tensor] = {}
+        for row in self.plan.rows:
+            if row.site.step == step.index and row.online is not None:
+                prefix, block = row.site.disk_name, row.online.block
+                matrix = hadamard_matrix(block).to(self.bound.dtype)
+                tensors[f"{prefix}.{_transform_name(block)}_input.weight"] = matrix
+                if row.online.signs is not None:
+                    tensors[f"{prefix}.{SIGNS}"] = row.online.signs
+        return tensors
 
     def _names_of(self, step: BoundStep) -> list[str]:
         prefix = f"{step.name}."
@@ -426,16 +429,21 @@ def _unpack(reader: ShardReader, prefix: str, scheme: StoredScheme) -> Quantized
 
 
 def _transform_config(plan: Plan, bound: BoundModel) -> dict[str, Any]:
-    """Rotations at run time, as the ``hadamard`` transforms of compressed-tensors."""
+    """Rotations at run time, as the ``hadamard`` transforms of compressed-tensors.
+
+    Unlike those of schemes, targets of transforms are compared with a reader's own module paths,
+    which begin differently in each: hence patterns for the end of the path.
+    """
     blocks: dict[int, list[str]] = {}
     for row in plan.rows:
         if row.online is not None:
-            blocks.setdefault(row.online.block, []).append(_config_name(bound, row.site.name))
+            target = _path_ending(bound, row.site)
+            blocks.setdefault(row.online.block, []).append(target)
     if not blocks:
         return {}
     return {
         "config_groups": {
-            f"hadamard_{block}": {
+            _transform_name(block): {
                 "type": "hadamard",
                 "head_dim": block,
                 "randomize": False,
@@ -447,6 +455,29 @@ def _transform_config(plan: Plan, bound: BoundModel) -> dict[str, Any]:
             for block, names in blocks.items()
         }
     }
+
+
+def _transform_name(block: int) -> str:
+    return f"hadamard_{block}"
+
+
+def _path_ending(bound: BoundModel, site: BoundSite) -> str:
+    """A pattern for one layer that holds whatever a reader puts before the tower's blocks."""
+    parts = site.name.split(".")
+    blocks = next(
+        tower.blocks
+        for tower in bound.arch.towers
+        if tower.blocks and f"{tower.blocks}." in site.name
+    )
+    ending = ".".join(parts[blocks.count(".") :])
+    alike = [other.name for other in bound.sites if f".{other.name}".endswith(f".{ending}")]
+    if len(alike) > 1:
+        raise FormatError(
+            f"{alike} end alike: the configuration cannot tell their rotations apart",
+            where=site.name,
+            remedy="rotate only one of the two towers online",
+        )
+    return f"re:(.*[.])?{re.escape(ending)}$"
 
 
 def read_rotations(config: Mapping[str, Any], linears: Sequence[str]) -> dict[str, int]:

@@ -400,8 +400,9 @@ def _with_input(
 ) -> PlanRow:
     """The row with what happens to its input before it is quantized, and the bytes that takes."""
     size = row.stored_bytes
-    if online is not None and online.signs is not None:
-        size += row.site.in_features
+    if online is not None:
+        signs = 0 if online.signs is None else row.site.in_features
+        size += online.block**2 * dtype.itemsize + signs
     if split is not None and row.weights is not None and row.layout != DENSE:
         size += split.columns * (4 + row.site.out_features * dtype.itemsize)
     else:
