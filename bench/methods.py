@@ -82,7 +82,7 @@ _UNSIGNED = _transform("rotation", online=True, signs=False)
 _SMOOTH, _AWQ = _transform("smoothquant"), _transform("awq")
 _SPLIT = {"name": "split", "match": {"modality": "llm", "role": "mlp.down"}}
 _ACTIVATIONS = tuple(name for name, spec in SETTINGS.items() if "activations" in spec)
-_LOW = ("W4A8 dynamic", "W4A8 static", "W3A16 g128", "W2A16 g64", "W4A4")
+_LOW = tuple(name for name in SETTINGS if not name.startswith("W8"))
 
 METHODS: dict[str, Method] = {
     "rtn": Method(_RTN | {"weight_range": "minmax"}),
@@ -214,23 +214,40 @@ class Cells:
             file.write(json.dumps(entry) + "\n")
 
 
-def rows_of(cells: Cells) -> tuple[list[str], list[list[str]]]:
-    """Headers and rows of the table: means over calibration seeds, shares of plain GPTQ's KL."""
-    headers = ["model", "setting", "method", "exact match", "NLL", "KL", "of GPTQ", "s", "sets"]
-    runs: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+HEADERS = ["model", "setting", "method", "exact match", "NLL", "KL", "of GPTQ", "s", "sets"]
+Runs = dict[tuple[str, str, str], list[dict[str, Any]]]
+
+
+def runs_of(cells: Cells) -> Runs:
+    """Results by model, setting and method; one for each calibration set."""
+    runs: Runs = {}
     for (model, setting, method, _), result in cells.done.items():
         runs.setdefault((model, setting, method), []).append(result)
+    return runs
+
+
+def rows_of(runs: Runs, *, essence: bool = False) -> list[list[str]]:
+    """Rows of the table: means over calibration sets, shares of plain GPTQ's KL.
+
+    Args:
+        runs: What was measured.
+        essence: Only rounding, GPTQ and whichever method has the lowest KL.
+    """
     rows = []
     for model in dict.fromkeys(key[0] for key in runs):
         first = next(results[0] for key, results in runs.items() if key[0] == model)
         exact, nll = first["reference_exact_match"], first["reference_nll"]
         rows.append([model, "float", "", f"{100 * exact:.1f} %", f"{nll:.4f}", "", "", "", ""])
         for setting in SETTINGS:
-            for method in METHODS:
-                if (model, setting, method) in runs:
-                    base = runs.get((model, setting, "gptq"))
-                    rows.append([model, setting, *_row(method, runs[model, setting, method], base)])
-    return headers, rows
+            here = {m: runs[model, setting, m] for m in METHODS if (model, setting, m) in runs}
+            shown = [m for m in here if not essence or m in ("rtn", "gptq", best(here))]
+            rows += [[model, setting, *_row(m, here[m], here.get("gptq"))] for m in shown]
+    return rows
+
+
+def best(methods: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """The method with the lowest mean KL."""
+    return min(methods, key=lambda m: statistics.fmean(run["kl"] for run in methods[m]))
 
 
 def _row(
@@ -314,11 +331,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         result = cell(what, setting, method, data)
                         cells.add(key, result)
                         console.print(f"{key}: KL {result['kl']:.5f}", style="dim")
-    headers, rows = rows_of(cells)
+    runs = runs_of(cells)
     title = f"{facts['architecture']}, {options.samples} questions, {threads} thread(s)"
-    console.print(rich_table(headers, rows, title=title))
-    table = options.out / f"methods-{facts['architecture']}.md"
-    table.write_text(markdown_table(headers, rows), encoding="utf-8")
+    console.print(rich_table(HEADERS, rows_of(runs), title=title))
+    for name, essence in (("methods", False), ("essence", True)):
+        table = options.out / f"{name}-{facts['architecture']}.md"
+        table.write_text(markdown_table(HEADERS, rows_of(runs, essence=essence)), encoding="utf-8")
     results = [{"cell": list(key), **result} for key, result in cells.done.items()]
     print(json.dumps({"bench": "methods", **facts, "results": results}))
 

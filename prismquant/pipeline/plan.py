@@ -53,7 +53,7 @@ class PlanRow:
         solver: The method that chooses the codes.
         options: Its options.
         correction: How far its weight is corrected for what precedes it; None: not.
-        tuner: Who improves the codes on the block's output; None: nobody.
+        tuner: Who improves the codes on the block's output; None: nobody, and always at the head.
         tuner_options: Its options.
         vision_weight: What a vision token counts for in the language model's statistics.
         online: What happens to its input before anything else; None: nothing.
@@ -356,6 +356,7 @@ def _row(
     float_bytes = 0 if site.tied else sizes[f"{site.disk_name}.weight"]
     # A rotation gives a tied head a weight of its own.
     dense_bytes = math.prod(site.weight_shape) * dtype.itemsize if own_head else float_bytes
+    head = bound.steps[site.step].kind == "head"
     row = PlanRow(
         site=site,
         weights=setting.weights,
@@ -364,8 +365,9 @@ def _row(
         solver=setting.solver,
         options=setting.options,
         correction=setting.correction,
-        tuner=setting.tuner,
-        tuner_options=setting.tuner_options,
+        # The head alone makes up its step: its solver has settled what a tuner would look at.
+        tuner=None if head else setting.tuner,
+        tuner_options={} if head else setting.tuner_options,
         vision_weight=setting.vision_weight,
         online=None,
         split=None,
@@ -451,8 +453,7 @@ def _idle_splits(recipe: Recipe, rows: Sequence[PlanRow]) -> list[str]:
     return [
         f"transforms[{index}] ({SPLIT}) matches no layer that is stored quantized"
         for index, transform in enumerate(recipe.transforms)
-        if transform.name == SPLIT
-        and not any(_meant(transform.match, site) for site in splittable)
+        if transform.name == SPLIT and not any(_meant(transform.match, site) for site in splittable)
     ]
 
 

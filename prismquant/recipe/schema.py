@@ -60,6 +60,7 @@ from prismquant.formats.spec import NumberSpec, spec
 from prismquant.models.arch import Modality
 from prismquant.models.rotation import Rotation
 from prismquant.numerics.ranges import RangeRule
+from prismquant.recipe.aliases import translated
 
 Fields = dict[str, Any]
 
@@ -150,7 +151,7 @@ class Rule(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _other_names(cls, content: Any) -> Any:
-        return _translated(content) if isinstance(content, Mapping) else content
+        return translated(content) if isinstance(content, Mapping) else content
 
     @field_validator("weights", "activations", "outputs", mode="before")
     @classmethod
@@ -585,43 +586,6 @@ def _check_format_fields(fields: Fields) -> None:
     if granularity == "group" and size is None:
         filled["group_size"] = 128
     NumberSpec.from_dict(filled | {"granularity": granularity})
-
-
-_OTHER_NAMES = ("w_has_zero", "a_has_zero", "w_unsign", "a_unsign", "quantization_type")
-
-
-def _translated(content: Mapping[str, Any]) -> Fields:
-    """A rule in which MI-optimize's names of options have become fields of the formats.
-
-    ``unsign`` has no counterpart: codes with a zero point are the same numbers either way, and
-    codes without one are signed.
-    """
-    rule = {key: value for key, value in content.items() if key not in _OTHER_NAMES}
-    given = {key: content[key] for key in _OTHER_NAMES if key in content}
-    kinds = {
-        "static": {"granularity": "tensor", "dynamic": False},
-        "dynamic": {"granularity": "token", "dynamic": True},
-    }
-    for side, field in (("w", "weights"), ("a", "activations")):
-        changes: Fields = {}
-        zero = given.get(f"{side}_has_zero")
-        if zero is not None:
-            changes["symmetric"] = not zero
-        if given.get(f"{side}_unsign") and not zero:
-            raise ValueError(
-                f"{side}_unsign without {side}_has_zero would hold positive numbers only; "
-                f"set {side}_has_zero: true"
-            )
-        if side == "a" and "quantization_type" in given:
-            if given["quantization_type"] not in kinds:
-                options = ", ".join(kinds)
-                raise ValueError(f"quantization_type is one of {options}")
-            changes |= kinds[given["quantization_type"]]
-        if changes:
-            said = rule.get(field) or {}
-            fields = spec(said).to_dict() if isinstance(said, str) else dict(said)
-            rule[field] = fields | changes
-    return rule
 
 
 def _with_remedy(error: PrismQuantError) -> ValueError:
