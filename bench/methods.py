@@ -82,7 +82,8 @@ _UNSIGNED = _transform("rotation", online=True, signs=False)
 _SMOOTH, _AWQ = _transform("smoothquant"), _transform("awq")
 _SPLIT = {"name": "split", "match": {"modality": "llm", "role": "mlp.down"}}
 _ACTIVATIONS = tuple(name for name, spec in SETTINGS.items() if "activations" in spec)
-_LOW = tuple(name for name in SETTINGS if not name.startswith("W8"))
+# Tuning a block takes a minute or two: tried where rounding alone loses most.
+_LOW = ("W3A16 g128", "W2A16 g64", "W4A4")
 
 METHODS: dict[str, Method] = {
     "rtn": Method(_RTN | {"weight_range": "minmax"}),

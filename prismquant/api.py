@@ -229,7 +229,8 @@ def _calibration_samples(plan: Plan, source: str | Path | None) -> tuple[Sample,
 
 def _needed_kinds(plan: Plan) -> set[str]:
     """Kinds of samples without which a layer that needs statistics would see nothing."""
-    hungry = [row for row in plan.quantized if row.needs_data]
+    balanced = {name for edge in plan.edges for name in edge.edge.consumers}
+    hungry = [row for row in plan.quantized if row.needs_data or row.site.name in balanced]
     return {"vision" for row in hungry if row.site.modality is not Modality.LLM}
 
 

@@ -268,7 +268,8 @@ def test_every_preset_loads_back(
 ) -> None:
     folder = tiny("qwen3_vl")
     for preset in PRESETS:
-        out = quantized(folder, tmp_path / preset, calibration_file, preset)
+        quick = {"weight_range": "minmax"}
+        out = quantized(folder, tmp_path / preset, calibration_file, preset, quick)
         model, processor = pq.load(out)
         assert torch.isfinite(logits(model, folder, calibration_file)).all(), preset
         assert processor.tokenizer is not None
@@ -329,3 +330,120 @@ def test_an_unfinished_folder_is_no_model(
     assert not (out / "config.json").exists()
     assert not [p for p in out.rglob("*") if p.name.endswith(".tmp")]
     assert len(json.loads((out / "prismquant" / "record.json").read_text())["steps"]) == 1
+
+
+# Outputs, rotations at run time
+
+
+LLM = {"modality": "llm", "role": ["attn", "mlp"]}
+
+
+def rounded_rows(weight: torch.Tensor) -> torch.Tensor:
+    """Eight bits, one scale a row, the nearest."""
+    scale = weight.abs().amax(1, keepdim=True) / 127.5
+    return (weight / scale).round().clamp(-128, 127) * scale
+
+
+@pytest.mark.parametrize("outputs", ["int8-tensor", "int8-token", "int8-tensor-asym"])
+def test_quantized_outputs_are_declared_stored_and_simulated(
+    tiny_folder: Path, calibration_file: Path, tmp_path: Path, outputs: str
+) -> None:
+    """The logits are those of the float model with rounded weights and outputs, done by hand."""
+    rule = {"match": LLM, "weights": "int8-channel", "outputs": outputs, "weight_range": "minmax"}
+    out = tmp_path / "out"
+    recipe = {"rules": [rule | {"solver": "rtn"}]}
+    result = pq.quantize(tiny_folder, recipe, out, calibration_file)
+    section = read_json(out / "config.json")["quantization_config"]
+    (group,) = section["config_groups"].values()
+    dynamic = outputs == "int8-token"
+    assert group["input_activations"] is None
+    assert group["output_activations"]["dynamic"] is dynamic
+    assert group["output_activations"]["symmetric"] is (outputs != "int8-tensor-asym")
+    assert group["output_activations"]["strategy"] == ("token" if dynamic else "tensor")
+    reader, model = ShardReader(out), load_float(tiny_folder)
+
+    def by_hand(prefix: str, layer: Any) -> None:
+        layer.weight.data = rounded_rows(layer.weight.data)
+
+        def hook(_: Any, __: Any, y: torch.Tensor) -> torch.Tensor:
+            zero: torch.Tensor | float = 0.0
+            if dynamic:
+                scale = y.abs().amax(-1, keepdim=True) / 127.5
+            else:
+                scale = reader.read(f"{prefix}.output_scale")
+                if outputs == "int8-tensor-asym":
+                    zero = reader.read(f"{prefix}.output_zero_point").float()
+            return ((y / scale + zero).round().clamp(-128, 127) - zero) * scale
+
+        layer.register_forward_hook(hook)
+
+    for row in result.plan.quantized:
+        by_hand(row.site.disk_name, model.get_submodule(row.site.name))
+    expected = logits(model, tiny_folder, calibration_file)
+    actual = logits(load_model(out), tiny_folder, calibration_file)
+    # A value on the edge between two codes may fall either way.
+    assert ((actual - expected).abs() < 2e-3).float().mean() > 0.99
+    assert (actual - expected).abs().max() < 0.1
+    plain = logits(load_float(tiny_folder), tiny_folder, calibration_file)
+    assert (actual - plain).abs().max() > 5 * (actual - expected).abs().max()
+
+
+def test_transformers_quantizes_outputs_as_we_do(
+    tiny_folder: Path, calibration_file: Path, tmp_path: Path
+) -> None:
+    rule = {"match": LLM, "weights": "int8-channel", "activations": "int8-tensor"}
+    rules = [rule | {"outputs": "int8-tensor", "solver": "rtn"}]
+    out = tmp_path / "out"
+    pq.quantize(tiny_folder, {"rules": rules}, out, calibration_file)
+    expected = logits(from_transformers(out), tiny_folder, calibration_file)
+    actual = logits(load_model(out), tiny_folder, calibration_file)
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("weights", ["int8-g16", "fp4-g16"])
+@pytest.mark.parametrize("layout", [None, "remote"])
+def test_rotations_at_run_time_are_declared_whatever_is_quantized(
+    tiny: Callable[..., Path],
+    calibration_file: Path,
+    tmp_path: Path,
+    layout: str | None,
+    weights: str,
+) -> None:
+    """Also where no layer is stored quantized, and where the rotated layers are not."""
+    folder, out = tiny("video_llama_3", layout=layout), tmp_path / "out"
+    rule = {"match": {"role": "attn.out"}, "weights": weights, "solver": "rtn"}
+    rotation = {"name": "rotation", "options": {"online": True, "online_block": 32}}
+    pq.quantize(folder, {"rules": [rule], "transforms": [rotation]}, out)
+    config = read_json(out / "config.json")["quantization_config"]
+    (transform,) = config["transform_config"]["config_groups"].values()
+    assert (transform["type"], transform["head_dim"]) == ("hadamard", 32)
+    (apply,) = transform["apply"]
+    assert (apply["location"], len(apply["targets"])) == ("input", 4)
+    assert bool(config["config_groups"]) is (weights == "int8-g16")
+    assert len([n for n in ShardReader(out).names if n.endswith("input_signs")]) == 2
+    plain = tmp_path / "plain"
+    pq.quantize(folder, {"rules": [rule]}, plain)
+    full, ours, unrotated = (
+        logits(model, tiny("video_llama_3"), calibration_file)
+        for model in (load_float(folder), load_model(out), load_model(plain))
+    )
+    # The layers that are rounded are others than those that are rotated at run time.
+    assert (ours - full).norm() < 1.5 * (unrotated - full).norm()
+
+
+def test_fp8_is_read_by_transformers_as_by_us(
+    tiny_folder: Path, calibration_file: Path, tmp_path: Path
+) -> None:
+    """Per channel with inputs scaled per token, behind transforms that live in the weights."""
+    rule = {"match": LLM, "weights": "fp8-channel", "activations": "fp8-token", "solver": "rtn"}
+    transforms = [
+        {"name": "rotation", "match": {"modality": "llm"}},
+        {"name": "smoothquant", "options": {"search": False}},
+    ]
+    out = tmp_path / "out"
+    pq.quantize(tiny_folder, {"rules": [rule], "transforms": transforms}, out, calibration_file)
+    assert read_json(out / "config.json")["quantization_config"]["format"] == "float-quantized"
+    expected = logits(from_transformers(out), tiny_folder, calibration_file)
+    actual = logits(load_model(out), tiny_folder, calibration_file)
+    assert ((actual - expected).abs() < 2e-3).float().mean() > 0.97
+    assert (actual - expected).norm() < 0.05 * expected.norm()

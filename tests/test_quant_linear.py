@@ -14,6 +14,8 @@ from prismquant.runtime.quant_linear import (
     QuantLinear,
     activations_in_float,
     quantize_inputs,
+    quantize_outputs,
+    rotate_inputs,
 )
 
 
@@ -175,3 +177,122 @@ def test_static_scales_are_part_of_the_state_and_move_with_it() -> None:
     assert state["inner.0.input_quantizer.scale"].item() == 0.25
     assert state["inner.0.input_quantizer.zero_point"].item() == 4
     assert state["inner.0.input_quantizer.zero_point"].dtype == torch.int8
+
+
+# Around the layer: rotation, columns, outputs
+
+
+def hadamard(size: int) -> Tensor:
+    """Sylvester's matrix, row by row from the parity of common bits."""
+    rows = [[(-1.0) ** (i & j).bit_count() for j in range(size)] for i in range(size)]
+    return torch.tensor(rows, dtype=torch.float64) / size**0.5
+
+
+def seeded(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_rotation_is_undone_by_a_weight_that_was_rotated(signed: bool) -> None:
+    block = Block()
+    linear: nn.Linear = block.inner[0]  # type: ignore[assignment]
+    x = seeded(0, 5, 8)
+    expected = linear(x)
+    signs = torch.tensor([1, -1, -1, 1, 1, 1, -1, 1], dtype=torch.int8) if signed else None
+    matrix = torch.block_diag(hadamard(4), hadamard(4))
+    turned = (linear.weight.detach().double() * (1 if signs is None else signs)) @ matrix
+    linear.weight = nn.Parameter(turned.float(), requires_grad=False)
+    rotate_inputs(block, "inner.0", 4, signs)
+    layer: QuantLinear = block.inner[0]  # type: ignore[assignment]
+    assert not torch.allclose(expected, nn.functional.linear(x, layer.weight, layer.bias))
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+    by_hand = (x.double() * (1 if signs is None else signs)) @ matrix
+    torch.testing.assert_close(layer.rotated(x), by_hand.float(), rtol=1e-5, atol=1e-5)
+    assert layer.rotated(x.to(torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("first", ["rotation", "quantizer"])
+def test_the_input_is_rotated_before_it_is_quantized(first: str) -> None:
+    """In whichever order the two were put before the layer."""
+    block = Block()
+    steps = [
+        lambda: rotate_inputs(block, "inner.0", 8, None),
+        lambda: quantize_inputs(block, "inner.0", spec("int3-token"), None, None),
+    ]
+    for step in steps if first == "rotation" else reversed(steps):
+        step()
+    layer: QuantLinear = block.inner[0]  # type: ignore[assignment]
+    quantizer = ActivationQuantizer(spec("int3-token"))
+    turned = (seeded(1, 4, 8).double() @ hadamard(8)).float()
+    expected = nn.functional.linear(quantizer(turned), layer.weight, layer.bias)
+    torch.testing.assert_close(layer(seeded(1, 4, 8)), expected, rtol=1e-4, atol=1e-4)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    columns=st.lists(st.integers(0, 7), min_size=1, max_size=3, unique=True),
+    name=st.sampled_from(["int4-token", "int8-tensor", "fp8-token", "int4-token-asym"]),
+    shape=st.sampled_from([(3,), (2, 3), ()]),
+)
+def test_columns_pass_as_they_are_and_change_nothing_else(
+    columns: list[int], name: str, shape: tuple[int, ...]
+) -> None:
+    number = spec(name)
+    scale = None if number.dynamic else torch.tensor([0.02])
+    index = torch.tensor(columns)
+    quantizer = ActivationQuantizer(number, scale, None, index)
+    x = seeded(2, *shape, 8)
+    before, seen = x.clone(), quantizer(x)
+    assert torch.equal(x, before)
+    assert torch.equal(seen[..., columns], x[..., columns])
+    rest = x.clone()
+    rest[..., columns] = 0
+    others = [c for c in range(8) if c not in columns]
+    plain = ActivationQuantizer(number, scale)(rest)
+    assert torch.equal(seen[..., others], plain[..., others])
+    # However large they become, the others do not notice.
+    x[..., columns] *= 1e4
+    assert torch.equal(quantizer(x)[..., others], seen[..., others])
+
+
+@pytest.mark.parametrize("name", ["int8-tensor", "int4-token", "fp8-token"])
+def test_outputs_are_quantized_after_the_bias_was_added(name: str) -> None:
+    block, number = Block(), spec(name)
+    scale = None if number.dynamic else torch.tensor([0.03])
+    linear = block.inner[0]
+    expected = ActivationQuantizer(number, scale)(linear(seeded(3, 5, 8)))
+    quantize_outputs(block, "inner.0", number, scale, None)
+    assert torch.equal(block.inner[0](seeded(3, 5, 8)), expected)
+    with activations_in_float(block):
+        assert torch.equal(block.inner[0](seeded(3, 5, 8)), linear(seeded(3, 5, 8)))
+
+
+def test_gradients_pass_as_if_nothing_were_rounded() -> None:
+    """Tuners descend through quantized inputs; the values themselves are those of the grid."""
+    columns = torch.tensor([2])
+    for quantizer in (
+        ActivationQuantizer(spec("int4-token")),
+        ActivationQuantizer(spec("int4-tensor"), torch.tensor([0.1]), None, columns),
+    ):
+        x, away = seeded(4, 3, 8), seeded(5, 3, 8)
+        leaf = x.clone().requires_grad_()
+        values = quantizer(leaf)
+        torch.testing.assert_close(values, quantizer(x), rtol=0, atol=1e-6)
+        (values * away).sum().backward()
+        assert torch.equal(leaf.grad, away)  # type: ignore[arg-type]
+
+
+def test_what_is_around_a_layer_survives_what_comes_after() -> None:
+    """And all of it is part of the state, to be moved to a device with the model."""
+    block = Block()
+    signs = torch.ones(8, dtype=torch.int8)
+    rotate_inputs(block, "inner.0", 8, signs)
+    layer = block.inner[0]
+    columns = torch.tensor([1])
+    quantize_inputs(block, "inner.0", spec("int8-tensor"), torch.tensor([0.5]), None, columns)
+    quantize_outputs(block, "inner.0", spec("int8-tensor"), torch.tensor([0.25]), None)
+    assert block.inner[0] is layer
+    state = block.state_dict()
+    assert torch.equal(state["inner.0.input_rotation.signs"], signs)
+    assert state["inner.0.input_quantizer.columns"].tolist() == [1]
+    assert state["inner.0.output_quantizer.scale"].item() == 0.25

@@ -326,20 +326,18 @@ TRANSFORMED: dict[str, tuple[str, list[dict[str, Any]], list[dict[str, Any]]]] =
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", TRANSFORMED)
 def test_a_run_with_transforms_resumes_to_the_same_bytes(
-    kind: str,
-    dtype: torch.dtype,
-    tiny: Callable[..., Path],
-    calibration_file: Path,
-    tmp_path: Path,
+    kind: str, tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path
 ) -> None:
-    """Scale that was moved, float states, tuned codes: all of it is on disk or made again."""
+    """Scale that was moved, float states, tuned codes: all of it is on disk or made again.
+
+    In bfloat16 what is stored has fewer digits than what is computed with.
+    """
     family, rules, transforms = TRANSFORMED[kind]
     calibration = {"batch_size": 2, "samples": 4}
     recipe = load_recipe({"rules": rules, "transforms": transforms, "calibration": calibration})
-    folder = tiny(family, dtype=dtype)
+    folder = tiny(family, dtype=torch.bfloat16)
     assert_resumes_to_the_same_bytes(folder, recipe, calibration_file, tmp_path)
 
 

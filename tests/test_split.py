@@ -73,7 +73,7 @@ def test_columns_by_trying_all_counts(
     ranked = sorted(magnitudes, reverse=True)
 
     def enough(taken: int) -> bool:
-        return 0 < ranked[taken - 1] and ranked[taken - 1] >= threshold * ranked[taken]
+        return ranked[taken - 1] > 0 and ranked[taken - 1] >= threshold * ranked[taken]
 
     counts = [k for k in range(1, min(columns, len(magnitudes) - 1) + 1) if enough(k)]
     assert len(found) == (counts[0] if counts else 0)
@@ -86,7 +86,7 @@ def test_columns_by_trying_all_counts(
     "options", [{"threshold": 0.9}, {"threshold": 1e7}, {"columns": 0}, {"columns": 65}]
 )
 def test_values_out_of_bounds_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(RecipeError, match="out of bounds|cannot be split"):
+    with pytest.raises(RecipeError, match=r"out of bounds|cannot be split"):
         Split(**options)
 
 
@@ -169,10 +169,7 @@ def simulated(
             x = block_hadamard(x, BLOCK)
             others = x.clone()
             others[..., column] = 0
-            if static is None:
-                step = others.abs().amax(-1, keepdim=True) / 127.5
-            else:
-                step = static[name]
+            step = others.abs().amax(-1, keepdim=True) / 127.5 if static is None else static[name]
             seen = (others / step).round().clamp(-128, 127) * step
             seen[..., column] = x[..., column]
             return torch.nn.functional.linear(seen, rounded, layer.bias)  # type: ignore[arg-type]

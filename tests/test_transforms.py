@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+import re
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 import prismquant as pq
 from prismquant.algorithms.base import LayerProblem, LayerResult
 from prismquant.algorithms.table import build_solver
+from prismquant.errors import DataError
 from prismquant.export.load import load_model
 from prismquant.models.bind import bind
 from prismquant.models.config import empty_model, import_transformers
@@ -23,7 +26,7 @@ from prismquant.pipeline.data import read_samples
 from prismquant.pipeline.engine import Run, run, source_reader
 from prismquant.pipeline.plan import make_plan
 from prismquant.runtime.quant_linear import QuantLinear, rotate_inputs
-from prismquant.storage import ShardReader, read_json
+from prismquant.storage import ShardReader, read_json, write_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -378,3 +381,59 @@ def test_a_tied_head_becomes_a_weight_of_its_own(
         assert 1e-4 < apart(model.get_parameter(f"{row.site.name}.weight"), values) < 0.01
         model.get_parameter(f"{row.site.name}.weight").data = values
     assert apart(logits(model, batches), full) < 2e-5
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("qwen2_vl", {"layout": "old"}),
+        ("qwen2_5_vl", {"layout": "native", "tie": True}),
+        ("video_llama_3", {"layout": "remote"}),
+        ("video_llama_3", {"layout": "remote", "tie": True}),
+    ],
+)
+def test_names_on_disk_stay_the_sources(
+    family: str, options: dict[str, Any], tiny: Callable[..., Path], three: Path, tmp_path: Path
+) -> None:
+    """Nothing is written under a second name, and each tensor that changed is found again."""
+    folder, out = tiny(family, **options), tmp_path / "out"
+    rules = [{"weights": "int8-g16", "solver": "rtn", "weight_range": "minmax"}]
+    pq.quantize(folder, recipe_of(*rules, transforms=[ONLINE, SMOOTH]), out, three)
+    bound, reader = bound_to(folder), ShardReader(out)
+    before = {name.removesuffix(".weight") for name in ShardReader(folder).names}
+    before.add(bound.names.to_disk("lm_head.weight").removesuffix(".weight"))
+    beside = r"[.](weight(_\w+)?|input_signs|hadamard_\d+_input[.]weight)$"
+    after = {re.sub(beside, "", name) for name in reader.names}
+    assert after == before
+    batches = batches_of(tiny(family), three)
+    full = logits(load_float(folder), batches)
+    assert apart(logits(load_model(out), batches), full) < 0.1
+
+
+def test_a_checkpoint_of_two_types_keeps_both(
+    tiny: Callable[..., Path], three: Path, tmp_path: Path
+) -> None:
+    """Norms in float32 stay so when scale is moved into them."""
+    folder, out = tmp_path / "mixed", tmp_path / "out"
+    shutil.copytree(tiny("qwen2_vl", dtype=torch.bfloat16), folder)
+    reader = ShardReader(folder)
+    tensors = {name: reader.read(name) for name in reader.names}
+    wide = {name for name in tensors if "norm" in name or "ln_q" in name}
+    tensors = {n: t.float() if n in wide else t for n, t in tensors.items()}
+    write_tensors(folder / "model.safetensors", tensors)
+    recipe = recipe_of({"weights": "int8-g16", "solver": "rtn"}, transforms=[SMOOTH])
+    plan = pq.quantize(folder, recipe, out, three).plan
+    after = ShardReader(out)
+    assert {after.info(name).dtype for name in wide} == {torch.float32}
+    assert sum(after.info(name).nbytes for name in after.names) == plan.total_bytes
+
+
+def test_scale_in_a_tower_that_no_sample_reaches_is_refused(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Rounding to nearest needs no data there, but the scale does."""
+    data = tiny_vlm.samples(tmp_path / "data", ("text",), count=2)
+    recipe = recipe_of({"weights": "int8-g16", "solver": "rtn"}, transforms=[SMOOTH])
+    with pytest.raises(DataError, match="image"):
+        pq.quantize(tiny("qwen2_vl"), recipe, tmp_path / "out", data)
+    assert not (tmp_path / "out").exists()

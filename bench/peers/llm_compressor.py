@@ -1,45 +1,62 @@
-"""GPTQ by llm-compressor on a Qwen2-VL, for comparison; run it in an environment of its own.
+"""GPTQ, AWQ and SmoothQuant by llm-compressor on a Qwen2-VL; for an environment of its own.
 
     python -m venv peer && peer/bin/pip install llmcompressor==0.14.0.1
-    peer/bin/python bench/peers/llm_compressor.py MODEL CALIBRATION.jsonl OUT [--bits 4]
+    peer/bin/python -m bench.peers.llm_compressor MODEL CALIBRATION.jsonl OUT [--method gptq]
 
-Only samples with a picture are used: its tracing fails on a set that mixes pictures and clips. OUT
-holds the rounded weights in floating point, so that ``prismquant eval OUT --reference MODEL``
-measures them as it measures ours.
+Samples must have a picture: its tracing fails on a set that mixes pictures and clips. It has no
+table of Qwen2-VL's norms for AWQ and SmoothQuant, so they are named here: AWQ's as for all models
+of this shape; SmoothQuant's default table (the two norms), or, for ``smoothquant-all``, also the
+gated product before the last projection.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.peers import worker
 
-def declare_torchvision_operators() -> torch.library.Library:
-    """Let a torchvision that was built for another torch be imported."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
+IGNORED = ["re:.*lm_head", "re:.*visual.*"]
+METHODS = ("gptq", "awq", "rtn", "smoothquant-gptq", "smoothquant-all-gptq")
+ATTENTION = ["re:.*q_proj$", "re:.*k_proj$", "re:.*v_proj$"]
+GATED = ["re:.*gate_proj$", "re:.*up_proj$"]
 
 
-def calibration_rows(path: Path, processor: Any, count: int) -> list[dict[str, Any]]:
-    """Processor outputs of the first samples that have a picture, as nested lists."""
-    from PIL import Image
+def recipe(method: str, bits: int, group_size: int, activation_bits: int) -> list[Any]:
+    """The modifiers of a method, at its defaults."""
+    from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
+    from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
-    rows: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        messages = json.loads(line)["messages"]
-        items = [item for m in messages if isinstance(m["content"], list) for item in m["content"]]
-        pictures = [Image.open(path.parent / i["image"]) for i in items if i["type"] == "image"]
-        if pictures and len(rows) < count:
-            text = processor.apply_chat_template(messages, tokenize=False)
-            encoded = processor(text=[text], images=pictures, return_tensors="pt")
-            rows.append({key: value.tolist() for key, value in encoded.items()})
-    return rows
+    common = {"type": "int", "symmetric": True}
+    scale = {"strategy": "group", "group_size": group_size} if group_size else {}
+    group: dict[str, Any] = {
+        "targets": ["Linear"],
+        "weights": {"strategy": "channel", **common, "num_bits": bits, **scale},
+    }
+    if activation_bits:
+        tokens = {"strategy": "token", "dynamic": True, "num_bits": activation_bits}
+        group["input_activations"] = common | tokens
+    rounding: Any = GPTQModifier if method.endswith("gptq") else QuantizationModifier
+    last = rounding(config_groups={"group_0": group}, ignore=IGNORED)
+    if method == "awq":
+        mappings = [
+            AWQMapping("re:.*input_layernorm$", ATTENTION),
+            AWQMapping("re:.*self_attn.v_proj$", ["re:.*self_attn.o_proj$"]),
+            AWQMapping("re:.*post_attention_layernorm$", GATED),
+            AWQMapping("re:.*up_proj$", ["re:.*down_proj$"]),
+        ]
+        return [AWQModifier(mappings=mappings), last]
+    if method.startswith("smoothquant"):
+        edges: list[Any] = [
+            (ATTENTION, "re:.*input_layernorm$"),
+            (GATED, "re:.*post_attention_layernorm$"),
+        ]
+        if "all" in method:
+            edges.append((["re:.*down_proj$"], "re:.*up_proj$"))
+        return [SmoothQuantModifier(mappings=edges), last]
+    return [last]
 
 
 def one_sample(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -47,54 +64,59 @@ def one_sample(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {key: torch.tensor(value) for key, value in batch[0].items()}
 
 
+def leave_memory_unpinned() -> None:
+    """Without an accelerator its AWQ stops at the first batch, which it wants in pinned memory."""
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    if not torch.accelerator.is_available():
+        IntermediatesCache.pin_memory = lambda self, batch_index: None
+
+
+def rounded_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """All parameters; where only a scale was stored so far, the weights are rounded with it."""
+    from compressed_tensors.quantization import forward_quantize
+
+    parameters: dict[str, torch.Tensor] = dict(model.named_parameters())
+    for name, module in model.named_modules():
+        scheme = getattr(module, "quantization_scheme", None)
+        if scheme is not None and scheme.weights is not None:
+            weight = parameters[f"{name}.weight"]
+            value = forward_quantize(module, weight, "weight", scheme.weights)
+            parameters[f"{name}.weight"] = value
+    return parameters
+
+
 def main() -> None:
     """Quantize and write the rounded weights."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("calibration", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--samples", type=int, default=128)
-    options = parser.parse_args()
-    _operators = declare_torchvision_operators()  # gone as soon as nothing holds it
+    options = worker.arguments("llm-compressor on a Qwen2-VL", METHODS)
+    _operators = worker.declare_torchvision_operators()  # gone as soon as nothing holds it
     from datasets import Dataset
     from llmcompressor import oneshot
-    from llmcompressor.modifiers.quantization import GPTQModifier
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoProcessor
 
-    model, original = (
-        AutoModelForImageTextToText.from_pretrained(options.model, dtype=torch.float32)
-        for _ in range(2)
-    )
+    model = worker.float_model(options.model)
     processor = AutoProcessor.from_pretrained(options.model)
-    rows = calibration_rows(options.calibration, processor, options.samples)
-    weights = {
-        "num_bits": options.bits,
-        "type": "int",
-        "symmetric": True,
-        "strategy": "group",
-        "group_size": 128,
-    }
-    recipe = GPTQModifier(
-        config_groups={"group_0": {"targets": ["Linear"], "weights": weights}},
-        ignore=["re:.*lm_head", "re:.*visual.*"],
-    )
+    rows = [
+        {key: value.tolist() for key, value in worker.encode(messages, processor).items()}
+        for messages in worker.conversations(options.calibration, options.samples)
+    ]
+    steps = recipe(options.method, options.bits, options.group_size, options.activation_bits)
+    leave_memory_unpinned()
+    watch = worker.stopwatch()
     oneshot(
         model=model,
         dataset=Dataset.from_list(rows),
-        recipe=recipe,
+        recipe=steps,
         data_collator=one_sample,
         processor=processor,
         num_calibration_samples=len(rows),
         sequential_targets=["Qwen2VLDecoderLayer"],
     )
-    rounded = dict(model.named_parameters())
+    took = watch()
     with torch.no_grad():
-        for name, parameter in original.named_parameters():
-            parameter.copy_(rounded[name])
-    original.save_pretrained(options.out)
-    processor.save_pretrained(options.out)
-    print(f"{len(rows)} samples; written: {options.out}")
+        parameters = rounded_parameters(model)
+    packages = ("llmcompressor", "compressed-tensors", "transformers")
+    worker.save(options, parameters, processor, took, packages)
 
 
 if __name__ == "__main__":

@@ -138,6 +138,12 @@ class DriftRecord:
         Raises:
             NumericsError: No token was counted.
         """
+        if not any(moments.count > 0 for moments in self._moments):
+            raise NumericsError(
+                "no calibration token has reached this layer",
+                where=self._name,
+                remedy="add calibration samples of the modality that passes it",
+            )
         joined = torch.cat(list(weights))
         held_out = self._moments[1].count > 0
         damping, strength = how.damping, how.strength

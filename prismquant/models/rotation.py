@@ -45,6 +45,8 @@ __all__ = ["OnlineRotation", "RotatedReader", "Rotation", "online_rotations", "u
 
 # The layer whose input an online rotation multiplies.
 _ONLINE_ROLE = "mlp.down"
+# Checkpoints hold the matrix of each layer: a block of 4096 would take 32 MB a layer.
+_WIDEST_BLOCK = 1024
 # Numbers of a tensor that are in float64 at one time, unless both its sides are rotated.
 _CHUNK = 2**22
 
@@ -61,7 +63,7 @@ class Rotation:
         values: Rotate each attention head's values.
         online: Rotate the input of every block's last MLP layer, while the model runs.
         online_block: Width of the blocks of the online rotation, a power of two that divides the
-            layer's input; None takes the largest.
+            layer's input; None takes the largest up to 1024.
         signs: Random signs beside each Hadamard matrix, so that a constant part of the input does
             not pile up in one channel.
         kind: ``hadamard`` or ``random``; the online rotation is always a Hadamard matrix.
@@ -369,7 +371,8 @@ def _online_sites(bound: BoundModel, rotation: Rotation) -> Iterator[BoundSite]:
 
 
 def _online_block(rotation: Rotation, site: BoundSite) -> int:
-    block = rotation.online_block or power_of_two_block(site.in_features)
+    widest = min(power_of_two_block(site.in_features), _WIDEST_BLOCK)
+    block = rotation.online_block or widest
     if site.in_features % block:
         raise ModelError(
             f"blocks of {block} do not divide the {site.in_features} inputs of {site.name}",

@@ -84,6 +84,13 @@ class StepCall:
     vision: Tensor | None
     keep: Callable[[Any], None]
 
+    def token_weights(self, vision_weight: float) -> Tensor | None:
+        """``row_weights`` with rows of images and videos counted ``vision_weight`` times."""
+        if self.vision is None or vision_weight == 1:
+            return self.row_weights
+        weights = torch.where(self.vision, vision_weight, 1.0)
+        return weights if self.row_weights is None else weights * self.row_weights
+
 
 class Replay:
     """Feeds the steps of a model, in the order in which the model runs them.

@@ -348,6 +348,7 @@ class _Engine:
         work = _Work()
         if flows:
             self._equalize(step, work)
+            self._round_moved(rows, work)
         tuned = [row for row in rows if row.tuner is not None]
         floats = {row.site.name: _weight_of(self.main, row) for row in tuned}
         for stage in self._stages(rows):
@@ -380,9 +381,7 @@ class _Engine:
 
         def watch(name: str, call: StepCall) -> Callable[[Tensor], None]:
             def see(x: Tensor) -> None:
-                module = self.main.module(name)
-                seen = module.rotated(x) if isinstance(module, QuantLinear) else x
-                rows = seen.reshape(-1, records[name].in_features)
+                rows = x.reshape(-1, records[name].in_features)
                 records[name].update(rows, call.row_weights, call.vision)
 
             return see
@@ -404,8 +403,23 @@ class _Engine:
         work.edges.append(EdgeRecord(edge.source, edge.consumers, planned.equalizer, notes))
         if result.scale is None:
             return
+        stored = self._stored_dtype(f"{edge.source}.weight")
         for chain in self.chains:
-            work.changed.update(move_scale(chain.model, edge, result.scale, dtype))
+            work.changed.update(move_scale(chain.model, edge, result.scale, stored))
+
+    def _round_moved(self, rows: Sequence[PlanRow], work: _Work) -> None:
+        """Give tensors that scale was moved in, and that no solver stores, their stored values.
+
+        A run that is resumed reads these, and must go on from the same numbers.
+        """
+        solved = {f"{row.site.name}.weight" for row in rows}
+        for name in work.changed - solved:
+            parameter = self.main.model.get_parameter(name)
+            parameter.copy_(parameter.to(self._stored_dtype(name)))
+
+    def _stored_dtype(self, name: str) -> torch.dtype:
+        """Of a tensor that stays in floating point: norms may be wider than all else."""
+        return self.reader.info(self.job.bound.names.to_disk(name)).dtype
 
     def _vision_weight(self, row: PlanRow) -> float:
         if row.vision_weight == "gradient":
@@ -495,6 +509,7 @@ class _Engine:
             teacher,
             list(self.main.calls(step)),
             list(wanted),
+            self._vision_weight(next(row for row in self.rows[step.name] if row.tuner)),
         )
         for layers, notes in tune(block, work.layers, floats, self.job.bound.dtype):
             for layer in layers:
@@ -538,7 +553,7 @@ class _Engine:
         """Tensors in which scale was moved and which no solver stores, as they are to be stored."""
         solved = {f"{layer.row.site.name}.weight" for layer in work.layers}
         return {
-            name: self.main.model.get_parameter(name).detach().to(self.job.bound.dtype)
+            name: self.main.model.get_parameter(name).detach().to(self._stored_dtype(name))
             for name in sorted(work.changed - solved)
         }
 

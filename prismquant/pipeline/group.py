@@ -254,7 +254,7 @@ class Group:
                 records.setdefault(name, RangeRecord(momentum)).update(seen)
 
     def _observe_moments(self, rows: Tensor, call: StepCall, wanted: Tensor | None) -> None:
-        weights = self._token_weights(call)
+        weights = call.token_weights(self.settings.vision_weight)
         seen = self._quantized(rows)
         if self.rows[0].correction is not None and wanted is not None:
             if self._drift is None:
@@ -264,12 +264,6 @@ class Group:
             if self._hessian is None:
                 self._hessian = HessianRecord(rows.shape[1], device=rows.device)
             self._hessian.update(seen, weights)
-
-    def _token_weights(self, call: StepCall) -> Tensor | None:
-        if call.vision is None or self.settings.vision_weight == 1:
-            return call.row_weights
-        weights = torch.where(call.vision, self.settings.vision_weight, 1.0)
-        return weights if call.row_weights is None else weights * call.row_weights
 
     def _quantized(self, rows: Tensor) -> Tensor:
         """The input as the layer will really see it."""

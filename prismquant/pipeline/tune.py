@@ -30,6 +30,7 @@ class TunedBlock:
         teacher: The same step in floating point, or None.
         calls: How the quantized model calls the step.
         wanted: The float model's outputs, call by call.
+        vision_weight: What an error at a vision token costs, where one at a text token costs 1.
     """
 
     name: str
@@ -37,6 +38,11 @@ class TunedBlock:
     teacher: nn.Module | None
     calls: Sequence[StepCall]
     wanted: Sequence[Any]
+    vision_weight: float = 1.0
+
+    def token_weights(self, call: int) -> Tensor | None:
+        """What each token of a call counts for."""
+        return self.calls[call].token_weights(self.vision_weight)
 
 
 def tune(
@@ -100,7 +106,7 @@ def _problem(
         calls=len(block.calls),
         output=output,
         target=targets.__getitem__,
-        token_weights=lambda call: block.calls[call].row_weights,
+        token_weights=block.token_weights,
     )
 
 

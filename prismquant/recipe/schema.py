@@ -211,10 +211,12 @@ class Rule(_Strict):
             raise ValueError(f"unknown tuner {value!r}; {suggest(str(value), TUNERS)}")
         return value
 
-    @field_validator("vision_weight")
+    @field_validator("vision_weight", mode="before")
     @classmethod
-    def _weight_in_bounds(cls, value: float | str | None) -> float | str | None:
-        if isinstance(value, float) and not 0 <= value <= 1000:
+    def _weight_in_bounds(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("a token's weight is a number, or `gradient`")
+        if isinstance(value, int | float) and not 0 <= value <= 1000:
             raise ValueError("a token's weight is a number from 0 to 1000")
         return value
 
@@ -326,6 +328,8 @@ class Recipe(_Strict):
     def _some_rules(cls, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
         if not rules:
             raise ValueError("there is no rule")
+        if any(rule.tuner_options for rule in rules) and not any(rule.tuner for rule in rules):
+            raise ValueError("`tuner_options` but no rule names a tuner")
         return rules
 
     def with_rules(self, *rules: Mapping[str, Any], name: str | None = None) -> Recipe:
@@ -510,7 +514,7 @@ def _merge(merged: Fields, rule: Rule) -> None:
 def _setting(merged: Fields, matched: tuple[int, ...]) -> Setting:
     weights, activations = merged.get("weights"), merged.get("activations")
     outputs, correction = merged.get("outputs"), merged.get("correction")
-    tuner = merged.get("tuner")
+    tuner = None if merged.get("tuner") == "none" else merged.get("tuner")
     setting = Setting(
         rules=matched,
         weights=NumberSpec.from_dict(weights) if weights else None,
@@ -519,7 +523,7 @@ def _setting(merged: Fields, matched: tuple[int, ...]) -> Setting:
         solver=merged["solver"],
         options=merged["options"],
         correction=None if correction is None else Correction(**correction),
-        tuner=None if tuner == "none" else tuner,
+        tuner=tuner,
         tuner_options=merged.get("tuner_options") or {},
         vision_weight=merged.get("vision_weight", 1.0),
         weight_range=RangeRule(**(merged.get("weight_range") or {})),

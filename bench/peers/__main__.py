@@ -1,0 +1,364 @@
+"""Other tools and ours on one model, with the same samples, settings and yardstick.
+
+    python -m bench.peers [--llm-compressor-python PATH] [--auto-round-python PATH]
+        [--gptqmodel-python PATH] [--settings w4a16 w4a8] [--recipes NAME ...] [--samples 600]
+
+Each tool runs in an environment of its own, which its option names; without it the tool is shown as
+not run. A tool leaves the rounded weights in floating point; where the setting quantizes inputs,
+they are quantized here, in the same way for all. Everything is then compared with the float model
+on questions that calibration never saw. Calibration is on questions about single pictures, because
+llm-compressor takes no set that mixes pictures and clips.
+
+Seconds are what the method took: for the tools without loading and saving the model, for ours with
+both. Where other processes share the machine, seconds of CPU are the fairer figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from bench.peers.worker import REPORT, stopwatch
+from prismquant.api import load, quantize
+from prismquant.demo.run import CHECKPOINT
+from prismquant.demo.scenes import write_dataset
+from prismquant.errors import PlanError, PrismQuantError
+from prismquant.evaluate.fidelity import evaluate_model
+from prismquant.export.load import load_model
+from prismquant.models.bind import bind
+from prismquant.models.outliers import add_outliers
+from prismquant.pipeline.batches import make_batches
+from prismquant.pipeline.data import read_samples
+from prismquant.pipeline.plan import Plan, PlanRow, make_plan
+from prismquant.recipe.presets import PRESETS
+from prismquant.recipe.schema import Recipe, load_recipe
+from prismquant.report.tables import markdown_table, rich_table
+from prismquant.runtime.quant_linear import quantize_inputs
+
+ROOT = Path(__file__).resolve().parents[2]
+MODELS = ("plain", "outliers")
+SETTINGS = ("w4a16", "w3a16", "w2a16", "w8a8", "w4a8")
+CALIBRATION_SAMPLES = 128
+BATCH_SIZE = 32
+HEADERS = (
+    *("model", "setting", "tool", "method"),
+    *("KL on answers", "of pictures", "top-1", "exact match", "seconds", "of CPU"),
+)
+
+Figures = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A tool: the module that runs it, and its methods with and without quantized inputs."""
+
+    module: str
+    weights: tuple[str, ...]
+    activations: tuple[str, ...] = ()
+
+
+PEERS = {
+    "llm-compressor": Peer(
+        "llm_compressor",
+        ("gptq", "awq"),
+        ("gptq", "awq", "smoothquant-gptq", "smoothquant-all-gptq"),
+    ),
+    "auto-round": Peer("auto_round", ("signround",)),
+    "gptqmodel": Peer("gptq_model", ("gptq",)),
+}
+
+
+@dataclass(frozen=True)
+class Tools:
+    """The interpreter of each tool that is there, and how long the one that trains does so."""
+
+    pythons: Mapping[str, str]
+    iterations: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; ``why`` says why there are no figures."""
+
+    model: str
+    setting: str
+    tool: str
+    method: str
+    figures: Mapping[str, float | None] = field(default_factory=dict)
+    why: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+def base_recipe(setting: str) -> Recipe:
+    """What defines a setting: its layers and number formats."""
+    if setting == "w2a16" and setting not in PRESETS:
+        return load_recipe("w3a16").with_rules({"weights": "int2-g64"}, name=setting)
+    return load_recipe(setting)
+
+
+def formats(plan: Plan) -> tuple[Any, Any]:
+    """Number formats of weights and inputs; recipes of one setting agree in them."""
+    return plan.quantized[0].weights, plan.quantized[0].activations
+
+
+def refuse_unsuited(model: Path, settings: Sequence[str], extra: Sequence[Recipe]) -> None:
+    """Stop before any work where something could not be compared.
+
+    Raises:
+        PlanError: A setting has static inputs, or a recipe has the formats of no setting.
+    """
+    bound = bind(model)
+    known = {name: formats(make_plan(base_recipe(name), bound)) for name in settings}
+    for name, (_, activations) in known.items():
+        if activations is not None and not activations.dynamic:
+            raise PlanError(f"setting {name}: other tools are measured with dynamic inputs only")
+    for recipe in extra:
+        if formats(make_plan(recipe, bound)) not in known.values():
+            raise PlanError(
+                f"recipe {recipe.name!r} has the number formats of none of the settings",
+                remedy=f"settings are {', '.join(settings)}",
+            )
+
+
+class Remembered(nn.Module):
+    """The float model, which is asked each batch once: batches must come in the same order."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.logits: list[Tensor] = []
+        self.place = 0
+
+    def forward(self, logits_to_keep: Tensor, **inputs: Any) -> SimpleNamespace:
+        """As the model's; the logits come from memory where they can."""
+        if self.place == len(self.logits):
+            self.logits.append(self.model(**inputs, logits_to_keep=logits_to_keep).logits)
+        self.place += 1
+        return SimpleNamespace(logits=self.logits[self.place - 1])
+
+
+class Yardstick:
+    """What all checkpoints of one model are measured with.
+
+    Args:
+        model: Folder of the float checkpoint.
+        evaluation: Questions with answers.
+    """
+
+    def __init__(self, model: Path, evaluation: Path) -> None:
+        _, processor = load(model)
+        self.reference = Remembered(load_model(model, dtype=torch.float32))
+        self.batches = list(
+            make_batches(
+                read_samples(evaluation, require_answers=True),
+                processor,
+                batch_size=BATCH_SIZE,
+                vision_token_ids=bind(model).vision_token_ids,
+            )
+        )
+
+    def measure(self, folder: Path, inputs: Sequence[PlanRow] = ()) -> Figures:
+        """Figures of a checkpoint, the inputs of some layers quantized as a plan's rows say."""
+        model = load_model(folder, dtype=torch.float32)
+        for row in inputs:
+            if row.activations is not None:
+                quantize_inputs(model, row.site.name, row.activations, None, None)
+        self.reference.place = 0
+        result = evaluate_model(model, self.batches, reference=self.reference)
+        overall, answers = result.overall, result.overall.divergence["answer"]
+        return {
+            "exact_match": overall.exact_match,
+            "reference_exact_match": overall.reference_exact_match,
+            "kl": answers.kl,
+            "kl_error": answers.kl_error,
+            "kl_image": result.by_kind["image"].divergence["answer"].kl,
+            "top1": answers.top1,
+        }
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model, what it is calibrated and measured with, and where files may go."""
+
+    name: str
+    model: Path
+    calibration: Path
+    yardstick: Yardstick
+    work: Path
+
+
+def run_ours(job: Job, setting: str, recipe: Recipe) -> Row:
+    """Quantize with a recipe of ours and measure the checkpoint as it is."""
+    with tempfile.TemporaryDirectory(dir=job.work) as folder:
+        out = Path(folder) / "out"
+        watch = stopwatch()
+        try:
+            quantize(job.model, recipe, out, job.calibration)
+        except PrismQuantError as error:
+            return Row(job.name, setting, "prismquant", recipe.name, why=f"failed: {error.what}")
+        took = watch()
+        figures = job.yardstick.measure(out) | took
+    return Row(job.name, setting, "prismquant", recipe.name, figures)
+
+
+def run_peer(job: Job, setting: str, tool: str, method: str, tools: Tools) -> Row:
+    """Run a tool in its environment and measure what it leaves."""
+    python = tools.pythons.get(tool)
+    if python is None:
+        return Row(job.name, setting, tool, method, why="not run")
+    plan = make_plan(base_recipe(setting), bind(job.model))
+    weights, activations = formats(plan)
+    with tempfile.TemporaryDirectory(dir=job.work) as folder:
+        out = Path(folder) / "out"
+        command = [python, "-m", f"bench.peers.{PEERS[tool].module}"]
+        command += [str(job.model.resolve()), str(job.calibration.resolve()), str(out)]
+        command += ["--method", method, "--bits", str(weights.bits)]
+        command += ["--group-size", str(weights.group_size or 0)]
+        command += ["--activation-bits", str(activations.bits if activations else 0)]
+        command += ["--samples", str(CALIBRATION_SAMPLES), "--iterations", str(tools.iterations)]
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            lines = done.stderr.strip().splitlines()
+            why = f"failed: {lines[-1] if lines else done.returncode}"
+            return Row(job.name, setting, tool, method, why=why)
+        report = json.loads((out / REPORT).read_text(encoding="utf-8"))
+        took = {key: report[key] for key in ("seconds", "cpu_seconds")}
+        figures = job.yardstick.measure(out, plan.quantized) | took
+    return Row(job.name, setting, tool, method, figures, versions=report["versions"])
+
+
+def runs(
+    job: Job, setting: str, extra: Sequence[Recipe], tools: Tools
+) -> Iterator[Callable[[], Row]]:
+    """All that is compared at a setting: rounding to nearest first, then ours, then theirs."""
+    base = base_recipe(setting)
+    bound = bind(job.model)
+    wanted = formats(make_plan(base, bound))
+    minmax = {"solver": "rtn", "weight_range": "minmax"}
+    same = [recipe for recipe in extra if formats(make_plan(recipe, bound)) == wanted]
+    for recipe in (base.with_rules(minmax, name=f"{setting} rtn minmax"), base, *same):
+        yield partial(run_ours, job, setting, recipe)
+    for tool, peer in PEERS.items():
+        for method in peer.weights if wanted[1] is None else peer.activations:
+            yield partial(run_peer, job, setting, tool, method, tools)
+
+
+def cells(row: Row) -> list[str]:
+    """A row of the table."""
+    names = [row.model, row.setting, row.tool, row.method]
+    if row.why:
+        return [*names, row.why, *[""] * 5]
+    figures = row.figures
+    error = f" ± {figures['kl_error']:.5f}" if figures["kl_error"] is not None else ""
+    return [
+        *names,
+        f"{figures['kl']:.5f}{error}",
+        f"{figures['kl_image']:.5f}",
+        f"{100 * (figures['top1'] or 0):.1f} %",
+        f"{100 * (figures['exact_match'] or 0):.1f} %",
+        f"{figures['seconds']:.1f}",
+        f"{figures['cpu_seconds']:.1f}",
+    ]
+
+
+def jobs(options: argparse.Namespace, work: Path) -> Iterator[Job]:
+    """The model as it is, and with activation outliers; both compute the same in floating point."""
+    outliers = work / "outliers"
+    if "outliers" in options.models:
+        settings = {"factor": options.factor, "channels": options.channels, "modality": "llm"}
+        add_outliers(options.model, outliers, **settings)
+    calibration = write_dataset(
+        work / "calibration", split="calibration", count=CALIBRATION_SAMPLES, mix={"image": 1.0}
+    )
+    evaluation = write_dataset(work / "evaluation", split="evaluation", count=options.samples)
+    for name in options.models:
+        model = {"plain": options.model, "outliers": outliers}[name]
+        yield Job(name, model, calibration, Yardstick(model, evaluation), work)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.peers", description="compare tools")
+    for tool in PEERS:
+        parser.add_argument(
+            f"--{tool}-python",
+            type=Path,
+            metavar="PATH",
+            help=f"interpreter of an environment with {tool}",
+        )
+    parser.add_argument("--model", type=Path, default=CHECKPOINT, help="default: the embedded one")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), help="presets, or w2a16")
+    parser.add_argument(
+        "--recipes",
+        nargs="*",
+        default=[],
+        help="more recipes of ours; each is compared at the setting with its number formats",
+    )
+    parser.add_argument("--samples", type=int, default=600, help="evaluation questions")
+    parser.add_argument("--iterations", type=int, default=200, help="of auto-round, in each block")
+    parser.add_argument("--factor", type=float, default=64.0, help="of outliers, a power of two")
+    parser.add_argument("--channels", type=int, default=4, help="outlier channels at each norm")
+    parser.add_argument("--out", type=Path, default=None, help="write the table there as Markdown")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run all of it and print the table."""
+    options = parse(arguments)
+    given = {tool: getattr(options, f"{tool}_python".replace("-", "_")) for tool in PEERS}
+    # Absolute, because tools run elsewhere; not resolved, because a link tells the environment.
+    pythons = {tool: str(path.absolute()) for tool, path in given.items() if path}
+    tools = Tools(pythons, options.iterations)
+    extra = [load_recipe(name) for name in options.recipes]
+    refuse_unsuited(options.model, options.settings, extra)
+    console = Console(width=160, highlight=False)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for job in jobs(options, Path(folder)):
+            for setting in options.settings:
+                for compare in runs(job, setting, extra, tools):
+                    rows.append(compare())
+                    console.print(" | ".join(cells(rows[-1])), style="dim", markup=False)
+                    if options.out is not None:  # after each row: a full run takes an hour
+                        options.out.parent.mkdir(parents=True, exist_ok=True)
+                        table = markdown_table(HEADERS, [cells(row) for row in rows])
+                        options.out.write_text(table, encoding="utf-8")
+    exact = next((row.figures["reference_exact_match"] for row in rows if row.figures), None)
+    versions = {"torch": torch.__version__, "prismquant": version("prismquant")}
+    tool_versions = {row.tool: dict(row.versions) for row in rows if row.versions}
+    facts = {
+        "threads": torch.get_num_threads(),
+        "samples": options.samples,
+        "reference_exact_match": exact,
+        "versions": {"prismquant": versions, **tool_versions},
+    }
+    title = f"{options.samples} questions, {facts['threads']} thread(s)"
+    title += "" if exact is None else f", float model {100 * exact:.1f} % exact"
+    console.print(rich_table(HEADERS, [cells(row) for row in rows], title=title))
+    print(json.dumps({"bench": "peers", **facts, "rows": [asdict(row) for row in rows]}))
+
+
+if __name__ == "__main__":
+    main()

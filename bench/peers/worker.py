@@ -1,0 +1,150 @@
+"""What the workers share: their arguments, the samples, and the checkpoint they leave.
+
+A worker runs in an environment of its own, with the repository's root as working directory, and
+imports nothing from prismquant. It leaves the rounded weights in floating point, so that one
+yardstick measures all tools, and ``peer.json`` with what it took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+REPORT = "peer.json"
+
+
+def arguments(description: str, methods: Sequence[str]) -> argparse.Namespace:
+    """Arguments that all workers take."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("model", type=Path, help="folder of the float checkpoint")
+    parser.add_argument("calibration", type=Path, help="JSON lines of samples with one picture")
+    parser.add_argument("out", type=Path, help="folder of the result")
+    parser.add_argument("--method", choices=methods, default=methods[0])
+    parser.add_argument("--bits", type=int, default=4, help="of the weights")
+    parser.add_argument("--group-size", type=int, default=128, help="0: one scale a row")
+    parser.add_argument("--activation-bits", type=int, default=0, help="0: not quantized")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--iterations", type=int, default=200, help="of a method that trains")
+    return parser.parse_args()
+
+
+def declare_torchvision_operators() -> torch.library.Library:
+    """Let a torchvision that was built for another torch be imported; keep what this returns."""
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
+
+
+def conversations(path: Path, count: int) -> list[list[dict[str, Any]]]:
+    """Messages of the first ``count`` samples, their pictures as absolute paths.
+
+    Raises:
+        ValueError: A sample has no picture, or a clip.
+    """
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines()[:count]:
+        messages = json.loads(line)["messages"]
+        items = [item for m in messages if isinstance(m["content"], list) for item in m["content"]]
+        if sorted(item["type"] for item in items) != ["image", "text"]:
+            raise ValueError(f"{path}: a sample has not just one picture and one text")
+        for item in items:
+            if item["type"] == "image":
+                item["image"] = str((path.parent / item["image"]).resolve())
+        found.append(messages)
+    return found
+
+
+def encode(messages: list[dict[str, Any]], processor: Any) -> dict[str, torch.Tensor]:
+    """The model's inputs for one conversation, as a batch of one."""
+    from PIL import Image
+
+    items = [item for m in messages if isinstance(m["content"], list) for item in m["content"]]
+    pictures = [Image.open(item["image"]) for item in items if item["type"] == "image"]
+    text = processor.apply_chat_template(messages, tokenize=False)
+    return dict(processor(text=[text], images=pictures, return_tensors="pt"))
+
+
+def float_model(folder: Path) -> Any:
+    """The checkpoint in float32: on a CPU the arithmetic that favours every tool."""
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+
+
+def language_linears(model: torch.nn.Module) -> list[str]:
+    """Module paths of the linear layers of the language model's blocks."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "language_model.layers." in name
+    ]
+
+
+def stopwatch() -> Callable[[], dict[str, float]]:
+    """Start; what is returned tells the seconds since, by the clock and of this process's CPUs."""
+    clock, cpu = time.perf_counter(), time.process_time()
+    return lambda: {
+        "seconds": time.perf_counter() - clock,
+        "cpu_seconds": time.process_time() - cpu,
+    }
+
+
+def most_levels(weight: torch.Tensor, group_size: int) -> int:
+    """The largest number of distinct values among weights [out, in] that share a scale."""
+    groups = weight.reshape(-1, group_size or weight.shape[1]).sort(dim=1).values
+    return int((groups.diff(dim=1) != 0).sum(dim=1).max()) + 1
+
+
+def save(
+    options: argparse.Namespace,
+    parameters: Mapping[str, torch.Tensor],
+    processor: Any,
+    took: Mapping[str, float],
+    packages: Sequence[str],
+) -> None:
+    """Write the float model with the parameters put in, and the report.
+
+    Args:
+        options: From :func:`arguments`.
+        parameters: By their names in the transformers model; those missing stay as they were.
+        processor: Goes into the folder too.
+        took: From :func:`stopwatch`.
+        packages: Whose versions are reported.
+
+    Raises:
+        ValueError: A layer's weights take more values than the bits allow.
+    """
+    model = float_model(options.model)
+    layers = language_linears(model)
+    changed = 0
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            value = parameters.get(name, parameter).to(parameter.dtype)
+            changed += not torch.equal(value, parameter)
+            parameter.copy_(value)
+        levels = max(
+            most_levels(model.get_submodule(name).weight, options.group_size) for name in layers
+        )
+    if levels > 2**options.bits:
+        raise ValueError(f"{levels} values share a scale: more than {options.bits} bits hold")
+    model.save_pretrained(options.out)
+    processor.save_pretrained(options.out)
+    report = {
+        **took,
+        "layers": len(layers),
+        "changed_parameters": changed,
+        "most_levels": levels,
+        "threads": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", *packages)},
+    }
+    (options.out / REPORT).write_text(json.dumps(report), encoding="utf-8")
