@@ -31,7 +31,7 @@ RECIPES = ("w8a8-static-all", "w4a16-all", "w4a8-static-all", "w3a16", "vision-w
 
 
 def recipe(preset: str, solver: str = "gptq", **calibration: Any) -> pq.Recipe:
-    chosen = pq.load_recipe(preset).with_rules({"solver": solver})
+    chosen = pq.load_recipe(preset).without_transforms().with_rules({"solver": solver})
     return chosen.with_calibration(**({"batch_size": 4} | calibration))
 
 

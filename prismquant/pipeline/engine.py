@@ -375,7 +375,9 @@ class _Engine:
         """What calibration sees of the input of each edge's readers, by the first reader's name."""
         names = list(dict.fromkeys(edge.edge.consumers[0] for edge in edges))
         records = {
-            name: ChannelRecord(self.all_rows[name].site.in_features, name, device=self.job.device)
+            name: ChannelRecord(
+                self.all_rows[name].site.in_features, f"input of {name}", device=self.job.device
+            )
             for name in names
         }
 

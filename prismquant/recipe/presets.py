@@ -5,8 +5,9 @@ language model. ``-all`` adds the vision tower, the patch embedding and the proj
 and the embeddings are always left alone. The patch embedding keeps its input in floating point: no
 checkpoint format can declare a quantized input for a convolution.
 
-A method's name before the setting adds the method: ``smoothquant-w8a8-static``, ``awq-w4a16``,
-``awq-gptq-w4a16``. Without one, codes come from GPTQ.
+A method's name before the setting says the method: ``smoothquant-gptq-w4a8``, ``awq-w4a16``.
+Without one, codes come from GPTQ; with static activations scale is first moved by SmoothQuant,
+because one outlier channel would otherwise set the one scale of a whole input.
 """
 
 from __future__ import annotations
@@ -50,10 +51,10 @@ _RTN: Preset = {"solver": "rtn"}
 _AWQ_CLIP: Preset = {"solver": "rtn", "options": {"scale_weighting": "group"}}
 
 _W8A8 = _preset("int8-channel", "int8-token", weight_range="minmax")
-_W8A8_STATIC = _preset("int8-channel", "int8-tensor", weight_range="minmax")
+_W8A8_STATIC = _with(_preset("int8-channel", "int8-tensor", weight_range="minmax"), _SMOOTHQUANT)
 _W4A16 = _preset("int4-g128", None, weight_range="mse")
 _W4A8 = _preset("int4-channel", "int8-token", weight_range="mse")
-_W4A8_STATIC = _preset("int4-channel", "int8-tensor", weight_range="mse")
+_W4A8_STATIC = _with(_preset("int4-channel", "int8-tensor", weight_range="mse"), _SMOOTHQUANT)
 _W3A16 = _preset("int3-g128", None, weight_range="mse")
 _W2A16 = _preset("int2-g64-asym", None, weight_range="mse")
 _FP8 = _preset("fp8-channel", "fp8-token", weight_range="mse")
@@ -77,9 +78,10 @@ PRESETS: dict[str, Preset] = {
         _W4A8, weights="int8-channel", activations="int8-token", weight_range="minmax"
     ),
     "smoothquant-w8a8": _with(_W8A8, _SMOOTHQUANT, **_RTN),
-    "smoothquant-w8a8-static": _with(_W8A8_STATIC, _SMOOTHQUANT, **_RTN),
+    "smoothquant-w8a8-static": _with(_W8A8_STATIC, **_RTN),
     "smoothquant-gptq-w4a8": _with(_W4A8, _SMOOTHQUANT),
-    "smoothquant-gptq-w4a8-static": _with(_W4A8_STATIC, _SMOOTHQUANT),
+    "smoothquant-gptq-w4a16": _with(_W4A16, _SMOOTHQUANT),
+    "smoothquant-gptq-w3a16": _with(_W3A16, _SMOOTHQUANT),
     "awq-w4a16": _with(_W4A16, _AWQ, **_AWQ_CLIP),
     "awq-gptq-w4a16": _with(_W4A16, _AWQ),
     "awq-gptq-w3a16": _with(_W3A16, _AWQ),

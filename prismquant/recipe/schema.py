@@ -344,6 +344,10 @@ class Recipe(_Strict):
         body["transforms"] = [*body.get("transforms", []), *transforms]
         return parse_recipe(body | ({"name": name} if name else {}), source=self.name)
 
+    def without_transforms(self) -> Recipe:
+        """This recipe with its rules alone."""
+        return self.model_copy(update={"transforms": ()})
+
     def with_calibration(self, **changes: int | bool) -> Recipe:
         """This recipe with other calibration settings."""
         body = self.to_dict()
