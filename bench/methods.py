@@ -256,7 +256,7 @@ def _row(
 ) -> list[str]:
     mean = {key: statistics.fmean(run[key] for run in runs) for key in runs[0]}
     spread = f" ± {statistics.stdev(run['kl'] for run in runs):.5f}" if len(runs) > 1 else ""
-    share = f"{mean['kl'] / statistics.fmean(run['kl'] for run in base):.2f}" if base else ""
+    share = f"{mean['kl'] / statistics.fmean(run['kl'] for run in base):.2g}" if base else ""
     return [
         method,
         f"{100 * mean['exact_match']:.1f} %",

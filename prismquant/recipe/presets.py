@@ -83,8 +83,9 @@ PRESETS: dict[str, Preset] = {
     "smoothquant-gptq-w4a16": _with(_W4A16, _SMOOTHQUANT),
     "smoothquant-gptq-w3a16": _with(_W3A16, _SMOOTHQUANT),
     "awq-w4a16": _with(_W4A16, _AWQ, **_AWQ_CLIP),
-    "awq-gptq-w4a16": _with(_W4A16, _AWQ),
-    "awq-gptq-w3a16": _with(_W3A16, _AWQ),
+    "awq-gptq-w4a16": _with(_W4A16, _AWQ, correction="auto"),
+    "awq-gptq-w3a16": _with(_W3A16, _AWQ, correction="auto"),
+    "awq-gptq-w2a16": _with(_W2A16, _AWQ, correction="auto"),
     "rotation-gptq-w4a8": _with(_W4A8, _ONLINE),
     "mquant-w4a8-static": _with(_with_vision(_W4A8_STATIC), _UNSIGNED, _SPLIT),
     "zeroquant-w4a8": _with(
