@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from prismquant.pipeline.checkpoint import RunRecord
+from prismquant.pipeline.checkpoint import RunRecord, StepRecord
 from prismquant.pipeline.plan import Plan, PlanEdge, PlanRow
 from prismquant.report.tables import format_bytes, format_figure, rich_table
 
@@ -96,13 +96,29 @@ def run_table(plan: Plan, record: RunRecord) -> Table:
         loss = sum(layer.loss for layer in step.layers)
         baseline = sum(layer.baseline_loss for layer in step.layers)
         share = f"{loss / baseline:.3f}" if baseline else ""
-        marked = [layer.name for layer in step.layers if "fallback" in layer.notes]
-        remark = f"fell back: {', '.join(marked)}" if marked else ""
         count = str(len(step.layers))
+        remark = _remark(step)
         rows.append([step.name, count, format_figure(loss), share, f"{step.seconds:.2f}", remark])
     before, after = format_bytes(plan.float_bytes), format_bytes(plan.total_bytes)
     title = f"recipe {plan.recipe}: {before} to {after} in {record.seconds:.1f} s"
     return rich_table(headers, rows, title=title)
+
+
+def _remark(step: StepRecord) -> str:
+    """What did not go as the plan's words may suggest, and what tuning brought."""
+    parts = []
+    kept = [edge for edge in step.edges if "skipped" in edge.notes]
+    if kept:
+        parts.append(f"{len(kept)} of {len(step.edges)} edges not worth scaling")
+    split = [layer for layer in step.layers if "split_columns" in layer.notes]
+    if split:
+        parts.append(f"columns split off in {len(split)}")
+    for notes in (layer.notes for layer in step.layers):
+        before, after = notes.get("block_loss_before"), notes.get("block_loss")
+        if isinstance(before, float) and isinstance(after, float) and before > 0:
+            parts.append(f"block error tuned to {after / before:.2f}")
+            break
+    return "; ".join(parts)
 
 
 def _likeness(row: PlanRow) -> tuple[str, ...]:

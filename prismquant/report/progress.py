@@ -71,10 +71,8 @@ class ProgressReporter:
         if not record.layers:
             return
         loss = sum(layer.loss for layer in record.layers)
-        fallbacks = sum("fallback" in layer.notes for layer in record.layers)
-        tail = f", {fallbacks} fell back" if fallbacks else ""
         self._console.print(
             f"{record.name}: {len(record.layers)} layers, loss {loss:.4g}, "
-            f"{record.seconds:.1f} s, {peak_memory_bytes() / 2**20:.0f} MiB peak{tail}",
+            f"{record.seconds:.1f} s, {peak_memory_bytes() / 2**20:.0f} MiB peak",
             highlight=False,
         )
