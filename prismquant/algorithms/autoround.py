@@ -13,7 +13,7 @@ and where those lie further than half a step from the weight, the offset's bound
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -25,9 +25,7 @@ from prismquant.algorithms.blocks import (
     BlockResult,
     Latent,
     Schedule,
-    conclude,
-    descend,
-    starting_loss,
+    refine,
 )
 from prismquant.errors import RecipeError
 
@@ -109,25 +107,16 @@ class AutoRound:
             NumericsError: The start's loss is not finite.
             FormatError: Outputs, targets and token weights do not fit one another.
         """
-        start_loss = starting_loss(problem)
         latents = [Latent(layer) for layer in problem.layers]
         rate = 1 / self.iterations if self.learning_rate is None else self.learning_rate
         range_rate = self.range_learning_rate or _RANGE_SHARE * rate
         descent = _SignedDescent(latents, self.momentum, range_rate if self.learn_range else 0.0)
-        done = 0
-        if start_loss > 0:
-            schedule = Schedule(self.iterations, self.batch, self.seed)
-            done = descend(
-                problem, latents, schedule, start_loss, lambda left: descent.step(rate, left)
-            )
-        notes: dict[str, Note] = {
-            "iterations": done,
-            "batch": min(self.batch, problem.calls),
-            "learning_rate": rate,
-        }
-        settle = Schedule(self.settle if self.learn_range else 0, self.batch, self.seed)
-        tuned = [latent.quantized() for latent in latents]
-        return conclude(problem, start_loss, tuned, settle, notes)
+        schedule = Schedule(self.iterations, self.batch, self.seed)
+        settle = replace(schedule, iterations=self.settle if self.learn_range else 0)
+        notes: dict[str, Note] = {"learning_rate": rate}
+        return refine(
+            problem, latents, schedule, settle, lambda left: descent.step(rate, left), notes
+        )
 
 
 class _SignedDescent:

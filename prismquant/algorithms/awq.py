@@ -25,10 +25,10 @@ from prismquant.algorithms.edges import (
     EdgeResult,
     Reader,
     best_scale,
+    check_bounds,
     hopeless,
     settle,
 )
-from prismquant.errors import RecipeError
 from prismquant.numerics.affine import Granularity, to_groups
 
 if TYPE_CHECKING:
@@ -73,11 +73,7 @@ class AWQ:
             "rows": (self.rows >= 1, "at least 1"),
             "max_scale": (2 <= self.max_scale <= 1e6, "from 2 to 1e6"),
         }
-        for option, (fine, legal) in bounds.items():
-            if not fine:
-                raise RecipeError(
-                    f"{option} cannot be {getattr(self, option)}", where=option, remedy=legal
-                )
+        check_bounds(self, bounds)
 
     def equalize(self, problem: EdgeProblem) -> EdgeResult:
         """Choose the scale of one edge.

@@ -425,6 +425,38 @@ class Schedule:
             queue = queue[size:]
 
 
+def refine(
+    problem: BlockProblem,
+    latents: Sequence[Latent],
+    schedule: Schedule,
+    settle: Schedule,
+    step: Callable[[float], None],
+    notes: Mapping[str, Note],
+) -> BlockResult:
+    """What every tuner does around its own step: measure the start, descend, keep the best.
+
+    Args:
+        problem: The block.
+        latents: One for each of its layers, at the start.
+        schedule: Of the descent.
+        settle: Of the phase after it, see :func:`conclude`.
+        step: As for :func:`descend`.
+        notes: The tuner's facts.
+
+    Returns:
+        The best weights. Notes gain ``iterations`` done, ``batch``, and those of :func:`conclude`.
+
+    Raises:
+        NumericsError: The start's loss is not finite.
+        FormatError: Outputs, targets and token weights do not fit one another.
+    """
+    start_loss = starting_loss(problem)
+    done = descend(problem, latents, schedule, start_loss, step) if start_loss > 0 else 0
+    facts = {"iterations": done, "batch": min(schedule.batch, problem.calls), **notes}
+    tuned = [latent.quantized() for latent in latents]
+    return conclude(problem, start_loss, tuned, settle, facts)
+
+
 def descend(
     problem: BlockProblem,
     trainables: Sequence[Trainable],

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from prismquant.errors import FormatError, NumericsError, PrismQuantError
+from prismquant.errors import FormatError, NumericsError, PrismQuantError, RecipeError
 from prismquant.numerics.affine import (
     Granularity,
     check_finite,
@@ -202,6 +202,23 @@ class Equalizer(Protocol):
     def equalize(self, problem: EdgeProblem) -> EdgeResult:
         """Choose the scale of one edge."""
         ...
+
+
+def check_bounds(options: object, bounds: Mapping[str, tuple[bool, str]]) -> None:
+    """Refuse options that are out of bounds.
+
+    Args:
+        options: The equalizer.
+        bounds: For each option whether its value is fine, and what would be.
+
+    Raises:
+        RecipeError: One is not.
+    """
+    for option, (fine, legal) in bounds.items():
+        if not fine:
+            raise RecipeError(
+                f"{option} cannot be {getattr(options, option)}", where=option, remedy=legal
+            )
 
 
 def output_error(problem: EdgeProblem, scale: Tensor | None) -> float:

@@ -21,11 +21,11 @@ from prismquant.algorithms.edges import (
     EdgeProblem,
     EdgeResult,
     best_scale,
+    check_bounds,
     hopeless,
     judge,
     settle,
 )
-from prismquant.errors import RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,11 +82,7 @@ class SmoothQuant:
             "rows": (self.rows >= 1, "at least 1"),
             "max_scale": (2 <= self.max_scale <= 1e6, "from 2 to 1e6"),
         }
-        for option, (fine, legal) in bounds.items():
-            if not fine:
-                raise RecipeError(
-                    f"{option} cannot be {getattr(self, option)}", where=option, remedy=legal
-                )
+        check_bounds(self, bounds)
 
     def equalize(self, problem: EdgeProblem) -> EdgeResult:
         """Choose the scale of one edge.

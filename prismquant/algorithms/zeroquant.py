@@ -12,7 +12,7 @@ factors on those of the start.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -24,9 +24,7 @@ from prismquant.algorithms.blocks import (
     BlockResult,
     Latent,
     Schedule,
-    conclude,
-    descend,
-    starting_loss,
+    refine,
 )
 from prismquant.errors import RecipeError
 
@@ -92,7 +90,6 @@ class ZeroQuant:
             NumericsError: The start's loss is not finite.
             FormatError: Outputs, targets and token weights do not fit one another.
         """
-        start_loss = starting_loss(problem)
         latents = [Latent(layer) for layer in problem.layers]
         adam = torch.optim.Adam(self._parameters(latents), eps=ADAM_EPSILON)
         rates = [float(group["lr"]) for group in adam.param_groups]
@@ -104,18 +101,10 @@ class ZeroQuant:
             for latent in latents:
                 latent.limit()
 
-        done = 0
-        if start_loss > 0:
-            schedule = Schedule(self.iterations, self.batch, self.seed)
-            done = descend(problem, latents, schedule, start_loss, step)
-        notes: dict[str, Note] = {
-            "iterations": done,
-            "batch": min(self.batch, problem.calls),
-            "learning_rate": self.learning_rate,
-        }
-        settle = Schedule(self.settle if self.learn_range else 0, self.batch, self.seed)
-        tuned = [latent.quantized() for latent in latents]
-        return conclude(problem, start_loss, tuned, settle, notes)
+        schedule = Schedule(self.iterations, self.batch, self.seed)
+        settle = replace(schedule, iterations=self.settle if self.learn_range else 0)
+        notes: dict[str, Note] = {"learning_rate": self.learning_rate}
+        return refine(problem, latents, schedule, settle, step, notes)
 
     def _parameters(self, latents: Sequence[Latent]) -> list[dict[str, object]]:
         groups: list[dict[str, object]] = [
