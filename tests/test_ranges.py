@@ -17,6 +17,7 @@ from prismquant.numerics.affine import (
     dequantize,
     quantize,
     scale_zero_point,
+    simulate,
     to_groups,
 )
 from prismquant.numerics.grids import FLOAT_KINDS, FloatGrid, FloatKind, Grid, IntGrid
@@ -167,6 +168,14 @@ def test_mse_comes_within_a_percent_of_trying_every_range(
         )
         for factor in torch.linspace(top, 0.2, 80).tolist()
     ]
+    if symmetric:  # the other sign of the scale is the same grid, mirrored
+        mirrored = [
+            scale_zero_point(low * factor, high * factor, grid, symmetric, torch.bfloat16)[0]
+            for factor in torch.linspace(top, 0.2, 80).tolist()
+        ]
+        tried += [
+            weight_losses(w, -scale, None, grid, unit, norm, importance) for scale in mirrored
+        ]
     best = torch.stack(tried).amin(0)
     rule = RangeRule("mse", norm=norm)
     found = weight_scales(w, grid, symmetric, *unit, rule, torch.bfloat16, importance)
@@ -273,8 +282,31 @@ def test_importance_moves_the_choice_towards_what_matters() -> None:
         )[0].item()
         for importance in (careless, careful)
     ]
-    assert scales[0] == pytest.approx(1 / 7, rel=0.1)
-    assert scales[1] * 7 == pytest.approx(3.0, rel=0.15)
+    assert abs(scales[0]) == pytest.approx(1 / 7, rel=0.15)
+    # Held by the outermost code of one side or the other.
+    assert 6.9 <= 3.0 / abs(scales[1]) <= 8.6
+
+
+def test_a_signed_scale_spends_the_longer_side_of_the_grid_where_values_are() -> None:
+    """Values of a mirrored grid, -1 to 2 at 2 bits, are exact with a negative scale only."""
+    w = torch.tensor([[-1.0, 0.0, 1.0, 2.0] * 4])
+    unit = (Granularity.CHANNEL, None)
+    found = {
+        signed: weight_scales(
+            w, IntGrid(2), True, *unit, RangeRule("mse", signed_scale=signed), torch.float32
+        )
+        for signed in (True, False)
+    }
+    errors = {
+        signed: float((simulate(w, *scales, IntGrid(2), *unit) - w).square().sum())
+        for signed, scales in found.items()
+    }
+    assert float(found[True][0]) < 0 < float(found[False][0])
+    assert errors[True] < 0.01 * errors[False]
+    # A narrow grid has no longer side, and neither has a shifted one.
+    for grid, symmetric in ((IntGrid(2, narrow=True), True), (IntGrid(2), False)):
+        scale, _ = weight_scales(w, grid, symmetric, *unit, RangeRule("mse"), torch.float32)
+        assert bool((scale > 0).all())
 
 
 def test_weights_larger_than_a_piece_have_no_seam() -> None:
@@ -320,7 +352,8 @@ def test_unusual_weights_still_have_usable_scales(
     rule = RangeRule(kind)
     for unit in UNITS:
         scale, zero = weight_scales(w, grid, symmetric, *unit, rule, dtype)
-        assert bool((torch.isfinite(scale) & (scale > 0)).all())
+        signed = kind == "mse" and symmetric and isinstance(grid, IntGrid)
+        assert bool((torch.isfinite(scale) & ((scale > 0) | signed & (scale < 0))).all())
         assert scale.dtype == dtype
         codes = quantize(w, scale, zero, grid, *unit)
         assert bool(

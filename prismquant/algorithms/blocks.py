@@ -286,7 +286,7 @@ class Latent:
         step = _spread(scale, weight, spec) * self._spacing
         value = quantized.dequantize()
         distance = weight + self.offset * step - value
-        passed = torch.where(distance.abs() <= self._half * step, gradient, 0.0)
+        passed = torch.where(distance.abs() <= self._half * step.abs(), gradient, 0.0)
         self.offset.grad = passed * step
         of_scale = _unit_sums(gradient * value - passed * weight, spec) / scale
         of_zero = _unit_sums(passed - gradient, spec) * scale
@@ -655,7 +655,8 @@ def _unit_sums(x: Tensor, spec: NumberSpec) -> Tensor:
 def _as_stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """A float32 scale rounded to the dtype that stores it; gradients pass straight through."""
     limits = torch.finfo(dtype)
-    stored = scale.detach().clamp(limits.smallest_normal, limits.max).to(dtype).to(torch.float32)
+    magnitude = scale.detach().abs().clamp(limits.smallest_normal, limits.max)
+    stored = magnitude.copysign(scale.detach()).to(dtype).to(torch.float32)
     return stored + (scale - scale.detach())
 
 

@@ -86,7 +86,7 @@ class GPTQ:
     name: ClassVar[str] = "gptq"
 
     block_size: int = 128
-    damping: float = 0.03
+    damping: float = 0.1
     damping_basis: Basis = "column"
     order: Order = "pivot"
     scale_weighting: Weighting = "pivot"
@@ -99,7 +99,7 @@ class GPTQ:
             raise RecipeError(
                 f"damping {self.damping} is out of bounds",
                 where="damping",
-                remedy=f"use a fraction from 0 to {_DAMPING_LIMIT}, e.g. 0.03",
+                remedy=f"use a fraction from 0 to {_DAMPING_LIMIT}, e.g. 0.1",
             )
         if self.refine_passes < 0:
             raise RecipeError(f"there cannot be {self.refine_passes} passes", where="refine_passes")

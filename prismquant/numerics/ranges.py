@@ -29,6 +29,8 @@ from prismquant.numerics.affine import (
     to_groups,
 )
 
+from prismquant.numerics.grids import IntGrid
+
 if TYPE_CHECKING:
     from prismquant.numerics.grids import Grid
 
@@ -67,6 +69,8 @@ class RangeRule:
         norm: Exponent of the error that the search minimises; 2 is the mean square, 2.4 minds
             large errors more.
         momentum: Weight of a new batch in the moving average, in (0, 1].
+        signed_scale: Let the search give a symmetric weight's scale a sign, so that the grid's
+            longer side (-8 where 7 is the highest code) is spent on the heavier side of each unit.
 
     Raises:
         RecipeError: A value is out of bounds.
@@ -78,6 +82,7 @@ class RangeRule:
     steps: int = 80
     norm: float = 2.4
     momentum: float = 0.01
+    signed_scale: bool = True
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(RuleKind):
@@ -172,6 +177,13 @@ class _Search:
     scale_dtype: torch.dtype
 
     @property
+    def signed(self) -> bool:
+        """Whether negative scales are worth a trial."""
+        grid = self.grid
+        lopsided = isinstance(grid, IntGrid) and not grid.narrow
+        return self.rule.signed_scale and self.symmetric and lopsided
+
+    @property
     def top(self) -> float:
         """The largest factor worth trying, relative to the min-max range."""
         if not self.symmetric:
@@ -189,17 +201,21 @@ class _Search:
         return (self.top - self.bottom) / (self.rule.steps - 1)
 
     def scales(self, low: Tensor, high: Tensor, factors: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Stored scales of shrunk ranges; ``factors`` broadcasts to ``[T, *units]``."""
+        """Stored scales of shrunk ranges; ``factors`` broadcasts to ``[T, *units]``.
+
+        A negative factor gives a negative scale.
+        """
         low, high = low.to(torch.float32), high.to(torch.float32)
         limit = torch.finfo(torch.float32).max
         # A factor above 1 may not push the range of huge weights out of float32.
-        return scale_zero_point(
-            (low * factors).clamp(min=-limit),
-            (high * factors).clamp(max=limit),
+        scale, zero = scale_zero_point(
+            (low * factors.abs()).clamp(min=-limit),
+            (high * factors.abs()).clamp(max=limit),
             self.grid,
             self.symmetric,
             self.scale_dtype,
         )
+        return torch.where(factors < 0, -scale, scale), zero
 
     def best(
         self, low: Tensor, high: Tensor, loss_of: _LossOf, stride: int
@@ -219,13 +235,15 @@ class _Search:
         ladder = torch.arange(0, self.rule.steps, stride, device=low.device)
         # The min-max range comes first, so that it wins ties.
         coarse = torch.cat([low.new_ones(1, dtype=torch.float32), self.top - self.spacing * ladder])
+        if self.signed:
+            coarse = torch.cat([coarse, -coarse[1:]])
         coarse = coarse.view(shape)
         scale, zero, loss, factor = self._pick(low, high, coarse.expand(-1, *low.shape), loss_of)
         if stride == 1:
             return scale, zero
         reach = torch.arange(1, stride, device=low.device)
         around = self.spacing * torch.cat([-reach, reach]).view(shape)
-        fine = (factor + around).clamp(self.bottom, self.top)
+        fine = (factor.abs() + around).clamp(self.bottom, self.top) * factor.sign()
         scale_2, zero_2, loss_2, _ = self._pick(low, high, fine, loss_of)
         better = loss_2 < loss
         scale = torch.where(better, scale_2, scale)
@@ -241,7 +259,7 @@ class _Search:
         # Losses come in steps of each scale; the min-max scale is the common unit, far from 0 and
         # infinity where a power of the scale itself might not be.
         unit, _ = self.scales(low, high, torch.ones((), device=low.device))
-        ratio = scales.to(torch.float32) / unit.to(torch.float32)
+        ratio = (scales.to(torch.float32) / unit.to(torch.float32)).abs_()
         losses = loss_of(scales, zeros) * ratio.pow_(self.rule.norm)
         losses = losses.nan_to_num(nan=math.inf, posinf=math.inf)
         index = losses.argmin(dim=0, keepdim=True)
