@@ -28,7 +28,6 @@ from prismquant.numerics.affine import (
     simulate,
     to_groups,
 )
-
 from prismquant.numerics.grids import IntGrid
 
 if TYPE_CHECKING:
