@@ -2,12 +2,14 @@
 
     python -m bench.peers [--llm-compressor-python PATH] [--auto-round-python PATH]
         [--gptqmodel-python PATH] [--settings w4a16 w4a8] [--recipes NAME ...] [--samples 600]
+        [--sets 3]
 
 Each tool runs in an environment of its own, which its option names; without it the tool is shown as
 not run. A tool leaves the rounded weights in floating point; where the setting quantizes inputs,
 they are quantized here, in the same way for all. Everything is then compared with the float model
 on questions that calibration never saw. Calibration is on questions about single pictures, because
-llm-compressor takes no set that mixes pictures and clips.
+llm-compressor takes no set that mixes pictures and clips. With several calibration sets figures are
+means over them, and the error is their spread.
 
 Seconds are what the method took: for the tools without loading and saving the model, for ours with
 both. Where other processes share the machine, seconds of CPU are the fairer figure.
@@ -18,10 +20,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -196,18 +199,37 @@ class Job:
 
     name: str
     model: Path
-    calibration: Path
+    calibrations: tuple[Path, ...]
     yardstick: Yardstick
     work: Path
 
 
-def run_ours(job: Job, setting: str, recipe: Recipe) -> Row:
+def averaged(rows: Sequence[Row]) -> Row:
+    """One row for several calibration sets; one that failed stands for all."""
+    failed = next((row for row in rows if row.why), None)
+    if failed is not None or len(rows) == 1:
+        return failed or rows[0]
+    figures: Figures = {}
+    for key in rows[0].figures:
+        values = [row.figures[key] for row in rows]
+        known = [value for value in values if value is not None]
+        figures[key] = statistics.mean(known) if known else None
+    figures["kl_error"] = statistics.stdev(row.figures["kl"] or 0.0 for row in rows)
+    return replace(rows[0], figures=figures)
+
+
+def over_sets(job: Job, single: Callable[[Path], Row]) -> Row:
+    """Run with each calibration set."""
+    return averaged([single(calibration) for calibration in job.calibrations])
+
+
+def run_ours(job: Job, setting: str, recipe: Recipe, calibration: Path) -> Row:
     """Quantize with a recipe of ours and measure the checkpoint as it is."""
     with tempfile.TemporaryDirectory(dir=job.work) as folder:
         out = Path(folder) / "out"
         watch = stopwatch()
         try:
-            quantize(job.model, recipe, out, job.calibration)
+            quantize(job.model, recipe, out, calibration)
         except PrismQuantError as error:
             return Row(job.name, setting, "prismquant", recipe.name, why=f"failed: {error.what}")
         took = watch()
@@ -215,7 +237,9 @@ def run_ours(job: Job, setting: str, recipe: Recipe) -> Row:
     return Row(job.name, setting, "prismquant", recipe.name, figures)
 
 
-def run_peer(job: Job, setting: str, tool: str, method: str, tools: Tools) -> Row:
+def run_peer(
+    job: Job, setting: str, tool: str, method: str, tools: Tools, calibration: Path
+) -> Row:
     """Run a tool in its environment and measure what it leaves."""
     python = tools.pythons.get(tool)
     if python is None:
@@ -225,7 +249,7 @@ def run_peer(job: Job, setting: str, tool: str, method: str, tools: Tools) -> Ro
     with tempfile.TemporaryDirectory(dir=job.work) as folder:
         out = Path(folder) / "out"
         command = [python, "-m", f"bench.peers.{PEERS[tool].module}"]
-        command += [str(job.model.resolve()), str(job.calibration.resolve()), str(out)]
+        command += [str(job.model.resolve()), str(calibration.resolve()), str(out)]
         command += ["--method", method, "--bits", str(weights.bits)]
         command += ["--group-size", str(weights.group_size or 0)]
         command += ["--activation-bits", str(activations.bits if activations else 0)]
@@ -257,11 +281,17 @@ def runs(
     wanted = formats(make_plan(base, bound))
     minmax = {"solver": "rtn", "weight_range": "minmax"}
     same = [recipe for recipe in extra if formats(make_plan(recipe, bound)) == wanted]
-    for recipe in (base.with_rules(minmax, name=f"{setting} rtn minmax"), base, *same):
-        yield partial(run_ours, job, setting, recipe)
-    for tool, peer in PEERS.items():
-        for method in peer.weights if wanted[1] is None else peer.activations:
-            yield partial(run_peer, job, setting, tool, method, tools)
+    singles: list[Callable[[Path], Row]] = [
+        partial(run_ours, job, setting, recipe)
+        for recipe in (base.with_rules(minmax, name=f"{setting} rtn minmax"), base, *same)
+    ]
+    singles += [
+        partial(run_peer, job, setting, tool, method, tools)
+        for tool, peer in PEERS.items()
+        for method in (peer.weights if wanted[1] is None else peer.activations)
+    ]
+    for single in singles:
+        yield partial(over_sets, job, single)
 
 
 def cells(row: Row) -> list[str]:
@@ -288,13 +318,20 @@ def jobs(options: argparse.Namespace, work: Path) -> Iterator[Job]:
     if "outliers" in options.models:
         settings = {"factor": options.factor, "channels": options.channels, "modality": "llm"}
         add_outliers(options.model, outliers, **settings)
-    calibration = write_dataset(
-        work / "calibration", split="calibration", count=CALIBRATION_SAMPLES, mix={"image": 1.0}
+    calibrations = tuple(
+        write_dataset(
+            work / f"calibration-{seed}",
+            split="calibration",
+            seed=seed,
+            count=CALIBRATION_SAMPLES,
+            mix={"image": 1.0},
+        )
+        for seed in range(options.sets)
     )
     evaluation = write_dataset(work / "evaluation", split="evaluation", count=options.samples)
     for name in options.models:
         model = {"plain": options.model, "outliers": outliers}[name]
-        yield Job(name, model, calibration, Yardstick(model, evaluation), work)
+        yield Job(name, model, calibrations, Yardstick(model, evaluation), work)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -317,6 +354,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="more recipes of ours; each is compared at the setting with its number formats",
     )
     parser.add_argument("--samples", type=int, default=600, help="evaluation questions")
+    parser.add_argument("--sets", type=int, default=1, help="calibration sets to average over")
     parser.add_argument("--iterations", type=int, default=200, help="of auto-round, in each block")
     parser.add_argument("--factor", type=float, default=64.0, help="of outliers, a power of two")
     parser.add_argument("--channels", type=int, default=4, help="outlier channels at each norm")
@@ -351,6 +389,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     facts = {
         "threads": torch.get_num_threads(),
         "samples": options.samples,
+        "calibration_sets": options.sets,
         "reference_exact_match": exact,
         "versions": {"prismquant": versions, **tool_versions},
     }
