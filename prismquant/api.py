@@ -18,7 +18,9 @@ from torch import nn
 from prismquant.errors import DataError, PrismQuantError, StorageError
 from prismquant.evaluate.fidelity import Fidelity, evaluate_model
 from prismquant.export.compressed_tensors import CheckpointWriter
+from prismquant.export.exporter import Progress
 from prismquant.export.load import load_model
+from prismquant.export.table import Exported, build_exporter, export_checkpoint
 from prismquant.memory import peak_memory_bytes
 from prismquant.models.arch import Modality
 from prismquant.models.bind import BoundModel, bind
@@ -173,6 +175,36 @@ def load(
     """
     processor = load_processor(Path(folder), trust_remote_code=trust_remote_code)
     return load_model(Path(folder), dtype=dtype), processor
+
+
+def export(
+    folder: str | Path,
+    format: str,
+    out: str | Path,
+    *,
+    weights_only: bool = False,
+    options: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Exported:
+    """Write a finished run in another format, without choosing any code again.
+
+    Args:
+        folder: A finished run, or another checkpoint in compressed-tensors format.
+        format: ``dense``, ``compressed-tensors``, ``gptq``, ``awq`` ..; the keys of
+            :data:`prismquant.export.table.EXPORTERS`.
+        out: Folder of the result; must not exist or be empty.
+        weights_only: Drop quantized inputs, outputs and caches where the format cannot say them.
+        options: Of the format, such as ``{"dtype": torch.float32}`` of ``dense``.
+        progress: Is told how far the export is.
+
+    Raises:
+        PrismQuantError: The checkpoint cannot be read, or the format cannot hold all of its layers;
+            the message lists which and why, and nothing was written.
+    """
+    exporter = build_exporter(format, options)
+    return export_checkpoint(
+        Path(folder), exporter, Path(out), weights_only=weights_only, progress=progress
+    )
 
 
 def measure(

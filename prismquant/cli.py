@@ -109,17 +109,33 @@ def demo(
     console.print(f"checkpoints, records and results.json: {out}")
 
 
+Fallback = Annotated[
+    bool,
+    typer.Option("--fallback", help="Where a format cannot hold a layer, take the nearest."),
+]
+Shards = Annotated[
+    int | None,
+    typer.Option("--tensor-parallel", min=1, help="Devices that will share each layer."),
+]
+KVCache = Annotated[
+    str | None, typer.Option("--kv-cache", help="fp8, fp8-head, int8, int8-head or none.")
+]
+
+
 @app.command()
 def inspect(
     model: Model,
     recipe: RecipeOption = "w4a16",
+    kv_cache: KVCache = None,
+    fallback: Fallback = False,
+    tensor_parallel: Shards = None,
     as_json: AsJson = False,
 ) -> None:
     """Print the plan: every layer with its format and size. Reads headers only, no weights."""
     from prismquant.api import inspect as make
     from prismquant.report.plans import layer_table, totals_table, transform_table
 
-    plan = make(model, recipe)
+    plan = make(model, _adapted(recipe, kv_cache, tensor_parallel, fallback=fallback))
     if as_json:
         typer.echo(json.dumps(plan.to_dict()))
         return
@@ -144,6 +160,9 @@ def quantize(
     solver: Annotated[
         str | None, typer.Option(help="Use this method for every layer: rtn or gptq.")
     ] = None,
+    kv_cache: KVCache = None,
+    fallback: Fallback = False,
+    tensor_parallel: Shards = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ..")] = "cpu",
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run that was cut off.")
@@ -153,11 +172,10 @@ def quantize(
 ) -> None:
     """Quantize a checkpoint into a folder that transformers and vLLM load."""
     from prismquant.api import quantize as run
-    from prismquant.recipe.schema import load_recipe
     from prismquant.report.plans import run_table
     from prismquant.report.progress import ProgressReporter
 
-    chosen = load_recipe(recipe)
+    chosen = _adapted(recipe, kv_cache, tensor_parallel, fallback=fallback)
     if solver is not None:
         chosen = chosen.with_rules({"solver": solver}, name=f"{chosen.name}-{solver}")
     changes = {k: v for k, v in {"samples": samples, "batch_size": batch_size}.items() if v}
@@ -182,10 +200,101 @@ def quantize(
     console.print(f"written: {out}")
 
 
+def _adapted(
+    source: str, kv_cache: str | None, tensor_parallel: int | None, *, fallback: bool
+) -> Any:
+    """A recipe with what the command line adds to it."""
+    from prismquant.recipe.schema import load_recipe
+
+    recipe = load_recipe(source)
+    if kv_cache is not None:
+        recipe = recipe.with_kv_cache(kv_cache)
+    if fallback:
+        recipe = recipe.with_rules({"fallback": "nearest"})
+    if tensor_parallel is not None:
+        recipe = recipe.with_tensor_parallel(tensor_parallel)
+    return recipe
+
+
 def _print_remarks(console: Any, remarks: Sequence[str]) -> None:
     """What a user should know of the checkpoint before serving it."""
     for remark in remarks:
         console.print(f"note: {remark}", style="yellow", markup=False)
+
+
+@app.command()
+def export(
+    model: Model,
+    format_name: Annotated[
+        str, typer.Option("--format", help="dense, compressed-tensors, gptq, awq ..")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the result.", show_default=False)],
+    weights_only: Annotated[
+        bool,
+        typer.Option(
+            "--weights-only",
+            help="Drop quantized inputs and caches where the format cannot say them.",
+        ),
+    ] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of dense weights: float32, bfloat16 or float16.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a quantized checkpoint in another format, or say which layers it cannot hold."""
+    from prismquant.api import export as run
+    from prismquant.report.progress import ExportProgress
+
+    console = _console(stderr=True)
+    options = {} if dtype is None else {"dtype": _float_dtype(dtype)}
+    with ExportProgress(console) as progress:
+        result = run(
+            model, format_name, out, weights_only=weights_only, options=options, progress=progress
+        )
+    if as_json:
+        typer.echo(json.dumps(result.to_dict()))
+        return
+    _print_remarks(console, result.remarks)
+    size = f"{result.bytes / 2**20:.1f} MiB"
+    console.print(f"written: {out} ({result.format}, {result.layers} quantized layers, {size})")
+
+
+def _float_dtype(name: str) -> Any:
+    """The floating-point dtype of that name."""
+    import torch
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(known)}", param_hint="--dtype")
+    return known[name]
+
+
+@app.command("check")
+def check_folder(
+    folder: Model,
+    target: Annotated[
+        str | None, typer.Option("--for", help="Who loads it: vllm, transformers or sglang.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say whether a checkpoint will load, and as it is meant. Reads config and headers only."""
+    from prismquant.export.check import Reader
+    from prismquant.export.check import check as look
+    from prismquant.report.checks import findings_table, verdict
+
+    if target is not None and target not in set(Reader):
+        raise typer.BadParameter(f"{target!r} is not one of {', '.join(Reader)}")
+    report = look(folder, target)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict()))
+    else:
+        console = _console()
+        found = findings_table(report)
+        if found is not None:
+            console.print(found)
+        console.print(verdict(report), markup=False, soft_wrap=True)
+    if not report.ok:
+        raise typer.Exit(1)
 
 
 @app.command("eval")

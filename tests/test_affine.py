@@ -536,3 +536,45 @@ def test_static_activations_on_float_grids_equal_the_library_in_float32(grid: Fl
     assert torch.equal(scale, their_scale)
     got = simulate(x, scale, None, grid, Granularity.TENSOR)
     assert torch.equal(got, library.fake_quantize(x, their_scale, None, args))
+
+
+# --- blocks -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 8, 19, 24])
+def test_blocks_are_squares_and_the_last_row_may_be_cut_off(rows: int) -> None:
+    """Against the same weight, one square at a time."""
+    w = torch.randn(rows, 24, generator=torch.Generator().manual_seed(0)) * torch.rand(rows, 1)
+    unit, grid = (Granularity.BLOCK, 8), IntGrid(4)
+    scale, zero = dynamic_scale_zero_point(w, grid, False, *unit, torch.float32)
+    assert zero is not None
+    lines = -(-rows // 8)
+    assert scale.shape == zero.shape == (lines, 3)
+    codes = quantize(w, scale, zero, grid, *unit)
+    for i in range(lines):
+        for j in range(3):
+            part = (slice(8 * i, 8 * i + 8), slice(8 * j, 8 * j + 8))
+            own = dynamic_scale_zero_point(w[part], grid, False, Granularity.TENSOR)
+            assert (scale[i, j], zero[i, j]) == (own[0], own[1])
+            assert torch.equal(codes[part], quantize(w[part], *own, grid, Granularity.TENSOR))
+    values = dequantize(codes, scale, zero, *unit)
+    assert torch.equal(values, simulate(w, scale, zero, grid, *unit))
+    groups = to_groups(w, *unit)
+    assert groups.shape == (lines, 3, 64)
+    assert torch.equal(from_groups(groups, w.shape, Granularity.BLOCK), w)
+    assert torch.equal(groups.sum(-1)[0, 0], w[:8, :8].sum()) or rows < 8
+
+
+def test_a_scale_that_does_not_cover_the_blocks_is_refused() -> None:
+    w, unit = torch.ones(9, 16), (Granularity.BLOCK, 8)
+    for shape in ((1, 2), (9, 2), (2, 1)):
+        with pytest.raises(FormatError, match="block granularity"):
+            quantize(w, torch.ones(shape), None, IntGrid(4), *unit)
+    with pytest.raises(FormatError, match="8 does not divide 15"):
+        to_groups(torch.ones(8, 15), *unit)
+
+
+def test_empty_weights_have_no_blocks() -> None:
+    for shape in ((0, 16), (4, 0)):
+        low, high = extremes(torch.ones(shape), Granularity.BLOCK, 8)
+        assert low.numel() == high.numel() == 0

@@ -213,7 +213,7 @@ def test_an_activation_that_is_not_finite(
             [
                 "layers.0.mlp.down_proj: group size 96 does not divide its 256 input features",
                 "use group_size 256 or 128 or 64",
-                "group_fallback: channel",
+                "fallback: nearest",
             ],
         ),
         (

@@ -84,6 +84,8 @@ def loss_under(hessian: Tensor, weight: Tensor, quantized: QuantizedTensor) -> f
 def columns_of(scale: Tensor, form: NumberSpec, shape: torch.Size) -> Tensor:
     """A scale or zero point written out for every weight, float64."""
     spread = scale.double().reshape(1, -1) if form.granularity == "tensor" else scale.double()
+    if form.block_structure:
+        spread = spread.repeat_interleave(form.block_structure[0], dim=0)[: shape[0]]
     return spread.repeat_interleave(shape[1] // spread.shape[1], dim=1).expand(shape)
 
 
@@ -156,10 +158,11 @@ def order_of(damped: Tensor, kind: str, size: int | None = None) -> list[int]:
     [
         *("int8-tensor", "int4-channel", "int4-g16", "int3-g16-asym", "int2-g8"),
         *("int5-channel-asym", *FLOATS),
+        *("nvfp4", "mxfp4", "mxfp6-ceil", "mxfp8-floor", "mxint8", "fp8-b16", "int4-b8-asym"),
     ],
 )
 def test_codes_are_those_of_textbook_gptq(name, order):
-    problem = make(name)
+    problem = make(name, features=64 if name.startswith("mx") else 48)
     weight, hessian = problem.weights[0], problem.hessian
     damped = damp(hessian, 0.1, "column")
     result = GPTQ(order=order, refine_passes=0).solve(problem).weights[0]
@@ -176,7 +179,7 @@ def test_codes_are_those_of_textbook_gptq_with_the_usual_damping():
     assert torch.equal(result.spec.grid.read(result.codes).double(), expected)
 
 
-@pytest.mark.parametrize("name", ["int4-g16", "int3-channel-asym", *FLOATS])
+@pytest.mark.parametrize("name", ["int4-g16", "int3-channel-asym", "nvfp4", "fp4-b16", *FLOATS])
 @pytest.mark.parametrize("passes", [0, 2])
 def test_the_block_size_does_not_change_the_codes(name, passes):
     problem = make(name, rows=(20,), features=144)

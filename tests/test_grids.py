@@ -17,7 +17,13 @@ from prismquant.errors import FormatError
 from prismquant.numerics.grids import FLOAT_KINDS, FloatGrid, FloatKind, IntGrid, integer_grid
 
 # Exponent and mantissa bits, the bias, and the largest number, as the standards give them.
-STANDARD = {"e4m3": (4, 3, 7, 448.0), "e5m2": (5, 2, 15, 57344.0), "e2m1": (2, 1, 1, 6.0)}
+STANDARD = {
+    "e4m3": (4, 3, 7, 448.0),
+    "e5m2": (5, 2, 15, 57344.0),
+    "e3m2": (3, 2, 3, 28.0),
+    "e2m3": (2, 3, 1, 7.5),
+    "e2m1": (2, 1, 1, 6.0),
+}
 
 
 @functools.cache
@@ -114,7 +120,8 @@ def test_a_float_grid_has_the_points_of_the_standard(kind: FloatKind) -> None:
         grid.write(points, again)
         assert torch.equal(again, own)
     assert grid.largest == grid.span == max(want)
-    assert len(want) == 2 ** (grid.bits - 1) - {"e4m3": 1, "e5m2": 4, "e2m1": 0}[kind]
+    assert len(want) == 2 ** (grid.bits - 1) - {"e4m3": 1, "e5m2": 4}.get(kind, 0)
+    assert grid.mantissa == STANDARD[kind][1]
 
 
 @pytest.mark.parametrize("kind", FLOAT_KINDS)
@@ -155,6 +162,11 @@ def test_four_bits_are_what_the_library_rounds_to() -> None:
     x = torch.cat([trials("e2m1"), torch.randn(5000, generator=torch.Generator().manual_seed(0))])
     want = library.cast_to_fp4(x.clamp(-6, 6))
     assert torch.equal(FloatGrid("e2m1").round_(x.clone()), want)
+
+
+def test_six_bits_are_what_the_library_rounds_to() -> None:
+    x = torch.cat([trials("e2m3"), torch.randn(5000, generator=torch.Generator().manual_seed(0))])
+    assert torch.equal(FloatGrid("e2m3").round_(x.clone()), library.cast_to_fp6(x.clamp(-7.5, 7.5)))
 
 
 def test_float64_is_rounded_once() -> None:

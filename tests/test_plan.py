@@ -342,9 +342,7 @@ def test_a_group_size_that_does_not_divide_names_layer_width_and_remedies(
     message = str(caught.value)
     name = "model.language_model.layers.1.self_attn.q_proj"
     assert f"- {name}: group size 96 does not divide its 128 input features" in message
-    assert "use group_size 128 or 64 or 32, granularity channel, or group_fallback: channel" in (
-        message
-    )
+    assert "use group_size 128 or 64 or 32, granularity channel, or fallback: nearest" in (message)
     # All the layers at once, the wider ones with what fits them.
     assert "layers.0.mlp.down_proj: group size 96 does not divide its 256" in message
     assert message.count("group size 96") == 14
@@ -354,12 +352,13 @@ def test_a_group_size_may_fall_back_to_one_scale_a_row(
     tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Only where it does not divide, and the plan says so."""
-    rule = CHANNEL | {"weights": "int4-g256", "group_fallback": "channel"}
+    rule = CHANNEL | {"weights": "int4-g256", "fallback": "channel"}
     result = pq.quantize(tiny("qwen2_vl"), {"rules": [rule]}, tmp_path)
     for row in result.plan.quantized:
         wide = row.site.in_features == 256
         assert row.weights == spec("int4-g256" if wide else "int4-channel")
-        assert row.note == ("" if wide else "group size 256 does not divide 128")
+        misfit = "group size 256 does not divide its 128 input features: int4 channel sym instead"
+        assert row.note == ("" if wide else misfit)
     check_bytes(result.plan, tmp_path)
 
 

@@ -21,7 +21,14 @@ from prismquant.numerics.affine import (
     to_groups,
 )
 from prismquant.numerics.grids import FLOAT_KINDS, FloatGrid, FloatKind, Grid, IntGrid
-from prismquant.numerics.ranges import RangeRecord, RangeRule, weight_scales
+from prismquant.numerics.ranges import (
+    RangeRecord,
+    RangeRule,
+    coupled_weight_scales,
+    static_scale_zero_point,
+    weight_scales,
+)
+from prismquant.numerics.scales import ScaleFormat, global_scale
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 UNITS = [(Granularity.TENSOR, None), (Granularity.CHANNEL, None), (Granularity.GROUP, 16)]
@@ -72,6 +79,179 @@ def weight_losses(
 def test_rules_out_of_bounds_are_refused(fields: dict[str, Any], told: str) -> None:
     with pytest.raises(RecipeError, match=told):
         RangeRule(**fields)
+
+
+# --- scales of few bits -----------------------------------------------------------------------
+
+FP4 = FloatGrid("e2m1")
+NV, MX = (Granularity.GROUP, 16), (Granularity.GROUP, 32)
+
+
+def coded(w: Tensor, kind: str, grid: Grid) -> ScaleFormat:
+    divisor = global_scale(w.abs().amax(), grid) if kind == "e4m3" else None
+    return ScaleFormat(torch.float32, kind, divisor)  # type: ignore[arg-type]
+
+
+def every_scale(form: ScaleFormat) -> Tensor:
+    """All that can be stored."""
+    if form.global_scale is not None:
+        codes = torch.arange(1, 0x7F).to(torch.int8).view(torch.float8_e4m3fn)
+        return codes.float() / form.global_scale
+    return 2.0 ** torch.arange(-40, 20).float()
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    seed=st.integers(0, 10_000),
+    case=st.sampled_from(
+        [("e4m3", FP4, NV), *(("e8m0", FloatGrid(kind), MX) for kind in ("e2m1", "e2m3", "e4m3"))]
+    ),
+    rule=st.sampled_from([RangeRule("sweep"), RangeRule("mse", norm=2.4)]),
+    weighted=st.booleans(),
+)
+def test_a_sweep_finds_the_best_of_all_scales_that_can_be_stored(
+    seed: int, case: tuple[str, Grid, Any], rule: RangeRule, weighted: bool
+) -> None:
+    kind, grid, unit = case
+    w = heavy_tailed(seed, 4, 64)
+    importance = None
+    if weighted:
+        importance = torch.rand(64, generator=torch.Generator().manual_seed(seed)) + 0.5
+    form = coded(w, kind, grid)
+    norm = 2.0 if rule.kind == "sweep" else rule.norm
+    shape = (4, 64 // (unit[1] or 1))
+
+    def loss(scale: Tensor) -> Tensor:
+        return weight_losses(w, scale, None, grid, unit, norm, importance)
+
+    least = torch.stack([loss(s.expand(shape)) for s in every_scale(form)]).amin(0)
+    scale, zero = weight_scales(w, grid, True, *unit, rule, form, importance)
+    assert zero is None
+    assert scale.dtype == form.memory_dtype
+    assert bool((loss(scale) <= least * (1 + 1e-5) + 1e-12).all())
+
+
+@pytest.mark.parametrize("kind", ["e4m3", "e8m0", "float"])
+def test_four_over_six_takes_the_better_of_two_scales(kind: str) -> None:
+    w = heavy_tailed(3, 20, 64)
+    w[0, :16] = 0.0
+    unit = NV if kind == "e4m3" else MX
+    divisor = global_scale(w.abs().amax(), FP4, 256.0) if kind == "e4m3" else None
+    form = ScaleFormat(torch.bfloat16, kind, divisor)  # type: ignore[arg-type]
+    amax = to_groups(w, *unit).abs().amax(-1)
+    tried = [form.of_magnitude(amax * factor, FP4) for factor in (1.0, 1.5)]
+    losses = torch.stack([weight_losses(w, s, None, FP4, unit, 2.0) for s in tried])
+    want = torch.where(losses[1] < losses[0], tried[1].float(), tried[0].float())
+    found, _ = weight_scales(w, FP4, True, *unit, RangeRule("four_over_six"), form)
+    assert torch.equal(found.float(), want)
+    assert bool((losses[1] < losses[0]).any())
+    assert bool((losses[1] > losses[0]).any())
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("grid", [IntGrid(4), FP4], ids=str)
+def test_a_sweep_over_float_scales_is_no_worse_than_mse(
+    unit: tuple[Granularity, int | None], grid: Grid
+) -> None:
+    w = heavy_tailed(4, 12, 48)
+    losses = []
+    for rule in (RangeRule("sweep"), RangeRule("mse", norm=2.0), RangeRule()):
+        scale, _ = weight_scales(w, grid, True, *unit, rule, torch.bfloat16)
+        losses.append(weight_losses(w, scale, None, grid, unit, 2.0))
+    assert bool((losses[0] <= losses[1] * (1 + 1e-5)).all())
+    assert bool((losses[1] <= losses[2] * (1 + 1e-5)).all())
+
+
+def test_rules_that_do_not_fit_are_refused() -> None:
+    w = torch.ones(2, 16)
+    with pytest.raises(RecipeError, match="E2M1"):
+        weight_scales(w, IntGrid(4), True, *NV, RangeRule("four_over_six"), torch.float32)
+    record = RangeRecord()
+    record.update(w)
+    with pytest.raises(RecipeError, match="for weights"):
+        record.low_high(RangeRule("four_over_six"), FP4, True)
+    with pytest.raises(FormatError, match="nothing to calibrate"):
+        static_scale_zero_point(record, RangeRule(), FP4, True, torch.float32, "e8m0")
+
+
+def test_calibration_finds_a_static_scale_or_a_global_one() -> None:
+    x = heavy_tailed(5, 100, 32)
+    record = RangeRecord()
+    record.update(x)
+    low, high = float(x.min()), float(x.max())
+    fp8 = FloatGrid("e4m3")
+    scale, zero, *ends = static_scale_zero_point(record, RangeRule(), fp8, True, torch.bfloat16)
+    want, _ = scale_zero_point(torch.tensor([low]), torch.tensor([high]), fp8, True, torch.bfloat16)
+    assert torch.equal(scale, want)
+    assert (zero, *ends) == (None, low, high)
+    for rule in (RangeRule(), RangeRule("mse")):
+        divisor, zero, *ends = static_scale_zero_point(
+            record, rule, FP4, True, torch.bfloat16, "e4m3"
+        )
+        assert torch.equal(divisor, global_scale(x.abs().amax(), FP4))
+        assert (zero, *ends) == (None, low, high)
+
+
+# --- blocks -----------------------------------------------------------------------------------
+
+BLOCK = (Granularity.BLOCK, 16)
+
+
+def blocks_of(w: Tensor) -> list[tuple[int, int, Tensor]]:
+    return [
+        (i // 16, j // 16, w[i : i + 16, j : j + 16])
+        for i in range(0, len(w), 16)
+        for j in range(0, w.shape[1], 16)
+    ]
+
+
+@pytest.mark.parametrize("rows", [5, 16, 40])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("kind", ["minmax", "percentile", "mse"])
+def test_a_block_is_like_a_tensor_of_its_own(rows: int, symmetric: bool, kind: str) -> None:
+    """Also where the last row of blocks is cut off."""
+    w, grid = heavy_tailed(6, rows, 48), IntGrid(4)
+    rule = RangeRule(kind, percentile=0.9, norm=2.0)  # type: ignore[arg-type]
+    importance = (
+        torch.rand(48, generator=torch.Generator().manual_seed(0)) if kind == "mse" else None
+    )
+    scale, zero = weight_scales(w, grid, symmetric, *BLOCK, rule, torch.float32, importance)
+    assert tuple(scale.shape) == (-(-rows // 16), 3)
+    whole = (Granularity.TENSOR, None)
+    for i, j, part in blocks_of(w):
+        own_importance = None if importance is None else importance[j * 16 : j * 16 + 16]
+        own = weight_scales(part, grid, symmetric, *whole, rule, torch.float32, own_importance)
+        mine = (scale[i, j].view(1), None if zero is None else zero[i, j].view(1))
+        if kind != "mse":
+            assert torch.equal(mine[0], own[0])
+            assert zero is None or torch.equal(mine[1], own[1])  # type: ignore[arg-type]
+            continue
+        losses = [
+            sum(weight_losses(part, *s, grid, (Granularity.CHANNEL, None), 2.0, own_importance))
+            for s in (mine, own)
+        ]
+        assert float(losses[0]) <= float(losses[1]) * 1.05
+
+
+def test_blocks_chosen_by_what_their_errors_do_together_lose_less() -> None:
+    w, grid = heavy_tailed(7, 40, 48), FP4
+    x = torch.randn(200, 48, generator=torch.Generator().manual_seed(1)).cumsum(1)
+    hessian = x.T @ x / 200
+
+    def loss(scale: Tensor) -> Tensor:
+        error = (w - simulate(w, scale, None, grid, *BLOCK)).double()
+        found = torch.zeros(3, 3, dtype=torch.float64)
+        for i, j, part in blocks_of(error):
+            span = slice(j * 16, j * 16 + 16)
+            found[i, j] = ((part @ hessian[span, span].double()) * part).sum()
+        return found
+
+    rule = RangeRule("mse")
+    coupled, _ = coupled_weight_scales(w, grid, True, *BLOCK, rule, torch.float32, hessian)
+    plain, _ = weight_scales(w, grid, True, *BLOCK, RangeRule(), torch.float32)
+    assert coupled.shape == (3, 3)
+    assert bool((loss(coupled) <= loss(plain) * (1 + 1e-5)).all())
+    assert float(loss(coupled).sum()) < 0.9 * float(loss(plain).sum())
 
 
 # --- weights ----------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "activation_range": st.fixed_dictionaries(
         {"kind": st.sampled_from(["minmax", "ema"])}, optional={"momentum": st.just(0.5)}
     ),
-    "group_fallback": st.sampled_from(["error", "channel"]),
+    "fallback": st.sampled_from(["error", "channel"]),
     "skip": st.booleans(),
 }
 RULES = st.lists(
@@ -135,7 +135,7 @@ def test_later_rules_win_field_by_field(drawn: list[tuple[bool, dict[str, Any]]]
         assert said.items() >= activations.items()
         assert bool(said) == bool(activations)
     assert merged.solver == table.get("solver", "gptq")
-    assert merged.group_fallback == table.get("group_fallback", "error")
+    assert merged.fallback == table.get("fallback", "error")
     assert merged.weight_range == RangeRule(**nested(table, "weight_range"))
     assert merged.activation_range == RangeRule(**nested(table, "activation_range"))
 
@@ -343,7 +343,7 @@ rules:
     weights: {bits: 8}
     activations: none
     activation_range: ema
-    group_fallback: channel
+    fallback: channel
   - match: {modality: [vision, projector]}
     skip: true
 calibration: {samples: 16, batch_size: 2, seed: 3, block_sequential: false}
@@ -436,7 +436,7 @@ def test_recipes_are_frozen_and_changed_by_copies() -> None:
             {"rules": [{"match": {"name": "re:("}, "skip": True}]},
             "rules[0].match.name: 're:(' is not a regular expression",
         ),
-        ({"rules": [{"group_fallback": "chanel"}]}, "rules[0].group_fallback: Input should be"),
+        ({"rules": [{"fallback": "chanel"}]}, "rules[0].fallback: Input should be"),
         ({"rules": [{"weights": "none"}]}, "rules[0].weights: a weight has a format; `skip: true`"),
         ({"rules": [{"weights": 4}]}, "rules[0].weights: expected a name or a mapping, found 4"),
         ({"rules": [{"weight_range": {"norm": "x"}}]}, "rules[0].weight_range: a value of"),

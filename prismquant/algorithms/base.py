@@ -20,13 +20,20 @@ import torch
 from torch import Tensor
 
 from prismquant.errors import FormatError, NumericsError, PrismQuantError
+from prismquant.formats.quantized import QuantizedTensor
 from prismquant.numerics.affine import Granularity, check_finite, dequantize, quantize
 from prismquant.numerics.ranges import RangeRule, weight_scales
+from prismquant.numerics.scales import (
+    E4M3_MOST,
+    E4M3_MOST_4_OVER_6,
+    AnyScale,
+    ScaleFormat,
+    global_scale,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-    from prismquant.formats.packed import QuantizedTensor
     from prismquant.formats.spec import NumberSpec
 
 Note = float | int | str
@@ -39,10 +46,11 @@ class LayerProblem:
     Attributes:
         names: What errors call the layers.
         weights: float32 ``[out_i, in]``, one for each name.
-        spec: The format of all of them: static, tensor, channel or group granularity.
+        spec: The format of all of them: static, tensor, channel, group or block granularity.
         range_rule: How scales are chosen.
-        scale_dtype: Dtype in which scales are stored; they are rounded to it before codes are
-            chosen.
+        scale_dtype: How scales are stored; they are rounded to that before codes are chosen. A
+            dtype is that of float scales; for scales of 8 bits, what else it takes follows from the
+            format and the weights.
         hessian: Mean of ``x x^T`` over the counted tokens, float32 ``[in, in]``, symmetric;
             ``None`` when nothing was calibrated.
 
@@ -56,7 +64,7 @@ class LayerProblem:
     weights: tuple[Tensor, ...]
     spec: NumberSpec
     range_rule: RangeRule
-    scale_dtype: torch.dtype
+    scale_dtype: AnyScale
     hessian: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -95,6 +103,12 @@ class LayerProblem:
     def in_features(self) -> int:
         """Columns of every weight."""
         return int(self.weights[0].shape[-1])
+
+    @property
+    def scale_format(self) -> ScaleFormat:
+        """How scales are stored; one global scale serves all layers, as servers fuse them."""
+        largest = (weight.abs().amax() for weight in self.weights)
+        return scale_format(self.spec, self.range_rule, self.scale_dtype, largest)
 
     @property
     def title(self) -> str:
@@ -156,17 +170,54 @@ class Solver(Protocol):
         ...
 
 
+def scale_format(
+    spec: NumberSpec, rule: RangeRule, scale_dtype: AnyScale, magnitudes: Iterable[Tensor]
+) -> ScaleFormat:
+    """How the scales of weights that are served as one are stored.
+
+    Args:
+        spec: Their format.
+        rule: How their scales are chosen.
+        scale_dtype: Dtype of float scales, or the whole format where it is known already.
+        magnitudes: The largest magnitude of each weight, a scalar; E4M3 scales need it, of which
+            all the weights have one global scale.
+
+    Returns:
+        The format.
+
+    Raises:
+        FormatError: ``scale_dtype`` is a format of another kind.
+    """
+    if isinstance(scale_dtype, ScaleFormat):
+        if scale_dtype.kind != spec.scale:
+            raise FormatError(
+                f"scales of the kind {scale_dtype.kind} are not those of {spec.describe()}"
+            )
+        return scale_dtype
+    if spec.scale != "e4m3":
+        return ScaleFormat(scale_dtype, spec.scale)
+    most = E4M3_MOST_4_OVER_6 if rule.kind == "four_over_six" else E4M3_MOST
+    largest = torch.stack(list(magnitudes)).amax()
+    return ScaleFormat(scale_dtype, spec.scale, global_scale(largest, spec.grid, most))
+
+
 @dataclass(frozen=True, eq=False)
 class Scales:
     """The stored scale, and zero point, of one layer.
 
     Attributes:
-        scale: In the stored dtype: ``[1]``, ``[out, 1]`` or ``[out, G]``.
+        scale: As kept in memory: ``[1]``, ``[out, 1]``, ``[out, G]`` or ``[R, G]``.
         zero_point: int8 of the same shape, or ``None``.
+        global_scale: float32 ``[1]`` beside E4M3 scales, else ``None``.
     """
 
     scale: Tensor
     zero_point: Tensor | None
+    global_scale: Tensor | None = None
+
+    def quantized(self, codes: Tensor, spec: NumberSpec) -> QuantizedTensor:
+        """The weight that codes make with these scales."""
+        return QuantizedTensor(codes, self.scale, self.zero_point, spec, self.global_scale)
 
 
 def choose_scales(problem: LayerProblem, importance: Tensor | None = None) -> tuple[Scales, ...]:
@@ -174,8 +225,8 @@ def choose_scales(problem: LayerProblem, importance: Tensor | None = None) -> tu
 
     Args:
         problem: The layers.
-        importance: ``[in]``, not negative: what an error in each column costs. Only the ``mse``
-            rule uses it.
+        importance: ``[in]``, not negative: what an error in each column costs. Only rules that
+            search use it.
 
     Returns:
         One for each layer.
@@ -183,7 +234,7 @@ def choose_scales(problem: LayerProblem, importance: Tensor | None = None) -> tu
     Raises:
         RecipeError: The rule is not one for weights.
     """
-    spec = problem.spec
+    spec, form = problem.spec, problem.scale_format
     if importance is not None:
         # Only ratios matter; as they are, the numbers could overflow when they weigh errors.
         importance = importance.to(problem.weights[0].device, torch.float32)
@@ -197,9 +248,10 @@ def choose_scales(problem: LayerProblem, importance: Tensor | None = None) -> tu
                 spec.granularity,
                 spec.group_size,
                 problem.range_rule,
-                problem.scale_dtype,
+                form,
                 importance,
-            )
+            ),
+            form.global_scale,
         )
         for weight in problem.weights
     )
@@ -254,16 +306,20 @@ def scales_by_column(
 
     Returns:
         Scale and zero point in float32, contiguous ``[G, sum of rows]``; ``G`` is 1 unless the
-        granularity is the group. Column ``j`` of a weight belongs to line ``j // group_size``.
+        granularity is the group or the block. Column ``j`` of a weight belongs to line
+        ``j // group_size``.
     """
 
+    def line(part: Tensor, count: int) -> Tensor:
+        wide = part.to(torch.float32)
+        if spec.granularity == Granularity.TENSOR:
+            return wide.expand(1, count)
+        if spec.granularity == Granularity.BLOCK and spec.group_size is not None:
+            return wide.repeat_interleave(spec.group_size, dim=0)[:count].T
+        return wide.T
+
     def lines(parts: Sequence[Tensor]) -> Tensor:
-        wide = [
-            part.to(torch.float32).expand(1, count)
-            if spec.granularity == Granularity.TENSOR
-            else part.to(torch.float32).T
-            for part, count in zip(parts, rows, strict=True)
-        ]
+        wide = [line(part, count) for part, count in zip(parts, rows, strict=True)]
         return torch.cat(wide, dim=1).contiguous()
 
     zeros = [s.zero_point for s in scales if s.zero_point is not None]

@@ -33,12 +33,14 @@ from torch import Tensor
 
 from prismquant.algorithms.base import Note
 from prismquant.errors import FormatError, NumericsError, PrismQuantError
-from prismquant.formats.packed import QuantizedTensor
+from prismquant.formats.quantized import QuantizedTensor
 from prismquant.numerics.affine import check_finite, from_groups, quantize, simulate, to_groups
 from prismquant.numerics.grids import IntGrid
+from prismquant.numerics.scales import AnyScale, ScaleFormat, as_scale_format
 
 if TYPE_CHECKING:
     from prismquant.formats.spec import NumberSpec
+    from prismquant.numerics.grids import Grid
     from prismquant.numerics.ranges import RangeRule
 
 # Gradients come in units of the start's loss, so they stay far above this.
@@ -63,7 +65,8 @@ class BlockLayer:
         name: What the block's output function and errors call it.
         weight: The float weight, float32 ``[out, in]``.
         range_rule: How the scales of the start were chosen.
-        scale_dtype: Dtype in which scales are stored.
+        scale_dtype: How scales are stored. A dtype is that of float scales; for scales of 8 bits,
+            what else it takes follows from the start.
         start: What a solver chose.
 
     Raises:
@@ -74,7 +77,7 @@ class BlockLayer:
     name: str
     weight: Tensor
     range_rule: RangeRule
-    scale_dtype: torch.dtype
+    scale_dtype: AnyScale
     start: QuantizedTensor
 
     def __post_init__(self) -> None:
@@ -90,15 +93,23 @@ class BlockLayer:
                 f"{list(self.weight.shape)}",
                 where=self.name,
             )
-        if self.start.scale.dtype != self.scale_dtype:
+        wanted = self.scale_format.memory_dtype
+        if self.start.scale.dtype != wanted:
             raise FormatError(
-                f"the start has scales in {self.start.scale.dtype}, not {self.scale_dtype}",
+                f"the start has scales in {self.start.scale.dtype}, not {wanted}",
                 where=self.name,
             )
         try:
             check_finite(self.weight, "the weight")
         except PrismQuantError as error:
             raise type(error)(error.what, where=self.name, remedy=error.remedy) from error
+
+    @property
+    def scale_format(self) -> ScaleFormat:
+        """How scales are stored; a global scale stays that of the start."""
+        if self.start.spec.scale == "float":
+            return as_scale_format(self.scale_dtype)
+        return self.start.scale_format
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,7 +279,7 @@ class Latent:
             spec.granularity,
             spec.group_size,
         )
-        return QuantizedTensor(codes, scale, zero, spec)
+        return replace(self.layer.start, codes=codes, scale=scale, zero_point=zero)
 
     def backward(self, gradient: Tensor, quantized: QuantizedTensor) -> None:
         """Pass a gradient straight through the rounding, to ``offset`` and the factors.
@@ -311,21 +322,21 @@ class Latent:
         grid = self.layer.start.spec.grid
         if zero is not None and isinstance(grid, IntGrid):
             zero = zero.round().clamp(grid.qmin, grid.qmax).to(torch.int8)
-        return scale.to(self.layer.scale_dtype), zero
+        return self.layer.scale_format.kept(scale), zero
 
     def _ranges(self, low: Tensor | None, high: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale, rounded as stored, and zero point before rounding, float32 and differentiable."""
-        start = self.layer.start
+        start, form = self.layer.start, self.layer.scale_format
         scale = start.scale.to(torch.float32)
         grid = start.spec.grid
         # Only integer formats have zero points.
         if low is None or start.zero_point is None or not isinstance(grid, IntGrid):
-            return _as_stored(scale * high, self.layer.scale_dtype), None
+            return _as_stored(scale * high, form, grid), None
         below = start.zero_point.to(torch.float32) - grid.qmin
         share = below / (grid.levels - 1)
         # Written in differences from 1, so that factors of 1 leave the scale as it is.
         wider = (high - 1) * (1 - share) + (low - 1) * share
-        stored = _as_stored(scale * (1 + wider), self.layer.scale_dtype)
+        stored = _as_stored(scale * (1 + wider), form, grid)
         return stored, grid.qmin + low * below * (scale / stored)
 
 
@@ -352,8 +363,9 @@ class Scaled:
 
     def quantized(self) -> QuantizedTensor:
         """The codes with scales as they would be stored."""
-        dtype = self._layer.scale_dtype
-        scale = _as_stored(self._chosen.scale.to(torch.float32) * self.factor, dtype).to(dtype)
+        form = self._layer.scale_format
+        moved = self._chosen.scale.to(torch.float32) * self.factor
+        scale = form.kept(_as_stored(moved, form, self._chosen.spec.grid))
         return replace(self._chosen, scale=scale)
 
     def backward(self, gradient: Tensor, quantized: QuantizedTensor) -> None:
@@ -520,7 +532,8 @@ def conclude(
             weights, loss = settled, settled_loss
     pairs = list(zip(start, weights, strict=True))
     facts["changed_codes"] = _changed([(a.codes, b.codes) for a, b in pairs])
-    facts["changed_scales"] = _changed([(a.scale, b.scale) for a, b in pairs])
+    scales = [(a.scale.to(torch.float32), b.scale.to(torch.float32)) for a, b in pairs]
+    facts["changed_scales"] = _changed(scales)
     return BlockResult(weights, loss, start_loss, facts)
 
 
@@ -644,7 +657,7 @@ def _spread(scale: Tensor, like: Tensor, spec: NumberSpec) -> Tensor:
     """Write a scale out for every weight, float32 ``[out, in]``."""
     groups = to_groups(like, spec.granularity, spec.group_size)
     wide = scale.to(torch.float32).unsqueeze(-1).expand_as(groups)
-    return from_groups(wide, like.shape)
+    return from_groups(wide, like.shape, spec.granularity)
 
 
 def _unit_sums(x: Tensor, spec: NumberSpec) -> Tensor:
@@ -652,12 +665,9 @@ def _unit_sums(x: Tensor, spec: NumberSpec) -> Tensor:
     return to_groups(x, spec.granularity, spec.group_size).sum(dim=-1)
 
 
-def _as_stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """A float32 scale rounded to the dtype that stores it; gradients pass straight through."""
-    limits = torch.finfo(dtype)
-    magnitude = scale.detach().abs().clamp(limits.smallest_normal, limits.max)
-    stored = magnitude.copysign(scale.detach()).to(dtype).to(torch.float32)
-    return stored + (scale - scale.detach())
+def _as_stored(scale: Tensor, form: ScaleFormat, grid: Grid) -> Tensor:
+    """A float32 scale rounded to what is stored; gradients pass straight through."""
+    return form.nearest(scale.detach(), grid) + (scale - scale.detach())
 
 
 def _changed(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:

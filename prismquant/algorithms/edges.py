@@ -22,15 +22,18 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from prismquant.algorithms.base import scale_format
 from prismquant.errors import FormatError, NumericsError, PrismQuantError, RecipeError
 from prismquant.numerics.affine import (
     Granularity,
+    block_rows,
     check_finite,
     dynamic_scale_zero_point,
     scale_zero_point,
     simulate,
 )
-from prismquant.numerics.ranges import RangeRecord, RangeRule, weight_scales
+from prismquant.numerics.ranges import SEARCHES, RangeRecord, RangeRule, weight_scales
+from prismquant.numerics.scales import ScaleFormat, global_scale
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -91,7 +94,7 @@ class EdgeProblem:
         activations: The format of their input; ``None`` leaves it in floating point.
         activation_range: How the range of a static input is chosen. Only ``minmax`` is taken from
             all tokens, the other rules from the sample (``ema`` takes it for one batch).
-        scale_dtype: Dtype in which scales of weights and inputs are stored.
+        scale_dtype: Dtype in which float scales of weights and inputs are stored.
         record: What calibration saw of the readers' input, before any scaling.
         vision_weight: What an error at a vision token costs, where one at a text token costs 1.
 
@@ -259,6 +262,12 @@ class Trials:
         costs = torch.where(record.vision, costs * problem.vision_weight, costs)
         self._costs = costs.to(self._device)
         self.complete = rows is None or all(len(r.weight) <= rows for r in problem.readers)
+        # E4M3 scales hang on the largest weight of all the readers together.
+        self._peaks = {
+            index: reader.weight.abs().amax(0)
+            for index, reader in enumerate(problem.readers)
+            if reader.spec is not None and reader.spec.scale == "e4m3"
+        }
         self._kept = None if rows is None else list(self._pieces(rows))
 
     def error(self, scale: Tensor | None) -> float:
@@ -277,12 +286,12 @@ class Trials:
         if not len(self._inputs) or not problem.quantized:
             return 0.0
         factors = None if scale is None else scale.to(self._device, torch.float32)[self._columns]
-        seen = self._seen(factors)
+        seen, forms = self._seen(factors), self._forms(factors)
         lost = torch.zeros(len(problem.readers), dtype=torch.float64, device=self._device)
         total = torch.zeros_like(lost)
         for piece in self._pieces(None) if self._kept is None else self._kept:
             reader = problem.readers[piece.reader]
-            weight = _rounded(reader, piece.weight, factors, problem.scale_dtype)
+            weight = _rounded(reader, piece.weight, factors, forms[piece.reader])
             output = torch.addmm(piece.output, seen, weight.T, alpha=-1)
             lost[piece.reader] += self._energy(output)
             total[piece.reader] += self._energy(piece.output)
@@ -298,13 +307,25 @@ class Trials:
         height = max(1, _PIECE // max(self._inputs.shape[1], len(self._inputs), 1))
         for index, reader in enumerate(self._problem.readers):
             weight = reader.weight
+            side = _block_side(reader.spec)
             if rows is not None and rows < len(weight):
-                spread = torch.arange(rows, device=weight.device) * len(weight) // rows
-                weight = weight[spread]
+                weight = weight[_spread(len(weight), rows, side).to(weight.device)]
             # One scale of a whole weight cannot be chosen from a piece of it.
             whole = reader.spec is not None and reader.spec.granularity == Granularity.TENSOR
-            for piece in weight.split(len(weight) if whole else height):
+            step = len(weight) if whole else side * max(1, height // side)
+            for piece in weight.split(step):
                 yield _Piece(index, piece, self._inputs @ piece.T)
+
+    def _forms(self, factors: Tensor | None) -> list[ScaleFormat | None]:
+        """How each reader's scales are stored once its columns are scaled."""
+        peaks = self._peaks.values()
+        scaled = [(p if factors is None else p * factors).amax() for p in peaks]
+        return [
+            None
+            if r.spec is None
+            else scale_format(r.spec, r.range_rule, self._problem.scale_dtype, scaled)
+            for r in self._problem.readers
+        ]
 
     def _seen(self, factors: Tensor | None) -> Tensor:
         """The readers' input as it will be served, float32 ``[n, in]``."""
@@ -313,8 +334,13 @@ class Trials:
         if spec is None:
             return x
         if spec.dynamic:
+            divisor = None
+            if spec.scale == "e4m3":
+                low, high = self._static_range(x, factors, spec)
+                divisor = global_scale(torch.maximum(-low, high), spec.grid)
+            form = ScaleFormat(problem.scale_dtype, spec.scale, divisor)
             scale, zero = dynamic_scale_zero_point(
-                x, spec.grid, spec.symmetric, spec.granularity, spec.group_size, problem.scale_dtype
+                x, spec.grid, spec.symmetric, spec.granularity, spec.group_size, form
             )
         else:
             low, high = self._static_range(x, factors, spec)
@@ -327,7 +353,8 @@ class Trials:
         self, x: Tensor, factors: Tensor | None, spec: NumberSpec
     ) -> tuple[Tensor, Tensor]:
         rule, record = self._problem.activation_range, self._problem.record
-        if rule.kind == "minmax":
+        # Where only a global scale is looked for, there is nothing to search.
+        if rule.kind == "minmax" or (spec.scale == "e4m3" and rule.kind in SEARCHES):
             low, high = record.low.amin(0).to(x.device), record.high.amax(0).to(x.device)
             if factors is not None:
                 low, high = low / factors, high / factors
@@ -353,13 +380,27 @@ class _Piece:
     output: Tensor
 
 
+def _block_side(spec: NumberSpec | None) -> int:
+    """Rows that share scales; pieces of a weight must not cut them."""
+    structure = None if spec is None else spec.block_structure
+    return 1 if structure is None else structure[0]
+
+
+def _spread(total: int, rows: int, side: int) -> Tensor:
+    """Indices of about ``rows`` rows, evenly spread in runs of ``side``."""
+    count = block_rows(rows, side)
+    runs = torch.arange(count) * block_rows(total, side) // count
+    index = (runs.unsqueeze(1) * side + torch.arange(side)).flatten()
+    return index[index < total]
+
+
 def _rounded(
-    reader: Reader, weight: Tensor, factors: Tensor | None, scale_dtype: torch.dtype
+    reader: Reader, weight: Tensor, factors: Tensor | None, form: ScaleFormat | None
 ) -> Tensor:
     """Rows of a reader's weight, scaled and rounded to nearest."""
     scaled = weight if factors is None else weight * factors
     spec = reader.spec
-    if spec is None:
+    if spec is None or form is None:
         return scaled
     scale, zero = weight_scales(
         scaled,
@@ -368,7 +409,7 @@ def _rounded(
         spec.granularity,
         spec.group_size,
         reader.range_rule,
-        scale_dtype,
+        form,
     )
     return simulate(scaled, scale, zero, spec.grid, spec.granularity, spec.group_size)
 

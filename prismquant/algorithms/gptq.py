@@ -40,8 +40,6 @@ from prismquant.algorithms.base import (
     scales_by_column,
 )
 from prismquant.errors import NumericsError, RecipeError
-from prismquant.formats.packed import QuantizedTensor
-from prismquant.numerics.affine import Granularity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -74,7 +72,7 @@ class GPTQ:
         order: Of the sweep. ``pivot`` puts the column with the smallest remaining pivot last, again
             and again; ``activation`` sorts by descending diagonal of the Hessian; ``original`` does
             not sort.
-        scale_weighting: What an error in a column costs while the ``mse`` rule searches: its
+        scale_weighting: What an error in a column costs while a range rule searches: its
             squared pivot (``pivot``), its diagonal entry of the Hessian (``diagonal``), or one
             (``none``).
         refine_passes: Passes of coordinate descent after the sweep.
@@ -375,7 +373,7 @@ class _Rounder:
 
 def _lines_of(columns: Tensor, spec: NumberSpec) -> Tensor:
     """Which line of the scales each column uses: that of its group in the original order."""
-    if spec.granularity != Granularity.GROUP or spec.group_size is None:
+    if not spec.granularity.grouped or spec.group_size is None:
         return torch.zeros_like(columns)
     return columns // spec.group_size
 
@@ -486,7 +484,7 @@ def _choose_rows(
         worse = loss > baseline
         fallen += int(worse.sum())
         kept = torch.where(worse.unsqueeze(1), near, codes)
-        weights.append(QuantizedTensor(kept, own.scale, own.zero_point, problem.spec))
+        weights.append(own.quantized(kept, problem.spec))
         losses.append(float(torch.minimum(loss, baseline).sum()))
         baselines.append(float(baseline.sum()))
     return LayerResult(

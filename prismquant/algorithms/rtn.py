@@ -23,7 +23,6 @@ from prismquant.algorithms.base import (
     row_losses,
 )
 from prismquant.errors import NumericsError
-from prismquant.formats.packed import QuantizedTensor
 from prismquant.numerics.ranges import coupled_weight_scales
 
 
@@ -32,11 +31,11 @@ class RTN:
     """Rounds to nearest.
 
     Attributes:
-        scale_weighting: What the ``mse`` rule minimises. ``none``: the error of the weight, the
-            same everywhere. ``diagonal``: that error times each column's entry in the diagonal of
-            the Hessian. ``group``: the error of what each group (or row) puts out, by its block of
-            the Hessian; this is the search for clips of AWQ (Lin et al., arXiv 2306.00978, section
-            3.2), exact as far as groups are uncorrelated. The last two need calibration.
+        scale_weighting: What range rules that search minimise. ``none``: the error of the weight,
+            the same everywhere. ``diagonal``: that error times each column's entry in the diagonal
+            of the Hessian. ``group``: the error of what each group (or row) puts out, by its block
+            of the Hessian; this is the search for clips of AWQ (Lin et al., arXiv 2306.00978,
+            section 3.2), exact as far as groups are uncorrelated. The last two need calibration.
     """
 
     name: ClassVar[str] = "rtn"
@@ -67,7 +66,7 @@ class RTN:
             codes = nearest_codes(weight, scales, problem.spec)
             error = weight - decode(codes, scales, problem.spec)
             losses.append(float(row_losses(error, problem.hessian).sum()))
-            weights.append(QuantizedTensor(codes, scales.scale, scales.zero_point, problem.spec))
+            weights.append(scales.quantized(codes, problem.spec))
         return LayerResult(tuple(weights), tuple(losses), tuple(losses), notes)
 
     def _scales(self, problem: LayerProblem) -> tuple[Scales, ...]:
@@ -85,8 +84,8 @@ class RTN:
 
 
 def _coupled_scales(problem: LayerProblem, hessian: Tensor) -> tuple[Scales, ...]:
-    """Scales that the ``mse`` rule finds with each group's block of the Hessian."""
-    spec, diagonal = problem.spec, hessian.diagonal()
+    """Scales that a search finds with each group's block of the Hessian."""
+    spec, diagonal, form = problem.spec, hessian.diagonal(), problem.scale_format
     live = diagonal > 0
     if bool(live.any()) and not bool(live.all()):
         # Dead columns have no cost of their own but are rounded with the same scales.
@@ -100,9 +99,10 @@ def _coupled_scales(problem: LayerProblem, hessian: Tensor) -> tuple[Scales, ...
                 spec.granularity,
                 spec.group_size,
                 problem.range_rule,
-                problem.scale_dtype,
+                form,
                 hessian,
-            )
+            ),
+            form.global_scale,
         )
         for weight in problem.weights
     )

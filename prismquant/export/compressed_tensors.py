@@ -26,13 +26,9 @@ import torch
 from torch import Tensor
 
 from prismquant.errors import FormatError, StorageError
-from prismquant.formats.packed import (
-    QuantizedTensor,
-    check_declarable,
-    declared_kind,
-    pack,
-    unpack,
-)
+from prismquant.export.arguments import arguments, private_section, specification
+from prismquant.export.kv_cache import kv_cache_scheme
+from prismquant.formats.packed import QuantizedTensor, pack, unpack
 from prismquant.formats.spec import NumberSpec
 from prismquant.models.arch import SiteKind
 from prismquant.models.bind import BoundModel, BoundSite, BoundStep
@@ -40,7 +36,10 @@ from prismquant.models.rotation import untied
 from prismquant.numerics.hadamard import hadamard_matrix
 from prismquant.pipeline.engine import source_reader
 from prismquant.pipeline.group import SolvedLayer, SplitColumns, StaticScale
-from prismquant.pipeline.plan import DENSE, Plan, PlanRow
+from prismquant.pipeline.kv import KVScales
+from prismquant.pipeline.kv_plan import KVLayer
+from prismquant.pipeline.layout import DENSE, is_declarable
+from prismquant.pipeline.plan import Plan, PlanRow
 from prismquant.storage import (
     INDEX_NAME,
     ShardReader,
@@ -56,11 +55,19 @@ from prismquant.storage import (
 CONFIG_VERSION = "0.17.0"
 CONFIG_KEY = "quantization_config"
 METHOD = "compressed-tensors"
-_SUFFIXES = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+_SUFFIXES = (
+    "weight",
+    "weight_packed",
+    "weight_scale",
+    "weight_shape",
+    "weight_zero_point",
+    "weight_global_scale",
+)
 SIGNS, SPLIT_INDEX, SPLIT_WEIGHT = "input_signs", "split_index", "split_weight"
 _ACTIVATION_SUFFIXES = (
     "input_scale",
     "input_zero_point",
+    "input_global_scale",
     "output_scale",
     "output_zero_point",
     SIGNS,
@@ -94,7 +101,7 @@ class CheckpointWriter:
         for name in self._names_of(step):
             layer = solved.pop(name, None)
             if layer is not None:
-                tensors |= _layer_tensors(layer)
+                tensors |= _layer_tensors(layer, self.bound.dtype)
             elif name not in tensors:
                 tensors[name] = self._reader.read(name)
         if solved:
@@ -117,28 +124,38 @@ class CheckpointWriter:
         plain = sorted((reader.names & known) - weights)
         return {self.bound.names.to_module(name): reader.read(name) for name in plain}
 
+    def read_kv(self, shard: str, layer: KVLayer) -> KVScales:
+        """The scales of an attention layer's keys and values, of a shard written earlier."""
+        reader = ShardReader(self.folder, files=[shard])
+        key, value = (reader.read(self.bound.names.to_disk(name)) for name in layer.tensors)
+        return KVScales(key, value)
+
     def finish(self) -> None:
         """Write what belongs to no step, the index, the copied files, and ``config.json`` last."""
         loose = {name: self._reader.read(name) for name in self._loose_names()}
         write_tensors(self.folder / self._shard_name(len(self.bound.steps) + 1), loose)
         write_json(self.folder / INDEX_NAME, self._index())
-        for source in _files_to_copy(self.bound.folder):
+        for source in files_to_copy(self.bound.folder):
             copy_file(source, self.folder / source.relative_to(self.bound.folder))
         config = dict(read_json(self.bound.folder / "config.json"))
         if untied(self.bound, self.plan.rotations):
             config = _untied_config(config)
-        groups = quantization_config(self.plan, self.bound)
-        write_json(self.folder / "config.json", config | ({CONFIG_KEY: groups} if groups else {}))
+        if groups := quantization_config(self.plan, self.bound):
+            config |= {CONFIG_KEY: groups}
+        rows = ((_config_name(self.bound, row.site.name), row) for row in self.plan.quantized)
+        write_json(self.folder / "config.json", config | private_section(rows))
 
     def _read_layer(self, reader: ShardReader, row: PlanRow) -> SolvedLayer:
         prefix, weights = row.site.disk_name, row.weights
         if weights is None:
             raise StorageError("a layer without a weight format has no codes", where=row.site.name)
+        weight: DenseWeight | QuantizedTensor
         if row.layout == DENSE:
-            codes = reader.read(f"{prefix}.weight").reshape(row.site.out_features, -1)
             # A dense layer is stored dequantized: its values stand for themselves.
-            return SolvedLayer(row, DenseWeight(codes))
-        weight = _unpack(reader, prefix, StoredScheme(weights, row.layout))
+            values = reader.read(f"{prefix}.weight").reshape(row.site.out_features, -1)
+            weight = DenseWeight(values)
+        else:
+            weight = _unpack(reader, prefix, StoredScheme(weights, row.layout))
         return SolvedLayer(
             row,
             weight,
@@ -209,23 +226,26 @@ _Key = tuple[NumberSpec | None, NumberSpec | None, NumberSpec | None, str]
 def quantization_config(plan: Plan, bound: BoundModel) -> dict[str, Any] | None:
     """The ``quantization_config`` of a plan; None where there is nothing to say.
 
-    A rotation at run time is told even where no layer is stored quantized.
+    A rotation at run time, or a quantized key-value cache, is told even where no layer is stored
+    quantized.
     """
     schemes: dict[_Key, list[str]] = {}
     for row in plan.quantized:
         if row.layout != DENSE:
-            key = (row.weights, row.activations, row.outputs, row.layout)
+            sides = [spec if spec and is_declarable(spec) else None for spec in row.sides]
+            key = (row.weights, sides[0], sides[1], row.layout)
             schemes.setdefault(key, []).append(_config_name(bound, row.site.name))
     transforms = _transform_config(plan, bound)
-    if not schemes and not transforms:
+    kv_cache = plan.kv_cache.spec if plan.kv_cache else None
+    if not schemes and not transforms and kv_cache is None:
         return None
     groups = {
         f"group_{number}": {
             "targets": sorted(names),
             "format": layout,
-            "weights": _arguments(weights),
-            "input_activations": _arguments(activations),
-            "output_activations": _arguments(outputs),
+            "weights": arguments(weights),
+            "input_activations": arguments(activations),
+            "output_activations": arguments(outputs),
         }
         for number, ((weights, activations, outputs, layout), names) in enumerate(schemes.items())
     }
@@ -239,7 +259,7 @@ def quantization_config(plan: Plan, bound: BoundModel) -> dict[str, Any] | None:
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "ignore": sorted(linears - quantized),
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": kv_cache_scheme(kv_cache),
         "sparsity_config": {},
         "transform_config": transforms,
         "config_groups": groups,
@@ -285,10 +305,10 @@ def read_schemes(config: Mapping[str, Any], linears: Sequence[str]) -> dict[str,
     schemes: dict[str, StoredScheme] = {}
     for group in section["config_groups"].values():
         scheme = StoredScheme(
-            _specification(group["weights"]),
-            group.get("format") or section["format"],
+            specification(group["weights"], layout := group.get("format") or section["format"]),
+            layout,
             *(
-                _specification(group[key]) if group.get(key) else None
+                specification(group[key]) if group.get(key) else None
                 for key in ("input_activations", "output_activations")
             ),
         )
@@ -341,6 +361,10 @@ class DequantizingReader(ShardReader):
             return values
         return values.index_copy_(1, columns.index, columns.weight.float())
 
+    def quantized(self, prefix: str) -> QuantizedTensor:
+        """The codes and scales of the quantized layer of that name on disk."""
+        return _unpack(self._own(prefix), prefix, self._schemes[prefix])
+
     def static_scale(self, prefix: str, side: str) -> StaticScale | None:
         """The static scale of a layer's ``input`` or ``output``, where the checkpoint has one."""
         return _static_scale(self._own(prefix), prefix, side)
@@ -354,7 +378,9 @@ class DequantizingReader(ShardReader):
         return (self._schemes.get(prefix) if leaf == "weight" else None), prefix
 
     def _own(self, prefix: str) -> ShardReader:
-        return ShardReader(self.folder, [super().info(f"{prefix}.weight_scale").file])
+        # Other writers cut shards by size: a layer's tensors may lie in two of them.
+        files = {info.file for name, info in self._infos.items() if name.startswith(f"{prefix}.")}
+        return ShardReader(self.folder, sorted(files))
 
 
 def _config_name(bound: BoundModel, module_name: str) -> str:
@@ -369,30 +395,35 @@ def _linears(bound: BoundModel) -> list[str]:
     return [*sites, *(name for name, _ in bound.left_alone)]
 
 
-def _layer_tensors(layer: SolvedLayer) -> dict[str, Tensor]:
+def _layer_tensors(layer: SolvedLayer, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A layer's tensors on disk; what is not in codes in ``dtype``."""
     prefix, row = layer.row.site.disk_name, layer.row
     if not isinstance(layer.weight, QuantizedTensor):
         raise StorageError("the layer's codes are not at hand", where=row.site.name)
     if row.layout == DENSE:
-        values = layer.weight.dequantize(layer.weight.scale.dtype).reshape(row.site.weight_shape)
-        return {f"{prefix}.weight": values}
-    tensors = {f"{prefix}.{k}": v for k, v in pack(layer.weight, row.layout).items()}
-    for side, static in (("input", layer.input), ("output", layer.output)):
+        tensors = {"weight": layer.weight.dequantize(dtype).reshape(row.site.weight_shape)}
+    else:
+        tensors = pack(layer.weight, row.layout)
+    sides = (("input", row.activations, layer.input), ("output", row.outputs, layer.output))
+    for side, spec, static in sides:
         # Layers that share an input share its scale in memory; on disk each has its own.
-        if static is not None:
-            tensors[f"{prefix}.{side}_scale"] = static.scale.clone()
+        if static is not None and spec is not None:
+            tensors[f"{side}_global_scale" if spec.scale == "e4m3" else f"{side}_scale"] = (
+                static.scale.clone()
+            )
             if static.zero_point is not None:
-                tensors[f"{prefix}.{side}_zero_point"] = static.zero_point.clone()
-    return tensors | _split_tensors(layer)
+                tensors[f"{side}_zero_point"] = static.zero_point.clone()
+    named = {f"{prefix}.{suffix}": tensor for suffix, tensor in tensors.items()}
+    return named | _split_tensors(layer, dtype)
 
 
-def _split_tensors(layer: SolvedLayer) -> dict[str, Tensor]:
+def _split_tensors(layer: SolvedLayer, dtype: torch.dtype) -> dict[str, Tensor]:
     """Columns in floating point, padded with index -1 to as many as the plan made room for."""
     row = layer.row
     if row.split is None or not isinstance(layer.weight, QuantizedTensor):
         return {}
     index = torch.full((row.split.columns,), -1, dtype=torch.int32)
-    weight = torch.zeros(row.site.out_features, row.split.columns, dtype=layer.weight.scale.dtype)
+    weight = torch.zeros(row.site.out_features, row.split.columns, dtype=dtype)
     if layer.columns is not None:
         count = len(layer.columns.index)
         index[:count] = layer.columns.index.to(index)
@@ -412,6 +443,8 @@ def _split_columns(reader: ShardReader, prefix: str) -> SplitColumns | None:
 
 
 def _static_scale(reader: ShardReader, prefix: str, side: str) -> StaticScale | None:
+    if f"{prefix}.{side}_global_scale" in reader.names:
+        return StaticScale(reader.read(f"{prefix}.{side}_global_scale").reshape(1), None)
     if f"{prefix}.{side}_scale" not in reader.names:
         return None
     zero = f"{prefix}.{side}_zero_point"
@@ -514,39 +547,6 @@ def _untied_config(config: dict[str, Any]) -> dict[str, Any]:
     return config | {"tie_word_embeddings": False}
 
 
-def _arguments(spec: NumberSpec | None) -> dict[str, Any] | None:
-    if spec is None:
-        return None
-    check_declarable(spec)
-    return {
-        "num_bits": spec.bits,
-        "type": "int" if spec.kind == "int" else "float",
-        "symmetric": spec.symmetric,
-        "strategy": str(spec.granularity),
-        "group_size": spec.group_size,
-        "dynamic": spec.dynamic,
-    }
-
-
-def _specification(arguments: Mapping[str, Any]) -> NumberSpec:
-    group_size = arguments.get("group_size")
-    inferred = (
-        "group" if group_size and group_size > 0 else "channel" if group_size == -1 else "tensor"
-    )
-    granularity = arguments.get("strategy") or inferred
-    bits = arguments.get("num_bits")
-    return NumberSpec.from_dict(
-        {
-            "bits": bits,
-            "granularity": granularity,
-            "group_size": group_size if granularity == "group" else None,
-            "symmetric": arguments.get("symmetric", True),
-            "dynamic": bool(arguments.get("dynamic", False)),
-            "kind": declared_kind(arguments.get("type", "int"), bits),
-        }
-    )
-
-
 def _hit(name: str, patterns: Sequence[str]) -> bool:
 
     return any(
@@ -554,7 +554,7 @@ def _hit(name: str, patterns: Sequence[str]) -> bool:
     )
 
 
-def _files_to_copy(folder: Path) -> Iterator[Path]:
+def files_to_copy(folder: Path) -> Iterator[Path]:
     """Tokenizer, processor, template and code files; some templates lie one level down."""
     for path in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
         about_weights = path.name == "config.json" or path.name.endswith(".index.json")

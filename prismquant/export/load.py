@@ -7,16 +7,20 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from prismquant.export.arguments import read_private
 from prismquant.export.compressed_tensors import (
+    CONFIG_KEY,
     SIGNS,
     DequantizingReader,
-    StoredScheme,
     read_rotations,
     read_schemes,
 )
+from prismquant.export.kv_cache import quantize_kv_cache, read_kv_cache_scheme
+from prismquant.export.stored import config_names
+from prismquant.formats.spec import NumberSpec
 from prismquant.models.config import empty_model, identify, native_config
 from prismquant.models.load import materialize
-from prismquant.models.names import NameMap, choose_layout
+from prismquant.models.names import choose_layout
 from prismquant.pipeline.group import parameters
 from prismquant.runtime.quant_linear import quantize_inputs, quantize_outputs, rotate_inputs
 from prismquant.storage import ShardReader, read_json
@@ -27,8 +31,8 @@ def load_model(
 ) -> nn.Module:
     """Load a checkpoint, quantized or not, for simulation.
 
-    Weights are what the checkpoint stores, dequantized; inputs are quantized as its configuration
-    says.
+    Weights are what the checkpoint stores, dequantized; inputs, and keys and values, are quantized
+    as its configuration says.
 
     Args:
         folder: The checkpoint.
@@ -45,7 +49,7 @@ def load_model(
     model = empty_model(native_config(arch, folder), arch)
     shards = ShardReader(folder)
     names = choose_layout(arch.layouts, shards.names, dict(model.named_modules()))
-    called = _config_names(model, names, remote=arch.config_map is not None)
+    called = config_names(model, names, remote=arch.config_map is not None)
     config = read_json(folder / "config.json")
     schemes = {called[n]: scheme for n, scheme in read_schemes(config, list(called)).items()}
     rotations = {called[n]: block for n, block in read_rotations(config, list(called)).items()}
@@ -56,28 +60,31 @@ def load_model(
     for module, block in rotations.items():
         signs = f"{names.to_disk(f'{module}.weight').removesuffix('.weight')}.{SIGNS}"
         rotate_inputs(model, module, block, shards.read(signs) if signs in shards.names else None)
-    for module, scheme in schemes.items():
-        _quantize_activations(model, module, scheme, reader, disk[module])
+    activations = {module: (s.activations, s.outputs) for module, s in schemes.items()}
+    # What our own section says is more exact.
+    activations |= {called[name]: sides for name, sides in read_private(config).items()}
+    for module, sides in activations.items():
+        prefix = names.to_disk(f"{module}.weight").removesuffix(".weight")
+        _quantize_activations(model, module, sides, reader, prefix)
+    if (kv_cache := read_kv_cache_scheme(config.get(CONFIG_KEY) or {})) is not None:
+        quantize_kv_cache(model, arch, names, shards, kv_cache)
     return model
 
 
 def _quantize_activations(
-    model: nn.Module, module: str, scheme: StoredScheme, reader: DequantizingReader, prefix: str
+    model: nn.Module,
+    module: str,
+    sides: tuple[NumberSpec | None, NumberSpec | None],
+    reader: DequantizingReader,
+    prefix: str,
 ) -> None:
-    """Put quantizers around a layer, as the checkpoint says."""
-    if scheme.activations is not None:
+    """Put quantizers before and behind a layer, as the checkpoint says."""
+    inputs, outputs = sides
+    if inputs is not None:
         columns = reader.split_columns(prefix)
         scale, zero_point = parameters(reader.static_scale(prefix, "input"))
         index = columns.index if columns else None
-        quantize_inputs(model, module, scheme.activations, scale, zero_point, index)
-    if scheme.outputs is not None:
+        quantize_inputs(model, module, inputs, scale, zero_point, index)
+    if outputs is not None:
         scale, zero_point = parameters(reader.static_scale(prefix, "output"))
-        quantize_outputs(model, module, scheme.outputs, scale, zero_point)
-
-
-def _config_names(model: nn.Module, names: NameMap, *, remote: bool) -> dict[str, str]:
-    """What the configuration calls each linear layer -> its module path."""
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not remote:
-        return {name: name for name in linears}
-    return {names.to_disk(f"{name}.weight").removesuffix(".weight"): name for name in linears}
+        quantize_outputs(model, module, outputs, scale, zero_point)

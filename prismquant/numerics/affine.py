@@ -6,9 +6,10 @@
 A point lies on a grid of :mod:`prismquant.numerics.grids`: an integer is its own code, a small
 floating-point number (which has no zero point) is coded as its bit pattern.
 
-Two invariants hold everywhere. A scale is rounded to the dtype in which it will be stored *before*
-codes are chosen, so what is simulated is what is stored. And all arithmetic is float32 on the
-stored scale, so :func:`simulate` equals :func:`dequantize` of :func:`quantize` bit for bit.
+Two invariants hold everywhere. A scale is rounded to what will be stored *before* codes are chosen
+(:mod:`prismquant.numerics.scales`), so what is simulated is what is stored. And all arithmetic is
+float32 on the stored scale, so :func:`simulate` equals :func:`dequantize` of :func:`quantize` bit
+for bit.
 
 The shape of a scale says what it covers (``x`` is a weight ``[out, in]`` or an activation
 ``[..., in]``):
@@ -18,6 +19,8 @@ The shape of a scale says what it covers (``x`` is a weight ``[out, in]`` or an 
     channel     ``[out, 1]``     one row of a weight
     token       ``[..., 1]``     one token's features
     group       ``[..., G]``     ``in / G`` consecutive features of a row
+    block       ``[R, G]``       a square of ``in / G`` features and as many rows; the last row of
+                                 squares may be cut off
     ==========  ===============  ========================================
 """
 
@@ -31,6 +34,7 @@ from torch import Tensor
 
 from prismquant.errors import FormatError, NumericsError
 from prismquant.numerics.grids import IntGrid, integer_grid
+from prismquant.numerics.scales import AnyScale, as_scale_format
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -50,6 +54,12 @@ class Granularity(StrEnum):
     CHANNEL = "channel"
     GROUP = "group"
     TOKEN = "token"
+    BLOCK = "block"
+
+    @property
+    def grouped(self) -> bool:
+        """Whether consecutive features share a scale, so that there is a group size."""
+        return self in (Granularity.GROUP, Granularity.BLOCK)
 
 
 def to_groups(x: Tensor, granularity: Granularity, group_size: int | None = None) -> Tensor:
@@ -57,15 +67,16 @@ def to_groups(x: Tensor, granularity: Granularity, group_size: int | None = None
 
     The leading axes of the result are the shape of the scale, so a reduction over the last axis
     yields one number for each scale. No data is copied unless ``x`` is strided and the granularity
-    is the tensor.
+    is the tensor, or it is the block. Rows that a last block lacks are filled with zeros.
 
     Args:
         x: Weight ``[out, in]`` or activation ``[..., in]``.
         granularity: What shares one scale.
-        group_size: Consecutive features to a group; for group granularity only.
+        group_size: Consecutive features to a group or block; for those granularities only.
 
     Returns:
-        tensor ``[1, n]``, channel and token ``[..., 1, in]``, group ``[..., G, group_size]``.
+        tensor ``[1, n]``, channel and token ``[..., 1, in]``, group ``[..., G, group_size]``, block
+        ``[R, G, group_size^2]``.
 
     Raises:
         FormatError: The group size does not divide the last axis, or is missing.
@@ -77,20 +88,41 @@ def to_groups(x: Tensor, granularity: Granularity, group_size: int | None = None
     if granularity == Granularity.GROUP:
         size = check_group_size(x.shape[-1], group_size)
         return x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
+    if granularity == Granularity.BLOCK:
+        size = check_group_size(x.shape[-1], group_size)
+        lines = block_rows(len(x), size)
+        if lines * size != len(x):
+            x = torch.cat([x, x.new_zeros(lines * size - len(x), x.shape[-1])])
+        squares = x.reshape(lines, size, x.shape[-1] // size, size).transpose(1, 2)
+        return squares.reshape(lines, -1, size * size)
     return x.unsqueeze(-2)
 
 
-def from_groups(groups: Tensor, shape: Sequence[int]) -> Tensor:
+def from_groups(
+    groups: Tensor, shape: Sequence[int], granularity: Granularity | None = None
+) -> Tensor:
     """Undo :func:`to_groups`.
 
     Args:
         groups: What :func:`to_groups` returned, or something of its shape.
         shape: The shape of the tensor before grouping.
+        granularity: May be left out unless it is the block.
 
     Returns:
         The values in that shape.
     """
-    return groups.reshape(tuple(shape))
+    if granularity != Granularity.BLOCK:
+        return groups.reshape(tuple(shape))
+    rows, features = shape
+    lines, across = groups.shape[:2]
+    size = features // max(across, 1)
+    squares = groups.reshape(lines, across, size, size).transpose(1, 2)
+    return squares.reshape(lines * size, features)[:rows]
+
+
+def block_rows(rows: int, size: int) -> int:
+    """How many blocks of ``size`` rows it takes to cover so many rows."""
+    return -(-rows // size)
 
 
 def check_group_size(features: int, group_size: int | None) -> int:
@@ -109,7 +141,7 @@ def check_group_size(features: int, group_size: int | None) -> int:
     """
     if group_size is None or group_size < 1:
         raise FormatError(
-            f"group granularity needs a positive group size, not {group_size}",
+            f"groups and blocks need a positive group size, not {group_size}",
             remedy="give group_size, e.g. 128",
         )
     if features % group_size:
@@ -126,7 +158,7 @@ def scale_zero_point(
     high: Tensor,
     grid: Grid,
     symmetric: bool,
-    scale_dtype: torch.dtype,
+    scale_dtype: AnyScale,
 ) -> tuple[Tensor, Tensor | None]:
     """Turn ranges into the scale, and the zero point, that will be stored.
 
@@ -142,40 +174,36 @@ def scale_zero_point(
         high: Upper ends, same shape.
         grid: The points and their codes.
         symmetric: Keep zero at code 0; otherwise a zero point is chosen.
-        scale_dtype: Dtype in which the scale is stored: float32, bfloat16 or float16.
+        scale_dtype: How the scale is stored: float32, bfloat16, float16, or any other format.
 
     Returns:
-        The scale in ``scale_dtype``, and the zero point as int8 or ``None``, both shaped like
-        ``low``. A scale is a positive normal number of its dtype: 1 for a range of zero width, and
-        clamped into the dtype's range where it would underflow or overflow.
+        The scale as it is kept in memory, and the zero point as int8 or ``None``, both shaped like
+        ``low``. A scale is a positive normal number: 1 (or the E4M3 number 1) for a range of zero
+        width, and clamped into what can be stored where it would underflow or overflow.
 
     Raises:
         NumericsError: A range is not finite.
-        FormatError: ``scale_dtype`` is not one of the three, or a floating-point grid is not to be
-            symmetric.
+        FormatError: No scale is stored in this dtype, or a floating-point grid or a scale of few
+            bits is not to be symmetric.
     """
-    if scale_dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise FormatError(
-            f"a scale cannot be stored as {scale_dtype}",
-            remedy="use float32, bfloat16 or float16",
-        )
+    form = as_scale_format(scale_dtype)
     check_finite(low, "the lower end of a range")
     check_finite(high, "the upper end of a range")
     low = low.to(torch.float32).clamp(max=0.0)
     high = high.to(torch.float32).clamp(min=0.0)
     if symmetric:
-        scale = torch.maximum(-low, high) / grid.span
-    else:
-        integers = integer_grid(grid)
-        steps = integers.levels - 1
-        # A range wider than float32 can express is divided before it is subtracted.
-        scale = (high - low) / steps
-        scale = torch.where(scale.isinf(), high / steps - low / steps, scale)
-    limits = torch.finfo(scale_dtype)
-    scale = torch.where(scale == 0, 1.0, scale.clamp(limits.smallest_normal, limits.max))
-    stored = scale.to(scale_dtype)
-    if symmetric:
-        return stored, None
+        return form.of_magnitude(torch.maximum(-low, high), grid), None
+    integers = integer_grid(grid)
+    if form.coded:
+        raise FormatError(
+            f"an asymmetric format cannot have scales of the kind {form.kind}",
+            remedy="use a symmetric format, or float scales",
+        )
+    steps = integers.levels - 1
+    # A range wider than float32 can express is divided before it is subtracted.
+    scale = (high - low) / steps
+    scale = torch.where(scale.isinf(), high / steps - low / steps, scale)
+    stored = form.stored(scale, grid)
     zero = integers.qmin - low / stored.to(torch.float32)
     return stored, zero.round_().clamp_(integers.qmin, integers.qmax).to(torch.int8)
 
@@ -186,7 +214,7 @@ def dynamic_scale_zero_point(
     symmetric: bool,
     granularity: Granularity,
     group_size: int | None = None,
-    scale_dtype: torch.dtype | None = None,
+    scale_dtype: AnyScale | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Scales of an activation from its own extremes, as dynamic quantization takes them.
 
@@ -196,7 +224,7 @@ def dynamic_scale_zero_point(
         symmetric: Keep zero at code 0.
         granularity: token, group or tensor (or channel, to treat ``x`` as a weight).
         group_size: For group granularity.
-        scale_dtype: Dtype of the scale; by default that of ``x``.
+        scale_dtype: How the scale is stored; by default in the dtype of ``x``.
 
     Returns:
         Scale and zero point, shaped as the module's table says. An empty unit has scale 1.
@@ -226,6 +254,8 @@ def extremes(
         NumericsError: ``x`` holds NaN or an infinity.
         FormatError: The group size does not divide the features.
     """
+    if granularity == Granularity.BLOCK:
+        return _block_extremes(x, check_group_size(x.shape[-1], group_size))
     groups = to_groups(x, granularity, group_size)
     if groups.shape[-1] == 0:
         nothing = groups.new_zeros(groups.shape[:-1])
@@ -236,6 +266,18 @@ def extremes(
     if not (_all_finite(low) and _all_finite(high)):
         check_finite(x, "the tensor")
     return low, high
+
+
+def _block_extremes(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Of blocks, whose last row may be cut off: first along the features, then down the rows."""
+    across = extremes(x, Granularity.GROUP, size)
+    if not len(x):
+        return across
+    down = (
+        [part.amin(0) for part in across[0].split(size)],
+        [part.amax(0) for part in across[1].split(size)],
+    )
+    return torch.stack(down[0]), torch.stack(down[1])
 
 
 def quantize(
@@ -418,7 +460,7 @@ def _pieces(
         return
     features = source.shape[-1] if source.ndim else 1
     size = features
-    if granularity == Granularity.GROUP:
+    if granularity.grouped:
         size = check_group_size(features, group_size)
     shape = (source.numel() // features, features // size, size)
     step = _as_rows(scale, "scale", shape, granularity)
@@ -441,14 +483,16 @@ def _as_rows(
     scale: Tensor, name: str, shape: tuple[int, int, int], granularity: Granularity
 ) -> Tensor:
     """Bring a scale or zero point to float32 ``[rows or 1, G, 1]``, or say why it does not fit."""
-    rows, groups, _ = shape
-    if granularity == Granularity.TENSOR:
-        rows = 1
-    if scale.numel() == groups:
-        rows = 1
-    elif scale.numel() != rows * groups:
+    rows, groups, size = shape
+    lines = block_rows(rows, size) if granularity == Granularity.BLOCK else rows
+    if granularity == Granularity.TENSOR or (lines == rows and scale.numel() == groups):
+        lines = 1
+    if scale.numel() != lines * groups:
         raise FormatError(
             f"a {name} of shape {list(scale.shape)} does not fit {rows} rows of {groups} groups",
             remedy=f"check that it was made with {granularity} granularity",
         )
-    return scale.to(torch.float32).reshape(rows, groups, 1)
+    wide = scale.to(torch.float32).reshape(lines, groups, 1)
+    if granularity == Granularity.BLOCK:
+        return wide.repeat_interleave(size, dim=0)[:rows]
+    return wide

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MIN_BITS = 2
 MAX_BITS = 8
 
-FloatKind = Literal["e4m3", "e5m2", "e2m1"]
+FloatKind = Literal["e4m3", "e5m2", "e3m2", "e2m3", "e2m1"]
 FLOAT_KINDS: tuple[FloatKind, ...] = get_args(FloatKind)
 
 
@@ -122,7 +122,7 @@ class _Layout:
         lowest: Exponent of the smallest normal number; below it, points keep its spacing.
         highest: Exponent of the largest number.
         largest: The largest number. (E4M3 gives one bit pattern up for NaN, E5M2 its topmost
-            exponent for NaN and infinity, E2M1 none.)
+            exponent for NaN and infinity, the narrower ones none.)
         dtype: The dtype whose memory holds the codes, where torch has one.
     """
 
@@ -138,6 +138,8 @@ _LAYOUTS: Mapping[str, _Layout] = MappingProxyType(
     {
         "e4m3": _Layout(8, 3, -6, 8, 448.0, torch.float8_e4m3fn),
         "e5m2": _Layout(8, 2, -14, 15, 57344.0, torch.float8_e5m2),
+        "e3m2": _Layout(6, 2, -2, 4, 28.0, None),
+        "e2m3": _Layout(6, 3, 0, 2, 7.5, None),
         "e2m1": _Layout(4, 1, 0, 2, 6.0, None),
     }
 )
@@ -151,17 +153,27 @@ _ANATOMY: Mapping[torch.dtype, tuple[torch.dtype, int, int]] = MappingProxyType(
     }
 )
 
+_FLOAT32_BIAS = 127
+
+
+def _magnitudes(layout: _Layout) -> list[float]:
+    """What the codes without a sign stand for, of a layout that gives none up."""
+    size = 1 << layout.mantissa
+    subnormal = [i * 2.0 ** (layout.lowest - layout.mantissa) for i in range(size)]
+    binades = range(layout.lowest, layout.highest + 1)
+    return subnormal + [(1 + i / size) * 2.0**e for e in binades for i in range(size)]
+
 
 @dataclass(frozen=True)
 class FloatGrid:
     """The points of a small floating-point format, symmetric about zero.
 
-    Codes are bit patterns: for 8 bits the byte, for 4 bits a number from 0 to 15 whose highest bit
-    is the sign. Zero keeps its sign, as it does in a cast.
+    Codes are bit patterns: for 8 bits the byte, for 6 and 4 bits a number from 0 to 63 or 15 whose
+    highest bit is the sign. Zero keeps its sign, as it does in a cast.
 
     Attributes:
         kind: ``e4m3`` and ``e5m2`` (Micikevicius et al., arXiv 2209.05433; OCP 8-bit floating
-            point), or ``e2m1`` (OCP Microscaling formats, section 5.3.3).
+            point), or ``e3m2``, ``e2m3`` and ``e2m1`` (OCP Microscaling formats, section 5.3).
 
     Raises:
         FormatError: There is no such format.
@@ -183,8 +195,13 @@ class FloatGrid:
 
     @property
     def largest(self) -> float:
-        """The largest point: 448, 57344 or 6."""
+        """The largest point: 448, 57344, 28, 7.5 or 6."""
         return self._layout.largest
+
+    @property
+    def mantissa(self) -> int:
+        """Bits of the mantissa that are stored."""
+        return self._layout.mantissa
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -246,17 +263,23 @@ class FloatGrid:
         if self.dtype is not None:
             codes.view(self.dtype).copy_(points)
             return
-        # 0, 0.5, 1, 1.5, 2, 3, 4, 6: each spacing is a line of its own, the last but one point.
-        magnitude = points.abs()
-        index = torch.minimum(2 * magnitude, magnitude + 2).clamp_(max=6)
-        codes.copy_(index.add_(magnitude.div_(6).floor_()))
-        codes |= torch.signbit(points).to(torch.int8) << 3
+        layout = self._layout
+        magnitude = points.to(torch.float32).abs()
+        power = (magnitude.view(torch.int32) & _ANATOMY[torch.float32][1]).view(torch.float32)
+        power.clamp_(min=2.0**layout.lowest)
+        # How many spacings a point is from zero or the foot of its binade, and which binade: the
+        # leading one that normal numbers do not store makes up for the first exponent's zero.
+        code = magnitude.div_(power).mul_(2.0**layout.mantissa).to(torch.int32)
+        binade = (power.view(torch.int32) >> 23) - (_FLOAT32_BIAS + layout.lowest)
+        code += binade << layout.mantissa
+        code += torch.signbit(points).to(torch.int32) << (layout.bits - 1)
+        codes.copy_(code)
 
     def read(self, codes: Tensor) -> Tensor:
         """The points that int8 codes stand for, as a new float32 tensor of their shape."""
         if self.dtype is not None:
             return codes.view(self.dtype).to(torch.float32)
-        points = codes.new_tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float32)
+        points = codes.new_tensor(_magnitudes(self._layout), dtype=torch.float32)
         return torch.cat([points, -points])[codes.to(torch.int32)]
 
     @property

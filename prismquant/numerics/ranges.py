@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from prismquant.errors import NumericsError, RecipeError, suggest
+from prismquant.errors import FormatError, NumericsError, RecipeError, suggest
 from prismquant.numerics.affine import (
     Granularity,
+    block_rows,
     check_finite,
     check_group_size,
     extremes,
@@ -28,12 +29,25 @@ from prismquant.numerics.affine import (
     simulate,
     to_groups,
 )
-from prismquant.numerics.grids import IntGrid
+from prismquant.numerics.grids import FloatGrid, IntGrid
+from prismquant.numerics.scales import (
+    AnyScale,
+    ScaleFormat,
+    ScaleKind,
+    as_scale_format,
+    global_scale,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from prismquant.numerics.grids import Grid
 
-RuleKind = Literal["minmax", "percentile", "mse", "ema"]
+RuleKind = Literal["minmax", "percentile", "mse", "ema", "four_over_six", "sweep"]
+# Rules that try scales and compare the errors.
+SEARCHES: frozenset[RuleKind] = frozenset({"mse", "four_over_six", "sweep"})
+# What four-over-six tries in place of the scale that brings the largest magnitude to 6: that to 4.
+_SIX_OVER_FOUR = 1.5
 
 # Bins on each side of zero. The largest magnitude falls in their upper half, so a bin is never
 # wider than 1/4096 of it.
@@ -60,7 +74,10 @@ class RangeRule:
     Attributes:
         kind: ``minmax`` holds every value. ``percentile`` clips the outermost values. ``mse``
             searches the range whose quantization error is smallest. ``ema`` averages the extremes
-            of batches (activations only).
+            of batches (activations only). ``four_over_six`` takes for each block of E2M1 weights
+            the better of two scales, which bring its largest magnitude to 6 or to 4 (Cook et al.,
+            arXiv 2512.02010). ``sweep`` tries every scale that could be best, or all ``steps`` of
+            them where scales have 16 bits or more. Both of these go by the squared error.
         percentile: Fraction of values to hold: of the magnitudes when symmetric, on either side
             when asymmetric. In (0.5, 1].
         max_shrink: How far below the extremes the search goes: 0.8 tries ranges down to a fifth.
@@ -117,7 +134,7 @@ def weight_scales(
     granularity: Granularity,
     group_size: int | None,
     rule: RangeRule,
-    scale_dtype: torch.dtype,
+    scale_dtype: AnyScale,
     importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Choose the scales, and the zero points, of a weight.
@@ -130,22 +147,24 @@ def weight_scales(
 
         sum over the unit of importance * |w - dequantize(quantize(w))|^norm
 
+    Where scales have 8 bits, ``mse`` and ``sweep`` try every one in that range.
+
     Args:
         weight: ``[out, in]``, any floating dtype.
         grid: The points and their codes.
         symmetric: Keep zero at code 0.
-        granularity: tensor, channel or group.
-        group_size: For group granularity.
-        rule: ``minmax``, ``percentile`` or ``mse``.
-        scale_dtype: Dtype in which the scale is stored.
+        granularity: tensor, channel, group or block.
+        group_size: For group and block granularity.
+        rule: Any but ``ema``.
+        scale_dtype: How the scale is stored.
         importance: ``[in]``, not negative: how much an error in each input feature matters, e.g.
-            the diagonal of the Hessian. Only ``mse`` uses it.
+            the diagonal of the Hessian. Only the rules that search use it.
 
     Returns:
         Scale and zero point as :func:`prismquant.numerics.affine.scale_zero_point` gives them.
 
     Raises:
-        RecipeError: The rule is ``ema``.
+        RecipeError: The rule is ``ema``, or ``four_over_six`` and the grid is not E2M1.
         NumericsError: The weight or the importance is not finite, or the importance is negative or
             of the wrong shape.
         FormatError: The group size does not divide.
@@ -155,15 +174,39 @@ def weight_scales(
             "a weight has no batches to average over: the ema rule is for activations",
             remedy="use minmax, percentile or mse for weights",
         )
+    check_rule(rule, grid)
+    form = as_scale_format(scale_dtype)
     low, high = extremes(weight, granularity, group_size)
     if rule.kind == "minmax" or weight.numel() == 0:
-        return scale_zero_point(low, high, grid, symmetric, scale_dtype)
+        return scale_zero_point(low, high, grid, symmetric, form)
     if rule.kind == "percentile":
         low, high = _weight_percentiles(weight, symmetric, granularity, group_size, rule.percentile)
-        return scale_zero_point(low, high, grid, symmetric, scale_dtype)
+        return scale_zero_point(low, high, grid, symmetric, form)
     weights = None if importance is None else _checked_importance(importance, weight.shape[-1])
-    search = _Search(grid, symmetric, rule, scale_dtype)
+    search = _Search(grid, symmetric, _measured(rule), form)
     return _search_weight(weight, low, high, granularity, group_size, search, weights)
+
+
+def check_rule(rule: RangeRule, grid: Grid) -> None:
+    """Make sure that a rule makes sense for a grid.
+
+    Args:
+        rule: The rule.
+        grid: The points of the elements.
+
+    Raises:
+        RecipeError: The rule is ``four_over_six`` and the grid is not E2M1.
+    """
+    if rule.kind == "four_over_six" and grid != FloatGrid("e2m1"):
+        raise RecipeError(
+            "the rule four_over_six is for E2M1 numbers",
+            remedy="use a format of the fp4 family (nvfp4), or another range rule",
+        )
+
+
+def _measured(rule: RangeRule) -> RangeRule:
+    """The rule with the norm that its kind goes by."""
+    return rule if rule.kind == "mse" else replace(rule, norm=2.0)
 
 
 @dataclass(frozen=True)
@@ -173,14 +216,14 @@ class _Search:
     grid: Grid
     symmetric: bool
     rule: RangeRule
-    scale_dtype: torch.dtype
+    form: ScaleFormat
 
     @property
     def signed(self) -> bool:
         """Whether negative scales are worth a trial."""
         grid = self.grid
         lopsided = isinstance(grid, IntGrid) and not grid.narrow
-        return self.rule.signed_scale and self.symmetric and lopsided
+        return self.rule.signed_scale and self.symmetric and lopsided and not self.form.coded
 
     @property
     def top(self) -> float:
@@ -212,7 +255,7 @@ class _Search:
             (high * factors.abs()).clamp(max=limit),
             self.grid,
             self.symmetric,
-            self.scale_dtype,
+            self.form,
         )
         return torch.where(factors < 0, -scale, scale), zero
 
@@ -230,6 +273,10 @@ class _Search:
         Returns:
             Stored scale and zero point ``[*units]``.
         """
+        if self.form.coded or self.rule.kind == "four_over_six":
+            return self._best_of_few(torch.maximum(-low, high), loss_of), None
+        if self.rule.kind == "sweep":
+            stride = 1
         shape = (-1,) + (1,) * low.ndim
         ladder = torch.arange(0, self.rule.steps, stride, device=low.device)
         # The min-max range comes first, so that it wins ties.
@@ -255,12 +302,8 @@ class _Search:
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """The best of factors ``[T, *units]``: scale, zero point, loss and factor of each unit."""
         scales, zeros = self.scales(low, high, factors)
-        # Losses come in steps of each scale; the min-max scale is the common unit, far from 0 and
-        # infinity where a power of the scale itself might not be.
         unit, _ = self.scales(low, high, torch.ones((), device=low.device))
-        ratio = (scales.to(torch.float32) / unit.to(torch.float32)).abs_()
-        losses = loss_of(scales, zeros) * ratio.pow_(self.rule.norm)
-        losses = losses.nan_to_num(nan=math.inf, posinf=math.inf)
+        losses = self._losses(scales, zeros, unit, loss_of)
         index = losses.argmin(dim=0, keepdim=True)
 
         def chosen(x: Tensor) -> Tensor:
@@ -268,6 +311,31 @@ class _Search:
 
         zero = None if zeros is None else chosen(zeros)
         return chosen(scales), zero, chosen(losses), chosen(factors)
+
+    def _best_of_few(self, magnitude: Tensor, loss_of: _LossOf) -> Tensor:
+        """Try all the scales that a rule tells apart, largest magnitudes ``[*units]`` given."""
+        magnitude = magnitude.to(torch.float32)
+        # The min-max scale comes first, so that it wins ties.
+        tried = [self.form.of_magnitude(magnitude, self.grid).to(torch.float32)]
+        if self.rule.kind == "four_over_six":
+            limit = torch.finfo(torch.float32).max
+            larger = (magnitude * _SIX_OVER_FOUR).clamp(max=limit)
+            tried.append(self.form.of_magnitude(larger, self.grid).to(torch.float32))
+        else:
+            tried += self.form.candidates(magnitude, self.grid, self.top, self.bottom)
+        scales = torch.stack(tried)
+        losses = self._losses(scales, None, scales[0], loss_of)
+        return self.form.kept(scales.gather(0, losses.argmin(0, keepdim=True)).squeeze(0))
+
+    def _losses(
+        self, scales: Tensor, zeros: Tensor | None, unit: Tensor, loss_of: _LossOf
+    ) -> Tensor:
+        """Losses of candidates ``[T, *units]`` that can be compared."""
+        # They come in steps of each scale; the min-max scale is the common unit, far from 0 and
+        # infinity where a power of the scale itself might not be.
+        ratio = (scales.to(torch.float32) / unit.to(torch.float32)).abs_()
+        losses = loss_of(scales, zeros) * ratio.pow_(self.rule.norm)
+        return losses.nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 def _search_weight(
@@ -280,31 +348,64 @@ def _search_weight(
     importance: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Run the search over a weight in pieces of whole rows, so that memory stays bounded."""
-    per_tensor = granularity == Granularity.TENSOR
-    groups = weight.unsqueeze(-2) if per_tensor else to_groups(weight, granularity, group_size)
-    if importance is not None:
-        importance = importance.view(groups.shape[-2:])
     limit = _CPU_PIECE if weight.device.type == "cpu" else _DEVICE_PIECE
-    pieces = groups.split(max(1, limit // weight.shape[-1]))
+    if granularity == Granularity.TENSOR:
+        pieces = weight.unsqueeze(-2).split(max(1, limit // weight.shape[-1]))
 
-    def losses_of(piece: Tensor) -> _LossOf:
-        return lambda scales, zeros: _losses(piece, scales, zeros, search, importance)
+        def whole(scales: Tensor, zeros: Tensor | None) -> Tensor:
+            parts = (_losses(piece, scales, zeros, search, importance) for piece in pieces)
+            return torch.stack([part.sum(dim=1, dtype=torch.float64) for part in parts]).sum(0)
 
-    def whole(scales: Tensor, zeros: Tensor | None) -> Tensor:
-        parts = (losses_of(piece)(scales, zeros) for piece in pieces)
-        return torch.stack([part.sum(dim=1, dtype=torch.float64) for part in parts]).sum(0)
-
-    if per_tensor:
         return search.best(low, high, whole, stride=1)
     scales, zeros = [], []
     start = 0
-    for piece in pieces:
+    for piece in _unit_pieces(weight, granularity, group_size, limit):
+        costs = _by_unit(importance, piece, granularity, group_size)
+
+        losses = partial(_losses, piece, search=search, importance=costs)
         rows = slice(start, start + len(piece))
-        scale, zero = search.best(low[rows], high[rows], losses_of(piece), _STRIDE)
+        scale, zero = search.best(low[rows], high[rows], losses, _STRIDE)
         scales.append(scale)
         zeros += [] if zero is None else [zero]
         start = rows.stop
     return torch.cat(scales), torch.cat(zeros) if zeros else None
+
+
+def _unit_pieces(
+    weight: Tensor, granularity: Granularity, group_size: int | None, limit: int
+) -> Iterator[Tensor]:
+    """Cut a weight into pieces ``[scale rows, G, values of one scale]`` of about ``limit`` values.
+
+    Blocks that are cut off come last, in a piece of their own.
+    """
+    rows, features = weight.shape
+    if granularity != Granularity.BLOCK:
+        groups = to_groups(weight, granularity, group_size)
+        yield from groups.split(max(1, limit // features))
+        return
+    size = check_group_size(features, group_size)
+    full = rows // size * size
+    if full:
+        height = size * max(1, limit // (features * size))
+        for part in weight[:full].split(height):
+            yield to_groups(part, granularity, size)
+    if full < rows:
+        squares = weight[full:].reshape(1, rows - full, features // size, size).transpose(1, 2)
+        yield squares.flatten(2)
+
+
+def _by_unit(
+    importance: Tensor | None, piece: Tensor, granularity: Granularity, group_size: int | None
+) -> Tensor | None:
+    """Importance ``[in]`` of the values that share a scale, ``[G, values]``."""
+    if importance is None:
+        return None
+    groups, values = piece.shape[-2:]
+    if granularity != Granularity.BLOCK:
+        return importance.view(groups, values)
+    size = check_group_size(len(importance), group_size)
+    wide = importance.view(groups, 1, size).expand(groups, values // size, size)
+    return wide.reshape(groups, values)
 
 
 def _losses(
@@ -378,12 +479,17 @@ def _weight_percentiles(
     percentile: float,
 ) -> tuple[Tensor, Tensor]:
     """Range of the values by rank: the ``ceil(p n)``-th smallest, counted from either side."""
-    groups = to_groups(weight, granularity, group_size)
-    rank = _rank(percentile, groups.shape[-1])
     limit = _CPU_PIECE if weight.device.type == "cpu" else _DEVICE_PIECE
     lows, highs = [], []
-    for piece in groups.split(max(1, limit // groups[0].numel())):
+    whole = granularity == Granularity.TENSOR
+    pieces = (
+        [to_groups(weight, granularity)]
+        if whole
+        else _unit_pieces(weight, granularity, group_size, limit)
+    )
+    for piece in pieces:
         values = piece.to(torch.float32)
+        rank = _rank(percentile, values.shape[-1])
         if symmetric:
             highs.append(values.abs().kthvalue(rank, dim=-1).values)
             lows.append(-highs[-1])
@@ -493,11 +599,12 @@ class RangeRecord:
         """The range that a rule chooses.
 
         Args:
-            rule: Any of the four. ``percentile`` and ``mse`` are exact to within one bin width:
-                the first in the value of the range, the second in the p-norm error per value.
-            grid: The points and their codes; only ``mse`` looks at them.
-            symmetric: Whether the scale will be; ``percentile`` and ``mse`` then clip both sides
-                at one magnitude.
+            rule: Any but ``four_over_six``. ``percentile``, ``mse`` and ``sweep`` are exact to
+                within one bin width: the first in the value of the range, the others in the p-norm
+                error per value.
+            grid: The points and their codes; only ``mse`` and ``sweep`` look at them.
+            symmetric: Whether the scale will be; ``percentile``, ``mse`` and ``sweep`` then clip
+                both sides at one magnitude.
 
         Returns:
             ``(low, high)``, to be given to
@@ -505,7 +612,8 @@ class RangeRecord:
 
         Raises:
             NumericsError: Nothing has been recorded.
-            RecipeError: The rule is ``ema`` with another momentum than the record's.
+            RecipeError: The rule is ``ema`` with another momentum than the record's, or is one
+                for weights.
         """
         if self._count == 0:
             raise NumericsError(
@@ -523,7 +631,12 @@ class RangeRecord:
             return low / weight, high / weight
         if rule.kind == "percentile":
             return self._percentile(rule.percentile, symmetric)
-        return self._least_error(rule, grid, symmetric)
+        if rule.kind == "four_over_six":
+            raise RecipeError(
+                "the rule four_over_six chooses for each block: it is for weights",
+                remedy="use minmax, percentile, mse or ema for activations",
+            )
+        return self._least_error(_measured(rule), grid, symmetric)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole record as tensors, to be saved and given to :meth:`from_state_dict`."""
@@ -593,7 +706,7 @@ class RangeRecord:
         counts = self._counts[used].to(torch.float64)
         centres = (used.to(torch.float64) + (0.5 - _HALF)) * self.bin_width
         centres = centres.clamp(self._low, self._high)
-        search = _Search(grid, symmetric, rule, torch.float32)
+        search = _Search(grid, symmetric, rule, ScaleFormat(torch.float32))
         ladder = torch.arange(rule.steps, dtype=torch.float64)
         factors = torch.cat([ladder.new_ones(1), search.top - search.spacing * ladder])
 
@@ -618,6 +731,46 @@ class RangeRecord:
             lows = factors * start_low
             low = float(lows[best(lows, torch.full_like(lows, high))])
         return low, high
+
+
+def static_scale_zero_point(
+    record: RangeRecord,
+    rule: RangeRule,
+    grid: Grid,
+    symmetric: bool,
+    scale_dtype: torch.dtype,
+    kind: ScaleKind = "float",
+) -> tuple[Tensor, Tensor | None, float, float]:
+    """What calibration has to find for an activation.
+
+    Args:
+        record: Its values.
+        rule: How to choose the range. Where only a global scale is looked for, a search has nothing
+            to search, and counts as ``minmax``.
+        grid: The points and their codes.
+        symmetric: Keep zero at code 0.
+        scale_dtype: Dtype of a float scale.
+        kind: Of the scales: ``float``, or ``e4m3`` (whose block scales are dynamic).
+
+    Returns:
+        The static scale ``[1]`` or, for ``e4m3``, the global scale float32 ``[1]``; the zero point
+        or ``None``; and the ends of the range.
+
+    Raises:
+        NumericsError: Nothing has been recorded.
+        RecipeError: The rule does not fit.
+        FormatError: The kind has no static scale.
+    """
+    if kind not in ("float", "e4m3"):
+        raise FormatError(f"scales of the kind {kind} are dynamic: there is nothing to calibrate")
+    if kind == "e4m3" and rule.kind in SEARCHES:
+        rule = replace(rule, kind="minmax")
+    low, high = record.low_high(rule, grid, symmetric)
+    if kind == "e4m3":
+        return global_scale(torch.tensor(max(-low, high)), grid), None, low, high
+    ends = torch.tensor([[low], [high]])
+    scale, zero = scale_zero_point(ends[0], ends[1], grid, symmetric, scale_dtype)
+    return scale, zero, low, high
 
 
 def _exponent(magnitude: float) -> int:
@@ -666,12 +819,12 @@ def coupled_weight_scales(
     granularity: Granularity,
     group_size: int | None,
     rule: RangeRule,
-    scale_dtype: torch.dtype,
+    scale_dtype: AnyScale,
     hessian: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
     """Choose the scales of a weight by what its errors do together.
 
-    Like :func:`weight_scales`, but the ``mse`` search minimises, for every unit, the error of what
+    Like :func:`weight_scales`, but rules that search minimise, for every unit, the error of what
     the unit puts out (AWQ's search for clips, Lin et al., arXiv 2306.00978, section 3.2):
 
         e H e^T,    e = w - dequantize(quantize(w)) of the unit, H its block of the Hessian
@@ -683,22 +836,23 @@ def coupled_weight_scales(
         weight: ``[out, in]``, any floating dtype.
         grid: The points and their codes.
         symmetric: Keep zero at code 0.
-        granularity: tensor, channel or group.
-        group_size: For group granularity.
-        rule: ``minmax``, ``percentile`` or ``mse``.
-        scale_dtype: Dtype in which the scale is stored.
+        granularity: tensor, channel, group or block.
+        group_size: For group and block granularity.
+        rule: Any but ``ema``.
+        scale_dtype: How the scale is stored.
         hessian: ``[in, in]``, symmetric and positive semidefinite.
 
     Returns:
         Scale and zero point as :func:`prismquant.numerics.affine.scale_zero_point` gives them.
 
     Raises:
-        RecipeError: The rule is ``ema``.
+        RecipeError: The rule is ``ema``, or ``four_over_six`` and the grid is not E2M1.
         NumericsError: The weight or the Hessian is not finite, or the Hessian has the wrong shape.
         FormatError: The group size does not divide.
     """
     unit = (granularity, group_size)
-    if rule.kind != "mse" or weight.numel() == 0:
+    check_rule(rule, grid)
+    if rule.kind not in SEARCHES or weight.numel() == 0:
         return weight_scales(weight, grid, symmetric, *unit, rule, scale_dtype)
     features = weight.shape[-1]
     if tuple(hessian.shape) != (features, features):
@@ -707,13 +861,15 @@ def coupled_weight_scales(
         )
     check_finite(hessian, "the Hessian")
     low, high = extremes(weight, *unit)
-    search = _Search(grid, symmetric, replace(rule, norm=2.0), scale_dtype)
-    size = check_group_size(features, group_size) if granularity == Granularity.GROUP else features
+    search = _Search(grid, symmetric, replace(rule, norm=2.0), as_scale_format(scale_dtype))
+    size = check_group_size(features, group_size) if granularity.grouped else features
     starts = range(0, features, size)
     blocks = torch.stack([hessian[i : i + size, i : i + size] for i in starts])
     # Only ratios matter; as they are, the numbers could overflow.
     blocks = blocks.to(weight.device, torch.float32)
     blocks = blocks / blocks.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+
+    blocked = granularity == Granularity.BLOCK
 
     def losses(piece: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
         found = []
@@ -723,11 +879,12 @@ def coupled_weight_scales(
             steps = error.reshape(len(piece), -1, size) / scale.to(torch.float32).unsqueeze(-1)
             steps = steps.transpose(0, 1)
             # A positive semidefinite form can only come out negative by rounding.
-            found.append((steps @ blocks).mul_(steps).sum(-1).T.clamp_min_(0.0))
+            loss = (steps @ blocks).mul_(steps).sum(-1).T.clamp_min_(0.0)
+            found.append(loss.sum(0, keepdim=True) if blocked else loss)
         return torch.stack(found)
 
     limit = _COUPLED_PIECE if weight.device.type == "cpu" else _DEVICE_PIECE
-    pieces = weight.to(torch.float32).split(max(1, limit // features))
+    pieces = weight.to(torch.float32).split(size if blocked else max(1, limit // features))
     if granularity == Granularity.TENSOR:
 
         def whole(scales: Tensor, zeros: Tensor | None) -> Tensor:
@@ -738,7 +895,7 @@ def coupled_weight_scales(
     scales, zeros = [], []
     start = 0
     for piece in pieces:
-        rows = slice(start, start + len(piece))
+        rows = slice(start, start + (block_rows(len(piece), size) if blocked else len(piece)))
         scale, zero = search.best(low[rows], high[rows], partial(losses, piece), _STRIDE)
         scales.append(scale)
         zeros += [] if zero is None else [zero]

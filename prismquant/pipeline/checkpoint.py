@@ -75,6 +75,7 @@ class StepRecord:
         seconds: Wall time.
         layers: Its quantized layers.
         edges: Edges along which scale was moved, or was not worth moving.
+        kv_cache: Ranges of the keys and values of its attention, where their cache is quantized.
     """
 
     name: str
@@ -82,6 +83,7 @@ class StepRecord:
     seconds: float
     layers: tuple[LayerRecord, ...]
     edges: tuple[EdgeRecord, ...] = ()
+    kv_cache: Mapping[str, float | int | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from prismquant.algorithms.table import build_equalizer
 from prismquant.errors import NumericsError
 from prismquant.memory import keep_heap_compact
 from prismquant.models.arch import Modality
+from prismquant.models.attention import unhook_attention
 from prismquant.models.bind import BoundModel, BoundStep
 from prismquant.models.config import empty_model
 from prismquant.models.load import materialize, release
@@ -34,8 +35,12 @@ from prismquant.pipeline.capture import Enough, Replay, StepCall
 from prismquant.pipeline.checkpoint import EdgeRecord, LayerRecord, StepRecord
 from prismquant.pipeline.equalize import edge_problem, move_scale
 from prismquant.pipeline.group import Group, GroupSettings, SolvedLayer, What, parameters
-from prismquant.pipeline.plan import DENSE, Plan, PlanEdge, PlanRow, problem_groups
+from prismquant.pipeline.kv import KVObservation, KVScales, Notes, quantize_cache
+from prismquant.pipeline.kv_plan import KVLayer
+from prismquant.pipeline.layout import DENSE
+from prismquant.pipeline.plan import Plan, PlanEdge, PlanRow, problem_groups
 from prismquant.pipeline.tune import TunedBlock, tune
+from prismquant.runtime.kv_cache import cache_in_float
 from prismquant.runtime.quant_linear import (
     QuantLinear,
     activations_in_float,
@@ -67,6 +72,9 @@ class Sink(Protocol):
 
     def read_plain(self, shard: str, rows: Sequence[PlanRow]) -> dict[str, Tensor]:
         """All other tensors of such a step, by module tensor name."""
+
+    def read_kv(self, shard: str, layer: KVLayer) -> KVScales:
+        """The scales of an attention layer's keys and values, of such a step."""
 
 
 class Reporter(Protocol):
@@ -177,10 +185,15 @@ class _Chain:
         with self.inputs_as_asked(module):
             return [(call.keep, module(*call.args, **call.kwargs)) for call in self.calls(step)]
 
-    def inputs_as_asked(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
-        """Inputs of solved layers as they will be served, or in float where the plan says so."""
-        as_served = self.job.plan.calibration.quantized_inputs
-        return contextlib.nullcontext() if as_served else activations_in_float(module)
+    @contextlib.contextmanager
+    def inputs_as_asked(self, module: nn.Module) -> Iterator[None]:
+        """Inputs of solved layers, keys and values as they will be served, or in float where the
+        plan says so."""
+        if self.job.plan.calibration.quantized_inputs:
+            yield
+        else:
+            with activations_in_float(module), cache_in_float(module):
+                yield
 
     @contextlib.contextmanager
     def loaded(self, names: Sequence[str]) -> Iterator[None]:
@@ -196,6 +209,7 @@ class _Chain:
         finally:
             for name in names:
                 release(self.model, name)
+                unhook_attention(self.model.get_submodule(name))
                 _make_plain(self.model, name)
 
     def between_steps(self, *, vision: bool) -> list[str]:
@@ -223,12 +237,16 @@ class _Work:
         records: What to tell of them.
         edges: What to tell of the edges along which scale was moved.
         changed: Names of tensors that scale was moved in.
+        kv_scales: Scales of keys and values, by module tensor name.
+        kv_notes: What to tell of them.
     """
 
     layers: list[SolvedLayer] = field(default_factory=list)
     records: list[LayerRecord] = field(default_factory=list)
     edges: list[EdgeRecord] = field(default_factory=list)
     changed: set[str] = field(default_factory=set)
+    kv_scales: dict[str, Tensor] = field(default_factory=dict)
+    kv_notes: Notes = field(default_factory=dict)
 
 
 class _Engine:
@@ -287,7 +305,7 @@ class _Engine:
             yield from self._step(step, flows=bool(order) and needed)
 
     def _any_left(self, steps: Sequence[BoundStep]) -> bool:
-        return any(step.name in self.rows for step in steps)
+        return any(step.name in self.rows or self._kv_layer(step) for step in steps)
 
     @contextlib.contextmanager
     def _loaded_between(self, *, vision: bool) -> Iterator[None]:
@@ -316,21 +334,28 @@ class _Engine:
             before = not self.job.plan.calibration.block_sequential
             outputs = self.main.forward(step) if carries and before else []
             if done is not None:
-                self._restore(done, rows)
+                self._restore(done, step, rows, flows)
                 work = _Work()
             else:
                 work = self._solve(step, rows, [output for _, output in wanted], flows)
             if carries and not before:
                 self.job.reporter.stage(step.name, "forward")
                 outputs = self.main.forward(step)
-            changed = self._changed(work)
+            changed = self._changed(work) | work.kv_scales
             for keep, output in [*wanted, *outputs]:
                 keep(output)
         if done is None:
             self.job.reporter.stage(step.name, "write")
             shard = self.job.sink.write_step(step, work.layers, changed)
             seconds = time.monotonic() - started
-            done = StepRecord(step.name, shard, seconds, tuple(work.records), tuple(work.edges))
+            done = StepRecord(
+                step.name,
+                shard,
+                seconds,
+                tuple(work.records),
+                tuple(work.edges),
+                work.kv_notes,
+            )
             yield done
         self.job.reporter.finish(done)
 
@@ -351,11 +376,39 @@ class _Engine:
             self._round_moved(rows, work)
         tuned = [row for row in rows if row.tuner is not None]
         floats = {row.site.name: _weight_of(self.main, row) for row in tuned}
+        kv = self._kv_layer(step)
+        sequential = self.job.plan.calibration.layer_sequential
         for stage in self._stages(rows):
+            later = sequential and kv is not None and stage[0].site.stage > kv.stage
+            if kv is not None and later and not work.kv_scales:
+                self._quantize_kv(step, kv, work)
             self._solve_stage(step, stage, work)
+        if kv is not None and not work.kv_scales:
+            self._quantize_kv(step, kv, work)
         if tuned:
             self._tune(step, floats, wanted, work)
+            if kv is not None:
+                # The tuner has changed the projections, if only by a rounding here and there.
+                self._quantize_kv(step, kv, work)
         return work
+
+    def _kv_layer(self, step: BoundStep) -> KVLayer | None:
+        plan = self.job.plan.kv_cache
+        return None if plan is None else plan.layer(step.index)
+
+    def _quantize_kv(self, step: BoundStep, layer: KVLayer, work: _Work) -> None:
+        """Choose the scales of a block's keys and values, and let what follows see them rounded."""
+        plan = self.job.plan.kv_cache
+        if plan is None:
+            return
+        self.job.reporter.stage(step.name, "keys and values")
+        observation = KVObservation(plan, layer)
+        module = self.main.module(step.name)
+        with self.main.inputs_as_asked(module):
+            observation.observe(self.main.model, module, self.main.calls(step))
+        scales = observation.scales(self.job.bound.dtype, self.job.device)
+        quantize_cache(self.main.model, layer.attention, plan.spec, scales)
+        work.kv_scales, work.kv_notes = scales.named(layer), observation.notes()
 
     def _equalize(self, step: BoundStep, work: _Work) -> None:
         """Move scale along the step's edges, method by method, with one pass over the data each.
@@ -536,9 +589,11 @@ class _Engine:
         if row.outputs is not None:
             quantize_outputs(model, site.name, row.outputs, *parameters(layer.output))
 
-    def _restore(self, done: StepRecord, rows: Sequence[PlanRow]) -> None:
+    def _restore(
+        self, done: StepRecord, step: BoundStep, rows: Sequence[PlanRow], flows: bool
+    ) -> None:
         """Put a finished step's numbers in place, to carry its output forward."""
-        if any(edge.edge.step == self._index_of(done.name) for edge in self.job.plan.edges):
+        if step.index in self.edges:
             for name, tensor in self.job.sink.read_plain(done.shard, rows).items():
                 owner, _, leaf = name.rpartition(".")
                 module = self.main.module(owner)
@@ -547,9 +602,10 @@ class _Engine:
                     setattr(module, leaf, nn.Parameter(values, requires_grad=False))
         for layer in self.job.sink.read_step(done.shard, rows) if rows else []:
             self._replace(layer)
-
-    def _index_of(self, step: str) -> int:
-        return next(s.index for s in self.job.bound.steps if s.name == step)
+        plan, attention = self.job.plan.kv_cache, self._kv_layer(step)
+        if flows and plan is not None and attention is not None:
+            scales = self.job.sink.read_kv(done.shard, attention).to(self.job.device)
+            quantize_cache(self.main.model, attention.attention, plan.spec, scales)
 
     def _changed(self, work: _Work) -> dict[str, Tensor]:
         """Tensors in which scale was moved and which no solver stores, as they are to be stored."""

@@ -18,6 +18,7 @@ from prismquant.errors import NumericsError
 from prismquant.formats.spec import NumberSpec
 from prismquant.numerics.affine import scale_zero_point
 from prismquant.numerics.ranges import RangeRecord, RangeRule
+from prismquant.numerics.scales import global_scale
 from prismquant.pipeline.capture import StepCall
 from prismquant.pipeline.plan import PlanRow
 from prismquant.runtime.quant_linear import ActivationQuantizer, QuantLinear
@@ -37,7 +38,7 @@ class StaticScale:
     """A scale that calibration found for an input or an output.
 
     Attributes:
-        scale: [1] in the stored dtype.
+        scale: [1] in the stored dtype; of two-level scales the global one, float32.
         zero_point: int8 [1], or None.
         low, high: The range that was chosen.
     """
@@ -305,7 +306,7 @@ class Group:
 
     def _input_scale(self) -> StaticScale | None:
         row = self.rows[0]
-        if row.activations is None or row.activations.dynamic or not self._ranges:
+        if row.activations is None or not row.activations.calibrated or not self._ranges:
             return None
         if self._input is None:
             merged = RangeRecord(row.activation_range.momentum)
@@ -321,6 +322,9 @@ class Group:
 
     def _static(self, record: RangeRecord, spec: NumberSpec, rule: RangeRule) -> StaticScale:
         low, high = record.low_high(rule, spec.grid, spec.symmetric)
+        if spec.scale == "e4m3":
+            largest = torch.tensor([max(-low, high)], device=self.settings.device)
+            return StaticScale(global_scale(largest, spec.grid), None, low, high)
         ends = torch.tensor([[low], [high]], device=self.settings.device)
         scale, zero_point = scale_zero_point(
             ends[0], ends[1], spec.grid, spec.symmetric, self.settings.stored_dtype

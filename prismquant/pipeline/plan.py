@@ -20,13 +20,15 @@ from prismquant.algorithms.correction import Correction
 from prismquant.algorithms.split import Split
 from prismquant.algorithms.table import EQUALIZERS, build_solver
 from prismquant.errors import FormatError, ModelError, PlanError
-from prismquant.formats.packed import FLOAT_QUANTIZED, INT_QUANTIZED, PACK_QUANTIZED, stored_bytes
+from prismquant.formats.packed import stored_bytes
 from prismquant.formats.spec import NumberSpec
 from prismquant.models.arch import Modality, SiteKind
 from prismquant.models.bind import BoundEdge, BoundModel, BoundSite
 from prismquant.models.rotation import OnlineRotation, Rotation, online_rotations, untied
-from prismquant.numerics.affine import Granularity
 from prismquant.numerics.ranges import RangeRule
+from prismquant.pipeline.fit import fit
+from prismquant.pipeline.kv_plan import KVPlan, plan_kv_cache
+from prismquant.pipeline.layout import DENSE, input_bytes, is_declarable, layout_of
 from prismquant.recipe.schema import (
     ROTATION,
     SPLIT,
@@ -37,8 +39,6 @@ from prismquant.recipe.schema import (
     resolve,
 )
 from prismquant.storage import ShardReader
-
-DENSE = "dense"
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class PlanRow:
     @property
     def static_input(self) -> bool:
         """Whether a static activation scale must be calibrated."""
-        return self.activations is not None and not self.activations.dynamic
+        return self.activations is not None and self.activations.calibrated
 
     @property
     def needs_data(self) -> bool:
@@ -101,7 +101,23 @@ class PlanRow:
     @property
     def static_output(self) -> bool:
         """Whether a static scale of the output must be calibrated."""
-        return self.outputs is not None and not self.outputs.dynamic
+        return self.outputs is not None and self.outputs.calibrated
+
+    @property
+    def sides(self) -> tuple[NumberSpec | None, NumberSpec | None]:
+        """Number formats of input and output."""
+        return (self.activations, self.outputs)
+
+    @property
+    def stored_dense(self) -> bool:
+        """Whether the weight is stored dequantized."""
+        return self.layout == DENSE
+
+    @property
+    def private_activations(self) -> bool:
+        """Whether inputs or outputs are quantized in a way that no checkpoint format declares."""
+        activations = [spec for spec in self.sides if spec is not None]
+        return any(self.stored_dense or not is_declarable(spec) for spec in activations)
 
     @property
     def needs_hessian(self) -> bool:
@@ -181,6 +197,7 @@ class Plan:
         calibration: How statistics are gathered.
         rotations: Which towers are rotated, and how.
         edges: Along which edges scale is moved, in the order of the work.
+        kv_cache: What happens to the language model's keys and values; None: nothing.
         remarks: What a user should know of the checkpoint: who cannot load it, and why.
     """
 
@@ -192,6 +209,7 @@ class Plan:
     calibration: Calibration
     rotations: tuple[Rotation, ...] = ()
     edges: tuple[PlanEdge, ...] = ()
+    kv_cache: KVPlan | None = None
     remarks: tuple[str, ...] = ()
 
     @property
@@ -202,7 +220,8 @@ class Plan:
     @property
     def needs_data(self) -> bool:
         """Whether calibration samples are needed."""
-        return bool(self.edges) or any(row.needs_data for row in self.quantized)
+        told = bool(self.edges) or self.kv_cache is not None
+        return told or any(row.needs_data for row in self.quantized)
 
     @property
     def needs_float_chain(self) -> bool:
@@ -212,7 +231,8 @@ class Plan:
     @property
     def total_bytes(self) -> int:
         """Bytes of all tensors on disk afterwards, without file headers."""
-        return self.other_bytes + sum(row.stored_bytes for row in self.rows)
+        scales = 0 if self.kv_cache is None else self.kv_cache.stored_bytes
+        return self.other_bytes + scales + sum(row.stored_bytes for row in self.rows)
 
     @property
     def float_bytes(self) -> int:
@@ -242,6 +262,7 @@ class Plan:
             "left_alone": [{"name": n, "reason": r} for n, r in self.left_alone],
             "rotations": [asdict(rotation) for rotation in self.rotations],
             "edges": [edge.to_dict() for edge in self.edges],
+            "kv_cache": self.kv_cache.to_dict() if self.kv_cache else None,
             "remarks": list(self.remarks),
             "other_bytes": self.other_bytes,
             "totals": self.totals(),
@@ -276,7 +297,9 @@ def make_plan(recipe: Recipe, bound: BoundModel) -> Plan:
     rows = []
     for site in bound.sites:
         try:
-            row = _row(site, settings[site.name], bound, sizes, untied(bound, rotations))
+            own_head = untied(bound, rotations)
+            shards = recipe.tensor_parallel
+            row = _row(site, settings[site.name], bound, sizes, own_head, shards)
             rows.append(_with_input(row, online.get(site.name), splits.get(site.name), bound.dtype))
         except (PlanError, FormatError) as error:
             findings.append(
@@ -285,7 +308,8 @@ def make_plan(recipe: Recipe, bound: BoundModel) -> Plan:
     findings += _torn_fusions(rows)
     edges = _edges(recipe, bound, rows, findings)
     findings += _idle_splits(recipe, rows)
-    if not findings and not any(row.weights for row in rows):
+    kv_cache = plan_kv_cache(recipe, bound)
+    if not findings and kv_cache is None and not any(row.weights for row in rows):
         findings.append("no layer is quantized: no rule with `weights` stays in force")
     if findings:
         shown = findings[:20]
@@ -305,7 +329,8 @@ def make_plan(recipe: Recipe, bound: BoundModel) -> Plan:
         calibration=recipe.calibration,
         rotations=rotations,
         edges=edges,
-        remarks=_remarks(rows),
+        kv_cache=kv_cache,
+        remarks=(*_remarks(rows), *(kv_cache.remarks() if kv_cache else ())),
     )
 
 
@@ -351,6 +376,7 @@ def _row(
     bound: BoundModel,
     sizes: Mapping[str, int],
     own_head: bool,
+    shards: int,
 ) -> PlanRow:
     dtype = bound.dtype
     float_bytes = 0 if site.tied else sizes[f"{site.disk_name}.weight"]
@@ -385,15 +411,16 @@ def _row(
             "its weight is tied to the input embeddings, which stay in floating point",
             remedy="leave it alone with `skip: true`",
         )
-    weights, note = _fit_group(setting.weights, site.in_features, setting.group_fallback)
-    row = replace(row, weights=weights, note=note)
+    fitted = fit(site, setting.weights, setting.activations, setting.fallback, shards)
+    weights = fitted.weights
+    row = replace(row, weights=weights, activations=fitted.activations, note=fitted.note)
     if site.kind is SiteKind.PATCH_CONV:
         return _dense_row(row, dtype)
-    layout = _layout(weights, row.activations)
+    layout = layout_of(weights, row.activations)
     if layout == DENSE:
         return _unportable_row(row, dtype)
     size = stored_bytes((site.out_features, site.in_features), weights, layout, dtype)
-    size += _scale_bytes(row.activations, dtype) + _scale_bytes(row.outputs, dtype)
+    size += input_bytes(row.activations, dtype) + input_bytes(row.outputs, dtype)
     return replace(row, layout=layout, stored_bytes=size)
 
 
@@ -525,25 +552,9 @@ def _obstacles(row: PlanRow) -> list[str]:
         )
     if row.split is not None:
         found.append("only prismquant.load keeps split columns in floating point")
+    if row.private_activations:
+        found.append(f"no checkpoint format declares {_scheme(row)}: only prismquant.load does it")
     return found
-
-
-def _fit_group(weights: NumberSpec, width: int, fallback: str) -> tuple[NumberSpec, str]:
-    """The format that this width allows, and a note where it is not the one asked for."""
-    size = weights.group_size
-    if size is None or width % size == 0:
-        return weights, ""
-    if fallback == "channel":
-        channel = replace(weights, granularity=Granularity.CHANNEL, group_size=None)
-        return channel, f"group size {size} does not divide {width}"
-    legal = [g for g in (256, 128, 96, 64, 48, 32, 16) if width % g == 0]
-    raise PlanError(
-        f"group size {size} does not divide its {width} input features",
-        remedy=f"use group_size {' or '.join(map(str, legal[:3]))}, granularity channel, "
-        "or group_fallback: channel"
-        if legal
-        else "use granularity channel, or group_fallback: channel",
-    )
 
 
 def _dense_row(row: PlanRow, dtype: torch.dtype) -> PlanRow:
@@ -558,30 +569,10 @@ def _dense_row(row: PlanRow, dtype: torch.dtype) -> PlanRow:
 
 def _unportable_row(row: PlanRow, dtype: torch.dtype) -> PlanRow:
     """A format without a layout of its own: the values it can express, in the model's dtype."""
-    if row.activations is not None or row.outputs is not None:
-        raise PlanError(
-            f"no checkpoint format declares {_scheme(row)}",
-            remedy="leave activations and outputs in floating point, or use int or fp8 weights",
-        )
     note = "; ".join(filter(None, [row.note, "stored dequantized"]))
-    return replace(row, note=note, stored_bytes=math.prod(row.site.weight_shape) * dtype.itemsize)
-
-
-def _layout(weights: NumberSpec, activations: NumberSpec | None) -> str:
-    """What servers expect: 8-bit weights with 8-bit inputs as plain int8, all else packed."""
-    plain = weights.symmetric and weights.granularity is not Granularity.GROUP
-    if weights.kind != "int":
-        return FLOAT_QUANTIZED if weights.kind == "e4m3" else DENSE
-    if weights.bits == 8 and plain and activations is not None:
-        return INT_QUANTIZED
-    return PACK_QUANTIZED
-
-
-def _scale_bytes(activations: NumberSpec | None, dtype: torch.dtype) -> int:
-    """Bytes of the static scale, and zero point, of an input or output."""
-    if activations is None or activations.dynamic:
-        return 0
-    return dtype.itemsize + (0 if activations.symmetric else 1)
+    size = math.prod(row.site.weight_shape) * dtype.itemsize
+    size += input_bytes(row.activations, dtype) + input_bytes(row.outputs, dtype)
+    return replace(row, note=note, stored_bytes=size)
 
 
 def _idle_rules(recipe: Recipe, bound: BoundModel, settings: Iterable[Setting]) -> list[str]:
@@ -612,7 +603,17 @@ def _torn_fusions(rows: Sequence[PlanRow]) -> list[str]:
                 f"{members[0].site.name} and its neighbours are fused by servers "
                 f"and must share a scheme, but: {listed}"
             )
+        elif _shares_global_scale(members) and len(problem_groups(members)) > 1:
+            findings.append(
+                f"{members[0].site.name} and its neighbours are fused by servers and share one "
+                "global scale, so they must be solved alike: give them the same solver, options, "
+                "range and correction"
+            )
     return findings
+
+
+def _shares_global_scale(rows: Sequence[PlanRow]) -> bool:
+    return any(row.weights is not None and row.weights.scale == "e4m3" for row in rows)
 
 
 def _scheme(row: PlanRow) -> str:

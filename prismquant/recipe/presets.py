@@ -29,7 +29,7 @@ def _preset(weights: str, activations: str | None, *, weight_range: str, **field
 def _with_vision(preset: Preset, **changes: Any) -> Preset:
     rule = preset["rules"][0]
     # Widths such as 3420 and 4304 occur in vision towers: no group of 128 divides them.
-    tower = rule | {"match": _VISION, "group_fallback": "channel"} | changes
+    tower = rule | {"match": _VISION, "fallback": "channel"} | changes
     patch = {"match": _PATCH, "activations": "none"}
     return preset | {"rules": [rule, tower, patch]}
 
@@ -57,7 +57,18 @@ _W4A8 = _preset("int4-channel", "int8-token", weight_range="mse")
 _W4A8_STATIC = _with(_preset("int4-channel", "int8-tensor", weight_range="mse"), _SMOOTHQUANT)
 _W3A16 = _preset("int3-g128", None, weight_range="mse")
 _W2A16 = _preset("int2-g64-asym", None, weight_range="mse")
+_W8A16 = _preset("int8-channel", None, weight_range="minmax")
+_W4AFP8 = _preset("int4-g128", "fp8-token", weight_range="mse")
 _FP8 = _preset("fp8-channel", "fp8-token", weight_range="mse")
+_FP8_STATIC = _with(_preset("fp8-channel", "fp8-tensor", weight_range="mse"), _SMOOTHQUANT)
+_FP8_BLOCK = _preset("fp8-b128", "fp8-g128-dyn", weight_range="mse")
+_NVFP4 = _preset("nvfp4", "nvfp4-dyn", weight_range="mse")
+_NVFP4A16 = _preset("nvfp4", None, weight_range="mse")
+_MXFP4 = _preset("mxfp4", "mxfp4-dyn", weight_range="mse")
+_MXFP4A16 = _preset("mxfp4", None, weight_range="mse")
+_MXFP6A16 = _preset("mxfp6", None, weight_range="mse")
+_MXFP8 = _preset("mxfp8", "mxfp8-dyn", weight_range="mse")
+_MXINT8 = _preset("mxint8", "mxint8-dyn", weight_range="minmax")
 
 PRESETS: dict[str, Preset] = {
     "w8a8": _W8A8,
@@ -72,8 +83,22 @@ PRESETS: dict[str, Preset] = {
     "w4a8-static-all": _with_vision(_W4A8_STATIC),
     "w3a16": _W3A16,
     "w3a16-all": _with_vision(_W3A16),
+    "w8a16": _W8A16,
+    "w4afp8": _W4AFP8,
     "fp8": _FP8,
     "fp8-all": _with_vision(_FP8),
+    "fp8-static": _FP8_STATIC,
+    "fp8-block": _FP8_BLOCK,
+    "nvfp4": _NVFP4,
+    "nvfp4-all": _with_vision(_NVFP4),
+    "nvfp4a16": _NVFP4A16,
+    "mxfp4": _MXFP4,
+    "mxfp4-all": _with_vision(_MXFP4),
+    "mxfp4a16": _MXFP4A16,
+    "mxfp6a16": _MXFP6A16,
+    "mxfp8": _MXFP8,
+    "mxfp8-all": _with_vision(_MXFP8),
+    "mxint8": _MXINT8,
     "vision-w8a8-llm-w4a8": _with_vision(
         _W4A8, weights="int8-channel", activations="int8-token", weight_range="minmax"
     ),

@@ -21,6 +21,9 @@ key is an error that names its path and the key that was probably meant.
 
 They are applied in order: rotations first of all, then scales along edges.
 
+``kv_cache`` says in what numbers a server keeps keys and values: ``fp8``, ``fp8-head``, ``int8``,
+``int8-head``, or a mapping such as ``{format: fp8, granularity: head, range: mse}``.
+
 The recipe knows nothing of a particular model: :mod:`prismquant.pipeline.plan` lays it over one.
 """
 
@@ -55,7 +58,7 @@ from prismquant.algorithms.table import (
     checked_options,
 )
 from prismquant.errors import PrismQuantError, RecipeError, suggest
-from prismquant.formats.packed import check_declarable
+from prismquant.formats.kv import KVCacheSpec, kv_cache_spec
 from prismquant.formats.spec import NumberSpec, spec
 from prismquant.models.arch import Modality
 from prismquant.models.rotation import Rotation
@@ -63,6 +66,7 @@ from prismquant.numerics.ranges import RangeRule
 from prismquant.recipe.aliases import translated
 
 Fields = dict[str, Any]
+Fallback = Literal["error", "channel", "nearest"]
 
 ROTATION, SPLIT = "rotation", "split"
 TRANSFORMS = (ROTATION, SPLIT, *EQUALIZERS)
@@ -128,8 +132,8 @@ class Rule(_Strict):
         weight_range: How a weight's range is chosen: ``minmax``, ``mse``, ``percentile``, or its
         fields.
         activation_range: Likewise for static activations, ``ema`` too.
-        group_fallback: What to do where the group size does not divide the layer's inputs:
-            ``error``, or ``channel`` for one scale a row.
+        fallback: What to do where the format cannot hold the layer's shape: ``error``, ``channel``
+            for one scale a row, or ``nearest`` for a smaller group first.
         skip: ``true`` leaves the layer alone.
     """
 
@@ -145,7 +149,7 @@ class Rule(_Strict):
     vision_weight: float | Literal["gradient"] | None = None
     weight_range: Fields | None = None
     activation_range: Fields | None = None
-    group_fallback: Literal["error", "channel"] | None = None
+    fallback: Fallback | None = None
     skip: bool | None = None
 
     @model_validator(mode="before")
@@ -172,17 +176,7 @@ class Rule(_Strict):
     @field_validator("weight_range", "activation_range", mode="before")
     @classmethod
     def _range_fields(cls, value: Any) -> Any:
-        if value is None:
-            return None
-        named = {"kind": value} if isinstance(value, str) else value
-        fields = _known_fields(named, RangeRule, "range rule")
-        try:
-            RangeRule(**fields)
-        except PrismQuantError as error:
-            raise _with_remedy(error) from error
-        except TypeError as error:
-            raise ValueError(f"a value of {fields} has the wrong type") from error
-        return fields
+        return None if value is None else _range_rule(value)
 
     @field_validator("solver")
     @classmethod
@@ -312,25 +306,66 @@ class Recipe(_Strict):
     Attributes:
         version: Of the grammar; 1.
         name: What tables call it.
-        rules: Later ones win.
+        kv_cache: In what numbers the language model's keys and values are kept, as fields of a
+            :class:`KVCacheSpec` and the ``range`` rule of its scales; None: floating point.
+        rules: Later ones win; there may be none beside a ``kv_cache``.
         transforms: Applied in order, before anything is rounded.
         calibration: How statistics are gathered.
+        tensor_parallel: Over how many devices a server will split each layer; formats must fit the
+            parts.
     """
 
     version: Literal[1] = 1
     name: str = "custom"
+    # Before the rules, which ask whether there is one.
+    kv_cache: Fields | None = None
     rules: tuple[Rule, ...]
     transforms: tuple[Transform, ...] = ()
     calibration: Calibration = Calibration()
+    tensor_parallel: int = Field(default=1, ge=1)
+
+    @field_validator("kv_cache", mode="before")
+    @classmethod
+    def _kv_cache_fields(cls, value: Any) -> Any:
+        if value is None or value == "none":
+            return None
+        try:
+            if isinstance(value, str):
+                return kv_cache_spec(value).to_dict()
+            if not isinstance(value, Mapping):
+                raise ValueError(f"expected a name or a mapping, found {value!r}")
+            spec_fields = {key: field for key, field in value.items() if key != "range"}
+            fields = KVCacheSpec.from_dict(spec_fields).to_dict()
+        except PrismQuantError as error:
+            raise _with_remedy(error) from error
+        return fields if "range" not in value else fields | {"range": _range_rule(value["range"])}
 
     @field_validator("rules")
     @classmethod
-    def _some_rules(cls, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
-        if not rules:
+    def _some_rules(cls, rules: tuple[Rule, ...], info: ValidationInfo) -> tuple[Rule, ...]:
+        if not rules and info.data.get("kv_cache") is None:
             raise ValueError("there is no rule")
         if any(rule.tuner_options for rule in rules) and not any(rule.tuner for rule in rules):
             raise ValueError("`tuner_options` but no rule names a tuner")
         return rules
+
+    @property
+    def kv_cache_settings(self) -> tuple[KVCacheSpec, RangeRule]:
+        """The numbers of the key-value cache, and how the ranges of its scales are chosen.
+
+        Raises:
+            RecipeError: The recipe asks for none.
+        """
+        if self.kv_cache is None:
+            raise RecipeError(f"recipe {self.name!r} has no kv_cache")
+        fields = dict(self.kv_cache)
+        rule = RangeRule(**fields.pop("range", {}))
+        return KVCacheSpec.from_dict(fields), rule
+
+    def with_kv_cache(self, kv_cache: str | Mapping[str, Any], name: str | None = None) -> Recipe:
+        """This recipe with a quantized key-value cache, or with ``none``."""
+        body = self.to_dict() | {"kv_cache": kv_cache}
+        return parse_recipe(body | ({"name": name} if name else {}), source=self.name)
 
     def with_rules(self, *rules: Mapping[str, Any], name: str | None = None) -> Recipe:
         """This recipe with more rules after its own."""
@@ -347,6 +382,10 @@ class Recipe(_Strict):
     def without_transforms(self) -> Recipe:
         """This recipe with its rules alone."""
         return self.model_copy(update={"transforms": ()})
+
+    def with_tensor_parallel(self, devices: int) -> Recipe:
+        """This recipe for layers that are split over devices."""
+        return parse_recipe(self.to_dict() | {"tensor_parallel": devices}, source=self.name)
 
     def with_calibration(self, **changes: int | bool) -> Recipe:
         """This recipe with other calibration settings."""
@@ -381,7 +420,7 @@ class Setting(_Strict):
         vision_weight: What a vision token counts for in the language model's statistics.
         weight_range: How the weight's range is chosen.
         activation_range: How a static activation's range is chosen.
-        group_fallback: What to do where a group size does not divide.
+        fallback: What to do where the formats cannot hold the layer's shape.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
@@ -398,7 +437,7 @@ class Setting(_Strict):
     vision_weight: float | Literal["gradient"]
     weight_range: RangeRule
     activation_range: RangeRule
-    group_fallback: Literal["error", "channel"]
+    fallback: Fallback
 
 
 def resolve(recipe: Recipe, *, modality: str, role: str, name: str) -> Setting:
@@ -408,7 +447,7 @@ def resolve(recipe: Recipe, *, modality: str, role: str, name: str) -> Setting:
         RecipeError: The merged fields make no number format, range rule or solver; the message
             names the layer and the rules that took part.
     """
-    merged: Fields = {"solver": "gptq", "options": {}, "group_fallback": "error", "skip": False}
+    merged: Fields = {"solver": "gptq", "options": {}, "fallback": "error", "skip": False}
     matched: list[int] = []
     for index, rule in enumerate(recipe.rules):
         if rule.match.matches(modality=modality, role=role, name=name):
@@ -509,8 +548,8 @@ def _merge(merged: Fields, rule: Rule) -> None:
             merged[key] = {**(merged.get(key) or {}), **value, **_implied(key, value)}
     if rule.weights is not None:
         merged["skip"] = False
-    if rule.group_fallback is not None:
-        merged["group_fallback"] = rule.group_fallback
+    if rule.fallback is not None:
+        merged["fallback"] = rule.fallback
     if rule.skip is not None:
         merged["skip"] = rule.skip
 
@@ -532,7 +571,7 @@ def _setting(merged: Fields, matched: tuple[int, ...]) -> Setting:
         vision_weight=merged.get("vision_weight", 1.0),
         weight_range=RangeRule(**(merged.get("weight_range") or {})),
         activation_range=RangeRule(**(merged.get("activation_range") or {})),
-        group_fallback=merged["group_fallback"],
+        fallback=merged["fallback"],
     )
     if setting.weights is not None:
         build_solver(setting.solver, setting.options)
@@ -546,7 +585,7 @@ def _implied(key: str, value: Fields) -> Fields:
     """``granularity: channel`` drops an earlier group size; a group size alone says granularity."""
     if key not in ("weights", "activations", "outputs"):
         return {}
-    if value.get("granularity") not in (None, "group"):
+    if value.get("granularity") not in (None, "group", "block"):
         return {"group_size": None}
     return {"granularity": "group"} if value.get("group_size") is not None else {}
 
@@ -558,11 +597,9 @@ def _check_formats(setting: Setting) -> None:
     if weights is not None and setting.weight_range.kind == "ema":
         raise RecipeError("a weight has no running range: 'ema' is for activations")
     for what, spec_of in (("activations", activations), ("outputs", setting.outputs)):
-        if spec_of is not None:
-            check_declarable(spec_of)
-        if spec_of is not None and spec_of.granularity == "channel":
+        if spec_of is not None and spec_of.granularity in ("channel", "block"):
             raise RecipeError(
-                f"{what} with channel scales are not supported",
+                f"{what} with {spec_of.granularity} scales are not supported",
                 remedy="use granularity tensor (static), token or group (dynamic)",
             )
         if spec_of is not None and spec_of.dynamic == (spec_of.granularity == "tensor"):
@@ -570,6 +607,19 @@ def _check_formats(setting: Setting) -> None:
                 f"{what} of {spec_of.describe()} are not supported",
                 remedy="tensor scales are static, token and group scales dynamic",
             )
+
+
+def _range_rule(value: Any) -> Fields:
+    """The fields of a range rule that is given by its kind or by fields."""
+    named = {"kind": value} if isinstance(value, str) else value
+    fields = _known_fields(named, RangeRule, "range rule")
+    try:
+        RangeRule(**fields)
+    except PrismQuantError as error:
+        raise _with_remedy(error) from error
+    except TypeError as error:
+        raise ValueError(f"a value of {fields} has the wrong type") from error
+    return fields
 
 
 def _known_fields(value: Any, kind: type, what: str) -> Fields:

@@ -76,3 +76,39 @@ class ProgressReporter:
             f"{record.seconds:.1f} s, {peak_memory_bytes() / 2**20:.0f} MiB peak",
             highlight=False,
         )
+
+
+class ExportProgress:
+    """A progress bar on a console for :func:`prismquant.api.export`; a context manager.
+
+    Args:
+        console: Where to draw. Nothing is drawn on anything but a terminal.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task = self._progress.add_task("checking", total=None)
+
+    def __enter__(self) -> ExportProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, done: int, total: int, name: str) -> None:
+        """So many of so many pieces are written; the next is called ``name``."""
+        self._progress.update(self._task, completed=done, total=total, description=name)

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from prismquant.errors import FormatError
 from prismquant.formats.spec import NumberSpec
 from prismquant.numerics.affine import dynamic_scale_zero_point, simulate
 from prismquant.numerics.hadamard import block_hadamard
+from prismquant.numerics.scales import ScaleFormat
 
 
 class ActivationQuantizer(nn.Module):
@@ -26,9 +28,13 @@ class ActivationQuantizer(nn.Module):
 
     Args:
         spec: Static (tensor) or dynamic (token, group).
-        scale: [1] for static, None for dynamic.
+        scale: [1] for static, None for dynamic. Where block scales are E4M3 and dynamic (NVFP4),
+            the static global scale [1].
         zero_point: int8 [1] for static asymmetric, else None.
         columns: int64 [k], columns that pass in floating point and take no part in any scale.
+
+    Raises:
+        FormatError: The format needs a static scale that is not given, or has none.
     """
 
     scale: Tensor | None
@@ -43,6 +49,12 @@ class ActivationQuantizer(nn.Module):
         columns: Tensor | None = None,
     ) -> None:
         super().__init__()
+        if (scale is not None) != spec.calibrated:
+            have = "no static scale" if scale is None else "a static scale"
+            raise FormatError(
+                f"an activation in {spec.describe()} cannot have {have}",
+                remedy="calibrate it" if scale is None else "use a static format",
+            )
         self.spec = spec
         self.enabled = True
         self.register_buffer("scale", scale)
@@ -69,9 +81,13 @@ class ActivationQuantizer(nn.Module):
     def _rounded(self, x: Tensor) -> Tensor:
         grid, granularity, size = self.spec.grid, self.spec.granularity, self.spec.group_size
         scale, zero_point = self.scale, self.zero_point
-        if scale is None:
-            symmetric = self.spec.symmetric
-            scale, zero_point = dynamic_scale_zero_point(x, grid, symmetric, granularity, size)
+        if self.spec.dynamic:
+            form = ScaleFormat(x.dtype, self.spec.scale, scale)
+            scale, zero_point = dynamic_scale_zero_point(
+                x, grid, self.spec.symmetric, granularity, size, form
+            )
+        if scale is None:  # what the constructor has ruled out
+            raise FormatError(f"an activation in {self.spec.describe()} needs a static scale")
         return simulate(x, scale, zero_point, grid, granularity, size)
 
 

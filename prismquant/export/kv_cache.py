@@ -1,0 +1,128 @@
+"""How a checkpoint of compressed-tensors tells of a quantized cache of keys and values.
+
+``kv_cache_scheme`` of the configuration says in what numbers; every attention module of the
+language model has tensors ``k_scale`` and ``v_scale``, [1] or [kv_heads, 1, 1]. A stored number is
+``x / scale``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from prismquant.errors import FormatError
+from prismquant.formats.kv import KVCacheSpec
+from prismquant.models.arch import ArchSpec, Modality
+from prismquant.models.config import config_value
+from prismquant.models.names import NameMap
+from prismquant.pipeline.kv import KVScales, quantize_cache
+from prismquant.pipeline.kv_plan import KEY_ROLE
+from prismquant.storage import ShardReader
+
+_STRATEGIES = {"tensor": "tensor", "head": "attn_head"}
+_TYPES = {"fp8": "float", "int8": "int"}
+
+
+def kv_cache_scheme(spec: KVCacheSpec | None) -> dict[str, Any] | None:
+    """The configuration's entry for a format."""
+    if spec is None:
+        return None
+    return {
+        "num_bits": 8,
+        "type": _TYPES[spec.format],
+        "symmetric": True,
+        "strategy": _STRATEGIES[spec.granularity],
+        "group_size": None,
+        "dynamic": False,
+    }
+
+
+def read_kv_cache_scheme(section: Mapping[str, Any]) -> KVCacheSpec | None:
+    """The format that a ``quantization_config`` declares.
+
+    Raises:
+        FormatError: It is one that PrismQuant does not have.
+    """
+    scheme = section.get("kv_cache_scheme")
+    if not scheme:
+        return None
+    formats = {value: key for key, value in _TYPES.items()}
+    units = {value: key for key, value in _STRATEGIES.items()}
+    number = formats.get(scheme.get("type", "int"))
+    unit = units.get(scheme.get("strategy") or "tensor")
+    symmetric, dynamic = scheme.get("symmetric", True), scheme.get("dynamic", False)
+    known = number is not None and unit is not None and scheme.get("num_bits") == 8
+    if not known or not symmetric or dynamic:
+        raise FormatError(
+            f"a key-value cache of {dict(scheme)} cannot be read",
+            remedy="8-bit float or int, symmetric, static, of strategy tensor or attn_head can",
+        )
+    return KVCacheSpec.from_dict({"format": number, "granularity": unit})
+
+
+def read_kv_scales(
+    reader: ShardReader, prefix: str, spec: KVCacheSpec, kv_heads: int
+) -> KVScales | None:
+    """The scales of the attention module whose tensors begin with ``prefix``; None: it has none.
+
+    Raises:
+        FormatError: Only one of the two is there, or it has another number of elements.
+    """
+    names = [f"{prefix}.k_scale", f"{prefix}.v_scale"]
+    present = [name for name in names if name in reader.names]
+    if not present:
+        return None
+    if len(present) == 1:
+        raise FormatError(f"{present[0]} is there without its fellow", where=prefix)
+    key, value = (reader.read(name) for name in names)
+    shape = spec.scale_shape(kv_heads)
+    if not key.numel() == value.numel() == math.prod(shape):
+        raise FormatError(
+            f"scales of keys and values of shapes {list(key.shape)} and {list(value.shape)} do "
+            f"not fit a cache of {spec.describe()} with {kv_heads} key-value heads",
+            where=prefix,
+        )
+    return KVScales(key.reshape(shape), value.reshape(shape))
+
+
+def quantize_kv_cache(
+    model: nn.Module, arch: ArchSpec, names: NameMap, reader: ShardReader, spec: KVCacheSpec
+) -> None:
+    """Let a loaded model see keys and values as its checkpoint's server would cache them.
+
+    Without scales in the checkpoint servers take 1, and so does this, except where that computes
+    nonsense: a key projection's bias can push keys far out of the range of FP8.
+
+    Raises:
+        FormatError: The scales do not fit the format, or the cache is uncalibrated where it must
+            not be.
+    """
+    tower = arch.tower(Modality.LLM)
+    blocks: Any = model.get_submodule(tower.blocks or "")
+    kv_heads = int(config_value(model.config, tower.kv_heads or tower.heads or ""))
+    paths = [site.path for site in tower.sites if site.role == KEY_ROLE]
+    for projection in (f"{tower.blocks}.{i}.{path}" for i in range(len(blocks)) for path in paths):
+        attention = projection.rpartition(".")[0]
+        prefix = names.to_disk(f"{attention}.k_scale").removesuffix(".k_scale")
+        linear: Any = model.get_submodule(projection)
+        scales = read_kv_scales(reader, prefix, spec, kv_heads)
+        if scales is None:
+            if linear.bias is not None:
+                raise _uncalibrated(attention, spec)
+            one = torch.ones(spec.scale_shape(kv_heads))
+            scales = KVScales(one, one.clone())
+        quantize_cache(model, attention, spec, scales.to(linear.weight.device))
+
+
+def _uncalibrated(attention: str, spec: KVCacheSpec) -> FormatError:
+    return FormatError(
+        f"the key-value cache of {spec.name} has no scales, and the key projection has a bias: "
+        "with the scale 1 that servers assume, keys may be clipped beyond use",
+        where=attention,
+        remedy="quantize again with kv_cache in the recipe, or drop kv_cache_scheme from "
+        "config.json",
+    )

@@ -1,0 +1,207 @@
+"""A checkpoint that exists, seen layer by layer: what an exporter reads from.
+
+Nothing is loaded when a checkpoint is opened: names, schemes and shapes come from its configuration
+and from headers. Tensors are read one layer at a time, whichever shards they lie in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prismquant.errors import StorageError
+from prismquant.export.compressed_tensors import (
+    CONFIG_KEY,
+    SIGNS,
+    DequantizingReader,
+    StoredScheme,
+    read_rotations,
+    read_schemes,
+)
+from prismquant.formats.packed import QuantizedTensor
+from prismquant.models.arch import ArchSpec
+from prismquant.models.config import empty_model, identify, native_config
+from prismquant.models.names import NameMap, choose_layout
+from prismquant.numerics.hadamard import block_hadamard
+from prismquant.storage import ShardReader, read_json
+
+_CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale", ".k_zero_point", ".v_zero_point")
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """One linear layer of a checkpoint.
+
+    Attributes:
+        name: Its module path in transformers.
+        called: What the checkpoint's configuration calls it.
+        prefix: What its tensors' names begin with on disk.
+        shape: ``(out, in)``.
+        scheme: How it is stored; None: in floating point.
+        rotation: Width of the Hadamard blocks that rotate its input at run time; None: no rotation.
+    """
+
+    name: str
+    called: str
+    prefix: str
+    shape: tuple[int, int]
+    scheme: StoredScheme | None
+    rotation: int | None
+
+
+@dataclass(frozen=True)
+class StoredCheckpoint:
+    """A checkpoint folder, opened.
+
+    Attributes:
+        folder: Where it is.
+        arch: Its architecture.
+        config: The content of ``config.json``.
+        names: Between names on disk and module paths.
+        layers: All linear layers, in the order of the modules.
+        shards: Its tensors as they are stored.
+        reader: Its tensors in floating point.
+    """
+
+    folder: Path
+    arch: ArchSpec
+    config: Mapping[str, Any]
+    names: NameMap
+    layers: tuple[StoredLayer, ...]
+    shards: ShardReader
+    reader: DequantizingReader
+
+    @property
+    def quantized(self) -> tuple[StoredLayer, ...]:
+        """The layers that are stored in codes."""
+        return tuple(layer for layer in self.layers if layer.scheme is not None)
+
+    @property
+    def rotated(self) -> tuple[StoredLayer, ...]:
+        """The layers whose input is rotated at run time."""
+        return tuple(layer for layer in self.layers if layer.rotation is not None)
+
+    @property
+    def has_cache_scales(self) -> bool:
+        """Whether the configuration asks for a quantized key-value cache."""
+        return bool((self.config.get(CONFIG_KEY) or {}).get("kv_cache_scheme"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of everything that is not quantized: that of the embeddings."""
+        return self.shards.info(self.names.to_disk(f"{self.arch.embeddings}.weight")).dtype
+
+    @property
+    def plain_config(self) -> dict[str, Any]:
+        """``config.json`` without what it says of quantization."""
+        return {key: value for key, value in self.config.items() if key != CONFIG_KEY}
+
+    def codes(self, layer: StoredLayer) -> QuantizedTensor:
+        """A quantized layer's codes and scales, as they are stored."""
+        return self.reader.quantized(layer.prefix)
+
+    def scale(self, layer: StoredLayer) -> Tensor:
+        """A quantized layer's scale as it is stored, without reading the codes."""
+        return self.shards.read(f"{layer.prefix}.weight_scale")
+
+    def splits(self, layer: StoredLayer) -> bool:
+        """Whether single columns of a layer stay in floating point."""
+        return self.reader.split_columns(layer.prefix) is not None
+
+    def values(self, layer: StoredLayer) -> Tensor:
+        """The weight that gives a layer's output from its input as the model has it.
+
+        Returns:
+            float32 ``[out, in]``: dequantized, columns that were split off put back, and a rotation
+            of the input undone.
+        """
+        values = self.reader.read(f"{layer.prefix}.weight").float().reshape(layer.shape)
+        if layer.rotation is None:
+            return values
+        # y = W' H S x, with H symmetric: W = W' H S.
+        values = block_hadamard(values, layer.rotation)
+        signs = f"{layer.prefix}.{SIGNS}"
+        return values * self.shards.read(signs).float() if signs in self.shards.names else values
+
+    def walk(self) -> Iterator[tuple[StoredLayer | None, str]]:
+        """All that a model consists of, shard by shard.
+
+        Yields:
+            ``(None, name)`` for a tensor that is kept as it is, and ``(layer, name)`` with the name
+            on disk that its weight has in floating point for a layer that is quantized or rotated,
+            once, whatever its number of tensors. What belongs to a quantized layer's input or
+            output, to a rotation or to the key-value cache is left out.
+        """
+        owners = {layer.prefix: layer for layer in (*self.quantized, *self.rotated)}
+        met: set[str] = set()
+        for name in sorted(self.shards.names, key=lambda name: (self.shards.info(name).file, name)):
+            owner = self._owner(name, owners)
+            if owner is None:
+                if not (self.has_cache_scales and name.endswith(_CACHE_SCALES)):
+                    yield None, name
+            elif name == f"{owner.prefix}.bias":
+                yield None, name
+            elif owner.prefix not in met:
+                met.add(owner.prefix)
+                yield owner, f"{owner.prefix}.weight"
+
+    @staticmethod
+    def _owner(name: str, owners: Mapping[str, StoredLayer]) -> StoredLayer | None:
+        """The layer below whose path a tensor lies; transforms lie one level deeper."""
+        parent = name.rpartition(".")[0]
+        return owners.get(parent) or owners.get(parent.rpartition(".")[0])
+
+
+def open_checkpoint(folder: Path) -> StoredCheckpoint:
+    """Open a finished checkpoint, quantized or not.
+
+    Raises:
+        ModelError, FormatError, StorageError: It cannot be read, or a run that writes it has not
+            finished.
+    """
+    if not (folder / "config.json").is_file() and (folder / "prismquant" / "record.json").is_file():
+        raise StorageError(
+            "the run that writes this checkpoint has not finished",
+            where=str(folder),
+            remedy="finish it with `prismquant quantize .. --resume`",
+        )
+    arch = identify(folder)
+    model = empty_model(native_config(arch, folder), arch)
+    shards = ShardReader(folder)
+    names = choose_layout(arch.layouts, shards.names, dict(model.named_modules()))
+    called = config_names(model, names, remote=arch.config_map is not None)
+    config = read_json(folder / "config.json")
+    schemes = read_schemes(config, list(called))
+    rotations = read_rotations(config, list(called))
+    layers = tuple(
+        StoredLayer(
+            name=module,
+            called=name,
+            prefix=names.to_disk(f"{module}.weight").removesuffix(".weight"),
+            shape=_shape(model, module),
+            scheme=schemes.get(name),
+            rotation=rotations.get(name),
+        )
+        for name, module in called.items()
+    )
+    stored = {layer.prefix: layer.scheme for layer in layers if layer.scheme is not None}
+    reader = DequantizingReader(folder, stored)
+    return StoredCheckpoint(folder, arch, config, names, layers, shards, reader)
+
+
+def config_names(model: nn.Module, names: NameMap, *, remote: bool) -> dict[str, str]:
+    """What the configuration calls each linear layer -> its module path."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not remote:
+        return {name: name for name in linears}
+    return {names.to_disk(f"{name}.weight").removesuffix(".weight"): name for name in linears}
+
+
+def _shape(model: nn.Module, name: str) -> tuple[int, int]:
+    rows, columns = model.get_submodule(name).get_parameter("weight").shape
+    return (rows, columns)

@@ -1,0 +1,214 @@
+"""Bit streams: codes of fewer than eight bits, next to one another in memory.
+
+Streams are little-endian: element ``i`` of a row begins at bit ``i b``, and byte ``k`` holds the
+bits from ``8 k`` on, the lowest first. Integers are packed in offset binary (``code + 2^(b-1)``)
+into 32-bit words (:func:`pack_bits`), bit patterns of floating-point numbers as they are into bytes
+(:func:`pack_patterns`).
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import torch
+from torch import Tensor
+
+from prismquant.errors import FormatError
+
+WORD_BITS = 32
+WORD_BYTES = 4
+# Rows are packed in pieces of about so many codes: they stay in cache, and temporaries stay small.
+_PIECE = 1 << 20
+
+
+def words(columns: int, bits: int) -> int:
+    """32-bit words that a row of codes fills."""
+    return -(-columns * bits // WORD_BITS)
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Pack each row of codes into a little-endian bit stream.
+
+    Args:
+        codes: int8 ``[rows, columns]``, each in ``[-2^(bits-1), 2^(bits-1) - 1]``.
+        bits: Width of a code, 2 to 8.
+
+    Returns:
+        int32 ``[rows, ceil(columns * bits / 32)]``; unused high bits are 0.
+    """
+    rows, columns = codes.shape
+    packed = torch.zeros(rows, words(columns, bits), dtype=torch.int32, device=codes.device)
+    stream = packed.view(torch.uint8) if packed.numel() else packed
+    for piece in row_slices(rows, columns):
+        filled = _packed(_to_offset_binary(codes[piece], bits), bits)
+        # The last cycle may run over the end of the last word, with padding only.
+        kept = min(filled.shape[1], stream.shape[1])
+        stream[piece, :kept] = filled[:, :kept]
+    if packed.numel() == 0 or _little_endian(packed):
+        return packed
+    return _swap_bytes(stream).view(torch.int32)
+
+
+def unpack_bits(packed: Tensor, bits: int, rows: int, columns: int) -> Tensor:
+    """Undo :func:`pack_bits`.
+
+    Args:
+        packed: int32 ``[rows, ceil(columns * bits / 32)]``.
+        bits: Width of a code, 2 to 8.
+        rows: Number of rows.
+        columns: Number of codes in a row.
+
+    Returns:
+        int8 ``[rows, columns]``.
+
+    Raises:
+        FormatError: ``packed`` has another dtype or shape.
+    """
+    _check(packed, torch.int32, bits, rows, columns, words(columns, bits))
+    codes = torch.empty(rows, columns, dtype=torch.int8, device=packed.device)
+    for piece in row_slices(rows, columns):
+        offset = _unpacked(_words_to_bytes(packed[piece]), bits, columns)
+        codes[piece] = _from_offset_binary(offset, bits)
+    return codes
+
+
+def pattern_bytes(columns: int, bits: int) -> int:
+    """Bytes that a row of bit patterns fills."""
+    return -(-columns * bits // 8)
+
+
+def pack_patterns(codes: Tensor, bits: int) -> Tensor:
+    """Pack each row of bit patterns into a little-endian bit stream.
+
+    Args:
+        codes: int8 ``[rows, columns]``, each in ``[0, 2^bits - 1]``.
+        bits: Width of a pattern, 2 to 7.
+
+    Returns:
+        uint8 ``[rows, ceil(columns * bits / 8)]``; unused high bits are 0.
+    """
+    rows, columns = codes.shape
+    width = pattern_bytes(columns, bits)
+    packed = torch.zeros(rows, width, dtype=torch.uint8, device=codes.device)
+    for piece in row_slices(rows, columns):
+        packed[piece] = _packed(codes[piece].contiguous().view(torch.uint8), bits)[:, :width]
+    return packed
+
+
+def unpack_patterns(packed: Tensor, bits: int, rows: int, columns: int) -> Tensor:
+    """Undo :func:`pack_patterns`.
+
+    Args:
+        packed: uint8 ``[rows, ceil(columns * bits / 8)]``.
+        bits: Width of a pattern, 2 to 7.
+        rows: Number of rows.
+        columns: Number of patterns in a row.
+
+    Returns:
+        int8 ``[rows, columns]``.
+
+    Raises:
+        FormatError: ``packed`` has another dtype or shape.
+    """
+    _check(packed, torch.uint8, bits, rows, columns, pattern_bytes(columns, bits))
+    codes = torch.empty(rows, columns, dtype=torch.int8, device=packed.device)
+    for piece in row_slices(rows, columns):
+        codes[piece] = _unpacked(packed[piece], bits, columns).view(torch.int8)
+    return codes
+
+
+def row_slices(rows: int, columns: int) -> list[slice]:
+    """Slices of rows that hold a piece's worth of codes each; none where there are no codes."""
+    if rows == 0 or columns == 0:
+        return []
+    height = max(1, _PIECE // columns)
+    return [slice(start, start + height) for start in range(0, rows, height)]
+
+
+def _check(
+    packed: Tensor, dtype: torch.dtype, bits: int, rows: int, columns: int, width: int
+) -> None:
+    if packed.dtype != dtype or tuple(packed.shape) != (rows, width):
+        raise FormatError(
+            f"{rows} x {columns} codes of {bits} bits are packed into "
+            f"{str(dtype).removeprefix('torch.')} {[rows, width]}, "
+            f"not {packed.dtype} {list(packed.shape)}"
+        )
+
+
+def _packed(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes ``[rows, columns]`` -> whole cycles of bytes, uint8."""
+    rows, columns = codes.shape
+    # So many codes fill a whole number of bytes: the pattern of shifts repeats from there on.
+    period = 8 // math.gcd(8, bits)
+    cycles = -(-columns // period)
+    if cycles * period != columns:
+        codes = torch.nn.functional.pad(codes, (0, cycles * period - columns))
+    return _interleave(codes.view(rows, cycles, period), bits).view(rows, -1)
+
+
+def _unpacked(stream: Tensor, bits: int, columns: int) -> Tensor:
+    """uint8 ``[rows, bytes]`` -> uint8 codes ``[rows, columns]``."""
+    period = 8 // math.gcd(8, bits)
+    cycles = -(-columns // period)
+    width = cycles * (period * bits // 8)
+    if width > stream.shape[1]:
+        stream = torch.nn.functional.pad(stream, (0, width - stream.shape[1]))
+    stream = stream[:, :width].reshape(-1, cycles, width // max(cycles, 1))
+    return _separate(stream, bits).view(-1, cycles * period)[:, :columns]
+
+
+def _interleave(offset: Tensor, bits: int) -> Tensor:
+    """Codes ``[rows, cycles, period]`` as uint8 -> bytes ``[rows, cycles, period * bits / 8]``."""
+    rows, cycles, period = offset.shape
+    stream = offset.new_zeros(rows, cycles, period * bits // 8)
+    for element in range(period):
+        first, shift = divmod(element * bits, 8)
+        code = offset[..., element]
+        # The shift drops the bits that belong to the next byte.
+        stream[..., first] |= code << shift
+        if shift + bits > 8:
+            stream[..., first + 1] |= code >> (8 - shift)
+    return stream
+
+
+def _separate(stream: Tensor, bits: int) -> Tensor:
+    """Bytes ``[rows, cycles, period * bits / 8]`` -> codes ``[rows, cycles, period]`` as uint8."""
+    rows, cycles, _ = stream.shape
+    period = 8 // math.gcd(8, bits)
+    mask = (1 << bits) - 1
+    offset = stream.new_empty(rows, cycles, period)
+    for element in range(period):
+        first, shift = divmod(element * bits, 8)
+        code = stream[..., first] >> shift
+        if shift + bits > 8:
+            code |= stream[..., first + 1] << (8 - shift)
+        offset[..., element] = code & mask
+    return offset
+
+
+def _to_offset_binary(codes: Tensor, bits: int) -> Tensor:
+    """int8 codes -> uint8 ``code + 2^(bits-1)``; the sum wraps to the right value at 8 bits."""
+    return codes.contiguous().view(torch.uint8) + (1 << (bits - 1))
+
+
+def _from_offset_binary(offset: Tensor, bits: int) -> Tensor:
+    """uint8 ``code + 2^(bits-1)`` -> int8 codes."""
+    return (offset - (1 << (bits - 1))).view(torch.int8)
+
+
+def _words_to_bytes(words: Tensor) -> Tensor:
+    """int32 ``[rows, words]`` -> uint8 ``[rows, 4 words]``, least significant byte first."""
+    stream = words.contiguous().view(torch.uint8)
+    return stream if _little_endian(words) else _swap_bytes(stream)
+
+
+def _little_endian(x: Tensor) -> bool:
+    """Accelerators are; a CPU need not be."""
+    return x.device.type != "cpu" or sys.byteorder == "little"
+
+
+def _swap_bytes(stream: Tensor) -> Tensor:
+    """Reverse the bytes of every word."""
+    return stream.reshape(len(stream), -1, WORD_BYTES).flip(-1).flatten(-2)

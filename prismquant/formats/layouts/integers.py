@@ -1,0 +1,100 @@
+"""Integers in a dense bit stream."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from prismquant.errors import FormatError
+from prismquant.formats.bits import WORD_BYTES, pack_bits, unpack_bits, words
+from prismquant.formats.layouts.base import Layout, check_codes
+from prismquant.formats.quantized import QuantizedTensor
+from prismquant.numerics.affine import Granularity
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from prismquant.formats.spec import NumberSpec
+    from prismquant.numerics.scales import ScaleKind
+
+
+@dataclass(frozen=True)
+class PackedIntegers(Layout):
+    """``weight_packed`` int32 ``[N, ceil(K b / 32)]``, ``weight_scale``, ``weight_shape`` int64
+    ``[N, K]``, and for asymmetric formats ``weight_zero_point``, packed alike but down the rows:
+    int32 ``[ceil(N b / 32), G]``.
+    """
+
+    @property
+    def scale(self) -> ScaleKind:
+        """Float."""
+        return "float"
+
+    def akin(self, spec: NumberSpec) -> bool:
+        """Integers of any width."""
+        return spec.kind == "int" and spec.scale == "float"
+
+    def refusal(self, spec: NumberSpec) -> tuple[str, str] | None:
+        """Scales lie by rows."""
+        if spec.granularity in (Granularity.CHANNEL, Granularity.GROUP):
+            return None
+        return (
+            f"{self.name} weights have channel or group granularity, not {spec.granularity}",
+            "use channel or group granularity, or the int-quantized layout for a tensor scale",
+        )
+
+    def pack(self, q: QuantizedTensor) -> dict[str, Tensor]:
+        """Rows as bit streams."""
+        tensors = {
+            "weight_packed": pack_bits(q.codes, q.spec.bits),
+            "weight_scale": q.scale.contiguous(),
+            "weight_shape": torch.tensor(q.shape, dtype=torch.int64),
+        }
+        if q.zero_point is not None:
+            check_codes(q.zero_point, q.spec, "a zero point")
+            tensors["weight_zero_point"] = pack_bits(q.zero_point.T, q.spec.bits).T.contiguous()
+        return tensors
+
+    def unpack(
+        self, tensors: Mapping[str, Tensor], spec: NumberSpec, shape: Sequence[int] | None
+    ) -> QuantizedTensor:
+        """The shape comes from ``weight_shape`` or the caller, who must agree."""
+        required = {"weight_packed", "weight_scale"}
+        required |= set() if spec.symmetric else {"weight_zero_point"}
+        self.check_names(tensors, required, {"weight_shape"}, spec)
+        rows, columns = _true_shape(tensors.get("weight_shape"), shape)
+        codes = unpack_bits(tensors["weight_packed"], spec.bits, rows, columns)
+        zero = None
+        if not spec.symmetric:
+            groups = spec.scale_shape(rows, columns)[-1]
+            packed = tensors["weight_zero_point"]
+            zero = unpack_bits(packed.T, spec.bits, groups, rows).T.contiguous()
+        return QuantizedTensor(codes, tensors["weight_scale"], zero, spec)
+
+    def stored_bytes(
+        self, rows: int, columns: int, spec: NumberSpec, scale_dtype: torch.dtype
+    ) -> int:
+        """Words, scales, two numbers for the shape, zero points."""
+        scales = math.prod(spec.scale_shape(rows, columns))
+        size = scales * scale_dtype.itemsize
+        size += rows * words(columns, spec.bits) * WORD_BYTES + 2 * torch.int64.itemsize
+        if not spec.symmetric:
+            size += words(rows, spec.bits) * (scales // max(rows, 1)) * WORD_BYTES
+        return size
+
+
+def _true_shape(stored: Tensor | None, given: Sequence[int] | None) -> tuple[int, int]:
+    """The weight's shape, from the checkpoint or the caller, who must agree."""
+    if stored is None and given is None:
+        raise FormatError(
+            "the shape of a packed weight is unknown", remedy="give weight_shape or shape"
+        )
+    known = None if stored is None else tuple(int(n) for n in stored)
+    wanted = known if given is None else tuple(given)
+    if wanted is None or len(wanted) != 2 or known not in (None, wanted):
+        raise FormatError(f"weight_shape is {known}, expected {wanted} of two axes")
+    return (wanted[0], wanted[1])

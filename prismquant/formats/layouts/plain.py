@@ -1,0 +1,82 @@
+"""A byte for each code: int8 and E4M3 with float scales."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from prismquant.errors import FormatError
+from prismquant.formats.layouts.base import Layout, check_shape
+from prismquant.formats.quantized import QuantizedTensor
+from prismquant.numerics.affine import Granularity
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from prismquant.formats.spec import Kind, NumberSpec
+    from prismquant.numerics.scales import ScaleKind
+
+
+@dataclass(frozen=True)
+class PlainBytes(Layout):
+    """``weight`` ``[N, K]`` in a dtype of 8 bits, and ``weight_scale``.
+
+    Attributes:
+        kind: Of the numbers.
+        dtype: Of the weight on disk.
+        blocks: Whether scales may be of blocks.
+    """
+
+    kind: Kind
+    dtype: torch.dtype
+    blocks: bool
+
+    @property
+    def scale(self) -> ScaleKind:
+        """Float."""
+        return "float"
+
+    def akin(self, spec: NumberSpec) -> bool:
+        """Numbers of the kind, whatever their width."""
+        return spec.kind == self.kind and spec.scale == "float"
+
+    def refusal(self, spec: NumberSpec) -> tuple[str, str] | None:
+        """There is no place for zero points."""
+        if not spec.symmetric:
+            return (
+                f"{self.name} weights are symmetric, {spec.describe()} is not",
+                "use a symmetric format or the pack-quantized layout",
+            )
+        if spec.granularity == Granularity.BLOCK and not self.blocks:
+            return (
+                f"{self.name} weights cannot have block granularity",
+                "use tensor, channel or group granularity",
+            )
+        return None
+
+    def pack(self, q: QuantizedTensor) -> dict[str, Tensor]:
+        """Codes are the bytes."""
+        weight = q.codes.contiguous().view(self.dtype)
+        return {"weight": weight, "weight_scale": q.scale.contiguous()}
+
+    def unpack(
+        self, tensors: Mapping[str, Tensor], spec: NumberSpec, shape: Sequence[int] | None
+    ) -> QuantizedTensor:
+        """Bytes are the codes."""
+        self.check_names(tensors, {"weight", "weight_scale"}, set(), spec)
+        stored = tensors["weight"]
+        if stored.dtype != self.dtype:
+            raise FormatError(f"{self.name} weights are {self.dtype}, not {stored.dtype}")
+        q = QuantizedTensor(stored.view(torch.int8), tensors["weight_scale"], None, spec)
+        check_shape(q.shape, shape)
+        return q
+
+    def stored_bytes(
+        self, rows: int, columns: int, spec: NumberSpec, scale_dtype: torch.dtype
+    ) -> int:
+        """Codes and scales."""
+        return rows * columns + math.prod(spec.scale_shape(rows, columns)) * scale_dtype.itemsize

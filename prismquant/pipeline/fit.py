@@ -1,0 +1,158 @@
+"""Widths that a number format cannot hold, and the nearest format that can.
+
+Groups and blocks must tile what they cover. Vision towers have widths such as 3420 and 4304, which
+no usual group divides, and a server that splits a layer over devices (tensor parallelism) cuts the
+width once more: the inputs of layers that close an attention or an MLP, the outputs of those that
+open one. All of this is known from shapes alone, so it is found while planning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from prismquant.errors import PlanError
+from prismquant.formats.spec import NumberSpec, spec
+from prismquant.models.bind import BoundSite
+from prismquant.numerics.affine import Granularity
+from prismquant.recipe.schema import Fallback
+
+# Group sizes that servers have kernels for; a fallback only picks among these.
+_SERVED_GROUPS = (128, 64, 32)
+_LISTED_GROUPS = (256, 128, 96, 64, 48, 32, 16)
+# Layers whose inputs, and whose outputs, are cut when a model is split over devices. Keys and
+# values of too few heads are repeated instead.
+_CUT_INPUTS = ("attn.out", "mlp.down", "projector.fc2")
+_CUT_OUTPUTS = ("attn.qkv", "attn.qkv.q", "mlp.gate", "mlp.up", "projector.fc1")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Formats that a layer can have.
+
+    Attributes:
+        weights: Of its weight.
+        activations: Of its input; None: floating point.
+        note: What differs from the formats that were asked for, and why; empty: nothing.
+    """
+
+    weights: NumberSpec
+    activations: NumberSpec | None
+    note: str = ""
+
+
+def fit(
+    site: BoundSite,
+    weights: NumberSpec,
+    activations: NumberSpec | None,
+    fallback: Fallback,
+    shards: int = 1,
+) -> Fitted:
+    """Make sure that a layer's shape can be expressed, or find formats in which it can.
+
+    Args:
+        site: The layer.
+        weights: The format of its weight that is asked for.
+        activations: That of its input.
+        fallback: ``error``: refuse a misfit. ``channel``: one scale a row. ``nearest``: the next
+            smaller group that servers have kernels for, then one scale a row. Formats whose scales
+            need groups (NVFP4, MX, blocks) become 8 bits with one scale a row.
+        shards: Over how many devices the layer will be split.
+
+    Returns:
+        The formats.
+
+    Raises:
+        PlanError: The shape does not fit, with what would.
+    """
+    misfit = _misfit(site, weights, shards) or _misfit_of_input(site, activations, shards)
+    if misfit is None:
+        return Fitted(weights, activations)
+    candidates = [] if fallback == "error" else _ladder(weights, activations, fallback)
+    for candidate in candidates:
+        fits = _misfit(site, candidate.weights, shards) is None
+        if fits and _misfit_of_input(site, candidate.activations, shards) is None:
+            return replace(candidate, note=f"{misfit}: {candidate.weights.describe()} instead")
+    raise PlanError(misfit, remedy=_remedy(site, weights, shards))
+
+
+def _ladder(
+    weights: NumberSpec, activations: NumberSpec | None, fallback: Fallback
+) -> list[Fitted]:
+    """Formats to try in place of one that does not fit, nearest first."""
+    inputs = activations
+    if activations is not None and activations.granularity is Granularity.GROUP:
+        inputs = spec("int8-token" if activations.kind == "int" else "fp8-token")
+    if not _groups_are_free(weights):
+        name = "int8-channel" if weights.kind == "int" else "fp8-channel"
+        return [Fitted(spec(name), inputs)]
+    channel = replace(weights, granularity=Granularity.CHANNEL, group_size=None)
+    if weights.granularity is Granularity.CHANNEL:
+        return [Fitted(channel, inputs)]
+    smaller = [g for g in _SERVED_GROUPS if g < (weights.group_size or 0)]
+    groups = [replace(weights, group_size=g) for g in smaller if fallback == "nearest"]
+    return [Fitted(candidate, inputs) for candidate in (*groups, channel)]
+
+
+def _groups_are_free(weights: NumberSpec) -> bool:
+    """Whether the format means the same with another group size, or with none."""
+    return weights.scale == "float" and weights.granularity is not Granularity.BLOCK
+
+
+def _misfit(site: BoundSite, weights: NumberSpec, shards: int) -> str | None:
+    """Why a weight cannot have a format; None where it can."""
+    cut = _cut_misfit(site, shards)
+    if cut is not None:
+        return cut
+    width, rows = _shard(site, shards)
+    size = weights.group_size
+    if size is None:
+        return None
+    if width % size:
+        return f"group size {size} does not divide {_width_of(site, width, shards)}"
+    if weights.granularity is Granularity.BLOCK and rows != site.out_features and rows % size:
+        return f"blocks of {size} rows do not divide the {rows} outputs of each of {shards} devices"
+    return None
+
+
+def _misfit_of_input(site: BoundSite, activations: NumberSpec | None, shards: int) -> str | None:
+    """Why an input cannot have a format; None where it can."""
+    size = None if activations is None else activations.group_size
+    width, _ = _shard(site, shards)
+    if size is None or width % size == 0:
+        return None
+    return f"the input's group size {size} does not divide {_width_of(site, width, shards)}"
+
+
+def _cut_misfit(site: BoundSite, shards: int) -> str | None:
+    cuts = {"inputs": (_CUT_INPUTS, site.in_features), "outputs": (_CUT_OUTPUTS, site.out_features)}
+    for side, (roles, features) in cuts.items():
+        if site.role in roles and features % shards:
+            return f"its {features} {side} cannot be split over {shards} devices"
+    return None
+
+
+def _shard(site: BoundSite, shards: int) -> tuple[int, int]:
+    """Inputs and outputs of the layer on one device."""
+    inputs = shards if site.role in _CUT_INPUTS else 1
+    outputs = shards if site.role in _CUT_OUTPUTS else 1
+    return site.in_features // inputs, site.out_features // outputs
+
+
+def _width_of(site: BoundSite, width: int, shards: int) -> str:
+    if width == site.in_features:
+        return f"its {width} input features"
+    return f"the {width} of its {site.in_features} input features on each of {shards} devices"
+
+
+def _remedy(site: BoundSite, weights: NumberSpec, shards: int) -> str:
+    if _cut_misfit(site, shards) is not None:
+        return "plan for a number of devices that divides it, or leave the layer alone (skip: true)"
+    width, _ = _shard(site, shards)
+    legal = [g for g in _LISTED_GROUPS if width % g == 0]
+    if not _groups_are_free(weights):
+        eight = "int8-channel" if weights.kind == "int" else "fp8-channel"
+        return (
+            f"keep it in 8 bits (weights: {eight}), skip it, or set fallback: nearest (--fallback)"
+        )
+    sizes = f"group_size {' or '.join(map(str, legal[:3]))}, " if legal else ""
+    return f"use {sizes}granularity channel, or fallback: nearest (--fallback)"

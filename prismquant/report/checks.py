@@ -1,0 +1,39 @@
+"""The findings about a checkpoint, as a table."""
+
+from __future__ import annotations
+
+from rich.table import Table
+from rich.text import Text
+
+from prismquant.export.check import Report, Severity
+from prismquant.report.tables import rich_table
+
+_STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.NOTE: "dim"}
+
+
+def findings_table(report: Report) -> Table | None:
+    """One row a finding, the worst first; None where there is none."""
+    if not report.findings:
+        return None
+    table = rich_table(["", "rule", "where", "what", "remedy"], [], title=report.folder)
+    for column in table.columns:
+        column.justify = "left"
+        column.overflow = "fold"
+    for finding in report.findings:
+        severity = Text(str(finding.severity), style=_STYLES[finding.severity])
+        # Text, not markup: names of tensors and patterns have brackets.
+        rest = (finding.rule, finding.place, finding.what, finding.remedy)
+        table.add_row(severity, *(Text(part) for part in rest))
+    return table
+
+
+def verdict(report: Report) -> str:
+    """One line: how many findings of what severity, for whom."""
+    who = f" for {report.target}" if report.target else ""
+    counts = ", ".join(
+        f"{number} {severity}{'' if number == 1 else 's'}"
+        for severity in Severity
+        if (number := report.count(severity))
+    )
+    method = f"{report.layers} quantized layers" if report.method else "floating point"
+    return f"{report.folder}{who}: {counts or 'nothing found'} ({method}, {report.rules} rules)"
