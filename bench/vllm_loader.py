@@ -134,6 +134,17 @@ def as_gpu(platform: Any, capability: tuple[int, int] | None) -> Iterator[None]:
         type(platform)._enum = before
 
 
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Within, new tensors have this dtype, as while vLLM loads a model."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def inspect(path: str, ranks: int, rank: int, capability: tuple[int, int] | None) -> dict[str, Any]:
     """Build vLLM's model of a checkpoint and load the tensors into it."""
     import vllm.platforms as platforms
@@ -166,7 +177,8 @@ def inspect(path: str, ranks: int, rank: int, capability: tuple[int, int] | None
         get_model_architecture(config.model_config)
         import vllm._custom_ops  # noqa: F401  before operators are pretended: it looks for some
 
-        with Kernels().pretended(), as_gpu(platform, capability):
+        dtype = config.model_config.dtype
+        with Kernels().pretended(), as_gpu(platform, capability), default_dtype(dtype):
             model = initialize_model(vllm_config=config)
             files = sorted(Path(path).glob("*.safetensors"))
             loaded = set(model.load_weights(pair for f in files for pair in load_file(f).items()))

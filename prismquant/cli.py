@@ -117,9 +117,7 @@ Shards = Annotated[
     int | None,
     typer.Option("--tensor-parallel", min=1, help="Devices that will share each layer."),
 ]
-KVCache = Annotated[
-    str | None, typer.Option("--kv-cache", help="fp8, fp8-head, int8, int8-head or none.")
-]
+KVCache = Annotated[str | None, typer.Option("--kv-cache", help="fp8, fp8-head, int8 .., or none.")]
 
 
 @app.command()
@@ -226,7 +224,7 @@ def _print_remarks(console: Any, remarks: Sequence[str]) -> None:
 def export(
     model: Model,
     format_name: Annotated[
-        str, typer.Option("--format", help="dense, compressed-tensors, gptq, awq ..")
+        str, typer.Option("--format", help="dense, compressed-tensors, gptq, awq, gguf ..")
     ],
     out: Annotated[Path, typer.Option(help="Folder of the result.", show_default=False)],
     weights_only: Annotated[

@@ -562,7 +562,7 @@ def test_blocks_are_squares_and_the_last_row_may_be_cut_off(rows: int) -> None:
     groups = to_groups(w, *unit)
     assert groups.shape == (lines, 3, 64)
     assert torch.equal(from_groups(groups, w.shape, Granularity.BLOCK), w)
-    assert torch.equal(groups.sum(-1)[0, 0], w[:8, :8].sum()) or rows < 8
+    assert float(groups[0, 0].sum()) == pytest.approx(float(w[:8, :8].sum()), abs=1e-5)
 
 
 def test_a_scale_that_does_not_cover_the_blocks_is_refused() -> None:

@@ -201,13 +201,11 @@ def test_every_weight_is_what_the_source_stands_for(
     model = load_model(source, dtype=torch.float32)
     assert result.layers == len(opened.quantized) == 14
     for layer in opened.quantized:
-        prefix = layer.name if form == "gptq" else layer.prefix
-        stored = parts(reader, prefix)
+        stored = parts(reader, layer.name)
         values = read_gptq(stored, 4, less_one=True) if form == "gptq" else read_awq(stored, 64)
         expected = model.get_submodule(layer.name).get_parameter("weight").double().numpy()
         assert np.array_equal(values, expected), layer.name
-    kept = {opened.names.to_module(n) if form == "gptq" else n for n in plain_names(opened)}
-    assert kept <= reader.names
+    assert {opened.names.to_module(name) for name in plain_names(opened)} <= reader.names
     assert not [n for n in reader.names if "weight_" in n]
 
 
@@ -268,6 +266,40 @@ def test_dense_drops_quantized_inputs_and_says_so(run: Callable[..., Path], tmp_
     result = export(source, "dense", tmp_path / "out")
     assert result.remarks == ("the inputs or outputs of 14 layers are quantized no more",)
     assert not [n for n in ShardReader(tmp_path / "out").names if "scale" in n]
+
+
+@pytest.mark.parametrize(
+    "weights", ["nvfp4", "mxfp4", "mxfp8", "mxfp6", "fp8-b128", "int5-channel-asym"]
+)
+def test_every_layout_can_be_made_dense(
+    run: Callable[..., Path], tmp_path: Path, weights: str
+) -> None:
+    """Of whatever tensors a layer consists on disk, none is left beside its weight."""
+    source = run("qwen2_vl", {"match": LLM, "weights": weights})
+    export(source, "dense", tmp_path / "out", options={"dtype": torch.float32})
+    expected = dict(load_model(source, dtype=torch.float32).named_parameters())
+    found = dict(load_float(tmp_path / "out").named_parameters())
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert not [n for n in ShardReader(tmp_path / "out").names if "scale" in n]
+    with pytest.raises(FormatError, match="14 of 14"):
+        export(source, "awq", tmp_path / "awq")
+
+
+def test_a_quantized_cache_is_dropped_only_when_asked(
+    run: Callable[..., Path], tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path
+) -> None:
+    preset = {"rules": [{"match": LLM, "weights": "int4-g64"}], "kv_cache": "fp8"}
+    source = run("qwen2_vl", preset=preset)
+    assert [n for n in ShardReader(source).names if n.endswith("k_scale")]
+    with pytest.raises(FormatError, match="cache is quantized, which the format cannot say"):
+        export(source, "gptq", tmp_path / "gptq")
+    result = export(source, "gptq", tmp_path / "gptq", weights_only=True)
+    assert result.remarks == ("the key-value cache is quantized no more",)
+    export(source, "dense", tmp_path / "dense")
+    for folder in ("gptq", "dense"):
+        names = ShardReader(tmp_path / folder).names
+        assert not [n for n in names if n.endswith(("k_scale", "v_scale"))]
+    load_float(tmp_path / "dense")
 
 
 def test_compressed_tensors_is_a_copy(run: Callable[..., Path], tmp_path: Path) -> None:
@@ -340,7 +372,7 @@ def test_asymmetric_layers_make_version_two(run: Callable[..., Path], tmp_path: 
         weight = model.get_submodule(layer.name).get_parameter("weight").double().numpy()
         first = read_gptq(parts(readers[0], layer.name), 4, less_one=False)
         assert np.array_equal(first, weight)
-        assert np.array_equal(read_awq(parts(readers[1], layer.prefix), 64), weight)
+        assert np.array_equal(read_awq(parts(readers[1], layer.name), 64), weight)
 
 
 def test_unquantized_layers_are_named_for_awq(run: Callable[..., Path], tmp_path: Path) -> None:

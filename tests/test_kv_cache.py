@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
+import re
 import shutil
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -24,6 +27,7 @@ from prismquant.models.attention import attention_hooked, hook_attention, hooked
 from prismquant.models.bind import bind
 from prismquant.models.config import import_transformers
 from prismquant.models.load import load_float, load_processor
+from prismquant.numerics.hadamard import hadamard_matrix
 from prismquant.numerics.ranges import RangeRule
 from prismquant.pipeline.batches import make_batches
 from prismquant.pipeline.data import read_samples
@@ -40,7 +44,10 @@ if TYPE_CHECKING:
 
 ALONE: dict[str, Any] = {"rules": [], "kv_cache": "fp8"}
 # Every format, and every family, in few runs.
-FORMATS = dict(zip(tiny_vlm.FAMILIES, KV_PRESETS, strict=True))
+PLAIN = tuple(name for name, spec in KV_PRESETS.items() if not spec.rotated)
+FOUR = ("fp8", "fp8-head", "int8", "int8-head")
+FORMATS = dict(zip(tiny_vlm.FAMILIES, FOUR, strict=True))
+TOPS = {"fp8": 448, "int8": 127.5, "int4": 7.5}
 LAYER = "model.language_model.layers.{}.self_attn"
 
 
@@ -49,6 +56,7 @@ def recipe(preset: str, kv_cache: Any, **calibration: Any) -> pq.Recipe:
     return chosen.with_calibration(**({"batch_size": 4} | calibration))
 
 
+@functools.cache
 def inputs_of(folder: Path, data: Path) -> list[dict[str, Any]]:
     ids = bind(folder, quantized=True).vision_token_ids
     samples = read_samples(data)
@@ -98,8 +106,9 @@ def logits(model: nn.Module, run: dict[str, Any], **more: Any) -> Tensor:
 
 def by_hand(x: Tensor, scale: Tensor, number: str) -> Tensor:
     """Nearest of all the numbers there are; of two, the one with the even code."""
-    if number == "int8":
-        return (x / scale).round().clamp(-128, 127) * scale
+    if number != "fp8":
+        top = 128 if number == "int8" else 8
+        return (x / scale).round().clamp(-top, top - 1) * scale
     exponents, mantissas = torch.arange(16.0), torch.arange(8.0)
     normal = (1 + mantissas / 8) * torch.exp2(exponents[1:, None] - 7)
     points = torch.cat([mantissas / 8 * 2.0**-6, normal.flatten()])[:-1]
@@ -120,8 +129,9 @@ def test_a_format_is_made_again_from_its_name_its_fields_and_its_declaration(nam
     spec = kv_cache_spec(name)
     assert spec.name == name
     assert KVCacheSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
-    assert read_kv_cache_scheme({"kv_cache_scheme": kv_cache_scheme(spec)}) == spec
-    assert spec.scale_shape(3) == ((3, 1, 1) if name.endswith("-head") else (1,))
+    read = read_kv_cache_scheme({"kv_cache_scheme": kv_cache_scheme(spec)})
+    assert read == replace(spec, rotated=False)
+    assert spec.scale_shape(3) == ((3, 1, 1) if "-head" in name else (1,))
 
 
 @pytest.mark.parametrize(
@@ -132,6 +142,8 @@ def test_a_format_is_made_again_from_its_name_its_fields_and_its_declaration(nam
         (lambda: KVCacheSpec("fp8", "token"), "granularity .* cannot be 'token'"),  # type: ignore[arg-type]
         (lambda: KVCacheSpec.from_dict({"format": "fp8", "bits": 8}), "no field 'bits'"),
         (lambda: KVCacheSpec.from_dict({"granularity": "head"}), "is missing"),
+        (lambda: KVCacheSpec("fp8", rotated=True), "fp8 key-value cache is not rotated"),
+        (lambda: KVCacheSpec("int8", rotated=1), "must be true or false"),  # type: ignore[arg-type]
     ],
 )
 def test_other_formats_are_refused(make: Callable[[], KVCacheSpec], what: str) -> None:
@@ -143,6 +155,7 @@ def test_other_formats_are_refused(make: Callable[[], KVCacheSpec], what: str) -
     "change",
     [
         {"num_bits": 4},
+        {"num_bits": 6, "type": "int"},
         {"symmetric": False},
         {"dynamic": True},
         {"strategy": "channel"},
@@ -156,7 +169,7 @@ def test_other_declarations_are_refused(change: dict[str, Any]) -> None:
 
 
 @given(
-    st.sampled_from(sorted(KV_PRESETS)),
+    st.sampled_from(PLAIN),
     st.integers(0, 2**32 - 1),
     st.sampled_from([torch.float32, torch.bfloat16]),
 )
@@ -177,7 +190,7 @@ def test_the_quantizer_takes_the_nearest_number_there_is(
         assert torch.equal(got, wanted)
 
 
-@pytest.mark.parametrize("name", KV_PRESETS)
+@pytest.mark.parametrize("name", PLAIN)
 def test_what_was_rounded_once_stays(name: str) -> None:
     """A cache is read many times."""
     spec = kv_cache_spec(name)
@@ -222,7 +235,7 @@ def test_scales_are_the_largest_magnitude_over_the_largest_number(name: str) -> 
     record = KVRecord(2 if spec.per_head else 1, 0.01)
     for part in rows.split(7):
         record.update(part)
-    top = 448 if spec.format == "fp8" else 127.5
+    top = TOPS[spec.format]
     amax = rows.abs().amax(dim=(0, 2)) if spec.per_head else rows.abs().max()
     scale = record.scale(spec, RangeRule("minmax"), torch.float32)
     assert tuple(scale.shape) == spec.scale_shape(2)
@@ -243,7 +256,10 @@ def model(request: pytest.FixtureRequest, tiny_folder: Path) -> nn.Module:
 def test_a_hook_that_changes_nothing_changes_nothing(
     model: nn.Module, tiny_folder: Path, calibration_file: Path
 ) -> None:
-    """The function that the model used before is called; without the hook all is as it was."""
+    """The function that the model used before is called; without the hook all is as it was.
+
+    Hooks see as many heads as the cache holds.
+    """
     run = inputs_of(tiny_folder, calibration_file)[0]
     before = logits(model, run)
     configs = {name: getattr(m, "config", None) for name, m in model.named_modules()}
@@ -255,15 +271,8 @@ def test_a_hook_that_changes_nothing_changes_nothing(
     for name, module in model.named_modules():
         assert hooked(module) is None
         assert getattr(module, "config", None) is configs[name]
-
-
-def test_hooks_see_as_many_heads_as_the_cache_holds(
-    model: nn.Module, tiny_folder: Path, calibration_file: Path
-) -> None:
-    run = inputs_of(tiny_folder, calibration_file)[0]
     key, value = keys_and_values(model, 1, [run])
-    width = tiny_vlm.HIDDEN // tiny_vlm.HEADS
-    counted = int(run["attention_mask"].sum())
+    width, counted = tiny_vlm.HIDDEN // tiny_vlm.HEADS, int(run["attention_mask"].sum())
     assert key.shape == value.shape == (counted, tiny_vlm.KV_HEADS, width)
 
 
@@ -327,7 +336,7 @@ def test_scales_hold_every_counted_token_of_the_finished_model(
     name = FORMATS[family]
     result = pq.quantize(tiny_folder, recipe("w8a8-static", name), tmp_path, calibration_file)
     finished, runs = load_model(tmp_path), inputs_of(tiny_folder, calibration_file)
-    spec, reader = kv_cache_spec(name), ShardReader(tmp_path)
+    spec, reader, names = kv_cache_spec(name), ShardReader(tmp_path), bind(tiny_folder).names
     told = {step.name: step.kv_cache for step in result.record.steps if step.kv_cache}
     assert len(told) == 2
     for index in range(2):
@@ -335,8 +344,8 @@ def test_scales_hold_every_counted_token_of_the_finished_model(
         states = keys_and_values(finished, index, runs)
         for which, x in zip(("key", "value"), states, strict=True):
             tensor = f"{LAYER.format(index)}.{which[0]}_scale"
-            scale = reader.read(bind(tiny_folder).names.to_disk(tensor))
-            top = 448 if spec.format == "fp8" else 127.5
+            scale = reader.read(names.to_disk(tensor))
+            top = TOPS[spec.format]
             amax = x.abs().amax(dim=(0, 2)) if spec.per_head else x.abs().max()
             assert torch.allclose(scale.flatten(), (amax / top).reshape(-1), rtol=1e-4)
             assert math.isclose(notes[f"{which}_amax"], float(x.abs().max()), rel_tol=1e-4)
@@ -437,8 +446,8 @@ def test_a_resumed_run_ends_with_the_same_bytes(
     kind: str, tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path
 ) -> None:
     """Cut off after each step in turn; in bfloat16 a scale has fewer digits than its range."""
-    folder = tiny("qwen2_vl", dtype=torch.bfloat16, llm_blocks=3)
-    chosen = load_recipe(ALONE) if kind == "alone" else recipe("w8a8-static", "fp8-head")
+    folder = tiny("qwen2_vl", dtype=torch.bfloat16, llm_blocks=2)
+    chosen = load_recipe(ALONE) if kind == "alone" else recipe("w8a8", "fp8-head")
     pq.quantize(folder, chosen, tmp_path / "whole", calibration_file)
     wanted = files_of(tmp_path / "whole")
     cut = 0
@@ -469,20 +478,100 @@ def test_a_tuned_block_has_the_ranges_of_its_last_weights(
     assert math.isclose(notes["value_amax"], float(value.abs().max()), rel_tol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["percentile", "mse", "ema"])
 def test_ranges_can_be_chosen_by_every_rule(
-    kind: str, tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path
+    tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path
 ) -> None:
     """Percentiles and averages clip, so their scales are smaller."""
-    rule: dict[str, Any] = {"kind": kind} | ({"percentile": 0.9} if kind == "percentile" else {})
     scales = {}
-    for name, wanted in (("all", "minmax"), ("some", rule)):
-        told = ALONE | {"kv_cache": {"format": "int8", "range": wanted}}
+    for rule in ("minmax", {"kind": "percentile", "percentile": 0.9}, "mse", "ema"):
+        kind = rule if isinstance(rule, str) else str(rule["kind"])
+        told = ALONE | {"kv_cache": {"format": "int8", "range": rule}}
         told |= {"calibration": {"batch_size": 2}}
-        pq.quantize(tiny("qwen2_vl"), told, tmp_path / name, calibration_file)
-        reader = ShardReader(tmp_path / name)
-        scales[name] = float(reader.read("model.layers.0.self_attn.k_scale"))
-    assert scales["some"] < scales["all"] if kind != "mse" else scales["some"] <= scales["all"]
+        pq.quantize(tiny("qwen2_vl", llm_blocks=1), told, tmp_path / kind, calibration_file)
+        reader = ShardReader(tmp_path / kind)
+        scales[kind] = float(reader.read("model.layers.0.self_attn.k_scale"))
+    assert max(scales["percentile"], scales["ema"]) < scales["minmax"]
+    assert scales["mse"] <= scales["minmax"]
+
+
+# Rotated keys
+
+
+@pytest.fixture(scope="module")
+def spiky(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint in which the bias lifts single channels of the keys far above the others."""
+    folder = tmp_path_factory.mktemp("spiky")
+    shutil.copytree(tiny("qwen2_vl"), folder, dirs_exist_ok=True)
+    reader = ShardReader(folder)
+    tensors = {name: reader.read(name) for name in reader.names}
+    for name, tensor in tensors.items():
+        if name.endswith("self_attn.k_proj.bias"):
+            tensor[::16] = 100.0
+    write_tensors(folder / "model.safetensors", tensors)
+    return folder
+
+
+def test_rotated_keys_lose_less_where_a_few_channels_stand_out(
+    spiky: Path, calibration_file: Path, tmp_path: Path
+) -> None:
+    run, plain = inputs_of(spiky, calibration_file)[0], load_float(spiky)
+    wanted, loss, reach = logits(plain, run), {}, {}
+    for name in ("int8-head", "int8-head-rotated"):
+        told = {"rules": [], "kv_cache": name}
+        record = pq.quantize(spiky, told, tmp_path / name, calibration_file).record
+        loss[name] = float((logits(load_model(tmp_path / name), run) - wanted).square().mean())
+        reach[name] = next(step.kv_cache["key_amax"] for step in record.steps if step.kv_cache)
+    assert reach["int8-head-rotated"] < 0.5 * float(reach["int8-head"])
+    assert loss["int8-head-rotated"] < 0.7 * loss["int8-head"]
+
+
+def test_rotated_keys_are_those_of_rotated_queries(
+    tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path
+) -> None:
+    """A server rotates queries and keys and keeps rotated keys; here keys are rotated back."""
+    folder = tiny("qwen3_vl")
+    told = {**ALONE, "kv_cache": "int4-head-rotated"}
+    pq.quantize(folder, told, tmp_path, calibration_file)
+    model, run = load_model(tmp_path), inputs_of(folder, calibration_file)[0]
+    width = tiny_vlm.HIDDEN // tiny_vlm.HEADS
+    turn = hadamard_matrix(width).float() / math.sqrt(width)
+    quantizer = hooked(model.get_submodule(LAYER.format(0)))
+    assert isinstance(quantizer, KVQuantizer)
+    key, _ = keys_and_values(load_float(folder), 0, [run])
+    key = key.transpose(0, 1).unsqueeze(0)
+    query = torch.randn_like(key)
+    found, _ = quantizer(key, key)
+    kept = by_hand(key @ turn, quantizer.k_scale, "int4")
+    # The largest key lies midway between two numbers, and the last bit decides.
+    same = (found @ turn - kept).abs() < 1e-4
+    assert same.float().mean() > 0.999
+    products = (query @ turn) @ (found @ turn).transpose(-1, -2)
+    assert torch.allclose(query @ found.transpose(-1, -2), products, atol=1e-4)
+
+
+def test_a_rotation_of_keys_is_declared_and_read_beside_others(
+    tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path
+) -> None:
+    rotation = {"name": "rotation", "match": {"modality": "llm"}, "options": {"online": True}}
+    told = recipe("w8a8", "int8-rotated").with_transforms(rotation)
+    result = pq.quantize(tiny("qwen2_vl"), told, tmp_path, calibration_file)
+    assert any("only prismquant.load rotates them" in line for line in result.plan.remarks)
+    config = read_json(tmp_path / "config.json")["quantization_config"]["transform_config"]
+    group = config["config_groups"]["key_rotation"]
+    assert group["head_dim"] == tiny_vlm.HIDDEN // tiny_vlm.HEADS
+    assert [apply["location"] for apply in group["apply"]] == ["q_attn", "k_cache"]
+    for apply in group["apply"]:
+        for index, target in enumerate(apply["targets"]):
+            pattern = re.compile(target.removeprefix("re:"))
+            assert pattern.match(LAYER.format(index))
+            assert pattern.match(f"language_model.model.layers.{index}.self_attn")
+            assert not pattern.match(LAYER.format(index + 1))
+            assert not pattern.match(f"model.vision_model.encoder.layers.{index}.self_attn")
+    assert len(config["config_groups"]) > 1
+    model = load_model(tmp_path)
+    hook = hooked(model.get_submodule(LAYER.format(1)))
+    assert isinstance(hook, KVQuantizer)
+    assert hook.spec == KVCacheSpec("int8", rotated=True)
 
 
 # The bias of the key projection
@@ -731,9 +820,9 @@ def test_the_plan_tells_of_the_cache(tiny: Callable[..., Path]) -> None:
     plans = {name: make_plan(recipe("w8a8", name, batch_size=8), bound) for name in KV_PRESETS}
     assert not plain.needs_data
     prints = {plan.fingerprint() for plan in plans.values()}
-    assert len(prints) == 4
+    assert len(prints) == len(KV_PRESETS)
     for name, plan in plans.items():
-        heads = tiny_vlm.KV_HEADS if name.endswith("head") else 1
+        heads = tiny_vlm.KV_HEADS if "-head" in name else 1
         assert plan.needs_data
         assert plan.total_bytes - plain.total_bytes == 2 * 2 * heads * 2
         told = plan.to_dict()["kv_cache"]
@@ -743,4 +832,4 @@ def test_the_plan_tells_of_the_cache(tiny: Callable[..., Path]) -> None:
     remarks = {name: " ".join(plan.remarks) for name, plan in plans.items()}
     assert "vLLM" not in remarks["fp8"]
     assert "FlashAttention" in remarks["fp8-head"]
-    assert all("vLLM refuses it" in remarks[name] for name in ("int8", "int8-head"))
+    assert all("vLLM refuses" in remarks[name] for name in KV_PRESETS if name.startswith("int"))

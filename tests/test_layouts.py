@@ -367,6 +367,13 @@ def test_e8m0_scales_are_read_in_either_dtype() -> None:
         assert same_bits(unpack(stored, q.spec, "mxfp8-quantized").dequantize(), q.dequantize())
 
 
+def test_a_scale_of_a_tensor_may_come_without_an_axis() -> None:
+    q = quantized(edge_weight(8, 4), spec("fp8-tensor"))
+    tensors = pack(q, "float-quantized")
+    tensors["weight_scale"] = tensors["weight_scale"].reshape(())
+    assert same_bits(unpack(tensors, q.spec, "float-quantized").dequantize(), q.dequantize())
+
+
 # --- refusals ---------------------------------------------------------------------------------
 
 

@@ -106,11 +106,10 @@ def every_scale(form: ScaleFormat) -> Tensor:
     case=st.sampled_from(
         [("e4m3", FP4, NV), *(("e8m0", FloatGrid(kind), MX) for kind in ("e2m1", "e2m3", "e4m3"))]
     ),
-    rule=st.sampled_from([RangeRule("sweep"), RangeRule("mse", norm=2.4)]),
     weighted=st.booleans(),
 )
 def test_a_sweep_finds_the_best_of_all_scales_that_can_be_stored(
-    seed: int, case: tuple[str, Grid, Any], rule: RangeRule, weighted: bool
+    seed: int, case: tuple[str, Grid, Any], weighted: bool
 ) -> None:
     kind, grid, unit = case
     w = heavy_tailed(seed, 4, 64)
@@ -118,17 +117,21 @@ def test_a_sweep_finds_the_best_of_all_scales_that_can_be_stored(
     if weighted:
         importance = torch.rand(64, generator=torch.Generator().manual_seed(seed)) + 0.5
     form = coded(w, kind, grid)
-    norm = 2.0 if rule.kind == "sweep" else rule.norm
     shape = (4, 64 // (unit[1] or 1))
 
     def loss(scale: Tensor) -> Tensor:
-        return weight_losses(w, scale, None, grid, unit, norm, importance)
+        return weight_losses(w, scale, None, grid, unit, 2.0, importance)
 
     least = torch.stack([loss(s.expand(shape)) for s in every_scale(form)]).amin(0)
-    scale, zero = weight_scales(w, grid, True, *unit, rule, form, importance)
-    assert zero is None
-    assert scale.dtype == form.memory_dtype
-    assert bool((loss(scale) <= least * (1 + 1e-5) + 1e-12).all())
+    found = []
+    for rule in (RangeRule("sweep"), RangeRule("mse", norm=2.0), RangeRule()):
+        scale, zero = weight_scales(w, grid, True, *unit, rule, form, importance)
+        assert zero is None
+        assert scale.dtype == form.memory_dtype
+        assert set(scale.float().unique().tolist()) <= set(every_scale(form).tolist())
+        found.append(loss(scale))
+    assert bool((found[0] <= least * (1 + 1e-5) + 1e-12).all())
+    assert bool((found[1] <= found[2] * (1 + 1e-5) + 1e-12).all())
 
 
 @pytest.mark.parametrize("kind", ["e4m3", "e8m0", "float"])
@@ -144,8 +147,9 @@ def test_four_over_six_takes_the_better_of_two_scales(kind: str) -> None:
     want = torch.where(losses[1] < losses[0], tried[1].float(), tried[0].float())
     found, _ = weight_scales(w, FP4, True, *unit, RangeRule("four_over_six"), form)
     assert torch.equal(found.float(), want)
-    assert bool((losses[1] < losses[0]).any())
     assert bool((losses[1] > losses[0]).any())
+    # A power of two more can only take points away.
+    assert bool((losses[1] < losses[0]).any()) == (kind != "e8m0")
 
 
 @pytest.mark.parametrize("unit", UNITS)

@@ -27,6 +27,7 @@ from prismquant.export.exporter import Progress, Refusal, write_checkpoint
 from prismquant.export.integers import (
     CHANNEL,
     group_size,
+    module_names,
     refusal,
     scales_by_group,
     zero_points_by_group,
@@ -80,6 +81,7 @@ class AWQ:
             progress,
             convert=lambda layer: tensors(source.codes(layer)),
             config=source.plain_config | {"quantization_config": section},
+            rename=module_names(source),
         )
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from prismquant.errors import FormatError, StorageError
 from prismquant.export.arguments import arguments, private_section, specification
-from prismquant.export.kv_cache import kv_cache_scheme
+from prismquant.export.kv_cache import ROTATED_AT, key_rotation, kv_cache_scheme
 from prismquant.formats.packed import QuantizedTensor, pack, unpack
 from prismquant.formats.spec import NumberSpec
 from prismquant.models.arch import SiteKind
@@ -472,10 +472,12 @@ def _transform_config(plan: Plan, bound: BoundModel) -> dict[str, Any]:
         if row.online is not None:
             target = _path_ending(bound, row.site)
             blocks.setdefault(row.online.block, []).append(target)
-    if not blocks:
+    keys = key_rotation(plan.kv_cache)
+    if not blocks and not keys:
         return {}
     return {
-        "config_groups": {
+        "config_groups": keys
+        | {
             _transform_name(block): {
                 "type": "hadamard",
                 "head_dim": block,
@@ -528,6 +530,8 @@ def read_rotations(config: Mapping[str, Any], linears: Sequence[str]) -> dict[st
     for name, group in (section.get("config_groups") or {}).items():
         for apply in group["apply"]:
             known = group["type"] == "hadamard" and not group.get("randomize")
+            if known and apply["location"] in ROTATED_AT:
+                continue  # of queries and keys: the key-value cache's affair
             if not known or apply["location"] != "input" or not group.get("head_dim"):
                 raise FormatError(
                     f"transform {name!r} ({group['type']} at {apply['location']}) cannot be read",

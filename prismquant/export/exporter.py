@@ -149,6 +149,7 @@ def write_checkpoint(
     files: Mapping[str, Any] | None = None,
     keep: Callable[[str, Tensor], Tensor] | None = None,
     rename: Callable[[str], str] | None = None,
+    extra: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a checkpoint folder like the source's, with its quantized layers laid out anew.
 
@@ -161,8 +162,10 @@ def write_checkpoint(
         files: Other JSON files by name, such as ``quantize_config.json``.
         keep: What becomes of any other tensor, given its name; it stays as it is by default.
         rename: From a tensor's name on disk to its name there; the source's by default.
+        extra: More tensors, by their names there.
     """
     shards = Shards(out)
+    shards.add(extra or {})
     pieces = list(source.walk())
     for number, (layer, name) in enumerate(pieces):
         progress(number, len(pieces), name)

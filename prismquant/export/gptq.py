@@ -18,7 +18,7 @@ Which layers are quantized is said twice, because readers look in different plac
 in ``modules_in_block_to_quantize``, GPTQModel in ``dynamic``, where a pattern that begins with
 ``-:`` excludes layers and one with ``+:`` gives others their own width or group size. Patterns are
 compared with a reader's own paths, which differ in what precedes a tower's blocks, and with the
-names of fused layers. Tensors are named by module paths, which GPTQModel and vLLM both know.
+names of fused layers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -38,6 +38,7 @@ from prismquant import __version__
 from prismquant.export.exporter import Progress, Refusal, write_checkpoint
 from prismquant.export.integers import (
     group_size,
+    module_names,
     refusal,
     scales_by_group,
     zero_points_by_group,
@@ -108,7 +109,7 @@ class GPTQ:
             convert=lambda layer: tensors(source.codes(layer), less_one=less_one),
             config=source.plain_config | {"quantization_config": section},
             files={"quantize_config.json": section},
-            rename=_module_names(source),
+            rename=module_names(source),
         )
 
 
@@ -161,17 +162,6 @@ def quantization_config(source: StoredCheckpoint) -> dict[str, Any]:
         "dynamic": dynamic,
         "meta": {"quantizer": [f"prismquant:{__version__}"]},
     }
-
-
-def _module_names(source: StoredCheckpoint) -> Callable[[str], str] | None:
-    """GPTQModel looks for quantized layers under their module paths; vLLM knows these as well.
-
-    Of the original VideoLLaMA3 layout, code of its own knows only its own names.
-    """
-    if source.arch.config_map is not None:
-        return None
-    names = source.names
-    return lambda name: names.to_module(name) if names.knows(name) else name
 
 
 def _scheme(layer: StoredLayer) -> tuple[int, int, bool]:

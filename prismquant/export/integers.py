@@ -2,12 +2,13 @@
 
 Both store a weight ``[out, in]`` transposed, unsigned codes ``u = code + 2^(b-1)`` beside unsigned
 zero points ``z``, and mean ``(u - z) * scale``. A symmetric format is one whose every zero point is
-``2^(b-1)``. Neither can say anything of a layer's input.
+``2^(b-1)``. Neither can say anything of a layer's input. Tensors are named by module paths, which
+all readers know.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from prismquant.formats.spec import NumberSpec
 from prismquant.numerics.affine import Granularity
 
 SCALE_DTYPE = torch.float16
+_UNITS = (Granularity.TENSOR, Granularity.CHANNEL, Granularity.GROUP)
 CHANNEL = -1
 """The group size by which both configurations mean one scale for a whole row."""
 
@@ -28,6 +30,18 @@ def group_size(spec: NumberSpec) -> int:
     if spec.granularity == Granularity.GROUP and spec.group_size is not None:
         return spec.group_size
     return CHANNEL
+
+
+def module_names(source: StoredCheckpoint) -> Callable[[str], str] | None:
+    """From names on disk to module paths.
+
+    GPTQModel looks for quantized layers under their module paths only; transformers and vLLM know
+    these as well. Of the original VideoLLaMA3 layout, the code beside it knows only its own names.
+    """
+    if source.arch.config_map is not None:
+        return None
+    names = source.names
+    return lambda name: names.to_module(name) if names.knows(name) else name
 
 
 def scales_by_group(q: QuantizedTensor) -> Tensor:
@@ -61,11 +75,13 @@ def refusal(
     if layer.scheme is None:
         return None
     spec = layer.scheme.weights
-    if spec.kind != "int":
+    if spec.kind != "int" or spec.scale != "float":
         return Refusal(layer.name, f"the format holds integers, not {spec.describe()}")
     if spec.bits not in bits:
         known = ", ".join(str(width) for width in sorted(bits))
         return Refusal(layer.name, f"the format holds integers of {known} bits, not {spec.bits}")
+    if spec.granularity not in _UNITS:
+        return Refusal(layer.name, f"the format has no {spec.granularity} scales")
     if layer.shape[0] % packed_out:
         return Refusal(
             layer.name,
@@ -77,11 +93,11 @@ def refusal(
         return Refusal(
             layer.name, "single columns of it stay in floating point, which the format cannot say"
         )
-    return _scale_refusal(source, layer)
+    return scale_refusal(source, layer)
 
 
-def _scale_refusal(source: StoredCheckpoint, layer: StoredLayer) -> Refusal | None:
-    """Scales are stored in float16: each must be one already, whatever dtype it has now."""
+def scale_refusal(source: StoredCheckpoint, layer: StoredLayer) -> Refusal | None:
+    """Why a layer's scales cannot be stored in float16 as they are, if they cannot."""
     scale = source.scale(layer).float()
     differ = scale.to(SCALE_DTYPE).float() != scale
     if not bool(differ.any()):

@@ -2,7 +2,7 @@
 
 ``kv_cache_scheme`` of the configuration says in what numbers; every attention module of the
 language model has tensors ``k_scale`` and ``v_scale``, [1] or [kv_heads, 1, 1]. A stored number is
-``x / scale``.
+``x / scale``. A rotation of queries and keys is a transform at ``q_attn`` and ``k_cache``.
 """
 
 from __future__ import annotations
@@ -19,26 +19,62 @@ from prismquant.formats.kv import KVCacheSpec
 from prismquant.models.arch import ArchSpec, Modality
 from prismquant.models.config import config_value
 from prismquant.models.names import NameMap
+from prismquant.numerics.hadamard import power_of_two_block
 from prismquant.pipeline.kv import KVScales, quantize_cache
-from prismquant.pipeline.kv_plan import KEY_ROLE
+from prismquant.pipeline.kv_plan import KEY_ROLE, KVPlan
 from prismquant.storage import ShardReader
 
 _STRATEGIES = {"tensor": "tensor", "head": "attn_head"}
-_TYPES = {"fp8": "float", "int8": "int"}
+_TYPES = {"fp8": ("float", 8), "int8": ("int", 8), "int4": ("int", 4)}
+_ROTATION = "key_rotation"
+ROTATED_AT = ("q_attn", "k_cache")
 
 
 def kv_cache_scheme(spec: KVCacheSpec | None) -> dict[str, Any] | None:
     """The configuration's entry for a format."""
     if spec is None:
         return None
+    kind, bits = _TYPES[spec.format]
     return {
-        "num_bits": 8,
-        "type": _TYPES[spec.format],
+        "num_bits": bits,
+        "type": kind,
         "symmetric": True,
         "strategy": _STRATEGIES[spec.granularity],
         "group_size": None,
         "dynamic": False,
     }
+
+
+def key_rotation(plan: KVPlan | None) -> dict[str, Any]:
+    """The group of ``transform_config`` that tells of rotated queries and keys; none: empty."""
+    if plan is None or not plan.spec.rotated:
+        return {}
+    targets = [_pattern(layer.attention) for layer in plan.layers]
+    apply = {"targets": targets, "inverse": False, "ignore": []}
+    return {
+        _ROTATION: {
+            "type": "hadamard",
+            "head_dim": power_of_two_block(plan.layers[0].head_dim),
+            "randomize": False,
+            "requires_grad": False,
+            "apply": [apply | {"location": location} for location in ROTATED_AT],
+        }
+    }
+
+
+def _pattern(path: str) -> str:
+    """For the language model's attention module at ``<..>.language_model.layers.0.self_attn``.
+
+    Readers put different names before and behind the tower's; the vision tower's blocks may end
+    alike.
+    """
+    tower, *block = path.split(".")[-4:]
+    return f"re:(.*[.])?{tower}[.](.*[.])?{'[.]'.join(block)}$"
+
+
+def _rotates_keys(section: Mapping[str, Any]) -> bool:
+    groups = ((section.get("transform_config") or {}).get("config_groups") or {}).values()
+    return any(apply["location"] == "k_cache" for group in groups for apply in group["apply"])
 
 
 def read_kv_cache_scheme(section: Mapping[str, Any]) -> KVCacheSpec | None:
@@ -52,16 +88,17 @@ def read_kv_cache_scheme(section: Mapping[str, Any]) -> KVCacheSpec | None:
         return None
     formats = {value: key for key, value in _TYPES.items()}
     units = {value: key for key, value in _STRATEGIES.items()}
-    number = formats.get(scheme.get("type", "int"))
+    number = formats.get((scheme.get("type", "int"), scheme.get("num_bits")))
     unit = units.get(scheme.get("strategy") or "tensor")
     symmetric, dynamic = scheme.get("symmetric", True), scheme.get("dynamic", False)
-    known = number is not None and unit is not None and scheme.get("num_bits") == 8
-    if not known or not symmetric or dynamic:
+    if number is None or unit is None or not symmetric or dynamic:
         raise FormatError(
             f"a key-value cache of {dict(scheme)} cannot be read",
-            remedy="8-bit float or int, symmetric, static, of strategy tensor or attn_head can",
+            remedy="float of 8 or int of 8 or 4 bits, symmetric, static, of strategy tensor or "
+            "attn_head can",
         )
-    return KVCacheSpec.from_dict({"format": number, "granularity": unit})
+    rotates = _rotates_keys(section)
+    return KVCacheSpec.from_dict({"format": number, "granularity": unit, "rotated": rotates})
 
 
 def read_kv_scales(

@@ -28,6 +28,7 @@ from prismquant.models.arch import ArchSpec
 from prismquant.models.config import empty_model, identify, native_config
 from prismquant.models.names import NameMap, choose_layout
 from prismquant.numerics.hadamard import block_hadamard
+from prismquant.pipeline.group import StaticScale
 from prismquant.storage import ShardReader, read_json
 
 _CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale", ".k_zero_point", ".v_zero_point")
@@ -106,8 +107,14 @@ class StoredCheckpoint:
         return self.reader.quantized(layer.prefix)
 
     def scale(self, layer: StoredLayer) -> Tensor:
-        """A quantized layer's scale as it is stored, without reading the codes."""
+        """A quantized layer's scale, where possible without reading the codes."""
+        if layer.scheme is not None and layer.scheme.weights.scale != "float":
+            return self.codes(layer).scale
         return self.shards.read(f"{layer.prefix}.weight_scale")
+
+    def static_scale(self, layer: StoredLayer, side: str) -> StaticScale | None:
+        """The static scale of a layer's ``input`` or ``output``, if there is one."""
+        return self.reader.static_scale(layer.prefix, side)
 
     def splits(self, layer: StoredLayer) -> bool:
         """Whether single columns of a layer stay in floating point."""

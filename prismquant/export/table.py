@@ -26,6 +26,8 @@ EXPORTERS: Mapping[str, str] = MappingProxyType(
         "compressed-tensors": "prismquant.export.identity:CompressedTensors",
         "gptq": "prismquant.export.gptq:GPTQ",
         "awq": "prismquant.export.awq:AWQ",
+        "modelopt": "prismquant.export.modelopt:ModelOpt",
+        "gguf": "prismquant.export.gguf.checkpoint:GGUF",
     }
 )
 RECORD = Path("prismquant") / "export.json"
@@ -113,7 +115,11 @@ def export_checkpoint(
     _check_folder(source, out)
     something = source.quantized or source.rotated or source.has_cache_scales
     if exporter.needs_quantized and not something:
-        raise FormatError("the checkpoint is not quantized", where=str(folder))
+        raise FormatError(
+            "the checkpoint is not quantized",
+            where=str(folder),
+            remedy="export a folder that `prismquant quantize` wrote; gguf takes float models too",
+        )
     check(exporter.name, source, _refusals(source, exporter, weights_only=weights_only))
     remarks = (*_dropped(source, exporter), *exporter.remarks(source))
     write_json(

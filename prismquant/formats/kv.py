@@ -2,10 +2,10 @@
 
 A cache of keys and values is written once for each token and read for every later one, so its
 scales are static: one for all keys of a layer and one for all its values, or one of each for every
-key-value head. Numbers are symmetric about zero: FP8 E4M3, or 8-bit integers.
+key-value head. Numbers are symmetric about zero: FP8 E4M3, or integers of 8 or 4 bits.
 
 The stored number is ``x / scale``: what compressed-tensors and vLLM mean by ``k_scale`` and
-``v_scale``.
+``v_scale``. Servers know FP8; the integers, and keys that are rotated first, are for simulation.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from prismquant.errors import FormatError, suggest
 from prismquant.formats.spec import NumberSpec, spec
 from prismquant.numerics.grids import Grid
 
-KVNumber = Literal["fp8", "int8"]
+KVNumber = Literal["fp8", "int8", "int4"]
 KVGranularity = Literal["tensor", "head"]
 
 
@@ -28,9 +28,12 @@ class KVCacheSpec:
     """The number format of a cache of keys and values.
 
     Attributes:
-        format: ``fp8`` (E4M3) or ``int8``.
+        format: ``fp8`` (E4M3), ``int8`` or ``int4``.
         granularity: ``tensor``: one scale for a layer's keys, one for its values; ``head``: one of
             each for every key-value head.
+        rotated: Multiply queries and keys by one Hadamard matrix after the rotary embedding, which
+            leaves their products as they are and spreads what stands out in single channels of the
+            keys; integers only. (R3 of SpinQuant, arXiv 2405.16406, section 3.2.)
 
     Raises:
         FormatError: A field has another value.
@@ -38,6 +41,7 @@ class KVCacheSpec:
 
     format: KVNumber
     granularity: KVGranularity = "tensor"
+    rotated: bool = False
 
     def __post_init__(self) -> None:
         for field, legal in (("format", KVNumber), ("granularity", KVGranularity)):
@@ -47,6 +51,14 @@ class KVCacheSpec:
                     f"{field} of a key-value cache cannot be {value!r}",
                     remedy=suggest(str(value), get_args(legal)),
                 )
+
+        if not isinstance(self.rotated, bool):
+            raise FormatError(f"rotated must be true or false, not {self.rotated!r}")
+        if self.rotated and self.format == "fp8":
+            raise FormatError(
+                "an fp8 key-value cache is not rotated: servers would read it as if it were not",
+                remedy="leave rotated out, or use int8 or int4",
+            )
 
     @property
     def number(self) -> NumberSpec:
@@ -66,11 +78,12 @@ class KVCacheSpec:
     @property
     def name(self) -> str:
         """The name from which :func:`kv_cache_spec` makes this format again, e.g. ``fp8-head``."""
-        return f"{self.format}-head" if self.per_head else self.format
+        parts = [("head", self.per_head), ("rotated", self.rotated)]
+        return "-".join([self.format, *(part for part, said in parts if said)])
 
     def describe(self) -> str:
         """Say the format in a few words for a table, e.g. ``fp8 head``."""
-        return f"{self.format} {self.granularity}"
+        return f"{self.format} {self.granularity}" + (" rotated" if self.rotated else "")
 
     def scale_shape(self, kv_heads: int) -> tuple[int, ...]:
         """Shape of the keys' scale, and of the values', on disk and in memory."""
@@ -82,7 +95,7 @@ class KVCacheSpec:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> KVCacheSpec:
-        """Make a format from its fields; ``granularity`` may be left out.
+        """Make a format from its fields; all but ``format`` may be left out.
 
         Raises:
             FormatError: A field is unknown or missing, or has no such value.
@@ -106,16 +119,18 @@ KV_PRESETS: Mapping[str, KVCacheSpec] = MappingProxyType(
     {
         made.name: made
         for made in (
-            KVCacheSpec(number, granularity)
+            KVCacheSpec(number, granularity, rotated)
             for number in get_args(KVNumber)
             for granularity in get_args(KVGranularity)
+            for rotated in (False, True)
+            if not (rotated and number == "fp8")
         )
     }
 )
 
 
 def kv_cache_spec(name: str) -> KVCacheSpec:
-    """The format called ``fp8``, ``fp8-head``, ``int8`` or ``int8-head``.
+    """The format of that name, e.g. ``fp8``, ``int8-head`` or ``int4-head-rotated``.
 
     Raises:
         FormatError: There is none of this name.

@@ -294,9 +294,10 @@ def check_global_scale(value: Tensor) -> None:
         raise FormatError(
             f"a global scale is one floating-point number, not {value.dtype} {list(value.shape)}"
         )
-    if not (math.isfinite(float(value)) and float(value) > 0):
+    number = float(value)
+    if not (math.isfinite(number) and number > 0):
         raise FormatError(
-            f"a global scale cannot be {float(value)}", remedy="calibrate it: 0 means none was set"
+            f"a global scale cannot be {number}", remedy="calibrate it: 0 means none was set"
         )
 
 

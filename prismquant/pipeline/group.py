@@ -16,9 +16,8 @@ from prismquant.algorithms.statistics import HessianRecord
 from prismquant.algorithms.table import build_solver
 from prismquant.errors import NumericsError
 from prismquant.formats.spec import NumberSpec
-from prismquant.numerics.affine import scale_zero_point
-from prismquant.numerics.ranges import RangeRecord, RangeRule
-from prismquant.numerics.scales import global_scale
+from prismquant.numerics.records import RangeRecord, static_scale_zero_point
+from prismquant.numerics.rules import RangeRule
 from prismquant.pipeline.capture import StepCall
 from prismquant.pipeline.plan import PlanRow
 from prismquant.runtime.quant_linear import ActivationQuantizer, QuantLinear
@@ -321,15 +320,12 @@ class Group:
         return self._static(self._outputs[row.site.name], row.outputs, row.activation_range)
 
     def _static(self, record: RangeRecord, spec: NumberSpec, rule: RangeRule) -> StaticScale:
-        low, high = record.low_high(rule, spec.grid, spec.symmetric)
-        if spec.scale == "e4m3":
-            largest = torch.tensor([max(-low, high)], device=self.settings.device)
-            return StaticScale(global_scale(largest, spec.grid), None, low, high)
-        ends = torch.tensor([[low], [high]], device=self.settings.device)
-        scale, zero_point = scale_zero_point(
-            ends[0], ends[1], spec.grid, spec.symmetric, self.settings.stored_dtype
+        device, dtype = self.settings.device, self.settings.stored_dtype
+        scale, zero_point, low, high = static_scale_zero_point(
+            record, rule, spec.grid, spec.symmetric, dtype, spec.scale
         )
-        return StaticScale(scale, zero_point, low, high)
+        zero_point = None if zero_point is None else zero_point.to(device)
+        return StaticScale(scale.to(device), zero_point, low, high)
 
     def _input_notes(self) -> dict[str, float | int | str]:
         """The static input range for the record, of the modalities together and apart."""

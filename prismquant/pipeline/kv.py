@@ -25,7 +25,7 @@ from prismquant.numerics.affine import scale_zero_point
 from prismquant.numerics.ranges import RangeRecord, RangeRule
 from prismquant.pipeline.capture import Enough, StepCall
 from prismquant.pipeline.kv_plan import KVLayer, KVPlan
-from prismquant.runtime.kv_cache import KVQuantizer, KVWatch
+from prismquant.runtime.kv_cache import KVQuantizer, KVWatch, rotated
 
 Notes = dict[str, float | int | str]
 
@@ -151,6 +151,7 @@ class KVObservation:
             self._constant = None
         for call in calls:
             keys, values = _keys_and_values(attention, block, call)
+            keys = self._as_stored(keys)
             try:
                 self._keys.update(keys)
                 self._values.update(values)
@@ -161,7 +162,10 @@ class KVObservation:
             if self._constant is not None and len(keys):
                 with _bias_alone(key_projection):
                     constant, _ = _keys_and_values(attention, block, call)
-                self._constant.update(keys.float(), constant.float())
+                self._constant.update(keys.float(), self._as_stored(constant).float())
+
+    def _as_stored(self, keys: Tensor) -> Tensor:
+        return rotated(keys) if self.plan.spec.rotated else keys
 
     def scales(self, stored: torch.dtype, device: torch.device) -> KVScales:
         """The scales on ``device``, rounded to the dtype in which they are stored.
@@ -184,10 +188,11 @@ class KVObservation:
     def notes(self) -> Notes:
         """What to keep of it in the record.
 
-        ``key_amax`` and ``value_amax`` are the largest magnitudes. Where the projection has a bias:
-        ``key_bias_energy`` is the rotated bias's sum of squares relative to the keys' (1: the keys
-        are little else), ``key_bias_range`` its largest magnitude relative to theirs, and
-        ``key_amax_without_bias`` the largest magnitude that is left when it is subtracted.
+        ``key_amax`` and ``value_amax`` are the largest magnitudes of what is rounded. Where the
+        projection has a bias: ``key_bias_energy`` is the rotated bias's sum of squares relative to
+        the keys' (1: the keys are little else), ``key_bias_range`` its largest magnitude relative
+        to theirs, and ``key_amax_without_bias`` the largest magnitude that is left when it is
+        subtracted.
         """
         amax = self._keys.amax
         notes: Notes = {"key_amax": amax, "value_amax": self._values.amax}

@@ -35,6 +35,11 @@ class KVLayer:
     kv_heads: int
 
     @property
+    def head_dim(self) -> int:
+        """Width of a key."""
+        return self.key.out_features // self.kv_heads
+
+    @property
     def tensors(self) -> tuple[str, str]:
         """Names of the scales of keys and values, as module tensor names."""
         return f"{self.attention}.k_scale", f"{self.attention}.v_scale"
@@ -73,10 +78,15 @@ class KVPlan:
     def remarks(self) -> tuple[str, ...]:
         """Who cannot use the scales as they are, and why."""
         found = []
-        if self.spec.format == "int8":
+        if self.spec.rotated:
             found.append(
-                "a key-value cache of int8 is declared as such: vLLM refuses it, for it knows "
-                "fp8 only; prismquant.load simulates it"
+                "the key-value cache has rotated keys: only prismquant.load rotates them, "
+                "transformers takes their scales for plain ones, vLLM refuses integers"
+            )
+        elif self.spec.format != "fp8":
+            found.append(
+                f"the key-value cache is declared as {self.spec.format}: vLLM refuses it, for it "
+                "knows fp8 only; prismquant.load simulates it, and so does transformers"
             )
         elif self.spec.per_head:
             found.append(

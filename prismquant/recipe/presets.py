@@ -67,7 +67,8 @@ _NVFP4A16 = _preset("nvfp4", None, weight_range="mse")
 _MXFP4 = _preset("mxfp4", "mxfp4-dyn", weight_range="mse")
 _MXFP4A16 = _preset("mxfp4", None, weight_range="mse")
 _MXFP6A16 = _preset("mxfp6", None, weight_range="mse")
-_MXFP8 = _preset("mxfp8", "mxfp8-dyn", weight_range="mse")
+# Servers round the scales of MXFP8 inputs up.
+_MXFP8 = _preset("mxfp8", "mxfp8-ceil-dyn", weight_range="mse")
 _MXINT8 = _preset("mxint8", "mxint8-dyn", weight_range="minmax")
 
 PRESETS: dict[str, Preset] = {
@@ -89,6 +90,7 @@ PRESETS: dict[str, Preset] = {
     "fp8-all": _with_vision(_FP8),
     "fp8-static": _FP8_STATIC,
     "fp8-block": _FP8_BLOCK,
+    "fp8-kv": _FP8 | {"kv_cache": "fp8"},
     "nvfp4": _NVFP4,
     "nvfp4-all": _with_vision(_NVFP4),
     "nvfp4a16": _NVFP4A16,

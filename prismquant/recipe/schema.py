@@ -22,7 +22,7 @@ key is an error that names its path and the key that was probably meant.
 They are applied in order: rotations first of all, then scales along edges.
 
 ``kv_cache`` says in what numbers a server keeps keys and values: ``fp8``, ``fp8-head``, ``int8``,
-``int8-head``, or a mapping such as ``{format: fp8, granularity: head, range: mse}``.
+``int4-head-rotated`` and so on, or a mapping: ``{format: fp8, granularity: head, range: mse}``.
 
 The recipe knows nothing of a particular model: :mod:`prismquant.pipeline.plan` lays it over one.
 """

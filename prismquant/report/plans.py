@@ -91,14 +91,15 @@ def run_table(plan: Plan, record: RunRecord) -> Table:
     headers = ["step", "layers", "loss", "of rounding's", "seconds", "remarks"]
     rows = []
     for step in record.steps:
-        if not step.layers:
+        if not step.layers and not step.kv_cache:
             continue
         loss = sum(layer.loss for layer in step.layers)
         baseline = sum(layer.baseline_loss for layer in step.layers)
         share = f"{loss / baseline:.3f}" if baseline else ""
         count = str(len(step.layers))
         remark = _remark(step)
-        rows.append([step.name, count, format_figure(loss), share, f"{step.seconds:.2f}", remark])
+        told = format_figure(loss) if step.layers else ""
+        rows.append([step.name, count, told, share, f"{step.seconds:.2f}", remark])
     before, after = format_bytes(plan.float_bytes), format_bytes(plan.total_bytes)
     title = f"recipe {plan.recipe}: {before} to {after} in {record.seconds:.1f} s"
     return rich_table(headers, rows, title=title)
@@ -118,6 +119,12 @@ def _remark(step: StepRecord) -> str:
         if isinstance(before, float) and isinstance(after, float) and before > 0:
             parts.append(f"block error tuned to {after / before:.2f}")
             break
+    energy, reach = (step.kv_cache.get(f"key_bias_{name}") for name in ("energy", "range"))
+    if energy is not None and reach is not None:
+        parts.append(
+            f"the key bias makes {100 * float(energy):.0f} % of the keys' energy and "
+            f"{100 * float(reach):.0f} % of their range"
+        )
     return "; ".join(parts)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from prismquant.errors import FormatError
 from prismquant.formats.kv import KVCacheSpec
 from prismquant.numerics.affine import Granularity, simulate
+from prismquant.numerics.hadamard import block_hadamard, power_of_two_block
 
 
 class KVHook(nn.Module):
@@ -81,7 +82,11 @@ class KVQuantizer(KVHook):
         """
         if not self.enabled:
             return key, value
-        return self._rounded(key, self.k_scale), self._rounded(value, self.v_scale)
+        value = self._rounded(value, self.v_scale)
+        if not self.spec.rotated:
+            return self._rounded(key, self.k_scale), value
+        # Rotating back what was rounded is to products what rotating the queries would be.
+        return rotated(self._rounded(rotated(key), self.k_scale)), value
 
     def _rounded(self, x: Tensor, scale: Tensor) -> Tensor:
         if x.numel() == 0:
@@ -97,6 +102,17 @@ class KVQuantizer(KVHook):
         rows = by_head.reshape(len(scale), -1)
         rounded = simulate(rows, scale.reshape(-1, 1), None, self.spec.grid, Granularity.CHANNEL)
         return rounded.reshape(by_head.shape).transpose(0, 1)
+
+
+def rotated(key: Tensor) -> Tensor:
+    """Keys, or queries, times a Hadamard matrix of the head's width; twice is the identity.
+
+    Where the width is no power of two, in blocks of the largest power of two that divides it.
+
+    Args:
+        key: ``[..., head_dim]``.
+    """
+    return block_hadamard(key, power_of_two_block(key.shape[-1]))
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from prismquant.export.check.checkpoint import Checkpoint, Layer
 from prismquant.export.check.findings import Problem, gathered
-from prismquant.export.check.scheme import FLOAT, NAIVE, PACK, Group
+from prismquant.export.check.scheme import FLOAT, NAIVE, PACK, Group, groups_by_name, matches
 from prismquant.models.arch import Modality
 
 _SIZES = (2, 4, 8)
@@ -18,7 +18,7 @@ def schemes(checkpoint: Checkpoint) -> list[Problem]:
     """Fused layers that do not share a scheme."""
     found = []
     for members in checkpoint.fused():
-        described = {layer.called: _described(layer.in_transformers) for layer in members}
+        described = {layer.called: _described(_first(checkpoint, layer)) for layer in members}
         if len(set(described.values())) > 1:
             listed = "; ".join(f"{layer.role}: {described[layer.called]}" for layer in members)
             remedy = "give them one scheme: servers load them as one matrix"
@@ -110,6 +110,9 @@ def tensor_parallel(checkpoint: Checkpoint) -> Iterator[Problem]:
 def _obstacles(checkpoint: Checkpoint, size: int) -> dict[str, list[str]]:
     """Why layers of the language model cannot be split over so many GPUs."""
     found: dict[str, list[str]] = {}
+    heads = _heads(checkpoint)
+    if heads % size:
+        found[f"{heads} attention heads cannot be split"] = ["num_attention_heads"]
     for group, members in checkpoint.of_group():
         for layer in members:
             if layer.site is not None and layer.site.modality is Modality.LLM:
@@ -117,6 +120,12 @@ def _obstacles(checkpoint: Checkpoint, size: int) -> dict[str, list[str]]:
                 if why:
                     found.setdefault(why, []).append(layer.called)
     return found
+
+
+def _heads(checkpoint: Checkpoint) -> int:
+    """Attention heads of the language model; 0, which any number divides, where none are told."""
+    config = checkpoint.model.config if checkpoint.model is not None else None
+    return int(getattr(getattr(config, "text_config", config), "num_attention_heads", 0))
 
 
 def _split_fault(group: Group, layer: Layer, size: int) -> str:
@@ -144,6 +153,14 @@ def _block(layer: Layer) -> tuple[int, int] | None:
     if group is None or group.weights is None or group.layout not in (FLOAT, NAIVE):
         return None
     return group.weights.block
+
+
+def _first(checkpoint: Checkpoint, layer: Layer) -> Group | None:
+    """The first group that names a layer, as servers look for the parts of a fused one."""
+    if any(matches(layer.called, pattern) for pattern in checkpoint.ignore):
+        return None
+    named = groups_by_name(layer.called, checkpoint.groups)
+    return named[0] if named else layer.in_transformers
 
 
 def _described(group: Group | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from prismquant.export.check import modelopt, packed_int
 from prismquant.export.check.checkpoint import COMPRESSED_TENSORS, Checkpoint
 from prismquant.export.check.findings import Problem, gathered
 from prismquant.export.check.scheme import (
@@ -29,7 +30,7 @@ from prismquant.export.check.scheme import (
     broken_pattern,
 )
 
-_METHODS = (COMPRESSED_TENSORS, "modelopt", "modelopt_fp4", "modelopt_mixed", "gptq", "awq")
+_METHODS = (COMPRESSED_TENSORS, *modelopt.METHODS, *packed_int.METHODS)
 _SPELLING = "known keys: " + ", ".join(sorted(ARGS_KEYS))
 # layout -> (type, bits) of the weights that it holds; bits None for any.
 _HOLDS: Mapping[str, tuple[str, tuple[int, ...]]] = {
@@ -102,20 +103,26 @@ def group_shape(checkpoint: Checkpoint) -> Iterator[Problem]:
 
 
 def unknown_keys(checkpoint: Checkpoint) -> list[Problem]:
-    """Keys that no reader knows: each of them refuses the checkpoint."""
-    found = []
-    for name, group in raw_groups(checkpoint).items():
-        if not isinstance(group, Mapping):
-            continue
-        for key in sorted(set(group) - GROUP_KEYS):
-            remedy = f"delete it; keys of a group: {', '.join(sorted(GROUP_KEYS))}"
-            found.append((f"a group has the unknown key {key!r}", name, remedy))
-        for role in ROLES:
-            keys = set(group[role]) if isinstance(group.get(role), Mapping) else set()
-            for key in sorted(keys - ARGS_KEYS):
-                what = f"{role} has the unknown key {key!r}"
-                found.append((what, name, f"delete it; {_SPELLING}"))
-    return gathered(found)
+    """Keys of arguments that no reader knows: all of them refuse the checkpoint."""
+    return gathered(
+        (f"{role} has the unknown key {key!r}", name, f"delete it; {_SPELLING}")
+        for name, group in raw_groups(checkpoint).items()
+        if isinstance(group, Mapping)
+        for role in ROLES
+        if isinstance(group.get(role), Mapping)
+        for key in sorted(set(group[role]) - ARGS_KEYS)
+    )
+
+
+def unknown_group_keys(checkpoint: Checkpoint) -> list[Problem]:
+    """Keys of groups that the compressed-tensors library refuses and vLLM passes over."""
+    remedy = f"delete it; keys of a group: {', '.join(sorted(GROUP_KEYS))}"
+    return gathered(
+        (f"a group has the unknown key {key!r}", name, remedy)
+        for name, group in raw_groups(checkpoint).items()
+        if isinstance(group, Mapping)
+        for key in sorted(set(group) - GROUP_KEYS)
+    )
 
 
 def unknown_top_keys(checkpoint: Checkpoint) -> Iterator[Problem]:

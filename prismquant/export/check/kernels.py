@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 
 from prismquant.export.check import vllm
 from prismquant.export.check.checkpoint import Checkpoint
-from prismquant.export.check.findings import Problem, Reader
+from prismquant.export.check.findings import Problem, Reader, gathered
 from prismquant.export.check.scheme import MXFP4, MXFP6, MXFP8, NVFP4, PACK, Group
 
 _ODD_BITS = (2, 3, 5, 6, 7)
 _STRADDLING = (3, 5, 6, 7)
+_W4A8_UNIT = 128
 
 
 def no_scheme(checkpoint: Checkpoint) -> Iterator[Problem]:
@@ -86,22 +87,22 @@ def w4a8_fp8(checkpoint: Checkpoint) -> Iterator[Problem]:
     )
 
 
-def w4a8_fp8_shape(checkpoint: Checkpoint) -> Iterator[Problem]:
-    """Shapes that their kernel cannot do."""
-    for group, members in checkpoint.of_group():
-        if vllm.is_w4a8_fp8(group):
-            names = tuple(
-                layer.called
-                for layer in members
-                if layer.in_features % 128 or layer.out_features % 128
-            )
-            size = group.weights.group_size if group.weights else None
-            if names or size != 128:
-                yield Problem(
-                    "int4 weights with FP8 inputs need groups of 128 and shapes that 128 divides",
-                    names or tuple(layer.called for layer in members),
-                    "quantize these layers as FP8 or W4A16",
-                )
+def w4a8_fp8_shape(checkpoint: Checkpoint) -> list[Problem]:
+    """Shapes that their kernel cannot do; fused layers are one matrix to it."""
+    rows: dict[str, int] = {}
+    for layer in checkpoint.layers:
+        whole = layer.fuse_key or layer.name
+        rows[whole] = rows.get(whole, 0) + layer.out_features
+    what = "int4 weights with FP8 inputs need groups of 128 and shapes that 128 divides"
+    return gathered(
+        (what, layer.called, "quantize these layers as FP8 or W4A16")
+        for group, members in checkpoint.of_group()
+        if vllm.is_w4a8_fp8(group) and group.weights is not None
+        for layer in members
+        if group.weights.group_size != _W4A8_UNIT
+        or layer.in_features % _W4A8_UNIT
+        or rows[layer.fuse_key or layer.name] % _W4A8_UNIT
+    )
 
 
 def asymmetric_bytes(checkpoint: Checkpoint) -> Iterator[Problem]:
@@ -137,8 +138,8 @@ def odd_bits(checkpoint: Checkpoint) -> Iterator[Problem]:
     return _where(
         checkpoint,
         lambda group: _packed_bits(group) in _ODD_BITS,
-        "of vLLM's kernels only Humming runs {group}",
-        "measure its speed before serving; 4 and 8 bits have more kernels",
+        "of vLLM's kernels only Humming runs {group}, and it is a package of its own",
+        "install humming beside vLLM, or use 4 or 8 bits, for which there are other kernels",
     )
 
 
@@ -203,12 +204,12 @@ def mxfp6_vllm(checkpoint: Checkpoint) -> Iterator[Problem]:
 
 
 def int8_blackwell(checkpoint: Checkpoint) -> Iterator[Problem]:
-    """int8 with int8 inputs."""
+    """int8 with int8 inputs, on the newest GPUs."""
     return _where(
         checkpoint,
         lambda group: vllm.scheme_class(group) == "CompressedTensorsW8A8Int8",
-        "int8 has no Cutlass kernel on SM100: vLLM falls back to Triton there",
-        "use FP8 for Blackwell",
+        "int8 on SM100 is not verified: vLLM names its Cutlass kernel, which may lack it there",
+        "use FP8 on Blackwell, or try it once",
     )
 
 

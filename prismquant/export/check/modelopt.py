@@ -12,6 +12,7 @@ from prismquant.export.check.checkpoint import MODELOPT_FILE, Checkpoint, Layer
 from prismquant.export.check.expected import REAL, SCALES, Expected
 from prismquant.export.check.findings import Problem, gathered
 
+METHODS = ("modelopt", "modelopt_fp4", "modelopt_mixed")
 MIXED = "MIXED_PRECISION"
 ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_NVFP4", "MXFP8")
 _FP4 = ("NVFP4", "W4A16_NVFP4")
@@ -42,9 +43,11 @@ def algorithm(checkpoint: Checkpoint) -> Iterator[Problem]:
 
 
 def fields(checkpoint: Checkpoint) -> Iterator[Problem]:
-    """What hf_quant_config.json must say of NVFP4."""
+    """What hf_quant_config.json must say of NVFP4 where config.json says nothing."""
     own = _own_file(checkpoint)
-    if own is None or str(own.get("quant_algo", "")).upper() not in _FP4:
+    if own is None or checkpoint.section.get("quant_algo"):
+        return
+    if str(own.get("quant_algo", "")).upper() not in _FP4:
         return
     lacking = tuple(field for field in _FP4_FIELDS if field not in own)
     if lacking:
@@ -155,10 +158,14 @@ def excluded(checkpoint: Checkpoint) -> list[Problem]:
             "take them off exclude_modules, or list them in quantized_layers",
         )
         for layer in checkpoint.layers
-        if layer.name not in names
-        and (info := checkpoint.tensors.get(f"{layer.disk}.weight")) is not None
-        and info.dtype not in REAL
+        if layer.name not in names and is_stored_quantized(checkpoint, layer)
     )
+
+
+def is_stored_quantized(checkpoint: Checkpoint, layer: Layer) -> bool:
+    """Whether a layer's weight is of a dtype for codes."""
+    info = checkpoint.tensors.get(f"{layer.disk}.weight")
+    return info is not None and info.dtype not in REAL
 
 
 def in_transformers(checkpoint: Checkpoint) -> Iterator[Problem]:

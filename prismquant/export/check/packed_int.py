@@ -13,6 +13,7 @@ from prismquant.export.check.expected import REAL, Expected
 from prismquant.export.check.findings import Problem, gathered
 
 GPTQ, AWQ = "gptq", "awq"
+METHODS = (GPTQ, AWQ)
 _KEYS = {GPTQ: ("bits", "group_size", "desc_act", "sym"), AWQ: ("bits", "group_size", "zero_point")}
 _WORD = 32
 
@@ -28,7 +29,7 @@ def keys(checkpoint: Checkpoint) -> Iterator[Problem]:
 
 def widths(checkpoint: Checkpoint) -> Iterator[Problem]:
     """Widths that vLLM has kernels for."""
-    if checkpoint.method not in _KEYS:
+    if checkpoint.method not in METHODS:
         return
     symmetric = checkpoint.section.get("sym", True)
     odd: dict[Any, list[str]] = {}
@@ -49,7 +50,7 @@ def widths(checkpoint: Checkpoint) -> Iterator[Problem]:
 
 def nothing_packed(checkpoint: Checkpoint) -> Iterator[Problem]:
     """A method without a layer of it."""
-    if checkpoint.method in _KEYS and checkpoint.layers and not any(_packed(checkpoint)):
+    if checkpoint.method in METHODS and checkpoint.layers and not any(_packed(checkpoint)):
         what = f"the method is {checkpoint.method}, but no layer has a qweight"
         yield Problem(what, ("quant_method",), "export the checkpoint again")
 
@@ -100,7 +101,7 @@ def divisible(checkpoint: Checkpoint) -> list[Problem]:
 
 def fused(checkpoint: Checkpoint) -> list[Problem]:
     """Fused layers of which only some are packed, or packed otherwise."""
-    if checkpoint.method not in _KEYS:
+    if checkpoint.method not in METHODS:
         return []
     packed = {layer.name for layer in _packed(checkpoint)}
     found = []
@@ -117,7 +118,7 @@ def fused(checkpoint: Checkpoint) -> list[Problem]:
 
 def excluded(checkpoint: Checkpoint) -> list[Problem]:
     """Layers in floating point that the configuration does not leave out."""
-    if checkpoint.method not in _KEYS:
+    if checkpoint.method not in METHODS:
         return []
     where = "modules_to_not_convert" if checkpoint.method == AWQ else "dynamic (a '-:' pattern)"
     packed = {layer.name for layer in _packed(checkpoint)}
@@ -133,11 +134,14 @@ def excluded(checkpoint: Checkpoint) -> list[Problem]:
     )
 
 
+def is_packed(checkpoint: Checkpoint, layer: Layer) -> bool:
+    """Whether a layer is stored in one of these layouts."""
+    return f"{layer.disk}.qweight" in checkpoint.tensors
+
+
 def _packed(checkpoint: Checkpoint) -> Iterator[Layer]:
-    if checkpoint.method in _KEYS:
-        for layer in checkpoint.layers:
-            if f"{layer.disk}.qweight" in checkpoint.tensors:
-                yield layer
+    if checkpoint.method in METHODS:
+        yield from (layer for layer in checkpoint.layers if is_packed(checkpoint, layer))
 
 
 def _wanted(checkpoint: Checkpoint) -> Iterator[tuple[Layer, str, Expected]]:

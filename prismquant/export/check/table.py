@@ -61,7 +61,8 @@ _SECTION = (
 )
 _CONFIG = (
     Rule("config.group-shape", _E, "groups have a list of targets", grammar.group_shape),
-    Rule("config.unknown-key", _E, "groups have no unknown key", grammar.unknown_keys),
+    Rule("config.unknown-key", _E, "arguments have no unknown key", grammar.unknown_keys),
+    Rule("config.group-key", _E, "neither have groups", grammar.unknown_group_keys, (_HF,)),
     Rule("config.top-key", _N, "neither has the section", grammar.unknown_top_keys),
     Rule("config.arguments", _E, "arguments agree with each other", grammar.arguments),
     Rule("config.weights", _E, "every group has weights", grammar.missing_weights, (_VLLM,)),
@@ -124,7 +125,9 @@ _PLAIN = (
     Rule(
         "tensors.plain-shape", _E, "and as the model has them", tensors.plain_shapes, layered=True
     ),
-    Rule("tensors.unknown", _W, "each belongs to the model", tensors.unknown, layered=True),
+    Rule(
+        "tensors.unknown", _E, "each belongs to the model", tensors.unknown, (_VLLM,), layered=True
+    ),
     Rule("tensors.scalar", _E, "static scales are positive", tensors.bad_scalars, layered=True),
     Rule(
         "tensors.uncalibrated",
@@ -183,12 +186,12 @@ _KERNELS = (
     _vllm("w4a8-fp8", _W, "it runs on any recent GPU", kernels.w4a8_fp8),
     _vllm("w4a8-fp8-shape", _E, "its kernel can do the shapes", kernels.w4a8_fp8_shape),
     _vllm("outputs", _W, "quantized outputs are quantized", kernels.ignored_outputs),
-    _vllm("odd-bits", _N, "several kernels run the width", kernels.odd_bits),
+    _vllm("odd-bits", _W, "a kernel of vLLM's own runs the width", kernels.odd_bits),
     _vllm("fp8", _N, "FP8 runs on any GPU", kernels.fp8_gpus),
     _vllm("nvfp4", _N, "NVFP4 runs on any GPU", kernels.nvfp4_gpus),
     _vllm("mx", _N, "MX formats run on any GPU", kernels.mx_gpus),
     _vllm("mx-inputs", _N, "inputs stay in 16 bits where declared", kernels.mx_weight_only),
-    _vllm("int8-blackwell", _N, "int8 has its fastest kernel on any GPU", kernels.int8_blackwell),
+    _vllm("int8-blackwell", _N, "int8 runs on any GPU", kernels.int8_blackwell),
     Rule(
         "ct.dense-stream",
         _N,
@@ -207,7 +210,7 @@ _KERNELS = (
     ),
 )
 _CACHE = (
-    Rule("kv.arguments", _E, "kv_cache_scheme is well formed", kv.arguments),
+    Rule("kv.arguments", _E, "kv_cache_scheme is well formed", kv.arguments, (_HF,)),
     Rule("kv.kind", _E, "the KV cache is one of vLLM's", kv.kind, _SERVERS),
     Rule("kv.missing", _W, "its scales are there", kv.missing, layered=True),
     Rule(
@@ -248,7 +251,7 @@ _TRANSFORMS = (
     Rule(
         "transforms.one-gpu",
         _N,
-        "rotated inputs are not split",
+        "it can be split over GPUs",
         transforms.one_gpu,
         (_VLLM,),
         layered=True,
@@ -285,8 +288,14 @@ _PACKED = (
     Rule("packed.fused", _E, "fused layers are alike", packed_int.fused, _SERVERS, layered=True),
     Rule("packed.excluded", _W, "other layers are left out", packed_int.excluded, layered=True),
 )
-# Rules that read a configuration as one of compressed-tensors.
-_COMPRESSED = frozenset((*_CONFIG, *_NAMES, *_TENSORS, *_FUSION, *_KERNELS))
+# Whose configurations rules read.
+_OWNERS: tuple[tuple[tuple[Rule, ...], tuple[str, ...]], ...] = (
+    ((*_CONFIG, *_NAMES, *_TENSORS, *_FUSION, *_KERNELS, *_TRANSFORMS), (COMPRESSED_TENSORS,)),
+    (_CACHE, (COMPRESSED_TENSORS, *modelopt.METHODS)),
+    (_MODELOPT, modelopt.METHODS),
+    (_PACKED, packed_int.METHODS),
+)
+_METHODS = {rule.name: methods for rules, methods in _OWNERS for rule in rules}
 
 RULES = (
     *_FILES,
@@ -329,7 +338,7 @@ def check(folder: str | Path, target: Reader | str | None = None) -> Report:
         folder=str(folder),
         target=reader,
         method=checkpoint.method,
-        layers=len(checkpoint.quantized),
+        layers=_quantized(checkpoint),
         rules=len(rules),
         findings=by_severity(found),
     )
@@ -338,4 +347,12 @@ def check(folder: str | Path, target: Reader | str | None = None) -> Report:
 def _applies(rule: Rule, checkpoint: Checkpoint) -> bool:
     if rule.layered and checkpoint.model is None:
         return False
-    return rule not in _COMPRESSED or checkpoint.method == COMPRESSED_TENSORS
+    return checkpoint.method in _METHODS.get(rule.name, (checkpoint.method,))
+
+
+def _quantized(checkpoint: Checkpoint) -> int:
+    """Layers that are stored in codes; those of compressed-tensors by their groups."""
+    if checkpoint.method == COMPRESSED_TENSORS:
+        return len(checkpoint.quantized)
+    codes = (packed_int.is_packed, modelopt.is_stored_quantized)
+    return sum(any(one(checkpoint, layer) for one in codes) for layer in checkpoint.layers)

@@ -84,12 +84,11 @@ def unmatched(checkpoint: Checkpoint) -> list[Problem]:
 
 
 def one_gpu(checkpoint: Checkpoint) -> list[Problem]:
-    """Rotations of inputs that servers split over GPUs."""
+    """Rotations over several GPUs."""
     remedy = "serve it on one GPU, or fold the rotation into the weights"
     return gathered(
-        ("vLLM rotates the inputs without tensor parallelism only", layer.called, remedy)
-        for _, scheme, layer in _rotated(checkpoint)
-        if layer.row_parallel
+        ("vLLM rotates inputs without tensor parallelism only", layer.called, remedy)
+        for _, _, layer in _rotated(checkpoint)
     )
 
 
@@ -110,12 +109,15 @@ def in_transformers(checkpoint: Checkpoint) -> Iterator[Problem]:
 
 
 def matrices(checkpoint: Checkpoint) -> list[Problem]:
-    """Stored matrices of another shape than the scheme says."""
+    """Stored matrices that are missing, or of another shape than the scheme says."""
     found = []
     for name, scheme, layer in _rotated(checkpoint):
         size = scheme.get("head_dim") or layer.in_features
         info = checkpoint.tensors.get(f"{layer.disk}.{name}_input.weight")
-        if info is not None and info.shape != (size, size):
+        if info is None:
+            what = f"the matrix of transform {name} is missing"
+            found.append((what, layer.disk, f"store it as {name}_input.weight beside the layer"))
+        elif info.shape != (size, size):
             what = f"the matrix of transform {name} is {list(info.shape)}, not {[size, size]}"
             found.append((what, layer.disk, "write the matrix of head_dim rows and columns"))
     return gathered(found)

@@ -71,7 +71,10 @@ class PlainBytes(Layout):
         stored = tensors["weight"]
         if stored.dtype != self.dtype:
             raise FormatError(f"{self.name} weights are {self.dtype}, not {stored.dtype}")
-        q = QuantizedTensor(stored.view(torch.int8), tensors["weight_scale"], None, spec)
+        scale = tensors["weight_scale"]
+        # Some tools write the scale of a tensor without an axis.
+        scale = scale.reshape(1) if scale.ndim == 0 else scale
+        q = QuantizedTensor(stored.view(torch.int8), scale, None, spec)
         check_shape(q.shape, shape)
         return q
 

@@ -1,0 +1,114 @@
+"""The tokenizer as GGUF holds it: token texts, their kinds, and the merges.
+
+llama.cpp has a fixed list of ways to cut text into words before merging; the released Qwen models
+use the one that it calls ``qwen2``. A tokenizer of another kind cannot be expressed, and the file
+then has no vocabulary: it still runs on token ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prismquant.storage import read_json
+
+# How Qwen2's tokenizer, and those of all later Qwen models here, cuts text into words.
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What ``tokenizer.ggml.*`` says.
+
+    Attributes:
+        tokens: By id.
+        kinds: Of each: normal, control, user-defined or unused.
+        merges: Pairs, parted by a space, in their order.
+        ids: Of special tokens: ``bos``, ``eos``, ``pad``.
+        template: The chat template, or None.
+    """
+
+    tokens: tuple[str, ...]
+    kinds: tuple[int, ...]
+    merges: tuple[str, ...]
+    ids: Mapping[str, int]
+    template: str | None
+
+
+def read_vocabulary(folder: Path, size: int, config: Any) -> Vocabulary | None:
+    """Read a checkpoint's tokenizer.
+
+    Args:
+        folder: The checkpoint.
+        size: Rows of the embedding; ids without a token are filled up.
+        config: The language model's configuration, for its special tokens.
+
+    Returns:
+        The vocabulary; None if it is no byte-level BPE that cuts words as Qwen2 does.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    content = read_json(path)
+    model = content.get("model") or {}
+    if model.get("type") != "BPE" or QWEN2_WORDS not in _patterns(content.get("pre_tokenizer")):
+        return None
+    added = {int(entry["id"]): entry for entry in content.get("added_tokens") or []}
+    texts = {int(number): text for text, number in model["vocab"].items()}
+    texts |= {number: entry["content"] for number, entry in added.items()}
+    kinds = {number: _kind(entry) for number, entry in added.items()}
+    merges = (m if isinstance(m, str) else " ".join(m) for m in model.get("merges") or [])
+    return Vocabulary(
+        tokens=tuple(texts.get(n, f"[PAD{n}]") for n in range(size)),
+        kinds=tuple(kinds.get(n, _NORMAL if n in texts else _UNUSED) for n in range(size)),
+        merges=tuple(merges),
+        ids=_special_ids(folder, {text: number for number, text in texts.items()}, config),
+        template=_template(folder),
+    )
+
+
+def _patterns(node: Any) -> list[str]:
+    """All regular expressions of a pre-tokenizer, however it is nested."""
+    if isinstance(node, list):
+        return [pattern for item in node for pattern in _patterns(item)]
+    if not isinstance(node, dict):
+        return []
+    own = node.get("pattern")
+    found = [own["Regex"]] if isinstance(own, dict) and "Regex" in own else []
+    return found + _patterns(node.get("pretokenizers"))
+
+
+def _kind(entry: Mapping[str, Any]) -> int:
+    text = str(entry["content"])
+    control = entry.get("special") or (text.startswith("<|") and text.endswith("|>"))
+    return _CONTROL if control else _USER_DEFINED
+
+
+def _special_ids(folder: Path, by_text: Mapping[str, int], config: Any) -> dict[str, int]:
+    path = folder / "tokenizer_config.json"
+    said = read_json(path) if path.is_file() else {}
+    ids: dict[str, int] = {}
+    for role in ("bos", "eos", "pad"):
+        entry = said.get(f"{role}_token")
+        text = entry.get("content") if isinstance(entry, dict) else entry
+        number = by_text.get(text) if text else getattr(config, f"{role}_token_id", None)
+        if isinstance(number, int):
+            ids[role] = number
+    return ids
+
+
+def _template(folder: Path) -> str | None:
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            template = read_json(folder / name).get("chat_template")
+            if isinstance(template, str):
+                return template
+    return None

@@ -1,0 +1,226 @@
+"""The search for scales: try some, compare the errors, keep the best of each unit.
+
+Every trial is weighed with the scale as it will be stored. Losses are counted in steps of each
+trial's scale, so that neither tiny nor huge weights leave float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from prismquant.numerics.affine import scale_zero_point
+from prismquant.numerics.grids import IntGrid
+
+if TYPE_CHECKING:
+    from prismquant.numerics.grids import Grid
+    from prismquant.numerics.rules import RangeRule
+    from prismquant.numerics.scales import ScaleFormat
+
+# What four-over-six tries in place of the scale that brings the largest magnitude to 6: that to 4.
+_SIX_OVER_FOUR = 1.5
+
+# (scales [T, *units], zero points or None) -> losses [T, *units], in steps of each scale
+LossOf = Callable[[Tensor, Tensor | None], Tensor]
+# Of each unit the scale, the zero point, the loss and the factor on the extremes.
+Found = tuple[Tensor, Tensor | None, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Search:
+    """The part of a search over shrink factors that does not depend on the data."""
+
+    grid: Grid
+    symmetric: bool
+    rule: RangeRule
+    form: ScaleFormat
+
+    @property
+    def signed(self) -> bool:
+        """Whether negative scales are worth a trial."""
+        grid = self.grid
+        lopsided = isinstance(grid, IntGrid) and not grid.narrow
+        return self.rule.signed_scale and self.symmetric and lopsided and not self.form.coded
+
+    @property
+    def top(self) -> float:
+        """The largest factor worth trying, relative to the min-max range."""
+        if not self.symmetric:
+            return 1.0
+        return self.grid.headroom
+
+    @property
+    def bottom(self) -> float:
+        """The smallest factor to try."""
+        return 1.0 - self.rule.max_shrink
+
+    @property
+    def spacing(self) -> float:
+        """The distance between neighbouring factors."""
+        return (self.top - self.bottom) / (self.rule.steps - 1)
+
+    def scales(self, low: Tensor, high: Tensor, factors: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Stored scales of shrunk ranges; ``factors`` broadcasts to ``[T, *units]``.
+
+        A negative factor gives a negative scale.
+        """
+        low, high = low.to(torch.float32), high.to(torch.float32)
+        limit = torch.finfo(torch.float32).max
+        # A factor above 1 may not push the range of huge weights out of float32.
+        scale, zero = scale_zero_point(
+            (low * factors.abs()).clamp(min=-limit),
+            (high * factors.abs()).clamp(max=limit),
+            self.grid,
+            self.symmetric,
+            self.form,
+        )
+        return torch.where(factors < 0, -scale, scale), zero
+
+    def best(
+        self, low: Tensor, high: Tensor, loss_of: LossOf, stride: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Search coarsely, then around the best, for every unit at once.
+
+        Args:
+            low: Lower extremes ``[*units]``.
+            high: Upper extremes ``[*units]``.
+            loss_of: Losses of candidate scales, in steps of each.
+            stride: Look at every so-manieth factor first; 1 tries them all.
+
+        Returns:
+            Stored scale and zero point ``[*units]``.
+        """
+        if self.form.coded or self.rule.kind == "four_over_six":
+            return self._best_of_few(torch.maximum(-low, high), loss_of), None
+        # The min-max range comes first, so that it wins ties.
+        least = low.new_ones(1, dtype=torch.float32)
+        coarse = torch.cat([least, self._ladder(stride, low.device)])
+        found = self._pick(low, high, self._shaped(coarse, low), loss_of)
+        if stride == 1:
+            return found[0], found[1]
+        reach = torch.arange(1, stride, device=low.device)
+        around = self._shaped(self.spacing * torch.cat([-reach, reach]), low)
+        factor = found[3]
+        fine = (factor.abs() + around).clamp(self.bottom, self.top) * factor.sign()
+        found = _better(found, self._pick(low, high, fine, loss_of))
+        if self.rule.kind == "sweep":
+            rest = self._shaped(self._ladder(1, low.device), low)
+            found = _better(found, self._pick(low, high, rest, loss_of))
+        return found[0], found[1]
+
+    def _ladder(self, stride: int, device: torch.device) -> Tensor:
+        """Factors from the largest down, every so-manieth; then those of negative scales."""
+        steps = torch.arange(0, self.rule.steps, stride, device=device)
+        factors = self.top - self.spacing * steps
+        return torch.cat([factors, -factors]) if self.signed else factors
+
+    @staticmethod
+    def _shaped(factors: Tensor, like: Tensor) -> Tensor:
+        """Factors ``[T]`` as ``[T, *units]``."""
+        return factors.view(-1, *[1] * like.ndim).expand(-1, *like.shape)
+
+    def _pick(self, low: Tensor, high: Tensor, factors: Tensor, loss_of: LossOf) -> Found:
+        """The best of factors ``[T, *units]``: scale, zero point, loss and factor of each unit."""
+        scales, zeros = self.scales(low, high, factors)
+        unit, _ = self.scales(low, high, torch.ones((), device=low.device))
+        losses = self._losses(scales, zeros, unit, loss_of)
+        index = losses.argmin(dim=0, keepdim=True)
+
+        def chosen(x: Tensor) -> Tensor:
+            return x.gather(0, index).squeeze(0)
+
+        zero = None if zeros is None else chosen(zeros)
+        return chosen(scales), zero, chosen(losses), chosen(factors)
+
+    def _best_of_few(self, magnitude: Tensor, loss_of: LossOf) -> Tensor:
+        """Try all the scales that a rule tells apart, largest magnitudes ``[*units]`` given."""
+        magnitude = magnitude.to(torch.float32)
+        # The min-max scale comes first, so that it wins ties.
+        tried = [self.form.of_magnitude(magnitude, self.grid).to(torch.float32)]
+        if self.rule.kind == "four_over_six":
+            limit = torch.finfo(torch.float32).max
+            larger = (magnitude * _SIX_OVER_FOUR).clamp(max=limit)
+            tried.append(self.form.of_magnitude(larger, self.grid).to(torch.float32))
+        else:
+            # Twice the scale, and more, only takes points away where nothing clips.
+            top = 2.0 if self.rule.kind == "sweep" else self.top
+            tried += self.form.candidates(magnitude, self.grid, top, self.bottom)
+        scales = torch.stack(tried)
+        losses = self._losses(scales, None, scales[0], loss_of)
+        return self.form.kept(scales.gather(0, losses.argmin(0, keepdim=True)).squeeze(0))
+
+    def _losses(
+        self, scales: Tensor, zeros: Tensor | None, unit: Tensor, loss_of: LossOf
+    ) -> Tensor:
+        """Losses of candidates ``[T, *units]`` that can be compared."""
+        # They come in steps of each scale; the min-max scale is the common unit, far from 0 and
+        # infinity where a power of the scale itself might not be.
+        ratio = (scales.to(torch.float32) / unit.to(torch.float32)).abs_()
+        losses = loss_of(scales, zeros) * ratio.pow_(self.rule.norm)
+        return losses.nan_to_num(nan=math.inf, posinf=math.inf)
+
+
+def _better(a: Found, b: Found) -> Found:
+    """Of each unit the one of smaller loss; ``a`` wins ties."""
+    better = b[2] < a[2]
+    zero = a[1]
+    if zero is not None and b[1] is not None:
+        zero = torch.where(better, b[1], zero)
+    scale = torch.where(better, b[0], a[0])
+    return scale, zero, torch.where(better, b[2], a[2]), torch.where(better, b[3], a[3])
+
+
+def losses_in_steps(
+    piece: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    search: Search,
+    importance: Tensor | None,
+) -> Tensor:
+    """Weighted sums of powers of the error, counted in steps of the scale.
+
+    Args:
+        piece: Rows of a weight ``[rows, G, group]``.
+        scales: Candidates ``[T, rows, G]``, or ``[T, 1]`` for the whole tensor.
+        zeros: Their zero points, or ``None``.
+        search: The grid and the norm.
+        importance: ``[G, group]`` or ``None``.
+
+    Returns:
+        ``[T, rows, G]``.
+    """
+    values = piece.to(torch.float32)
+    error, codes = torch.empty_like(values), torch.empty_like(values)
+    losses = []
+    for t, step in enumerate(scales.to(torch.float32).unsqueeze(-1)):
+        torch.div(values, step, out=error)
+        error_in_steps(error, codes, None if zeros is None else zeros[t], search.grid)
+        _power_(error, search.rule.norm)
+        if importance is not None:
+            error.mul_(importance)
+        losses.append(error.sum(-1))
+    return torch.stack(losses)
+
+
+def error_in_steps(x: Tensor, codes: Tensor, zero: Tensor | None, grid: Grid) -> None:
+    """Turn ``x / scale`` into its rounding error, in place; ``codes`` is scratch space."""
+    if zero is None:
+        grid.rounded(x, out=codes)
+    else:
+        shift = zero.to(x.dtype).unsqueeze(-1)
+        torch.add(x, shift, out=codes)
+        grid.round_(codes).sub_(shift)
+    x.sub_(codes)
+
+
+def _power_(x: Tensor, norm: float) -> None:
+    """``|x|^norm`` in place; through logarithms, which are several times faster than pow."""
+    if norm == 2:
+        x.mul_(x)
+    else:
+        x.abs_().log2_().mul_(norm).exp2_()
