@@ -170,6 +170,7 @@ def quantize(
 ) -> None:
     """Quantize a checkpoint into a folder that transformers and vLLM load."""
     from prismquant.api import quantize as run
+    from prismquant.export.check import check
     from prismquant.report.plans import run_table
     from prismquant.report.progress import ProgressReporter
 
@@ -190,11 +191,14 @@ def quantize(
             trust_remote_code=trust_remote_code,
             reporter=reporter,
         )
+    report = check(out)
     if as_json:
-        typer.echo(json.dumps({"out": str(out), "record": result.record.to_dict()}))
+        body = {"out": str(out), "record": result.record.to_dict(), "check": report.to_dict()}
+        typer.echo(json.dumps(body))
         return
     console.print(run_table(result.plan, result.record))
     _print_remarks(console, result.plan.remarks)
+    _print_findings(console, report)
     console.print(f"written: {out}")
 
 
@@ -220,6 +224,14 @@ def _print_remarks(console: Any, remarks: Sequence[str]) -> None:
         console.print(f"note: {remark}", style="yellow", markup=False)
 
 
+def _print_findings(console: Any, report: Any) -> None:
+    """Errors and warnings about what was written, a line each."""
+    from prismquant.report.checks import finding_lines
+
+    for line in finding_lines(report):
+        console.print(line, style="yellow", markup=False, soft_wrap=True)
+
+
 @app.command()
 def export(
     model: Model,
@@ -241,6 +253,7 @@ def export(
 ) -> None:
     """Write a quantized checkpoint in another format, or say which layers it cannot hold."""
     from prismquant.api import export as run
+    from prismquant.export.check import check
     from prismquant.report.progress import ExportProgress
 
     console = _console(stderr=True)
@@ -249,10 +262,12 @@ def export(
         result = run(
             model, format_name, out, weights_only=weights_only, options=options, progress=progress
         )
+    report = check(out)
     if as_json:
-        typer.echo(json.dumps(result.to_dict()))
+        typer.echo(json.dumps(result.to_dict() | {"check": report.to_dict()}))
         return
     _print_remarks(console, result.remarks)
+    _print_findings(console, report)
     size = f"{result.bytes / 2**20:.1f} MiB"
     console.print(f"written: {out} ({result.format}, {result.layers} quantized layers, {size})")
 

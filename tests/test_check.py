@@ -25,7 +25,7 @@ from prismquant.export.check.scheme import Args, Group, args_faults
 from prismquant.export.check.vllm import scheme_class
 from prismquant.models.bind import BoundModel, bind
 from prismquant.recipe.schema import load_recipe
-from prismquant.report.checks import findings_table, verdict
+from prismquant.report.checks import finding_lines, findings_table, verdict
 from prismquant.storage import INDEX_NAME, ShardReader, read_json, write_json
 
 # ----------------------------------------------------------------------------------------- fixtures
@@ -57,6 +57,27 @@ def made(
         return folder
 
     return get
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, BoundModel]:
+    """Models that were bound, by configuration."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def bound_once(models: dict[str, BoundModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Building a model to bind it takes longer than all rules together."""
+
+    def remembered(folder: Path, **options: bool) -> BoundModel:
+        config = read_json(folder / "config.json")
+        config.pop("quantization_config", None)
+        key = json.dumps(config, sort_keys=True)
+        if key not in models:
+            models[key] = bind(folder, **options)
+        return models[key]
+
+    monkeypatch.setattr(checkpoint, "bind", remembered)
 
 
 def rules_of(report: Report) -> set[str]:
@@ -137,32 +158,10 @@ def test_a_model_that_is_not_known_still_has_its_grammar_checked(
 
 FILE_RULES = {
     *("files.shards", "files.index", "files.unindexed", "files.doubled", "files.total-size"),
-    *("files.leftovers", "files.companions"),
+    *("files.leftovers", "files.companions", "gguf.unread"),
 }
 
 
-@pytest.fixture(scope="module")
-def models() -> dict[str, BoundModel]:
-    """Models that were bound, by configuration."""
-    return {}
-
-
-@pytest.fixture
-def bound_once(models: dict[str, BoundModel], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Building a model to bind it takes longer than all rules together."""
-
-    def remembered(folder: Path, **options: bool) -> BoundModel:
-        config = read_json(folder / "config.json")
-        config.pop("quantization_config", None)
-        key = json.dumps(config, sort_keys=True)
-        if key not in models:
-            models[key] = bind(folder, **options)
-        return models[key]
-
-    monkeypatch.setattr(checkpoint, "bind", remembered)
-
-
-@pytest.mark.usefixtures("bound_once")
 @pytest.mark.parametrize(
     "case", CASES, ids=[f"{number}-{case.rule}" for number, case in enumerate(CASES)]
 )
@@ -269,6 +268,24 @@ def test_a_folder_without_a_config_is_an_error_with_a_remedy(tmp_path: Path) -> 
     with pytest.raises(ModelError, match=r"config\.json is missing") as caught:
         check(tmp_path)
     assert "--resume" in str(caught.value.remedy)
+
+
+def test_gguf_files_have_no_rules_and_no_config(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    report = check(tmp_path)
+    assert report.ok
+    assert report.method == "gguf"
+    assert rules_of(report) == {"gguf.unread"}
+
+
+def test_lines_name_the_rule_and_leave_notes_out(made: Callable[..., Path], tmp_path: Path) -> None:
+    draft = drafted(made("w4a16"), tmp_path / "x")
+    del draft.tensors["model.norm.weight"]
+    report = check(written(draft))
+    (line,) = finding_lines(report)
+    assert line.startswith("error: the model's tensors are missing: model.norm.weight; ")
+    assert line.endswith("[tensors.plain]")
+    assert report.count(Severity.NOTE)
 
 
 def test_no_weight_is_read(made: Callable[..., Path], tmp_path: Path) -> None:

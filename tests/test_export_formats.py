@@ -281,8 +281,30 @@ def test_every_layout_can_be_made_dense(
     found = dict(load_float(tmp_path / "out").named_parameters())
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert not [n for n in ShardReader(tmp_path / "out").names if "scale" in n]
-    with pytest.raises(FormatError, match="14 of 14"):
+    with pytest.raises(FormatError, match="14 of 25"):
         export(source, "awq", tmp_path / "awq")
+
+
+def test_inputs_of_layers_that_are_stored_dense_are_dropped_too(
+    run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Formats without a layout are stored dequantized; their inputs are quantized all the same."""
+    rules = [
+        {"match": LLM, "weights": "int4-g64"},
+        {"match": {"modality": "llm", "role": "mlp.down"}, "weights": "fp4-g32"}
+        | {"activations": "fp8-e5m2-tensor"},
+    ]
+    source = run("qwen2_vl", *rules)
+    assert [n for n in ShardReader(source).names if n.endswith("down_proj.input_scale")]
+    with pytest.raises(FormatError, match="--weights-only"):
+        export(source, "gptq", tmp_path / "gptq")
+    for form in ("gptq", "awq", "dense"):
+        result = export(source, form, tmp_path / form, weights_only=True)
+        assert result.remarks == ("the inputs or outputs of 2 layers are quantized no more",)
+        names = ShardReader(tmp_path / form).names
+        assert [n for n in names if n.endswith("down_proj.weight")]
+        assert not [n for n in names if "input_scale" in n]
+        assert "prismquant" not in read_json(tmp_path / form / "config.json")
 
 
 def test_a_quantized_cache_is_dropped_only_when_asked(
@@ -428,7 +450,7 @@ def test_formats_refuse_what_they_cannot_hold(
     with pytest.raises(FormatError, match=message) as caught:
         export(source, form, tmp_path / "out")
     told = str(caught.value)
-    assert "14 of 14 quantized layers" in told
+    assert "14 of 25 layers" in told
     assert "model.language_model.layers.{0-1}.mlp.down_proj" in told
     assert not (tmp_path / "out").exists()
 
@@ -438,7 +460,7 @@ def test_awq_refuses_a_second_group_size(run: Callable[..., Path], tmp_path: Pat
     source = run("qwen2_vl", {"match": LLM, "weights": "int4-g64"}, rule)
     with pytest.raises(FormatError, match="most have groups of 64") as caught:
         export(source, "awq", tmp_path / "out")
-    assert "2 of 14" in str(caught.value)
+    assert "2 of 25" in str(caught.value)
 
 
 def test_quantized_inputs_are_dropped_only_when_asked(

@@ -73,15 +73,6 @@ class Exporter(Protocol):
         ...
 
 
-def input_quantizers(source: StoredCheckpoint) -> list[str]:
-    """Layers whose input or output is quantized, by name."""
-    return [
-        layer.name
-        for layer in source.quantized
-        if layer.scheme is not None and (layer.scheme.activations or layer.scheme.outputs)
-    ]
-
-
 def check(format_name: str, source: StoredCheckpoint, refusals: Sequence[Refusal]) -> None:
     """Stop if there are refusals.
 
@@ -96,8 +87,8 @@ def check(format_name: str, source: StoredCheckpoint, refusals: Sequence[Refusal
     lines = [f"  - {_folded(alike)}" for alike in reasons.values()]
     layers = len({refusal.layer for refusal in refusals})
     raise FormatError(
-        f"{layers} of {len(source.quantized)} quantized layers cannot be exported as "
-        f"{format_name}:\n" + "\n".join(lines),
+        f"{layers} of {len(source.layers)} layers cannot be exported as {format_name}:\n"
+        + "\n".join(lines),
         where=str(source.folder),
         remedy="nothing was written; choose another --format, or quantize with formats that it "
         "holds (docs/exports.md lists them)",
@@ -157,7 +148,8 @@ def write_checkpoint(
         source: The checkpoint that is exported.
         out: The folder.
         progress: Is told how far it is.
-        convert: The tensors of a layer that is quantized or rotated, by the suffix of their names.
+        convert: The tensors of a layer in codes, or whose input is rotated, by the suffix of their
+            names. Of other layers only the quantizers of inputs and outputs are left out.
         config: The whole content of ``config.json``, which is written last.
         files: Other JSON files by name, such as ``quantize_config.json``.
         keep: What becomes of any other tensor, given its name; it stays as it is by default.
@@ -169,7 +161,7 @@ def write_checkpoint(
     pieces = list(source.walk())
     for number, (layer, name) in enumerate(pieces):
         progress(number, len(pieces), name)
-        if layer is None:
+        if layer is None or (layer.scheme is None and layer.rotation is None):
             tensor = source.shards.read(name)
             ready = {name: keep(name, tensor) if keep else tensor}
         else:

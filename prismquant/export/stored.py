@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from prismquant.errors import StorageError
+from prismquant.export.arguments import PRIVATE_KEY, read_private
 from prismquant.export.compressed_tensors import (
     CONFIG_KEY,
     SIGNS,
@@ -24,6 +25,7 @@ from prismquant.export.compressed_tensors import (
     read_schemes,
 )
 from prismquant.formats.packed import QuantizedTensor
+from prismquant.formats.spec import NumberSpec
 from prismquant.models.arch import ArchSpec
 from prismquant.models.config import empty_model, identify, native_config
 from prismquant.models.names import NameMap, choose_layout
@@ -45,6 +47,8 @@ class StoredLayer:
         shape: ``(out, in)``.
         scheme: How it is stored; None: in floating point.
         rotation: Width of the Hadamard blocks that rotate its input at run time; None: no rotation.
+        inputs, outputs: In what numbers its input and its output are; None: floating point. A layer
+            that is stored in floating point may have them too.
     """
 
     name: str
@@ -53,6 +57,14 @@ class StoredLayer:
     shape: tuple[int, int]
     scheme: StoredScheme | None
     rotation: int | None
+    inputs: NumberSpec | None = None
+    outputs: NumberSpec | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is an ordinary linear layer."""
+        parts = (self.scheme, self.rotation, self.inputs, self.outputs)
+        return all(part is None for part in parts)
 
 
 @dataclass(frozen=True)
@@ -83,6 +95,11 @@ class StoredCheckpoint:
         return tuple(layer for layer in self.layers if layer.scheme is not None)
 
     @property
+    def simulated(self) -> tuple[StoredLayer, ...]:
+        """The layers whose input or output is quantized."""
+        return tuple(layer for layer in self.layers if layer.inputs or layer.outputs)
+
+    @property
     def rotated(self) -> tuple[StoredLayer, ...]:
         """The layers whose input is rotated at run time."""
         return tuple(layer for layer in self.layers if layer.rotation is not None)
@@ -100,7 +117,8 @@ class StoredCheckpoint:
     @property
     def plain_config(self) -> dict[str, Any]:
         """``config.json`` without what it says of quantization."""
-        return {key: value for key, value in self.config.items() if key != CONFIG_KEY}
+        said = (CONFIG_KEY, PRIVATE_KEY)
+        return {key: value for key, value in self.config.items() if key not in said}
 
     def codes(self, layer: StoredLayer) -> QuantizedTensor:
         """A quantized layer's codes and scales, as they are stored."""
@@ -140,11 +158,11 @@ class StoredCheckpoint:
 
         Yields:
             ``(None, name)`` for a tensor that is kept as it is, and ``(layer, name)`` with the name
-            on disk that its weight has in floating point for a layer that is quantized or rotated,
-            once, whatever its number of tensors. What belongs to a quantized layer's input or
-            output, to a rotation or to the key-value cache is left out.
+            on disk that its weight has in floating point for a layer that is not plain, once,
+            whatever its number of tensors. What belongs to a layer's input or output, to a rotation
+            or to the key-value cache is left out.
         """
-        owners = {layer.prefix: layer for layer in (*self.quantized, *self.rotated)}
+        owners = {layer.prefix: layer for layer in self.layers if not layer.is_plain}
         met: set[str] = set()
         for name in sorted(self.shards.names, key=lambda name: (self.shards.info(name).file, name)):
             owner = self._owner(name, owners)
@@ -185,16 +203,21 @@ def open_checkpoint(folder: Path) -> StoredCheckpoint:
     config = read_json(folder / "config.json")
     schemes = read_schemes(config, list(called))
     rotations = read_rotations(config, list(called))
+    sides = {name: (scheme.activations, scheme.outputs) for name, scheme in schemes.items()}
+    # What our own section says is more exact.
+    sides |= read_private(config)
     layers = tuple(
         StoredLayer(
-            name=module,
-            called=name,
-            prefix=names.to_disk(f"{module}.weight").removesuffix(".weight"),
-            shape=_shape(model, module),
-            scheme=schemes.get(name),
-            rotation=rotations.get(name),
+            name,
+            called=said,
+            prefix=names.to_disk(f"{name}.weight").removesuffix(".weight"),
+            shape=_shape(model, name),
+            scheme=schemes.get(said),
+            rotation=rotations.get(said),
+            inputs=sides.get(said, (None, None))[0],
+            outputs=sides.get(said, (None, None))[1],
         )
-        for name, module in called.items()
+        for said, name in called.items()
     )
     stored = {layer.prefix: layer.scheme for layer in layers if layer.scheme is not None}
     reader = DequantizingReader(folder, stored)

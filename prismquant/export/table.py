@@ -15,7 +15,7 @@ from typing import Any
 
 from prismquant import __version__
 from prismquant.errors import FormatError, StorageError, suggest
-from prismquant.export.exporter import Exporter, Progress, Refusal, check, input_quantizers
+from prismquant.export.exporter import Exporter, Progress, Refusal, check
 from prismquant.export.stored import StoredCheckpoint, open_checkpoint
 from prismquant.storage import is_temporary, write_json
 
@@ -113,7 +113,7 @@ def export_checkpoint(
     """
     source = open_checkpoint(folder)
     _check_folder(source, out)
-    something = source.quantized or source.rotated or source.has_cache_scales
+    something = any(not layer.is_plain for layer in source.layers) or source.has_cache_scales
     if exporter.needs_quantized and not something:
         raise FormatError(
             "the checkpoint is not quantized",
@@ -145,7 +145,7 @@ def _refusals(source: StoredCheckpoint, exporter: Exporter, *, weights_only: boo
             "its input or output is quantized, which the format cannot say (--weights-only drops "
             "that and keeps the weights)"
         )
-        refusals += [Refusal(name, why) for name in input_quantizers(source)]
+        refusals += [Refusal(layer.name, why) for layer in source.simulated]
         if source.has_cache_scales:
             why = "the key-value cache is quantized, which the format cannot say (--weights-only)"
             refusals.append(Refusal("kv_cache_scheme", why))
@@ -155,7 +155,7 @@ def _refusals(source: StoredCheckpoint, exporter: Exporter, *, weights_only: boo
 def _dropped(source: StoredCheckpoint, exporter: Exporter) -> list[str]:
     if exporter.drops_inputs == "never":
         return []
-    count = len(input_quantizers(source))
+    count = len(source.simulated)
     told = [f"the inputs or outputs of {count} layers are quantized no more"] if count else []
     return told + ["the key-value cache is quantized no more"] * source.has_cache_scales
 

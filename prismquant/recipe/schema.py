@@ -585,9 +585,12 @@ def _implied(key: str, value: Fields) -> Fields:
     """``granularity: channel`` drops an earlier group size; a group size alone says granularity."""
     if key not in ("weights", "activations", "outputs"):
         return {}
-    if value.get("granularity") not in (None, "group", "block"):
+    granularity = value.get("granularity")
+    if granularity not in (None, "group", "block"):
         return {"group_size": None}
-    return {"granularity": "group"} if value.get("group_size") is not None else {}
+    if granularity is None and value.get("group_size") is not None:
+        return {"granularity": "group"}
+    return {}
 
 
 def _check_formats(setting: Setting) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from rich.table import Table
 from rich.text import Text
 
@@ -25,6 +27,14 @@ def findings_table(report: Report) -> Table | None:
         rest = (finding.rule, finding.place, finding.what, finding.remedy)
         table.add_row(severity, *(Text(part) for part in rest))
     return table
+
+
+def finding_lines(report: Report) -> Iterator[str]:
+    """Errors and warnings, a line each, for the end of a command that wrote the checkpoint."""
+    for finding in report.findings:
+        if finding.severity is not Severity.NOTE:
+            remedy = f"; {finding.remedy}" if finding.remedy else ""
+            yield f"{finding.severity}: {finding.what}: {finding.place}{remedy} [{finding.rule}]"
 
 
 def verdict(report: Report) -> str:

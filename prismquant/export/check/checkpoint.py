@@ -26,6 +26,7 @@ from prismquant.storage import INDEX_NAME, TensorInfo, read_header, read_json
 
 CONFIG_KEY = "quantization_config"
 COMPRESSED_TENSORS = "compressed-tensors"
+GGUF = "gguf"
 MODELOPT_FILE = "hf_quant_config.json"
 # Larger tensors are never read.
 _SCALAR_BYTES = 1024
@@ -79,7 +80,7 @@ class Checkpoint:
     Attributes:
         folder: Where it is.
         target: The reader in question.
-        config: ``config.json``.
+        config: ``config.json``; empty for GGUF files, which have none.
         section: Its ``quantization_config``; empty where there is none.
         headers: Shard -> what its header says.
         unreadable: Shard -> why its header cannot be read.
@@ -185,6 +186,8 @@ def open_checkpoint(folder: Path, target: Reader | None) -> Checkpoint:
     if not isinstance(section, Mapping):
         # Older exports of ModelOpt say how they are quantized in a file of their own only.
         section = {"quant_method": "modelopt"} if modelopt_file else {}
+    if not config:
+        section = {"quant_method": GGUF}
     headers: dict[str, Mapping[str, TensorInfo]] = {}
     unreadable: dict[str, str] = {}
     index = _index(folder, unreadable)
@@ -213,6 +216,8 @@ def open_checkpoint(folder: Path, target: Reader | None) -> Checkpoint:
 def _config(folder: Path) -> Mapping[str, Any]:
     if not folder.is_dir():
         raise ModelError(f"there is no folder {str(folder)!r}")
+    if not (folder / "config.json").exists() and any(folder.glob("*.gguf")):
+        return {}
     try:
         config = read_json(folder / "config.json")
     except StorageError as error:
@@ -222,8 +227,10 @@ def _config(folder: Path) -> Mapping[str, Any]:
             remedy="config.json is written last: without it the run is unfinished, run it "
             "again with --resume; or restore it from the original checkpoint",
         ) from error
-    if not isinstance(config, Mapping):
-        raise ModelError("config.json is not an object", where=str(folder / "config.json"))
+    if not isinstance(config, Mapping) or not config:
+        raise ModelError(
+            "config.json is not an object with keys", where=str(folder / "config.json")
+        )
     return config
 
 

@@ -105,6 +105,16 @@ def unknown_model(checkpoint: Checkpoint) -> Iterator[Problem]:
         )
 
 
+def unread_gguf(checkpoint: Checkpoint) -> Iterator[Problem]:
+    """GGUF files, which say all about themselves."""
+    names = tuple(sorted(path.name for path in checkpoint.folder.glob("*.gguf")))
+    yield Problem(
+        "there are no rules for GGUF files: their writer follows llama.cpp's tables",
+        names,
+        "load them with llama.cpp once before relying on them",
+    )
+
+
 def _finished(checkpoint: Checkpoint) -> bool:
     content = read_json(checkpoint.folder / "prismquant" / "record.json")
     return isinstance(content, dict) and bool(content.get("finished"))

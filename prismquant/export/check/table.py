@@ -17,7 +17,12 @@ from prismquant.export.check import (
     tensors,
     transforms,
 )
-from prismquant.export.check.checkpoint import COMPRESSED_TENSORS, Checkpoint, open_checkpoint
+from prismquant.export.check.checkpoint import (
+    COMPRESSED_TENSORS,
+    GGUF,
+    Checkpoint,
+    open_checkpoint,
+)
 from prismquant.export.check.findings import (
     Problem,
     Reader,
@@ -288,12 +293,14 @@ _PACKED = (
     Rule("packed.fused", _E, "fused layers are alike", packed_int.fused, _SERVERS, layered=True),
     Rule("packed.excluded", _W, "other layers are left out", packed_int.excluded, layered=True),
 )
+_GGUF = (Rule("gguf.unread", _N, "there are rules for the format", files.unread_gguf),)
 # Whose configurations rules read.
 _OWNERS: tuple[tuple[tuple[Rule, ...], tuple[str, ...]], ...] = (
     ((*_CONFIG, *_NAMES, *_TENSORS, *_FUSION, *_KERNELS, *_TRANSFORMS), (COMPRESSED_TENSORS,)),
     (_CACHE, (COMPRESSED_TENSORS, *modelopt.METHODS)),
     (_MODELOPT, modelopt.METHODS),
     (_PACKED, packed_int.METHODS),
+    (_GGUF, (GGUF,)),
 )
 _METHODS = {rule.name: methods for rules, methods in _OWNERS for rule in rules}
 
@@ -310,6 +317,7 @@ RULES = (
     *_TRANSFORMS,
     *_MODELOPT,
     *_PACKED,
+    *_GGUF,
 )
 
 
@@ -347,7 +355,9 @@ def check(folder: str | Path, target: Reader | str | None = None) -> Report:
 def _applies(rule: Rule, checkpoint: Checkpoint) -> bool:
     if rule.layered and checkpoint.model is None:
         return False
-    return checkpoint.method in _METHODS.get(rule.name, (checkpoint.method,))
+    if rule.name not in _METHODS:
+        return checkpoint.method != GGUF
+    return checkpoint.method in _METHODS[rule.name]
 
 
 def _quantized(checkpoint: Checkpoint) -> int:

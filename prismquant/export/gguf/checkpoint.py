@@ -225,7 +225,7 @@ def _cut_shape(shape: Sequence[int], part: Part) -> tuple[int, ...]:
 
 
 def _common_type(pieces: Sequence[_Piece]) -> str:
-    quantized = Counter(piece.type for piece in pieces if piece.layer is not None)
+    quantized = Counter(piece.type for piece in pieces if piece.type in BYTES)
     floats = Counter(piece.type for piece in pieces if len(piece.shape) > 1)
     return (quantized or floats).most_common(1)[0][0]
 
@@ -259,7 +259,9 @@ def _data(
         count(piece.name)
         if piece.source != last or whole is None:
             last = piece.source
-            whole = source.codes(piece.layer) if piece.layer else source.shards.read(piece.source)
+            layer = piece.layer
+            coded = layer if layer is not None and layer.scheme is not None else None
+            whole = source.codes(coded) if coded else source.shards.read(piece.source)
         yield piece, _bytes(piece, whole)
 
 

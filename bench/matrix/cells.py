@@ -1,0 +1,60 @@
+"""What came of one export by one reader."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from prismquant.errors import PrismQuantError
+
+Verdict = Literal["ran", "differs", "stopped", "refused", "absent"]
+
+_PATHS = re.compile(r"(?:/[\w.+-]+){2,}/?")
+_LAYERS = re.compile(r":? (?:model|language_model|visual|lm_head)[.\w{},-]*(?:, [\w.{},-]+)*")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One outcome.
+
+    Attributes:
+        verdict: ``ran``: read, and what was compared is equal; ``differs``: read, and it is not;
+            ``stopped``: the reader gives up; ``refused``: PrismQuant does not write it; ``absent``:
+            could not be tried.
+        what: What was compared, or why not.
+        apart: The largest difference, of what was compared.
+    """
+
+    verdict: Verdict
+    what: str
+    apart: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {k: v for k, v in asdict(self).items() if v is not None}
+
+
+def compared(what: str, apart: float, tolerance: float = 0.0) -> Cell:
+    """The cell of a comparison; NaN differs."""
+    return Cell("ran" if apart <= tolerance else "differs", what, apart)
+
+
+def stopped(error: BaseException | str) -> Cell:
+    """The cell of a reader that gave up."""
+    return Cell("stopped", shortened(error))
+
+
+def refused(error: PrismQuantError) -> Cell:
+    """The cell of an export that PrismQuant does not write."""
+    reasons = [line[4:] for line in str(error).splitlines() if line.startswith("  - ")]
+    told = "; ".join(dict.fromkeys(shortened(reason) for reason in reasons))
+    return Cell("refused", told or shortened(error))
+
+
+def shortened(error: BaseException | str) -> str:
+    """The first line of a message, without paths, layers and its end."""
+    text = str(error).strip() or type(error).__name__
+    line = next((line for line in text.splitlines() if line.strip()), "")
+    line = _LAYERS.sub("", _PATHS.sub("..", line)).strip().rstrip(":")
+    return line if len(line) <= 180 else line[:179].rstrip() + "…"

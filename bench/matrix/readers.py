@@ -1,0 +1,249 @@
+"""Readers that run here: PrismQuant, transformers, the gguf package, and ModelOpt's formula."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.matrix.cells import Cell, compared, stopped
+from prismquant.algorithms.base import LayerProblem
+from prismquant.algorithms.rtn import RTN
+from prismquant.export.load import load_model
+from prismquant.models.bind import BoundModel, bind
+from prismquant.models.config import import_transformers
+from prismquant.models.load import load_float, load_processor
+from prismquant.pipeline.batches import Batch, make_batches
+from prismquant.pipeline.data import read_samples
+from prismquant.pipeline.kv import KVScales, quantize_cache
+from prismquant.pipeline.layout import DENSE
+from prismquant.pipeline.plan import Plan, PlanRow, problem_groups
+from prismquant.runtime.quant_linear import quantize_inputs
+from prismquant.storage import INDEX_NAME, ShardReader, read_json
+
+# Of logits, relative to the largest: float32 sums in another order.
+TOLERANCE = 1e-4
+# An input on the edge between two codes may fall either way; share of what rounding changed.
+TIES = 0.1
+_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+class Source:
+    """A float checkpoint, its samples, and its logits."""
+
+    def __init__(self, family: str, folder: Path, data: Path) -> None:
+        self.family = family
+        self.folder = folder
+        self.bound: BoundModel = bind(folder)
+        self.batches: list[Batch] = list(
+            make_batches(
+                read_samples(data),
+                load_processor(folder),
+                batch_size=8,
+                vision_token_ids=self.bound.vision_token_ids,
+            )
+        )
+        self.shards = ShardReader(folder)
+        self.logits = self.run(load_float(folder, torch.float32))
+
+    def run(self, model: nn.Module) -> Tensor:
+        """Logits [tokens, vocabulary] of all counted tokens."""
+        found = []
+        for batch in self.batches:
+            with torch.no_grad():
+                result = model(**batch.inputs, use_cache=False).logits
+            found.append(result[batch.inputs["attention_mask"].bool()].float())
+        return torch.cat(found)
+
+    def weight(self, row: PlanRow) -> Tensor:
+        """The weight of a layer, float32 [out, in]."""
+        stored = self.shards.read(f"{row.site.disk_name}.weight").float()
+        return stored.reshape(row.site.out_features, row.site.in_features)
+
+
+def simulated(source: Source, plan: Plan, folder: Path) -> nn.Module:
+    """The model that a plan means, put together without reading the checkpoint's configuration.
+
+    Weights are rounded here from the source's; only static scales, which come from calibration, are
+    taken from the checkpoint.
+    """
+    model, shards = load_float(source.folder, torch.float32), ShardReader(folder)
+    for rows in problem_groups(plan.quantized):
+        first = rows[0]
+        problem = LayerProblem(
+            tuple(row.site.name for row in rows),
+            tuple(source.weight(row) for row in rows),
+            first.weights,
+            first.weight_range,
+            source.bound.dtype,
+        )
+        for row, q in zip(rows, RTN().solve(problem).weights, strict=True):
+            values = q.dequantize(torch.float32)
+            if row.layout == DENSE:
+                values = values.to(source.bound.dtype).float()
+            target = model.get_submodule(row.site.name).get_parameter("weight")
+            target.data.copy_(values.reshape(target.shape))
+    for row in plan.quantized:
+        if row.activations is not None:
+            scales = [f"{row.site.disk_name}.input_{part}" for part in ("scale", "zero_point")]
+            if row.activations.scale == "e4m3":
+                scales[0] = f"{row.site.disk_name}.input_global_scale"
+            stored = [shards.read(name) if name in shards.names else None for name in scales]
+            quantize_inputs(model, row.site.name, row.activations, *stored)
+    if plan.kv_cache is not None:
+        for layer in plan.kv_cache.layers:
+            names = [source.bound.names.to_disk(name) for name in layer.tensors]
+            scales_of = KVScales(*(shards.read(name) for name in names))
+            quantize_cache(model, layer.attention, plan.kv_cache.spec, scales_of)
+    return model
+
+
+def own(source: Source, plan: Plan, folder: Path) -> tuple[Cell, nn.Module, Tensor]:
+    """``prismquant.load`` against the simulation: weights and logits to the last bit.
+
+    Returns:
+        The cell, the loaded model, and its logits.
+    """
+    model, expected = load_model(folder, dtype=torch.float32), simulated(source, plan, folder)
+    apart = _apart(dict(expected.named_parameters()), dict(model.named_parameters()))
+    actual = source.run(model)
+    apart = max(apart, _largest(actual - source.run(expected)))
+    if _share(actual - source.logits, source.logits) < 1e-4:
+        return Cell("differs", "nothing was quantized", 0.0), model, actual
+    return compared("weights and logits, the simulation's", apart), model, actual
+
+
+def sizes(plan: Plan, folder: Path) -> Cell:
+    """Bytes on disk against the plan's: of every layer, of all tensors, and in the index."""
+    shards = ShardReader(folder)
+    written = {name: shards.info(name).nbytes for name in shards.names}
+    apart = abs(sum(written.values()) - plan.total_bytes)
+    apart += abs(read_json(folder / INDEX_NAME)["metadata"]["total_size"] - plan.total_bytes)
+    for row in plan.rows:
+        prefix = f"{row.site.disk_name}."
+        parts = {n.removeprefix(prefix): b for n, b in written.items() if n.startswith(prefix)}
+        parts.pop("bias", None)
+        apart += abs(sum(parts.values()) - row.stored_bytes)
+    return compared("bytes of every layer and in all, the plan's", apart)
+
+
+def transformers(source: Source, folder: Path, ours: Tensor) -> Cell:
+    """transformers with the installed compressed-tensors: its logits, and ours."""
+    with _quietly():
+        auto = import_transformers().AutoModelForImageTextToText
+        model: Any = auto.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        model.eval()
+        # The library decompresses on the first pass, MX weights to bfloat16 whatever the model's
+        # dtype; their values are exact in it.
+        with contextlib.suppress(RuntimeError):
+            source.run(model)
+        difference = source.run(model.float()) - ours
+    apart = _largest(difference) / _largest(ours)
+    share = _norm(difference) / _norm(ours - source.logits)
+    if apart > TOLERANCE and share < TIES:
+        return Cell("ran", f"logits, all but ties ({share:.0%} of what rounding changes)", apart)
+    what = "logits" if apart <= TOLERANCE else f"logits, by {share:.0%} of what rounding changes"
+    return compared(what, apart, TOLERANCE)
+
+
+def dense(folder: Path, model: nn.Module) -> Cell:
+    """Weights of the dense export in transformers, and ours."""
+    read = load_float(folder, torch.float32)
+    apart = _apart(dict(model.named_parameters()), dict(read.named_parameters()))
+    return compared("weights", apart)
+
+
+def gguf(source: Source, plan: Plan, folder: Path, model: nn.Module) -> Cell:
+    """Weights of the language model by the gguf package's own reader and arithmetic."""
+    import gguf as package
+
+    (file,) = folder.glob("model-*.gguf")
+    reader = package.GGUFReader(file)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    arch = "QWEN3VL" if source.family == "qwen3_vl" else "QWEN2VL"
+    table = package.get_tensor_name_map(package.MODEL_ARCH[arch], 8)
+    apart, kinds = 0.0, set()
+    for row in plan.quantized:
+        if not row.site.name.startswith("model.language_model."):
+            continue
+        short = row.site.name.replace("model.language_model.", "model.")
+        tensor = tensors[f"{table.get_name(short)}.weight"]
+        values = torch.from_numpy(package.quants.dequantize(tensor.data, tensor.tensor_type))
+        expected = model.get_submodule(row.site.name).get_parameter("weight")
+        apart = max(apart, _largest(values.reshape(expected.shape) - expected))
+        kinds.add(tensor.tensor_type.name)
+    return compared(f"weights, {' and '.join(sorted(kinds))}", apart)
+
+
+def modelopt(source: Source, plan: Plan, folder: Path, model: nn.Module) -> Cell:
+    """Weights by ModelOpt's formula, ``weight * weight_scale * weight_scale_2``."""
+    shards, apart = ShardReader(folder), 0.0
+    for row in plan.quantized:
+        prefix = f"{row.site.disk_name}."
+        names = [n for n in shards.names if n.startswith(prefix)]
+        values = _by_formula({n.removeprefix(prefix): shards.read(n) for n in names})
+        expected = model.get_submodule(row.site.name).get_parameter("weight")
+        apart = max(apart, _largest(values.reshape(expected.shape) - expected))
+    return compared("weights, by ModelOpt's formula", apart)
+
+
+def attempted(read: Any, *given: Any) -> Cell:
+    """A reader's cell; that it stopped, where it does."""
+    try:
+        cell: Cell = read(*given)
+    except Exception as error:
+        return stopped(f"{type(error).__name__}: {error}")
+    return cell
+
+
+def _by_formula(stored: Mapping[str, Tensor]) -> Tensor:
+    weight, scale = stored["weight"], stored["weight_scale"]
+    if weight.dtype == torch.uint8:
+        table = torch.tensor([*_FP4, *(-value for value in _FP4)])
+        nibbles = torch.stack([weight & 15, weight >> 4], dim=-1).flatten(1)
+        factor = scale.float() * stored["weight_scale_2"]
+        return table[nibbles.int()] * factor.repeat_interleave(16, dim=1)
+    if scale.dtype == torch.uint8:
+        factor = torch.ldexp(torch.ones(scale.shape), scale.int() - 127)
+        return weight.float() * factor.repeat_interleave(32, dim=1)
+    if scale.ndim == 4:
+        blocks = scale[:, 0, :, 0].repeat_interleave(128, 0).repeat_interleave(128, 1)
+        return weight.float() * blocks[: len(weight)]
+    return weight.float() * (scale[:, None] if scale.ndim else scale)
+
+
+def _apart(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor]) -> float:
+    if expected.keys() != actual.keys():
+        return float("nan")
+    return max(_largest(value.float() - actual[name].float()) for name, value in expected.items())
+
+
+def _largest(difference: Tensor) -> float:
+    return float(difference.abs().max())
+
+
+def _norm(x: Tensor) -> float:
+    return float(x.norm())
+
+
+def _share(difference: Tensor, whole: Tensor) -> float:
+    return _norm(difference) / _norm(whole)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Within, nothing is told of bars and of what is known."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
