@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from prismquant.errors import PrismQuantError
 
-Verdict = Literal["ran", "differs", "stopped", "refused", "absent"]
+Verdict = Literal["ran", "foretold", "differs", "stopped", "refused", "absent"]
 
 _PATHS = re.compile(r"(?:/[\w.+-]+){2,}/?")
 _LAYERS = re.compile(r":? (?:model|language_model|visual|lm_head)[.\w{},-]*(?:, [\w.{},-]+)*")
@@ -19,9 +20,9 @@ class Cell:
     """One outcome.
 
     Attributes:
-        verdict: ``ran``: read, and what was compared is equal; ``differs``: read, and it is not;
-            ``stopped``: the reader gives up; ``refused``: PrismQuant does not write it; ``absent``:
-            could not be tried.
+        verdict: ``ran``: read, and what was compared is equal; ``foretold``: not as it is meant, and
+            the plan's remarks say so; ``differs``: read, and not equal; ``stopped``: the reader
+            gives up; ``refused``: PrismQuant does not write it; ``absent``: could not be tried.
         what: What was compared, or why not.
         apart: The largest difference, of what was compared.
     """
@@ -40,6 +41,14 @@ def compared(what: str, apart: float, tolerance: float = 0.0) -> Cell:
     return Cell("ran" if apart <= tolerance else "differs", what, apart)
 
 
+def foretold(cell: Cell, remarks: Sequence[str]) -> Cell:
+    """The cell of a reader that is not PrismQuant, in the light of a plan's remarks."""
+    told = [remark for remark in remarks if "only prismquant.load" in remark]
+    if not told or cell.verdict in ("refused", "absent"):
+        return cell
+    return Cell("foretold", "; ".join(dict.fromkeys(map(shortened, told))), cell.apart)
+
+
 def stopped(error: BaseException | str) -> Cell:
     """The cell of a reader that gave up."""
     return Cell("stopped", shortened(error))
@@ -53,8 +62,10 @@ def refused(error: PrismQuantError) -> Cell:
 
 
 def shortened(error: BaseException | str) -> str:
-    """The first line of a message, without paths, layers and its end."""
+    """The line of a message that says most, without paths, layers and its end."""
     text = str(error).strip() or type(error).__name__
-    line = next((line for line in text.splitlines() if line.strip()), "")
-    line = _LAYERS.sub("", _PATHS.sub("..", line)).strip().rstrip(":")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    # Those of pydantic count the errors first, and name the field in a line of its own.
+    line = " ".join(lines[1:3]) if "validation error" in lines[0] and lines[1:] else lines[0]
+    line = _LAYERS.sub("", _PATHS.sub("..", line)).strip().rstrip(":").replace("|", "/")
     return line if len(line) <= 180 else line[:179].rstrip() + "…"

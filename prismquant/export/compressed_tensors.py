@@ -17,9 +17,10 @@ this module keeps:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -63,6 +64,7 @@ _SUFFIXES = (
     "weight_zero_point",
     "weight_global_scale",
 )
+_SIDES = ("input_activations", "output_activations")
 SIGNS, SPLIT_INDEX, SPLIT_WEIGHT = "input_signs", "split_index", "split_weight"
 _ACTIVATION_SUFFIXES = (
     "input_scale",
@@ -283,12 +285,22 @@ class StoredScheme:
     outputs: NumberSpec | None = None
 
 
-def read_schemes(config: Mapping[str, Any], linears: Sequence[str]) -> dict[str, StoredScheme]:
+def read_schemes(
+    config: Mapping[str, Any],
+    linears: Sequence[str],
+    aliases: Mapping[str, Collection[str]] = MappingProxyType({}),
+) -> dict[str, StoredScheme]:
     """Which linear layers of a model are stored quantized, and how.
+
+    Where several groups aim at a layer, its own name counts more than a pattern, and a pattern more
+    than the name of a class, as in the compressed-tensors library.
 
     Args:
         config: The content of ``config.json``.
         linears: Names of the model's linear layers, as the configuration calls them.
+        aliases: Other names that a layer goes by. llm-compressor's ``ignore`` and older releases'
+            targets hold names on disk (``visual.blocks.0.attn.qkv``) where transformers 5 has
+            other module paths (``model.visual.blocks.0.attn.qkv``).
 
     Raises:
         FormatError: The method or a format is one that PrismQuant does not read.
@@ -301,21 +313,40 @@ def read_schemes(config: Mapping[str, Any], linears: Sequence[str]) -> dict[str,
             f"quantization method {section.get('quant_method')!r} cannot be read",
             remedy=f"only {METHOD} checkpoints and unquantized ones can be loaded",
         )
+    groups = list(section["config_groups"].values())
+    read = [_read_scheme(group, section.get("format")) for group in groups]
     ignored = section.get("ignore") or []
     schemes: dict[str, StoredScheme] = {}
-    for group in section["config_groups"].values():
-        scheme = StoredScheme(
-            specification(group["weights"], layout := group.get("format") or section["format"]),
-            layout,
-            *(
-                specification(group[key]) if group.get(key) else None
-                for key in ("input_activations", "output_activations")
-            ),
-        )
-        for name in linears:
-            if _hit(name, group["targets"]) and not _hit(name, ignored):
-                schemes.setdefault(name, scheme)
+    for name in linears:
+        names = (name, *aliases.get(name, ()))
+        hits = [(hit, i) for i, group in enumerate(groups) if (hit := _hit(names, group["targets"]))]
+        if not hits or _hit(names, ignored):
+            continue
+        chosen = min(hits)[1]
+        if (scheme := read[chosen]) is not None:
+            schemes[name] = scheme
+        elif any(groups[chosen].get(side) for side in _SIDES):
+            raise FormatError(
+                "a quantized input or output of a layer whose weight is not cannot be read",
+                where=name,
+                remedy="give the group weights, or ignore the layer",
+            )
     return schemes
+
+
+def _read_scheme(group: Mapping[str, Any], layout: str | None) -> StoredScheme | None:
+    """The scheme of a group; None where it has no weights, as one of attention modules."""
+    if not group.get("weights"):
+        return None
+    layout = group.get("format") or layout
+    if layout is None:
+        raise FormatError(
+            "the configuration does not say how weights are laid out",
+            where=f"quantization_config, targets {group['targets']}",
+            remedy="write format in every group",
+        )
+    sides = (specification(group[side]) if group.get(side) else None for side in _SIDES)
+    return StoredScheme(specification(group["weights"], layout), layout, *sides)
 
 
 class DequantizingReader(ShardReader):
@@ -515,12 +546,17 @@ def _path_ending(bound: BoundModel, site: BoundSite) -> str:
     return f"re:(.*[.])?{re.escape(ending)}$"
 
 
-def read_rotations(config: Mapping[str, Any], linears: Sequence[str]) -> dict[str, int]:
+def read_rotations(
+    config: Mapping[str, Any],
+    linears: Sequence[str],
+    aliases: Mapping[str, Collection[str]] = MappingProxyType({}),
+) -> dict[str, int]:
     """Which linear layers of a model rotate their input, and in blocks of what width.
 
     Args:
         config: The content of ``config.json``.
         linears: Names of the model's linear layers, as the configuration calls them.
+        aliases: Other names that a layer goes by.
 
     Raises:
         FormatError: A transform is one that PrismQuant does not have.
@@ -538,7 +574,8 @@ def read_rotations(config: Mapping[str, Any], linears: Sequence[str]) -> dict[st
                     remedy="only block-diagonal hadamard transforms of inputs are supported",
                 )
             for linear in linears:
-                if _hit(linear, apply["targets"]) and not _hit(linear, apply.get("ignore") or []):
+                names = (linear, *aliases.get(linear, ()))
+                if _hit(names, apply["targets"]) and not _hit(names, apply.get("ignore") or []):
                     found[linear] = int(group["head_dim"])
     return found
 
@@ -551,11 +588,19 @@ def _untied_config(config: dict[str, Any]) -> dict[str, Any]:
     return config | {"tie_word_embeddings": False}
 
 
-def _hit(name: str, patterns: Sequence[str]) -> bool:
+# What a target is, the most exact first.
+_NAME, _PATTERN, _CLASS = 1, 2, 3
 
-    return any(
-        re.match(p[3:], name) if p.startswith("re:") else p in (name, "Linear") for p in patterns
-    )
+
+def _hit(names: Collection[str], targets: Sequence[str]) -> int | None:
+    """How exactly targets mean the linear layer of these names; None: they do not."""
+
+    def kind(target: str) -> int | None:
+        if target.startswith("re:"):
+            return _PATTERN if any(re.match(target[3:], name) for name in names) else None
+        return _NAME if target in names else _CLASS if target == "Linear" else None
+
+    return min(filter(None, map(kind, targets)), default=None)
 
 
 def files_to_copy(folder: Path) -> Iterator[Path]:

@@ -6,6 +6,7 @@ and from headers. Tensors are read one layer at a time, whichever shards they li
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prismquant.errors import StorageError
+from prismquant.errors import ModelError, StorageError
 from prismquant.export.arguments import PRIVATE_KEY, read_private
 from prismquant.export.compressed_tensors import (
     CONFIG_KEY,
@@ -201,8 +202,9 @@ def open_checkpoint(folder: Path) -> StoredCheckpoint:
     names = choose_layout(arch.layouts, shards.names, dict(model.named_modules()))
     called = config_names(model, names, remote=arch.config_map is not None)
     config = read_json(folder / "config.json")
-    schemes = read_schemes(config, list(called))
-    rotations = read_rotations(config, list(called))
+    aliases = other_names(called, arch)
+    schemes = read_schemes(config, list(called), aliases)
+    rotations = read_rotations(config, list(called), aliases)
     sides = {name: (scheme.activations, scheme.outputs) for name, scheme in schemes.items()}
     # What our own section says is more exact.
     sides |= read_private(config)
@@ -230,6 +232,25 @@ def config_names(model: nn.Module, names: NameMap, *, remote: bool) -> dict[str,
     if not remote:
         return {name: name for name in linears}
     return {names.to_disk(f"{name}.weight").removesuffix(".weight"): name for name in linears}
+
+
+def other_names(called: Mapping[str, str], arch: ArchSpec) -> dict[str, tuple[str, ...]]:
+    """What else a configuration may call each layer: its module path, its names on disk.
+
+    Args:
+        called: From :func:`config_names`.
+        arch: The architecture.
+    """
+    layouts = [NameMap(layout.name, layout.rewrites) for layout in arch.layouts]
+
+    def names(module: str) -> Iterator[str]:
+        yield module
+        for layout in layouts:
+            # A layout may lack a part of the model.
+            with contextlib.suppress(ModelError):
+                yield layout.to_disk(f"{module}.weight").removesuffix(".weight")
+
+    return {said: tuple(dict.fromkeys(names(module))) for said, module in called.items()}
 
 
 def _shape(model: nn.Module, name: str) -> tuple[int, int]:

@@ -8,6 +8,7 @@ open one. All of this is known from shapes alone, so it is found while planning.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from prismquant.errors import PlanError
@@ -15,6 +16,9 @@ from prismquant.formats.spec import NumberSpec, spec
 from prismquant.models.bind import BoundSite
 from prismquant.numerics.affine import Granularity
 from prismquant.recipe.schema import Fallback
+
+# Formats of weight and input, and what to do where they do not fit.
+Asked = tuple[NumberSpec, NumberSpec | None, Fallback]
 
 # Group sizes that servers have kernels for; a fallback only picks among these.
 _SERVED_GROUPS = (128, 64, 32)
@@ -75,6 +79,35 @@ def fit(
     raise PlanError(misfit, remedy=_remedy(site, weights, shards))
 
 
+def fit_together(
+    sites: Sequence[BoundSite],
+    asked: Mapping[str, Asked],
+    shards: int = 1,
+) -> dict[str, Fitted]:
+    """Formats for layers that servers fuse, which must agree: where one falls back, all do.
+
+    Args:
+        sites: The layers.
+        asked: What :func:`fit` takes of each, by name.
+        shards: Over how many devices the layers will be split.
+
+    Returns:
+        The formats of those that follow another one, by name.
+
+    Raises:
+        PlanError: A shape does not fit.
+    """
+    found = {site.name: fit(site, *asked[site.name], shards) for site in sites}
+    fallen = next((fitted for fitted in found.values() if fitted.note), None)
+    if fallen is None:
+        return {}
+    return {
+        name: replace(fallen, note="as the layers that it is fused with")
+        for name, fitted in found.items()
+        if not fitted.note and asked[name][:2] != (fallen.weights, fallen.activations)
+    }
+
+
 def _ladder(
     weights: NumberSpec, activations: NumberSpec | None, fallback: Fallback
 ) -> list[Fitted]:
@@ -109,8 +142,12 @@ def _misfit(site: BoundSite, weights: NumberSpec, shards: int) -> str | None:
         return None
     if width % size:
         return f"group size {size} does not divide {_width_of(site, width, shards)}"
-    if weights.granularity is Granularity.BLOCK and rows != site.out_features and rows % size:
-        return f"blocks of {size} rows do not divide the {rows} outputs of each of {shards} devices"
+    if weights.granularity is Granularity.BLOCK and rows % size:
+        # A short last block is fine where it ends the matrix that a server holds.
+        if rows != site.out_features:
+            return f"blocks of {size} rows do not divide its {rows} outputs on each device"
+        if site.fuse_key is not None:
+            return f"blocks of {size} rows do not divide its {rows} outputs, which servers fuse"
     return None
 
 

@@ -7,6 +7,7 @@ it takes. All misfits are reported together.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -26,7 +27,7 @@ from prismquant.models.arch import Modality, SiteKind
 from prismquant.models.bind import BoundEdge, BoundModel, BoundSite
 from prismquant.models.rotation import OnlineRotation, Rotation, online_rotations, untied
 from prismquant.numerics.ranges import RangeRule
-from prismquant.pipeline.fit import fit
+from prismquant.pipeline.fit import Asked, Fitted, fit, fit_together
 from prismquant.pipeline.kv_plan import KVPlan, plan_kv_cache
 from prismquant.pipeline.layout import DENSE, input_bytes, is_declarable, layout_of
 from prismquant.recipe.schema import (
@@ -291,6 +292,7 @@ def make_plan(recipe: Recipe, bound: BoundModel) -> Plan:
     }
     sizes = _source_sizes(bound)
     findings = _idle_rules(recipe, bound, settings.values())
+    followers = _followers(bound, settings, recipe.tensor_parallel)
     rotations = _rotations(recipe, bound, findings)
     online = online_rotations(bound, rotations) if not findings else {}
     splits = _splits(recipe, bound)
@@ -299,7 +301,8 @@ def make_plan(recipe: Recipe, bound: BoundModel) -> Plan:
         try:
             own_head = untied(bound, rotations)
             shards = recipe.tensor_parallel
-            row = _row(site, settings[site.name], bound, sizes, own_head, shards)
+            fitted = followers.get(site.name) or _fitted(site, settings[site.name], shards)
+            row = _row(site, settings[site.name], fitted, bound, sizes, own_head)
             rows.append(_with_input(row, online.get(site.name), splits.get(site.name), bound.dtype))
         except (PlanError, FormatError) as error:
             findings.append(
@@ -370,13 +373,47 @@ def _source_sizes(bound: BoundModel) -> dict[str, int]:
     }
 
 
+def _fitted(site: BoundSite, setting: Setting, shards: int) -> Fitted | None:
+    """The formats that a layer can have; None where it is left alone."""
+    if setting.weights is None:
+        return None
+    return fit(site, setting.weights, setting.activations, setting.fallback, shards)
+
+
+def _followers(
+    bound: BoundModel, settings: Mapping[str, Setting], shards: int
+) -> dict[str, Fitted]:
+    """Formats of layers that fit but must follow one that they are fused with and that does not."""
+    found: dict[str, Fitted] = {}
+    for sites in _fused(bound.sites).values():
+        asked: dict[str, Asked] = {}
+        for site in sites:
+            setting = settings[site.name]
+            if setting.weights is not None:
+                asked[site.name] = (setting.weights, setting.activations, setting.fallback)
+        if len(asked) == len(sites):
+            # A shape that does not fit at all is reported with its own layer.
+            with contextlib.suppress(PlanError):
+                found |= fit_together(sites, asked, shards)
+    return found
+
+
+def _fused(sites: Iterable[BoundSite]) -> dict[str, list[BoundSite]]:
+    """Layers that servers load as one matrix."""
+    groups: dict[str, list[BoundSite]] = {}
+    for site in sites:
+        if site.fuse_key is not None:
+            groups.setdefault(site.fuse_key, []).append(site)
+    return groups
+
+
 def _row(
     site: BoundSite,
     setting: Setting,
+    fitted: Fitted | None,
     bound: BoundModel,
     sizes: Mapping[str, int],
     own_head: bool,
-    shards: int,
 ) -> PlanRow:
     dtype = bound.dtype
     float_bytes = 0 if site.tied else sizes[f"{site.disk_name}.weight"]
@@ -404,14 +441,13 @@ def _row(
         float_bytes=float_bytes,
         note="" if setting.weights else "no rule gives it a weight format",
     )
-    if setting.weights is None:
+    if fitted is None:
         return row
     if site.tied and not own_head:
         raise PlanError(
             "its weight is tied to the input embeddings, which stay in floating point",
             remedy="leave it alone with `skip: true`",
         )
-    fitted = fit(site, setting.weights, setting.activations, setting.fallback, shards)
     weights = fitted.weights
     row = replace(row, weights=weights, activations=fitted.activations, note=fitted.note)
     if site.kind is SiteKind.PATCH_CONV:
