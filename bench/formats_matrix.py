@@ -46,7 +46,6 @@ BLACKWELL = "10.0"
 CAPABILITIES = ("8.0", "8.9", "9.0", BLACKWELL)
 # vLLM's kernels are the same for all families; they are listed for this one.
 KERNELS_OF = "qwen2_5_vl"
-ALL = frozenset(table.COLUMNS)
 
 Cells = dict[str, Cell]
 Rows = dict[str, Cells]
@@ -161,8 +160,10 @@ def exported(out: Path, cells: Cells) -> list[str]:
             export(out / "run", name, out / name, options=options)
         except PrismQuantError as error:
             cells[name] = refused(error)
-            if f"{name}-vllm" in ALL:
+            if f"{name}-vllm" in table.COLUMNS:
                 cells[f"{name}-vllm"] = cells[name]
+        except Exception as error:  # a refusal has its reasons, anything else is a fault of ours
+            cells[name] = Cell("differs", f"PrismQuant fails: {type(error).__name__}: {error}")
         else:
             ready.append(name)
     return ready

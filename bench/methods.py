@@ -166,12 +166,12 @@ def subject(name: str, folder: Path, evaluation: Path) -> Subject:
     return Subject(name, folder, reference, list(batches))
 
 
-def cell(what: Subject, setting: str, method: str, calibration: Path) -> dict[str, Any]:
+def cell(what: Subject, recipe: Recipe, calibration: Path) -> dict[str, Any]:
     """Quantize once and measure."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         started = time.perf_counter()
-        quantize(what.folder, recipe_for(setting, method), out, calibration)
+        quantize(what.folder, recipe, out, calibration)
         seconds = time.perf_counter() - started
         model = load_model(out, dtype=torch.float32)
     overall = evaluate_model(model, what.batches, what.reference).overall
@@ -268,7 +268,7 @@ def _row(
     ]
 
 
-def _subjects(options: argparse.Namespace, work: Path, evaluation: Path) -> Iterator[Subject]:
+def subjects_of(options: argparse.Namespace, work: Path, evaluation: Path) -> Iterator[Subject]:
     if "plain" in options.models:
         yield subject("plain", options.model, evaluation)
     if "outliers" in options.models:
@@ -320,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             for seed in range(options.seeds)
         ]
-        subjects = list(_subjects(options, work, evaluation))
+        subjects = list(subjects_of(options, work, evaluation))
         for seed, data in enumerate(sets):
             for what in subjects:
                 for setting in options.settings:
@@ -329,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         only = METHODS[method].settings
                         if key in cells.done or (only and setting not in only):
                             continue
-                        result = cell(what, setting, method, data)
+                        result = cell(what, recipe_for(setting, method), data)
                         cells.add(key, result)
                         console.print(f"{key}: KL {result['kl']:.5f}", style="dim")
     runs = runs_of(cells)

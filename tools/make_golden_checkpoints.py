@@ -3,8 +3,8 @@
     python -m venv peer && peer/bin/pip install torch==2.13.0 llmcompressor==0.14.0.1
     OMP_NUM_THREADS=1 peer/bin/python tools/make_golden_checkpoints.py tests/golden
 
-Every folder holds what llm-compressor saved of one random Qwen2-VL (less ``recipe.yaml``), and
-``expected.safetensors``:
+A folder holds what llm-compressor saved of one random Qwen2-VL (less ``recipe.yaml``), and the file
+``<name>.safetensors`` beside it what readers must make of it:
 
 ``<module path>.weight``
     of every quantized layer, as the decompression of compressed-tensors gives it.
@@ -32,7 +32,6 @@ from typing import Any
 
 import torch
 
-EXPECTED = "expected.safetensors"
 # As in tests/tiny_vlm.py.
 VOCABULARY, PATCH = 128, 4
 VISION_START, VISION_END, IMAGE, VIDEO = 3, 4, 5, 6
@@ -254,7 +253,7 @@ def make(golden: Golden, folder: Path) -> None:
     versions = {name: importlib.metadata.version(name) for name in VERSIONED}
     save_file(
         {name: tensor.contiguous().clone() for name, tensor in expected.items()},
-        folder / EXPECTED,
+        folder.with_name(f"{folder.name}.safetensors"),
         metadata={"versions": json.dumps(versions)},
     )
 

@@ -20,8 +20,8 @@ class Cell:
     """One outcome.
 
     Attributes:
-        verdict: ``ran``: read, and what was compared is equal; ``foretold``: not as it is meant, and
-            the plan's remarks say so; ``differs``: read, and not equal; ``stopped``: the reader
+        verdict: ``ran``: read, and what was compared is equal; ``foretold``: not as it is meant,
+            and the plan's remarks say so; ``differs``: read, and not equal; ``stopped``: the reader
             gives up; ``refused``: PrismQuant does not write it; ``absent``: could not be tried.
         what: What was compared, or why not.
         apart: The largest difference, of what was compared.

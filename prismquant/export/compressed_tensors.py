@@ -319,7 +319,9 @@ def read_schemes(
     schemes: dict[str, StoredScheme] = {}
     for name in linears:
         names = (name, *aliases.get(name, ()))
-        hits = [(hit, i) for i, group in enumerate(groups) if (hit := _hit(names, group["targets"]))]
+        hits = [
+            (hit, i) for i, group in enumerate(groups) if (hit := _hit(names, group["targets"]))
+        ]
         if not hits or _hit(names, ignored):
             continue
         chosen = min(hits)[1]

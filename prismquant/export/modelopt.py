@@ -190,13 +190,16 @@ def _refusal(source: StoredCheckpoint, layer: StoredLayer) -> Refusal | None:
     if layer.rotation is not None:
         why = "its input is rotated at run time, which the format cannot say"
         return Refusal(layer.name, why)
-    if layer.scheme is None:
-        return None
-    if layer.scheme.outputs is not None:
+    if layer.outputs is not None:
         return Refusal(layer.name, "its output is quantized, which the format cannot say")
-    if algorithm(layer) is None:
-        inputs = _name(layer.scheme.activations) or "float"
-        why = f"no algorithm has {layer.scheme.weights.name} weights with {inputs} inputs"
+    # Some inputs are told in our own section only, which an algorithm's name would pass over.
+    undeclared = layer.inputs is not None and (not layer.scheme or not layer.scheme.activations)
+    if layer.scheme is None and not undeclared:
+        return None
+    if undeclared or algorithm(layer) is None:
+        weights = _name(layer.scheme.weights if layer.scheme else None) or "float"
+        inputs = _name(layer.inputs) or "float"
+        why = f"no algorithm has {weights} weights with {inputs} inputs"
         return Refusal(layer.name, why)
     if source.splits(layer):
         return Refusal(layer.name, "single columns stay in floating point, which it cannot say")

@@ -70,7 +70,9 @@ def misread_by_vllm(checkpoint: Checkpoint) -> list[Problem]:
         if layer.in_vllm is None or layer.in_vllm.torn:
             continue
         ours, theirs = _named(layer.in_transformers), _named(layer.in_vllm.group)
-        if ours != theirs and not _torn_by_schemes(checkpoint, layer):
+        # Where the layer is in floating point indeed, transformers is the one that misreads.
+        right = layer.in_vllm.group is None and not _in_codes(checkpoint, layer)
+        if ours != theirs and not right and not _torn_by_schemes(checkpoint, layer):
             remedy = (
                 "vLLM renames plain paths, not patterns: list explicit paths, or write a pattern "
                 "that fits both names, e.g. re:.*visual.*"
@@ -84,11 +86,7 @@ def misread_by_transformers(checkpoint: Checkpoint) -> list[Problem]:
     """The same, for whom transformers is the one that misreads what is stored."""
     found = []
     for layer in checkpoint.layers:
-        stored = any(
-            f"{layer.disk}.{suffix}" in checkpoint.tensors
-            for suffix in ("weight_packed", "weight_scale")
-        )
-        if layer.in_transformers is not None and not stored:
+        if layer.in_transformers is not None and not _in_codes(checkpoint, layer):
             what = "transformers takes layers for quantized that are stored in floating point"
             remedy = "ignore them by the module paths of transformers (model.visual..., lm_head)"
             found.append((what, layer.called, remedy))
@@ -104,6 +102,12 @@ def unknown_to_vllm(checkpoint: Checkpoint) -> Iterator[Problem]:
             ("config.json",),
             "serve it with transformers or prismquant.load",
         )
+
+
+def _in_codes(checkpoint: Checkpoint, layer: Layer) -> bool:
+    """Whether the tensors of a layer are those of a quantized one."""
+    suffixes = ("weight_packed", "weight_scale")
+    return any(f"{layer.disk}.{suffix}" in checkpoint.tensors for suffix in suffixes)
 
 
 def _hits(checkpoint: Checkpoint, pattern: str, *, any_module: bool = False) -> bool:
