@@ -35,6 +35,10 @@ RECIPES: dict[str, Any] = {
 }
 
 
+def with_inputs(weights: str, activations: str) -> dict[str, Any]:
+    return {"rules": [{"match": LLM, "weights": weights, "activations": activations}]}
+
+
 def dequantized(reader: ShardReader, name: str, algorithm: str) -> torch.Tensor:
     """What the modelopt package computes from a layer's tensors, written out."""
     weight = reader.read(f"{name}.weight")
@@ -125,10 +129,13 @@ def test_scales_of_the_cache_lie_under_the_projections(
         ("fp8-static", "no algorithm has fp8-channel weights with fp8-tensor inputs"),
         ("mxfp4", "no algorithm has mxfp4 weights"),
         ("rotation-gptq-w4a8", "its input is rotated at run time"),
+        # Inputs that only our own section declares, before layers that have a word and that have not.
+        (with_inputs("nvfp4", "fp8-e5m2-token"), "nvfp4 weights with fp8-e5m2-token inputs"),
+        (with_inputs("fp8-e5m2-channel", "fp8-e5m2-token"), "float weights with fp8-e5m2-token"),
     ],
 )
 def test_what_modelopt_has_no_word_for_is_refused(
-    tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path, recipe: str, why: str
+    tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path, recipe: Any, why: str
 ) -> None:
     source = quantized(tiny("qwen2_vl"), tmp_path / "a", calibration_file, recipe)
     with pytest.raises(FormatError, match=why):
