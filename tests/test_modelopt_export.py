@@ -129,7 +129,7 @@ def test_scales_of_the_cache_lie_under_the_projections(
         ("fp8-static", "no algorithm has fp8-channel weights with fp8-tensor inputs"),
         ("mxfp4", "no algorithm has mxfp4 weights"),
         ("rotation-gptq-w4a8", "its input is rotated at run time"),
-        # Inputs that only our own section declares, before layers that have a word and that have not.
+        # Inputs that only our own section declares, of layers that have a word and that have not.
         (with_inputs("nvfp4", "fp8-e5m2-token"), "nvfp4 weights with fp8-e5m2-token inputs"),
         (with_inputs("fp8-e5m2-channel", "fp8-e5m2-token"), "float weights with fp8-e5m2-token"),
     ],

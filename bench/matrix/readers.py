@@ -189,7 +189,7 @@ def modelopt(source: Source, plan: Plan, folder: Path, model: nn.Module) -> Cell
     for row in plan.quantized:
         prefix = f"{row.site.disk_name}."
         names = [n for n in shards.names if n.startswith(prefix)]
-        values = _by_formula({n.removeprefix(prefix): shards.read(n) for n in names})
+        values = by_formula({n.removeprefix(prefix): shards.read(n) for n in names})
         expected = model.get_submodule(row.site.name).get_parameter("weight")
         apart = max(apart, _largest(values.reshape(expected.shape) - expected))
     return compared("weights, by ModelOpt's formula", apart)
@@ -204,7 +204,7 @@ def attempted(read: Any, *given: Any) -> Cell:
     return cell
 
 
-def _by_formula(stored: Mapping[str, Tensor]) -> Tensor:
+def by_formula(stored: Mapping[str, Tensor]) -> Tensor:
     weight, scale = stored["weight"], stored.get("weight_scale")
     if scale is None:
         return weight.float()
