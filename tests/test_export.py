@@ -298,6 +298,63 @@ def test_checkpoints_of_other_writers_are_understood() -> None:
     assert schemes[names[0]].layout == "pack-quantized"
 
 
+def weights_only(bits: int, targets: list[str], **more: Any) -> dict[str, Any]:
+    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "channel"}
+    return {"targets": targets, "weights": weights, "format": "pack-quantized"} | more
+
+
+def test_the_most_exact_target_decides() -> None:
+    """As in compressed-tensors: a name before a pattern before a class, whatever the order."""
+    groups = {
+        "group_0": weights_only(4, ["Linear"]),
+        "group_1": weights_only(8, ["re:.*down_proj"]),
+        "group_2": weights_only(3, ["model.layers.1.mlp.down_proj"]),
+    }
+    section = {"quant_method": "compressed-tensors", "config_groups": groups}
+    names = [f"model.layers.{i}.mlp.{role}_proj" for i in (0, 1) for role in ("up", "down")]
+    schemes = read_schemes({"quantization_config": section}, names)
+    assert [schemes[name].weights.bits for name in names] == [4, 8, 4, 3]
+
+
+def test_layers_are_known_by_their_names_on_disk_too() -> None:
+    """llm-compressor ignores ``visual.*``, where transformers 5 has ``model.visual.*``."""
+    groups = {"group_0": weights_only(4, ["Linear"]), "group_1": weights_only(8, ["model.a"])}
+    section = {
+        "quant_method": "compressed-tensors",
+        "config_groups": groups,
+        "ignore": ["visual.b", "lm_head"],
+    }
+    config = {"quantization_config": section}
+    names = ["model.language_model.a", "model.visual.b", "lm_head"]
+    assert read_schemes(config, names).keys() == {*names[:2]}
+    aliases = {names[0]: ("model.a",), names[1]: ("visual.b",)}
+    schemes = read_schemes(config, names, aliases)
+    assert {name: scheme.weights.bits for name, scheme in schemes.items()} == {names[0]: 8}
+
+
+def test_groups_without_weights_are_about_attention() -> None:
+    tokens = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
+    without = {"targets": ["re:.*self_attn"], "weights": None, "input_activations": tokens}
+    section = {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"group_0": weights_only(4, ["Linear"]), "group_1": without},
+    }
+    config = {"quantization_config": section}
+    assert read_schemes(config, ["a.mlp.up_proj"]).keys() == {"a.mlp.up_proj"}
+    with pytest.raises(FormatError, match="whose weight is not"):
+        read_schemes(config, ["a.self_attn.q_proj"])
+    without["input_activations"] = None
+    assert read_schemes(config, ["a.self_attn.q_proj"]) == {}
+
+
+def test_a_layout_must_be_said() -> None:
+    group = weights_only(4, ["Linear"])
+    del group["format"]
+    section = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+    with pytest.raises(FormatError, match="laid out"):
+        read_schemes({"quantization_config": section}, ["a"])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

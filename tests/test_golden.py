@@ -17,6 +17,7 @@ from torch import nn
 
 from prismquant import cli
 from prismquant.api import export
+from prismquant.errors import FormatError
 from prismquant.export.check import Reader, Severity, check
 from prismquant.export.compressed_tensors import CONFIG_KEY
 from prismquant.export.load import load_model
@@ -161,6 +162,18 @@ def test_schemes_are_read_as_declared() -> None:
     (layer, *_) = open_checkpoint(GOLDEN / "fp8-block").quantized
     assert layer.scheme is not None
     assert layer.scheme.weights.granularity is Granularity.BLOCK
+
+
+def test_quantized_embeddings_are_refused_by_name(tmp_path: Path) -> None:
+    """llm-compressor can pack them; the layers alone would read, and the embeddings be missing."""
+    folder = Path(shutil.copytree(GOLDEN / "w4a16", tmp_path / "out"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight_packed"] = tensors.pop("model.embed_tokens.weight")
+    tensors["model.embed_tokens.weight_scale"] = torch.ones(128, 2)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for read in (load_model, lambda where: open_checkpoint(where).dtype):
+        with pytest.raises(FormatError, match="quantized embeddings"):
+            read(folder)
 
 
 @pytest.mark.parametrize("name", NAMES)

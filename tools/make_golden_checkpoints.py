@@ -120,7 +120,7 @@ def source(hidden: int, dtype: torch.dtype, folder: Path) -> Path:
             "num_hidden_layers": 1,
             "num_attention_heads": hidden // 16,
             "num_key_value_heads": 2,
-            "max_position_embeddings": 256,
+            "max_position_embeddings": 1024,
             "bos_token_id": 0,
             "eos_token_id": 2,
             "pad_token_id": 0,

@@ -550,14 +550,16 @@ def _path_ending(bound: BoundModel, site: BoundSite) -> str:
 
 def read_rotations(
     config: Mapping[str, Any],
-    linears: Sequence[str],
+    linears: Mapping[str, int],
     aliases: Mapping[str, Collection[str]] = MappingProxyType({}),
 ) -> dict[str, int]:
     """Which linear layers of a model rotate their input, and in blocks of what width.
 
+    Transforms of weights were applied before these were stored, and need nothing of a reader.
+
     Args:
         config: The content of ``config.json``.
-        linears: Names of the model's linear layers, as the configuration calls them.
+        linears: Input features of the model's linear layers, by what the configuration calls them.
         aliases: Other names that a layer goes by.
 
     Raises:
@@ -568,18 +570,33 @@ def read_rotations(
     for name, group in (section.get("config_groups") or {}).items():
         for apply in group["apply"]:
             known = group["type"] == "hadamard" and not group.get("randomize")
-            if known and apply["location"] in ROTATED_AT:
-                continue  # of queries and keys: the key-value cache's affair
-            if not known or apply["location"] != "input" or not group.get("head_dim"):
-                raise FormatError(
-                    f"transform {name!r} ({group['type']} at {apply['location']}) cannot be read",
-                    remedy="only block-diagonal hadamard transforms of inputs are supported",
-                )
-            for linear in linears:
+            where = apply["location"]
+            if where.startswith("weight_") or (known and where in ROTATED_AT):
+                continue  # done, or of queries and keys: the key-value cache's affair
+            for linear, width in linears.items():
                 names = (linear, *aliases.get(linear, ()))
                 if _hit(names, apply["targets"]) and not _hit(names, apply.get("ignore") or []):
-                    found[linear] = int(group["head_dim"])
+                    block = group.get("head_dim") or width
+                    if not known or where != "input" or not _is_sylvester(group, block):
+                        raise _unread_transform(name, group, where)
+                    found[linear] = int(block)
     return found
+
+
+def _is_sylvester(group: Mapping[str, Any], block: int) -> bool:
+    """Whether a transform's matrix is the one that we have too.
+
+    Across a whole width the library takes other matrices where this is no power of two.
+    """
+    return bool(group.get("head_dim")) or block & (block - 1) == 0
+
+
+def _unread_transform(name: str, group: Mapping[str, Any], where: str) -> FormatError:
+    return FormatError(
+        f"transform {name!r} ({group['type']} at {where}) cannot be read",
+        remedy="only hadamard transforms of inputs are supported, in blocks or across a width that "
+        "is a power of two",
+    )
 
 
 def _untied_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -85,7 +85,8 @@ def check(format_name: str, source: StoredCheckpoint, refusals: Sequence[Refusal
     for refusal in refusals:
         reasons.setdefault(refusal.why, []).append(refusal)
     lines = [f"  - {_folded(alike)}" for alike in reasons.values()]
-    layers = len({refusal.layer for refusal in refusals})
+    known = {layer.name for layer in source.layers}
+    layers = len({refusal.layer for refusal in refusals} & known)
     raise FormatError(
         f"{layers} of {len(source.layers)} layers cannot be exported as {format_name}:\n"
         + "\n".join(lines),

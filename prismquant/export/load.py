@@ -16,7 +16,7 @@ from prismquant.export.compressed_tensors import (
     read_schemes,
 )
 from prismquant.export.kv_cache import quantize_kv_cache, read_kv_cache_scheme
-from prismquant.export.stored import config_names, other_names
+from prismquant.export.stored import config_names, embedding_dtype, other_names, widths
 from prismquant.formats.spec import NumberSpec
 from prismquant.models.config import empty_model, identify, native_config
 from prismquant.models.load import materialize
@@ -54,11 +54,11 @@ def load_model(
     aliases = other_names(called, arch)
     declared = read_schemes(config, list(called), aliases)
     schemes = {called[name]: scheme for name, scheme in declared.items()}
-    rotated = read_rotations(config, list(called), aliases)
+    rotated = read_rotations(config, widths(model, called), aliases)
     rotations = {called[name]: block for name, block in rotated.items()}
     disk = {module: names.to_disk(f"{module}.weight").removesuffix(".weight") for module in schemes}
     reader = DequantizingReader(folder, {disk[module]: schemes[module] for module in schemes})
-    stored = shards.info(names.to_disk(f"{arch.embeddings}.weight")).dtype
+    stored = embedding_dtype(shards, names, arch)
     materialize(model, "", reader, names, device, dtype or stored)
     for module, block in rotations.items():
         signs = f"{names.to_disk(f'{module}.weight').removesuffix('.weight')}.{SIGNS}"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prismquant.errors import ModelError, StorageError
+from prismquant.errors import FormatError, ModelError, StorageError
 from prismquant.export.arguments import PRIVATE_KEY, read_private
 from prismquant.export.compressed_tensors import (
     CONFIG_KEY,
@@ -113,7 +113,7 @@ class StoredCheckpoint:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of everything that is not quantized: that of the embeddings."""
-        return self.shards.info(self.names.to_disk(f"{self.arch.embeddings}.weight")).dtype
+        return embedding_dtype(self.shards, self.names, self.arch)
 
     @property
     def plain_config(self) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def open_checkpoint(folder: Path) -> StoredCheckpoint:
     config = read_json(folder / "config.json")
     aliases = other_names(called, arch)
     schemes = read_schemes(config, list(called), aliases)
-    rotations = read_rotations(config, list(called), aliases)
+    rotations = read_rotations(config, widths(model, called), aliases)
     sides = {name: (scheme.activations, scheme.outputs) for name, scheme in schemes.items()}
     # What our own section says is more exact.
     sides |= read_private(config)
@@ -251,6 +251,28 @@ def other_names(called: Mapping[str, str], arch: ArchSpec) -> dict[str, tuple[st
                 yield layout.to_disk(f"{module}.weight").removesuffix(".weight")
 
     return {said: tuple(dict.fromkeys(names(module))) for said, module in called.items()}
+
+
+def widths(model: nn.Module, called: Mapping[str, str]) -> dict[str, int]:
+    """Input features of each linear layer, by what the configuration calls it."""
+    return {said: _shape(model, name)[1] for said, name in called.items()}
+
+
+def embedding_dtype(shards: ShardReader, names: NameMap, arch: ArchSpec) -> torch.dtype:
+    """The dtype of the stored embeddings.
+
+    Raises:
+        FormatError: They are quantized.
+        StorageError: They are missing.
+    """
+    name = names.to_disk(f"{arch.embeddings}.weight")
+    if f"{name}_scale" in shards.names:
+        raise FormatError(
+            "quantized embeddings cannot be read",
+            where=name,
+            remedy="quantize again with the embeddings in ignore",
+        )
+    return shards.info(name).dtype
 
 
 def _shape(model: nn.Module, name: str) -> tuple[int, int]:
