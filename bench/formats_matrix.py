@@ -32,7 +32,7 @@ from bench.matrix.cases import Case, cases
 from bench.matrix.cells import Cell, foretold, refused, stopped
 from prismquant.api import export, quantize
 from prismquant.errors import PrismQuantError
-from prismquant.export.check import check
+from prismquant.export.check import Severity, check
 from prismquant.export.stored import open_checkpoint
 from prismquant.pipeline.layout import DENSE
 
@@ -58,28 +58,30 @@ def main() -> int:
     for name, width in WIDTHS.items():
         setattr(tiny_vlm, name, width)
     chosen = [c for c in cases() if any(fnmatch.fnmatch(c.name, p) for p in options.cases)]
-    matrix: dict[str, Rows] = {}
-    kernels: dict[str, dict[str, str]] = {}
-    verdicts: list[str] = []
+    matrix, kernels, verdicts = reused(options.reuse)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(dir=options.work) as work:
         data = tiny_vlm.samples(Path(work) / "data", count=3)
         for family in options.families:
+            done = matrix.setdefault(family, {})
+            left = [case for case in chosen if case.name not in done]
+            if not left:
+                continue
             folder = Path(work) / family
             place = tiny_vlm.build(family, folder / "source", dtype=torch.bfloat16, llm_blocks=1)
             source = readers.Source(family, place, data)
-            matrix[family], jobs = {}, {}
-            for number, case in enumerate(chosen):
-                told = f"{family} {number + 1}/{len(chosen)} {case.name}"
+            jobs = {}
+            for number, case in enumerate(left):
+                told = f"{family} {number + 1}/{len(left)} {case.name}"
                 print(f"{time.monotonic() - started:6.0f} s  {told}", file=sys.stderr, flush=True)
                 cells, job = inside(source, case, folder, data)
-                matrix[family][case.name] = cells
+                done[case.name] = cells
                 jobs[case.name] = job
             print(f"{family}: readers outside", file=sys.stderr, flush=True)
-            answers = read_outside(options, matrix[family], jobs)
-            verdicts += disagreements(family, matrix[family], jobs, answers)
+            answers = read_outside(options, done, jobs)
+            verdicts += disagreements(family, done, jobs, answers)
             if options.vllm_python and family == options.kernels_of:
-                kernels = kernels_by_gpu(options, jobs)
+                kernels |= kernels_by_gpu(options, jobs)
             shutil.rmtree(folder)
     differing = [
         f"{family}: {name}: {column}: {cell.what} ({cell.apart})"
@@ -92,6 +94,25 @@ def main() -> int:
         options.out.write_text(page(chosen, matrix, kernels, verdicts), encoding="utf-8")
     print(json.dumps(as_json(matrix, kernels, verdicts, differing)))
     return int(bool(differing))
+
+
+def reused(files: Sequence[Path]) -> tuple[dict[str, Rows], dict[str, dict[str, str]], list[str]]:
+    """Cells, kernels and verdicts of earlier runs, so that a long one can be done in parts."""
+    matrix: dict[str, Rows] = {}
+    kernels: dict[str, dict[str, str]] = {}
+    verdicts: list[str] = []
+    for file in files:
+        found = json.loads(file.read_text(encoding="utf-8").splitlines()[-1])
+        for family, rows in found["cells"].items():
+            matrix.setdefault(family, {}).update(
+                {
+                    name: {column: Cell(**cell) for column, cell in cells.items()}
+                    for name, cells in rows.items()
+                }
+            )
+        kernels |= found["kernels"]
+        verdicts += found["check_disagrees"]
+    return matrix, kernels, verdicts
 
 
 def arguments() -> argparse.Namespace:
@@ -107,6 +128,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--compressed-tensors-017-python", dest="older_python")
     parser.add_argument("--kernels-of", default=KERNELS_OF, help="family for vLLM's kernels")
     parser.add_argument("--work", help="folder for temporary files")
+    parser.add_argument("--reuse", type=Path, nargs="+", default=[], help="earlier JSON lines")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
@@ -230,7 +252,12 @@ def _disagreement(
     where: str, column: str, reader: str, job: outside.Job, cells: Cells
 ) -> Iterator[str]:
     report, cell = check(job.folder, reader), cells[column]
-    if cell.verdict != "foretold" and report.ok != (cell.verdict == "ran"):
+    # What is told as a warning is told.
+    warned = cell.verdict == "stopped" and any(
+        finding.severity is Severity.WARNING and finding.rule.startswith(f"{reader}.")
+        for finding in report.findings
+    )
+    if cell.verdict != "foretold" and report.ok != (cell.verdict == "ran") and not warned:
         said = ", ".join(sorted({finding.rule for finding in report.errors})) or "fine"
         yield f"{where}: {column}: check says {said}; the reader: {cell.verdict}: {cell.what}"
 
@@ -292,7 +319,7 @@ LEGEND = """\
 | `=` | read, and equal to the last bit; where it is logits, exactly equal |
 | `2e-07` | read, and equal but for that: logits, relative to the largest |
 | a name | vLLM's loader takes every tensor, under that scheme; it computes nothing here |
-| `!` | only PrismQuant reads it as it is meant, and its plan says so: see the note |
+| `!` | not read as it is meant, for a reason that is known: see the note |
 | `–` | PrismQuant refuses the export; the note says why |
 | `✗` | the reader gives up; the note says why |
 | `≠` | read, and something else |

@@ -114,8 +114,12 @@ def test_what_no_configuration_declares_is_simulated_by_our_loader(
     assert len(private) == 14
     assert {inputs for inputs, _ in private.values()} == {spec(activations)}
     check_bytes(result.plan, tmp_path / "a")
-    if not is_declarable(spec(activations)) or weights in ("mxint8", "fp4-g32"):
-        assert any("only prismquant.load" in remark for remark in result.plan.remarks)
+    assert any("only prismquant.load" in remark for remark in result.plan.remarks)
+
+
+def test_a_rule_that_all_readers_share_needs_no_remark(tiny: Callable[..., Path]) -> None:
+    for preset in ("mxfp4", "mxfp8", "nvfp4", "fp8"):
+        assert not pq.inspect(tiny("qwen2_vl"), preset).remarks
 
 
 @pytest.mark.parametrize("name", sorted(FORMATS))

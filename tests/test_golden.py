@@ -19,7 +19,7 @@ from prismquant import cli
 from prismquant.api import export
 from prismquant.errors import FormatError
 from prismquant.export.check import Reader, Severity, check
-from prismquant.export.compressed_tensors import CONFIG_KEY
+from prismquant.export.compressed_tensors import CONFIG_KEY, read_rotations
 from prismquant.export.load import load_model
 from prismquant.export.stored import open_checkpoint
 from prismquant.models.config import import_transformers
@@ -34,8 +34,9 @@ NAMES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
 # Sums in other orders, by other releases of torch on other machines, end in other last bits; a
 # quantized input may then fall to the other side of a tie.
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
-# Asymmetric weights whose zero points lie packed, transformers refuses for their shapes.
-UNREAD_BY_TRANSFORMERS = ("w4a16-asym",)
+# Asymmetric weights whose zero points lie packed, transformers refuses for their shapes; rotations
+# at run time it passes over.
+UNREAD_BY_TRANSFORMERS = ("w4a16-asym", "w4a16-rotated")
 # Vision towers pass [tokens, features], of which compressed-tensors scales the whole where one
 # scale a token is declared (see test_export.py).
 DYNAMIC_TOWERS = ("w8a8", "fp8-dynamic")
@@ -189,10 +190,25 @@ def test_check_tells_the_two_readers_apart(name: str) -> None:
     by_disk = any(entry.startswith("visual.") for entry in config["ignore"])
     misread = "names.transformers" in errors(Reader.TRANSFORMERS)
     assert misread == (by_class and by_disk)
-    # Left are shapes and kernels: k_proj is narrower than a block, and so on.
-    assert not {
-        rule for rule in errors(Reader.VLLM) if rule.startswith(("names.", "tensors.", "grammar."))
-    }
+    # Left are shapes and kernels: k_proj is narrower than a block, and so on. To vLLM a head is no
+    # "Linear".
+    about_names = {r for r in errors(Reader.VLLM) if r.startswith(("names.", "tensors."))}
+    assert ("names.vllm" in about_names) == bool(about_names) == (name == "w4a16-head")
+
+
+def test_a_rotation_across_a_width_is_read_where_its_matrix_is_known() -> None:
+    """Of a width that is no power of two, compressed-tensors has matrices of its own."""
+    config = dict(read_json(GOLDEN / "w4a16-rotated" / "config.json"))
+    assert read_rotations(config, {"a.gate_proj": 64, "a.down_proj": 96}) == {"a.gate_proj": 64}
+    with pytest.raises(FormatError, match=r"transform 'v' .* cannot be read"):
+        read_rotations(config, {"a.gate_proj": 96})
+    (group,) = config[CONFIG_KEY]["transform_config"]["config_groups"].values()
+    # What was done to weights before they were stored needs nothing of a reader.
+    group |= {"type": "random-hadamard", "apply": [a for a in group["apply"] if a["inverse"]]}
+    assert read_rotations(config, {"a.gate_proj": 64}) == {}
+    group["apply"][0]["location"] = "input"
+    with pytest.raises(FormatError, match="random-hadamard at input"):
+        read_rotations(config, {"a.gate_proj": 64})
 
 
 @pytest.mark.parametrize("name", ["w4a16-asym", "nvfp4", "fp8-block", "fp8-kv"])

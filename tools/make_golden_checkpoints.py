@@ -52,6 +52,7 @@ class Golden:
         ignore: Layers that stay in floating point.
         kv_cache: A scheme for keys and values.
         gptq: Solve by GPTQ, not by rounding to nearest.
+        rotated: Layers whose input a Hadamard matrix rotates at run time (QuIP's V).
         layout: Asked for when saving; None: what llm-compressor takes.
         hidden: Width of the language model.
         dtype: Of the model.
@@ -62,6 +63,7 @@ class Golden:
     ignore: tuple[str, ...] = tuple(TOWER)
     kv_cache: dict[str, Any] | None = None
     gptq: bool = False
+    rotated: tuple[str, ...] = ()
     layout: str | None = None
     hidden: int = 64
     dtype: torch.dtype = torch.bfloat16
@@ -99,6 +101,8 @@ CHECKPOINTS: dict[str, Golden] = {
         kv_cache=FP8_CACHE | {"strategy": "attn_head"},
         dtype=torch.float32,
     ),
+    "w4a16-head": Golden(groups={ALL: ("W4A16", G32)}, ignore=("re:.*visual.*",)),
+    "w4a16-rotated": Golden(groups={ALL: ("W4A16", G32)}, rotated=("re:.*(gate|up)_proj$",)),
     "mixed": Golden(
         groups={
             "re:.*mlp.(gate|up|down)_proj$": ("W4A16", G32),
@@ -190,10 +194,11 @@ def any_tokenizer() -> Any:
     )
 
 
-def modifier(golden: Golden) -> Any:
-    """llm-compressor's modifier."""
+def modifiers(golden: Golden) -> list[Any]:
+    """llm-compressor's modifiers."""
     from compressed_tensors.quantization import preset_name_to_scheme
     from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+    from llmcompressor.modifiers.transform import QuIPModifier
 
     given: dict[str, Any] = {"ignore": list(golden.ignore), "kv_cache_scheme": golden.kv_cache}
     if golden.scheme is not None:
@@ -205,7 +210,14 @@ def modifier(golden: Golden) -> Any:
             for side, values in changes.items():
                 group[side] = deepcopy(group[side]) | values
             given["config_groups"][f"group_{number}"] = group
-    return (GPTQModifier if golden.gptq else QuantizationModifier)(**given)
+    rounding = (GPTQModifier if golden.gptq else QuantizationModifier)(**given)
+    if not golden.rotated:
+        return [rounding]
+    targets, ignore = list(golden.rotated), list(golden.ignore)
+    rotation = QuIPModifier(
+        rotations=["v"], transform_type="hadamard", targets=targets, ignore=ignore
+    )
+    return [rotation, rounding]
 
 
 def make(golden: Golden, folder: Path) -> None:
@@ -226,7 +238,7 @@ def make(golden: Golden, folder: Path) -> None:
         oneshot(
             model=model,
             dataset=Dataset.from_list(rows),
-            recipe=modifier(golden),
+            recipe=modifiers(golden),
             data_collator=lambda batch: {
                 k: torch.tensor(v, dtype=golden.dtype if k == "pixel_values" else None)
                 for k, v in batch[0].items()

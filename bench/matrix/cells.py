@@ -12,6 +12,16 @@ from prismquant.errors import PrismQuantError
 Verdict = Literal["ran", "foretold", "differs", "stopped", "refused", "absent"]
 
 _PATHS = re.compile(r"(?:/[\w.+-]+){2,}/?")
+# Of what a message says, that which is in the case's name, or only for programs.
+_SAID = (
+    (re.compile(r"no algorithm has [\w-]+ weights with [\w-]+ inputs"), "no algorithm of ModelOpt"),
+    (re.compile(r"(no block type that is written here holds) [\w ]+"), r"\1 it"),
+    (re.compile(r"(the format holds integers[\w ,]*), not [\w ]+"), r"\1"),
+    (re.compile(r" \[type=.*| for layer_name=.*|[.,] Reasons.*| and \d+ more$"), ""),
+    (re.compile(r"\bmodel[.][\w.]+: "), ""),
+    (re.compile(r"declares [\w ]+, input [\w ]+: only"), "declares such an input: only"),
+    (re.compile(r"\(\d+\) must match the size of tensor b \(\d+\) at.*"), "must match"),
+)
 _LAYERS = re.compile(r":? (?:model|language_model|visual|lm_head)[.\w{},-]*(?:, [\w.{},-]+)*")
 
 
@@ -21,7 +31,7 @@ class Cell:
 
     Attributes:
         verdict: ``ran``: read, and what was compared is equal; ``foretold``: not as it is meant,
-            and the plan's remarks say so; ``differs``: read, and not equal; ``stopped``: the reader
+            for a reason that is known; ``differs``: read, and not equal; ``stopped``: the reader
             gives up; ``refused``: PrismQuant does not write it; ``absent``: could not be tried.
         what: What was compared, or why not.
         apart: The largest difference, of what was compared.
@@ -67,5 +77,7 @@ def shortened(error: BaseException | str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     # Those of pydantic count the errors first, and name the field in a line of its own.
     line = " ".join(lines[1:3]) if "validation error" in lines[0] and lines[1:] else lines[0]
+    for pattern, instead in _SAID:
+        line = pattern.sub(instead, line)
     line = _LAYERS.sub("", _PATHS.sub("..", line)).strip().rstrip(":").replace("|", "/")
     return line if len(line) <= 180 else line[:179].rstrip() + "…"

@@ -62,7 +62,7 @@ def vllm_cell(answer: Mapping[str, Any] | None) -> Cell:
         return Cell("absent", "the loader gave no answer")
     if "error" in answer:
         return stopped(answer["error"])
-    scheme = named(answer["schemes"]) or "no quantized layer"
+    scheme = named(answer["schemes"]) or "floating point"
     if answer["missing"]:
         leaves = {name.rpartition(".")[2] for name in answer["missing"]}
         return Cell("stopped", f"{scheme}: no tensor for {', '.join(sorted(leaves))}")

@@ -573,11 +573,13 @@ def read_rotations(
             where = apply["location"]
             if where.startswith("weight_") or (known and where in ROTATED_AT):
                 continue  # done, or of queries and keys: the key-value cache's affair
+            if not known or where != "input":
+                raise _unread_transform(name, group, where)
             for linear, width in linears.items():
                 names = (linear, *aliases.get(linear, ()))
                 if _hit(names, apply["targets"]) and not _hit(names, apply.get("ignore") or []):
                     block = group.get("head_dim") or width
-                    if not known or where != "input" or not _is_sylvester(group, block):
+                    if not _is_sylvester(group, block):
                         raise _unread_transform(name, group, where)
                     found[linear] = int(block)
     return found

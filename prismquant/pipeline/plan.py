@@ -121,6 +121,16 @@ class PlanRow:
         return any(self.stored_dense or not is_declarable(spec) for spec in activations)
 
     @property
+    def undeclared_rounding(self) -> bool:
+        """Whether readers may round the scales of dynamic inputs by another rule."""
+        dynamic = [spec for spec in self.sides if spec is not None and spec.dynamic]
+        # For E4M3 the rule that is declared is that of servers: it rounds up but for a hair.
+        same = ("e8m0-ceil", "e4m3")
+        return any(
+            spec.scale.startswith("e8m0-") and (spec.scale, spec.kind) != same for spec in dynamic
+        )
+
+    @property
     def needs_hessian(self) -> bool:
         """Whether its solver asks for second moments."""
         return build_solver(self.solver, self.options).needs_hessian
@@ -590,6 +600,11 @@ def _obstacles(row: PlanRow) -> list[str]:
         found.append("only prismquant.load keeps split columns in floating point")
     if row.private_activations:
         found.append(f"no checkpoint format declares {_scheme(row)}: only prismquant.load does it")
+    elif row.undeclared_rounding:
+        found.append(
+            "no checkpoint format declares how the scales of dynamic MX inputs are rounded: only "
+            "prismquant.load does it as the recipe says, transformers does it as compressed-tensors"
+        )
     return found
 
 
