@@ -83,6 +83,7 @@ def main() -> int:
             if options.vllm_python and family == options.kernels_of:
                 kernels |= kernels_by_gpu(options, jobs)
             shutil.rmtree(folder)
+    matrix = {family: matrix[family] for family in options.families}
     differing = [
         f"{family}: {name}: {column}: {cell.what} ({cell.apart})"
         for family, rows in matrix.items()
@@ -331,6 +332,8 @@ LEGEND = """\
 - *transformers*: logits, in float32, of two texts, a picture and a clip.
 - *compressed-tensors 0.17*: its `decompress` gives our weights, rounded to the dtype that it gives.
 - *vLLM*: for a GPU of capability 10.0.
+- vLLM 0.33 has no class for VideoLLaMA3; the note tells where its fallback to that of transformers
+  ends in the environment that was used.
 - *ModelOpt: formula*: `weight * weight_scale * weight_scale_2`, written down anew.
 """
 KERNELS = """\

@@ -42,7 +42,13 @@ LAX = {
 }
 # vLLM refuses these on this GPU, without a package that is not there, or for a reason of which the
 # report says that it was not looked into.
-BEYOND = {"vllm.w4a8-fp8", "vllm.odd-bits", "config.method", "model.unknown"}
+BEYOND = {
+    "vllm.w4a8-fp8",
+    "vllm.odd-bits",
+    "vllm.asymmetric-int8",
+    "config.method",
+    "model.unknown",
+}
 
 
 def verdicts(folders: list[Path], *options: str) -> dict[str, dict[str, Any]]:

@@ -63,7 +63,7 @@ def test_the_command_fills_cells_and_writes_the_page(
     assert not found["differing"]
     text = out.read_text()
     assert "| `int4-g32` | = | = |" in text
-    assert "no algorithm has int4-g32 weights with float inputs" in text
+    assert "no algorithm of ModelOpt" in text
 
 
 @pytest.mark.usefixtures("wide")
@@ -92,19 +92,35 @@ def test_one_wrong_code_is_seen(tmp_path: Path) -> None:
     assert readers.sizes(plan, out).verdict == "differs"
 
 
+def rows(cases: dict[str, tuple[Cell, ...]]) -> dict[str, dict[str, dict[str, Cell]]]:
+    """A matrix of one column: by case the cells of all families."""
+    count = len(next(iter(cases.values())))
+    return {
+        f"family{i}": {name: {"vllm": cells[i]} for name, cells in cases.items()}
+        for i in range(count)
+    }
+
+
 def test_families_that_agree_share_a_word() -> None:
-    def row(*kept: Cell) -> dict[str, dict[str, dict[str, Cell]]]:
-        return {f"family{i}": {"f": {"load": cell}} for i, cell in enumerate(kept)}
+    same, close = Cell("ran", "weights", 0.0), Cell("ran", "weights", 2e-7)
+    no = Cell("stopped", "no")
+    given = {"a": (same, same, same), "b": (same, close, same), "c": (same, same, no)}
+    text = table.rendered(rows(given), {"weights": list(given)})
+    lines = [line for line in text.splitlines() if line.startswith("| `")]
+    assert lines == ["| `a` | = |", "| `b` | 2e-07 |", "| `c` | =; ✗<sup>1</sup> family2 |"]
+    assert text.endswith("1. no\n")
+    assert table.totals(rows(given))["vllm"] == {"ran": 8, "stopped": 1}
 
-    def line(*kept: Cell) -> str:
-        text = table.rendered(row(*kept), {"weights": ["f"]})
-        return next(line for line in text.splitlines() if line.startswith("| `f`"))
 
-    same = Cell("ran", "weights", 0.0)
-    assert line(same, same) == "| `f` | = |"
-    assert line(same, Cell("ran", "weights", 2e-7)) == "| `f` | 2e-07 |"
-    assert line(same, same, Cell("stopped", "no")) == "| `f` | =; ✗<sup>1</sup> family2 |"
-    assert table.totals(row(same, Cell("stopped", "no")))["load"] == {"ran": 1, "stopped": 1}
+def test_a_family_that_a_reader_does_not_know_is_told_once() -> None:
+    same, no = Cell("ran", "weights", 0.0), Cell("stopped", "no such class")
+    given = {"a": (same, no), "b": (Cell("stopped", "no kernel"), no)}
+    text = table.rendered(rows(given), {"weights": list(given)})
+    assert text.startswith("- No family1 in *vLLM*: ✗<sup>1</sup>.\n")
+    assert [line for line in text.splitlines() if line.startswith("| `")] == [
+        "| `a` | = |",
+        "| `b` | ✗<sup>2</sup> |",
+    ]
 
 
 def test_messages_are_short_and_name_no_path() -> None:

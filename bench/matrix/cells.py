@@ -56,6 +56,8 @@ def foretold(cell: Cell, remarks: Sequence[str]) -> Cell:
     told = [remark for remark in remarks if "only prismquant.load" in remark]
     if not told or cell.verdict in ("refused", "absent"):
         return cell
+    if cell.verdict == "ran" and cell.apart is not None:  # the remark did not matter here
+        return cell
     return Cell("foretold", "; ".join(dict.fromkeys(map(shortened, told))), cell.apart)
 
 

@@ -76,12 +76,21 @@ def rendered(matrix: Matrix, groups: Mapping[str, Sequence[str]]) -> str:
         matrix: All cells.
         groups: Names of cases, by the title under which they stand.
     """
-    notes, lines = Notes(), []
+    notes = Notes()
+    lines = _outsiders(matrix, notes)
+    strange = {column: set(_strangers(matrix, column)) for column in COLUMNS}
+    matrix = {
+        family: {
+            name: {k: cell for k, cell in cells.items() if family not in strange[k]}
+            for name, cells in rows.items()
+        }
+        for family, rows in matrix.items()
+    }
     for title, columns in TABLES:
         for group, names in groups.items():
             rows = _rows(matrix, names, columns, notes)
             shown = [i for i, _ in enumerate(columns) if any(row[i + 1] for row in rows)]
-            if rows:
+            if shown:
                 lines += ["", f"### {title}: {TITLES[group]}", ""]
                 lines += _table([TITLES[group], *(COLUMNS[columns[i]] for i in shown)])
                 lines += [_line([row[0], *(row[i + 1] for i in shown)]) for row in rows]
@@ -103,10 +112,43 @@ def kernels_table(chosen: Mapping[str, Mapping[str, str]]) -> str:
     """Kernels that vLLM takes: a row a case, a column a capability."""
     capabilities = list(dict.fromkeys(key for row in chosen.values() for key in row))
     lines = _table(["format", *capabilities])
-    lines += [
-        _line([f"`{n}`", *(row.get(c, "") for c in capabilities)]) for n, row in chosen.items()
-    ]
+    for name, row in chosen.items():
+        # Those that no GPU takes, and those without a quantized layer, are in the other tables.
+        if not set(row.values()) <= {"✗", "floating point"}:
+            lines.append(_line([f"`{name}`", *(row.get(c, "") for c in capabilities)]))
     return "\n".join(lines) + "\n"
+
+
+def _strangers(matrix: Matrix, column: str) -> dict[str, Cell]:
+    """Families of which a reader reads nothing, though it does of others; with what it says."""
+    ran, said = set(), {}
+    for family, rows in matrix.items():
+        for cells in rows.values():
+            cell = cells.get(column)
+            if cell is not None and cell.verdict == "ran":
+                ran.add(family)
+            elif cell is not None and cell.verdict in ("stopped", "refused"):
+                said.setdefault(family, []).append(cell)
+    if not ran:
+        return {}
+    # What it says of most formats is about the family, what PrismQuant refuses about the format.
+    return {
+        family: Counter(cells).most_common(1)[0][0]
+        for family, cells in ((f, _telling(c)) for f, c in said.items() if f not in ran)
+    }
+
+
+def _telling(cells: Sequence[Cell]) -> Sequence[Cell]:
+    return [cell for cell in cells if cell.verdict == "stopped"] or cells
+
+
+def _outsiders(matrix: Matrix, notes: Notes) -> list[str]:
+    """A line for each column from which families are left out."""
+    lines = []
+    for column, title in COLUMNS.items():
+        for family, cell in _strangers(matrix, column).items():
+            lines.append(f"- No {_names([family])} in *{title}*: {_word(cell, notes)}.")
+    return lines
 
 
 def _rows(
@@ -125,12 +167,14 @@ def _cell(cells: Mapping[str, Cell], notes: Notes) -> str:
     """One word for all families, or one for each group of them that agrees."""
     if not cells:
         return ""
-    alike: dict[str, list[str]] = {}
+    kinds: dict[tuple[str, str], dict[str, Cell]] = {}
     for family, cell in cells.items():
-        alike.setdefault(_word(cell, notes), []).append(family)
-    ran = [cell for cell in cells.values() if cell.verdict == "ran" and cell.apart is not None]
-    if len(ran) == len(cells) and len({cell.what for cell in ran}) == 1:
-        return _number(max(cell.apart or 0.0 for cell in ran))
+        kinds.setdefault((cell.verdict, cell.what), {})[family] = cell
+    alike: dict[str, list[str]] = {}
+    for kind in kinds.values():
+        # Of those that are told alike the largest difference.
+        worst = max(kind.values(), key=lambda cell: cell.apart or 0.0)
+        alike.setdefault(_word(worst, notes), []).extend(kind)
     if len(alike) == 1:
         return next(iter(alike))
     most = max(alike, key=lambda word: len(alike[word]))

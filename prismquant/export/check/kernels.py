@@ -12,6 +12,7 @@ from prismquant.export.check import vllm
 from prismquant.export.check.checkpoint import Checkpoint
 from prismquant.export.check.findings import Problem, Reader, gathered
 from prismquant.export.check.scheme import MXFP4, MXFP6, MXFP8, NVFP4, PACK, Group
+from prismquant.models.arch import Modality
 
 _ODD_BITS = (2, 3, 5, 6, 7)
 _STRADDLING = (3, 5, 6, 7)
@@ -143,6 +144,21 @@ def odd_bits(checkpoint: Checkpoint) -> Iterator[Problem]:
     )
 
 
+def asymmetric_int8(checkpoint: Checkpoint) -> Iterator[Problem]:
+    """Asymmetric int8 weights whose inputs stay in floating point."""
+    return _where(
+        checkpoint,
+        lambda group: (
+            _packed_bits(group) == 8
+            and group.inputs is None
+            and group.weights is not None
+            and not group.weights.symmetric
+        ),
+        "of vLLM's own kernels only Machete runs asymmetric int8 weights, on GPUs of exactly SM90",
+        "use symmetric int8, or int4, where other GPUs must load it",
+    )
+
+
 def dense_stream(checkpoint: Checkpoint) -> Iterator[Problem]:
     """Codes that straddle words."""
     return _where(
@@ -222,6 +238,24 @@ def asymmetric_in_transformers(checkpoint: Checkpoint) -> Iterator[Problem]:
         ),
         "transformers with compressed-tensors 0.20 cannot load asymmetric pack-quantized weights",
         "load them with prismquant.load or vLLM, or use symmetric weights",
+    )
+
+
+def token_inputs_of_towers(checkpoint: Checkpoint) -> list[Problem]:
+    """Dynamic inputs where tokens come as a matrix, without a batch: outside the language model."""
+    what = (
+        "compressed-tensors takes one scale for a whole matrix of tokens, where the configuration "
+        "says one a token, and vision towers pass matrices"
+    )
+    remedy = "load it with prismquant.load or vLLM, or keep the tower's inputs static or in 16 bits"
+    return gathered(
+        (what, layer.called, remedy)
+        for layer in checkpoint.layers
+        if layer.site is not None
+        and layer.site.modality is not Modality.LLM
+        and layer.group is not None
+        and layer.group.inputs is not None
+        and (layer.group.inputs.dynamic, layer.group.inputs.strategy) == (True, "token")
     )
 
 
