@@ -32,7 +32,7 @@ demo: venv
 	$(BIN)/prismquant demo --out demo-out
 
 test: venv lint
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow" -n auto --maxprocesses 4
 
 test-slow: venv
 	$(BIN)/python -m pytest -q -m slow
@@ -45,6 +45,8 @@ lint: venv
 
 bench: venv
 	$(BIN)/python -m bench.methods --seeds 3
+	$(BIN)/python -m bench.formats
+	$(BIN)/python -m bench.rotations
 	$(BIN)/python -m bench.memory
 
 clean:
