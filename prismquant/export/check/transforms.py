@@ -10,6 +10,7 @@ from prismquant.export.check.findings import Problem, gathered
 from prismquant.export.check.scheme import matches
 
 _SCHEME_KEYS = frozenset({"type", "apply", "randomize", "requires_grad", "head_dim", "precision"})
+_OF_ATTENTION = ("k_cache", "q_attn")
 _APPLY_KEYS = frozenset({"targets", "location", "inverse", "ignore"})
 _LOCATIONS = ("input", "weight_input", "weight_output", "output", "k_cache", "q_attn")
 _ONLINE = ("input", "output", "k_cache", "q_attn")
@@ -71,7 +72,9 @@ def biased(checkpoint: Checkpoint) -> list[Problem]:
 
 
 def unmatched(checkpoint: Checkpoint) -> list[Problem]:
-    """Targets that match no layer."""
+    """Targets that match no layer, or no attention where it is about keys and queries."""
+    linears = [one.name for one in checkpoint.layers]
+    attentions = {name.rpartition(".")[0] for name in linears if name.endswith(".k_proj")}
     remedy = "write a pattern that ends like the layer's path, e.g. re:(.*[.])?mlp[.]down_proj$"
     return gathered(
         (f"targets of transform {name} match no layer", target, remedy)
@@ -79,7 +82,8 @@ def unmatched(checkpoint: Checkpoint) -> list[Problem]:
         if isinstance(scheme, Mapping)
         for apply in _applies(scheme)
         for target in _targets(apply)
-        if target != "Linear" and not any(matches(one.name, target) for one in checkpoint.layers)
+        for names in (attentions if apply.get("location") in _OF_ATTENTION else linears,)
+        if target != "Linear" and not any(matches(name, target) for name in names)
     )
 
 
@@ -111,9 +115,13 @@ def in_transformers(checkpoint: Checkpoint) -> Iterator[Problem]:
 def matrices(checkpoint: Checkpoint) -> list[Problem]:
     """Stored matrices that are missing, or of another shape than the scheme says."""
     found = []
+    # Of layers that servers fuse, one may store the matrix for all.
+    together = {one.name: members for members in checkpoint.fused() for one in members}
     for name, scheme, layer in _rotated(checkpoint):
         size = scheme.get("head_dim") or layer.in_features
-        info = checkpoint.tensors.get(f"{layer.disk}.{name}_input.weight")
+        places = (layer, *together.get(layer.name, ()))
+        stored = (checkpoint.tensors.get(f"{one.disk}.{name}_input.weight") for one in places)
+        info = next((one for one in stored if one is not None), None)
         if info is None:
             what = f"the matrix of transform {name} is missing"
             found.append((what, layer.disk, f"store it as {name}_input.weight beside the layer"))
