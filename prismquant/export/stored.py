@@ -113,7 +113,7 @@ class StoredCheckpoint:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of everything that is not quantized: that of the embeddings."""
-        return embedding_dtype(self.shards, self.names, self.arch)
+        return _embedding_dtype(self.shards, self.names, self.arch)
 
     @property
     def plain_config(self) -> dict[str, Any]:
@@ -135,6 +135,11 @@ class StoredCheckpoint:
         """The static scale of a layer's ``input`` or ``output``, if there is one."""
         return self.reader.static_scale(layer.prefix, side)
 
+    def signs(self, layer: StoredLayer) -> Tensor | None:
+        """What a layer's input is multiplied by before its rotation, int8 ``[in]``; None: ones."""
+        name = f"{layer.prefix}.{SIGNS}"
+        return self.shards.read(name) if name in self.shards.names else None
+
     def splits(self, layer: StoredLayer) -> bool:
         """Whether single columns of a layer stay in floating point."""
         return self.reader.split_columns(layer.prefix) is not None
@@ -151,8 +156,8 @@ class StoredCheckpoint:
             return values
         # y = W' H S x, with H symmetric: W = W' H S.
         values = block_hadamard(values, layer.rotation)
-        signs = f"{layer.prefix}.{SIGNS}"
-        return values * self.shards.read(signs).float() if signs in self.shards.names else values
+        signs = self.signs(layer)
+        return values if signs is None else values * signs.float()
 
     def walk(self) -> Iterator[tuple[StoredLayer | None, str]]:
         """All that a model consists of, shard by shard.
@@ -200,11 +205,11 @@ def open_checkpoint(folder: Path) -> StoredCheckpoint:
     model = empty_model(native_config(arch, folder), arch)
     shards = ShardReader(folder)
     names = choose_layout(arch.layouts, shards.names, dict(model.named_modules()))
-    called = config_names(model, names, remote=arch.config_map is not None)
+    called = _config_names(model, names, remote=arch.config_map is not None)
     config = read_json(folder / "config.json")
-    aliases = other_names(called, arch)
+    aliases = _other_names(called, arch)
     schemes = read_schemes(config, list(called), aliases)
-    rotations = read_rotations(config, widths(model, called), aliases)
+    rotations = read_rotations(config, _widths(model, called), aliases)
     sides = {name: (scheme.activations, scheme.outputs) for name, scheme in schemes.items()}
     # What our own section says is more exact.
     sides |= read_private(config)
@@ -226,7 +231,7 @@ def open_checkpoint(folder: Path) -> StoredCheckpoint:
     return StoredCheckpoint(folder, arch, config, names, layers, shards, reader)
 
 
-def config_names(model: nn.Module, names: NameMap, *, remote: bool) -> dict[str, str]:
+def _config_names(model: nn.Module, names: NameMap, *, remote: bool) -> dict[str, str]:
     """What the configuration calls each linear layer -> its module path."""
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not remote:
@@ -234,11 +239,11 @@ def config_names(model: nn.Module, names: NameMap, *, remote: bool) -> dict[str,
     return {names.to_disk(f"{name}.weight").removesuffix(".weight"): name for name in linears}
 
 
-def other_names(called: Mapping[str, str], arch: ArchSpec) -> dict[str, tuple[str, ...]]:
+def _other_names(called: Mapping[str, str], arch: ArchSpec) -> dict[str, tuple[str, ...]]:
     """What else a configuration may call each layer: its module path, its names on disk.
 
     Args:
-        called: From :func:`config_names`.
+        called: From :func:`_config_names`.
         arch: The architecture.
     """
     layouts = [NameMap(layout.name, layout.rewrites) for layout in arch.layouts]
@@ -253,12 +258,12 @@ def other_names(called: Mapping[str, str], arch: ArchSpec) -> dict[str, tuple[st
     return {said: tuple(dict.fromkeys(names(module))) for said, module in called.items()}
 
 
-def widths(model: nn.Module, called: Mapping[str, str]) -> dict[str, int]:
+def _widths(model: nn.Module, called: Mapping[str, str]) -> dict[str, int]:
     """Input features of each linear layer, by what the configuration calls it."""
     return {said: _shape(model, name)[1] for said, name in called.items()}
 
 
-def embedding_dtype(shards: ShardReader, names: NameMap, arch: ArchSpec) -> torch.dtype:
+def _embedding_dtype(shards: ShardReader, names: NameMap, arch: ArchSpec) -> torch.dtype:
     """The dtype of the stored embeddings.
 
     Raises:
