@@ -16,14 +16,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from bench.methods import CALIBRATION_SAMPLES, Cells, cell, subjects_of
-from prismquant import __version__
+from bench.methods import CALIBRATION_SAMPLES, Cells, cell, facts_of, subjects_of
 from prismquant.demo.run import CHECKPOINT
 from prismquant.demo.scenes import write_dataset
-from prismquant.models.bind import bind
 from prismquant.recipe.schema import Recipe, parse_recipe
 from prismquant.report.tables import markdown_table, rich_table
 
@@ -109,14 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run all cells that are missing and print the table."""
     options = _arguments(arguments)
     console = Console(width=140, highlight=False)
-    facts = {
-        "version": __version__,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "architecture": bind(options.model).arch.name,
-        "samples": options.samples,
-        "outliers": [options.factor, options.channels],
-    }
+    facts = facts_of(options)
     cells = Cells(options.out / "formats.jsonl", facts)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

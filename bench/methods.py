@@ -268,6 +268,18 @@ def _row(
     ]
 
 
+def facts_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What a cell depends on besides its place in the table."""
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "architecture": bind(options.model).arch.name,
+        "samples": options.samples,
+        "outliers": [options.factor, options.channels],
+    }
+
+
 def subjects_of(options: argparse.Namespace, work: Path, evaluation: Path) -> Iterator[Subject]:
     if "plain" in options.models:
         yield subject("plain", options.model, evaluation)
@@ -301,15 +313,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run all cells that are missing and print the table."""
     options = _arguments(arguments)
     console = Console(width=140, highlight=False)
-    threads = torch.get_num_threads()
-    facts = {
-        "version": __version__,
-        "torch": torch.__version__,
-        "threads": threads,
-        "architecture": bind(options.model).arch.name,
-        "samples": options.samples,
-        "outliers": [options.factor, options.channels],
-    }
+    facts = facts_of(options)
+    threads = facts["threads"]
     cells = Cells(options.out / "methods.jsonl", facts)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

@@ -18,6 +18,7 @@ from prismquant.errors import FormatError
 from prismquant.formats.kv import KVCacheSpec
 from prismquant.numerics.affine import Granularity, simulate
 from prismquant.numerics.hadamard import block_hadamard, power_of_two_block
+from prismquant.runtime.quant_linear import straight_through
 
 
 class KVHook(nn.Module):
@@ -89,11 +90,7 @@ class KVQuantizer(KVHook):
         return rotated(self._rounded(rotated(key), self.k_scale)), value
 
     def _rounded(self, x: Tensor, scale: Tensor) -> Tensor:
-        if x.numel() == 0:
-            return x
-        with torch.no_grad():
-            values = self._simulated(x, scale)
-        return x + (values - x).detach() if x.requires_grad else values
+        return straight_through(x, lambda values: self._simulated(values, scale))
 
     def _simulated(self, x: Tensor, scale: Tensor) -> Tensor:
         if not self.spec.per_head:

@@ -10,7 +10,7 @@ which differ only in the order of summation.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,20 @@ from prismquant.formats.spec import NumberSpec
 from prismquant.numerics.affine import dynamic_scale_zero_point, simulate
 from prismquant.numerics.hadamard import block_hadamard
 from prismquant.numerics.scales import ScaleFormat
+
+
+def straight_through(x: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
+    """Round values, and let gradients pass as if nothing were rounded.
+
+    Args:
+        x: Any shape; nothing is done where it is empty.
+        rounding: Gives values of the same shape and dtype.
+    """
+    if x.numel() == 0:
+        return x
+    with torch.no_grad():
+        values = rounding(x)
+    return x + (values - x).detach() if x.requires_grad else values
 
 
 class ActivationQuantizer(nn.Module):
@@ -66,11 +80,7 @@ class ActivationQuantizer(nn.Module):
 
         Gradients pass as if nothing were rounded.
         """
-        if not self.enabled or x.numel() == 0:
-            return x
-        with torch.no_grad():
-            values = self._simulated(x)
-        return x + (values - x).detach() if x.requires_grad else values
+        return straight_through(x, self._simulated) if self.enabled else x
 
     def _simulated(self, x: Tensor) -> Tensor:
         if self.columns is None:
