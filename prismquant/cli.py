@@ -6,9 +6,12 @@ Exit status: 0 done, 1 failed with a message that names what, where and the reme
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,13 +54,53 @@ def _console(*, stderr: bool = False) -> Console:
     return console
 
 
+@contextlib.contextmanager
+def _signals() -> Iterator[threading.Event]:
+    """Within, SIGTERM ends the command as Ctrl-C does; yields what tells that either has come.
+
+    C code that calls Python, as torch does, may turn the exception that a signal raises into one of
+    its own; the event still tells what it was.
+    """
+    stopped = threading.Event()
+
+    def stop(*_: Any) -> None:
+        stopped.set()
+        raise KeyboardInterrupt
+
+    # What a shell has told its background children to ignore stays ignored.
+    caught = [
+        number
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if threading.current_thread() is threading.main_thread()
+        and signal.getsignal(number) is not signal.SIG_IGN
+    ]
+    before = {number: signal.signal(number, stop) for number in caught}
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run(command: Callable[[], Any]) -> Any:
+    """Call a command; a signal that ends it is a KeyboardInterrupt, whatever it is turned into."""
+    with _signals() as stopped:
+        try:
+            status = command()
+        except Exception as error:
+            if stopped.is_set():
+                raise KeyboardInterrupt from error
+            raise
+    if status == _TYPERS_INTERRUPT:
+        raise KeyboardInterrupt
+    return status
+
+
 def _guarded(command: Callable[[], Any]) -> int:
     """Turn what a command raises into a message and a status."""
     console = _console(stderr=True)
     try:
-        status = command()
-        if status == _TYPERS_INTERRUPT:
-            raise KeyboardInterrupt
+        status = _run(command)
     except PrismQuantError as error:
         console.print("[bold red]error:[/] ", end="")
         # Not wrapped: a path that is broken over two lines cannot be copied.

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -169,6 +171,27 @@ def test_an_interruption_says_how_to_go_on(
     status, out, err = run("quantize", "a", "--recipe", "w4a16", "--out", "o")
     assert (status, out) == (1, "")
     assert "--resume" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_that_became_another_error_is_one(
+    run: Cli, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """C code that calls Python may raise an error of its own for what a handler has raised."""
+
+    def stop(*_: Any, **__: Any) -> None:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape") from None
+
+    monkeypatch.setattr(api, "quantize", stop)
+    before = signal.getsignal(number)
+    status, out, err = run("quantize", "a", "--recipe", "w4a16", "--out", "o")
+    assert (status, out) == (1, "")
+    assert "--resume" in err
+    assert signal.getsignal(number) is before
 
 
 def test_a_defect_of_our_own_is_not_hidden(run: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

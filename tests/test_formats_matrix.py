@@ -142,6 +142,8 @@ def test_messages_are_short_and_name_no_path() -> None:
 def test_a_remark_of_the_plan_excuses_readers_but_not_refusals() -> None:
     remarks = ("no format declares x: only prismquant.load does it",)
     assert foretold(compared("logits", 1.0), remarks).verdict == "foretold"
+    assert foretold(Cell("ran", "logits, all but ties", 0.01), remarks).verdict == "foretold"
+    assert foretold(Cell("ran", "logits", 0.0), remarks).verdict == "ran"
     assert foretold(Cell("refused", "y"), remarks).verdict == "refused"
     assert foretold(compared("logits", 1.0), ()).verdict == "differs"
     assert compared("logits", float("nan"), 1.0).verdict == "differs"

@@ -11,6 +11,9 @@ from prismquant.errors import PrismQuantError
 
 Verdict = Literal["ran", "foretold", "differs", "stopped", "refused", "absent"]
 
+# Of logits, relative to the largest: float32 sums in another order.
+TOLERANCE = 1e-4
+
 _PATHS = re.compile(r"(?:/[\w.+-]+){2,}/?")
 # Of what a message says, that which is in the case's name, or only for programs.
 _SAID = (
@@ -56,7 +59,8 @@ def foretold(cell: Cell, remarks: Sequence[str]) -> Cell:
     told = [remark for remark in remarks if "only prismquant.load" in remark]
     if not told or cell.verdict in ("refused", "absent"):
         return cell
-    if cell.verdict == "ran" and cell.apart is not None:  # the remark did not matter here
+    same = cell.apart is not None and cell.apart <= TOLERANCE
+    if cell.verdict == "ran" and same:  # the remark did not matter here
         return cell
     return Cell("foretold", "; ".join(dict.fromkeys(map(shortened, told))), cell.apart)
 

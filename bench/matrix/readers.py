@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.matrix.cells import Cell, compared, stopped
+from bench.matrix.cells import TOLERANCE, Cell, compared, stopped
 from prismquant.algorithms.base import LayerProblem
 from prismquant.algorithms.rtn import RTN
 from prismquant.export.load import load_model
@@ -28,8 +28,6 @@ from prismquant.pipeline.plan import Plan, PlanRow, problem_groups
 from prismquant.runtime.quant_linear import quantize_inputs
 from prismquant.storage import INDEX_NAME, ShardReader, read_json
 
-# Of logits, relative to the largest: float32 sums in another order.
-TOLERANCE = 1e-4
 # An input on the edge between two codes may fall either way; share of what rounding changed.
 TIES = 0.1
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
