@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from torch import nn
 
 from prismquant.models.arch import Modality
 from prismquant.models.bind import BoundStep, bind
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from torch import nn
+    from prismquant.models.bind import BoundModel
 
 
 def batches_of(folder: Path, data: Path, batch_size: int) -> list[Batch]:
@@ -27,6 +28,12 @@ def batches_of(folder: Path, data: Path, batch_size: int) -> list[Batch]:
     return list(
         make_batches(read_samples(data), processor, batch_size=batch_size, vision_token_ids=ids)
     )
+
+
+def embedding_of(model: nn.Module, bound: BoundModel) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The model's own embedding."""
+    table = model.get_submodule(bound.arch.embeddings).get_parameter("weight")
+    return lambda ids: nn.functional.embedding(ids, table)
 
 
 def replayed_logits(model: nn.Module, folder: Path, batches: list[Batch]) -> list[torch.Tensor]:
@@ -41,7 +48,7 @@ def replayed_logits(model: nn.Module, folder: Path, batches: list[Batch]) -> lis
 
     for step in replay.vision_steps():
         forward(step)
-    replay.begin_llm()
+    replay.begin_llm(embedding_of(model, bound))
     for step in bound.steps:
         if step.modality is Modality.LLM and step.kind == "block":
             forward(step)
@@ -135,13 +142,13 @@ def test_what_is_kept_does_not_grow_with_the_number_of_blocks(
         for step in replay.vision_steps():
             for call in replay.calls(step):
                 call.keep(model.get_submodule(step.name)(*call.args, **call.kwargs))
-        replay.begin_llm()
+        replay.begin_llm(embedding_of(model, bound))
         for step in bound.steps:
             if step.modality is Modality.LLM and step.kind == "block":
                 for call in replay.calls(step):
                     call.keep(model.get_submodule(step.name)(*call.args, **call.kwargs))
                 state = replay._llm[0]
-                tensors = [state.hidden, *state.inputs.values()]
+                tensors = [state.hidden(), *state.inputs().values()]
                 kept.append(
                     sum(
                         x.untyped_storage().nbytes() for x in tensors if isinstance(x, torch.Tensor)

@@ -38,6 +38,27 @@ def test_the_mean_is_that_of_a_float64_computation(dtype):
     assert torch.equal(mean, mean.T)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("features", [255, 256, 257, 600])
+def test_panels_join_without_a_seam(features, dtype):
+    """More features than are summed at once, with weights; whole numbers leave no rounding."""
+    x = whole_numbers(40, features, 7)
+    times = torch.arange(40) % 4
+    record = HessianRecord(features, dtype=dtype)
+    record.update(x[:25], times[:25])
+    record.update(x[25:], times[25:])
+    exact = (x.double().T * times.double()) @ x.double() / float(times.sum())
+    assert torch.equal(record.mean(), exact.float())
+    assert torch.equal(record.mean(), record.mean().T)
+
+
+def test_of_a_saved_sum_only_the_lower_triangle_counts():
+    x = whole_numbers(30, 300, 8)
+    saved = record_of(x).state_dict()
+    saved["sum"] += torch.full((300, 300), 99.0).triu(1)
+    assert torch.equal(HessianRecord.from_state_dict(saved).mean(), record_of(x).mean())
+
+
 @settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 1000), cuts=st.lists(st.integers(1, 39), max_size=4))
 def test_neither_the_cut_into_batches_nor_their_order_changes_a_bit(seed, cuts):

@@ -28,7 +28,7 @@ from prismquant.algorithms.statistics import HessianRecord
 from prismquant.errors import DataError, NumericsError, RecipeError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 # Fractions of each column's own diagonal entry among which the held-out tokens choose.
 _DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3)
@@ -115,6 +115,12 @@ class DriftRecord:
         if weights is not None:
             drift = drift * weights.to(drift).unsqueeze(1)
         self._drifts[part].addmm_(drift.T, seen.to(torch.float32))
+
+    def sum_over(self, add_up: Callable[[Tensor], None]) -> None:
+        """Add the tokens that other processes have seen; see :class:`HessianRecord`."""
+        for moments, drift in zip(self._moments, self._drifts, strict=True):
+            moments.sum_over(add_up)
+            add_up(drift)
 
     def hessian(self) -> Tensor:
         """Mean of ``u u^T`` over all tokens, float32 ``[in, in]``; see :class:`HessianRecord`."""

@@ -18,11 +18,18 @@ from prismquant.errors import DataError, NumericsError
 from prismquant.numerics.affine import check_finite
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
+
+
+# Features whose products with all before them are summed at once.
+_PANEL = 256
 
 
 class HessianRecord:
     """Second moments of an input, gathered batch by batch.
+
+    Only the lower triangle is summed, by panels of lines: nearly half the work. The mean mirrors
+    it, so that it is symmetric to the bit.
 
     Args:
         in_features: Features of the input.
@@ -67,11 +74,19 @@ class HessianRecord:
             weights = counts[counts != 0]
         x = x.to(self._sum.device, torch.float32)
         self._count += float(len(x)) if weights is None else float(weights.sum(dtype=torch.float64))
-        weighed = x if weights is None else x * weights.to(x.device, torch.float32).unsqueeze(1)
-        if self._sum.dtype == torch.float32:
-            self._sum.addmm_(x.T, weighed)
-        else:
-            self._sum += x.T @ weighed
+        if weights is not None:
+            weights = weights.to(x.device, torch.float32).unsqueeze(1)
+        for start in range(0, self.in_features, _PANEL):
+            panel = x[:, start : start + _PANEL]
+            if weights is not None:
+                panel = panel * weights
+            # The other half of each product would say the same again.
+            reach = start + panel.shape[1]
+            lines = self._sum[start:reach, :reach]
+            if lines.dtype == torch.float32:
+                lines.addmm_(panel.T, x[:, :reach])
+            else:
+                lines += panel.T @ x[:, :reach]
 
     def merge(self, other: HessianRecord) -> None:
         """Add the tokens of another record, as if this one had seen them too.
@@ -105,9 +120,14 @@ class HessianRecord:
                 where=self.name,
                 remedy="add calibration samples of the modality that passes it, or use solver: rtn",
             )
-        mean = self._sum / self._count
-        # The two halves are summed in different orders; their average is the same for both.
-        mean = ((mean + mean.T) / 2).to(torch.float32)
+        mean = torch.empty_like(self._sum, dtype=torch.float32)
+        for start in range(0, self.in_features, _PANEL):
+            reach = min(start + _PANEL, self.in_features)
+            lines = self._sum[start:reach, :reach] / self._count
+            mean[start:reach, :reach] = lines
+            mean[:start, start:reach] = lines[:, :start].T
+            own = mean[start:reach, start:reach]
+            own.copy_(own.tril() + own.tril(-1).T)
         try:
             check_finite(mean, "the Hessian")
         except NumericsError as error:
@@ -116,8 +136,22 @@ class HessianRecord:
             ) from error
         return mean
 
+    def sum_over(self, add_up: Callable[[Tensor], None]) -> None:
+        """Add the tokens that other processes have seen.
+
+        Args:
+            add_up: Replaces a tensor by its sum over all processes, each of which calls this.
+        """
+        count = torch.tensor([self._count], dtype=torch.float64)
+        add_up(count)
+        add_up(self._sum)
+        self._count = float(count)
+
     def state_dict(self) -> dict[str, Tensor]:
-        """What :meth:`from_state_dict` needs: ``sum`` ``[in, in]`` and ``count`` ``[]``."""
+        """What :meth:`from_state_dict` needs: ``sum`` ``[in, in]`` and ``count`` ``[]``.
+
+        Of the sum, the lower triangle counts.
+        """
         return {
             "sum": self._sum.clone(),
             "count": torch.tensor(self._count, dtype=torch.float64),
@@ -155,6 +189,8 @@ class HessianRecord:
 # sequence can: the tokens whose multiples fall below a threshold are spread evenly over the order
 # of arrival, whatever the threshold, and beat with no length of a sequence. As 64-bit integers.
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+# What a channel record consists of, beside the number of tokens.
+_PARTS = ("low", "high", "sums", "counts", "inputs", "weights", "vision", "keys")
 
 
 class ChannelRecord:
@@ -294,6 +330,26 @@ class ChannelRecord:
         self._arrived += other._arrived
         parts = (other._inputs, other._weights, other._vision, other._keys)
         self._take(*(part.to(device) for part in parts))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The whole record as tensors, to be given to :meth:`from_state_dict`."""
+        arrived = torch.tensor(self._arrived, dtype=torch.int64)
+        return {"arrived": arrived} | {name: getattr(self, f"_{name}") for name in _PARTS}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor], like: ChannelRecord) -> ChannelRecord:
+        """Make a record again.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+            like: A record of the same input, whose name, device and sample size it has.
+        """
+        device = like._counts.device
+        record = cls(like.in_features, like.name, like.sample, device)
+        record._arrived = int(state["arrived"])
+        for name in _PARTS:
+            setattr(record, f"_{name}", state[name].to(device))
+        return record
 
     def _measure(self, x: Tensor, weights: Tensor, vision: Tensor) -> None:
         for modality, chosen in enumerate((~vision, vision)):

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from prismquant.errors import ModelError, NumericsError
 from prismquant.models.arch import Modality
 from prismquant.models.bind import BoundModel, BoundStep
 from prismquant.pipeline.batches import Batch
+from prismquant.pipeline.states import InMemory, States
 
 
 class _Captured(Exception):  # noqa: N818 - it ends a pass, nothing is wrong
@@ -47,22 +49,24 @@ class _Pass:
     """What is kept of one call between steps.
 
     Attributes:
-        inputs: Keyword arguments of the model (vision) or of the language model (llm).
+        inputs: Gives the keyword arguments of the model (vision) or of the language model (llm).
         row_weights: [tokens] float32, 0 for padding; None: every row counts.
         vision: [tokens] bool, rows of images and videos in the language model; None elsewhere.
         latest: Name of the last finished step of the chain.
-        hidden: Its output.
+        hidden: Gives its output.
         entry_shape: Shape of the entry step's output, for a stand-in that costs nothing.
-        features: Outputs of finished projector steps by name.
+        features: Give the outputs of finished projector steps, by name.
+        forget_pixels: Once the entry step has read them, of pixels only the shape is looked at.
     """
 
-    inputs: dict[str, Any]
+    inputs: Callable[[], dict[str, Any]]
     row_weights: Tensor | None
     vision: Tensor | None = None
     latest: str = ""
-    hidden: Any = None
+    hidden: Callable[[], Any] = lambda: None
     entry_shape: torch.Size = field(default_factory=torch.Size)
-    features: dict[str, Any] = field(default_factory=dict)
+    features: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    forget_pixels: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -100,8 +104,9 @@ class Replay:
             modules between the steps, must be real by then.
         bound: Its description.
         batches: Calibration batches.
-        device: Where steps run. Stored states are kept there too.
+        device: Where steps run.
         dtype: Floating-point inputs are cast to it.
+        states: Where states wait between steps; on the device by default.
     """
 
     def __init__(
@@ -112,9 +117,11 @@ class Replay:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        states: States | None = None,
     ) -> None:
         self.model = model
         self.bound = bound
+        self._states = states or InMemory()
         self._batches = [
             {key: _moved(value, device, dtype) for key, value in batch.inputs.items()}
             for batch in batches
@@ -148,19 +155,29 @@ class Replay:
 
             return stand_in
 
-        self._capture(first.inputs, {s.name: visit(s) for s in steps})
+        self._capture(first.inputs(), {s.name: visit(s) for s in steps})
         return order
 
-    def begin_llm(self) -> None:
+    def token_ids(self) -> Tensor:
+        """All token ids among the batches, sorted, int64 [n]."""
+        ids = torch.cat([inputs["input_ids"].flatten() for inputs in self._batches])
+        unique: Tensor = ids.unique()
+        return unique
+
+    def begin_llm(self, embed: Callable[[Tensor], Tensor]) -> None:
         """Compute what the language model is given, and forget the vision tower's states.
 
-        All vision steps must be finished; the embeddings must be real.
+        All vision steps must be finished.
+
+        Args:
+            embed: In place of the model's embeddings, from ids [B, T] to [B, T, hidden].
         """
         root = self._llm_root()
+        known = {self.bound.arch.embeddings: embed, root: _capture_here}
         for inputs, passes, vision in zip(
             self._batches, self._vision, self._vision_tokens, strict=True
         ):
-            captured = self._capture(inputs, self._vision_stand_ins(passes) | {root: _capture_here})
+            captured = self._capture(inputs, self._vision_stand_ins(passes) | known)
             mask = inputs.get("attention_mask")
             weights = None if mask is None else mask.reshape(-1).to(torch.float32)
             if captured.args_of_step:
@@ -168,7 +185,7 @@ class Replay:
                     "the language model is called with positional arguments",
                     where=self.bound.arch.name,
                 )
-            self._llm.append(_Pass(captured.kwargs_of_step, weights, vision))
+            self._llm.append(_Pass(self._states.keep(captured.kwargs_of_step), weights, vision))
         self._vision.clear()
         self._batches.clear()
 
@@ -180,22 +197,28 @@ class Replay:
             root = self.model.get_submodule(self._llm_root())
             for state in self._llm:
                 stand_ins = self._chain_stand_ins(state, Modality.LLM) | {step.name: _capture_here}
-                captured = self._capture(state.inputs, stand_ins, root)
+                captured = self._capture(state.inputs(), stand_ins, root)
                 yield self._step_call(step, state, captured)
         else:
             for passes in self._vision:
                 for state in passes:
                     stand_ins = self._vision_stand_ins([state]) | {step.name: _capture_here}
-                    captured = self._capture(state.inputs, stand_ins)
+                    captured = self._capture(state.inputs(), stand_ins)
                     yield self._step_call(step, state, captured)
 
     def _vision_passes(self, inputs: dict[str, Any]) -> list[_Pass]:
         """One pass for each group of vision inputs that the batch has, e.g. images, then videos."""
         groups = self.bound.arch.input_groups
         vision_keys = {key for group in groups for key in group}
-        common = {key: value for key, value in inputs.items() if key not in vision_keys}
+
+        def of_group(group: Sequence[str]) -> dict[str, Any]:
+            return {k: v for k, v in inputs.items() if k not in vision_keys or k in group}
+
+        def forget_pixels(key: str) -> None:
+            inputs[key] = _hollow(inputs[key])
+
         return [
-            _Pass(common | {key: inputs[key] for key in group if key in inputs}, None)
+            _Pass(partial(of_group, group), None, forget_pixels=partial(forget_pixels, group[0]))
             for group in groups
             if inputs.get(group[0]) is not None
         ]
@@ -203,8 +226,8 @@ class Replay:
     def _head_calls(self) -> Iterator[StepCall]:
         root = self.model.get_submodule(self._llm_root())
         for state in self._llm:
-            with _stand_ins(self.model, self._chain_stand_ins(state, Modality.LLM)):
-                output = root(**state.inputs)
+            with replaced_forwards(self.model, self._chain_stand_ins(state, Modality.LLM)):
+                output = root(**state.inputs())
             yield StepCall(
                 (output.last_hidden_state,), {}, state.row_weights, state.vision, lambda _: None
             )
@@ -220,14 +243,17 @@ class Replay:
                     "float16 overflow is cured by running in float32",
                 )
             if step.kind == "projector":
-                state.features[step.name] = output
+                state.features[step.name] = self._states.keep(output)
                 return
             if step.kind == "entry":
                 state.entry_shape = values.shape
-            if step.modality is Modality.LLM and "inputs_embeds" in state.inputs:
+                state.forget_pixels()
+            if step.modality is Modality.LLM and not state.latest:
                 # From now on only its shape is looked at.
-                state.inputs["inputs_embeds"] = _hollow(state.inputs["inputs_embeds"])
-            state.latest, state.hidden = step.name, output
+                inputs = state.inputs()
+                hollow = {"inputs_embeds": _hollow(inputs["inputs_embeds"])}
+                state.inputs = self._states.keep(inputs | hollow)
+            state.latest, state.hidden = step.name, self._states.keep(output)
 
         return StepCall(
             captured.args_of_step, captured.kwargs_of_step, state.row_weights, state.vision, keep
@@ -242,7 +268,7 @@ class Replay:
             state = queue.pop(0)
             current[:] = [state]
             if state.latest in self._steps and self._steps[state.latest].kind == "entry":
-                return state.hidden
+                return state.hidden()
             return _first_tensor(args).new_zeros(1).expand(state.entry_shape)
 
         stand_ins: dict[str, Callable[..., Any]] = {}
@@ -251,7 +277,7 @@ class Replay:
                 continue
             if step.kind == "projector":
                 if all(step.name in state.features for state in passes):
-                    stand_ins[step.name] = lambda *_, _n=step.name, **__: current[0].features[_n]
+                    stand_ins[step.name] = lambda *_, _n=step.name, **__: current[0].features[_n]()
             elif step.kind == "entry":
                 if all(state.latest for state in passes):
                     stand_ins[step.name] = entry
@@ -276,13 +302,9 @@ class Replay:
         table = self.model.get_parameter(f"{name}.weight")
         if table.is_meta:
             # In the vision tower's turn, text embeddings are computed first and then not used.
-            stand_ins = stand_ins | {
-                name: lambda ids: torch.zeros(1, dtype=table.dtype, device=ids.device).expand(
-                    *ids.shape, table.shape[1]
-                )
-            }
+            stand_ins = {name: _no_embedding(table)} | stand_ins
         try:
-            with _stand_ins(self.model, stand_ins):
+            with replaced_forwards(self.model, stand_ins):
                 if root is None:
                     self.model(**inputs, use_cache=False)
                 else:
@@ -308,13 +330,13 @@ def _chain_link(name: str, state: Callable[[], _Pass]) -> Callable[..., Any]:
 
     def stand_in(*args: Any, **kwargs: Any) -> Any:
         now = state()
-        return now.hidden if now.latest == name else _first_tensor(args or tuple(kwargs.values()))
+        return now.hidden() if now.latest == name else _first_tensor(args or tuple(kwargs.values()))
 
     return stand_in
 
 
 @contextlib.contextmanager
-def _stand_ins(model: nn.Module, forwards: dict[str, Callable[..., Any]]) -> Iterator[None]:
+def replaced_forwards(model: nn.Module, forwards: dict[str, Callable[..., Any]]) -> Iterator[None]:
     """Within the block, the modules named run other functions in place of their ``forward``."""
     modules = {model.get_submodule(name): forward for name, forward in forwards.items()}
     for module, forward in modules.items():
@@ -324,6 +346,16 @@ def _stand_ins(model: nn.Module, forwards: dict[str, Callable[..., Any]]) -> Ite
     finally:
         for module in modules:
             del module.forward
+
+
+def _no_embedding(table: Tensor) -> Callable[..., Any]:
+    """Zeros for every token, which take no memory."""
+
+    def embed(ids: Tensor) -> Tensor:
+        zero = torch.zeros(1, dtype=table.dtype, device=ids.device)
+        return zero.expand(*ids.shape, table.shape[1])
+
+    return embed
 
 
 def _first_tensor(args: tuple[Any, ...]) -> Tensor:

@@ -12,16 +12,19 @@ steps with float weights, fed by float steps before them.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from prismquant.algorithms.statistics import ChannelRecord
 from prismquant.algorithms.table import build_equalizer
+from prismquant.distributed import Alone, Ranks
 from prismquant.errors import NumericsError
 from prismquant.memory import keep_heap_compact
 from prismquant.models.arch import Modality
@@ -31,13 +34,15 @@ from prismquant.models.config import empty_model
 from prismquant.models.load import materialize, release
 from prismquant.models.rotation import RotatedReader
 from prismquant.pipeline.batches import Batch
-from prismquant.pipeline.capture import Enough, Replay, StepCall
+from prismquant.pipeline.capture import Replay, StepCall
 from prismquant.pipeline.checkpoint import EdgeRecord, LayerRecord, StepRecord
 from prismquant.pipeline.equalize import edge_problem, move_scale
+from prismquant.pipeline.exchange import Task, all_channels, solve_all
 from prismquant.pipeline.group import Group, GroupSettings, SolvedLayer, What, parameters
 from prismquant.pipeline.kv import KVObservation, KVScales, Notes, quantize_cache
 from prismquant.pipeline.kv_plan import KVLayer
 from prismquant.pipeline.layout import DENSE
+from prismquant.pipeline.passes import Output, Passes, PausedPasses, ReplayedPasses, StepRun
 from prismquant.pipeline.plan import Plan, PlanEdge, PlanRow, problem_groups
 from prismquant.pipeline.tune import TunedBlock, tune
 from prismquant.runtime.kv_cache import cache_in_float
@@ -49,8 +54,6 @@ from prismquant.runtime.quant_linear import (
     rotate_inputs,
 )
 from prismquant.storage import ShardReader
-
-Outputs = list[tuple[Callable[[Any], None], Any]]
 
 
 class Sink(Protocol):
@@ -118,6 +121,8 @@ class Run:
         done: Steps that an earlier run finished, by name.
         vision_weights: What a vision token counts for at layers whose plan says ``gradient``, by
             the layer's name.
+        ranks: The processes that share the calibration data and the solving; only the first one
+            writes.
     """
 
     plan: Plan
@@ -129,6 +134,7 @@ class Run:
     dtype: torch.dtype = torch.float32
     done: Mapping[str, StepRecord] = field(default_factory=dict)
     vision_weights: Mapping[str, float] = field(default_factory=dict)
+    ranks: Ranks = field(default_factory=Alone)
 
 
 def source_reader(plan: Plan, bound: BoundModel) -> ShardReader:
@@ -179,11 +185,15 @@ class _Chain:
             )
         return self.replay.calls(step)
 
-    def forward(self, step: BoundStep) -> Outputs:
-        """The step's outputs, to be kept once the step is solved: keeping one ends its calls."""
-        module = self.module(step.name)
-        with self.inputs_as_asked(module):
-            return [(call.keep, module(*call.args, **call.kwargs)) for call in self.calls(step)]
+    def passes(self, step: BoundStep, *, paused: bool = False) -> Passes:
+        """Forward passes of the step over all calls."""
+        run = StepRun(
+            self.model,
+            step.name,
+            lambda: self.calls(step),
+            lambda: self.inputs_as_asked(self.module(step.name)),
+        )
+        return PausedPasses(run) if paused else ReplayedPasses(run)
 
     @contextlib.contextmanager
     def inputs_as_asked(self, module: nn.Module) -> Iterator[None]:
@@ -212,8 +222,18 @@ class _Chain:
                 unhook_attention(self.model.get_submodule(name))
                 _make_plain(self.model, name)
 
+    def embedding(self) -> Callable[[Tensor], Tensor]:
+        """The token embeddings, of the tokens in the batches: the whole table is far larger."""
+        if self.replay is None:
+            raise NumericsError("there is no calibration data to embed")
+        ids = self.replay.token_ids()
+        job, name = self.job, f"{self.job.bound.arch.embeddings}.weight"
+        rows = self.reader.read(job.bound.names.to_disk(name))[ids.cpu()]
+        rows = rows.to(job.device, job.dtype)
+        return lambda tokens: functional.embedding(torch.searchsorted(ids, tokens), rows)
+
     def between_steps(self, *, vision: bool) -> list[str]:
-        """Modules that hold parameters outside all steps: embeddings, norms between towers."""
+        """Modules that hold parameters outside all steps, such as norms between towers."""
         steps = [step.name for step in self.job.bound.steps]
         roots = [
             t.root for t in self.job.bound.arch.towers if t.modality is not Modality.LLM and t.root
@@ -222,6 +242,7 @@ class _Chain:
         for name, _ in self.model.named_parameters():
             owner = name.rpartition(".")[0]
             inside = any(owner == s or owner.startswith(f"{s}.") for s in steps)
+            inside |= owner == self.job.bound.arch.embeddings
             of_vision = any(owner.startswith(f"{root}.") for root in roots)
             if not inside and of_vision == vision and owner not in names:
                 names.append(owner)
@@ -230,23 +251,45 @@ class _Chain:
 
 @dataclass
 class _Work:
-    """What has become of one step so far.
+    """One step at work, and what has become of it so far.
 
     Attributes:
+        step: The step.
+        rows: What to quantize of it.
+        passes: Of the chain of quantized steps.
+        twins: Of the float chain, where there is one.
         layers: Solved layers.
         records: What to tell of them.
         edges: What to tell of the edges along which scale was moved.
         changed: Names of tensors that scale was moved in.
         kv_scales: Scales of keys and values, by module tensor name.
         kv_notes: What to tell of them.
+        wanted: The float model's outputs, once a tuner has asked for them all.
     """
 
+    step: BoundStep
+    rows: Sequence[PlanRow]
+    passes: Passes
+    twins: Passes | None
     layers: list[SolvedLayer] = field(default_factory=list)
     records: list[LayerRecord] = field(default_factory=list)
     edges: list[EdgeRecord] = field(default_factory=list)
     changed: set[str] = field(default_factory=set)
     kv_scales: dict[str, Tensor] = field(default_factory=dict)
     kv_notes: Notes = field(default_factory=dict)
+    wanted: list[Output] | None = None
+
+    def twin_outputs(self) -> Iterator[Output]:
+        """The float model's outputs, where there is a float chain."""
+        if self.wanted is not None:
+            yield from self.wanted
+        elif self.twins is not None:
+            yield from self.twins.outputs()
+
+    def unsolved(self, stage: Sequence[str]) -> list[str]:
+        """Layers that neither are solved nor belong to this stage."""
+        known = {layer.row.site.name for layer in self.layers} | set(stage)
+        return [row.site.name for row in self.rows if row.site.name not in known]
 
 
 class _Engine:
@@ -288,7 +331,7 @@ class _Engine:
                     around_llm.enter_context(self._loaded_between(vision=False))
                     for chain in self.chains:
                         if chain.replay is not None:
-                            chain.replay.begin_llm()
+                            chain.replay.begin_llm(chain.embedding())
             for index, step in enumerate(llm):
                 yield from self._step(step, flows=self._any_left(llm[index:]))
 
@@ -297,12 +340,18 @@ class _Engine:
     ) -> Iterator[StepRecord]:
         entries = [step.name for step in vision if step.kind == "entry"]
         with self.main.loaded(entries):
-            order = [] if self.main.replay is None else self.main.replay.vision_steps()
+            order = self._vision_order()
         # Without images nothing passes the tower, and nothing in it needs data.
         steps = order or vision
         for index, step in enumerate(steps):
             needed = self._any_left([*steps[index:], *llm])
             yield from self._step(step, flows=bool(order) and needed)
+
+    def _vision_order(self) -> list[BoundStep]:
+        """The tower's steps as the model runs them; a rank without pictures is told by another."""
+        own = [] if self.main.replay is None else self.main.replay.vision_steps()
+        known = self.job.ranks.gather_json([step.index for step in own])
+        return [self.job.bound.steps[index] for index in next(filter(None, known), [])]
 
     def _any_left(self, steps: Sequence[BoundStep]) -> bool:
         return any(step.name in self.rows or self._kv_layer(step) for step in steps)
@@ -328,25 +377,29 @@ class _Engine:
         with contextlib.ExitStack() as stack:
             for chain in self.chains if rows or flows else []:
                 stack.enter_context(chain.loaded([step.name]))
-            if carries:
+            work = self._begin(step, rows)
+            if carries and step.index in self.edges:
+                # A resumed run does not move scale again, and must carry on the same numbers.
+                work.wanted = list(work.twin_outputs())
+            outputs: list[Output] = []
+            if carries and not self.job.plan.calibration.block_sequential:
                 self.job.reporter.stage(step.name, "forward")
-            wanted = self.float.forward(step) if carries and self.float else []
-            before = not self.job.plan.calibration.block_sequential
-            outputs = self.main.forward(step) if carries and before else []
+                outputs = list(self.main.passes(step).outputs())
             if done is not None:
                 self._restore(done, step, rows, flows)
-                work = _Work()
             else:
-                work = self._solve(step, rows, [output for _, output in wanted], flows)
-            if carries and not before:
+                self._solve(work, flows)
+            if carries:
                 self.job.reporter.stage(step.name, "forward")
-                outputs = self.main.forward(step)
+                for keep, output in itertools.chain(
+                    work.twin_outputs(), outputs or work.passes.outputs()
+                ):
+                    keep(output)
             changed = self._changed(work) | work.kv_scales
-            for keep, output in [*wanted, *outputs]:
-                keep(output)
         if done is None:
             self.job.reporter.stage(step.name, "write")
-            shard = self.job.sink.write_step(step, work.layers, changed)
+            first = self.job.ranks.rank == 0
+            shard = self.job.sink.write_step(step, work.layers, changed) if first else ""
             seconds = time.monotonic() - started
             done = StepRecord(
                 step.name,
@@ -359,21 +412,24 @@ class _Engine:
             yield done
         self.job.reporter.finish(done)
 
-    def _solve(
-        self, step: BoundStep, rows: Sequence[PlanRow], wanted: Sequence[Any], flows: bool
-    ) -> _Work:
+    def _begin(self, step: BoundStep, rows: Sequence[PlanRow]) -> _Work:
+        # Passes can halt at one input at a time.
+        inputs = [{row.site.input_key for row in stage} for stage in self._stages(rows)]
+        paused = bool(inputs) and all(len(keys) == 1 for keys in inputs)
+        twins = None if self.float is None else self.float.passes(step, paused=paused)
+        return _Work(step, rows, self.main.passes(step, paused=paused), twins)
+
+    def _solve(self, work: _Work, flows: bool) -> None:
         """Transform and solve a loaded step, then tune it as a whole.
 
         Args:
-            step: The step.
-            rows: What to quantize of it.
-            wanted: The float model's outputs, call by call, where they were asked for.
+            work: The step.
             flows: Whether calibration data passes it.
         """
-        work = _Work()
+        step, rows = work.step, work.rows
         if flows:
-            self._equalize(step, work)
-            self._round_moved(rows, work)
+            self._equalize(work)
+            self._round_moved(work)
         tuned = [row for row in rows if row.tuner is not None]
         floats = {row.site.name: _weight_of(self.main, row) for row in tuned}
         kv = self._kv_layer(step)
@@ -381,24 +437,23 @@ class _Engine:
         for stage in self._stages(rows):
             later = sequential and kv is not None and stage[0].site.stage > kv.stage
             if kv is not None and later and not work.kv_scales:
-                self._quantize_kv(step, kv, work)
-            self._solve_stage(step, stage, work)
+                self._quantize_kv(kv, work)
+            self._solve_stage(stage, work)
         if kv is not None and not work.kv_scales:
-            self._quantize_kv(step, kv, work)
+            self._quantize_kv(kv, work)
         if tuned:
-            self._tune(step, floats, wanted, work)
+            self._tune(floats, work)
             if kv is not None:
                 # The tuner has changed the projections, if only by a rounding here and there.
-                self._quantize_kv(step, kv, work)
-        return work
+                self._quantize_kv(kv, work)
 
     def _kv_layer(self, step: BoundStep) -> KVLayer | None:
         plan = self.job.plan.kv_cache
         return None if plan is None else plan.layer(step.index)
 
-    def _quantize_kv(self, step: BoundStep, layer: KVLayer, work: _Work) -> None:
+    def _quantize_kv(self, layer: KVLayer, work: _Work) -> None:
         """Choose the scales of a block's keys and values, and let what follows see them rounded."""
-        plan = self.job.plan.kv_cache
+        plan, step = self.job.plan.kv_cache, work.step
         if plan is None:
             return
         self.job.reporter.stage(step.name, "keys and values")
@@ -406,21 +461,23 @@ class _Engine:
         module = self.main.module(step.name)
         with self.main.inputs_as_asked(module):
             observation.observe(self.main.model, module, self.main.calls(step))
+        observation.share(self.job.ranks)
         scales = observation.scales(self.job.bound.dtype, self.job.device)
         quantize_cache(self.main.model, layer.attention, plan.spec, scales)
         work.kv_scales, work.kv_notes = scales.named(layer), observation.notes()
+        work.passes.restart()
 
-    def _equalize(self, step: BoundStep, work: _Work) -> None:
+    def _equalize(self, work: _Work) -> None:
         """Move scale along the step's edges, method by method, with one pass over the data each.
 
         Edges further down come first, so that the rows of their upper ends are settled when those
         ends are themselves readers. Within a method no edge changes the input of another's readers.
         """
-        planned = self.edges.get(step.index, [])
+        planned = self.edges.get(work.step.index, [])
         for method in dict.fromkeys(edge.equalizer for edge in planned):
             edges = [edge for edge in planned if edge.equalizer == method]
-            self.job.reporter.stage(step.name, method)
-            records = self._channels(step, edges)
+            self.job.reporter.stage(work.step.name, method)
+            records = self._channels(work.step, edges)
             for edge in reversed(edges):
                 self._equalize_edge(edge, records[edge.edge.consumers[0]], work)
 
@@ -433,21 +490,11 @@ class _Engine:
             )
             for name in names
         }
-
-        def watch(name: str, call: StepCall) -> Callable[[Tensor], None]:
-            def see(x: Tensor) -> None:
+        for call, inputs in self.main.passes(step).inputs(names):
+            for name, x in inputs.items():
                 rows = x.reshape(-1, records[name].in_features)
                 records[name].update(rows, call.row_weights, call.vision)
-
-            return see
-
-        for call in self.main.calls(step):
-            _watch(
-                self.main.module(step.name),
-                call,
-                [(self.main.module(name), watch(name, call)) for name in names],
-            )
-        return records
+        return all_channels(records, self.job.ranks)
 
     def _equalize_edge(self, planned: PlanEdge, record: ChannelRecord, work: _Work) -> None:
         edge, dtype = planned.edge, self.job.bound.dtype
@@ -462,12 +509,12 @@ class _Engine:
         for chain in self.chains:
             work.changed.update(move_scale(chain.model, edge, result.scale, stored))
 
-    def _round_moved(self, rows: Sequence[PlanRow], work: _Work) -> None:
+    def _round_moved(self, work: _Work) -> None:
         """Give tensors that scale was moved in, and that no solver stores, their stored values.
 
         A run that is resumed reads these, and must go on from the same numbers.
         """
-        solved = {f"{row.site.name}.weight" for row in rows}
+        solved = {f"{row.site.name}.weight" for row in work.rows}
         for name in work.changed - solved:
             parameter = self.main.model.get_parameter(name)
             parameter.copy_(parameter.to(self._stored_dtype(name)))
@@ -492,27 +539,30 @@ class _Engine:
             stages.setdefault(row.site.stage, []).append(row)
         return [stages[number] for number in sorted(stages)]
 
-    def _solve_stage(self, step: BoundStep, rows: Sequence[PlanRow], work: _Work) -> None:
+    def _solve_stage(self, rows: Sequence[PlanRow], work: _Work) -> None:
         groups = [self._group(members) for members in problem_groups(rows)]
         told: dict[What, str] = {"columns": "columns", "ranges": "ranges", "moments": "Hessians"}
         for what, title in told.items():
             hungry = [group for group in groups if group.wants(what)]
             if hungry:
-                self.job.reporter.stage(step.name, title)
-                self._observe(step, hungry, what)
-            if what == "columns":
-                for group in hungry:
+                self.job.reporter.stage(work.step.name, title)
+                self._observe(work, rows, hungry, what)
+            for group in hungry:
+                group.share(what, self.job.ranks)
+                if what == "columns":
                     group.split_columns()
-        for group in groups:
-            self.job.reporter.stage(step.name, f"{group.solver.name} {group.rows[0].site.role}")
-            result, layers, notes = group.solve()
-            outcomes = zip(layers, result.losses, result.baseline_losses, strict=True)
-            for layer, loss, baseline in outcomes:
-                self._replace(layer)
-                row = layer.row
-                facts = dict(result.notes) | notes
-                work.layers.append(layer)
-                work.records.append(LayerRecord(row.site.name, row.solver, loss, baseline, facts))
+        roles = ", ".join(dict.fromkeys(row.site.role for row in rows))
+        self.job.reporter.stage(work.step.name, f"{rows[0].solver} {roles}")
+        # One at a time where nobody else could solve another meanwhile: each has its own Hessian.
+        batches = [[group] for group in groups] if self.job.ranks.size == 1 else [groups]
+        for members in batches:
+            tasks = [Task(group.solver, group.problem()) for group in members]
+            results = solve_all(tasks, self.job.ranks)
+            for group, result in zip(members, results, strict=True):
+                for layer, record in group.solved(result):
+                    self._replace(layer)
+                    work.layers.append(layer)
+                    work.records.append(record)
 
     def _group(self, rows: Sequence[PlanRow]) -> Group:
         settings = GroupSettings(
@@ -523,48 +573,38 @@ class _Engine:
         )
         return Group(rows, [self.main.module(row.site.name) for row in rows], settings)
 
-    def _observe(self, step: BoundStep, groups: Sequence[Group], what: What) -> None:
-        """Run the step over all calls, feeding each group the input of its layers."""
-        module = self.main.module(step.name)
-        drifting = [g for g in groups if what == "moments" and g.rows[0].correction is not None]
-        twins = self.float.calls(step) if self.float is not None and drifting else None
-        with self.main.inputs_as_asked(module):
-            for call in self.main.calls(step):
-                wanted = {} if twins is None else self._float_inputs(step, next(twins), drifting)
-                _watch(module, call, *_observers(groups, call, what, wanted))
-
-    def _float_inputs(
-        self, step: BoundStep, call: StepCall, groups: Sequence[Group]
-    ) -> dict[str, Tensor]:
-        """What the float model has in place of the groups' inputs."""
-        if self.float is None:
-            return {}
-        found: dict[str, Tensor] = {}
-
-        def keep(name: str) -> Callable[[Tensor], None]:
-            return lambda x: found.update({name: x})
-
-        watched = [(self.float.module(group.name), keep(group.name)) for group in groups]
-        _watch(self.float.module(step.name), call, watched)
-        return found
-
-    def _tune(
-        self,
-        step: BoundStep,
-        floats: Mapping[str, Tensor],
-        wanted: Sequence[Any],
-        work: _Work,
+    def _observe(
+        self, work: _Work, rows: Sequence[PlanRow], groups: Sequence[Group], what: What
     ) -> None:
+        """Feed each of a stage's groups the input of its layers, call by call."""
+        stage = [row.site.name for row in rows]
+        drifting = [g.name for g in groups if what == "moments" and g.rows[0].correction]
+        # Nothing changes in the float model.
+        twins = work.twins.inputs(drifting, stage) if work.twins and drifting else None
+        names = [group.name for group in groups]
+        for call, inputs in work.passes.inputs(names, stage, work.unsolved(stage)):
+            wanted = {} if twins is None else next(twins)[1]
+            for group in groups:
+                if group.name in inputs:
+                    x = inputs[group.name]
+                    group.observe(x, call, what, wanted.get(group.name))
+                    if what == "ranges":
+                        group.observe_outputs(x, call)
+
+    def _tune(self, floats: Mapping[str, Tensor], work: _Work) -> None:
         """Improve the codes of the whole step on its output."""
+        step = work.step
         self.job.reporter.stage(step.name, "tune")
         teacher = None if self.float is None else self.float.module(step.name)
+        work.passes.restart()
+        work.wanted = list(work.twin_outputs())
         block = TunedBlock(
             step.name,
             self.main.module(step.name),
             teacher,
             list(self.main.calls(step)),
-            list(wanted),
-            self._vision_weight(next(row for row in self.rows[step.name] if row.tuner)),
+            [output for _, output in work.wanted],
+            self._vision_weight(next(row for row in work.rows if row.tuner)),
         )
         for layers, notes in tune(block, work.layers, floats, self.job.bound.dtype):
             for layer in layers:
@@ -614,70 +654,6 @@ class _Engine:
             name: self.main.model.get_parameter(name).detach().to(self._stored_dtype(name))
             for name in sorted(work.changed - solved)
         }
-
-
-_Watched = tuple[nn.Module, Callable[[Tensor], None]]
-
-
-def _watch(
-    module: nn.Module,
-    call: StepCall,
-    inputs: Sequence[_Watched],
-    outputs: Sequence[_Watched] = (),
-) -> None:
-    """One forward pass of a step that ends when all inputs and outputs asked for were seen."""
-    waiting = len(inputs) + len(outputs)
-
-    def seen() -> None:
-        nonlocal waiting
-        waiting -= 1
-        if waiting == 0:
-            raise Enough
-
-    def before(see: Callable[[Tensor], None]) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            see(args[0])
-            seen()
-
-        return hook
-
-    def after(see: Callable[[Tensor], None]) -> Any:
-        def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-            see(output)
-            seen()
-
-        return hook
-
-    handles = [m.register_forward_pre_hook(before(see)) for m, see in inputs]
-    handles += [m.register_forward_hook(after(see)) for m, see in outputs]
-    try:
-        module(*call.args, **call.kwargs)
-    except Enough:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _observers(
-    groups: Sequence[Group], call: StepCall, what: What, wanted: Mapping[str, Tensor]
-) -> tuple[list[_Watched], list[_Watched]]:
-    """Who looks at the inputs, and who at the outputs, of the groups' layers in one call."""
-
-    def input_of(group: Group) -> Callable[[Tensor], None]:
-        return lambda x: group.observe(x, call, what, wanted.get(group.name))
-
-    def output_of(group: Group, row: PlanRow) -> Callable[[Tensor], None]:
-        return lambda y: group.observe_output(row, y, call)
-
-    inputs = [(group.modules[0], input_of(group)) for group in groups]
-    outputs = [
-        (module, output_of(group, row))
-        for group in groups
-        for row, module in zip(group.rows, group.modules, strict=True)
-        if what == "ranges" and row.static_output
-    ]
-    return inputs, outputs
 
 
 def _weight_of(chain: _Chain, row: PlanRow) -> Tensor:

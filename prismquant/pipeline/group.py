@@ -9,16 +9,19 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from prismquant.algorithms.base import LayerProblem, LayerResult, Solver
+from prismquant.algorithms.base import LayerProblem, LayerResult, Note, Solver
 from prismquant.algorithms.correction import DriftRecord
 from prismquant.algorithms.split import outlying_columns
 from prismquant.algorithms.statistics import HessianRecord
 from prismquant.algorithms.table import build_solver
+from prismquant.distributed import Ranks
 from prismquant.errors import NumericsError
 from prismquant.formats.spec import NumberSpec
 from prismquant.numerics.records import RangeRecord, static_scale_zero_point
 from prismquant.numerics.rules import RangeRule
 from prismquant.pipeline.capture import StepCall
+from prismquant.pipeline.checkpoint import LayerRecord
+from prismquant.pipeline.exchange import all_ranges, largest
 from prismquant.pipeline.plan import PlanRow
 from prismquant.runtime.quant_linear import ActivationQuantizer, QuantLinear
 
@@ -132,6 +135,8 @@ class Group:
         self._outputs: dict[str, RangeRecord] = {}
         self._magnitudes: Tensor | None = None
         self._input: StaticScale | None = None
+        self._kept: list[SplitColumns | None] = [None] * len(rows)
+        self._notes: dict[str, Note] = {}
 
     @property
     def name(self) -> str:
@@ -174,12 +179,14 @@ class Group:
                 error.what, where=f"input of {self.name}", remedy=error.remedy
             ) from error
 
-    def observe_output(self, row: PlanRow, y: Tensor, call: StepCall) -> None:
-        """Take in one call's output of a layer for its static range."""
-        rows = y.detach().reshape(-1, row.site.out_features)
-        counted = rows if call.row_weights is None else rows[call.row_weights > 0]
-        record = self._outputs.setdefault(row.site.name, RangeRecord(row.activation_range.momentum))
-        record.update(counted)
+    def observe_outputs(self, x: Tensor, call: StepCall) -> None:
+        """Take in one call's outputs of the layers that have a static range for them."""
+        for row, module in self._pairs():
+            if row.static_output:
+                rows = module(x).detach().reshape(-1, row.site.out_features)
+                counted = rows if call.row_weights is None else rows[call.row_weights > 0]
+                momentum = row.activation_range.momentum
+                self._outputs.setdefault(row.site.name, RangeRecord(momentum)).update(counted)
 
     def split_columns(self) -> None:
         """Decide which columns stay in floating point, once their magnitudes are known."""
@@ -190,11 +197,28 @@ class Group:
         if found:
             self.columns = torch.tensor(found, device=self.settings.device)
 
-    def solve(self) -> tuple[LayerResult, list[SolvedLayer], dict[str, float | int | str]]:
-        """Choose the codes of all the layers at once.
+    def share(self, what: What, ranks: Ranks) -> None:
+        """Let the group know what all ranks have seen."""
+        if ranks.size == 1:
+            return
+        width = self.rows[0].site.in_features
+        if what == "columns":
+            self._magnitudes = largest(self._magnitudes, width, ranks)
+        elif what == "ranges":
+            self._ranges = all_ranges(self._ranges, ranks)
+            self._outputs = all_ranges(self._outputs, ranks)
+        elif self.rows[0].correction is not None:
+            self._drift = self._drift or DriftRecord(width, self.settings.device)
+            self._drift.sum_over(ranks.sum_)
+        else:
+            self._hessian = self._hessian or HessianRecord(width, self.settings.device)
+            self._hessian.sum_over(ranks.sum_)
 
-        Returns:
-            The solver's result, the layers, and notes on the group's input.
+    def problem(self) -> LayerProblem:
+        """What the solver is given, once everything was observed.
+
+        Raises:
+            NumericsError: A weight is not finite, or no calibration token has reached the layers.
         """
         row = self.rows[0]
         weights = [self._weight(row, module) for row, module in self._pairs()]
@@ -205,10 +229,12 @@ class Group:
         if self._drift is not None and row.correction is not None:
             corrected, told = self._drift.correct(weights, row.correction)
             weights, notes = list(corrected), notes | told
-        columns = self._take_columns(weights, hessian)
-        if columns[0] is not None:
-            notes["split_columns"] = ", ".join(str(int(c)) for c in columns[0].index)
-        problem = LayerProblem(
+        self._hessian, self._drift = None, None
+        self._kept = self._take_columns(weights, hessian)
+        if self.columns is not None:
+            notes["split_columns"] = ", ".join(str(int(c)) for c in self.columns)
+        self._notes = notes
+        return LayerProblem(
             names=tuple(row.site.name for row in self.rows),
             weights=tuple(weights),
             spec=_required(row),
@@ -216,12 +242,25 @@ class Group:
             scale_dtype=self.settings.stored_dtype,
             hessian=hessian,
         )
-        result = self.solver.solve(problem)
-        layers = [
-            SolvedLayer(row, weight, self._input_scale(), self._output_scale(row), kept)
-            for row, weight, kept in zip(self.rows, result.weights, columns, strict=True)
+
+    def solved(self, result: LayerResult) -> list[tuple[SolvedLayer, LayerRecord]]:
+        """The layers, with what to tell of each."""
+        outcomes = zip(
+            self.rows,
+            result.weights,
+            self._kept,
+            result.losses,
+            result.baseline_losses,
+            strict=True,
+        )
+        facts = dict(result.notes) | self._notes
+        return [
+            (
+                SolvedLayer(row, weight, self._input_scale(), self._output_scale(row), kept),
+                LayerRecord(row.site.name, row.solver, loss, baseline, facts),
+            )
+            for row, weight, kept, loss, baseline in outcomes
         ]
-        return result, layers, notes
 
     def _pairs(self) -> list[tuple[PlanRow, nn.Module]]:
         return list(zip(self.rows, self.modules, strict=True))
@@ -344,14 +383,23 @@ class Group:
     def _weight(self, row: PlanRow, module: nn.Module) -> Tensor:
         shape = (row.site.out_features, row.site.in_features)
         matrix = module.get_parameter("weight").detach().to(torch.float32).reshape(shape)
-        if not torch.isfinite(matrix).all():
-            bad = int((~torch.isfinite(matrix)).sum())
-            raise NumericsError(
-                f"the weight holds {bad} values that are NaN or infinite",
-                where=row.site.name,
-                remedy="the source checkpoint is damaged: download or convert it again",
-            )
+        require_finite(matrix, row.site.name)
         return matrix
+
+
+def require_finite(weight: Tensor, name: str) -> None:
+    """Refuse a damaged weight.
+
+    Raises:
+        NumericsError: It holds NaN or infinities; names the layer and says how many.
+    """
+    if not torch.isfinite(weight).all():
+        bad = int((~torch.isfinite(weight)).sum())
+        raise NumericsError(
+            f"the weight holds {bad} values that are NaN or infinite",
+            where=name,
+            remedy="the source checkpoint is damaged: download or convert it again",
+        )
 
 
 def _required(row: PlanRow) -> Any:

@@ -13,17 +13,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from prismquant.distributed import Ranks
 from prismquant.errors import NumericsError
 from prismquant.formats.kv import KVCacheSpec
 from prismquant.models.attention import attention_hooked, hook_attention
 from prismquant.numerics.affine import scale_zero_point
 from prismquant.numerics.ranges import RangeRecord, RangeRule
 from prismquant.pipeline.capture import Enough, StepCall
+from prismquant.pipeline.exchange import all_ranges
 from prismquant.pipeline.kv_plan import KVLayer, KVPlan
 from prismquant.runtime.kv_cache import KVQuantizer, KVWatch, rotated
 
@@ -67,6 +69,11 @@ class KVRecord:
         parts = x.unbind(1) if len(self.heads) > 1 else (x,)
         for record, part in zip(self.heads, parts, strict=True):
             record.update(part)
+
+    def share(self, ranks: Ranks) -> None:
+        """Take in what all ranks have seen."""
+        found = all_ranges({str(n): record for n, record in enumerate(self.heads)}, ranks)
+        self.heads = [found[str(n)] for n in range(len(self.heads))]
 
     @property
     def amax(self) -> float:
@@ -166,6 +173,21 @@ class KVObservation:
 
     def _as_stored(self, keys: Tensor) -> Tensor:
         return rotated(keys) if self.plan.spec.rotated else keys
+
+    def share(self, ranks: Ranks) -> None:
+        """Let the observation be of what all ranks have seen."""
+        if ranks.size == 1:
+            return
+        self._keys.share(ranks)
+        self._values.share(ranks)
+        if self._constant is not None:
+            parts = ranks.gather_json(asdict(self._constant))
+            self._constant = _Constant(
+                sum(part["energy"] for part in parts),
+                sum(part["own"] for part in parts),
+                max(part["amax"] for part in parts),
+                max(part["rest_amax"] for part in parts),
+            )
 
     def scales(self, stored: torch.dtype, device: torch.device) -> KVScales:
         """The scales on ``device``, rounded to the dtype in which they are stored.
