@@ -10,12 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,19 +19,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from bench.engine.models import copy_companions, write_weights
+from bench.engine.process import measure, thread_environment
 from prismquant.demo.run import CHECKPOINT
 from prismquant.demo.scenes import write_dataset
 from prismquant.models.config import import_transformers
 from prismquant.report.tables import format_bytes, rich_table
 from prismquant.storage import ShardReader
-
-# Only a process's children's peak can be asked for without sampling, so each run gets its own
-# parent.
-_RUNNER = (
-    "import resource, subprocess, sys\n"
-    "subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)\n"
-    "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)\n"
-)
 
 
 def random_model(folder: Path, *, width: int, blocks: int) -> Path:
@@ -57,27 +47,23 @@ def random_model(folder: Path, *, width: int, blocks: int) -> Path:
     fields = config.to_dict()
     fields["text_config"] |= text
     fields["vision_config"] |= {"hidden_size": width}
-    torch.manual_seed(0)
-    model = transformers.Qwen2VLForConditionalGeneration(type(config).from_dict(fields))
-    model.to(torch.bfloat16).save_pretrained(folder)
-    for path in CHECKPOINT.iterdir():
-        if path.suffix != ".safetensors" and path.name not in ("config.json", "README.md"):
-            shutil.copy(path, folder / path.name)
+    config = type(config).from_dict(fields)
+    config.dtype = torch.bfloat16
+    copy_companions(folder)
+    write_weights(folder, config, "qwen2_vl")
     return folder
 
 
-def peak_of(command: Sequence[str]) -> tuple[int, float]:
-    """Largest resident set of a command in bytes, and its seconds."""
-    started = time.perf_counter()
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", _RUNNER, *command],
-        check=True,
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    return int(done.stdout), time.perf_counter() - started
+def peak_of(command: Sequence[str], log: Path) -> tuple[int, float]:
+    """Largest resident set of a command in bytes, and its seconds.
+
+    Raises:
+        ChildProcessError: It failed.
+    """
+    took = measure(command, log=log, environment=thread_environment(1))
+    if took.code:
+        raise ChildProcessError(took.tail)
+    return took.peak, took.seconds
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -91,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         data = write_dataset(work / "data", split="calibration", count=options.samples)
-        empty, _ = peak_of([sys.executable, "-c", "import prismquant.api, transformers"])
+        log = work / "log.txt"
+        empty, _ = peak_of([sys.executable, "-c", "import prismquant.api, transformers"], log)
         for blocks in options.blocks:
             model = random_model(work / f"m{blocks}", width=options.width, blocks=blocks)
             reader = ShardReader(model)
@@ -105,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "--out",
                 str(work / f"o{blocks}"),
             ]
-            peak, seconds = peak_of(command)
+            peak, seconds = peak_of(command, log)
             results.append({"blocks": blocks, "float32": size, "peak": peak, "seconds": seconds})
     first = results[0]
     rows = [

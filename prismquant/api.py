@@ -5,32 +5,47 @@ Each puts together what the layers below do, in the order recipe, bind, plan, en
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from prismquant.distributed import Alone, Ranks
 from prismquant.errors import DataError, PrismQuantError, StorageError
 from prismquant.evaluate.fidelity import Fidelity, evaluate_model
-from prismquant.export.compressed_tensors import CheckpointWriter
+from prismquant.export.compressed_tensors import CheckpointWriter, files_to_copy
 from prismquant.export.exporter import Progress
 from prismquant.export.load import load_model
 from prismquant.export.table import Exported, build_exporter, export_checkpoint
-from prismquant.memory import peak_memory_bytes
+from prismquant.memory import available_bytes, peak_memory_bytes, resident_bytes
 from prismquant.models.arch import Modality
 from prismquant.models.bind import BoundModel, bind
 from prismquant.models.load import load_processor
 from prismquant.pipeline.batches import Batch, make_batches
-from prismquant.pipeline.checkpoint import RunDirectory, RunRecord, environment
-from prismquant.pipeline.data import Sample, fingerprint, read_samples, require_modalities
+from prismquant.pipeline.budget import WAYS, Forecast, choose_way, count_tokens, forecast
+from prismquant.pipeline.checkpoint import RunDirectory, RunRecord, StepRecord, environment
+from prismquant.pipeline.data import Sample, read_samples, require_modalities
 from prismquant.pipeline.engine import Reporter, Run, Silent, run
+from prismquant.pipeline.exchange import require_sharable, share_of
 from prismquant.pipeline.gradients import gradient_samples, vision_weights, wants_gradients
+from prismquant.pipeline.identity import (
+    Identity,
+    code_versions,
+    fingerprint_batch,
+    fingerprint_batches,
+    fingerprint_samples,
+    stamp_files,
+    unchanged,
+)
 from prismquant.pipeline.plan import Plan, make_plan
+from prismquant.pipeline.stream import stream, streams
 from prismquant.recipe.schema import Recipe, load_recipe
 from prismquant.storage import ShardReader
 
@@ -45,11 +60,13 @@ class Result:
         folder: The checkpoint.
         plan: What was done.
         record: How well.
+        notes: What was damaged, or differs, of the earlier run that this one went on with.
     """
 
     folder: Path
     plan: Plan
     record: RunRecord
+    notes: tuple[str, ...] = ()
 
 
 def inspect(model: str | Path, recipe: RecipeSource) -> Plan:
@@ -77,6 +94,8 @@ def quantize(
     resume: bool = False,
     trust_remote_code: bool = False,
     reporter: Reporter | None = None,
+    memory_budget: int | None = None,
+    ranks: Ranks | None = None,
 ) -> Result:
     """Quantize a checkpoint, block by block, into a folder that transformers and vLLM load.
 
@@ -91,6 +110,10 @@ def quantize(
         resume: Go on with a run that was cut off.
         trust_remote_code: Allow code in the checkpoint's folder to build the processor.
         reporter: Is told how far the run is.
+        memory_budget: Bytes that the process may take on a CPU; by default what the system can
+            spare. What does not fit waits on disk, in the output folder, or is computed again.
+        ranks: The processes that share the work, from :func:`prismquant.distributed.joined`; all
+            of them call this alike. The first one writes, and returns the record.
 
     Raises:
         PrismQuantError: With what is wrong, where, and the remedy. All that can be checked is
@@ -99,61 +122,132 @@ def quantize(
     recipe = load_recipe(recipe)
     bound = bind(Path(model))
     plan = make_plan(recipe, bound)
+    ranks = ranks or Alone()
+    if ranks.size > 1:
+        require_sharable(plan)
     target = _device(device)
     arithmetic = dtype or (torch.float32 if target.type == "cpu" else bound.dtype)
-    samples = _calibration_samples(plan, calibration)
     _refuse_inside(Path(out), bound.folder)
     directory = RunDirectory(Path(out))
-    directory.require_free(resume=resume)
-    batches = _batches(bound, samples, recipe.calibration.batch_size, trust_remote_code)
-    answers = gradient_samples(samples, plan.calibration.seed) if wants_gradients(plan) else ()
-    record = directory.begin(
-        RunRecord(
-            identity=_identity(plan, bound, samples, f"{target.type} {arithmetic}"),
+    first = ranks.rank == 0
+    with directory.claimed(resume=resume) if first else nullcontext(True) as locked:
+        if first:
+            directory.require_space(plan.total_bytes + _copied_bytes(bound))
+        samples = _calibration_samples(plan, calibration)
+        own = share_of(samples, recipe.calibration.batch_size, ranks)
+        batches = _batches(bound, own, recipe.calibration.batch_size, trust_remote_code)
+        answers = gradient_samples(samples, plan.calibration.seed) if wants_gradients(plan) else ()
+        memory = _forecast(plan, bound, batches, memory_budget, target)
+        identity = _identity(plan, bound, samples, batches, f"{target.type} {arithmetic}", ranks)
+        record = RunRecord(
+            identity=identity,
             model=str(model),
             calibration=str(calibration or ""),
             samples=dict(Counter(sample.kind for sample in samples)),
-            environment=environment(),
-        ),
-        plan,
-        recipe,
-        resume=resume,
-    )
-    if record.finished:
-        return Result(Path(out), plan, record)
-    reporter = reporter or Silent()
-    if answers:
-        reporter.stage("model", "gradients")
-    job = Run(
-        plan=plan,
-        bound=bound,
-        batches=batches,
-        sink=(writer := CheckpointWriter(Path(out), bound, plan)),
-        reporter=reporter,
-        device=target,
-        dtype=arithmetic,
-        done={step.name: step for step in record.steps},
-        # Not a part of the record: model, data and plan decide them, and those are.
-        vision_weights=vision_weights(
-            plan,
-            bound,
-            _batches(bound, answers, 1, trust_remote_code),
-            device=target,
-            dtype=arithmetic,
-        ),
-    )
-    for step in run(job):
-        record = replace(
-            record,
-            steps=(*record.steps, step),
-            seconds=record.seconds + step.seconds,
-            peak_memory_bytes=peak_memory_bytes(),
+            environment=environment(target) | _unusual(ranks, locked=locked),
+            memory=_told(memory, memory_budget),
         )
-        directory.save(record)
-    writer.finish()
-    record = replace(record, finished=True)
-    directory.save(record)
-    return Result(Path(out), plan, record)
+        if first:
+            record = directory.begin(record, plan, recipe, resume=resume)
+        record = RunRecord.from_dict(ranks.gather_json(record.to_dict())[0])
+        if record.finished:
+            return Result(Path(out), plan, record)
+        with directory.states(ranks.rank, on_disk=memory.way.on_disk) as states:
+            writer = CheckpointWriter(Path(out), bound, plan)
+            job = Run(
+                plan=plan,
+                bound=bound,
+                batches=_given_away(batches),
+                sink=writer,
+                reporter=reporter or Silent(),
+                device=target,
+                dtype=arithmetic,
+                done={step.name: step for step in record.steps},
+                ranks=ranks,
+                way=memory.way,
+                states=states,
+            )
+            gradients = _batches(bound, answers, 1, trust_remote_code)
+            # Closed before anything else: the workers of a stream must not outlive the run.
+            with contextlib.closing(_remaining(job, gradients)) as steps:
+                if first:
+                    with unchanged(bound.folder, identity.files) as look:
+                        record = _recorded(steps, look, writer, directory, record)
+                else:
+                    deque(steps, maxlen=0)
+        notes = record.restarts[-1].notes if record.restarts else ()
+        return Result(Path(out), plan, record, notes)
+
+
+def _recorded(
+    steps: Iterator[StepRecord],
+    look: Callable[[], None],
+    writer: CheckpointWriter,
+    directory: RunDirectory,
+    record: RunRecord,
+) -> RunRecord:
+    """Note every step as it is done, and finish the checkpoint; the finished run's record."""
+    with directory.unpublished_on_error():
+        for step in steps:
+            look()
+            record = directory.add(record, step, peak_memory_bytes())
+        writer.finish()
+    return directory.finish(record)
+
+
+def _unusual(ranks: Ranks, *, locked: bool) -> dict[str, str]:
+    """What else to tell of the surroundings."""
+    told = {} if locked else {"lock": "none"}
+    return told | ({"ranks": str(ranks.size)} if ranks.size > 1 else {})
+
+
+def _forecast(
+    plan: Plan,
+    bound: BoundModel,
+    batches: Sequence[Batch],
+    budget: int | None,
+    device: torch.device,
+) -> Forecast:
+    """How the run will go about it, and the peak that is expected.
+
+    Raises:
+        PlanError: The budget is too small.
+    """
+    tokens = count_tokens(bound, batches)
+    resident = resident_bytes()
+    forecasts = [forecast(plan, bound, tokens, resident=resident, way=way) for way in WAYS]
+    if budget is not None or device.type != "cpu":
+        return choose_way(forecasts, budget)
+    spare = resident + available_bytes()
+    return next((one for one in forecasts if one.peak_bytes <= spare), forecasts[-1])
+
+
+def _told(memory: Forecast, budget: int | None) -> dict[str, int | str]:
+    """A forecast for the record."""
+    told: dict[str, int | str] = {
+        "predicted_peak_bytes": memory.peak_bytes,
+        "where": memory.where,
+        "way": memory.way.describe(),
+    }
+    return told | ({} if budget is None else {"budget_bytes": budget})
+
+
+def _given_away(batches: list[Batch]) -> Iterator[Batch]:
+    """The batches, of which nothing is held here once they are taken."""
+    while batches:
+        yield batches.pop(0)
+
+
+def _remaining(job: Run, gradients: Sequence[Batch]) -> Generator[StepRecord, None, None]:
+    """Do the steps that no earlier run has finished; nothing at all if there are none."""
+    if all(step.name in job.done for step in job.bound.steps):
+        return
+    if gradients:
+        job.reporter.stage("model", "gradients")
+    # Not a part of the record: model, data and plan decide them, and those are.
+    weights = vision_weights(job.plan, job.bound, gradients, device=job.device, dtype=job.dtype)
+    job = replace(job, vision_weights=weights)
+    yield from stream(job) if streams(job.plan) else run(job)
 
 
 def load(
@@ -277,29 +371,34 @@ def _batches(
 
 
 def _identity(
-    plan: Plan, bound: BoundModel, samples: Sequence[Sample], arithmetic: str
-) -> dict[str, str]:
-    return {
-        "plan": plan.fingerprint(),
-        "model": _model_fingerprint(bound.folder),
-        "data": fingerprint(samples) if samples else "",
-        "arithmetic": arithmetic,
-    }
+    plan: Plan,
+    bound: BoundModel,
+    samples: Sequence[Sample],
+    batches: Sequence[Batch],
+    arithmetic: str,
+    ranks: Ranks,
+) -> Identity:
+    prints = ranks.gather_json([fingerprint_batch(batch) for batch in batches])
+    dealt = [one for turn in zip_longest(*prints) for one in turn if one is not None]
+    return Identity(
+        plan=plan.fingerprint(),
+        files=stamp_files(bound.folder, _source_files(bound.folder)),
+        samples=fingerprint_samples(samples),
+        inputs=fingerprint_batches(dealt),
+        arithmetic=arithmetic,
+        versions=code_versions(),
+    )
 
 
-def _model_fingerprint(folder: Path) -> str:
-    """SHA-256 over the configuration, the headers, and both ends of every shard."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+def _source_files(folder: Path) -> list[Path]:
+    """All files of a source that decide the result, or become a part of it."""
     reader = ShardReader(folder)
-    for name in sorted(reader.names):
-        digest.update(f"{name} {reader.info(name)}".encode())
-    window = 1 << 16
-    for shard in sorted({reader.info(name).file for name in reader.names}):
-        with (folder / shard).open("rb") as file:
-            digest.update(file.read(window))
-            file.seek(max(0, (folder / shard).stat().st_size - window))
-            digest.update(file.read(window))
-    return digest.hexdigest()
+    shards = {folder / reader.info(name).file for name in reader.names}
+    return [folder / "config.json", *sorted(shards), *files_to_copy(folder)]
+
+
+def _copied_bytes(bound: BoundModel) -> int:
+    return sum(path.stat().st_size for path in files_to_copy(bound.folder))
 
 
 def _device(name: str) -> torch.device:

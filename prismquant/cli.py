@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import sys
 import threading
@@ -208,41 +209,65 @@ def quantize(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run that was cut off.")
     ] = False,
+    memory_budget: Annotated[
+        str | None,
+        typer.Option("--memory-budget", help="Take no more than this, e.g. 4GiB; on a CPU."),
+    ] = None,
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Quantize a checkpoint into a folder that transformers and vLLM load."""
     from prismquant.api import quantize as run
+    from prismquant.distributed import joined
     from prismquant.export.check import check
-    from prismquant.report.plans import run_table
+    from prismquant.report.plans import memory_line, run_table
     from prismquant.report.progress import ProgressReporter
 
+    budget = None if memory_budget is None else _byte_count(memory_budget)
     chosen = _adapted(recipe, kv_cache, tensor_parallel, fallback=fallback)
     if solver is not None:
         chosen = chosen.with_rules({"solver": solver}, name=f"{chosen.name}-{solver}")
     changes = {k: v for k, v in {"samples": samples, "batch_size": batch_size}.items() if v}
     chosen = chosen.with_calibration(**changes)
     console = _console(stderr=True)
-    with ProgressReporter(console) as reporter:
-        result = run(
-            model,
-            chosen,
-            out,
-            calib,
-            device=device,
-            resume=resume,
-            trust_remote_code=trust_remote_code,
-            reporter=reporter,
-        )
+    with joined() as ranks:
+        first = ranks.rank == 0
+        with ProgressReporter(console) if first else contextlib.nullcontext() as reporter:
+            result = run(
+                model,
+                chosen,
+                out,
+                calib,
+                device=device if device != "cuda" else ranks.device,
+                resume=resume,
+                trust_remote_code=trust_remote_code,
+                reporter=reporter,
+                memory_budget=budget,
+                ranks=ranks,
+            )
+    if not first:
+        return
     report = check(out)
     if as_json:
         body = {"out": str(out), "record": result.record.to_dict(), "check": report.to_dict()}
         typer.echo(json.dumps(body))
         return
     console.print(run_table(result.plan, result.record))
-    _print_remarks(console, result.plan.remarks)
+    console.print(memory_line(result.record))
+    _print_remarks(console, [*result.plan.remarks, *result.notes])
     _print_findings(console, report)
     console.print(f"written: {out}")
+
+
+def _byte_count(text: str) -> int:
+    """The number of bytes that a size such as ``4GiB``, ``4G`` or ``500 MB`` says."""
+    found = re.fullmatch(r"([0-9.]+)\s*([kmgt]?)(i?)b?", text.strip().lower())
+    if not found or found[1].count(".") > 1 or not found[1].strip("."):
+        raise typer.BadParameter(f"{text!r} is no size such as 4GiB", param_hint="--memory-budget")
+    number, prefix, binary = found.groups()
+    # A bare letter is meant as memory is counted.
+    unit = 1000 if text.strip().lower().endswith("b") and prefix and not binary else 1024
+    return int(float(number) * unit ** " kmgt".index(prefix or " "))
 
 
 def _adapted(

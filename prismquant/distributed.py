@@ -39,6 +39,10 @@ class Ranks(Protocol):
     def size(self) -> int:
         """How many there are."""
 
+    @property
+    def device(self) -> str:
+        """The accelerator of this process."""
+
     def sum_(self, x: Tensor) -> None:
         """Replace ``x`` by its sum over all ranks; equal shapes, and an equal result, on all."""
 
@@ -55,6 +59,7 @@ class Alone:
 
     rank: int = 0
     size: int = 1
+    device: str = "cuda"
 
     def sum_(self, x: Tensor) -> None:
         """It is its own sum."""
@@ -75,10 +80,12 @@ class Group:
     Attributes:
         rank: The number of this process.
         size: How many there are.
+        device: Its accelerator: each process of a node has one of its own.
     """
 
     rank: int
     size: int
+    device: str
 
     def sum_(self, x: Tensor) -> None:
         """See :class:`Ranks`."""
@@ -130,7 +137,7 @@ def joined() -> Iterator[Ranks]:
             remedy="start all ranks with torchrun; see docs/scaling.md",
         ) from error
     try:
-        yield Group(rank, size)
+        yield Group(rank, size, f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     finally:
         dist.destroy_process_group()
 

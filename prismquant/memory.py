@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import sys
 
+import psutil
+
 _M_MMAP_THRESHOLD = -3
 
 
@@ -16,6 +18,16 @@ def peak_memory_bytes() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_bytes() -> int:
+    """Resident set of this process now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def available_bytes() -> int:
+    """Memory that processes can still get without anything being swapped out."""
+    return int(psutil.virtual_memory().available)
 
 
 def keep_heap_compact() -> None:

@@ -1,28 +1,32 @@
 """Reading shards and writing files whole or not at all.
 
 Everything that PrismQuant writes goes through :func:`atomic_path`: the bytes go to a temporary
-name in the same folder, are flushed to the disk, and only then renamed. A run that is killed
-leaves either the old file or the new one, never half of one. Tensors are read one at a time by
-name from safetensors shards; shapes and dtypes come from the headers, without touching the data.
+name in the same folder, are flushed to the disk, and only then renamed; then the new name is
+flushed as well. A run that is killed leaves either the old file or the new one, never half of one,
+and what is written first survives a power cut first. Tensors are read one at a time by name from
+safetensors shards; shapes and dtypes come from the headers, without touching the data.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
+import io
 import json
 import os
+import secrets
 import shutil
 import struct
-import tempfile
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from prismquant.errors import StorageError
 
@@ -48,6 +52,13 @@ _DTYPES = {
     "F8_E8M0": torch.float8_e8m0fnu,
     "C64": torch.complex64,
 }
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+# The order of tensors in a file: wide types first, so that each begins at a multiple of its width.
+_WIDE_FIRST = (
+    *("U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
+    *("F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"),
+)
+_ORDER = {_DTYPES[name]: place for place, name in enumerate(_WIDE_FIRST)}
 # A header is JSON of names and offsets: 100 MB is far above any real one and the format's own
 # limit.
 _MAX_HEADER_BYTES = 100_000_000
@@ -80,27 +91,56 @@ class TensorInfo:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path that becomes ``path`` when the block ends without an error.
 
+    When the block has ended, the file and its name are on the disk: a power cut takes neither.
+
     Raises:
         StorageError: The disk is full, or the folder cannot be written.
     """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_TEMPORARY, dir=path.parent)
-        os.close(handle)
-    except OSError as error:
-        raise _storage_error(error, path) from error
-    temporary = Path(name)
-    try:
+        make_folder(path.parent)
+        # Made only within the block that removes it: an interruption may come at any line.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        # mkstemp makes files private; a checkpoint is as readable as the user's other files.
-        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
+        _flush_folder(path.parent)
     except OSError as error:
-        raise _storage_error(error, path) from error
+        raise storage_error(error, path) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and what is missing above it, so that a power cut does not take it.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        _flush_folder(path.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk, on systems where that is a step of its own."""
+    if sys.platform == "win32":
+        return
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return  # a folder that may be written but not listed
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some network and user-space file systems refuse it: they have no such step.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(handle)
 
 
 def remove_temporaries(folder: Path) -> None:
@@ -113,6 +153,16 @@ def remove_temporaries(folder: Path) -> None:
 def is_temporary(path: Path) -> bool:
     """Whether :func:`atomic_path` would name a temporary file like this."""
     return path.name.startswith(".") and path.name.endswith(_TEMPORARY)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -134,10 +184,15 @@ def write_json(path: Path, value: Any) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write a safetensors file, whole or not at all.
 
-    Names are sorted, so equal input gives equal bytes.
+    The bytes are those of the safetensors library: equal input gives equal bytes. They go to the
+    file from where the tensors lie, one after the other, so writing takes no memory of its own.
     """
-    ready = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    write_bytes(path, save(ready, metadata={"format": "pt"}))
+    order = sorted(tensors, key=lambda name: (_ORDER[tensors[name].dtype], name))
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        file.write(_header({name: tensors[name] for name in order}))
+        for name in order:
+            raw = _raw_bytes(tensors[name].detach().cpu().contiguous())
+            file.write(_little_endian(raw, tensors[name].dtype).data)
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -171,6 +226,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         StorageError: The file is missing, cut short, not a safetensors file, or of a type that
             torch does not have.
     """
+    return {name: info for name, (info, _) in _places(path).items()}
+
+
+def _places(path: Path) -> dict[str, tuple[TensorInfo, int]]:
+    """What a header says of each tensor, and where in the file its data begin."""
     broken = StorageError(
         f"{path.name} is not a whole safetensors file",
         where=str(path),
@@ -188,7 +248,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+            spans = {name: tuple(entry["data_offsets"]) for name, entry in header.items()}
+            end = max((int(span[1]) for span in spans.values()), default=0)
             dtypes = {entry["dtype"] for entry in header.values()}
             shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
         except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -201,10 +262,13 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             where=str(path),
             remedy="use the original, unquantized checkpoint",
         )
-    return {
+    infos = {
         name: TensorInfo(_DTYPES[header[name]["dtype"]], shape, path.name)
         for name, shape in shapes.items()
     }
+    if any(stop - start != infos[name].nbytes for name, (start, stop) in spans.items()):
+        raise broken
+    return {name: (infos[name], 8 + length + start) for name, (start, _) in spans.items()}
 
 
 class ShardReader:
@@ -221,9 +285,11 @@ class ShardReader:
     def __init__(self, folder: Path, files: Sequence[str] | None = None) -> None:
         self.folder = Path(folder)
         self._infos: dict[str, TensorInfo] = {}
+        self._starts: dict[str, int] = {}
         shards = _shard_files(self.folder) if files is None else [self.folder / f for f in files]
         for file in shards:
-            self._infos.update(read_header(file))
+            for name, (info, start) in _places(file).items():
+                self._infos[name], self._starts[name] = info, start
 
     @property
     def names(self) -> frozenset[str]:
@@ -238,13 +304,67 @@ class ShardReader:
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor, in its dtype on disk, in ordinary (not memory-mapped) memory."""
-        path = self.folder / self.info(name).file
+        # Of this class in any case: readers that show other tensors build on what is on disk.
+        info = ShardReader.info(self, name)
+        path = self.folder / info.file
+        tensor = torch.empty(info.shape, dtype=info.dtype)
+        raw = _raw_bytes(tensor)
         try:
-            with safe_open(path, framework="pt") as shard:
-                tensor: torch.Tensor = shard.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise StorageError(f"cannot read {name!r}: {error}", where=str(path)) from error
-        return tensor.clone()
+            with path.open("rb", buffering=0) as file:
+                file.seek(self._starts[name])
+                _fill(file, raw.data)
+        except OSError as error:
+            reason = error.strerror or error
+            raise StorageError(f"cannot read {name!r}: {reason}", where=str(path)) from error
+        _little_endian(raw, info.dtype, out=raw)
+        return tensor
+
+
+def _header(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """The head of a safetensors file of these tensors, in this order."""
+    content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.dtype.itemsize
+        content[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    # Padded, so that the data begin at a multiple of the widest number.
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _raw_bytes(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
+    """The memory of a contiguous tensor on the CPU as bytes; nothing is copied."""
+    if tensor.numel() == 0:
+        return np.empty(0, dtype=np.uint8)
+    raw: npt.NDArray[np.uint8] = tensor.reshape(-1).view(torch.uint8).numpy()
+    return raw
+
+
+def _little_endian(
+    raw: npt.NDArray[np.uint8], dtype: torch.dtype, out: npt.NDArray[np.uint8] | None = None
+) -> npt.NDArray[np.uint8]:
+    """Bytes of numbers as they are on disk, or back; the same bytes on nearly all machines."""
+    if sys.byteorder == "little":
+        return raw
+    size = dtype.itemsize // (2 if dtype.is_complex else 1)
+    swapped = raw.reshape(-1, size)[:, ::-1].reshape(-1)
+    if out is not None:
+        out[:] = swapped
+    return swapped
+
+
+def _fill(file: io.RawIOBase, target: memoryview) -> None:
+    """Read until a buffer is full: one call reads two gigabytes at most."""
+    while len(target):
+        count = file.readinto(target)
+        if not count:
+            raise OSError(errno.EIO, "the file is shorter than its header says")
+        target = target[count:]
 
 
 def weight_bytes(folder: Path) -> int:
@@ -276,13 +396,8 @@ def _shard_files(folder: Path) -> list[Path]:
     return files
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _storage_error(error: OSError, path: Path) -> StorageError:
+def storage_error(error: OSError, path: Path) -> StorageError:
+    """What to tell a user of a failure to write ``path``."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return StorageError(
             f"the disk is full: {path.name} was not written",

@@ -346,7 +346,7 @@ def test_a_disk_that_fills_up_during_the_run(
 ) -> None:
     """The error says so; the folder is clean; with space again the run ends as if nothing was."""
     recipe = pq.load_recipe("w8a8").with_rules({"solver": "rtn"})
-    left = 8
+    left = 16
     real = os.fsync
 
     def fsync(handle: int) -> None:

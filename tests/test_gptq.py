@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prismquant.algorithms.base import LayerProblem, LayerResult
-from prismquant.algorithms.gptq import GPTQ
+from prismquant.algorithms import gptq
+from prismquant.algorithms.base import LayerProblem, LayerResult, row_losses
+from prismquant.algorithms.gptq import GPTQ, peak_solve_bytes
 from prismquant.algorithms.rtn import RTN
 from prismquant.algorithms.statistics import HessianRecord
 from prismquant.errors import NumericsError
@@ -549,3 +552,83 @@ def test_pivots_are_ordered_across_blocks():
     damped = damp(problem.hessian, 0.1, "column")
     expected = textbook(problem.weights[0], result, damped, order_of(damped, "pivot"))
     assert torch.equal(result.spec.grid.read(result.codes).double(), expected)
+
+
+def test_losses_of_rows_are_those_of_float64_beyond_a_block_of_columns():
+    features = 2 * gptq.LOSS_BLOCK + 70
+    hessian = moments(correlated(700, features, 1))
+    error = torch.randn(5, features, generator=torch.Generator().manual_seed(2))
+    exact = ((error.double() @ hessian.double()) * error.double()).sum(1)
+    torch.testing.assert_close(row_losses(error, hessian), exact, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["int4-g16", "int3-channel-asym", "int8-tensor", "fp8-b16"])
+@pytest.mark.parametrize("passes", [0, 2])
+def test_how_many_rows_are_solved_at_once_changes_no_code(name, passes, monkeypatch):
+    problem = make(name, (20, 3, 14), seed=11)
+    problem.hessian[5], problem.hessian[:, 5] = 0.0, 0.0
+    whole = GPTQ(refine_passes=passes).solve(problem)
+    monkeypatch.setattr(gptq, "_CPU_ROWS", 6)
+    portions = GPTQ(refine_passes=passes).solve(problem)
+    for one, two in zip(whole.weights, portions.weights, strict=True):
+        assert torch.equal(one.codes, two.codes)
+    assert portions.losses == pytest.approx(whole.losses, rel=1e-5)
+    for note in ("swept_loss", "refined_loss"):
+        assert portions.notes[note] == pytest.approx(whole.notes[note], rel=1e-5)
+
+
+@pytest.mark.parametrize("damping", [0.1, 1e-4])
+@pytest.mark.parametrize("tokens", [20, 1000])
+@pytest.mark.parametrize("passes", [0, 1, 3])
+def test_the_loss_is_that_of_the_codes_however_it_was_measured(passes, tokens, damping):
+    """Descent measures it on the way; what a Hessian of few tokens leaves is small beside it."""
+    problem = make("int4-g16", (30, 9), 144, tokens=tokens, seed=12)
+    result = GPTQ(damping=damping, refine_passes=passes).solve(problem)
+    for weight, found, loss in zip(problem.weights, result.weights, result.losses, strict=True):
+        assert loss == pytest.approx(loss_under(problem.hessian, weight, found), rel=1e-4)
+
+
+# For each shape, by how much a solve raised the resident set; a small one has loaded all code.
+_PEAKS = """
+import sys, torch
+from pathlib import Path
+from prismquant.algorithms.base import LayerProblem
+from prismquant.algorithms.gptq import GPTQ
+from prismquant.formats.spec import spec
+from prismquant.memory import keep_heap_compact
+from prismquant.numerics.ranges import RangeRule
+
+def status(name):
+    text = Path("/proc/self/status").read_text()
+    return int(text.split(name + ":")[1].split()[0]) * 1024
+
+def took(n, rows):
+    x = torch.randn(256, n)
+    weight = torch.randn(rows, n)
+    rule = RangeRule(kind="minmax")
+    task = LayerProblem(("one",), (weight,), spec("int4-g32"), rule, torch.float32, x.T @ x)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
+    before = status("VmRSS")
+    GPTQ(refine_passes=1).solve(task)
+    return status("VmHWM") - before
+
+keep_heap_compact()
+took(64, 32)
+print(*[took(*map(int, shape.split("x"))) for shape in sys.argv[1:]])
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts pages as Linux does")
+def test_a_solve_takes_the_memory_that_is_predicted():
+    """In a process of its own, because the peak is the process's."""
+    shapes = [(2048, 256), (512, 5000)]
+    command = [sys.executable, "-c", _PEAKS, *(f"{n}x{rows}" for n, rows in shapes)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    for (features, rows), took in zip(shapes, done.stdout.split(), strict=True):
+        predicted = peak_solve_bytes(features, rows)
+        assert 0.4 * predicted < int(took) < predicted
+
+
+def test_one_matrix_of_the_size_of_the_hessian_is_enough():
+    """The factor: a large layer needs little more than it beside what the caller holds."""
+    assert peak_solve_bytes(18944, 3584) < 1.8 * 4 * 18944**2

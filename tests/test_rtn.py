@@ -5,12 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
+from prismquant.algorithms import rtn
 from prismquant.algorithms.base import LayerProblem
-from prismquant.algorithms.rtn import RTN
+from prismquant.algorithms.rtn import RTN, round_weight
 from prismquant.errors import NumericsError, RecipeError
 from prismquant.formats.spec import spec
 from prismquant.numerics import ranges
-from prismquant.numerics.affine import dequantize, quantize, scale_zero_point, to_groups
+from prismquant.numerics.affine import (
+    dequantize,
+    quantize,
+    quantize_with_values,
+    scale_zero_point,
+    to_groups,
+)
 from prismquant.numerics.ranges import RangeRule, coupled_weight_scales, weight_scales
 
 
@@ -209,3 +216,43 @@ def test_a_hessian_that_does_not_fit_is_refused():
             coupled_weight_scales(
                 weight, form.grid, True, form.granularity, 8, rule, torch.bfloat16, bad
             )
+
+
+@pytest.mark.parametrize("kind", ["minmax", "mse"])
+@pytest.mark.parametrize(
+    "name", ["int4-g8", "int8-tensor", "int2-g4-asym", "fp8-b8", "fp8-channel", "nvfp4", "mxfp4"]
+)
+def test_blocks_of_rows_change_no_bit(monkeypatch, name, kind):
+    """Also where the last block is smaller, or a square is cut off by the last row."""
+    torch.manual_seed(2)
+    weight, form = torch.randn(37, 64).bfloat16(), spec(name)
+    stored = LayerProblem(
+        ("w",), (weight.float(),), form, RangeRule(kind), torch.bfloat16
+    ).scale_format
+    found = []
+    for block in (1, 64 * 5, 64 * 16, 1 << 20):
+        monkeypatch.setattr(rtn, "_CPU_BLOCK", block)
+        found.append(round_weight(weight, form, RangeRule(kind), stored))
+    for other in found[1:]:
+        assert torch.equal(other.weight.codes, found[0].weight.codes)
+        assert torch.equal(other.weight.scale.float(), found[0].weight.scale.float())
+        assert other.loss == found[0].loss
+
+
+@pytest.mark.parametrize("name", ["int4-g8", "int2-g4-asym", "int8-tensor", "fp8-b8", "mxfp4"])
+def test_codes_with_values_are_codes_and_what_they_stand_for(name):
+    """Bit for bit, negative zeros included."""
+    torch.manual_seed(3)
+    weight, form = torch.randn(19, 32), spec(name)
+    weight[0, :4] = torch.tensor([0.0, -0.0, -1e-9, 1e-9])
+    unit = (form.granularity, form.group_size)
+    (quantized,) = (
+        RTN()
+        .solve(LayerProblem(("w",), (weight,), form, RangeRule("minmax"), torch.bfloat16))
+        .weights
+    )
+    scales = (quantized.scale, quantized.zero_point)
+    codes, values = quantize_with_values(weight, *scales, form.grid, *unit)
+    assert torch.equal(codes, quantize(weight, *scales, form.grid, *unit))
+    want = dequantize(codes, *scales, *unit, torch.float32, form.grid)
+    assert torch.equal(values.view(torch.int32), want.view(torch.int32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -24,11 +26,13 @@ from prismquant.pipeline.checkpoint import (
     RECORD_VERSION,
     EdgeRecord,
     LayerRecord,
+    RestartRecord,
     RunDirectory,
     RunRecord,
     StepRecord,
 )
 from prismquant.pipeline.engine import Silent
+from prismquant.pipeline.identity import FileStamp, Identity
 from prismquant.pipeline.plan import Plan, make_plan
 from prismquant.recipe.schema import Recipe, load_recipe
 from prismquant.storage import ShardReader, read_json, write_tensors
@@ -36,8 +40,16 @@ from prismquant.storage import ShardReader, read_json, write_tensors
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+IDENTITY = Identity(
+    plan="p",
+    files={"model.safetensors": FileStamp(10, 5, 3, "m")},
+    samples=("a", "b", "c"),
+    inputs="d",
+    arithmetic="cpu torch.float32",
+    versions={"prismquant": "0.1.0", "torch": "2"},
+)
 RECORD = RunRecord(
-    identity={"plan": "p", "model": "m", "data": "d", "arithmetic": "cpu torch.float32"},
+    identity=IDENTITY,
     model="source",
     calibration="calibration.jsonl",
     samples={"text": 1, "image": 2},
@@ -60,6 +72,11 @@ def recipe() -> Recipe:
 @pytest.fixture(scope="module")
 def plan(tiny: Callable[..., Path], recipe: Recipe) -> Plan:
     return make_plan(recipe, bind(tiny("qwen2_vl")))
+
+
+def record_text(**changes: Any) -> str:
+    """A run record with some entries replaced or added."""
+    return json.dumps(RECORD.to_dict() | changes)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -86,7 +103,13 @@ def assert_unfinished_and_clean(folder: Path) -> None:
 
 
 def test_a_record_survives_being_written(tmp_path: Path) -> None:
-    record = replace(RECORD, steps=(STEP, replace(STEP, name="other", layers=())), finished=True)
+    record = replace(
+        RECORD,
+        steps=(STEP, replace(STEP, name="other", layers=(), size=12, sha256="00")),
+        finished=True,
+        restarts=(RestartRecord("2026-01-01T00:00:00Z", 1, ("damaged", "threads")),),
+        files={"config.json": "00"},
+    )
     directory = RunDirectory(tmp_path)
     directory.save(record)
     assert directory.load() == record
@@ -138,19 +161,106 @@ def test_an_earlier_run_is_not_overwritten_without_resume(
         RunDirectory(tmp_path).begin(RECORD, plan, recipe, resume=False)
 
 
+def begun(folder: Path, plan: Plan, recipe: Recipe, *shards: str) -> RunRecord:
+    """A run with a finished step for each shard."""
+    directory = RunDirectory(folder)
+    record = directory.begin(RECORD, plan, recipe, resume=False)
+    for number, shard in enumerate(shards):
+        write_tensors(folder / shard, {"w": torch.full((number + 1,), float(number))})
+        record = directory.add(record, replace(STEP, name=f"step {number}", shard=shard), 7)
+    return record
+
+
+def test_a_step_is_claimed_with_its_checksum(tmp_path: Path, plan: Plan, recipe: Recipe) -> None:
+    record = begun(tmp_path, plan, recipe, "a.safetensors", "b.safetensors")
+    assert RunDirectory(tmp_path).load() == record
+    for step in record.steps:
+        content = (tmp_path / step.shard).read_bytes()
+        assert (step.size, step.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+    assert (record.seconds, record.peak_memory_bytes) == (3.0, 7)
+
+
 def test_resuming_goes_on_with_the_earlier_record(
     tmp_path: Path, plan: Plan, recipe: Recipe
 ) -> None:
-    directory = RunDirectory(tmp_path)
-    directory.begin(RECORD, plan, recipe, resume=False)
-    write_tensors(tmp_path / STEP.shard, {})
-    earlier = replace(RECORD, steps=(STEP,), seconds=1.5)
-    directory.save(earlier)
+    earlier = begun(tmp_path, plan, recipe, STEP.shard)
     leftover = tmp_path / f".{STEP.shard}.abc.tmp"
     leftover.write_text("a killed process left this")
     again = replace(RECORD, model="moved", environment={"torch": "3"})
-    assert directory.begin(again, plan, recipe, resume=True) == earlier
+    resumed = RunDirectory(tmp_path).begin(again, plan, recipe, resume=True)
+    assert replace(resumed, restarts=()) == earlier
+    assert [(restart.kept, restart.notes) for restart in resumed.restarts] == [(1, ())]
+    assert RunDirectory(tmp_path).load() == resumed
     assert not leftover.exists()
+
+
+def test_what_may_change_rounding_is_told_and_not_refused(
+    tmp_path: Path, plan: Plan, recipe: Recipe
+) -> None:
+    RunDirectory(tmp_path).begin(
+        replace(RECORD, environment={"threads": "1", "cpu": "AVX2"}), plan, recipe, resume=False
+    )
+    now = replace(RECORD, environment={"threads": "2", "cpu": "AVX2"})
+    resumed = RunDirectory(tmp_path).begin(now, plan, recipe, resume=True)
+    (note,) = resumed.restarts[0].notes
+    assert note.startswith("threads 1 -> 2: sums may be rounded otherwise")
+
+
+SHARDS = ("a.safetensors", "b.safetensors", "c.safetensors")
+
+
+@pytest.mark.parametrize("damage", ["is gone", "bytes instead of", "has changed"])
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_damaged_step_and_those_after_it_are_done_again(
+    tmp_path: Path, plan: Plan, recipe: Recipe, number: int, damage: str
+) -> None:
+    """What was before it is kept; the record says what was found."""
+    earlier = begun(tmp_path, plan, recipe, *SHARDS)
+    path = tmp_path / SHARDS[number]
+    content = path.read_bytes()
+    if damage == "is gone":
+        path.unlink()
+    else:
+        whole = damage == "has changed"
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]) * whole)
+    resumed = RunDirectory(tmp_path).begin(RECORD, plan, recipe, resume=True)
+    assert resumed.steps == earlier.steps[:number]
+    assert resumed.seconds == 1.5 * number
+    assert RunDirectory(tmp_path).load() == resumed
+    (note,) = resumed.restarts[0].notes
+    assert damage in note
+    assert note.startswith(SHARDS[number])
+    after = {0: "with the 2 after it", 1: "with the 1 after it", 2: "again"}[number]
+    assert note.endswith(after)
+
+
+def test_a_finished_run_that_was_damaged_is_no_model_until_it_is_whole(
+    tmp_path: Path, plan: Plan, recipe: Recipe
+) -> None:
+    record = begun(tmp_path, plan, recipe, *SHARDS)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    directory = RunDirectory(tmp_path)
+    record = directory.finish(record)
+    assert record.files.keys() == {"config.json", "tokenizer.json"}
+    assert directory.begin(RECORD, plan, recipe, resume=True) == record
+    (tmp_path / "tokenizer.json").write_text("{ }")
+    resumed = directory.begin(RECORD, plan, recipe, resume=True)
+    assert (resumed.finished, resumed.steps, resumed.files) == (False, record.steps, {})
+    assert "tokenizer.json has changed: the last files are" in resumed.restarts[0].notes[0]
+    assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "", "[]", '{"rows": 3}'])
+def test_a_damaged_plan_or_recipe_file_is_written_again(
+    tmp_path: Path, plan: Plan, recipe: Recipe, text: str
+) -> None:
+    begun(tmp_path, plan, recipe)
+    whole = files_of(tmp_path)
+    (tmp_path / "prismquant" / "plan.json").write_text(text)
+    (tmp_path / "prismquant" / "recipe.yaml").write_text("rules: {")
+    RunDirectory(tmp_path).begin(RECORD, plan, recipe, resume=True)
+    assert files_of(tmp_path) == whole
 
 
 @pytest.mark.parametrize("left", [[], ["record.json"], ["record.json", "plan.json"]])
@@ -164,28 +274,40 @@ def test_a_run_that_was_killed_at_its_very_start_can_be_resumed(
     (out / "prismquant" / ".plan.json.xyz.tmp").write_text("{")
     for name in left:
         shutil.copy(whole / "prismquant" / name, out / "prismquant")
-    assert RunDirectory(out).begin(RECORD, plan, recipe, resume=True) == RECORD
+    record = RunDirectory(out).begin(RECORD, plan, recipe, resume=True)
+    assert replace(record, restarts=()) == RECORD
     assert files_of(out) == files_of(whole)
 
 
-@pytest.mark.parametrize("key", RECORD.identity)
+OTHER: dict[str, tuple[dict[str, Any], str]] = {
+    "plan": ({"plan": "other"}, "recipe: it gives another plan"),
+    "model": (
+        {"files": {"model.safetensors": FileStamp(10, 5, 3, "other")}},
+        "model: shard model.safetensors has changed",
+    ),
+    "samples": ({"samples": ("a", "b", "x")}, "calibration: 1 of 3 samples differ"),
+    "arithmetic": ({"arithmetic": "cuda"}, "arithmetic: cpu torch.float32 -> cuda"),
+    "version": (
+        {"versions": {"prismquant": "0.2.0", "torch": "2"}},
+        "code version: prismquant 0.1.0 -> 0.2.0",
+    ),
+}
+
+
+@pytest.mark.parametrize("key", OTHER)
 def test_a_run_of_something_else_is_not_resumed(
     tmp_path: Path, plan: Plan, recipe: Recipe, key: str
 ) -> None:
     directory = RunDirectory(tmp_path)
     directory.begin(RECORD, plan, recipe, resume=False)
-    other = replace(RECORD, identity={**RECORD.identity, key: "other"})
-    with pytest.raises(StorageError, match=f"cannot resume: {key} of the earlier run differ"):
+    before = files_of(tmp_path)
+    changes, told = OTHER[key]
+    other = replace(RECORD, identity=replace(IDENTITY, **changes))
+    with pytest.raises(StorageError, match="cannot resume: the earlier run differs") as caught:
         directory.begin(other, plan, recipe, resume=True)
+    assert told in caught.value.what
     assert directory.load() == RECORD
-
-
-def test_a_shard_that_is_gone_is_named(tmp_path: Path, plan: Plan, recipe: Recipe) -> None:
-    directory = RunDirectory(tmp_path)
-    directory.begin(RECORD, plan, recipe, resume=False)
-    directory.save(replace(RECORD, steps=(STEP,)))
-    with pytest.raises(StorageError, match=f"{STEP.shard} of a finished step is gone"):
-        directory.begin(RECORD, plan, recipe, resume=True)
+    assert files_of(tmp_path) == before
 
 
 @pytest.mark.parametrize(
@@ -195,10 +317,14 @@ def test_a_shard_that_is_gone_is_named(tmp_path: Path, plan: Plan, recipe: Recip
         ("[]", "version None cannot be read"),
         ("{}", "version None cannot be read"),
         ('{"version": 99}', "version 99 cannot be read"),
-        ('{"version": 2}', "the run record is damaged"),
-        ('{"version": 2, "steps": 5}', "the run record is damaged"),
-        ('{"version": 2, "steps": [], "identity": {}, "model": "m", "x": 1}', "damaged"),
-        ('{"version": 2, "steps": [{"name": "a"}], "identity": {}, "model": "m"}', "damaged"),
+        ('{"version": 2}', "version 2 cannot be read"),
+        ('{"version": 3}', "the run record is damaged"),
+        ('{"version": 3, "identity": 5}', "the run record is damaged"),
+        ('{"version": 3, "identity": {"files": 1, "samples": []}}', "damaged"),
+        (record_text(steps=5), "the run record is damaged"),
+        (record_text(steps=[{"name": "a"}]), "damaged"),
+        (record_text(restarts=[{}]), "damaged"),
+        (record_text(x=1), "damaged"),
     ],
 )
 def test_a_damaged_record_is_an_error(
@@ -210,6 +336,25 @@ def test_a_damaged_record_is_an_error(
     with pytest.raises(StorageError, match=what) as caught:
         directory.begin(RECORD, plan, recipe, resume=True)
     assert str(directory.record_path) in str(caught.value)
+    assert "start again without --resume" in str(caught.value.remedy)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_disk_that_is_too_full_is_told_before_any_work(
+    tmp_path: Path, plan: Plan, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, resume: bool
+) -> None:
+    """Shards that are there already count when a run is resumed."""
+    there = 0
+    if resume:
+        there = begun(tmp_path, plan, recipe, "a.safetensors").steps[0].size
+    free = 5 << 20
+    usage = SimpleNamespace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    directory = RunDirectory(tmp_path)
+    directory.require_space(free + there)
+    with pytest.raises(StorageError, match=r"another 7\.0 MiB, but only 5\.0 MiB are free") as e:
+        directory.require_space((7 << 20) + there)
+    assert "free space or choose another --out" in str(e.value.remedy)
 
 
 # Interrupted runs
@@ -381,8 +526,31 @@ def test_a_run_that_ended_before_its_last_files_is_completed(
         with pytest.raises(StorageError, match="disk is full"):
             pq.quantize(tiny("qwen2_vl"), recipe, tmp_path / "out")
     assert_unfinished_and_clean(tmp_path / "out")
-    pq.quantize(tiny("qwen2_vl"), recipe, tmp_path / "out", resume=True)
+    count = Count()
+    pq.quantize(tiny("qwen2_vl"), recipe, tmp_path / "out", resume=True, reporter=count)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert count.moments == 0
+
+
+@pytest.mark.parametrize("number", [3, -1])
+def test_a_finished_checkpoint_that_was_damaged_is_mended(
+    tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path, number: int
+) -> None:
+    """A step's shard, and the one of tensors that belong to no step."""
+    recipe = load_recipe("w4a8-static").with_calibration(samples=3, batch_size=2)
+    given = tiny("qwen2_vl"), recipe, tmp_path, calibration_file
+    pq.quantize(*given)
+    whole = files_of(tmp_path)
+    shard = sorted(tmp_path.glob("*.safetensors"))[number]
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 255]))
+    result = pq.quantize(*given, resume=True)
+    (note,) = result.notes
+    assert note.startswith(f"{shard.name} has changed")
+    assert ("done again" if number == 3 else "last files are written again") in note
+    assert result.record.restarts[0].notes == result.notes
+    assert files_of(tmp_path) == whole
+    assert pq.quantize(*given, resume=True).record == result.record
 
 
 def test_other_arguments_are_refused_by_what_differs(
@@ -395,16 +563,21 @@ def test_other_arguments_are_refused_by_what_differs(
         pq.quantize(*given, reporter=StopAt(14))
     other_data = tiny_vlm.samples(tmp_path / "data", count=4, seed=9)
     other_model = tiny("qwen2_vl", seed=1)
-    other_recipe = recipe.with_rules({"options": {"damping": 0.1}})
-    for position, changed, name in (
-        (1, other_recipe, "plan"),
-        (0, other_model, "model"),
-        (3, other_data, "data"),
+    finer = recipe.with_rules({"options": {"damping": 0.1}})
+    wider = recipe.with_rules({"match": {"role": "mlp.down"}, "weights": "int8-channel"})
+    name = "model.language_model.layers.0.mlp.down_proj"
+    for position, changed, told in (
+        (1, finer, "recipe: .*options.damping .* -> 0.1"),
+        (1, wider, rf"recipe: {name} and 1 other: weights int4 .* -> int8 channel"),
+        (1, recipe.with_calibration(samples=3), "samples 4 -> 3\n.*3 samples instead of 4, 0 of"),
+        (0, other_model, r"model: shard model.safetensors has changed\n"),
+        (3, other_data, rf"calibration: . of 4 samples differ\n.*calibration is {other_data}, was"),
     ):
         arguments: list[Any] = list(given)
         arguments[position] = changed
-        with pytest.raises(StorageError, match=f"cannot resume: {name} of the earlier run differ"):
+        with pytest.raises(StorageError, match="cannot resume") as caught:
             pq.quantize(*arguments, resume=True)
+        assert re.search(told, str(caught.value)), str(caught.value)
     assert pq.quantize(*given, resume=True).record.finished
 
 

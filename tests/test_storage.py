@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import pickle
+import signal
 import stat
 import struct
 import subprocess
@@ -28,6 +29,7 @@ from prismquant.storage import (
     ShardReader,
     atomic_path,
     copy_file,
+    file_digest,
     is_temporary,
     read_header,
     read_json,
@@ -81,6 +83,123 @@ def test_what_is_written_is_as_readable_as_other_files(tmp_path: Path) -> None:
     (tmp_path / "theirs").write_text("")
     modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("ours", "theirs")]
     assert modes[0] == modes[1]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders are not flushed there")
+def test_what_is_written_reaches_the_disk_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contents before the name, the name before anything that is written later.
+
+    After a power cut at any moment, what has its name is whole, and what was written before it is
+    there too.
+    """
+    calls: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def flushed(handle: int) -> None:
+        name = Path(f"/proc/self/fd/{handle}").readlink().name
+        calls.append(("flush", "temporary" if is_temporary(Path(name)) else name))
+        fsync(handle)
+
+    def renamed(source: Any, target: Any) -> None:
+        calls.append(("name", Path(target).name))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", renamed)
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("needs /proc to tell what is flushed")
+    write_text(tmp_path / "deep" / "er" / "a", "first")
+    write_text(tmp_path / "deep" / "b", "second")
+    first, second = (
+        [("flush", "temporary"), ("name", name), ("flush", folder)]
+        for name, folder in (("a", "er"), ("b", "deep"))
+    )
+    assert calls == [("flush", "deep"), ("flush", tmp_path.name), *first, *second]
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_cannot_flush_folders_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    fsync = os.fsync
+
+    def files_only(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(code, os.strerror(code))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", files_only)
+    write_text(tmp_path / "deep" / "a", "text")
+    assert (tmp_path / "deep" / "a").read_text() == "text"
+
+
+def test_a_folder_that_fails_to_be_flushed_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name may be lost in a power cut: nothing must rest on it."""
+    fsync = os.fsync
+
+    def files_only(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", files_only)
+    with pytest.raises(StorageError, match="cannot write a: Input/output error"):
+        write_text(tmp_path / "a", "text")
+
+
+@pytest.mark.parametrize("moment", range(6))
+def test_an_interruption_between_any_two_calls_leaves_no_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    """Ctrl-C may come right after the file was made, before anyone holds its name."""
+    left = moment
+
+    def counted(call: Any) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            value = call(*args, **kwargs)
+            left -= 1
+            if left == -1:
+                raise KeyboardInterrupt
+            return value
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        for name in ("open", "close", "fsync", "replace"):
+            patch.setattr(os, name, counted(getattr(os, name)))
+        with pytest.raises(KeyboardInterrupt):
+            write_text(tmp_path / "a", "text")
+    assert names_in(tmp_path) in ([], ["a"])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+def test_a_process_that_is_killed_while_it_writes_leaves_the_old_file(tmp_path: Path) -> None:
+    """Half of the new bytes are under another name, which the next run deletes."""
+    path = tmp_path / "config.json"
+    write_text(path, "old")
+    child = os.fork()
+    if child == 0:
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            file.write(b"half of the n")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert path.read_text() == "old"
+    (left,) = [file for file in tmp_path.iterdir() if file != path]
+    assert left.read_bytes() == b"half of the n"
+    remove_temporaries(tmp_path)
+    assert names_in(tmp_path) == ["config.json"]
+
+
+def test_a_digest_is_that_of_the_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    assert file_digest(tmp_path / "a").startswith("ba7816bf8f01cfea414140de5dae2223")
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])

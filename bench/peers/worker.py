@@ -138,13 +138,16 @@ def save(
         raise ValueError(f"{levels} values share a scale: more than {options.bits} bits hold")
     model.save_pretrained(options.out)
     processor.save_pretrained(options.out)
+    figures = {"layers": len(layers), "changed_parameters": changed, "most_levels": levels}
+    write_report(options.out, {**took, **figures}, packages)
+
+
+def write_report(out: Path, figures: Mapping[str, Any], packages: Sequence[str]) -> None:
+    """Write ``peer.json``: figures, threads, and the versions of torch and of these packages."""
     report = {
-        **took,
-        "layers": len(layers),
-        "changed_parameters": changed,
-        "most_levels": levels,
+        **figures,
         "threads": torch.get_num_threads(),
         "cores": len(os.sched_getaffinity(0)),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", *packages)},
     }
-    (options.out / REPORT).write_text(json.dumps(report), encoding="utf-8")
+    (out / REPORT).write_text(json.dumps(report), encoding="utf-8")

@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 Note = float | int | str
 
+# Columns of a Hessian multiplied at once where its symmetry is used.
+LOSS_BLOCK = 512
+
 
 @dataclass(frozen=True, eq=False)
 class LayerProblem:
@@ -284,14 +287,24 @@ def row_losses(error: Tensor, hessian: Tensor | None) -> Tensor:
 
     Args:
         error: ``W - Q``, float32 ``[out, in]``.
-        hessian: ``[in, in]``, or ``None`` for the squared error of the weight.
+        hessian: Symmetric ``[in, in]``, of which the lower triangle is read; or ``None`` for the
+            squared error of the weight.
 
     Returns:
         float64 ``[out]``, never negative.
     """
-    image = error if hessian is None else error @ hessian.to(error.device, error.dtype)
+    if hessian is None:
+        return error.square().sum(dim=1, dtype=torch.float64)
+    hessian = hessian.to(error.device, error.dtype)
+    losses = torch.zeros(len(error), dtype=torch.float64, device=error.device)
+    for start in range(0, len(hessian), LOSS_BLOCK):
+        lines, own = hessian[start : start + LOSS_BLOCK], error[:, start : start + LOSS_BLOCK]
+        # A pair of columns counts twice, but is multiplied only once.
+        image = own @ lines[:, start : start + LOSS_BLOCK]
+        image.addmm_(error[:, :start], lines[:, :start].T, alpha=2)
+        losses += image.mul_(own).sum(dim=1, dtype=torch.float64)
     # A positive semidefinite form can only come out negative by rounding.
-    return (image * error).sum(dim=1, dtype=torch.float64).clamp_min_(0.0)
+    return losses.clamp_min_(0.0)
 
 
 def scales_by_column(

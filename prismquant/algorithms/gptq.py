@@ -21,6 +21,7 @@ sweep: ``R_kk^2``, not ``H_kk``; the search for scales weighs errors with that b
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 
 from prismquant.algorithms.base import (
+    LOSS_BLOCK,
     LayerProblem,
     LayerResult,
     Note,
@@ -39,13 +41,13 @@ from prismquant.algorithms.base import (
     row_losses,
     scales_by_column,
 )
+from prismquant.algorithms.factor import blocks, factorize_in_place, factorize_smallest_last
 from prismquant.errors import NumericsError, RecipeError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from prismquant.formats.spec import NumberSpec
-    from prismquant.numerics.grids import Grid
 
 Order = Literal["pivot", "activation", "group", "original"]
 Basis = Literal["column", "mean"]
@@ -55,7 +57,16 @@ Weighting = Literal["pivot", "diagonal", "none"]
 # most rounding noise, one that still fails with this much is not a Hessian.
 _DAMPING_LIMIT = 10.0
 _DAMPING_FLOOR = 1e-6
-_PIVOT_BLOCK = 128
+# Columns of a block that are brought up to date by one product; within, one by one.
+_INNER_BLOCK = 16
+# Rows solved at once: enough for products to be fast, few enough for vectors to stay in a cache. A
+# device with memory of its own wants them all.
+_CPU_ROWS = 2048
+_DEVICE_ROWS = 1 << 20
+# Lines of the Hessian gathered at once.
+_GATHER_BLOCK = 256
+# How many lines of the Hessian's width all panels of a solve come to at most.
+_PANEL_LINES = 2048
 
 
 @dataclass(frozen=True)
@@ -135,44 +146,56 @@ class GPTQ:
             )
         hessian = hessian.to(problem.weights[0].device, torch.float32)
         alive = hessian.diagonal().nonzero().flatten()
-        groups = _lines_of(alive, problem.spec)
-        factor = self._factorize(hessian[alive][:, alive], groups, problem.title)
-        scales = choose_scales(problem, self._importance(hessian, alive, factor))
+        factor = self._factorize(hessian, alive, _lines_of(alive, problem.spec), problem.title)
+        scales = choose_scales(problem, self._importance(hessian, factor))
         nearest = [
             nearest_codes(weight, s, problem.spec)
             for weight, s in zip(problem.weights, scales, strict=True)
         ]
-        sweep = _Sweep(problem, scales, alive[factor.order], self.block_size)
-        swept_loss = sweep.run(factor.feedback, factor.pivots, revisit=False)
-        refined_loss, coupling = swept_loss, _coupling(factor.damped)
-        for _ in range(self.refine_passes):
-            refined_loss += sweep.run(coupling, factor.damped.diagonal(), revisit=True)
+        swept_loss = refined_loss = 0.0
+        codes, losses = [part.clone() for part in nearest], []
+        table = _ScaleTable.of(problem, scales, factor.columns)
+        coupling = _Coupling(hessian, factor.columns, factor.diagonal)
+        for portion in _portions([len(part) for part in codes], _portion_size(hessian.device)):
+            sweep = _Sweep(problem, portion, table, factor.columns, self.block_size)
+            swept = sweep.run(factor)
+            last = self.refine_passes - 1
+            passes = (sweep.refine(coupling, measure=i == last) for i in range(last + 1))
+            refined = sum(passes, swept)
+            swept_loss, refined_loss = swept_loss + swept, refined_loss + refined
+            sweep.write_codes(codes)
+            losses.append(sweep.row_losses)
+            # Before the next portion's is made.
+            del sweep
         notes: dict[str, Note] = {
             "damping": factor.damping,
             "damping_attempts": factor.attempts,
-            "precision": str(factor.dtype).removeprefix("torch."),
+            "precision": str(factor.lines.dtype).removeprefix("torch."),
             "order": self.order,
             "scale_weighting": self.scale_weighting,
             "dead_columns": problem.in_features - len(alive),
             "swept_loss": swept_loss,
             "refined_loss": refined_loss,
         }
-        codes = sweep.codes(torch.cat(nearest))
-        return _choose_rows(problem, scales, nearest, codes, hessian, notes)
+        # What follows needs memory of its own, and the factor no more.
+        del factor
+        measured = [part for part in losses if part is not None]
+        swept_rows = torch.cat(measured) if measured else None
+        return _choose_rows(problem, scales, nearest, codes, hessian, swept_rows, notes)
 
-    def _factorize(self, hessian: Tensor, groups: Tensor, title: str) -> _Factor:
+    def _factorize(self, hessian: Tensor, alive: Tensor, groups: Tensor, title: str) -> _Factor:
         """Order, damp and factorize, with more precision and then more damping until it works."""
         damping, attempts = self.damping, 0
         while damping <= _DAMPING_LIMIT:
             for dtype in (torch.float32, torch.float64):
                 attempts += 1
-                factor = self._attempt(hessian, groups, damping, dtype, attempts)
+                factor = self._attempt(hessian, alive, groups, damping, dtype, attempts)
                 if factor is not None:
                     return factor
             damping = max(10 * damping, _DAMPING_FLOOR)
-        diagonal = hessian.diagonal()
+        diagonal = hessian.diagonal()[alive]
         raise NumericsError(
-            f"the Hessian of {len(hessian)} columns cannot be factorized in {attempts} attempts, "
+            f"the Hessian of {len(alive)} columns cannot be factorized in {attempts} attempts, "
             f"damping {self.damping:g} to {damping / 10:g}; its diagonal runs from "
             f"{float(diagonal.min()):.4g} to {float(diagonal.max()):.4g}",
             where=title,
@@ -180,56 +203,58 @@ class GPTQ:
         )
 
     def _attempt(
-        self, hessian: Tensor, groups: Tensor, damping: float, dtype: torch.dtype, attempts: int
+        self,
+        hessian: Tensor,
+        alive: Tensor,
+        groups: Tensor,
+        damping: float,
+        dtype: torch.dtype,
+        attempts: int,
     ) -> _Factor | None:
-        diagonal = hessian.diagonal().to(dtype)
+        diagonal = hessian.diagonal()[alive].to(dtype)
         basis = diagonal if self.damping_basis == "column" else diagonal.mean()
-        damped = hessian.to(dtype, copy=True)
-        damped.diagonal().add_(damping * basis)
+        damped = diagonal + damping * basis
         order = self._order(damped, groups)
-        if order is None:
+        lines = _submatrix(hessian, alive[order], dtype)
+        lines.diagonal().copy_(damped[order])
+        if self.order == "pivot":
+            found = factorize_smallest_last(lines)
+            if found is None:
+                return None
+            order = found
+        elif not factorize_in_place(lines):
             return None
-        damped = damped[order][:, order]
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        # With the order restored, the lower factor of the reversed matrix is R.
-        transposed = lower.flip(0, 1).T
-        pivots = transposed.diagonal()
-        feedback = transposed / pivots.unsqueeze(1)
-        if int(failed) or not bool(torch.isfinite(feedback).all()):
+        damped, roots = damped[order], lines.diagonal().clone()
+        if not bool((roots.square() > _noise(dtype, len(damped)) * damped).all()):
             return None
-        if not bool((pivots.square() > _noise(dtype, len(damped)) * damped.diagonal()).all()):
-            return None
-        feedback.fill_diagonal_(0.0)
         return _Factor(
-            order=order,
-            feedback=feedback.to(torch.float32).contiguous(),
-            pivots=pivots.square().to(torch.float32),
-            damped=damped.to(torch.float32),
+            columns=alive[order],
+            lines=lines,
+            roots=roots,
+            diagonal=damped.to(torch.float32),
             damping=damping,
             attempts=attempts,
-            dtype=dtype,
         )
 
-    def _order(self, damped: Tensor, groups: Tensor) -> Tensor | None:
-        if self.order == "pivot":
-            return _smallest_pivot_last(damped)
+    def _order(self, damped: Tensor, groups: Tensor) -> Tensor:
+        """Before the factorization; pivots are ordered by it."""
         if self.order == "activation":
-            return torch.argsort(damped.diagonal(), descending=True, stable=True)
+            return torch.argsort(damped, descending=True, stable=True)
         if self.order == "group":
-            return _group_by_group(damped.diagonal(), groups)
+            return _group_by_group(damped, groups)
         return torch.arange(len(damped), device=damped.device)
 
-    def _importance(self, hessian: Tensor, alive: Tensor, factor: _Factor) -> Tensor | None:
+    def _importance(self, hessian: Tensor, factor: _Factor) -> Tensor | None:
         """What an error in each column costs, ``[in]``, for the search for scales."""
-        if self.scale_weighting == "none" or not len(alive):
+        if self.scale_weighting == "none" or not len(factor.columns):
             return None
         if self.scale_weighting == "diagonal":
-            cost = hessian.diagonal()[alive]
+            cost = hessian.diagonal()[factor.columns]
         else:
-            cost = torch.empty_like(factor.pivots).index_copy_(0, factor.order, factor.pivots)
+            cost = factor.roots.square().to(torch.float32)
         # Dead columns have no cost of their own but are rounded with the same scales.
         importance = cost.min().expand(len(hessian)).clone()
-        return importance.index_copy_(0, alive, cost)
+        return importance.index_copy_(0, factor.columns, cost)
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,138 +262,300 @@ class _Factor:
     """The factorization of the damped Hessian of ``n`` live columns, in the order of the sweep.
 
     Attributes:
-        order: Which column comes at each position, int64 ``[n]``.
-        feedback: ``R_jk / R_kk`` at line k, column j; zero on and above the diagonal. ``[n, n]``.
-        pivots: ``R_kk^2``, ``[n]``.
-        damped: The damped Hessian, ``[n, n]``.
+        columns: Which column comes at each position, int64 ``[n]``.
+        lines: ``R_jk`` at line k, column j up to k, undefined beyond; in the dtype it was computed
+            in, ``[n, n]``.
+        roots: ``R_kk``, in that dtype, ``[n]``.
+        diagonal: Of the damped Hessian, float32 ``[n]``.
         damping: The fraction that was added.
         attempts: Factorizations tried, this one included.
-        dtype: In which it was computed.
     """
 
-    order: Tensor
-    feedback: Tensor
-    pivots: Tensor
-    damped: Tensor
+    columns: Tensor
+    lines: Tensor
+    roots: Tensor
+    diagonal: Tensor
     damping: float
     attempts: int
-    dtype: torch.dtype
+
+    def coefficients(self, block: slice) -> Tensor:
+        """What errors of columns up to the block do to its targets: ``R_jk / R_kk``.
+
+        Returns:
+            float32 ``[block, block.stop]``, undefined on and above the diagonal.
+        """
+        scaled = self.lines[block, : block.stop] / self.roots[block].unsqueeze(1)
+        return scaled.to(torch.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class _Coupling:
+    """What coordinate descent reads: the Hessian of ``n`` live columns in the order of the sweep.
+
+    It is gathered a block of lines at a time, so that there is no second one in memory.
+
+    Attributes:
+        hessian: Of all columns, without damping, ``[in, in]``.
+        columns: Which column comes at each position, int64 ``[n]``.
+        diagonal: Of the damped Hessian, float32 ``[n]``. Only the diagonal is damped.
+    """
+
+    hessian: Tensor
+    columns: Tensor
+    diagonal: Tensor
+
+    def coefficients(self, block: slice) -> Tensor:
+        """What errors of all columns do to a block's targets: ``H_kj / H_kk``.
+
+        Returns:
+            float32 ``[block, n]``.
+        """
+        lines = self.hessian.index_select(0, self.columns[block])
+        return lines.index_select(1, self.columns).div_(self.diagonal[block].unsqueeze(1))
+
+
+@dataclass(frozen=True)
+class _Portion:
+    """Rows of the layers that are solved at once.
+
+    Attributes:
+        rows: Which they are when all layers are put one after the other.
+        pieces: The same as layers and rows of them.
+    """
+
+    rows: slice
+    pieces: tuple[tuple[int, slice], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _ScaleTable:
+    """The scales of all rows as a loop over columns reads them.
+
+    Attributes:
+        steps: float32 ``[G, rows]``.
+        zeros: Zero points, likewise, or ``None``.
+        lines: Which of the ``G`` lines each column in the order of the sweep uses.
+    """
+
+    steps: Tensor
+    zeros: Tensor | None
+    lines: tuple[int, ...]
+
+    @staticmethod
+    def of(problem: LayerProblem, scales: tuple[Scales, ...], columns: Tensor) -> _ScaleTable:
+        """The table of a problem whose columns are visited in an order."""
+        rows = [len(weight) for weight in problem.weights]
+        steps, zeros = scales_by_column(scales, rows, problem.spec)
+        return _ScaleTable(steps, zeros, tuple(_lines_of(columns, problem.spec).tolist()))
 
 
 class _Sweep:
-    """The rows of all layers of a problem, columns first and in the order of the sweep.
+    """A portion of the rows of a problem, columns first and in the order of the sweep.
 
     Args:
         problem: The layers.
-        scales: Their scales.
+        portion: Of their rows, ``r``.
+        table: The scales of all rows.
         columns: Live columns in the order of the sweep, ``[n]``.
-        block_size: Columns between two matrix products.
+        block_size: Columns between two large matrix products.
 
     Attributes:
-        errors: ``w - q`` of the columns done, zero of those to come; float32 ``[n, rows]``.
+        errors: ``w - q`` of the columns done, zero of those to come; float32 ``[n, r]``.
+        row_losses: The loss of each row under the Hessian without damping, measured along a pass
+            of descent; float64 ``[r]``. ``None`` before.
     """
 
     def __init__(
         self,
         problem: LayerProblem,
-        scales: tuple[Scales, ...],
+        portion: _Portion,
+        table: _ScaleTable,
         columns: Tensor,
         block_size: int,
     ) -> None:
         self._columns = columns
         self._block_size = block_size
-        self._weights = torch.cat([w[:, columns].T for w in problem.weights], dim=1)
-        self.errors = torch.zeros_like(self._weights)
-        self._codes = torch.zeros_like(self._weights, dtype=torch.int8)
-        rows = [len(weight) for weight in problem.weights]
-        steps, zeros = scales_by_column(scales, rows, problem.spec)
-        zero_lines = None if zeros is None else zeros.unbind()
+        self._portion = portion
         self._grid = problem.spec.grid
-        self._rounder = _Rounder(self._grid, steps.unbind(), zero_lines)
-        self._lines: list[int] = _lines_of(columns, problem.spec).tolist()
+        parts = [problem.weights[layer][rows] for layer, rows in portion.pieces]
+        self._weights = torch.cat([part.index_select(1, columns).T for part in parts], dim=1)
+        self.errors = torch.zeros_like(self._weights)
+        self.row_losses: Tensor | None = None
+        self._codes = torch.zeros_like(self._weights, dtype=torch.int8)
+        self._steps = table.steps[:, portion.rows].unbind()
+        self._zeros = None if table.zeros is None else table.zeros[:, portion.rows].unbind()
+        self._lines = table.lines
 
-    def run(self, coefficients: Tensor, costs: Tensor, *, revisit: bool) -> float:
-        """Round every column once, from ``w_k + sum over j of coefficients[k, j] * e_j``.
-
-        Args:
-            coefficients: ``[n, n]``, zero on the diagonal. A first sweep gives strictly lower
-                triangular ones; a revisit couples every column with every other.
-            costs: ``[n]``, of a squared distance between a column's target and its value.
-            revisit: Whether the columns have values already.
+    def run(self, factor: _Factor) -> float:
+        """Round every column once, from ``w_k + sum over j < k of e_j R_jk / R_kk``.
 
         Returns:
-            Costs times squared distances, summed: after a first sweep this is exactly the loss
-            under the factorized Hessian. A revisit counts off those of the values it replaced: this
-            is exactly by how much it changed the loss.
+            The loss under the factorized Hessian, of all rows: squared pivots times squared
+            distances between targets and values, summed.
         """
         total = 0.0
-        for block in self._blocks():
-            reach = len(self._weights) if revisit else block.start
-            distances = torch.addmm(
-                self._weights[block], coefficients[block, :reach], self.errors[:reach]
+        for block in blocks(len(self._weights), self._block_size):
+            coefficients = factor.coefficients(block)
+            targets = torch.addmm(
+                self._weights[block], coefficients[:, : block.start], self.errors[: block.start]
             )
-            change, points = torch.empty_like(distances), torch.empty_like(distances)
-            for i, k in enumerate(range(block.start, block.stop)):
-                # A target to begin with, in the end its distance from the value chosen.
-                target = distances[i]
-                if i:
-                    # What has changed inside this block since the product above.
-                    target.addmv_(change[:i].T, coefficients[k, block.start : k])
-                values = self._rounder(target, self._lines[k], points[i])
-                error = self._weights[k] - values
-                torch.sub(error, self.errors[k], out=change[i])
-                self.errors[k] = error
-                target.sub_(values)
-            self._grid.write(points, self._codes[block])
-            squares = distances.square()
-            if revisit:
-                squares -= distances.sub_(change).square_()
-            total += float(squares.sum(1, dtype=torch.float64) @ costs[block].to(torch.float64))
+            self._round(block, targets, coefficients[:, block].contiguous())
+            distances = targets.sub_(self._weights[block]).add_(self.errors[block])
+            total += _weighted_squares(distances, factor.roots[block].square())
         return total
 
-    def codes(self, nearest: Tensor) -> Tensor:
-        """Codes of all rows ``[rows, in]`` in the original order; of dead columns, as given."""
-        codes = nearest.clone()
-        codes[:, self._columns] = self._codes.T
-        return codes
+    def refine(self, coupling: _Coupling, *, measure: bool) -> float:
+        """Round every column again, from ``w_k + sum over j != k of e_j H_jk / H_kk``.
 
-    def _blocks(self) -> Iterator[slice]:
-        count = len(self._weights)
-        for start in range(0, count, self._block_size):
-            yield slice(start, min(start + self._block_size, count))
+        The products with errors before and behind a block are kept apart, although one would give
+        the targets: with all columns visited, those before are the final ones, so that
 
+            e H e^T = sum over k of e_k (H_kk e_k + 2 sum over j < k of e_j H_jk)
 
-@dataclass(frozen=True, eq=False)
-class _Rounder:
-    """Rounds one column of all rows.
-
-    Attributes:
-        grid: The points and their codes.
-        steps: Scales, float32 ``[rows]`` for each of ``G`` lines.
-        zeros: Zero points, likewise, or ``None``.
-    """
-
-    grid: Grid
-    steps: tuple[Tensor, ...]
-    zeros: tuple[Tensor, ...] | None
-
-    def __call__(self, target: Tensor, line: int, points: Tensor) -> Tensor:
-        """Round targets exactly as the affine map defines it.
+        comes out on the way. That measures the result without a large product of its own.
 
         Args:
-            target: float32 ``[rows]``; left as it is.
-            line: Of the scales.
-            points: float32 ``[rows]``, to be filled with points of the grid.
+            coupling: The Hessian.
+            measure: Whether to leave ``row_losses``.
 
         Returns:
-            The values that they stand for, float32 ``[rows]``.
+            By how much the loss under the damped Hessian changed, of all rows: the costs of the
+            squared distances, less those of the values that were replaced.
         """
-        step = self.steps[line]
-        torch.div(target, step, out=points)
-        if self.zeros is None:
-            return self.grid.round_(points) * step
-        zero = self.zeros[line]
-        return (self.grid.round_(points.add_(zero)) - zero).mul_(step)
+        change = 0.0
+        losses = torch.zeros(self._weights.shape[1], dtype=torch.float64, device=self.errors.device)
+        for block in blocks(len(self._weights), self._block_size):
+            weights, costs = self._weights[block], coupling.diagonal[block]
+            coefficients = coupling.coefficients(block)
+            own, former = coefficients[:, block].contiguous(), self.errors[block].clone()
+            pull = coefficients[:, : block.start] @ self.errors[: block.start]
+            targets = torch.addmm(weights, coefficients[:, block.stop :], self.errors[block.stop :])
+            targets.addmm_(own.triu(1), former).add_(pull)
+            self._round(block, targets, own)
+            errors = self.errors[block]
+            distances = targets.sub_(weights)
+            change -= _weighted_squares(former.add_(distances), costs)
+            change += _weighted_squares(distances.add_(errors), costs)
+            if measure:
+                # Half of what a column's own error does, all of what earlier ones in the block do.
+                within = own.tril(-1) + (own.diagonal() / 2).diag()
+                pull.addmm_(within, errors).mul_(errors).mul_(2.0 * costs.unsqueeze(1))
+                losses += pull.sum(0, dtype=torch.float64)
+        if measure:
+            # A positive semidefinite form can only come out negative by rounding.
+            self.row_losses = losses.clamp_min_(0.0)
+        return change
+
+    def write_codes(self, codes: list[Tensor]) -> None:
+        """Put the codes of live columns in their places in those of whole layers."""
+        widths = [rows.stop - rows.start for _, rows in self._portion.pieces]
+        parts = self._codes.split(widths, dim=1)
+        for (layer, rows), part in zip(self._portion.pieces, parts, strict=True):
+            lines = codes[layer][rows].T.contiguous()
+            codes[layer][rows] = lines.index_copy_(0, self._columns, part).T
+
+    def _round(self, block: slice, targets: Tensor, coefficients: Tensor) -> None:
+        """Round the columns of a block one by one, and leave their errors and codes.
+
+        Args:
+            block: Which they are.
+            targets: What they are rounded from but for errors inside the block, ``[b, r]``;
+                completed in place.
+            coefficients: Of errors inside the block, ``[b, b]``; read below the diagonal.
+        """
+        weights, errors = self._weights[block], self.errors[block]
+        points = torch.empty_like(targets)
+        for inner in blocks(len(targets), _INNER_BLOCK):
+            before = slice(0, inner.start)
+            if inner.start:
+                targets[inner].addmm_(coefficients[inner, before], errors[before])
+            lines = zip(
+                targets[inner].unbind(),
+                weights[inner].unbind(),
+                errors[inner].unbind(),
+                points[inner].unbind(),
+                self._lines[block][inner],
+                strict=True,
+            )
+            own, done = coefficients[inner, inner], errors[inner]
+            for i, (target, weight, error, point, line) in enumerate(lines):
+                if i:
+                    target.addmv_(done[:i].T, own[i, :i])
+                self._round_column(target, weight, error, point, line)
+        self._grid.write(points, self._codes[block])
+
+    def _round_column(
+        self, target: Tensor, weight: Tensor, error: Tensor, point: Tensor, line: int
+    ) -> None:
+        """Round targets ``[r]`` as the affine map does; fill ``point`` and ``error``."""
+        step = self._steps[line]
+        torch.div(target, step, out=point)
+        if self._zeros is None:
+            torch.addcmul(weight, self._grid.round_(point), step, value=-1, out=error)
+            return
+        zero = self._zeros[line]
+        self._grid.round_(point.add_(zero))
+        torch.addcmul(weight, point - zero, step, value=-1, out=error)
+
+
+def peak_solve_bytes(in_features: int, rows: int) -> int:
+    """The most memory that a solve takes beside its problem, as long as float32 is precise enough.
+
+    The factor is the only matrix of the Hessian's size. Weights in the order of the sweep, and what
+    else a sweep keeps of them, are of a portion of the rows. Codes are of all of them, and in the
+    end, when the factor is gone, so is the error that is measured.
+
+    Args:
+        in_features: Columns of the weights, ``n``.
+        rows: Of all layers that are solved together.
+
+    Returns:
+        Bytes on a CPU, beyond the Hessian (``4 n^2``) and the weights (``4 n rows``) that the
+        caller holds. A Hessian that only float64 can factorize takes ``4 n^2`` more.
+    """
+    portion = min(rows, _CPU_ROWS)
+    # Lines gathered, eliminated or multiplied at once, and what is derived from them.
+    panels = 4 * _PANEL_LINES * (in_features + portion)
+    # A byte each: the nearest codes and those of the sweep. Scales are half a byte at most.
+    codes = in_features * rows * 5 // 2
+    # Weights and errors of a portion, its codes and their transposes.
+    sweep = 4 * in_features**2 + 11 * in_features * portion + codes
+    # The codes that are kept, and an error.
+    measure = 5 * in_features * rows + codes + 8 * LOSS_BLOCK * rows
+    return panels + max(sweep, measure)
+
+
+def _weighted_squares(values: Tensor, costs: Tensor) -> float:
+    """Squares ``[b, r]`` times the costs of their lines ``[b]``, summed; the values are spoilt."""
+    return float(values.square_().sum(1, dtype=torch.float64) @ costs.to(torch.float64))
+
+
+def _portion_size(device: torch.device) -> int:
+    """Rows solved at once: few enough for a block's to stay in the cache, where there is one."""
+    return _CPU_ROWS if device.type == "cpu" else _DEVICE_ROWS
+
+
+def _portions(rows: Sequence[int], most: int) -> Iterator[_Portion]:
+    """Cut layers of so many rows, put one after the other, into portions of at most ``most``."""
+    ends = list(itertools.accumulate(rows))
+    # Even portions: a narrow last one would make slow matrix products.
+    size = -(-ends[-1] // -(-ends[-1] // most))
+    for part in blocks(ends[-1], size):
+        pieces = []
+        for layer, (end, count) in enumerate(zip(ends, rows, strict=True)):
+            first, last = max(part.start, end - count), min(part.stop, end)
+            if first < last:
+                pieces.append((layer, slice(first - end + count, last - end + count)))
+        yield _Portion(part, tuple(pieces))
+
+
+def _submatrix(matrix: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """Lines and columns of a matrix in an order, ``[n, n]``, with no second copy on the way."""
+    found = matrix.new_empty(len(columns), len(columns), dtype=dtype)
+    for block in blocks(len(columns), _GATHER_BLOCK):
+        lines = matrix.index_select(0, columns[block])
+        found[block] = lines.index_select(1, columns)
+    return found
 
 
 def _lines_of(columns: Tensor, spec: NumberSpec) -> Tensor:
@@ -384,11 +571,6 @@ def _noise(dtype: torch.dtype, count: int) -> float:
     A factorization may succeed with such a pivot, but what its column owes to others is noise.
     """
     return 10.0 * math.sqrt(count) * torch.finfo(dtype).eps
-
-
-def _coupling(damped: Tensor) -> Tensor:
-    """``H_kj / H_kk`` off the diagonal, zero on it: the coefficients of coordinate descent."""
-    return (damped / damped.diagonal().unsqueeze(1)).fill_diagonal_(0.0)
 
 
 def _group_by_group(diagonal: Tensor, groups: Tensor) -> Tensor:
@@ -411,82 +593,47 @@ def _group_by_group(diagonal: Tensor, groups: Tensor) -> Tensor:
     return columns[torch.argsort(first[group], stable=True)]
 
 
-def _smallest_pivot_last(matrix: Tensor) -> Tensor | None:
-    """The order in which a pivoted factorization, last column first, finds the smallest pivots.
-
-    A column's pivot is its variance given all columns that come later: with columns that correlate
-    strongly, the diagonal alone says little about it. Rounding errors of early columns are
-    compensated, those of late columns stay, so the late ones should be cheap.
-
-    Args:
-        matrix: Symmetric ``[n, n]``; not changed.
-
-    Returns:
-        Column at each position, int64 ``[n]``; ``None`` when a pivot is not positive.
-    """
-    remaining = torch.arange(len(matrix), device=matrix.device)
-    chosen: list[Tensor] = []
-    while len(remaining):
-        picked, factors = _pick_smallest(matrix)
-        if picked is None:
-            return None
-        chosen.append(remaining[picked])
-        kept = torch.ones(len(remaining), dtype=torch.bool, device=matrix.device)
-        kept[picked] = False
-        remaining, factors = remaining[kept], factors[:, kept]
-        matrix = matrix[kept][:, kept].addmm_(factors.T, factors, alpha=-1)
-    order = torch.cat(chosen) if chosen else remaining
-    return order.flip(0)
-
-
-def _pick_smallest(matrix: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Eliminate up to a block of columns, each time the one with the smallest pivot.
-
-    Returns:
-        Their indices ``[b]`` in the order of elimination, or ``None`` when a pivot is not positive;
-        and their Cholesky factors ``[b, n]``.
-    """
-    count = min(_PIVOT_BLOCK, len(matrix))
-    left = matrix.diagonal().clone()
-    factors = matrix.new_zeros(count, len(matrix))
-    picked: list[Tensor] = []
-    pivots: list[Tensor] = []
-    for i in range(count):
-        index = left.argmin().view(1)
-        pivot = left.index_select(0, index)
-        line = matrix.index_select(0, index).squeeze(0)
-        if i:
-            own = factors[:i].index_select(1, index).squeeze(1)
-            line = line.addmv(factors[:i].T, own, alpha=-1)
-        torch.div(line, pivot.sqrt(), out=factors[i])
-        left.addcmul_(factors[i], factors[i], value=-1.0).index_fill_(0, index, math.inf)
-        picked.append(index)
-        pivots.append(pivot)
-    found = torch.cat(pivots)
-    fine = bool(((found > 0) & (found < math.inf)).all())
-    return torch.cat(picked) if fine else None, factors
-
-
 def _choose_rows(
     problem: LayerProblem,
     scales: tuple[Scales, ...],
     nearest: list[Tensor],
-    swept: Tensor,
+    swept: list[Tensor],
     hessian: Tensor,
+    swept_rows: Tensor | None,
     notes: dict[str, Note],
 ) -> LayerResult:
-    """Keep of each row the better of two sets of codes, and measure what is kept."""
+    """Keep of each row the better of two sets of codes, and measure what is kept.
+
+    Args:
+        problem: The layers.
+        scales: Of each.
+        nearest: Codes of each, rounded to nearest.
+        swept: Codes of each, from the sweep.
+        hessian: Without damping.
+        swept_rows: Losses of all rows with the swept codes, or ``None`` to measure them.
+        notes: To be told beside how many rows fell back.
+
+    Returns:
+        The result.
+    """
+    rows = [len(weight) for weight in problem.weights]
+    known = [None] * len(rows) if swept_rows is None else swept_rows.split(rows)
     weights, losses, baselines, fallen = [], [], [], 0
-    parts = swept.split([len(weight) for weight in problem.weights])
-    for weight, own, near, codes in zip(problem.weights, scales, nearest, parts, strict=True):
-        loss = row_losses(weight - decode(codes, own, problem.spec), hessian)
-        baseline = row_losses(weight - decode(near, own, problem.spec), hessian)
+    for layer, (weight, own) in enumerate(zip(problem.weights, scales, strict=True)):
+        loss = known[layer]
+        if loss is None:
+            loss = row_losses(_error(weight, swept[layer], own, problem.spec), hessian)
+        baseline = row_losses(_error(weight, nearest[layer], own, problem.spec), hessian)
         worse = loss > baseline
         fallen += int(worse.sum())
-        kept = torch.where(worse.unsqueeze(1), near, codes)
+        kept = torch.where(worse.unsqueeze(1), nearest[layer], swept[layer])
         weights.append(own.quantized(kept, problem.spec))
         losses.append(float(torch.minimum(loss, baseline).sum()))
         baselines.append(float(baseline.sum()))
     return LayerResult(
         tuple(weights), tuple(losses), tuple(baselines), notes | {"nearest_rows": fallen}
     )
+
+
+def _error(weight: Tensor, codes: Tensor, scales: Scales, spec: NumberSpec) -> Tensor:
+    return decode(codes, scales, spec).neg_().add_(weight)

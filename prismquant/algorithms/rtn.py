@@ -7,7 +7,7 @@ the scales. The invariant: codes are ``quantize(W)`` with the stored scales, not
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +23,21 @@ from prismquant.algorithms.base import (
     row_losses,
 )
 from prismquant.errors import NumericsError
-from prismquant.numerics.ranges import coupled_weight_scales
+from prismquant.formats.quantized import QuantizedTensor
+from prismquant.numerics.affine import Granularity, block_rows, quantize_with_values
+from prismquant.numerics.ranges import RangeRule, coupled_weight_scales, weight_scales
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from prismquant.formats.spec import NumberSpec
+    from prismquant.numerics.scales import ScaleFormat
+
+# Weights are rounded in blocks of rows of about so many values: on a CPU they stay in the
+# second-level cache from the first pass to the last, and every temporary stays small.
+_CPU_BLOCK = 1 << 17
+_DEVICE_BLOCK = 1 << 26
+_SERIAL_SUM = (1 << 15) - 1
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,11 @@ class RTN:
         """Only when scales are weighed with it."""
         return self.scale_weighting != "none"
 
+    @property
+    def notes(self) -> dict[str, Note]:
+        """What the record is told of every layer."""
+        return {"scale_weighting": self.scale_weighting}
+
     def solve(self, problem: LayerProblem) -> LayerResult:
         """Round every layer to nearest.
 
@@ -60,7 +79,9 @@ class RTN:
             NumericsError: The weighting needs a Hessian and there is none.
             RecipeError: The range rule is not one for weights.
         """
-        notes: dict[str, Note] = {"scale_weighting": self.scale_weighting}
+        notes = self.notes
+        if self.scale_weighting == "none" and problem.hessian is None:
+            return self._without_data(problem, notes)
         weights, losses = [], []
         for weight, scales in zip(problem.weights, self._scales(problem), strict=True):
             codes = nearest_codes(weight, scales, problem.spec)
@@ -68,6 +89,17 @@ class RTN:
             losses.append(float(row_losses(error, problem.hessian).sum()))
             weights.append(scales.quantized(codes, problem.spec))
         return LayerResult(tuple(weights), tuple(losses), tuple(losses), notes)
+
+    @staticmethod
+    def _without_data(problem: LayerProblem, notes: dict[str, Note]) -> LayerResult:
+        """Nothing ties rows together: each block of them is settled while it is in the cache."""
+        form = problem.scale_format
+        rounded = [
+            round_weight(weight, problem.spec, problem.range_rule, form)
+            for weight in problem.weights
+        ]
+        losses = tuple(one.loss for one in rounded)
+        return LayerResult(tuple(one.weight for one in rounded), losses, losses, notes)
 
     def _scales(self, problem: LayerProblem) -> tuple[Scales, ...]:
         if self.scale_weighting == "none":
@@ -81,6 +113,88 @@ class RTN:
         if self.scale_weighting == "diagonal":
             return choose_scales(problem, problem.hessian.diagonal())
         return _coupled_scales(problem, problem.hessian)
+
+
+@dataclass(frozen=True, eq=False)
+class RoundedWeight:
+    """A weight that was rounded without data.
+
+    Attributes:
+        weight: Its codes and scales.
+        loss: The squared error, summed over the weight.
+    """
+
+    weight: QuantizedTensor
+    loss: float
+
+
+def round_weight(
+    weight: Tensor,
+    spec: NumberSpec,
+    rule: RangeRule,
+    form: ScaleFormat,
+    pulse: Callable[[], None] | None = None,
+) -> RoundedWeight:
+    """Round a weight to nearest with scales from its own values, a block of rows at a time.
+
+    The size of the blocks does not change a bit of the result: a scale never spans two of them
+    (one of the whole tensor makes a single block), and a row's loss is summed by itself.
+
+    Args:
+        weight: ``[out, in]``, any floating dtype; blocks are converted to float32.
+        spec: A static format.
+        rule: How scales are chosen.
+        form: How scales are stored, with the global scale where there is one.
+        pulse: Called before every block; what it raises ends the work.
+
+    Returns:
+        Codes, scales and the loss.
+
+    Raises:
+        NumericsError: The weight is not finite.
+        RecipeError: The rule is not one for weights.
+        FormatError: The group size does not divide.
+    """
+    rows, columns = weight.shape
+    codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
+    losses = torch.empty(rows, dtype=torch.float64, device=weight.device)
+    unit = (spec.grid, spec.symmetric, spec.granularity, spec.group_size)
+    scales: list[Tensor] = []
+    zeros: list[Tensor] = []
+    height = _block_height(weight, spec)
+    for start in range(0, rows, height):
+        if pulse is not None:
+            pulse()
+        block = weight[start : start + height].to(torch.float32)
+        scale, zero = weight_scales(block, *unit, rule, form)
+        lines = slice(start, start + len(block))
+        codes[lines], values = quantize_with_values(
+            block, scale, zero, spec.grid, spec.granularity, spec.group_size
+        )
+        error = torch.sub(block, values, out=values)
+        # Sums are in float64, twice as wide: a part of the block at a time.
+        parts = error.split(max(1, height // 2))
+        losses[lines] = torch.cat([row_losses(part, None) for part in parts])
+        scales.append(scale)
+        zeros += [] if zero is None else [zero]
+    zero_point = torch.cat(zeros) if zeros else None
+    quantized = QuantizedTensor(codes, torch.cat(scales), zero_point, spec, form.global_scale)
+    # Sums of fewer numbers are never split among threads: the loss does not hang on their count.
+    loss = sum(float(part.sum()) for part in losses.split(_SERIAL_SUM))
+    return RoundedWeight(quantized, loss)
+
+
+def _block_height(weight: Tensor, spec: NumberSpec) -> int:
+    """Rows to a block: whole squares where scales are of squares, all of a tensor's."""
+    rows, columns = weight.shape
+    if spec.granularity == Granularity.TENSOR:
+        return rows
+    limit = _CPU_BLOCK if weight.device.type == "cpu" else _DEVICE_BLOCK
+    # A reduction to a single number is split among threads, and then sums in another order.
+    height = max(2, limit // columns)
+    if spec.granularity == Granularity.BLOCK and spec.group_size is not None:
+        return block_rows(height, spec.group_size) * spec.group_size
+    return height
 
 
 def _coupled_scales(problem: LayerProblem, hessian: Tensor) -> tuple[Scales, ...]:

@@ -9,6 +9,7 @@ vision, and some of the tokens themselves.
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,24 +19,24 @@ from prismquant.errors import DataError, NumericsError
 from prismquant.numerics.affine import check_finite
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 
-# Features whose products with all before them are summed at once.
-_PANEL = 256
+# Features whose products with as many others are summed at once: few enough to stay in the cache.
+_BLOCK = 512
 
 
 class HessianRecord:
     """Second moments of an input, gathered batch by batch.
 
-    Only the lower triangle is summed, by panels of lines: nearly half the work. The mean mirrors
-    it, so that it is symmetric to the bit.
+    Only one triangle is summed, block by block: half the work. The memory of the other one keeps
+    what rounding took from each sum (two-sum, Knuth, TAOCP volume 2, section 4.2.2), so that a sum
+    is good to twice the digits of float32, and its mean does not depend on the order of the
+    batches, nor on how they are dealt to several records that are merged later.
 
     Args:
         in_features: Features of the input.
         device: Where to keep the sum.
-        dtype: Of the sum. Products of a batch are summed in float32; float64 keeps more of the sum
-            over very many batches.
         name: What errors call the input, e.g. the layer's name.
     """
 
@@ -43,12 +44,15 @@ class HessianRecord:
         self,
         in_features: int,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
         name: str | None = None,
     ) -> None:
         self.in_features = in_features
         self.name = name
-        self._sum = torch.zeros(in_features, in_features, dtype=dtype, device=device)
+        self._sum = torch.zeros(in_features, in_features, device=device)
+        # Blocks on the diagonal have no counterpart to keep their rest.
+        count = -(-in_features // _BLOCK)
+        size = min(_BLOCK, in_features)
+        self._rest = torch.zeros(count, size, size, device=device)
         self._count = 0.0
 
     @property
@@ -70,23 +74,17 @@ class HessianRecord:
             DataError: The shapes do not fit.
         """
         x, counts = _counted_tokens(x, weights, self.in_features, self.name)
-        if weights is not None:
-            weights = counts[counts != 0]
         x = x.to(self._sum.device, torch.float32)
-        self._count += float(len(x)) if weights is None else float(weights.sum(dtype=torch.float64))
-        if weights is not None:
+        if weights is None:
+            self._count += float(len(x))
+        else:
+            weights = counts[counts != 0]
+            self._count += float(weights.sum(dtype=torch.float64))
             weights = weights.to(x.device, torch.float32).unsqueeze(1)
-        for start in range(0, self.in_features, _PANEL):
-            panel = x[:, start : start + _PANEL]
-            if weights is not None:
-                panel = panel * weights
-            # The other half of each product would say the same again.
-            reach = start + panel.shape[1]
-            lines = self._sum[start:reach, :reach]
-            if lines.dtype == torch.float32:
-                lines.addmm_(panel.T, x[:, :reach])
-            else:
-                lines += panel.T @ x[:, :reach]
+        for rows, line in self._lines():
+            panel = x[:, rows] if weights is None else x[:, rows] * weights
+            for columns, high, low in line:
+                _two_sum(high, low, panel.T @ x[:, columns])
 
     def merge(self, other: HessianRecord) -> None:
         """Add the tokens of another record, as if this one had seen them too.
@@ -102,39 +100,11 @@ class HessianRecord:
                 f"records of {self.in_features} and {other.in_features} features cannot be merged",
                 where=self.name,
             )
-        self._sum += other._sum.to(self._sum.device)
+        for (_, mine), (_, theirs) in zip(self._lines(), other._lines(), strict=True):
+            for (_, high, low), (_, more, rest) in zip(mine, theirs, strict=True):
+                _two_sum(high, low, more.to(high.device, copy=True))
+                low += rest.to(low.device)
         self._count += other._count
-
-    def mean(self) -> Tensor:
-        """The mean of ``x x^T`` over the counted tokens.
-
-        Returns:
-            float32 ``[in, in]``, exactly symmetric.
-
-        Raises:
-            NumericsError: No token was counted, or the sum has left the dtype's range.
-        """
-        if self._count <= 0:
-            raise NumericsError(
-                "no calibration token has reached this layer",
-                where=self.name,
-                remedy="add calibration samples of the modality that passes it, or use solver: rtn",
-            )
-        mean = torch.empty_like(self._sum, dtype=torch.float32)
-        for start in range(0, self.in_features, _PANEL):
-            reach = min(start + _PANEL, self.in_features)
-            lines = self._sum[start:reach, :reach] / self._count
-            mean[start:reach, :reach] = lines
-            mean[:start, start:reach] = lines[:, :start].T
-            own = mean[start:reach, start:reach]
-            own.copy_(own.tril() + own.tril(-1).T)
-        try:
-            check_finite(mean, "the Hessian")
-        except NumericsError as error:
-            raise NumericsError(
-                error.what, where=self.name, remedy="the layer's input is too large for float32"
-            ) from error
-        return mean
 
     def sum_over(self, add_up: Callable[[Tensor], None]) -> None:
         """Add the tokens that other processes have seen.
@@ -144,16 +114,55 @@ class HessianRecord:
         """
         count = torch.tensor([self._count], dtype=torch.float64)
         add_up(count)
-        add_up(self._sum)
         self._count = float(count)
+        for _, line in self._lines():
+            whole = torch.cat([high.double() + low.double() for _, high, low in line], dim=1)
+            add_up(whole)
+            for columns, high, low in line:
+                total = whole[:, columns]
+                high.copy_(total)
+                low.copy_(total - high.double())
+
+    def mean(self, *, consume: bool = False) -> Tensor:
+        """The mean of ``x x^T`` over the counted tokens.
+
+        Args:
+            consume: Put the mean in the place of the sum, so that no other matrix of its size is
+                needed; the record must not be used any more.
+
+        Returns:
+            float32 ``[in, in]``, exactly symmetric.
+
+        Raises:
+            NumericsError: No token was counted, or the sum has left the range of float32.
+        """
+        if self._count <= 0:
+            raise NumericsError(
+                "no calibration token has reached this layer",
+                where=self.name,
+                remedy="add calibration samples of the modality that passes it, or use solver: rtn",
+            )
+        mean = self._sum if consume else torch.empty_like(self._sum)
+        for rows, line in self._lines():
+            for columns, high, low in line:
+                values = ((high.double() + low.double()) / self._count).to(torch.float32)
+                if rows == columns:
+                    values = values.tril() + values.tril(-1).T
+                mean[rows, columns] = values
+                mean[columns, rows] = values.T
+        try:
+            check_finite(mean, "the Hessian")
+        except NumericsError as error:
+            raise NumericsError(
+                error.what, where=self.name, remedy="the layer's input is too large for float32"
+            ) from error
+        return mean
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What :meth:`from_state_dict` needs: ``sum`` ``[in, in]`` and ``count`` ``[]``.
-
-        Of the sum, the lower triangle counts.
-        """
+        """What :meth:`from_state_dict` needs: ``sum``, ``rest`` and ``count``."""
         return {
             "sum": self._sum.clone(),
+            "rest": self._rest.clone(),
             "count": torch.tensor(self._count, dtype=torch.float64),
         }
 
@@ -171,18 +180,44 @@ class HessianRecord:
         Raises:
             DataError: A tensor is missing or has the wrong shape.
         """
-        if set(state) != {"sum", "count"} or state["sum"].ndim != 2:
+        if set(state) != {"sum", "rest", "count"} or state["sum"].ndim != 2:
             raise DataError(
-                f"a Hessian record consists of 'sum' [in, in] and 'count', not {sorted(state)}",
+                "a Hessian record consists of 'sum' [in, in], 'rest' and 'count', "
+                f"not {sorted(state)}",
                 where=name,
             )
         total = state["sum"]
-        record = cls(total.shape[0], total.device, total.dtype, name)
-        if total.shape != record._sum.shape:
+        record = cls(total.shape[0], total.device, name)
+        if total.shape != record._sum.shape or state["rest"].shape != record._rest.shape:
             raise DataError(f"'sum' must be square, not {list(total.shape)}", where=name)
         record._sum.copy_(total)
+        record._rest.copy_(state["rest"])
         record._count = float(state["count"])
         return record
+
+    def _lines(self) -> Iterator[tuple[slice, list[tuple[slice, Tensor, Tensor]]]]:
+        """The blocks of the lower triangle, line by line.
+
+        Yields:
+            Rows; and of each block of them its columns, the sum, and the rest that belongs to it.
+        """
+        ends = [*range(0, self.in_features, _BLOCK), self.in_features]
+        blocks = [slice(start, stop) for start, stop in itertools.pairwise(ends)]
+        for number, rows in enumerate(blocks):
+            size = rows.stop - rows.start
+            line = [(c, self._sum[rows, c], self._sum[c, rows].T) for c in blocks[:number]]
+            own = self._rest[number, :size, :size]
+            yield rows, [*line, (rows, self._sum[rows, rows], own)]
+
+
+def _two_sum(high: Tensor, low: Tensor, x: Tensor) -> None:
+    """Add ``x`` to ``high``, and what rounding took from the sum to ``low``; ``x`` is spoilt."""
+    total = high + x
+    of_x = total - high
+    low += x.sub_(of_x)
+    torch.sub(total, of_x, out=of_x)
+    low += torch.sub(high, of_x, out=of_x)
+    high.copy_(total)
 
 
 # Consecutive multiples of the golden ratio, modulo 1, spread as evenly over the circle as any

@@ -145,6 +145,8 @@ def _packed(codes: Tensor, bits: int) -> Tensor:
     cycles = -(-columns // period)
     if cycles * period != columns:
         codes = torch.nn.functional.pad(codes, (0, cycles * period - columns))
+    if bits == 4 and _little_endian(codes):
+        return _paired(codes)
     return _interleave(codes.view(rows, cycles, period), bits).view(rows, -1)
 
 
@@ -157,6 +159,17 @@ def _unpacked(stream: Tensor, bits: int, columns: int) -> Tensor:
         stream = torch.nn.functional.pad(stream, (0, width - stream.shape[1]))
     stream = stream[:, :width].reshape(-1, cycles, width // max(cycles, 1))
     return _separate(stream, bits).view(-1, cycles * period)[:, :columns]
+
+
+def _paired(offset: Tensor) -> Tensor:
+    """Codes of 4 bits as uint8, an even number of columns -> bytes, uint8.
+
+    Two codes lie in a number of 16 bits; moved together, they are its lower byte. What
+    :func:`_interleave` does with strides is done on whole registers here.
+    """
+    # Flat: a tensor of one row may have any stride between rows.
+    pairs = offset.reshape(-1).view(torch.int16)
+    return (pairs | (pairs >> 4)).to(torch.uint8).view(len(offset), -1)
 
 
 def _interleave(offset: Tensor, bits: int) -> Tensor:

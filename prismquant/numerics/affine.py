@@ -26,6 +26,7 @@ The shape of a scale says what it covers (``x`` is a weight ``[out, in]`` or an 
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -389,6 +390,50 @@ def simulate(
     return result
 
 
+def quantize_with_values(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    grid: Grid,
+    granularity: Granularity,
+    group_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Codes and the values that they stand for, from one pass over ``x``.
+
+    Args:
+        x: Values, any floating dtype, weight ``[out, in]`` or activation ``[..., in]``.
+        scale: Stored scale, shaped as the module's table says.
+        zero_point: int8, shaped like the scale; ``None`` for a symmetric format.
+        grid: The points and their codes.
+        granularity: What shares one scale.
+        group_size: For group granularity.
+
+    Returns:
+        What :func:`quantize` gives, and what :func:`dequantize` makes of it in float32, bit for
+        bit.
+
+    Raises:
+        NumericsError: ``x`` holds NaN or an infinity.
+        FormatError: The shapes do not fit.
+    """
+    _check_values(x)
+    integers = isinstance(grid, IntGrid)
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    result = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    unit = (scale, zero_point, granularity, group_size)
+    pieces = zip(_pieces(x, codes, *unit), _pieces(x, result, *unit), strict=True)
+    for (values, code, step, zero), (_, out, _, _) in pieces:
+        real = _round_to_points(values, step, zero, grid)
+        grid.write(real, code)
+        if integers:
+            # As in simulate: integer codes know no negative zero.
+            real = real.add_(0.0)
+        if zero is not None:
+            real = real.sub_(zero)
+        torch.mul(real, step, out=out)
+    return codes, result
+
+
 def check_finite(x: Tensor, what: str) -> None:
     """Refuse NaN and infinities, and say where the first one is.
 
@@ -416,7 +461,7 @@ def _all_finite(x: Tensor) -> bool:
     if x.numel() == 0:
         return True
     low, high = torch.aminmax(x)
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+    return math.isfinite(float(low)) and math.isfinite(float(high))
 
 
 def _check_values(x: Tensor) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -34,6 +34,7 @@ from prismquant.models.config import empty_model
 from prismquant.models.load import materialize, release
 from prismquant.models.rotation import RotatedReader
 from prismquant.pipeline.batches import Batch
+from prismquant.pipeline.budget import Way
 from prismquant.pipeline.capture import Replay, StepCall
 from prismquant.pipeline.checkpoint import EdgeRecord, LayerRecord, StepRecord
 from prismquant.pipeline.equalize import edge_problem, move_scale
@@ -44,6 +45,7 @@ from prismquant.pipeline.kv_plan import KVLayer
 from prismquant.pipeline.layout import DENSE
 from prismquant.pipeline.passes import Output, Passes, PausedPasses, ReplayedPasses, StepRun
 from prismquant.pipeline.plan import Plan, PlanEdge, PlanRow, problem_groups
+from prismquant.pipeline.states import InMemory, States
 from prismquant.pipeline.tune import TunedBlock, tune
 from prismquant.runtime.kv_cache import cache_in_float
 from prismquant.runtime.quant_linear import (
@@ -113,7 +115,8 @@ class Run:
     Attributes:
         plan: What to do.
         bound: The model's description.
-        batches: Calibration batches; empty when the plan needs none.
+        batches: Calibration batches; empty when the plan needs none. They are taken once, so that
+            whoever gives an iterator need not hold their pixels for the length of the run.
         sink: Where finished steps go.
         reporter: Is told how far the run is.
         device: Where the arithmetic happens.
@@ -123,11 +126,13 @@ class Run:
             the layer's name.
         ranks: The processes that share the calibration data and the solving; only the first one
             writes.
+        way: How memory is saved.
+        states: Where hidden states wait between steps.
     """
 
     plan: Plan
     bound: BoundModel
-    batches: Sequence[Batch]
+    batches: Iterable[Batch]
     sink: Sink
     reporter: Reporter = field(default_factory=Silent)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -135,6 +140,8 @@ class Run:
     done: Mapping[str, StepRecord] = field(default_factory=dict)
     vision_weights: Mapping[str, float] = field(default_factory=dict)
     ranks: Ranks = field(default_factory=Alone)
+    way: Way = field(default_factory=Way)
+    states: States = field(default_factory=InMemory)
 
 
 def source_reader(plan: Plan, bound: BoundModel) -> ShardReader:
@@ -164,12 +171,19 @@ def run(job: Run) -> Iterator[StepRecord]:
 class _Chain:
     """A model's skeleton, of which single steps are loaded, and the states between its steps."""
 
-    def __init__(self, job: Run, reader: ShardReader) -> None:
+    def __init__(self, job: Run, reader: ShardReader, batches: Sequence[Batch]) -> None:
         self.job = job
         self.reader = reader
         self.model = empty_model(job.bound.config, job.bound.arch)
         self.replay = (
-            Replay(self.model, job.bound, job.batches, device=job.device, dtype=job.dtype)
+            Replay(
+                self.model,
+                job.bound,
+                batches,
+                device=job.device,
+                dtype=job.dtype,
+                states=job.states,
+            )
             if job.plan.needs_data
             else None
         )
@@ -298,8 +312,9 @@ class _Engine:
     def __init__(self, job: Run) -> None:
         self.job = job
         self.reader = source_reader(job.plan, job.bound)
-        self.main = _Chain(job, self.reader)
-        self.float = _Chain(job, self.reader) if job.plan.needs_float_chain else None
+        batches = list(job.batches)
+        self.main = _Chain(job, self.reader, batches)
+        self.float = _Chain(job, self.reader, batches) if job.plan.needs_float_chain else None
         self.rows: dict[str, list[PlanRow]] = {}
         for row in job.plan.quantized:
             self.rows.setdefault(job.bound.steps[row.site.step].name, []).append(row)
@@ -415,7 +430,7 @@ class _Engine:
     def _begin(self, step: BoundStep, rows: Sequence[PlanRow]) -> _Work:
         # Passes can halt at one input at a time.
         inputs = [{row.site.input_key for row in stage} for stage in self._stages(rows)]
-        paused = bool(inputs) and all(len(keys) == 1 for keys in inputs)
+        paused = self.job.way.paused and bool(inputs) and all(len(keys) == 1 for keys in inputs)
         twins = None if self.float is None else self.float.passes(step, paused=paused)
         return _Work(step, rows, self.main.passes(step, paused=paused), twins)
 

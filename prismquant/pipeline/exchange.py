@@ -14,9 +14,12 @@ from prismquant.algorithms.base import LayerProblem, LayerResult, Solver
 from prismquant.algorithms.parts import cuts, joined, part_of
 from prismquant.algorithms.statistics import ChannelRecord
 from prismquant.distributed import Ranks
+from prismquant.errors import DataError, PlanError
 from prismquant.formats.quantized import QuantizedTensor
 from prismquant.formats.spec import NumberSpec
 from prismquant.numerics.records import RangeRecord
+from prismquant.pipeline.data import Sample
+from prismquant.pipeline.plan import Plan
 
 _SCALES = ("scale", "zero_point", "global_scale")
 _FACTS = "facts"
@@ -28,6 +31,48 @@ class Task:
 
     solver: Solver
     problem: LayerProblem
+
+
+def require_sharable(plan: Plan) -> None:
+    """Refuse what several processes cannot do together.
+
+    Raises:
+        PlanError: Nothing is calibrated, or a method must see all calls in one place or in order.
+    """
+    if not plan.needs_data:
+        raise PlanError(
+            f"recipe {plan.recipe!r} needs no calibration data, so there is nothing to share",
+            remedy="run it in one process, which streams the shards with all cores",
+        )
+    for row in plan.quantized:
+        ordered = row.activation_range.kind == "ema" and (row.static_input or row.static_output)
+        why = "a moving average depends on the order of batches" if ordered else ""
+        if row.tuner is not None:
+            why = f"the tuner {row.tuner} descends on all calls of a block in one process"
+        if why:
+            raise PlanError(
+                f"several ranks cannot do this recipe: {why}",
+                where=row.site.name,
+                remedy="leave that out of the recipe, or run it in one process",
+            )
+
+
+def share_of(samples: Sequence[Sample], batch_size: int, ranks: Ranks) -> list[Sample]:
+    """The samples of this rank's batches: batches are the same whatever the number of ranks.
+
+    Raises:
+        DataError: There are fewer batches than ranks.
+    """
+    if ranks.size == 1:
+        return list(samples)
+    starts = range(0, len(samples), batch_size)
+    if len(starts) < ranks.size:
+        raise DataError(
+            f"{len(samples)} samples in batches of {batch_size} are {len(starts)} batches, "
+            f"too few for {ranks.size} ranks",
+            remedy="use more samples, a smaller batch size, or fewer ranks",
+        )
+    return [s for start in starts[ranks.rank :: ranks.size] for s in samples[start:][:batch_size]]
 
 
 def all_ranges(records: Mapping[str, RangeRecord], ranks: Ranks) -> dict[str, RangeRecord]:

@@ -324,7 +324,7 @@ class Group:
                     remedy="add samples of the modality that passes it",
                 )
             return None
-        hessian = record.hessian() if isinstance(record, DriftRecord) else record.mean()
+        hessian = record.hessian() if isinstance(record, DriftRecord) else record.mean(consume=True)
         if self.columns is None:
             return hessian
         return hessian.index_fill(0, self.columns, 0.0).index_fill(1, self.columns, 0.0)

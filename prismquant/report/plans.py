@@ -105,6 +105,15 @@ def run_table(plan: Plan, record: RunRecord) -> Table:
     return rich_table(headers, rows, title=title)
 
 
+def memory_line(record: RunRecord) -> str:
+    """The peak of memory that was measured, beside the one that was predicted."""
+    told = record.memory
+    predicted = format_bytes(int(told.get("predicted_peak_bytes", 0)))
+    budget = f", budget {format_bytes(int(told['budget_bytes']))}" if "budget_bytes" in told else ""
+    measured = format_bytes(record.peak_memory_bytes)
+    return f"peak memory {measured}, predicted {predicted}{budget}; {told.get('way', '')}"
+
+
 def _remark(step: StepRecord) -> str:
     """What did not go as the plan's words may suggest, and what tuning brought."""
     parts = []

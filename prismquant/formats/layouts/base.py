@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from prismquant.errors import FormatError
@@ -15,11 +16,12 @@ from prismquant.numerics.grids import FloatGrid
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    import torch
-
     from prismquant.formats.quantized import QuantizedTensor
     from prismquant.formats.spec import NumberSpec
     from prismquant.numerics.scales import ScaleKind
+
+# Of a number of 8 bits, all but its sign.
+_MAGNITUDE = 0x7F
 
 
 @dataclass(frozen=True)
@@ -114,9 +116,10 @@ def check_shape(shape: tuple[int, int], wanted: Sequence[int] | None) -> None:
 
 
 def _check_numbers(codes: Tensor, grid: FloatGrid, spec: NumberSpec, what: str) -> None:
-    """Refuse bit patterns that are no finite number."""
+    """Refuse bit patterns that are no finite number: all those above the largest one's."""
+    most = int(torch.tensor(grid.largest).to(grid.dtype).view(torch.int8))
     for rows in row_slices(*codes.shape):
-        bad = ~grid.read(codes[rows]).isfinite()
-        if bool(bad.any()):
+        if int((codes[rows] & _MAGNITUDE).amax()) > most:
+            bad = (codes[rows] & _MAGNITUDE) > most
             wrong = int(codes[rows][bad][0]) & 0xFF
             raise FormatError(f"{what} is {wrong:#04x}, no finite number of {spec.describe()}")

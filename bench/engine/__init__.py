@@ -1,0 +1,1 @@
+"""Whole runs on models of real dimensions: seconds by phase, memory, other tools beside ours."""

@@ -1,0 +1,1 @@
+"""The solver alone: seconds and loss of one layer, against a floor and against other tools."""

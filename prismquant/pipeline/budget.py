@@ -1,0 +1,220 @@
+"""How much memory a run takes at its peak, told before it begins, and how it keeps to a budget.
+
+What a run holds at a time is known from shapes: one step's weights, the calibration set's hidden
+states, what halted passes hold, one stage's second moments and what the solver makes of them. Two
+of these can be done without, at a price: passes can start from the beginning for every stage (up to
+twice the forward passes), and hidden states can wait on disk. The first way of running whose peak
+fits the budget is taken, fastest first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from prismquant.algorithms.gptq import peak_solve_bytes
+from prismquant.errors import PlanError
+from prismquant.models.arch import Modality
+from prismquant.models.bind import BoundModel, BoundStep
+from prismquant.pipeline.batches import Batch
+from prismquant.pipeline.plan import Plan, PlanRow, problem_groups
+
+_FLOAT32 = 4
+# Hidden-wide tensors that a halted pass holds: the stream, what is normed, queries, keys, values.
+_HELD = 5
+# Intermediate tensors of one call that are alive at once, in units of its widest layer.
+_ALIVE = 4
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a run goes about it.
+
+    Attributes:
+        paused: Passes halt at each stage and go on; else they start from the beginning.
+        on_disk: Hidden states wait on disk; else in memory.
+    """
+
+    paused: bool = True
+    on_disk: bool = False
+
+    def describe(self) -> str:
+        """In words."""
+        passes = "halted" if self.paused else "repeated"
+        return f"passes {passes}, hidden states {'on disk' if self.on_disk else 'in memory'}"
+
+
+# Fastest first.
+WAYS = (Way(), Way(paused=False), Way(paused=False, on_disk=True))
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """How many rows pass a tower.
+
+    Attributes:
+        total: In all calls.
+        largest: In the largest call.
+    """
+
+    total: int = 0
+    largest: int = 0
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A predicted peak.
+
+    Attributes:
+        way: How the run goes about it.
+        peak_bytes: Largest resident set, what the process has already included.
+        where: The step in which it is reached.
+    """
+
+    way: Way
+    peak_bytes: int
+    where: str
+
+
+def count_tokens(bound: BoundModel, batches: Sequence[Batch]) -> dict[Modality, Tokens]:
+    """Patches in the vision tower, and tokens in the language model; padding included."""
+    patches = next((s.in_features for s in bound.sites if s.role == "patch_embed"), 1)
+    keys = [group[0] for group in bound.arch.input_groups]
+    vision = [
+        batch.inputs[key].numel() // patches
+        for batch in batches
+        for key in keys
+        if key in batch.inputs
+    ]
+    text = [batch.inputs["input_ids"].numel() for batch in batches]
+    return {
+        Modality.VISION: Tokens(sum(vision), max(vision, default=0)),
+        Modality.LLM: Tokens(sum(text), max(text, default=0)),
+    }
+
+
+def forecast(
+    plan: Plan,
+    bound: BoundModel,
+    tokens: dict[Modality, Tokens],
+    *,
+    resident: int,
+    way: Way,
+    itemsize: int = _FLOAT32,
+) -> Forecast:
+    """The peak of a run.
+
+    Args:
+        plan: What is done.
+        bound: To which model.
+        tokens: From :func:`count_tokens`.
+        resident: Bytes that the process has before it begins.
+        way: How it goes about it.
+        itemsize: Bytes of a number in the arithmetic.
+    """
+    outline = _Outline(plan, bound, tokens, way, itemsize)
+    peaks = {step.name: outline.step(step) for step in bound.steps}
+    peaks["embeddings"] = outline.embeddings()
+    where = max(peaks, key=lambda name: peaks[name])
+    return Forecast(way, resident + peaks[where], where)
+
+
+def choose_way(forecasts: Sequence[Forecast], budget: int | None) -> Forecast:
+    """The first that fits the budget; without one, the first.
+
+    Raises:
+        PlanError: None fits.
+    """
+    for one in forecasts:
+        if budget is None or one.peak_bytes <= budget:
+            return one
+    least = min(forecasts, key=lambda one: one.peak_bytes)
+    raise PlanError(
+        f"a memory budget of {_gib(budget or 0)} is too small: {_gib(least.peak_bytes)} are needed "
+        f"({least.way.describe()})",
+        where=least.where,
+        remedy=f"allow {_gib(least.peak_bytes)}; a smaller --batch-size, fewer --samples, or "
+        "another method for the widest layers need less",
+    )
+
+
+@dataclass(frozen=True)
+class _Outline:
+    """Bytes by step, beyond what the process has already."""
+
+    plan: Plan
+    bound: BoundModel
+    tokens: dict[Modality, Tokens]
+    way: Way
+    itemsize: int
+
+    @property
+    def chains(self) -> int:
+        return 2 if self.plan.needs_float_chain else 1
+
+    def step(self, step: BoundStep) -> int:
+        rows = [row for row in self.plan.quantized if row.site.step == step.index]
+        flows = self.plan.needs_data and step.kind != "head"
+        if not rows and not flows:
+            return 0
+        weights = self._parameters(step) * self.itemsize * self.chains
+        solving = max((self._solving(group) for group in _groups(rows)), default=0)
+        if not self.plan.needs_data:
+            return weights + solving
+        states, held = self._states(step), self._held(step, rows)
+        return weights + states + held + max(solving, self._call(step))
+
+    def embeddings(self) -> int:
+        """The table, as it is on disk, and the rows of it that are used."""
+        if not self.plan.needs_data:
+            return 0
+        name = f"{self.bound.arch.embeddings}.weight"
+        table = math.prod(self.bound.shapes[name]) * self.bound.dtype.itemsize
+        last = next(s for s in reversed(self.bound.steps) if s.kind == "block")
+        return table + self._states(last)
+
+    def _parameters(self, step: BoundStep) -> int:
+        prefix = f"{step.name}."
+        return sum(math.prod(s) for n, s in self.bound.shapes.items() if n.startswith(prefix))
+
+    def _states(self, step: BoundStep) -> int:
+        """Hidden states of the step's tower; in the language model also those that are about it."""
+        count = self._tokens(step)
+        number = count.largest if self.way.on_disk else count.total
+        return number * self._hidden(step) * self.itemsize * self.chains
+
+    def _held(self, step: BoundStep, rows: Sequence[PlanRow]) -> int:
+        if not self.way.paused or not any(row.needs_data for row in rows):
+            return 0
+        widest = max(row.site.in_features for row in rows)
+        width = _HELD * self._hidden(step) + widest
+        return self._tokens(step).total * width * self.itemsize * self.chains
+
+    def _call(self, step: BoundStep) -> int:
+        widest = max((s.out_features for s in step.sites if s.role != "lm_head"), default=1)
+        return self._tokens(step).largest * widest * _ALIVE * self.itemsize
+
+    def _solving(self, rows: Sequence[PlanRow]) -> int:
+        columns, count = rows[0].site.in_features, sum(row.site.out_features for row in rows)
+        if not rows[0].needs_hessian:
+            # The weight, its codes, and what is made of both on the way.
+            return 3 * columns * count * _FLOAT32
+        return _FLOAT32 * columns**2 + peak_solve_bytes(columns, count)
+
+    def _tokens(self, step: BoundStep) -> Tokens:
+        modality = step.modality if step.modality is Modality.LLM else Modality.VISION
+        return self.tokens[modality]
+
+    def _hidden(self, step: BoundStep) -> int:
+        blocks = [s for s in self.bound.steps if s.modality is step.modality and s.kind == "block"]
+        sites = (blocks[0] if blocks else step).sites
+        return min((site.in_features for site in sites), default=1)
+
+
+def _groups(rows: Sequence[PlanRow]) -> Iterator[list[PlanRow]]:
+    yield from problem_groups(rows)
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"

@@ -1,0 +1,149 @@
+"""One run at a time in an output folder.
+
+Two runs that write to one folder would mix their files and their records. The lock is the
+kernel's, on a small file in the folder: it is gone with the process that held it, however that
+ended, so there is never a stale lock to remove by hand. The file says who holds it, for the message
+that the other run ends with, and is deleted when the lock is given back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from prismquant.errors import StorageError
+from prismquant.storage import make_folder, storage_error
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+# What a file system answers that has no locks, as some network file systems.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
+_HELD = {errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN, errno.EDEADLK}
+# Windows locks bytes of a file for readers too: one far behind what the file says of its holder.
+_LOCKED_BYTE = 1 << 30
+# The file, or its folder, may be deleted between making and locking it, by a run that ends.
+_TRIES = 100
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Hold a lock for the length of a block.
+
+    Folders that are missing are made, and deleted again if they are still empty at the end.
+
+    Args:
+        path: The file to lock, one level below the output folder.
+
+    Yields:
+        Whether there is a lock; False on a file system that has none.
+
+    Raises:
+        StorageError: Another process, or another thread, holds it; or the file cannot be written.
+    """
+    made = [folder for folder in path.parents if not folder.exists()]
+    try:
+        handle, held = _take(path)
+        try:
+            yield held
+        finally:
+            _give_back(path, handle)
+    finally:
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+
+
+def _take(path: Path) -> tuple[int, bool]:
+    """Open and lock the file, and write into it who holds it."""
+    for _ in range(_TRIES):
+        try:
+            make_folder(path.parent)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise storage_error(error, path) from error
+        try:
+            held = _lock(handle, path)
+            if _is_at(path, handle):
+                os.truncate(handle, 0)
+                os.write(handle, json.dumps(_holder()).encode())
+                return handle, held
+        except OSError as error:
+            os.close(handle)
+            raise storage_error(error, path) from error
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+    raise StorageError(
+        "the output folder is deleted again and again", where=str(path.parent.parent)
+    )
+
+
+def _lock(handle: int, path: Path) -> bool:
+    """Lock an open file without waiting; False where the file system has no locks."""
+    try:
+        if sys.platform == "win32":
+            os.lseek(handle, _LOCKED_BYTE, os.SEEK_SET)
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+            os.lseek(handle, 0, os.SEEK_SET)
+        else:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _HELD:
+            raise StorageError(
+                f"another run is writing to the output folder{_told(path)}",
+                where=str(path.parent.parent),
+                remedy="wait until it has ended, or choose another --out",
+            ) from error
+        if error.errno in _NO_LOCKS:
+            return False
+        raise
+    return True
+
+
+def _is_at(path: Path, handle: int) -> bool:
+    """Whether an open file still has its name: the run that held it may have deleted it."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+def _holder() -> dict[str, str | int]:
+    since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return {"pid": os.getpid(), "host": platform.node(), "since": since}
+
+
+def _told(path: Path) -> str:
+    """Who holds the lock, as far as the file tells by now."""
+    try:
+        holder = json.loads(path.read_text(encoding="utf-8"))
+        return f": process {holder['pid']} on {holder['host']}, since {holder['since']}"
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
+
+
+def _give_back(path: Path, handle: int) -> None:
+    with contextlib.suppress(OSError):
+        if sys.platform == "win32":
+            # An open file cannot be deleted there.
+            os.close(handle)
+            path.unlink(missing_ok=True)
+        else:
+            # Deleted while it is held: whoever opened it meanwhile sees that its name is gone.
+            try:
+                path.unlink(missing_ok=True)
+            finally:
+                os.close(handle)

@@ -1,0 +1,111 @@
+"""Factorizations from the last column on: exact, in the order asked for, honest about failure."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from prismquant.algorithms import factor
+from prismquant.algorithms.factor import blocks, factorize_in_place, factorize_smallest_last
+
+# One column, less than a block, blocks with and without a rest.
+SIZES = [1, 2, 7, 128, 129, 300, 513]
+
+
+def moments(features: int, seed: int = 0, noise: float = 0.3) -> Tensor:
+    """Second moments of features that correlate and differ in size, float64, damped."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    rank = max(1, features // 4)
+    x = normal(2 * features, rank) @ normal(rank, features) / math.sqrt(rank)
+    x = (x + noise * normal(2 * features, features)) * torch.exp(0.5 * normal(features))
+    matrix = x.T @ x / len(x)
+    return matrix + 0.1 * torch.diag(matrix.diagonal())
+
+
+def lower_alone(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy that holds nothing above the diagonal but what would spoil a result."""
+    spoilt = torch.full_like(matrix, math.nan)
+    return torch.where(torch.ones_like(matrix).tril() > 0, matrix, spoilt).to(dtype)
+
+
+def smallest_last(matrix: Tensor) -> list[int]:
+    """The order by definition: eliminate the column with the smallest pivot, and go on."""
+    rest, late = matrix.clone(), []
+    for _ in range(len(matrix)):
+        free = rest.diagonal().clone()
+        free[late] = math.inf
+        pick = int(free.argmin())
+        rest = rest - torch.outer(rest[pick], rest[pick]) / rest[pick, pick]
+        late.append(pick)
+    return late[::-1]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-13)])
+@pytest.mark.parametrize("features", SIZES)
+def test_the_lines_are_the_columns_of_an_upper_triangular_root(features, dtype, tolerance):
+    matrix = moments(features)
+    lines = matrix.to(dtype, copy=True)
+    assert factorize_in_place(lines)
+    root = lines.double().tril().T
+    assert float((root @ root.T - matrix).abs().max()) < tolerance * float(matrix.max())
+    assert bool((lines.diagonal() > 0).all())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-13)])
+@pytest.mark.parametrize("features", SIZES)
+def test_with_pivots_they_are_those_of_the_ordered_matrix(features, dtype, tolerance):
+    matrix = moments(features)
+    lines = lower_alone(matrix, dtype)
+    order = factorize_smallest_last(lines)
+    assert sorted(order.tolist()) == list(range(features))
+    root, ordered = lines.double().tril().T, matrix[order][:, order]
+    assert float((root @ root.T - ordered).abs().max()) < tolerance * float(matrix.max())
+
+
+@settings(deadline=None, max_examples=25)
+@given(features=st.integers(1, 60), seed=st.integers(0, 1000), block=st.integers(1, 70))
+def test_pivots_come_in_the_order_of_their_definition_whatever_the_block(features, seed, block):
+    matrix = moments(features, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(factor, "_PIVOT_BLOCK", block)
+        patch.setattr(factor, "_PANEL", block + 3)
+        order = factorize_smallest_last(lower_alone(matrix, torch.float64))
+    assert order.tolist() == smallest_last(matrix)
+
+
+@pytest.mark.parametrize("features", [5, 300])
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_matrix_that_is_not_positive_definite_is_told(features, place):
+    matrix = moments(features)
+    matrix[place, place] *= -1
+    assert not factorize_in_place(matrix.clone())
+    assert factorize_smallest_last(matrix.clone()) is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_value_that_is_not_finite_is_told(bad):
+    matrix = moments(140)
+    matrix[100, 3] = matrix[3, 100] = bad
+    assert not factorize_in_place(matrix.clone())
+    assert factorize_smallest_last(matrix.clone()) is None
+
+
+def test_nothing_is_factorized_without_columns():
+    empty = torch.zeros(0, 0)
+    assert factorize_in_place(empty)
+    assert factorize_smallest_last(empty).tolist() == []
+
+
+@given(count=st.integers(0, 50), size=st.integers(1, 60))
+def test_blocks_cover_everything_once(count, size):
+    found = [i for block in blocks(count, size) for i in range(block.start, block.stop)]
+    assert found == list(range(count))
