@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -28,12 +28,13 @@ from prismquant.memory import available_bytes, peak_memory_bytes, resident_bytes
 from prismquant.models.arch import Modality
 from prismquant.models.bind import BoundModel, bind
 from prismquant.models.load import load_processor
-from prismquant.pipeline.batches import Batch, make_batches
+from prismquant.pipeline.batches import Batch, by_length, make_batches
 from prismquant.pipeline.budget import WAYS, Forecast, choose_way, count_tokens, forecast
 from prismquant.pipeline.checkpoint import RunDirectory, RunRecord, StepRecord, environment
 from prismquant.pipeline.data import Sample, read_samples, require_modalities
 from prismquant.pipeline.engine import Reporter, Run, Silent, run
 from prismquant.pipeline.exchange import require_sharable, share_of
+from prismquant.pipeline.failure import failure_lines
 from prismquant.pipeline.gradients import gradient_samples, vision_weights, wants_gradients
 from prismquant.pipeline.identity import (
     Identity,
@@ -60,7 +61,8 @@ class Result:
         folder: The checkpoint.
         plan: What was done.
         record: How well.
-        notes: What was damaged, or differs, of the earlier run that this one went on with.
+        notes: What was damaged, or differs, of the earlier run that this one went on with; and
+            which layers were rounded to nearest because their solver failed.
     """
 
     folder: Path
@@ -134,10 +136,10 @@ def quantize(
         if first:
             directory.require_space(plan.total_bytes + _copied_bytes(bound))
         samples = _calibration_samples(plan, calibration)
-        own = share_of(samples, recipe.calibration.batch_size, ranks)
+        own = share_of(by_length(samples), recipe.calibration.batch_size, ranks)
         batches = _batches(bound, own, recipe.calibration.batch_size, trust_remote_code)
         answers = gradient_samples(samples, plan.calibration.seed) if wants_gradients(plan) else ()
-        memory = _forecast(plan, bound, batches, memory_budget, target)
+        memory = _forecast(plan, bound, batches, memory_budget, target, arithmetic)
         identity = _identity(plan, bound, samples, batches, f"{target.type} {arithmetic}", ranks)
         record = RunRecord(
             identity=identity,
@@ -151,8 +153,10 @@ def quantize(
             record = directory.begin(record, plan, recipe, resume=resume)
         record = RunRecord.from_dict(ranks.gather_json(record.to_dict())[0])
         if record.finished:
-            return Result(Path(out), plan, record)
-        with directory.states(ranks.rank, on_disk=memory.way.on_disk) as states:
+            return Result(Path(out), plan, record, failure_lines(record.steps))
+        way = memory.way
+        waiting = directory.states(ranks.rank, on_disk=way.on_disk, matrices=way.moments_on_disk)
+        with waiting as states:
             writer = CheckpointWriter(Path(out), bound, plan)
             job = Run(
                 plan=plan,
@@ -164,35 +168,26 @@ def quantize(
                 dtype=arithmetic,
                 done={step.name: step for step in record.steps},
                 ranks=ranks,
-                way=memory.way,
+                way=way,
                 states=states,
             )
             gradients = _batches(bound, answers, 1, trust_remote_code)
             # Closed before anything else: the workers of a stream must not outlive the run.
             with contextlib.closing(_remaining(job, gradients)) as steps:
                 if first:
-                    with unchanged(bound.folder, identity.files) as look:
-                        record = _recorded(steps, look, writer, directory, record)
+                    with (
+                        directory.unpublished_on_error(),
+                        unchanged(bound.folder, identity.files) as look,
+                    ):
+                        for step in steps:
+                            look()
+                            record = directory.add(record, step, peak_memory_bytes())
+                        writer.finish()
+                    record = directory.finish(record)
                 else:
                     deque(steps, maxlen=0)
         notes = record.restarts[-1].notes if record.restarts else ()
-        return Result(Path(out), plan, record, notes)
-
-
-def _recorded(
-    steps: Iterator[StepRecord],
-    look: Callable[[], None],
-    writer: CheckpointWriter,
-    directory: RunDirectory,
-    record: RunRecord,
-) -> RunRecord:
-    """Note every step as it is done, and finish the checkpoint; the finished run's record."""
-    with directory.unpublished_on_error():
-        for step in steps:
-            look()
-            record = directory.add(record, step, peak_memory_bytes())
-        writer.finish()
-    return directory.finish(record)
+        return Result(Path(out), plan, record, (*notes, *failure_lines(record.steps)))
 
 
 def _unusual(ranks: Ranks, *, locked: bool) -> dict[str, str]:
@@ -207,6 +202,7 @@ def _forecast(
     batches: Sequence[Batch],
     budget: int | None,
     device: torch.device,
+    dtype: torch.dtype,
 ) -> Forecast:
     """How the run will go about it, and the peak that is expected.
 
@@ -215,7 +211,10 @@ def _forecast(
     """
     tokens = count_tokens(bound, batches)
     resident = resident_bytes()
-    forecasts = [forecast(plan, bound, tokens, resident=resident, way=way) for way in WAYS]
+    forecasts = [
+        forecast(plan, bound, tokens, resident=resident, way=way, itemsize=dtype.itemsize)
+        for way in WAYS
+    ]
     if budget is not None or device.type != "cpu":
         return choose_way(forecasts, budget)
     spare = resident + available_bytes()
@@ -356,7 +355,7 @@ def _calibration_samples(plan: Plan, source: str | Path | None) -> tuple[Sample,
 def _needed_kinds(plan: Plan) -> set[str]:
     """Kinds of samples without which a layer that needs statistics would see nothing."""
     balanced = {name for edge in plan.edges for name in edge.edge.consumers}
-    hungry = [row for row in plan.quantized if row.needs_data or row.site.name in balanced]
+    hungry = [row for row in plan.quantized if row.needs_tokens or row.site.name in balanced]
     return {"vision" for row in hungry if row.site.modality is not Modality.LLM}
 
 

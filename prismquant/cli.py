@@ -157,6 +157,10 @@ Fallback = Annotated[
     bool,
     typer.Option("--fallback", help="Where a format cannot hold a layer, take the nearest."),
 ]
+OnFailure = Annotated[
+    str | None,
+    typer.Option("--on-failure", help="Where a solver fails: stop, or rtn to round to nearest."),
+]
 Shards = Annotated[
     int | None,
     typer.Option("--tensor-parallel", min=1, help="Devices that will share each layer."),
@@ -170,6 +174,7 @@ def inspect(
     recipe: RecipeOption = "w4a16",
     kv_cache: KVCache = None,
     fallback: Fallback = False,
+    on_failure: OnFailure = None,
     tensor_parallel: Shards = None,
     as_json: AsJson = False,
 ) -> None:
@@ -177,7 +182,8 @@ def inspect(
     from prismquant.api import inspect as make
     from prismquant.report.plans import layer_table, totals_table, transform_table
 
-    plan = make(model, _adapted(recipe, kv_cache, tensor_parallel, fallback=fallback))
+    adapted = _adapted(recipe, kv_cache, tensor_parallel, on_failure, fallback=fallback)
+    plan = make(model, adapted)
     if as_json:
         typer.echo(json.dumps(plan.to_dict()))
         return
@@ -204,6 +210,7 @@ def quantize(
     ] = None,
     kv_cache: KVCache = None,
     fallback: Fallback = False,
+    on_failure: OnFailure = None,
     tensor_parallel: Shards = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ..")] = "cpu",
     resume: Annotated[
@@ -213,6 +220,13 @@ def quantize(
         str | None,
         typer.Option("--memory-budget", help="Take no more than this, e.g. 4GiB; on a CPU."),
     ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of the arithmetic: float32 (on a CPU the default), bfloat16 .."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads to compute with; measured by default.")
+    ] = None,
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
@@ -220,11 +234,14 @@ def quantize(
     from prismquant.api import quantize as run
     from prismquant.distributed import joined
     from prismquant.export.check import check
+    from prismquant.pipeline.failure import failed_layers
     from prismquant.report.plans import memory_line, run_table
     from prismquant.report.progress import ProgressReporter
+    from prismquant.threads import use_threads
 
+    use_threads(threads or (_earlier_threads(out) if resume else None))
     budget = None if memory_budget is None else _byte_count(memory_budget)
-    chosen = _adapted(recipe, kv_cache, tensor_parallel, fallback=fallback)
+    chosen = _adapted(recipe, kv_cache, tensor_parallel, on_failure, fallback=fallback)
     if solver is not None:
         chosen = chosen.with_rules({"solver": solver}, name=f"{chosen.name}-{solver}")
     changes = {k: v for k, v in {"samples": samples, "batch_size": batch_size}.items() if v}
@@ -239,6 +256,7 @@ def quantize(
                 out,
                 calib,
                 device=device if device != "cuda" else ranks.device,
+                dtype=None if dtype is None else _float_dtype(dtype),
                 resume=resume,
                 trust_remote_code=trust_remote_code,
                 reporter=reporter,
@@ -249,7 +267,12 @@ def quantize(
         return
     report = check(out)
     if as_json:
-        body = {"out": str(out), "record": result.record.to_dict(), "check": report.to_dict()}
+        body = {
+            "out": str(out),
+            "failed": [name for step in result.record.steps for name in failed_layers(step.layers)],
+            "record": result.record.to_dict(),
+            "check": report.to_dict(),
+        }
         typer.echo(json.dumps(body))
         return
     console.print(run_table(result.plan, result.record))
@@ -257,6 +280,16 @@ def quantize(
     _print_remarks(console, [*result.plan.remarks, *result.notes])
     _print_findings(console, report)
     console.print(f"written: {out}")
+
+
+def _earlier_threads(out: Path) -> int | None:
+    """With how many threads a run began: another number may round sums in another order."""
+    from prismquant.pipeline.checkpoint import RunDirectory
+
+    try:
+        return int(RunDirectory(out).load().environment["threads"])
+    except (PrismQuantError, KeyError, ValueError):
+        return None  # what is wrong with the folder is told when the run looks at it
 
 
 def _byte_count(text: str) -> int:
@@ -271,7 +304,12 @@ def _byte_count(text: str) -> int:
 
 
 def _adapted(
-    source: str, kv_cache: str | None, tensor_parallel: int | None, *, fallback: bool
+    source: str,
+    kv_cache: str | None,
+    tensor_parallel: int | None,
+    on_failure: str | None,
+    *,
+    fallback: bool,
 ) -> Any:
     """A recipe with what the command line adds to it."""
     from prismquant.recipe.schema import load_recipe
@@ -281,6 +319,8 @@ def _adapted(
         recipe = recipe.with_kv_cache(kv_cache)
     if fallback:
         recipe = recipe.with_rules({"fallback": "nearest"})
+    if on_failure is not None:
+        recipe = recipe.with_rules({"on_failure": on_failure})
     if tensor_parallel is not None:
         recipe = recipe.with_tensor_parallel(tensor_parallel)
     return recipe

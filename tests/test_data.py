@@ -20,7 +20,7 @@ from PIL import Image
 
 from prismquant.errors import DataError
 from prismquant.models.load import load_float, load_processor
-from prismquant.pipeline.batches import Batch, make_batches
+from prismquant.pipeline.batches import Batch, by_length, make_batches
 from prismquant.pipeline.data import (
     Sample,
     balanced_subset,
@@ -576,7 +576,7 @@ def test_batches_move_to_a_device_as_a_whole(tmp_path: Path, processors: Any) ->
 def test_sorting_by_length_wastes_less_and_loses_nothing(tmp_path: Path, processors: Any) -> None:
     samples = mixed_samples(tmp_path)
     plain = list(batches(samples, processors("qwen2_vl"), batch_size=3))
-    tidy = list(batches(samples, processors("qwen2_vl"), batch_size=3, sort_by_length=True))
+    tidy = list(batches(by_length(samples), processors("qwen2_vl"), batch_size=3))
     assert sorted(i for batch in tidy for i in batch.ids) == sorted(sample.id for sample in samples)
     assert [len(batch) for batch in plain] == [3, 3, 1]
 

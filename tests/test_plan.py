@@ -592,7 +592,7 @@ def test_inspecting_reads_headers_only(tiny_folder: Path, monkeypatch: pytest.Mo
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("tensor data were opened")
 
-    monkeypatch.setattr(storage, "safe_open", refuse)
+    monkeypatch.setattr(storage.ShardReader, "read", refuse)
     plan = pq.inspect(tiny_folder, "w4a16-all")
     assert plan.float_bytes == sum(tensor_bytes(tiny_folder).values())
 

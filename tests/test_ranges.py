@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from prismquant.errors import FormatError, NumericsError, PrismQuantError, RecipeError
+from prismquant.numerics import bounds, narrowed
 from prismquant.numerics.affine import (
     Granularity,
     dequantize,
@@ -829,3 +830,107 @@ def test_a_broken_state_is_refused() -> None:
         RangeRecord.from_state_dict({k: v for k, v in state.items() if k != "counts"})
     with pytest.raises(NumericsError, match=r"counts.*\[3\]"):
         RangeRecord.from_state_dict(state | {"counts": torch.zeros(3, dtype=torch.int64)})
+
+
+# --- the narrowed search ----------------------------------------------------------------------
+
+NARROWED: list[tuple[Grid, bool, torch.dtype]] = [
+    *((IntGrid(bits), True, dtype) for bits in (2, 4, 8) for dtype in DTYPES),
+    (IntGrid(3, narrow=True), True, torch.bfloat16),
+    (IntGrid(2), False, torch.bfloat16),
+    (IntGrid(4), False, torch.float16),
+    (FP4, True, torch.bfloat16),
+    (FloatGrid("e4m3"), True, torch.float32),
+]
+
+
+def both_searches(
+    w: Tensor,
+    grid: Grid,
+    symmetric: bool,
+    unit: tuple[Granularity, int | None],
+    rule: RangeRule,
+    dtype: torch.dtype,
+    importance: Tensor | None,
+) -> list[tuple[Tensor, Tensor | None]]:
+    """What the search finds with the help of bounds, and by weighing every trial."""
+    found = []
+    for least in (0, 1 << 60):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(narrowed, "_LEAST_VALUES", least)
+            patch.setattr(narrowed, "_LEAST_BY_BIN", 0)
+            found.append(weight_scales(w, grid, symmetric, *unit, rule, dtype, importance))
+    return found
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 10_000),
+    case=st.sampled_from(NARROWED),
+    unit=st.sampled_from([(Granularity.CHANNEL, None), (Granularity.GROUP, 32), BLOCK]),
+    norm=st.sampled_from([1.0, 2.0, 2.4, 3.5]),
+    weighted=st.booleans(),
+    signed=st.booleans(),
+    tail=st.booleans(),
+)
+def test_bounds_change_none_of_the_scales_that_the_whole_search_finds(
+    seed: int,
+    case: tuple[Grid, bool, torch.dtype],
+    unit: tuple[Granularity, int | None],
+    norm: float,
+    weighted: bool,
+    signed: bool,
+    tail: bool,
+) -> None:
+    """Bit for bit, also of units that are all zero, of one sign, tiny, huge, or of no account."""
+    grid, symmetric, dtype = case
+    generator = torch.Generator().manual_seed(seed)
+    w = heavy_tailed(seed, 32, 64) if tail else torch.randn(32, 64, generator=generator)
+    w[0] = 0.0
+    w[1] = w[1].abs()
+    w[2] *= 1e-36
+    w[3] *= 1e36
+    w[4] = w[4].sign()
+    importance = heavy_tailed(seed + 1, 64).square() if weighted else None
+    if importance is not None:
+        importance[::5] = 0.0
+    rule = RangeRule("mse", norm=norm, signed_scale=signed)
+    (scale, zero), (want, want_zero) = both_searches(
+        w, grid, symmetric, unit, rule, dtype, importance
+    )
+    assert torch.equal(scale, want)
+    assert zero is want_zero is None or torch.equal(zero, want_zero)  # type: ignore[arg-type]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 10_000),
+    case=st.sampled_from(
+        [(IntGrid(4), 0), (IntGrid(4), -3), (IntGrid(8), 5), (FP4, 0), (FloatGrid("e4m3"), 0)]
+    ),
+    norm=st.sampled_from([1.0, 2.4]),
+    tolerance=st.sampled_from([1e-5, 2.0**-8]),
+)
+def test_losses_lie_between_the_bounds(
+    seed: int, case: tuple[Grid, int], norm: float, tolerance: float
+) -> None:
+    """Against the losses in float64, of values anywhere and of scales anywhere in the tolerance."""
+    grid, zero = case
+    generator = torch.Generator().manual_seed(seed)
+    values = heavy_tailed(seed, 16, 48)
+    width = values.abs().amax(-1)
+    costs = torch.rand(4, 48, generator=generator)
+    ratios = tuple((sign * grid.span / f) for f in (1.1, 0.9, 0.5, 0.2) for sign in (1, -1))
+    table = bounds.loss_table(grid, zero, ratios, 256, norm, tolerance, 48)
+    drift = 1 + (2 * torch.rand(16, len(ratios), generator=generator) - 1) * tolerance * 0.9
+    scales = width.unsqueeze(-1) / (torch.tensor(ratios) * drift)
+    units = bounds.BinnedUnits(values, width, costs, 256)
+    lower, upper = units._bounds(torch.arange(16), scales, table, tolerance)
+    places = values.double().unsqueeze(1) / scales.double().unsqueeze(-1)
+    points = bounds.points_of(grid, zero)
+    distance = (places.unsqueeze(-1) - points).abs().amin(-1)
+    losses = (distance**norm * costs.double().repeat(4, 1).unsqueeze(1)).sum(-1)
+    assert bool(((lower <= losses) & (losses <= upper)).all())
+    # A scale that is not on the ladder is unknown.
+    off, _ = units._bounds(torch.arange(16), scales * 1.1, table, tolerance)
+    assert bool(off.isnan().all())

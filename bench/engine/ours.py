@@ -4,7 +4,7 @@
 
 ``peers`` is what llm-compressor and gptqmodel do by default: the sweep follows the diagonal of the
 Hessian, nothing is refined, ranges reach to the largest weight, and a hundredth of the diagonal's
-mean damps it.
+mean damps it; like them it runs in the checkpoint's bfloat16, where ours takes float32 by default.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from prismquant.api import quantize
 from prismquant.models.config import import_transformers
 from prismquant.recipe.schema import Recipe, load_recipe
 
-METHODS = ("preset", "peers")
+METHODS = ("preset", "preset in bfloat16", "peers")
 _AS_PEERS = {
     "weight_range": "minmax",
     "options": {
@@ -40,7 +40,7 @@ _AS_PEERS = {
 def recipe_of(setting: str, method: str) -> Recipe:
     """A preset as it is, or with the peers' algorithm."""
     recipe = load_recipe(setting)
-    return recipe if method == "preset" else recipe.with_rules(_AS_PEERS, name=f"{setting} peers")
+    return recipe.with_rules(_AS_PEERS, name=f"{setting} peers") if method == "peers" else recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recipe = recipe_of(options.setting, options.method)
     clock = Clock()
     watch(clock)
-    result = quantize(options.model, recipe, options.out, options.calibration)
+    dtype = torch.float32 if options.method == METHODS[0] else torch.bfloat16
+    result = quantize(options.model, recipe, options.out, options.calibration, dtype=dtype)
     clock.enter("done")  # which closes the account of the phase before
     report = {
         "seconds": sum(clock.seconds.values()),

@@ -14,7 +14,7 @@ rows.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +38,34 @@ if TYPE_CHECKING:
 
 Note = float | int | str
 
+
+class MomentLines(Protocol):
+    """Second moments of which a solver reads some lines at a time, wherever they are."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """``[in, in]``."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where lines arrive."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, lines: slice) -> Tensor: ...
+
+    def diagonal(self) -> Tensor:
+        """``[in]``."""
+
+    def index_select(self, dim: Literal[0], index: Tensor) -> Tensor:
+        """Lines in any order."""
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> MomentLines:
+        """The same where the arithmetic happens."""
+
+
+Moments = Tensor | MomentLines
+
 # Columns of a Hessian multiplied at once where its symmetry is used.
 LOSS_BLOCK = 512
 
@@ -55,7 +83,10 @@ class LayerProblem:
             dtype is that of float scales; for scales of 8 bits, what else it takes follows from the
             format and the weights.
         hessian: Mean of ``x x^T`` over the counted tokens, float32 ``[in, in]``, symmetric;
-            ``None`` when nothing was calibrated.
+            ``None`` when nothing was calibrated. Solvers that say ``reads_lines`` take it also as
+            what can be read by lines only, whose values its owner has checked.
+        tokens: How many tokens, each by its weight, the Hessian is the mean over; ``None`` when
+            that is not known. Only errors tell it.
 
     Raises:
         FormatError: The parts do not fit one another, or the format is one of activations.
@@ -68,7 +99,8 @@ class LayerProblem:
     spec: NumberSpec
     range_rule: RangeRule
     scale_dtype: AnyScale
-    hessian: Tensor | None = None
+    hessian: Moments | None = None
+    tokens: float | None = None
 
     def __post_init__(self) -> None:
         if not self.names or len(self.names) != len(self.weights):
@@ -118,7 +150,12 @@ class LayerProblem:
         """The names, for an error."""
         return ", ".join(self.names)
 
-    def _check_hessian(self, hessian: Tensor) -> None:
+    @property
+    def seen(self) -> str:
+        """Of how many tokens the Hessian is, for an error; empty where that is not known."""
+        return "" if self.tokens is None else f" over {self.tokens:g} tokens"
+
+    def _check_hessian(self, hessian: Moments) -> None:
         expected = (self.in_features, self.in_features)
         if tuple(hessian.shape) != expected:
             raise FormatError(
@@ -127,14 +164,17 @@ class LayerProblem:
                 where=self.title,
             )
         try:
-            check_finite(hessian, "the Hessian")
+            if isinstance(hessian, Tensor):
+                check_finite(hessian, f"the Hessian{self.seen}")
         except NumericsError as error:
             raise NumericsError(error.what, where=self.title, remedy=error.remedy) from error
         lowest = float(hessian.diagonal().min())
         if lowest < 0:
             raise NumericsError(
-                f"the Hessian's diagonal holds {lowest:.4g}, a mean of squares is never negative",
+                f"the diagonal of the Hessian{self.seen} holds {lowest:.4g}, a mean of squares is "
+                f"never negative; its largest entry is {float(hessian.diagonal().max()):.4g}",
                 where=self.title,
+                remedy="check the calibration data, or use solver: rtn for this layer",
             )
 
 
@@ -166,6 +206,11 @@ class Solver(Protocol):
     @property
     def needs_hessian(self) -> bool:
         """Whether a problem without a Hessian is refused."""
+        ...
+
+    @property
+    def reads_lines(self) -> bool:
+        """Whether a Hessian that can be read by lines only will do."""
         ...
 
     def solve(self, problem: LayerProblem) -> LayerResult:
@@ -282,7 +327,7 @@ def decode(codes: Tensor, scales: Scales, spec: NumberSpec) -> Tensor:
     return dequantize(codes, scales.scale, scales.zero_point, *unit, torch.float32, spec.grid)
 
 
-def row_losses(error: Tensor, hessian: Tensor | None) -> Tensor:
+def row_losses(error: Tensor, hessian: Moments | None) -> Tensor:
     """The loss of each row.
 
     Args:

@@ -122,6 +122,11 @@ class DriftRecord:
             moments.sum_over(add_up)
             add_up(drift)
 
+    @property
+    def count(self) -> float:
+        """The sum of the weights of all tokens so far."""
+        return sum(moments.count for moments in self._moments)
+
     def hessian(self) -> Tensor:
         """Mean of ``u u^T`` over all tokens, float32 ``[in, in]``; see :class:`HessianRecord`."""
         whole = HessianRecord.from_state_dict(self._moments[0].state_dict(), self._name)
@@ -142,11 +147,12 @@ class DriftRecord:
             ``correction_damping``.
 
         Raises:
-            NumericsError: No token was counted.
+            NumericsError: No token was counted, the damped moments cannot be factorized, or what
+                comes of them is not finite.
         """
         if not any(moments.count > 0 for moments in self._moments):
             raise NumericsError(
-                "no calibration token has reached this layer",
+                "no calibration token reached this layer",
                 where=self._name,
                 remedy="add calibration samples of the modality that passes it",
             )
@@ -217,5 +223,14 @@ class DriftRecord:
         floor = diagonal.max().clamp_min(torch.finfo(torch.float32).tiny) * 1e-9
         moment = moment + torch.diag(damping * diagonal + floor)
         image = weights.double() @ drift
-        solved = torch.cholesky_solve(image.T, torch.linalg.cholesky(moment))
+        factor, failed = torch.linalg.cholesky_ex(moment)
+        if bool(failed):
+            raise NumericsError(
+                f"the moments of {len(moment)} columns cannot be factorized with damping "
+                f"{damping:g}; their diagonal runs from {float(diagonal.min()):.4g} to "
+                f"{float(diagonal.max()):.4g}",
+                where=self._name,
+                remedy="leave out `correction` for this layer, or raise its damping",
+            )
+        solved = torch.cholesky_solve(image.T, factor)
         return solved.T.to(torch.float32)

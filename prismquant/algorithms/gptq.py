@@ -33,6 +33,7 @@ from prismquant.algorithms.base import (
     LOSS_BLOCK,
     LayerProblem,
     LayerResult,
+    Moments,
     Note,
     Scales,
     choose_scales,
@@ -43,6 +44,7 @@ from prismquant.algorithms.base import (
 )
 from prismquant.algorithms.factor import blocks, factorize_in_place, factorize_smallest_last
 from prismquant.errors import NumericsError, RecipeError
+from prismquant.kernels import sweep as fused_sweep
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -118,6 +120,11 @@ class GPTQ:
         """Always."""
         return True
 
+    @property
+    def reads_lines(self) -> bool:
+        """It gathers a Hessian block by block."""
+        return True
+
     def solve(self, problem: LayerProblem) -> LayerResult:
         """Choose the codes of all layers in one sweep.
 
@@ -129,9 +136,10 @@ class GPTQ:
 
         Returns:
             Codes, losses, and notes: ``damping`` (the fraction used), ``damping_attempts``,
-            ``precision`` of the factorization, ``order``, ``scale_weighting``, ``dead_columns``
-            (never excited by calibration: rounded to nearest), ``swept_loss`` and ``refined_loss``
-            (under the damped Hessian, all layers together), ``nearest_rows`` (that fell back).
+            ``precision`` of the factorization, ``order``, ``scale_weighting``, ``kernel`` (of the
+            sweep: ``torch``, or ``triton`` on a GPU), ``dead_columns`` (never excited by
+            calibration: rounded to nearest), ``swept_loss`` and ``refined_loss`` (under the damped
+            Hessian, all layers together), ``nearest_rows`` (that fell back).
 
         Raises:
             NumericsError: There is no Hessian, or it cannot be factorized with any damping.
@@ -146,7 +154,7 @@ class GPTQ:
             )
         hessian = hessian.to(problem.weights[0].device, torch.float32)
         alive = hessian.diagonal().nonzero().flatten()
-        factor = self._factorize(hessian, alive, _lines_of(alive, problem.spec), problem.title)
+        factor = self._factorize(problem, hessian, alive)
         scales = choose_scales(problem, self._importance(hessian, factor))
         nearest = [
             nearest_codes(weight, s, problem.spec)
@@ -156,8 +164,9 @@ class GPTQ:
         codes, losses = [part.clone() for part in nearest], []
         table = _ScaleTable.of(problem, scales, factor.columns)
         coupling = _Coupling(hessian, factor.columns, factor.diagonal)
+        fused = fused_sweep.supports(hessian.device, problem.spec.grid)
         for portion in _portions([len(part) for part in codes], _portion_size(hessian.device)):
-            sweep = _Sweep(problem, portion, table, factor.columns, self.block_size)
+            sweep = _Sweep(problem, portion, table, factor.columns, self.block_size, fused)
             swept = sweep.run(factor)
             last = self.refine_passes - 1
             passes = (sweep.refine(coupling, measure=i == last) for i in range(last + 1))
@@ -173,6 +182,7 @@ class GPTQ:
             "precision": str(factor.lines.dtype).removeprefix("torch."),
             "order": self.order,
             "scale_weighting": self.scale_weighting,
+            "kernel": "triton" if fused else "torch",
             "dead_columns": problem.in_features - len(alive),
             "swept_loss": swept_loss,
             "refined_loss": refined_loss,
@@ -183,8 +193,9 @@ class GPTQ:
         swept_rows = torch.cat(measured) if measured else None
         return _choose_rows(problem, scales, nearest, codes, hessian, swept_rows, notes)
 
-    def _factorize(self, hessian: Tensor, alive: Tensor, groups: Tensor, title: str) -> _Factor:
+    def _factorize(self, problem: LayerProblem, hessian: Moments, alive: Tensor) -> _Factor:
         """Order, damp and factorize, with more precision and then more damping until it works."""
+        groups = _lines_of(alive, problem.spec)
         damping, attempts = self.damping, 0
         while damping <= _DAMPING_LIMIT:
             for dtype in (torch.float32, torch.float64):
@@ -195,16 +206,17 @@ class GPTQ:
             damping = max(10 * damping, _DAMPING_FLOOR)
         diagonal = hessian.diagonal()[alive]
         raise NumericsError(
-            f"the Hessian of {len(alive)} columns cannot be factorized in {attempts} attempts, "
+            f"the Hessian of {len(alive)} columns{problem.seen} cannot be factorized in "
+            f"{attempts} attempts, "
             f"damping {self.damping:g} to {damping / 10:g}; its diagonal runs from "
             f"{float(diagonal.min()):.4g} to {float(diagonal.max()):.4g}",
-            where=title,
+            where=problem.title,
             remedy="check the calibration data, or use solver: rtn for this layer",
         )
 
     def _attempt(
         self,
-        hessian: Tensor,
+        hessian: Moments,
         alive: Tensor,
         groups: Tensor,
         damping: float,
@@ -244,7 +256,7 @@ class GPTQ:
             return _group_by_group(damped, groups)
         return torch.arange(len(damped), device=damped.device)
 
-    def _importance(self, hessian: Tensor, factor: _Factor) -> Tensor | None:
+    def _importance(self, hessian: Moments, factor: _Factor) -> Tensor | None:
         """What an error in each column costs, ``[in]``, for the search for scales."""
         if self.scale_weighting == "none" or not len(factor.columns):
             return None
@@ -300,7 +312,7 @@ class _Coupling:
         diagonal: Of the damped Hessian, float32 ``[n]``. Only the diagonal is damped.
     """
 
-    hessian: Tensor
+    hessian: Moments
     columns: Tensor
     diagonal: Tensor
 
@@ -348,6 +360,12 @@ class _ScaleTable:
         steps, zeros = scales_by_column(scales, rows, problem.spec)
         return _ScaleTable(steps, zeros, tuple(_lines_of(columns, problem.spec).tolist()))
 
+    def on_device(self, rows: slice) -> fused_sweep.ScaleLines:
+        """What a kernel reads of it."""
+        zeros = None if self.zeros is None else self.zeros[:, rows]
+        lines = torch.tensor(self.lines, dtype=torch.int64, device=self.steps.device)
+        return fused_sweep.ScaleLines(self.steps[:, rows], zeros, lines)
+
 
 class _Sweep:
     """A portion of the rows of a problem, columns first and in the order of the sweep.
@@ -358,6 +376,7 @@ class _Sweep:
         table: The scales of all rows.
         columns: Live columns in the order of the sweep, ``[n]``.
         block_size: Columns between two large matrix products.
+        fused: Whether columns inside a block are rounded by one kernel.
 
     Attributes:
         errors: ``w - q`` of the columns done, zero of those to come; float32 ``[n, r]``.
@@ -372,6 +391,7 @@ class _Sweep:
         table: _ScaleTable,
         columns: Tensor,
         block_size: int,
+        fused: bool,
     ) -> None:
         self._columns = columns
         self._block_size = block_size
@@ -385,6 +405,7 @@ class _Sweep:
         self._steps = table.steps[:, portion.rows].unbind()
         self._zeros = None if table.zeros is None else table.zeros[:, portion.rows].unbind()
         self._lines = table.lines
+        self._fused = table.on_device(portion.rows) if fused else None
 
     def run(self, factor: _Factor) -> float:
         """Round every column once, from ``w_k + sum over j < k of e_j R_jk / R_kk``.
@@ -393,7 +414,7 @@ class _Sweep:
             The loss under the factorized Hessian, of all rows: squared pivots times squared
             distances between targets and values, summed.
         """
-        total = 0.0
+        total = self.errors.new_zeros((), dtype=torch.float64)
         for block in blocks(len(self._weights), self._block_size):
             coefficients = factor.coefficients(block)
             targets = torch.addmm(
@@ -402,7 +423,7 @@ class _Sweep:
             self._round(block, targets, coefficients[:, block].contiguous())
             distances = targets.sub_(self._weights[block]).add_(self.errors[block])
             total += _weighted_squares(distances, factor.roots[block].square())
-        return total
+        return float(total)
 
     def refine(self, coupling: _Coupling, *, measure: bool) -> float:
         """Round every column again, from ``w_k + sum over j != k of e_j H_jk / H_kk``.
@@ -422,8 +443,8 @@ class _Sweep:
             By how much the loss under the damped Hessian changed, of all rows: the costs of the
             squared distances, less those of the values that were replaced.
         """
-        change = 0.0
-        losses = torch.zeros(self._weights.shape[1], dtype=torch.float64, device=self.errors.device)
+        change = self.errors.new_zeros((), dtype=torch.float64)
+        losses = self.errors.new_zeros(self._weights.shape[1], dtype=torch.float64)
         for block in blocks(len(self._weights), self._block_size):
             weights, costs = self._weights[block], coupling.diagonal[block]
             coefficients = coupling.coefficients(block)
@@ -444,7 +465,7 @@ class _Sweep:
         if measure:
             # A positive semidefinite form can only come out negative by rounding.
             self.row_losses = losses.clamp_min_(0.0)
-        return change
+        return float(change)
 
     def write_codes(self, codes: list[Tensor]) -> None:
         """Put the codes of live columns in their places in those of whole layers."""
@@ -465,24 +486,48 @@ class _Sweep:
         """
         weights, errors = self._weights[block], self.errors[block]
         points = torch.empty_like(targets)
-        for inner in blocks(len(targets), _INNER_BLOCK):
-            before = slice(0, inner.start)
+        most = _INNER_BLOCK if self._fused is None else fused_sweep.MOST_COLUMNS
+        for inner in blocks(len(targets), most):
+            own = coefficients[inner, inner]
             if inner.start:
+                before = slice(0, inner.start)
                 targets[inner].addmm_(coefficients[inner, before], errors[before])
-            lines = zip(
-                targets[inner].unbind(),
-                weights[inner].unbind(),
-                errors[inner].unbind(),
-                points[inner].unbind(),
-                self._lines[block][inner],
-                strict=True,
-            )
-            own, done = coefficients[inner, inner], errors[inner]
-            for i, (target, weight, error, point, line) in enumerate(lines):
-                if i:
-                    target.addmv_(done[:i].T, own[i, :i])
-                self._round_column(target, weight, error, point, line)
+            parts = targets[inner], weights[inner], errors[inner], points[inner]
+            if self._fused is None:
+                self._round_inner(*parts, own, self._lines[block][inner])
+            else:
+                self._round_fused(*parts, own, self._fused.of(block).of(inner))
         self._grid.write(points, self._codes[block])
+
+    def _round_fused(
+        self,
+        targets: Tensor,
+        weights: Tensor,
+        errors: Tensor,
+        points: Tensor,
+        own: Tensor,
+        scales: fused_sweep.ScaleLines,
+    ) -> None:
+        """What :meth:`_round_inner` does, in one kernel."""
+        fused_sweep.round_columns(
+            targets, weights, own, scales, self._grid, errors=errors, points=points
+        )
+
+    def _round_inner(
+        self,
+        targets: Tensor,
+        weights: Tensor,
+        errors: Tensor,
+        points: Tensor,
+        own: Tensor,
+        lines: Sequence[int],
+    ) -> None:
+        """Round a few columns ``[b, r]``, with coefficients ``own`` of their errors ``[b, b]``."""
+        unbound = (part.unbind() for part in (targets, weights, errors, points))
+        for i, (target, weight, error, point, line) in enumerate(zip(*unbound, lines, strict=True)):
+            if i:
+                target.addmv_(errors[:i].T, own[i, :i])
+            self._round_column(target, weight, error, point, line)
 
     def _round_column(
         self, target: Tensor, weight: Tensor, error: Tensor, point: Tensor, line: int
@@ -525,9 +570,13 @@ def peak_solve_bytes(in_features: int, rows: int) -> int:
     return panels + max(sweep, measure)
 
 
-def _weighted_squares(values: Tensor, costs: Tensor) -> float:
-    """Squares ``[b, r]`` times the costs of their lines ``[b]``, summed; the values are spoilt."""
-    return float(values.square_().sum(1, dtype=torch.float64) @ costs.to(torch.float64))
+def _weighted_squares(values: Tensor, costs: Tensor) -> Tensor:
+    """Squares ``[b, r]`` times the costs of their lines ``[b]``, summed; the values are spoilt.
+
+    Returns:
+        A float64 scalar on the device, for which the processor need not wait after each block.
+    """
+    return values.square_().sum(1, dtype=torch.float64) @ costs.to(torch.float64)
 
 
 def _portion_size(device: torch.device) -> int:
@@ -549,9 +598,9 @@ def _portions(rows: Sequence[int], most: int) -> Iterator[_Portion]:
         yield _Portion(part, tuple(pieces))
 
 
-def _submatrix(matrix: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+def _submatrix(matrix: Moments, columns: Tensor, dtype: torch.dtype) -> Tensor:
     """Lines and columns of a matrix in an order, ``[n, n]``, with no second copy on the way."""
-    found = matrix.new_empty(len(columns), len(columns), dtype=dtype)
+    found = torch.empty(len(columns), len(columns), dtype=dtype, device=columns.device)
     for block in blocks(len(columns), _GATHER_BLOCK):
         lines = matrix.index_select(0, columns[block])
         found[block] = lines.index_select(1, columns)
@@ -598,7 +647,7 @@ def _choose_rows(
     scales: tuple[Scales, ...],
     nearest: list[Tensor],
     swept: list[Tensor],
-    hessian: Tensor,
+    hessian: Moments,
     swept_rows: Tensor | None,
     notes: dict[str, Note],
 ) -> LayerResult:

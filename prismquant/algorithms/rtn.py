@@ -22,7 +22,7 @@ from prismquant.algorithms.base import (
     nearest_codes,
     row_losses,
 )
-from prismquant.errors import NumericsError
+from prismquant.errors import FormatError, NumericsError
 from prismquant.formats.quantized import QuantizedTensor
 from prismquant.numerics.affine import Granularity, block_rows, quantize_with_values
 from prismquant.numerics.ranges import RangeRule, coupled_weight_scales, weight_scales
@@ -65,6 +65,11 @@ class RTN:
     def notes(self) -> dict[str, Note]:
         """What the record is told of every layer."""
         return {"scale_weighting": self.scale_weighting}
+
+    @property
+    def reads_lines(self) -> bool:
+        """The search for coupled scales looks at all of a Hessian."""
+        return False
 
     def solve(self, problem: LayerProblem) -> LayerResult:
         """Round every layer to nearest.
@@ -112,6 +117,8 @@ class RTN:
             )
         if self.scale_weighting == "diagonal":
             return choose_scales(problem, problem.hessian.diagonal())
+        if not isinstance(problem.hessian, Tensor):
+            raise FormatError("a search for coupled scales needs a Hessian in memory")
         return _coupled_scales(problem, problem.hessian)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from prismquant.errors import DataError, NumericsError
+from prismquant.kernels import products
 from prismquant.numerics.affine import check_finite
 
 if TYPE_CHECKING:
@@ -73,18 +74,19 @@ class HessianRecord:
                 number from 0 on.
             DataError: The shapes do not fit.
         """
-        x, counts = _counted_tokens(x, weights, self.in_features, self.name)
-        x = x.to(self._sum.device, torch.float32)
+        x, counts = _counted_tokens(x, weights, self.in_features, self.name, self._count)
+        x = x.to(self._sum.device)
         if weights is None:
             self._count += float(len(x))
         else:
             weights = counts[counts != 0]
             self._count += float(weights.sum(dtype=torch.float64))
             weights = weights.to(x.device, torch.float32).unsqueeze(1)
+        x, weights = _factors(x, weights)
         for rows, line in self._lines():
             panel = x[:, rows] if weights is None else x[:, rows] * weights
             for columns, high, low in line:
-                _two_sum(high, low, panel.T @ x[:, columns])
+                _two_sum(high, low, products.token_product(panel, x[:, columns]))
 
     def merge(self, other: HessianRecord) -> None:
         """Add the tokens of another record, as if this one had seen them too.
@@ -138,7 +140,7 @@ class HessianRecord:
         """
         if self._count <= 0:
             raise NumericsError(
-                "no calibration token has reached this layer",
+                "no calibration token reached this layer",
                 where=self.name,
                 remedy="add calibration samples of the modality that passes it, or use solver: rtn",
             )
@@ -151,7 +153,7 @@ class HessianRecord:
                 mean[rows, columns] = values
                 mean[columns, rows] = values.T
         try:
-            check_finite(mean, "the Hessian")
+            check_finite(mean, f"the Hessian over {self._count:g} tokens")
         except NumericsError as error:
             raise NumericsError(
                 error.what, where=self.name, remedy="the layer's input is too large for float32"
@@ -208,6 +210,25 @@ class HessianRecord:
             line = [(c, self._sum[rows, c], self._sum[c, rows].T) for c in blocks[:number]]
             own = self._rest[number, :size, :size]
             yield rows, [*line, (rows, self._sum[rows, rows], own)]
+
+
+def _factors(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Tokens in the dtype that they are multiplied in, and weights unless these change nothing.
+
+    Narrow numbers stay as they are where products of them are exact. Times a weight, they would be
+    rounded; but once padding is gone, weights often are all 1.
+
+    Args:
+        x: ``[n, in]``, any floating dtype.
+        weights: float32 ``[n, 1]`` on the same device, or ``None``.
+
+    Returns:
+        ``[n, in]`` in float32 or as it is, and the weights.
+    """
+    narrow = x.dtype != torch.float32 and products.supports(x.device, x.dtype)
+    if narrow and (weights is None or bool((weights == 1).all())):
+        return x, None
+    return x.to(torch.float32), weights
 
 
 def _two_sum(high: Tensor, low: Tensor, x: Tensor) -> None:
@@ -322,7 +343,8 @@ class ChannelRecord:
                 number from 0 on.
             DataError: The shapes do not fit.
         """
-        x, counts = _counted_tokens(x, weights, self.in_features, self.name)
+        seen = float(self._counts.sum())
+        x, counts = _counted_tokens(x, weights, self.in_features, self.name, seen)
         if vision is not None:
             if tuple(vision.shape) != tuple(counts.shape):
                 raise DataError(
@@ -413,9 +435,12 @@ class ChannelRecord:
 
 
 def _counted_tokens(
-    x: Tensor, weights: Tensor | None, features: int, name: str | None
+    x: Tensor, weights: Tensor | None, features: int, name: str | None, seen: float
 ) -> tuple[Tensor, Tensor]:
-    """The tokens that count, checked; and the weights of all tokens, float32 ``[n]``."""
+    """The tokens that count, checked; and the weights of all tokens, float32 ``[n]``.
+
+    ``seen`` is how many came before, for an error.
+    """
     if x.ndim != 2 or x.shape[1] != features:
         raise DataError(f"expected tokens [n, {features}], got {list(x.shape)}", where=name)
     if weights is None:
@@ -426,7 +451,8 @@ def _counted_tokens(
     try:
         check_finite(x, "the input")
     except NumericsError as error:
-        raise NumericsError(error.what, where=name, remedy=error.remedy) from error
+        what = f"{error.what}; {seen:g} tokens had come before"
+        raise NumericsError(what, where=name, remedy=error.remedy) from error
     return x, counts
 
 

@@ -435,7 +435,7 @@ def quantize_with_values(
 
 
 def check_finite(x: Tensor, what: str) -> None:
-    """Refuse NaN and infinities, and say where the first one is.
+    """Refuse NaN and infinities; say how many, where the first one is, and how large the rest.
 
     Args:
         x: Any tensor.
@@ -448,12 +448,28 @@ def check_finite(x: Tensor, what: str) -> None:
         return
     bad = (~torch.isfinite(x)).nonzero()
     first = tuple(int(i) for i in bad[0])
-    nans = int(torch.isnan(x).sum())
     raise NumericsError(
-        f"{what} holds {nans} NaN and {len(bad) - nans} infinite of {x.numel()} values; "
-        f"the first is {float(x[first])} at index {list(first)}",
+        f"{what} holds {finiteness(x)}; the first is {float(x[first])} at index {list(first)}",
         remedy="check the checkpoint and the calibration data, or compute in a wider dtype",
     )
+
+
+def finiteness(x: Tensor) -> str:
+    """The values that are not finite, counted, and the extremes of those that are, for an error.
+
+    Args:
+        x: Any shape, any floating dtype.
+
+    Returns:
+        E.g. ``2 NaN and 1 infinite of 4096 values, the finite ones from -3.1 to 2.7``.
+    """
+    finite = x[torch.isfinite(x)]
+    nans = int(torch.isnan(x).sum())
+    infinite = x.numel() - finite.numel() - nans
+    said = f"{nans} NaN and {infinite} infinite of {x.numel()} values"
+    if not finite.numel():
+        return said
+    return f"{said}, the finite ones from {float(finite.min()):.4g} to {float(finite.max()):.4g}"
 
 
 def _all_finite(x: Tensor) -> bool:

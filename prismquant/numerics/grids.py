@@ -204,6 +204,11 @@ class FloatGrid:
         return self._layout.mantissa
 
     @property
+    def smallest_normal(self) -> float:
+        """Below it, points keep the spacing that they have from it on."""
+        return 2.0**self._layout.lowest
+
+    @property
     def dtype(self) -> torch.dtype | None:
         """The dtype whose memory holds the codes; ``None`` where torch has none."""
         return self._layout.dtype

@@ -24,6 +24,7 @@ from prismquant.numerics.affine import (
     simulate,
     to_groups,
 )
+from prismquant.numerics.narrowed import NarrowedSearch, narrows
 from prismquant.numerics.records import RangeRecord, rank_of, static_scale_zero_point
 from prismquant.numerics.rules import SEARCHES, RangeRule, RuleKind, check_rule, measured
 from prismquant.numerics.scales import AnyScale, as_scale_format
@@ -51,6 +52,9 @@ __all__ = [
 _STRIDE = 4
 _CPU_PIECE = 1 << 18
 _DEVICE_PIECE = 1 << 26
+# Units of a piece are sorted by what the first look found, and looked at together.
+_NARROWED_PIECE = 1 << 21
+_NARROWED_UNITS = 1 << 14
 # The search with a Hessian reads a block of it for every piece, which should be worth it.
 _COUPLED_PIECE = 1 << 22
 
@@ -135,14 +139,20 @@ def _search_weight(
             return torch.stack([part.sum(dim=1, dtype=torch.float64) for part in parts]).sum(0)
 
         return search.best(low, high, whole, stride=1)
+    narrowed = None
+    if narrows(search, weight, _STRIDE):
+        limit = min(_NARROWED_PIECE, _NARROWED_UNITS * (group_size or weight.shape[-1]))
+        narrowed = NarrowedSearch(search, _STRIDE, max(1, weight.numel() // limit))
     scales, zeros = [], []
     start = 0
     for piece in _unit_pieces(weight, granularity, group_size, limit):
         costs = _by_unit(importance, piece, granularity, group_size)
-
-        losses = partial(losses_in_steps, piece, search=search, importance=costs)
         rows = slice(start, start + len(piece))
-        scale, zero = search.best(low[rows], high[rows], losses, _STRIDE)
+        if narrowed is not None:
+            scale, zero = narrowed.best(low[rows], high[rows], piece, costs)
+        else:
+            losses = partial(losses_in_steps, piece, search=search, importance=costs)
+            scale, zero = search.best(low[rows], high[rows], losses, _STRIDE)
         scales.append(scale)
         zeros += [] if zero is None else [zero]
         start = rows.stop

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 # What four-over-six tries in place of the scale that brings the largest magnitude to 6: that to 4.
 _SIX_OVER_FOUR = 1.5
+# Pairs are weighed in pieces that stay in the second-level cache; they are whole vectors of any
+# processor.
+_PAIRS_PIECE = 1 << 15
+_VECTOR = 16
 
 # (scales [T, *units], zero points or None) -> losses [T, *units], in steps of each scale
 LossOf = Callable[[Tensor, Tensor | None], Tensor]
@@ -97,21 +101,27 @@ class Search:
         """
         if self.form.coded or self.rule.kind == "four_over_six":
             return self._best_of_few(torch.maximum(-low, high), loss_of), None
-        # The min-max range comes first, so that it wins ties.
-        least = low.new_ones(1, dtype=torch.float32)
-        coarse = torch.cat([least, self._ladder(stride, low.device)])
+        coarse = self.coarse(stride, low.device)
         found = self._pick(low, high, self._shaped(coarse, low), loss_of)
         if stride == 1:
             return found[0], found[1]
-        reach = torch.arange(1, stride, device=low.device)
-        around = self._shaped(self.spacing * torch.cat([-reach, reach]), low)
-        factor = found[3]
-        fine = (factor.abs() + around).clamp(self.bottom, self.top) * factor.sign()
+        fine = self.around(found[3], stride)
         found = _better(found, self._pick(low, high, fine, loss_of))
         if self.rule.kind == "sweep":
             rest = self._shaped(self._ladder(1, low.device), low)
             found = _better(found, self._pick(low, high, rest, loss_of))
         return found[0], found[1]
+
+    def coarse(self, stride: int, device: torch.device) -> Tensor:
+        """Factors ``[T]`` to try first. That of the min-max range leads, so that it wins ties."""
+        least = torch.ones(1, dtype=torch.float32, device=device)
+        return torch.cat([least, self._ladder(stride, device)])
+
+    def around(self, factor: Tensor, stride: int) -> Tensor:
+        """The factors that a stride left out beside those chosen ``[*units]``, ``[T, *units]``."""
+        reach = torch.arange(1, stride, device=factor.device)
+        steps = self._shaped(self.spacing * torch.cat([-reach, reach]), factor)
+        return (factor.abs() + steps).clamp(self.bottom, self.top) * factor.sign()
 
     def _ladder(self, stride: int, device: torch.device) -> Tensor:
         """Factors from the largest down, every so-manieth; then those of negative scales."""
@@ -154,14 +164,20 @@ class Search:
         losses = self._losses(scales, None, scales[0], loss_of)
         return self.form.kept(scales.gather(0, losses.argmin(0, keepdim=True)).squeeze(0))
 
+    def per_step(self, scales: Tensor, unit: Tensor) -> Tensor:
+        """What losses in steps of scales ``[T, *units]`` are multiplied by to be compared.
+
+        The min-max scale ``[*units]`` is the common unit, far from 0 and infinity where a power of
+        the scale itself might not be.
+        """
+        ratio = (scales.to(torch.float32) / unit.to(torch.float32)).abs_()
+        return ratio.pow_(self.rule.norm)
+
     def _losses(
         self, scales: Tensor, zeros: Tensor | None, unit: Tensor, loss_of: LossOf
     ) -> Tensor:
         """Losses of candidates ``[T, *units]`` that can be compared."""
-        # They come in steps of each scale; the min-max scale is the common unit, far from 0 and
-        # infinity where a power of the scale itself might not be.
-        ratio = (scales.to(torch.float32) / unit.to(torch.float32)).abs_()
-        losses = loss_of(scales, zeros) * ratio.pow_(self.rule.norm)
+        losses = loss_of(scales, zeros) * self.per_step(scales, unit)
         return losses.nan_to_num(nan=math.inf, posinf=math.inf)
 
 
@@ -199,12 +215,61 @@ def losses_in_steps(
     losses = []
     for t, step in enumerate(scales.to(torch.float32).unsqueeze(-1)):
         torch.div(values, step, out=error)
-        error_in_steps(error, codes, None if zeros is None else zeros[t], search.grid)
-        _power_(error, search.rule.norm)
-        if importance is not None:
-            error.mul_(importance)
-        losses.append(error.sum(-1))
+        zero = None if zeros is None else zeros[t]
+        losses.append(_sum_in_steps(error, codes, zero, search, importance))
     return torch.stack(losses)
+
+
+def pair_losses_in_steps(
+    values: Tensor,
+    units: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    search: Search,
+    importance: Tensor | None,
+) -> Tensor:
+    """What :func:`losses_in_steps` gives, bit for bit, for some pairs of a unit and a trial.
+
+    Args:
+        values: float32 ``[units, group]``.
+        units: Of each pair the unit, int64 ``[pairs]``.
+        scales: Of each pair the scale, ``[pairs]``.
+        zeros: Of each pair the zero point, or ``None``.
+        search: The grid and the norm.
+        importance: ``[G, group]`` or ``None``; unit ``n`` has that of row ``n % G``.
+
+    Returns:
+        ``[pairs]``.
+    """
+    # Whole vectors only: what is left over is computed by other code, which may round otherwise.
+    count = len(units)
+    places = torch.arange(-(-count // _VECTOR) * _VECTOR, device=units.device) % max(count, 1)
+    steps = scales.to(torch.float32).unsqueeze(-1)
+    size = _VECTOR * max(1, _PAIRS_PIECE // (_VECTOR * values.shape[-1]))
+    wide = min(size, len(places)), values.shape[-1]
+    buffers = [values.new_empty(wide) for _ in range(3)]
+    losses = []
+    for part in places.split(size):
+        error, scratch, costs = (buffer[: len(part)] for buffer in buffers)
+        chosen = units[part]
+        torch.index_select(values, 0, chosen, out=error).div_(steps[part])
+        zero = None if zeros is None else zeros[part]
+        if importance is not None:
+            torch.index_select(importance, 0, chosen % len(importance), out=costs)
+        used = None if importance is None else costs
+        losses.append(_sum_in_steps(error, scratch, zero, search, used))
+    return torch.cat(losses)[:count] if losses else scales.new_zeros(0, dtype=torch.float32)
+
+
+def _sum_in_steps(
+    quotients: Tensor, scratch: Tensor, zero: Tensor | None, search: Search, costs: Tensor | None
+) -> Tensor:
+    """Weighted sums of powers of the rounding error of ``x / scale``, which is overwritten."""
+    error_in_steps(quotients, scratch, zero, search.grid)
+    _power_(quotients, search.rule.norm)
+    if costs is not None:
+        quotients.mul_(costs)
+    return quotients.sum(-1)
 
 
 def error_in_steps(x: Tensor, codes: Tensor, zero: Tensor | None, grid: Grid) -> None:

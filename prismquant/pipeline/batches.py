@@ -83,7 +83,6 @@ def make_batches(
     batch_size: int,
     vision_token_ids: Collection[int],
     max_length: int | None = None,
-    sort_by_length: bool = False,
     sampling: Sampling | None = None,
 ) -> Iterator[Batch]:
     """Render, tokenize and pad samples, a batch at a time. Kinds mix freely within a batch.
@@ -95,8 +94,6 @@ def make_batches(
         vision_token_ids: Ids of the placeholder tokens of pictures and clips.
         max_length: Longer rows are cut to this many tokens, but never within a picture or a clip.
             An answer that was cut is no answer: its mask is empty.
-        sort_by_length: Put samples of similar length together, so that less is wasted on padding.
-            The ids tell which row is which.
         sampling: How frames of video files are chosen.
 
     Yields:
@@ -115,9 +112,19 @@ def make_batches(
         batch_size,
         frozenset(vision_token_ids),
         max_length,
-        sort_by_length,
         sampling or Sampling(),
     )
+
+
+def by_length(samples: Sequence[Sample]) -> list[Sample]:
+    """Samples of similar length next to one another, so that batches waste less on padding.
+
+    The order follows from the samples alone. Lengths are estimated from texts and picture sizes.
+
+    Raises:
+        DataError: A file cannot be found.
+    """
+    return sorted(samples, key=_length_estimate)
 
 
 def _batches(
@@ -126,12 +133,10 @@ def _batches(
     batch_size: int,
     vision_ids: frozenset[int],
     max_length: int | None,
-    sort_by_length: bool,
     sampling: Sampling,
 ) -> Iterator[Batch]:
-    order = sorted(samples, key=_length_estimate) if sort_by_length else list(samples)
-    for start in range(0, len(order), batch_size):
-        chunk = order[start : start + batch_size]
+    for start in range(0, len(samples), batch_size):
+        chunk = samples[start : start + batch_size]
         yield _make_batch(chunk, processor, vision_ids, max_length, sampling)
 
 

@@ -3,7 +3,8 @@
 What a run holds at a time is known from shapes: one step's weights, the calibration set's hidden
 states, what halted passes hold, one stage's second moments and what the solver makes of them. Two
 of these can be done without, at a price: passes can start from the beginning for every stage (up to
-twice the forward passes), and hidden states can wait on disk. The first way of running whose peak
+twice the forward passes), and hidden states, and the moments of what is solved, can wait on disk.
+The first way of running whose peak
 fits the budget is taken, fastest first.
 """
 
@@ -34,19 +35,27 @@ class Way:
     Attributes:
         paused: Passes halt at each stage and go on; else they start from the beginning.
         on_disk: Hidden states wait on disk; else in memory.
+        moments_on_disk: So do the second moments of layers that are being solved.
     """
 
     paused: bool = True
     on_disk: bool = False
+    moments_on_disk: bool = False
 
     def describe(self) -> str:
         """In words."""
         passes = "halted" if self.paused else "repeated"
-        return f"passes {passes}, hidden states {'on disk' if self.on_disk else 'in memory'}"
+        states = "hidden states and second moments" if self.moments_on_disk else "hidden states"
+        return f"passes {passes}, {states} {'on disk' if self.on_disk else 'in memory'}"
 
 
 # Fastest first.
-WAYS = (Way(), Way(paused=False), Way(paused=False, on_disk=True))
+WAYS = (
+    Way(),
+    Way(paused=False),
+    Way(paused=False, on_disk=True),
+    Way(paused=False, on_disk=True, moments_on_disk=True),
+)
 
 
 @dataclass(frozen=True)
@@ -158,7 +167,9 @@ class _Outline:
         flows = self.plan.needs_data and step.kind != "head"
         if not rows and not flows:
             return 0
-        weights = self._parameters(step) * self.itemsize * self.chains
+        # Solved layers wait for the end of the step, a byte a weight.
+        codes = sum(row.site.in_features * row.site.out_features for row in rows)
+        weights = self._parameters(step) * self.itemsize * self.chains + codes
         solving = max((self._solving(group) for group in _groups(rows)), default=0)
         if not self.plan.needs_data:
             return weights + solving
@@ -200,7 +211,12 @@ class _Outline:
         if not rows[0].needs_hessian:
             # The weight, its codes, and what is made of both on the way.
             return 3 * columns * count * _FLOAT32
-        return _FLOAT32 * columns**2 + peak_solve_bytes(columns, count)
+        moments = _FLOAT32 * columns**2
+        # Solvers work on float32: weights in another dtype are converted.
+        own = _FLOAT32 * columns * count if self.itemsize < _FLOAT32 else 0
+        solving = peak_solve_bytes(columns, count) + own
+        # Gathering takes as much as it ever does, also where they are put aside for the solve.
+        return max(moments, solving) if self.way.moments_on_disk else moments + solving
 
     def _tokens(self, step: BoundStep) -> Tokens:
         modality = step.modality if step.modality is Modality.LLM else Modality.VISION

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from prismquant.errors import ModelError, NumericsError
 from prismquant.models.arch import Modality
 from prismquant.models.bind import BoundModel, BoundStep
+from prismquant.numerics.affine import finiteness
 from prismquant.pipeline.batches import Batch
 from prismquant.pipeline.states import InMemory, States
 
@@ -237,7 +238,7 @@ class Replay:
             values = output if isinstance(output, Tensor) else output[0]
             if not torch.isfinite(values).all():
                 raise NumericsError(
-                    "the output holds NaN or infinity",
+                    f"the output holds {finiteness(values)}",
                     where=step.name,
                     remedy="check the source weights and the calibration samples; "
                     "float16 overflow is cured by running in float32",

@@ -180,7 +180,8 @@ def require_modalities(samples: Iterable[Sample], needed: Collection[str]) -> No
         raise DataError(
             f"the recipe needs {' and '.join(missing)} samples, but the data hold none ({listed})",
             remedy=f"add {' and '.join(missing)} samples to the calibration data, or leave these "
-            "parts of the model in floating point",
+            "parts of the model in floating point; weights alone can be rounded without any: "
+            "on_failure: rtn (--on-failure rtn)",
         )
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -39,6 +39,7 @@ from prismquant.pipeline.capture import Replay, StepCall
 from prismquant.pipeline.checkpoint import EdgeRecord, LayerRecord, StepRecord
 from prismquant.pipeline.equalize import edge_problem, move_scale
 from prismquant.pipeline.exchange import Task, all_channels, solve_all
+from prismquant.pipeline.failure import failed_layers
 from prismquant.pipeline.group import Group, GroupSettings, SolvedLayer, What, parameters
 from prismquant.pipeline.kv import KVObservation, KVScales, Notes, quantize_cache
 from prismquant.pipeline.kv_plan import KVLayer
@@ -400,16 +401,17 @@ class _Engine:
             if carries and not self.job.plan.calibration.block_sequential:
                 self.job.reporter.stage(step.name, "forward")
                 outputs = list(self.main.passes(step).outputs())
-            if done is not None:
-                self._restore(done, step, rows, flows)
-            else:
-                self._solve(work, flows)
-            if carries:
-                self.job.reporter.stage(step.name, "forward")
-                for keep, output in itertools.chain(
-                    work.twin_outputs(), outputs or work.passes.outputs()
-                ):
-                    keep(output)
+            with _blaming(work):
+                if done is not None:
+                    self._restore(done, step, rows, flows)
+                else:
+                    self._solve(work, flows)
+                if carries:
+                    self.job.reporter.stage(step.name, "forward")
+                    for keep, output in itertools.chain(
+                        work.twin_outputs(), outputs or work.passes.outputs()
+                    ):
+                        keep(output)
             changed = self._changed(work) | work.kv_scales
         if done is None:
             self.job.reporter.stage(step.name, "write")
@@ -456,8 +458,10 @@ class _Engine:
             self._solve_stage(stage, work)
         if kv is not None and not work.kv_scales:
             self._quantize_kv(kv, work)
-        if tuned:
-            self._tune(floats, work)
+        # What fell back is rounded to nearest, no more; the others are tuned around it.
+        failed = failed_layers(work.records)
+        if any(row.site.name not in failed for row in tuned):
+            self._tune(floats, failed, work)
             if kv is not None:
                 # The tuner has changed the projections, if only by a rounding here and there.
                 self._quantize_kv(kv, work)
@@ -585,6 +589,7 @@ class _Engine:
             stored_dtype=self.job.bound.dtype,
             quantized_inputs=self.job.plan.calibration.quantized_inputs,
             vision_weight=self._vision_weight(rows[0]),
+            put_aside=self.job.states.matrix,
         )
         return Group(rows, [self.main.module(row.site.name) for row in rows], settings)
 
@@ -606,8 +611,8 @@ class _Engine:
                     if what == "ranges":
                         group.observe_outputs(x, call)
 
-    def _tune(self, floats: Mapping[str, Tensor], work: _Work) -> None:
-        """Improve the codes of the whole step on its output."""
+    def _tune(self, floats: Mapping[str, Tensor], failed: Collection[str], work: _Work) -> None:
+        """Improve the codes of the whole step on its output, but for layers that fell back."""
         step = work.step
         self.job.reporter.stage(step.name, "tune")
         teacher = None if self.float is None else self.float.module(step.name)
@@ -621,7 +626,8 @@ class _Engine:
             [output for _, output in work.wanted],
             self._vision_weight(next(row for row in work.rows if row.tuner)),
         )
-        for layers, notes in tune(block, work.layers, floats, self.job.bound.dtype):
+        solved = [layer for layer in work.layers if layer.row.site.name not in failed]
+        for layers, notes in tune(block, solved, floats, self.job.bound.dtype):
             for layer in layers:
                 index = [old.row.site.name for old in work.layers].index(layer.row.site.name)
                 work.layers[index] = layer
@@ -675,6 +681,25 @@ def _weight_of(chain: _Chain, row: PlanRow) -> Tensor:
     """The float weight of a layer as a matrix."""
     weight = chain.module(row.site.name).get_parameter("weight").detach()
     return weight.to(torch.float32).reshape(row.site.out_features, row.site.in_features)
+
+
+@contextlib.contextmanager
+def _blaming(work: _Work) -> Iterator[None]:
+    """Tell an error of numbers with the step, and with layers of it that had failed before.
+
+    What is wrong with a step's output may have begun in the input of one of its layers.
+    """
+    try:
+        yield
+    except NumericsError as error:
+        failed = failed_layers(work.records)
+        if error.where and not failed:
+            raise
+        first = next((f"first {name}: {why}" for name, why in failed.items()), "")
+        told = f"; {len(failed)} layers of the step had failed before, {first}" if failed else ""
+        raise NumericsError(
+            f"{error.what}{told}", where=error.where or work.step.name, remedy=error.remedy
+        ) from error
 
 
 def _make_plain(model: nn.Module, name: str) -> None:

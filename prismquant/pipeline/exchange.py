@@ -19,6 +19,7 @@ from prismquant.formats.quantized import QuantizedTensor
 from prismquant.formats.spec import NumberSpec
 from prismquant.numerics.records import RangeRecord
 from prismquant.pipeline.data import Sample
+from prismquant.pipeline.failure import FAILED, rounded
 from prismquant.pipeline.plan import Plan
 
 _SCALES = ("scale", "zero_point", "global_scale")
@@ -148,6 +149,11 @@ def _solve_in_parts(task: Task, ranks: Ranks) -> LayerResult:
     results = [
         _unpacked(state, problem.spec, device) if state else None for state in ranks.gather(mine)
     ]
+    parts = [result for result in results if result is not None]
+    failed = [part for part in parts if FAILED in part.notes]
+    if failed and len(failed) < len(parts):
+        # Ranks may differ in their hardware, but a layer has one method.
+        return rounded(problem, failed[0].notes)
     return joined(problem, shares, results)
 
 

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from prismquant.algorithms.base import LayerProblem, LayerResult, Note, Solver
+from prismquant.algorithms.base import LayerProblem, LayerResult, Moments, Note, Solver
 from prismquant.algorithms.correction import DriftRecord
+from prismquant.algorithms.rtn import RTN
 from prismquant.algorithms.split import outlying_columns
 from prismquant.algorithms.statistics import HessianRecord
 from prismquant.algorithms.table import build_solver
 from prismquant.distributed import Ranks
 from prismquant.errors import NumericsError
 from prismquant.formats.spec import NumberSpec
+from prismquant.numerics.affine import finiteness
 from prismquant.numerics.records import RangeRecord, static_scale_zero_point
 from prismquant.numerics.rules import RangeRule
 from prismquant.pipeline.capture import StepCall
 from prismquant.pipeline.checkpoint import LayerRecord
 from prismquant.pipeline.exchange import all_ranges, largest
+from prismquant.pipeline.failure import FAILED, Guarded, failure_notes, with_way_out
 from prismquant.pipeline.plan import PlanRow
 from prismquant.runtime.quant_linear import ActivationQuantizer, QuantLinear
 
 What = Literal["columns", "ranges", "moments"]
+
+_UNSEEN = "no calibration token reached this layer"
+_MORE_SAMPLES = "add samples of the modality that passes it"
 
 
 class StoredWeight(Protocol):
@@ -104,12 +110,14 @@ class GroupSettings:
         stored_dtype: Of scales and of what stays in floating point.
         quantized_inputs: Whether moments are of the inputs as they will be served.
         vision_weight: What a vision token counts for, a text token counting one.
+        put_aside: Where a Hessian waits while it is not looked at.
     """
 
     device: torch.device
     stored_dtype: torch.dtype
     quantized_inputs: bool
     vision_weight: float
+    put_aside: Callable[[Tensor], Moments] = lambda hessian: hessian
 
 
 class Group:
@@ -127,7 +135,12 @@ class Group:
         self.rows = rows
         self.modules = modules
         self.settings = settings
-        self.solver: Solver = build_solver(rows[0].solver, rows[0].options)
+        solver = build_solver(rows[0].solver, rows[0].options)
+        # Plain rounding has nothing to fall back to.
+        self.solver: Solver = (
+            Guarded(solver, rows[0].on_failure) if solver.needs_hessian else solver
+        )
+        self._failed: str | None = None
         self.columns: Tensor | None = None
         self._hessian: HessianRecord | None = None
         self._drift: DriftRecord | None = None
@@ -172,9 +185,13 @@ class Group:
             elif what == "ranges":
                 if self.rows[0].static_input:
                     self._observe_range(self._ranges, self._without_columns(rows), call)
-            else:
+            elif self._failed is None:
                 self._observe_moments(rows, call, wanted)
         except NumericsError as error:
+            # A static range cannot be had without these values; moments can be done without.
+            if what == "moments" and self.rows[0].on_failure == "rtn":
+                self._give_up(f"input: {error.what}")
+                return
             raise NumericsError(
                 error.what, where=f"input of {self.name}", remedy=error.remedy
             ) from error
@@ -207,40 +224,58 @@ class Group:
         elif what == "ranges":
             self._ranges = all_ranges(self._ranges, ranks)
             self._outputs = all_ranges(self._outputs, ranks)
+        elif self._failed_on_any(ranks):
+            return
         elif self.rows[0].correction is not None:
-            self._drift = self._drift or DriftRecord(width, self.settings.device)
+            self._drift = self._drift or DriftRecord(width, self.settings.device, self.name)
             self._drift.sum_over(ranks.sum_)
         else:
-            self._hessian = self._hessian or HessianRecord(width, self.settings.device)
+            self._hessian = self._hessian or HessianRecord(width, self.settings.device, self.name)
             self._hessian.sum_over(ranks.sum_)
 
     def problem(self) -> LayerProblem:
         """What the solver is given, once everything was observed.
 
         Raises:
-            NumericsError: A weight is not finite, or no calibration token has reached the layers.
+            NumericsError: A weight is not finite, or no calibration token has reached layers that
+                cannot do without.
         """
         row = self.rows[0]
         weights = [self._weight(row, module) for row, module in self._pairs()]
+        self._require_ranges()
         notes = self._input_notes()
         if self.settings.vision_weight != 1:
             notes["vision_weight"] = self.settings.vision_weight
-        hessian = self._moments()
-        if self._drift is not None and row.correction is not None:
-            corrected, told = self._drift.correct(weights, row.correction)
-            weights, notes = list(corrected), notes | told
+        tokens, hessian, told = self._tokens(), None, notes
+        if self._failed is None:
+            try:
+                hessian = self._moments()
+                weights, told = self._corrected(weights)
+            except NumericsError as error:
+                if row.on_failure == "stop":
+                    raise with_way_out(error) from error
+                self._give_up(error.what)
+        if self._failed is not None:
+            # The solver refuses a problem without a Hessian, and its guard rounds it.
+            hessian, told = None, failure_notes(self._failed, row.solver)
+        notes = notes | told
         self._hessian, self._drift = None, None
-        self._kept = self._take_columns(weights, hessian)
+        self._kept = self._take_columns(weights)
         if self.columns is not None:
             notes["split_columns"] = ", ".join(str(int(c)) for c in self.columns)
         self._notes = notes
+        moments: Moments | None = hessian
+        if hessian is not None and self.solver.reads_lines:
+            moments = self.settings.put_aside(hessian)
+            del hessian
         return LayerProblem(
             names=tuple(row.site.name for row in self.rows),
             weights=tuple(weights),
             spec=_required(row),
             range_rule=row.weight_range,
             scale_dtype=self.settings.stored_dtype,
-            hessian=hessian,
+            hessian=moments,
+            tokens=tokens,
         )
 
     def solved(self, result: LayerResult) -> list[tuple[SolvedLayer, LayerRecord]]:
@@ -254,10 +289,11 @@ class Group:
             strict=True,
         )
         facts = dict(result.notes) | self._notes
+        method = RTN.name if FAILED in facts else self.rows[0].solver
         return [
             (
                 SolvedLayer(row, weight, self._input_scale(), self._output_scale(row), kept),
-                LayerRecord(row.site.name, row.solver, loss, baseline, facts),
+                LayerRecord(row.site.name, method, loss, baseline, facts),
             )
             for row, weight, kept, loss, baseline in outcomes
         ]
@@ -297,11 +333,11 @@ class Group:
         seen = self._quantized(rows)
         if self.rows[0].correction is not None and wanted is not None:
             if self._drift is None:
-                self._drift = DriftRecord(rows.shape[1], rows.device)
+                self._drift = DriftRecord(rows.shape[1], rows.device, self.name)
             self._drift.update(seen, self._rows(wanted), weights)
         else:
             if self._hessian is None:
-                self._hessian = HessianRecord(rows.shape[1], device=rows.device)
+                self._hessian = HessianRecord(rows.shape[1], rows.device, self.name)
             self._hessian.update(seen, weights)
 
     def _quantized(self, rows: Tensor) -> Tensor:
@@ -317,21 +353,57 @@ class Group:
         """The Hessian, if it was gathered; the split columns are no longer in it."""
         record = self._drift or self._hessian
         if record is None:
-            if self.solver.needs_hessian:
-                raise NumericsError(
-                    "no calibration token reached this layer",
-                    where=self.name,
-                    remedy="add samples of the modality that passes it",
-                )
+            if self.solver.needs_hessian or self.rows[0].correction is not None:
+                raise NumericsError(_UNSEEN, where=self.name, remedy=_MORE_SAMPLES)
             return None
         hessian = record.hessian() if isinstance(record, DriftRecord) else record.mean(consume=True)
         if self.columns is None:
             return hessian
         return hessian.index_fill(0, self.columns, 0.0).index_fill(1, self.columns, 0.0)
 
-    def _take_columns(
-        self, weights: list[Tensor], hessian: Tensor | None
-    ) -> list[SplitColumns | None]:
+    def _corrected(self, weights: list[Tensor]) -> tuple[list[Tensor], dict[str, Note]]:
+        """The weights that are to be approached, and what to tell of them."""
+        correction = self.rows[0].correction
+        if self._drift is None or correction is None:
+            return weights, {}
+        corrected, told = self._drift.correct(weights, correction)
+        return list(corrected), told
+
+    def _tokens(self) -> float | None:
+        """How many tokens the moments are of."""
+        record = self._drift or self._hessian
+        return None if record is None else record.count
+
+    def _give_up(self, why: str) -> None:
+        """Do without moments."""
+        self._failed, self._hessian, self._drift = why, None, None
+
+    def _failed_on_any(self, ranks: Ranks) -> bool:
+        """Whether the moments are lost; every rank then does without, for the same reason."""
+        if self.rows[0].on_failure == "stop":
+            return False
+        told = [why for why in ranks.gather_json(self._failed) if why is not None]
+        if told:
+            self._give_up(told[0])
+        return bool(told)
+
+    def _require_ranges(self) -> None:
+        """Refuse a static range that has seen nothing: it has no scale, and rounding needs one."""
+        sides = [("input", row) for row in self.rows if row.static_input and not self._ranges]
+        sides += [
+            ("output", row)
+            for row in self.rows
+            if row.static_output and row.site.name not in self._outputs
+        ]
+        for side, row in sides:
+            raise NumericsError(
+                f"{_UNSEEN}, so its static {side} has no scale",
+                where=row.site.name,
+                remedy=f"{_MORE_SAMPLES}, or use dynamic activations; `on_failure: rtn` cannot "
+                "help a static range",
+            )
+
+    def _take_columns(self, weights: list[Tensor]) -> list[SplitColumns | None]:
         """Take the split columns out of the weights, in place of the list's entries."""
         if self.columns is None:
             return [None] * len(weights)
@@ -396,7 +468,7 @@ def require_finite(weight: Tensor, name: str) -> None:
     if not torch.isfinite(weight).all():
         bad = int((~torch.isfinite(weight)).sum())
         raise NumericsError(
-            f"the weight holds {bad} values that are NaN or infinite",
+            f"the weight holds {bad} values that are NaN or infinite: {finiteness(weight)}",
             where=name,
             remedy="the source checkpoint is damaged: download or convert it again",
         )

@@ -35,6 +35,7 @@ from prismquant.recipe.schema import (
     SPLIT,
     Calibration,
     Match,
+    OnFailure,
     Recipe,
     Setting,
     resolve,
@@ -61,6 +62,7 @@ class PlanRow:
         split: When single input columns are kept in floating point; None: never.
         weight_range: How the weight's range is chosen.
         activation_range: How a static input's range is chosen.
+        on_failure: What to do where the solver fails: ``stop``, or ``rtn``, round to nearest.
         layout: ``pack-quantized``, ``int-quantized``, or ``dense`` (floating point on disk).
         stored_bytes: Bytes that the weight, its scales and zero points take on disk.
         float_bytes: Bytes that the weight takes in the source.
@@ -81,6 +83,7 @@ class PlanRow:
     split: Split | None
     weight_range: RangeRule
     activation_range: RangeRule
+    on_failure: OnFailure
     layout: str
     stored_bytes: int
     float_bytes: int
@@ -98,6 +101,18 @@ class PlanRow:
             return False
         observed = self.static_input or self.static_output or self.split is not None
         return observed or self.needs_float_chain or self.needs_hessian
+
+    @property
+    def can_fail(self) -> bool:
+        """Whether its codes hang on statistics that may turn out to be of no use."""
+        return self.weights is not None and (self.needs_hessian or self.correction is not None)
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether it cannot be done at all if no calibration token reaches it."""
+        observed = self.static_input or self.static_output or self.split is not None
+        falls_back = self.on_failure == "rtn" and not observed and self.tuner is None
+        return self.needs_data and not falls_back
 
     @property
     def static_output(self) -> bool:
@@ -164,6 +179,7 @@ class PlanRow:
             "activation_range": asdict(self.activation_range)
             if self.static_input or self.static_output
             else None,
+            "on_failure": self.on_failure if self.weights else None,
             "layout": self.layout,
             "stored_bytes": self.stored_bytes,
             "float_bytes": self.float_bytes,
@@ -364,6 +380,7 @@ def problem_groups(rows: Sequence[PlanRow]) -> list[list[PlanRow]]:
                 "split",
                 "weight_range",
                 "activation_range",
+                "on_failure",
             )
         ]
         groups.setdefault(json.dumps(key, sort_keys=True), []).append(row)
@@ -446,6 +463,7 @@ def _row(
         split=None,
         weight_range=setting.weight_range,
         activation_range=setting.activation_range,
+        on_failure=setting.on_failure,
         layout=DENSE,
         stored_bytes=dense_bytes if site.tied else float_bytes,
         float_bytes=float_bytes,
@@ -658,7 +676,7 @@ def _torn_fusions(rows: Sequence[PlanRow]) -> list[str]:
             findings.append(
                 f"{members[0].site.name} and its neighbours are fused by servers and share one "
                 "global scale, so they must be solved alike: give them the same solver, options, "
-                "range and correction"
+                "range, correction and on_failure"
             )
     return findings
 

@@ -67,6 +67,7 @@ from prismquant.recipe.aliases import translated
 
 Fields = dict[str, Any]
 Fallback = Literal["error", "channel", "nearest"]
+OnFailure = Literal["stop", "rtn"]
 
 ROTATION, SPLIT = "rotation", "split"
 TRANSFORMS = (ROTATION, SPLIT, *EQUALIZERS)
@@ -134,6 +135,8 @@ class Rule(_Strict):
         activation_range: Likewise for static activations, ``ema`` too.
         fallback: What to do where the format cannot hold the layer's shape: ``error``, ``channel``
             for one scale a row, or ``nearest`` for a smaller group first.
+        on_failure: What to do where the solver fails for want of usable statistics: ``stop``, or
+            ``rtn`` to round to nearest.
         skip: ``true`` leaves the layer alone.
     """
 
@@ -150,6 +153,7 @@ class Rule(_Strict):
     weight_range: Fields | None = None
     activation_range: Fields | None = None
     fallback: Fallback | None = None
+    on_failure: OnFailure | None = None
     skip: bool | None = None
 
     @model_validator(mode="before")
@@ -421,6 +425,7 @@ class Setting(_Strict):
         weight_range: How the weight's range is chosen.
         activation_range: How a static activation's range is chosen.
         fallback: What to do where the formats cannot hold the layer's shape.
+        on_failure: What to do where the solver fails.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
@@ -438,6 +443,7 @@ class Setting(_Strict):
     weight_range: RangeRule
     activation_range: RangeRule
     fallback: Fallback
+    on_failure: OnFailure
 
 
 def resolve(recipe: Recipe, *, modality: str, role: str, name: str) -> Setting:
@@ -447,7 +453,13 @@ def resolve(recipe: Recipe, *, modality: str, role: str, name: str) -> Setting:
         RecipeError: The merged fields make no number format, range rule or solver; the message
             names the layer and the rules that took part.
     """
-    merged: Fields = {"solver": "gptq", "options": {}, "fallback": "error", "skip": False}
+    merged: Fields = {
+        "solver": "gptq",
+        "options": {},
+        "fallback": "error",
+        "on_failure": "stop",
+        "skip": False,
+    }
     matched: list[int] = []
     for index, rule in enumerate(recipe.rules):
         if rule.match.matches(modality=modality, role=role, name=name):
@@ -550,6 +562,8 @@ def _merge(merged: Fields, rule: Rule) -> None:
         merged["skip"] = False
     if rule.fallback is not None:
         merged["fallback"] = rule.fallback
+    if rule.on_failure is not None:
+        merged["on_failure"] = rule.on_failure
     if rule.skip is not None:
         merged["skip"] = rule.skip
 
@@ -572,6 +586,7 @@ def _setting(merged: Fields, matched: tuple[int, ...]) -> Setting:
         weight_range=RangeRule(**(merged.get("weight_range") or {})),
         activation_range=RangeRule(**(merged.get("activation_range") or {})),
         fallback=merged["fallback"],
+        on_failure=merged["on_failure"],
     )
     if setting.weights is not None:
         build_solver(setting.solver, setting.options)

@@ -10,6 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from prismquant.pipeline.checkpoint import RunRecord, StepRecord
+from prismquant.pipeline.failure import failed_layers
 from prismquant.pipeline.plan import Plan, PlanEdge, PlanRow
 from prismquant.report.tables import format_bytes, format_figure, rich_table
 
@@ -120,6 +121,9 @@ def _remark(step: StepRecord) -> str:
     kept = [edge for edge in step.edges if "skipped" in edge.notes]
     if kept:
         parts.append(f"{len(kept)} of {len(step.edges)} edges not worth scaling")
+    failed = failed_layers(step.layers)
+    if failed:
+        parts.append(f"{len(failed)} of {len(step.layers)} layers failed: rounded to nearest")
     split = [layer for layer in step.layers if "split_columns" in layer.notes]
     if split:
         parts.append(f"columns split off in {len(split)}")
@@ -155,7 +159,8 @@ def _method(row: PlanRow) -> str:
     if row.weights is None:
         return ""
     parts = [row.solver, "correction" if row.correction else None, row.tuner]
-    return " + ".join(part for part in parts if part)
+    method = " + ".join(part for part in parts if part)
+    return f"{method}, or {row.on_failure}" if row.can_fail and row.on_failure != "stop" else method
 
 
 def _common_name(group: Sequence[PlanRow]) -> str:

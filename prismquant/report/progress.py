@@ -17,6 +17,7 @@ from rich.progress import (
 
 from prismquant.memory import peak_memory_bytes
 from prismquant.pipeline.checkpoint import StepRecord
+from prismquant.pipeline.failure import failed_layers
 
 
 class ProgressReporter:
@@ -71,8 +72,10 @@ class ProgressReporter:
         if not record.layers:
             return
         loss = sum(layer.loss for layer in record.layers)
+        failed = len(failed_layers(record.layers))
+        told = f" ({failed} failed: rounded to nearest)" if failed else ""
         self._console.print(
-            f"{record.name}: {len(record.layers)} layers, loss {loss:.4g}, "
+            f"{record.name}: {len(record.layers)} layers{told}, loss {loss:.4g}, "
             f"{record.seconds:.1f} s, {peak_memory_bytes() / 2**20:.0f} MiB peak",
             highlight=False,
         )
