@@ -3,13 +3,16 @@
     python -m bench.memory [--blocks 8 32] [--width 768] [--samples 16]
 
 Builds random Qwen2-VL models of one width and several depths, quantizes each with GPTQ in a process
-of its own, and prints the largest resident set beside the size of the whole model in float32.
+of its own, and prints the largest resident set beside the size of the whole model in float32. Then
+the deepest again under smaller and smaller memory budgets: what was predicted, what was measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -25,7 +28,7 @@ from prismquant.demo.run import CHECKPOINT
 from prismquant.demo.scenes import write_dataset
 from prismquant.models.config import import_transformers
 from prismquant.report.tables import format_bytes, rich_table
-from prismquant.storage import ShardReader
+from prismquant.storage import ShardReader, read_json
 
 
 def random_model(folder: Path, *, width: int, blocks: int) -> Path:
@@ -66,6 +69,33 @@ def peak_of(command: Sequence[str], log: Path) -> tuple[int, float]:
     return took.peak, took.seconds
 
 
+def quantized(
+    model: Path, data: Path, out: Path, log: Path, budget: int | None = None
+) -> dict[str, Any]:
+    """One run in a process of its own: its peak, the predicted one, seconds, and how it went on.
+
+    Raises:
+        ChildProcessError: It failed, for instance because the budget is too small.
+    """
+    command = [sys.executable, "-m", "prismquant", "quantize", str(model), "--recipe", "w4a16"]
+    command += ["--calib", str(data), "--out", str(out)]
+    peak, seconds = peak_of(command + ([f"--memory-budget={budget}"] if budget else []), log)
+    memory = read_json(out / "prismquant" / "record.json")["memory"]
+    shutil.rmtree(out)
+    return {"peak": peak, "seconds": seconds, "budget": budget, **memory}
+
+
+def ways_of(model: Path, data: Path, work: Path, log: Path) -> list[dict[str, Any]]:
+    """Runs under smaller and smaller budgets, each just below what the last was predicted to take,
+    until one is refused."""
+    runs = [quantized(model, data, work / "budget", log)]
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            budget = runs[-1]["predicted_peak_bytes"] - 1
+            runs.append(quantized(model, data, work / "budget", log, budget))
+    return runs
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run all depths and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -83,17 +113,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             model = random_model(work / f"m{blocks}", width=options.width, blocks=blocks)
             reader = ShardReader(model)
             size = 2 * sum(reader.info(name).nbytes for name in reader.names)
-            command = [sys.executable, "-m", "prismquant", "quantize", str(model)]
-            command += [
-                "--recipe",
-                "w4a16",
-                "--calib",
-                str(data),
-                "--out",
-                str(work / f"o{blocks}"),
-            ]
-            peak, seconds = peak_of(command, log)
-            results.append({"blocks": blocks, "float32": size, "peak": peak, "seconds": seconds})
+            run = quantized(model, data, work / f"o{blocks}", log)
+            results.append({"blocks": blocks, "float32": size, **run})
+        budgets = ways_of(model, data, work, log)
     first = results[0]
     rows = [
         [
@@ -109,8 +131,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     headers = ["blocks", "model, float32", "peak", "above imports", "of the first", "seconds"]
     title = f"GPTQ W4A16, width {options.width}, {options.samples} samples, 1 thread"
     Console(width=100, highlight=False).print(rich_table(headers, rows, title=title))
+    told = [
+        [
+            format_bytes(run["budget"]) if run["budget"] else "none",
+            run["way"],
+            format_bytes(run["predicted_peak_bytes"]),
+            format_bytes(run["peak"]),
+            f"{run['peak'] / run['predicted_peak_bytes']:.2f}",
+            f"{run['seconds']:.0f}",
+        ]
+        for run in budgets
+    ]
+    titles = ["budget", "way", "predicted", "measured", "of it", "seconds"]
+    Console(width=120, highlight=False).print(rich_table(titles, told))
     facts = {"threads": 1, "torch": torch.__version__, "width": options.width, "imports": empty}
-    print(json.dumps({"bench": "memory", **facts, "runs": results}))
+    print(json.dumps({"bench": "memory", **facts, "runs": results, "budgets": budgets}))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Products over tokens, on tensor cores where that loses nothing.
 
 Two numbers of 16 bits have at most 11 significant digits each, so float32 holds their product
-exactly, and tensor cores add such products up in float32: no more is rounded than in float32
-throughout. Inputs in float32 are multiplied in float32. TF32, which would cut them to 11 digits,
-is a setting of the whole process; it is off by default and left alone.
+exactly, and tensor cores add such products up in float32. Inputs in float32 are multiplied in
+float32. TF32, which would cut them to 11 digits, is a setting of the whole process; it is off by
+default and left alone.
 """
 
 from __future__ import annotations
