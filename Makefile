@@ -48,6 +48,11 @@ bench: venv
 	$(BIN)/python -m bench.formats
 	$(BIN)/python -m bench.rotations
 	$(BIN)/python -m bench.memory
+	$(BIN)/python -m bench.engine --models qwen2-vl-2b --blocks 2
+	$(BIN)/python -m bench.solver --sizes 1536 3584
+	$(BIN)/python -m bench.stream --shape qwen2-vl-2b
+	$(BIN)/python -m bench.ranges
+	$(BIN)/python -m bench.scaling
 
 clean:
 	rm -rf .venv demo-out bench-out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

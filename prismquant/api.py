@@ -154,10 +154,9 @@ def quantize(
         record = RunRecord.from_dict(ranks.gather_json(record.to_dict())[0])
         if record.finished:
             return Result(Path(out), plan, record, failure_lines(record.steps))
-        way = memory.way
+        way, writer = memory.way, CheckpointWriter(Path(out), bound, plan)
         waiting = directory.states(ranks.rank, on_disk=way.on_disk, matrices=way.moments_on_disk)
         with waiting as states:
-            writer = CheckpointWriter(Path(out), bound, plan)
             job = Run(
                 plan=plan,
                 bound=bound,
@@ -175,19 +174,27 @@ def quantize(
             # Closed before anything else: the workers of a stream must not outlive the run.
             with contextlib.closing(_remaining(job, gradients)) as steps:
                 if first:
-                    with (
-                        directory.unpublished_on_error(),
-                        unchanged(bound.folder, identity.files) as look,
-                    ):
-                        for step in steps:
-                            look()
-                            record = directory.add(record, step, peak_memory_bytes())
-                        writer.finish()
-                    record = directory.finish(record)
+                    record = _recorded(steps, record, directory, writer)
                 else:
                     deque(steps, maxlen=0)
         notes = record.restarts[-1].notes if record.restarts else ()
         return Result(Path(out), plan, record, (*notes, *failure_lines(record.steps)))
+
+
+def _recorded(
+    steps: Iterator[StepRecord],
+    record: RunRecord,
+    directory: RunDirectory,
+    writer: CheckpointWriter,
+) -> RunRecord:
+    """Note every step when its shard is durable, then finish the checkpoint."""
+    source, files = writer.bound.folder, record.identity.files
+    with directory.unpublished_on_error(), unchanged(source, files) as look:
+        for step in steps:
+            look()
+            record = directory.add(record, step, peak_memory_bytes())
+        writer.finish()
+    return directory.finish(record)
 
 
 def _unusual(ranks: Ranks, *, locked: bool) -> dict[str, str]:
