@@ -4,7 +4,7 @@
 
 Builds random Qwen2-VL models of one width and several depths, quantizes each with GPTQ in a process
 of its own, and prints the largest resident set beside the size of the whole model in float32. Then
-the deepest again under smaller and smaller memory budgets: what was predicted, what was measured.
+the first again under smaller and smaller memory budgets: what was predicted, what was measured.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             size = 2 * sum(reader.info(name).nbytes for name in reader.names)
             run = quantized(model, data, work / f"o{blocks}", log)
             results.append({"blocks": blocks, "float32": size, **run})
-        budgets = ways_of(model, data, work, log)
+        budgets = ways_of(work / f"m{options.blocks[0]}", data, work, log)
     first = results[0]
     rows = [
         [

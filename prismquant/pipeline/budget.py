@@ -26,6 +26,8 @@ _FLOAT32 = 4
 _HELD = 5
 # Intermediate tensors of one call that are alive at once, in units of its widest layer.
 _ALIVE = 4
+# What libraries load when they are first used, and what the allocator keeps.
+_SLACK = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def forecast(
     peaks = {step.name: outline.step(step) for step in bound.steps}
     peaks["embeddings"] = outline.embeddings()
     where = max(peaks, key=lambda name: peaks[name])
-    return Forecast(way, resident + peaks[where], where)
+    return Forecast(way, resident + peaks[where] + _SLACK, where)
 
 
 def choose_way(forecasts: Sequence[Forecast], budget: int | None) -> Forecast:
