@@ -48,6 +48,7 @@ from prismquant.pipeline.identity import (
 from prismquant.pipeline.plan import Plan, make_plan
 from prismquant.pipeline.stream import stream, streams
 from prismquant.recipe.schema import Recipe, load_recipe
+from prismquant.runtime.mixed import Precision, Wanted
 from prismquant.storage import ShardReader
 
 RecipeSource = str | Path | Mapping[str, Any] | Recipe
@@ -92,7 +93,7 @@ def quantize(
     calibration: str | Path | None = None,
     *,
     device: str = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: Wanted = None,
     resume: bool = False,
     trust_remote_code: bool = False,
     reporter: Reporter | None = None,
@@ -108,7 +109,9 @@ def quantize(
         calibration: A data file or the name of a data set. Not needed by recipes of ``rtn`` and
             dynamic activations.
         device: Where the arithmetic happens.
-        dtype: In which blocks are run; float32 on a CPU, else the checkpoint's.
+        dtype: In which blocks are run, or ``mixed``: float32 with linear layers in bfloat16. By
+            default, on a CPU ``mixed`` if it multiplies bfloat16 and the checkpoint is stored in
+            it, else float32; on other devices the checkpoint's.
         resume: Go on with a run that was cut off.
         trust_remote_code: Allow code in the checkpoint's folder to build the processor.
         reporter: Is told how far the run is.
@@ -128,7 +131,7 @@ def quantize(
     if ranks.size > 1:
         require_sharable(plan)
     target = _device(device)
-    arithmetic = dtype or (torch.float32 if target.type == "cpu" else bound.dtype)
+    precision = Precision.chosen(dtype, target, bound.dtype, runs=plan.needs_data)
     _refuse_inside(Path(out), bound.folder)
     directory = RunDirectory(Path(out))
     first = ranks.rank == 0
@@ -139,8 +142,10 @@ def quantize(
         own = share_of(by_length(samples), recipe.calibration.batch_size, ranks)
         batches = _batches(bound, own, recipe.calibration.batch_size, trust_remote_code)
         answers = gradient_samples(samples, plan.calibration.seed) if wants_gradients(plan) else ()
-        memory = _forecast(plan, bound, batches, memory_budget, target, arithmetic)
-        identity = _identity(plan, bound, samples, batches, f"{target.type} {arithmetic}", ranks)
+        memory = _forecast(plan, bound, batches, memory_budget, target, precision.dtype)
+        identity = _identity(
+            plan, bound, samples, batches, f"{target.type} {precision.describe()}", ranks
+        )
         record = RunRecord(
             identity=identity,
             model=str(model),
@@ -164,7 +169,7 @@ def quantize(
                 sink=writer,
                 reporter=reporter or Silent(),
                 device=target,
-                dtype=arithmetic,
+                precision=precision,
                 done={step.name: step for step in record.steps},
                 ranks=ranks,
                 way=way,
@@ -251,7 +256,8 @@ def _remaining(job: Run, gradients: Sequence[Batch]) -> Generator[StepRecord, No
     if gradients:
         job.reporter.stage("model", "gradients")
     # Not a part of the record: model, data and plan decide them, and those are.
-    weights = vision_weights(job.plan, job.bound, gradients, device=job.device, dtype=job.dtype)
+    dtype = job.precision.dtype
+    weights = vision_weights(job.plan, job.bound, gradients, device=job.device, dtype=dtype)
     job = replace(job, vision_weights=weights)
     yield from stream(job) if streams(job.plan) else run(job)
 

@@ -222,7 +222,9 @@ def quantize(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="Of the arithmetic: float32 (on a CPU the default), bfloat16 .."),
+        typer.Option(
+            help="Of the arithmetic: float32, mixed (linear layers in bfloat16), bfloat16 .."
+        ),
     ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads to compute with; measured by default.")
@@ -256,7 +258,7 @@ def quantize(
                 out,
                 calib,
                 device=device if device != "cuda" else ranks.device,
-                dtype=None if dtype is None else _float_dtype(dtype),
+                dtype=None if dtype is None else _arithmetic(dtype),
                 resume=resume,
                 trust_remote_code=trust_remote_code,
                 reporter=reporter,
@@ -380,11 +382,17 @@ def export(
     console.print(f"written: {out} ({result.format}, {result.layers} quantized layers, {size})")
 
 
-def _float_dtype(name: str) -> Any:
-    """The floating-point dtype of that name."""
+def _arithmetic(name: str) -> Any:
+    """What a run is told of its arithmetic."""
+    return _float_dtype(name, mixed="mixed")
+
+
+def _float_dtype(name: str, **others: str) -> Any:
+    """The floating-point dtype of that name, or something else that has one here."""
     import torch
 
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    floats = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    known: dict[str, Any] = floats | others
     if name not in known:
         raise typer.BadParameter(f"{name!r} is none of {', '.join(known)}", param_hint="--dtype")
     return known[name]

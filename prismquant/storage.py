@@ -13,13 +13,15 @@ import contextlib
 import errno
 import hashlib
 import io
+import itertools
 import json
+import math
 import os
 import secrets
 import shutil
 import struct
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -306,18 +308,58 @@ class ShardReader:
         """The tensor, in its dtype on disk, in ordinary (not memory-mapped) memory."""
         # Of this class in any case: readers that show other tensors build on what is on disk.
         info = ShardReader.info(self, name)
-        path = self.folder / info.file
-        tensor = torch.empty(info.shape, dtype=info.dtype)
-        raw = _raw_bytes(tensor)
+        return self._read_into(torch.empty(info.shape, dtype=info.dtype), name, [0])
+
+    def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Some lines of a matrix, without the rest of it ever being in memory.
+
+        Args:
+            name: Of the tensor, ``[n, ...]``.
+            rows: Which of the ``n``, int64 ``[r]``.
+
+        Returns:
+            ``[r, ...]``, in its dtype on disk.
+
+        Raises:
+            StorageError: The tensor is missing or cannot be read.
+        """
+        info = ShardReader.info(self, name)
+        lines = torch.empty(len(rows), *info.shape[1:], dtype=info.dtype)
+        size = math.prod(info.shape[1:]) * info.dtype.itemsize
+        return self._read_into(lines, name, [size * row for row in rows.tolist()])
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Let the system fetch tensors into its cache meanwhile; a hint, where there is such a one.
+
+        Args:
+            names: Of tensors that will be read soon; those that are not stored are passed over.
+        """
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for file, found in itertools.groupby(
+            sorted((self._infos[name].file, name) for name in names if name in self._infos),
+            key=lambda pair: pair[0],
+        ):
+            with contextlib.suppress(OSError), (self.folder / file).open("rb") as shard:
+                for _, name in found:
+                    place = self._starts[name], self._infos[name].nbytes
+                    os.posix_fadvise(shard.fileno(), *place, os.POSIX_FADV_WILLNEED)
+
+    def _read_into(self, target: torch.Tensor, name: str, offsets: Sequence[int]) -> torch.Tensor:
+        """Fill a tensor with equal pieces of a stored one, which begin at these bytes of it."""
+        info = ShardReader.info(self, name)
+        path, raw = self.folder / info.file, _raw_bytes(target)
+        size = len(raw) // max(1, len(offsets))
         try:
             with path.open("rb", buffering=0) as file:
-                file.seek(self._starts[name])
-                _fill(file, raw.data)
+                for index, offset in enumerate(offsets):
+                    file.seek(self._starts[name] + offset)
+                    _fill(file, raw.data[index * size : (index + 1) * size])
         except OSError as error:
             reason = error.strerror or error
             raise StorageError(f"cannot read {name!r}: {reason}", where=str(path)) from error
         _little_endian(raw, info.dtype, out=raw)
-        return tensor
+        return target
 
 
 def _header(tensors: Mapping[str, torch.Tensor]) -> bytes:

@@ -81,13 +81,13 @@ def test_the_way_is_not_seen_in_the_result(
     monkeypatch: pytest.MonkeyPatch,
     number: int,
 ) -> None:
-    """Static ranges, moments, and a float chain: bytes are those of the fastest way."""
+    """Static ranges, moments, and a float chain, in mixed precision: bytes of the fastest way."""
     recipe = pq.load_recipe("w4a8-static").with_rules({"correction": "auto"})
     recipe = recipe.with_calibration(samples=4, batch_size=2)
     given = tiny("qwen2_vl"), recipe
-    pq.quantize(*given, tmp_path / "fast", calibration_file)
+    pq.quantize(*given, tmp_path / "fast", calibration_file, dtype="mixed")
     monkeypatch.setattr(api, "WAYS", WAYS[number:])
-    result = pq.quantize(*given, tmp_path / "lean", calibration_file)
+    result = pq.quantize(*given, tmp_path / "lean", calibration_file, dtype="mixed")
     assert result.record.memory["way"] == WAYS[number].describe()
     assert not list((tmp_path / "lean").rglob("states*"))
     for path in (tmp_path / "fast").glob("*.safetensors"):

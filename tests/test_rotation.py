@@ -176,6 +176,17 @@ def test_a_tied_head_stays_tied_where_its_stream_is_not_rotated(
     assert not untied(bind(tiny("qwen3_vl", dtype=torch.float64)), ALL)
 
 
+@pytest.mark.parametrize("case", sorted(CASES))
+def test_lines_of_a_rotated_tensor_are_those_of_the_whole(tiny: Callable[..., Path], case: str):
+    bound = bind(tiny("qwen2_vl", dtype=torch.float64, tie=True))
+    reader, rows = RotatedReader(bound.folder, bound, CASES[case]), torch.tensor([0, 3, 3, 9])
+    for name in sorted(reader.names):
+        whole = reader.read(name)
+        if whole.ndim == 2 and len(whole) > 9:
+            lines = reader.read_rows(name, rows)
+            torch.testing.assert_close(lines, whole[rows], rtol=0, atol=1e-14)
+
+
 def test_widths_that_are_no_power_of_two_are_rotated(
     tmp_path: Path, calibration_file: Path, monkeypatch: pytest.MonkeyPatch
 ):

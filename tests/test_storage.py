@@ -386,6 +386,36 @@ def test_a_tensor_that_is_not_there_is_named(tmp_path: Path) -> None:
         ShardReader(tmp_path, files=["other.safetensors"])
 
 
+@pytest.mark.parametrize("rows", [[], [0], [6, 2, 2, 0], list(range(7))])
+def test_lines_can_be_read_without_the_rest(tmp_path: Path, rows: list[int]) -> None:
+    matrix = torch.arange(21.0).reshape(7, 3).bfloat16()
+    save_file({"a": torch.ones(5), "b": matrix}, tmp_path / "model.safetensors")
+    index = torch.tensor(rows, dtype=torch.int64)
+    lines = ShardReader(tmp_path).read_rows("b", index)
+    assert lines.dtype == matrix.dtype
+    assert torch.equal(lines, matrix[index])
+
+
+def test_reading_ahead_is_a_hint_and_never_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in ("a", "b"):
+        save_file(
+            {file: torch.ones(1000), f"{file}2": torch.ones(3)}, tmp_path / f"{file}.safetensors"
+        )
+    reader, asked = ShardReader(tmp_path), []
+    advise = lambda fd, start, size, advice: asked.append((start, size))  # noqa: E731
+    monkeypatch.setattr(os, "posix_fadvise", advise, raising=False)
+    reader.read_ahead(["a", "b2", "gone"])
+    assert [size for _, size in asked] == [4000, 12]
+    assert all(start > 0 for start, _ in asked)
+    (tmp_path / "a.safetensors").unlink()
+    reader.read_ahead(["a"])
+    monkeypatch.delattr(os, "posix_fadvise")
+    reader.read_ahead(["b"])
+    assert len(asked) == 2
+
+
 def test_what_is_read_survives_the_file(tmp_path: Path) -> None:
     """Tensors are in ordinary memory: replacing the shard does not change them."""
     path = tmp_path / "model.safetensors"

@@ -9,9 +9,10 @@ Models are random, with the dimensions of released ones (``-cut``: four blocks i
 ``--blocks`` cuts further); samples are a picture of 256 tokens and a question each. The linear
 layers of the language model's blocks are quantized. Each run is a process of its own, from a
 checkpoint in the page cache to the tool's own compressed checkpoint on the disk, at the tool's
-defaults: so others run the model in bfloat16, ours in float32. Peak memory is that of the largest
-process. Where other processes share the machine, seconds of CPU are the fairer figure; gptqmodel
-refuses to work with one worker, and may use two cores whatever the threads.
+defaults: so others run the model in bfloat16, ours its linear layers if the processor multiplies
+bfloat16. Peak memory is that of the largest process. Where other processes share the machine,
+seconds of CPU are the fairer figure; gptqmodel refuses to work with one worker, and may use two
+cores whatever the threads.
 
 Ours is shown as its preset has it, which every ratio is to, and with the others' algorithm. By
 default auto-round only rounds to nearest; the 200 iterations that it is made for take hours.

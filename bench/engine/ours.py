@@ -4,7 +4,8 @@
 
 ``peers`` is what llm-compressor and gptqmodel do by default: the sweep follows the diagonal of the
 Hessian, nothing is refined, ranges reach to the largest weight, and a hundredth of the diagonal's
-mean damps it; like them it runs in the checkpoint's bfloat16, where ours takes float32 by default.
+mean damps it; like them it runs in the checkpoint's bfloat16, of which ours by default takes only
+the products of linear layers.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from prismquant.api import quantize
 from prismquant.models.config import import_transformers
 from prismquant.recipe.schema import Recipe, load_recipe
 
-METHODS = ("preset", "preset in bfloat16", "peers")
+METHODS = ("preset", "preset in float32", "peers")
+# In which blocks are run; None for our default.
+_DTYPES = {"preset": None, "preset in float32": torch.float32, "peers": torch.bfloat16}
 _AS_PEERS = {
     "weight_range": "minmax",
     "options": {
@@ -57,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recipe = recipe_of(options.setting, options.method)
     clock = Clock()
     watch(clock)
-    dtype = torch.float32 if options.method == METHODS[0] else torch.bfloat16
+    dtype = _DTYPES[options.method]
     result = quantize(options.model, recipe, options.out, options.calibration, dtype=dtype)
     clock.enter("done")  # which closes the account of the phase before
     report = {

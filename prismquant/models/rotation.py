@@ -207,6 +207,15 @@ class RotatedReader(ShardReader):
             return matrix.reshape(stored.shape).contiguous()
         return _apply(self._bias(edit, stored.double(), owner)[None], edit.rows, dtype)[0]
 
+    def read_rows(self, name: str, rows: Tensor) -> Tensor:
+        """Lines of the rotated tensor; of the whole one, where its lines are mixed."""
+        edit = self._edits.get(self._module_name(name).rpartition(".")[0])
+        if name == self._head or (edit is not None and (edit.rows or edit.plain_norm)):
+            return self.read(name)[rows]
+        lines = super().read_rows(name, rows)
+        dtype = self.info(name).dtype
+        return lines.to(dtype) if edit is None else self._columns(edit, lines, dtype)
+
     def _columns(self, edit: _Edit, matrix: Tensor, dtype: torch.dtype) -> Tensor:
         operations = list(edit.columns)
         if edit.norm is not None:

@@ -179,13 +179,13 @@ class _Outline:
         return weights + states + held + max(solving, self._call(step))
 
     def embeddings(self) -> int:
-        """The table, as it is on disk, and the rows of it that are used."""
+        """The rows of the table that are used, as they are on disk and in the arithmetic."""
         if not self.plan.needs_data:
             return 0
-        name = f"{self.bound.arch.embeddings}.weight"
-        table = math.prod(self.bound.shapes[name]) * self.bound.dtype.itemsize
+        rows, hidden = self.bound.shapes[f"{self.bound.arch.embeddings}.weight"]
+        used = min(rows, self.tokens[Modality.LLM].total)
         last = next(s for s in reversed(self.bound.steps) if s.kind == "block")
-        return table + self._states(last)
+        return used * hidden * (self.bound.dtype.itemsize + self.itemsize) + self._states(last)
 
     def _parameters(self, step: BoundStep) -> int:
         prefix = f"{step.name}."

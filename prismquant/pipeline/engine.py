@@ -49,6 +49,7 @@ from prismquant.pipeline.plan import Plan, PlanEdge, PlanRow, problem_groups
 from prismquant.pipeline.states import InMemory, States
 from prismquant.pipeline.tune import TunedBlock, tune
 from prismquant.runtime.kv_cache import cache_in_float
+from prismquant.runtime.mixed import Precision
 from prismquant.runtime.quant_linear import (
     QuantLinear,
     activations_in_float,
@@ -121,7 +122,7 @@ class Run:
         sink: Where finished steps go.
         reporter: Is told how far the run is.
         device: Where the arithmetic happens.
-        dtype: In which steps are run; statistics are float32 in any case.
+        precision: In which steps are run; statistics are float32 in any case.
         done: Steps that an earlier run finished, by name.
         vision_weights: What a vision token counts for at layers whose plan says ``gradient``, by
             the layer's name.
@@ -137,7 +138,7 @@ class Run:
     sink: Sink
     reporter: Reporter = field(default_factory=Silent)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    dtype: torch.dtype = torch.float32
+    precision: Precision = field(default_factory=Precision)
     done: Mapping[str, StepRecord] = field(default_factory=dict)
     vision_weights: Mapping[str, float] = field(default_factory=dict)
     ranks: Ranks = field(default_factory=Alone)
@@ -182,7 +183,7 @@ class _Chain:
                 job.bound,
                 batches,
                 device=job.device,
-                dtype=job.dtype,
+                dtype=job.precision.dtype,
                 states=job.states,
             )
             if job.plan.needs_data
@@ -214,18 +215,21 @@ class _Chain:
     def inputs_as_asked(self, module: nn.Module) -> Iterator[None]:
         """Inputs of solved layers, keys and values as they will be served, or in float where the
         plan says so."""
-        if self.job.plan.calibration.quantized_inputs:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.job.precision.in_force())
+            if not self.job.plan.calibration.quantized_inputs:
+                stack.enter_context(activations_in_float(module))
+                stack.enter_context(cache_in_float(module))
             yield
-        else:
-            with activations_in_float(module), cache_in_float(module):
-                yield
 
     @contextlib.contextmanager
     def loaded(self, names: Sequence[str]) -> Iterator[None]:
         """Within the block, these modules have their weights, and rotate what they must."""
         job = self.job
         for name in names:
-            materialize(self.model, name, self.reader, job.bound.names, job.device, job.dtype)
+            materialize(
+                self.model, name, self.reader, job.bound.names, job.device, job.precision.dtype
+            )
             for layer, online in self._online.items():
                 if layer == name or layer.startswith(f"{name}."):
                     rotate_inputs(self.model, layer, online.block, online.signs)
@@ -243,8 +247,8 @@ class _Chain:
             raise NumericsError("there is no calibration data to embed")
         ids = self.replay.token_ids()
         job, name = self.job, f"{self.job.bound.arch.embeddings}.weight"
-        rows = self.reader.read(job.bound.names.to_disk(name))[ids.cpu()]
-        rows = rows.to(job.device, job.dtype)
+        rows = self.reader.read_rows(job.bound.names.to_disk(name), ids.cpu())
+        rows = rows.to(job.device, job.precision.dtype)
         return lambda tokens: functional.embedding(torch.searchsorted(ids, tokens), rows)
 
     def between_steps(self, *, vision: bool) -> list[str]:
@@ -393,6 +397,9 @@ class _Engine:
         with contextlib.ExitStack() as stack:
             for chain in self.chains if rows or flows else []:
                 stack.enter_context(chain.loaded([step.name]))
+            if rows or flows:
+                self._narrow(step)
+            self._read_ahead(step)
             work = self._begin(step, rows)
             if carries and step.index in self.edges:
                 # A resumed run does not move scale again, and must carry on the same numbers.
@@ -428,6 +435,37 @@ class _Engine:
             )
             yield done
         self.job.reporter.finish(done)
+
+    def _read_ahead(self, step: BoundStep) -> None:
+        """Let the system read the step after this one while this one is computed."""
+        bound = self.job.bound
+        following = tuple(f"{after.name}." for after in bound.steps[step.index + 1 :][:1])
+        names = [name for name in bound.shapes if name.startswith(following)]
+        self.reader.read_ahead(bound.names.to_disk(name) for name in names)
+
+    def _narrow(self, step: BoundStep) -> None:
+        """Hold weights that stay as they are as linear layers multiply them, where that is exact.
+
+        The products are the same, and take no rounding of the weights each time.
+        """
+        narrow = self._weight_dtype(step)
+        if narrow == self.job.precision.dtype:
+            return
+        solved = {row.site.name for row in self.rows.get(step.name, [])}
+        for chain in self.chains:
+            for name, module in chain.module(step.name).named_modules(prefix=step.name):
+                plain = isinstance(module, nn.Linear) and name not in solved
+                if plain and self._stored_dtype(f"{name}.weight") == narrow:
+                    module.weight = nn.Parameter(module.weight.to(narrow), requires_grad=False)
+
+    def _weight_dtype(self, step: BoundStep) -> torch.dtype:
+        """In which weights of linear layers are held that nothing changes any more."""
+        tuned = any(row.tuner for row in self.rows.get(step.name, []))
+        precision = self.job.precision
+        # Tuners run blocks in their own precision, and moved scale is rounded as it is stored.
+        if tuned or step.index in self.edges or step.kind != "block":
+            return precision.dtype
+        return precision.products or precision.dtype
 
     def _begin(self, step: BoundStep, rows: Sequence[PlanRow]) -> _Work:
         # Passes can halt at one input at a time.
@@ -639,8 +677,9 @@ class _Engine:
     def _replace(self, layer: SolvedLayer) -> None:
         """Put the dequantized weight, and the activations' quantizers, in the layer's place."""
         row, site, model = layer.row, layer.row.site, self.main.model
-        stored = self.job.bound.dtype if row.layout == DENSE else self.job.dtype
-        values = layer.values(stored).to(self.job.dtype).reshape(site.weight_shape)
+        stored = self.job.bound.dtype if row.layout == DENSE else self.job.precision.dtype
+        held = self._weight_dtype(self.job.bound.steps[site.step])
+        values = layer.values(stored).to(held).reshape(site.weight_shape)
         module = model.get_submodule(site.name)
         module.weight = nn.Parameter(values.to(self.job.device), requires_grad=False)
         if row.activations is not None:
@@ -659,7 +698,7 @@ class _Engine:
                 owner, _, leaf = name.rpartition(".")
                 module = self.main.module(owner)
                 if not module.get_parameter(leaf).is_meta:
-                    values = tensor.to(self.job.device, self.job.dtype)
+                    values = tensor.to(self.job.device, self.job.precision.dtype)
                     setattr(module, leaf, nn.Parameter(values, requires_grad=False))
         for layer in self.job.sink.read_step(done.shard, rows) if rows else []:
             self._replace(layer)

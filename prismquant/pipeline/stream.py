@@ -180,8 +180,8 @@ class _Task:
         site, names = row.site, self.job.bound.names
         self.pulse()
         weight = self.reader.read(names.to_disk(f"{site.name}.weight"))
-        if self.job.dtype != torch.float32:
-            weight = weight.to(self.job.dtype)
+        if self.job.precision.dtype != torch.float32:
+            weight = weight.to(self.job.precision.dtype)
         return weight.to(self.job.device).reshape(site.out_features, site.in_features)
 
     def _source_bytes(self, row: PlanRow) -> int:

@@ -1,0 +1,117 @@
+"""Mixed precision: linear layers multiply in bfloat16, and nothing else does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import prismquant as pq
+from prismquant.pipeline.engine import _Engine
+from prismquant.runtime import mixed
+from prismquant.runtime.mixed import Precision
+from prismquant.runtime.quant_linear import quant_linear
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+MIXED = Precision(torch.float32, torch.bfloat16)
+
+
+def test_a_linear_layer_multiplies_rounded_numbers_and_keeps_its_dtype() -> None:
+    """Against float64: the numbers are rounded once, sums are as good as float32's."""
+    torch.manual_seed(0)
+    layer = nn.Linear(300, 40)
+    x = torch.randn(3, 7, 300)
+    with MIXED.in_force():
+        y = layer(x)
+    assert y.dtype == torch.float32
+    exact = x.bfloat16().double() @ layer.weight.bfloat16().double().T
+    # What is left is the rounding of the result, half a unit of 8 digits.
+    allowed = 2.0**-8 * exact.abs() + 1e-5
+    assert bool(((y.double() - layer.bias.double() - exact).abs() <= allowed).all())
+    # The layer's own parameters are as they were.
+    assert layer.weight.dtype == torch.float32
+    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_quantized_layers_do_so_too(bias: bool) -> None:
+    model = nn.Sequential(nn.Linear(16, 8, bias=bias))
+    x = torch.randn(4, 16)
+    with MIXED.in_force():
+        plain = model(x)
+        quant_linear(model, "0")
+        assert torch.equal(model(x), plain)
+
+
+def test_all_else_stays_as_it_is() -> None:
+    torch.manual_seed(1)
+    norm, x = nn.LayerNorm(32), torch.randn(1, 2, 5, 32)
+    attend = nn.functional.scaled_dot_product_attention
+    plain = [norm(x), attend(x, x, x), x @ x.mT, torch.softmax(x, -1)]
+    with MIXED.in_force():
+        again = [norm(x), attend(x, x, x), x @ x.mT, torch.softmax(x, -1)]
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_it_ends_with_the_block_even_after_an_error() -> None:
+    layer, x = nn.Linear(64, 4), torch.randn(8, 64)
+    plain = layer(x)
+    with pytest.raises(ZeroDivisionError), MIXED.in_force():
+        raise ZeroDivisionError
+    assert torch.equal(layer(x), plain)
+    with Precision().in_force():
+        assert torch.equal(layer(x), plain)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_the_default_follows_device_checkpoint_and_processor(
+    monkeypatch: pytest.MonkeyPatch, native: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native})
+    assert Precision.chosen(None, CPU, torch.bfloat16) == (MIXED if native else Precision())
+    assert Precision.chosen(None, CPU, torch.bfloat16, runs=False) == Precision()
+    for stored in (torch.float32, torch.float16):
+        assert Precision.chosen(None, CPU, stored) == Precision()
+    assert Precision.chosen(None, GPU, torch.float16) == Precision(torch.float16)
+    assert Precision.chosen("mixed", CPU, torch.float16) == MIXED
+    assert Precision.chosen(torch.bfloat16, CPU, torch.float32) == Precision(torch.bfloat16)
+
+
+def test_a_torch_that_tells_nothing_of_the_processor_is_no_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert not mixed.multiplies_bfloat16()
+
+
+def test_the_record_tells_the_precision_and_resuming_in_another_is_refused(
+    tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path
+) -> None:
+    recipe = pq.load_recipe("w4a16").with_calibration(samples=4, batch_size=2)
+    given = tiny("qwen2_vl"), recipe, tmp_path / "out", calibration_file
+    result = pq.quantize(*given, dtype="mixed")
+    assert "linear layers in torch.bfloat16" in str(asdict(result.record.identity))
+    with pytest.raises(pq.PrismQuantError, match="linear layers in"):
+        pq.quantize(*given, dtype=torch.float32, resume=True)
+
+
+@pytest.mark.parametrize("recipe", ["w4a16", "w4a8-static"])
+def test_how_weights_are_held_is_not_seen_in_the_result(
+    tiny: Callable[..., Path],
+    calibration_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recipe: str,
+) -> None:
+    """In bfloat16 where they are multiplied in it and nothing changes them, or in float32."""
+    rules = pq.load_recipe(recipe).with_rules({"correction": "auto"})
+    given = tiny("qwen2_vl", dtype=torch.bfloat16), rules.with_calibration(samples=4, batch_size=2)
+    pq.quantize(*given, tmp_path / "narrow", calibration_file, dtype="mixed")
+    monkeypatch.setattr(_Engine, "_weight_dtype", lambda engine, _: engine.job.precision.dtype)
+    pq.quantize(*given, tmp_path / "wide", calibration_file, dtype="mixed")
+    for path in (tmp_path / "narrow").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "wide" / path.name).read_bytes()
