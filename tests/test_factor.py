@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import sys
 
 import pytest
 import torch
@@ -12,7 +14,18 @@ from torch import Tensor
 
 from prismquant.algorithms import factor
 from prismquant.algorithms.factor import blocks, factorize_in_place, factorize_smallest_last
+from prismquant.kernels import pivots
 
+# Whether pivots are picked by the compiled loop.
+COMPILED = [
+    False,
+    pytest.param(
+        True,
+        marks=pytest.mark.skipif(
+            importlib.util.find_spec("numba") is None, reason="the package numba is not installed"
+        ),
+    ),
+]
 # One column, less than a block, blocks with and without a rest.
 SIZES = [1, 2, 7, 128, 129, 300, 513]
 
@@ -60,9 +73,13 @@ def test_the_lines_are_the_columns_of_an_upper_triangular_root(features, dtype, 
     assert bool((lines.diagonal() > 0).all())
 
 
+@pytest.mark.parametrize("compiled", COMPILED)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-13)])
 @pytest.mark.parametrize("features", SIZES)
-def test_with_pivots_they_are_those_of_the_ordered_matrix(features, dtype, tolerance):
+def test_with_pivots_they_are_those_of_the_ordered_matrix(
+    features, dtype, tolerance, compiled, monkeypatch
+):
+    monkeypatch.setattr(pivots, "supports", lambda device: compiled)
     matrix = moments(features)
     lines = lower_alone(matrix, dtype)
     order = factorize_smallest_last(lines)
@@ -71,28 +88,36 @@ def test_with_pivots_they_are_those_of_the_ordered_matrix(features, dtype, toler
     assert float((root @ root.T - ordered).abs().max()) < tolerance * float(matrix.max())
 
 
+@pytest.mark.parametrize("compiled", COMPILED)
 @settings(deadline=None, max_examples=25)
 @given(features=st.integers(1, 60), seed=st.integers(0, 1000), block=st.integers(1, 70))
-def test_pivots_come_in_the_order_of_their_definition_whatever_the_block(features, seed, block):
+def test_pivots_come_in_the_order_of_their_definition_whatever_the_block(
+    compiled, features, seed, block
+):
     matrix = moments(features, seed)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pivots, "supports", lambda device: compiled)
         patch.setattr(factor, "_PIVOT_BLOCK", block)
         patch.setattr(factor, "_PANEL", block + 3)
         order = factorize_smallest_last(lower_alone(matrix, torch.float64))
     assert order.tolist() == smallest_last(matrix)
 
 
+@pytest.mark.parametrize("compiled", COMPILED)
 @pytest.mark.parametrize("features", [5, 300])
 @pytest.mark.parametrize("place", [0, -1])
-def test_a_matrix_that_is_not_positive_definite_is_told(features, place):
+def test_a_matrix_that_is_not_positive_definite_is_told(features, place, compiled, monkeypatch):
+    monkeypatch.setattr(pivots, "supports", lambda device: compiled)
     matrix = moments(features)
     matrix[place, place] *= -1
     assert not factorize_in_place(matrix.clone())
     assert factorize_smallest_last(matrix.clone()) is None
 
 
+@pytest.mark.parametrize("compiled", COMPILED)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_value_that_is_not_finite_is_told(bad):
+def test_a_value_that_is_not_finite_is_told(bad, compiled, monkeypatch):
+    monkeypatch.setattr(pivots, "supports", lambda device: compiled)
     matrix = moments(140)
     matrix[100, 3] = matrix[3, 100] = bad
     assert not factorize_in_place(matrix.clone())
@@ -109,3 +134,17 @@ def test_nothing_is_factorized_without_columns():
 def test_blocks_cover_everything_once(count, size):
     found = [i for block in blocks(count, size) for i in range(block.start, block.stop)]
     assert found == list(range(count))
+
+
+@pytest.mark.parametrize("compiled", COMPILED)
+def test_without_a_compiler_and_with_one_the_order_is_the_same(compiled, monkeypatch):
+    matrix = moments(300, 4)
+    monkeypatch.setattr(pivots, "supports", lambda device: compiled)
+    assert factorize_smallest_last(matrix.clone()).tolist() == smallest_last(matrix)
+
+
+def test_a_missing_package_leaves_pivots_to_torch(monkeypatch):
+    monkeypatch.setitem(sys.modules, "prismquant.kernels.cpu_pivots", None)
+    monkeypatch.delattr("prismquant.kernels.cpu_pivots", raising=False)
+    assert not pivots.supports(torch.device("cpu"))
+    assert not pivots.supports(torch.device("cuda"))

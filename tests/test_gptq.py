@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from prismquant.algorithms import gptq
-from prismquant.algorithms.base import LayerProblem, LayerResult, row_losses
+from prismquant.algorithms.base import LOSS_BLOCK, LayerProblem, LayerResult, row_losses
 from prismquant.algorithms.gptq import GPTQ, peak_solve_bytes
 from prismquant.algorithms.rtn import RTN
 from prismquant.algorithms.statistics import HessianRecord
@@ -555,7 +555,7 @@ def test_pivots_are_ordered_across_blocks():
 
 
 def test_losses_of_rows_are_those_of_float64_beyond_a_block_of_columns():
-    features = 2 * gptq.LOSS_BLOCK + 70
+    features = 2 * LOSS_BLOCK + 70
     hessian = moments(correlated(700, features, 1))
     error = torch.randn(5, features, generator=torch.Generator().manual_seed(2))
     exact = ((error.double() @ hessian.double()) * error.double()).sum(1)

@@ -1,6 +1,6 @@
-"""Kernels for GPUs: what they take, and that they do what torch does.
+"""Kernels: what they take, and that they do what torch does.
 
-Tests of the kernel itself need the package ``triton`` and a GPU, or its interpreter:
+Tests of the kernel for GPUs need the package ``triton`` and a GPU, or its interpreter:
 ``TRITON_INTERPRET=1 pytest tests/test_kernels.py``.
 """
 
@@ -28,8 +28,8 @@ from prismquant.algorithms.gptq import GPTQ
 from prismquant.algorithms.statistics import HessianRecord
 from prismquant.errors import FormatError
 from prismquant.formats.spec import spec
-from prismquant.kernels import products, sweep
-from prismquant.kernels.sweep import MOST_COLUMNS, ScaleLines, round_columns
+from prismquant.kernels import descent, products, sweep, transpose
+from prismquant.kernels.sweep import MOST_COLUMNS, ScaleLines, Tally, round_columns
 from prismquant.numerics.grids import FLOAT_KINDS, FloatGrid, Grid, IntGrid
 from prismquant.numerics.ranges import RangeRule
 
@@ -37,9 +37,24 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 INSTALLED = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not INSTALLED, reason="the package triton is not installed")
-runs_kernel = pytest.mark.skipif(
+runs_triton = pytest.mark.skipif(
     not INSTALLED or (DEVICE == "cpu" and not INTERPRETED),
     reason="needs the package triton, and a GPU or TRITON_INTERPRET=1",
+)
+runs_numba = pytest.mark.skipif(
+    importlib.util.find_spec("numba") is None, reason="the package numba is not installed"
+)
+with_each_kernel = pytest.mark.parametrize(
+    "kernel",
+    [
+        "torch",
+        pytest.param("triton", marks=runs_triton),
+        pytest.param("numba", marks=runs_numba),
+    ],
+)
+with_each_compiled_kernel = pytest.mark.parametrize(
+    "kernel",
+    [pytest.param("triton", marks=runs_triton), pytest.param("numba", marks=runs_numba)],
 )
 GRIDS = [IntGrid(bits) for bits in range(2, 9)] + [IntGrid(4, narrow=True)]
 GRIDS += [FloatGrid(kind) for kind in FLOAT_KINDS]
@@ -57,6 +72,10 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.names.append(str(func))
         return func(*args, **(kwargs or {}))
+
+
+def device_of(kernel: str) -> str:
+    return "cpu" if kernel == "numba" else DEVICE
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -127,16 +146,28 @@ def test_second_moments_of_narrow_inputs_are_those_of_the_same_numbers_in_float3
 # The sweep: where it runs
 
 
-def test_a_processor_sweeps_with_torch():
-    assert not sweep.supports(torch.device("cpu"), IntGrid(4))
-    assert GPTQ().solve(problem_of("int4-g16", device="cpu")).notes["kernel"] == "torch"
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@runs_numba
+def test_a_processor_sweeps_with_numba():
+    assert sweep.kernel_for(CPU, IntGrid(4)) == "numba"
+    assert not sweep.supports("triton", CPU, IntGrid(4))
+    assert GPTQ().solve(problem_of("int4-g16")).notes["kernel"] == "numba"
+
+
+def test_a_processor_without_numba_sweeps_with_torch(monkeypatch):
+    monkeypatch.setitem(sys.modules, "prismquant.kernels.cpu_sweep", None)
+    monkeypatch.delattr("prismquant.kernels.cpu_sweep", raising=False)
+    assert sweep.kernel_for(CPU, IntGrid(4)) == "torch"
+    assert GPTQ().solve(problem_of("int4-g16")).notes["kernel"] == "torch"
 
 
 def test_other_and_older_gpus_sweep_with_torch(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert not sweep.supports(torch.device("cuda"), IntGrid(4))
+    assert sweep.kernel_for(GPU, IntGrid(4)) == "torch"
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert not sweep.supports(torch.device("cuda"), IntGrid(4))
+    assert sweep.kernel_for(GPU, IntGrid(4)) == "torch"
 
 
 @pytest.mark.parametrize("error", [ImportError, RuntimeError, FileNotFoundError])
@@ -147,22 +178,65 @@ def test_a_gpu_without_triton_or_a_compiler_sweeps_with_torch(monkeypatch, error
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(sweep, "round_columns", fail)
     with FakeTensorMode():
-        assert not sweep.supports(torch.device("cuda"), IntGrid(4))
+        assert not sweep.supports("triton", GPU, IntGrid(4))
         monkeypatch.setattr(sweep, "round_columns", lambda *args, **kwargs: None)
-        assert sweep.supports(torch.device("cuda"), IntGrid(4))
+        assert sweep.supports("triton", GPU, IntGrid(4))
 
 
-def test_a_missing_package_is_an_import_error_that_supports_expects(monkeypatch):
-    monkeypatch.setitem(sys.modules, "prismquant.kernels.triton_sweep", None)
-    monkeypatch.delattr("prismquant.kernels.triton_sweep", raising=False)
+@pytest.mark.parametrize(("kernel", "module"), [("triton", "triton_sweep"), ("numba", "cpu_sweep")])
+def test_a_missing_package_is_an_import_error_that_supports_expects(monkeypatch, kernel, module):
+    monkeypatch.setitem(sys.modules, f"prismquant.kernels.{module}", None)
+    monkeypatch.delattr(f"prismquant.kernels.{module}", raising=False)
     with pytest.raises(ImportError):
-        Block.of(IntGrid(4), 2, 3).round()
+        Block.of(IntGrid(4), 2, 3).round(kernel)
 
 
-def test_nothing_imports_triton_before_a_device_asks():
+@runs_numba
+def test_without_a_place_for_a_cache_functions_are_compiled_all_the_same(monkeypatch):
+    """The package's folder cannot be written to, and the user has none."""
+    import numba
+    from numba.core.caching import CacheImpl
+
+    from prismquant.kernels.compiled import compiled
+
+    def add_one(x):
+        return x + 1
+
+    monkeypatch.setattr(CacheImpl, "_locator_classes", [])
+    assert compiled(numba.float64(numba.float64))(add_one)(1.0) == 2.0
+
+
+@runs_numba
+def test_what_numba_cannot_compile_counts_as_missing():
+    import numba
+
+    from prismquant.kernels.compiled import compiled
+
+    with pytest.raises(ImportError, match="cannot compile"):
+        compiled(numba.float64(numba.float64))(lambda x: x.no_such_thing)
+
+
+@with_each_kernel
+@pytest.mark.parametrize("rows", [1, 33, 70])
+def test_columns_become_lines_and_lines_columns_in_any_order(kernel, rows):
+    device = device_of(kernel)
+    columns = torch.tensor([5, 0, 99, 3, 98, 40], device=device)
+    whole = normal(rows, 103, seed=0).to(device)[:, 1:101]
+    lines = torch.full((6, rows + 3), CANARY, device=device)
+    transpose.columns_as_lines(kernel, whole, columns, lines[:, 1:-2])
+    assert torch.equal(lines[:, 1:-2], whole[:, columns].T)
+    assert bool((lines[:, [0, -2, -1]] == CANARY).all())
+    codes = torch.arange(rows * 100, device=device).reshape(rows, 100).to(torch.int8)
+    expected, new = codes.clone(), -codes[:, :6].T
+    expected[:, columns] = new.T
+    transpose.lines_as_columns(kernel, new, columns, codes)
+    assert torch.equal(codes, expected)
+
+
+def test_nothing_imports_a_compiler_before_a_device_asks():
     script = (
-        "import sys, torch; before = 'triton' in sys.modules; import prismquant.algorithms.gptq; "
-        "assert before or 'triton' not in sys.modules"
+        "import sys, torch; before = set(sys.modules); import prismquant.algorithms.gptq; "
+        "assert not {'triton', 'numba', 'llvmlite'} & (set(sys.modules) - before)"
     )
     shown = subprocess.run(
         [sys.executable, "-c", script],
@@ -190,17 +264,23 @@ class Block:
     points: Tensor
 
     @staticmethod
-    def of(grid: Grid, columns: int, rows: int, *, zeros: bool = False, seed: int = 0) -> Block:
+    def of(
+        grid: Grid,
+        columns: int,
+        rows: int,
+        *,
+        zeros: bool = False,
+        seed: int = 0,
+        device: str = "cpu",
+    ) -> Block:
         def inside(values: Tensor) -> Tensor:
-            whole = torch.full((len(values) + 2, values.shape[1] + 5), CANARY, device=DEVICE)
+            whole = torch.full((len(values) + 2, values.shape[1] + 5), CANARY, device=device)
             part = whole[1:-1, 2:-3]
             part.copy_(values)
             return part
 
         weights = normal(columns, rows, seed=seed)
         coefficients = normal(columns, columns, seed=seed + 1) / math.sqrt(columns)
-        # What is not below the diagonal is not read.
-        coefficients[torch.ones(columns, columns).triu().bool()] = math.nan
         groups = 1 + columns // 7
         steps = 0.05 + normal(groups, rows, seed=seed + 2).abs() / grid.span
         generator = torch.Generator().manual_seed(seed + 3)
@@ -212,22 +292,30 @@ class Block:
             inside(weights + 0.1 * normal(columns, rows, seed=seed + 4)),
             inside(weights),
             inside(coefficients),
-            ScaleLines(inside(steps), shifts, lines.to(DEVICE)),
+            ScaleLines(inside(steps), shifts, lines.to(device)),
             grid,
-            inside(torch.zeros(columns, rows)),
+            inside(0.1 * normal(columns, rows, seed=seed + 5)),
             inside(torch.zeros(columns, rows)),
         )
 
-    def round(self) -> None:
+    def round(self, kernel: str, **options) -> None:
         round_columns(
+            kernel,
             self.targets,
             self.weights,
             self.coefficients,
             self.scales,
             self.grid,
             errors=self.errors,
-            points=self.points,
+            **({"points": self.points} | options),
         )
+
+    def tally(self) -> Tally:
+        """Costs of its columns, and sums that are not empty."""
+        columns, rows = self.targets.shape
+        costs = 0.5 + normal(3, columns, seed=50).abs()
+        sums = normal(3, rows, seed=51).double()
+        return Tally(costs.to(self.targets.device), sums.to(self.targets.device))
 
 
 def around(part: Tensor) -> Tensor:
@@ -239,39 +327,80 @@ def around(part: Tensor) -> Tensor:
     return whole[outside]
 
 
-@runs_kernel
-@settings(deadline=None, max_examples=25)
-@given(
-    grid=st.sampled_from(GRIDS),
-    columns=st.sampled_from([1, 2, 15, 16, 31, 128]),
-    rows=st.sampled_from([1, 5, 32, 33]),
-    zeros=st.booleans(),
-    seed=st.integers(0, 1000),
-)
-def test_every_column_is_the_nearest_point_to_a_float64_target(grid, columns, rows, zeros, seed):
-    block = Block.of(grid, columns, rows, zeros=zeros and isinstance(grid, IntGrid), seed=seed)
-    start = block.targets.clone()
-    block.round()
+SHAPES = {
+    "grid": st.sampled_from(GRIDS),
+    "columns": st.sampled_from([1, 2, 15, 16, 31, 128, 131]),
+    "rows": st.sampled_from([1, 5, 32, 33, 64, 200]),
+    "zeros": st.booleans(),
+    "aim": st.sampled_from(["before", "others", "nearest"]),
+    "seed": st.integers(0, 1000),
+}
+
+
+@with_each_kernel
+@settings(deadline=None, max_examples=20)
+@given(**SHAPES)
+def test_every_column_is_the_nearest_point_to_a_float64_target(
+    kernel, grid, columns, rows, zeros, aim, seed
+):
+    zeros = zeros and isinstance(grid, IntGrid)
+    block = Block.of(grid, columns, rows, zeros=zeros, seed=seed, device=device_of(kernel))
+    if aim != "others":
+        # What is not below the diagonal is not read.
+        block.coefficients[torch.ones(columns, columns).triu().bool()] = math.nan
+    start, former, tally = block.targets.clone(), block.errors.double(), block.tally()
+    sums = tally.sums.clone()
+    block.round(kernel, aim=aim, tally=tally)
     step = block.scales.steps[block.scales.lines]
     zero = torch.zeros_like(step)
     if block.scales.zeros is not None:
         zero = block.scales.zeros[block.scales.lines]
-    # Errors are those of the points, to the bit.
-    assert torch.equal(block.errors, block.weights - (block.points - zero) * step)
+    # Errors are those of the points: to the bit, which torch may fuse with a multiplication.
+    values = (block.points - zero) * step
+    rounded = torch.finfo(torch.float32).eps * (values.abs() + block.weights.abs())
+    rounded *= kernel == "torch"
+    assert bool(((block.errors - (block.weights - values)).abs() <= rounded).all())
     below = torch.tril(block.coefficients, -1).nan_to_num().double()
-    exact = start.double() + below @ block.errors.double()
-    reach = start.abs().double() + below.abs() @ block.errors.abs().double()
+    above = torch.triu(block.coefficients, 1).nan_to_num().double()
+    errors = block.errors.double()
+    exact = start.double() + below @ errors + above @ former
+    reach = start.abs().double() + below.abs() @ errors.abs() + above.abs() @ former.abs()
     assert bool(((block.targets - exact).abs() <= 1e-5 * reach).all())
     # Points are what torch makes of the same targets.
-    assert torch.equal(block.points, grid.round_(block.targets / step + zero))
+    aimed = block.weights if aim == "nearest" else block.targets
+    assert torch.equal(block.points, grid.round_(aimed / step + zero))
+    # Sums are those of the squares.
+    pulls, costs = exact - block.weights.double(), tally.costs.double()
+    squares = torch.stack([pulls + errors, errors, errors]).square()
+    if aim == "others":
+        squares -= torch.stack([pulls + former, former, former]).square()
+    expected = (costs.unsqueeze(2) * squares).sum(1)
+    size = costs.sum() * (reach.amax() + errors.abs().amax()).square()
+    assert bool(((tally.sums - sums - expected).abs() <= 1e-5 * size).all())
     for part in (block.targets, block.weights, block.errors, block.points):
         assert bool((around(part) == CANARY).all())
 
 
-@runs_kernel
+@with_each_compiled_kernel
+@settings(deadline=None, max_examples=20)
+@given(**SHAPES)
+def test_codes_may_be_asked_for_in_place_of_points(kernel, grid, columns, rows, zeros, aim, seed):
+    zeros = zeros and isinstance(grid, IntGrid)
+    given_block = {"zeros": zeros, "seed": seed, "device": device_of(kernel)}
+    first, second = (Block.of(grid, columns, rows, **given_block) for _ in range(2))
+    first.round(kernel, aim=aim)
+    codes, expected = (torch.zeros_like(first.points, dtype=torch.int8) for _ in range(2))
+    second.round(kernel, aim=aim, points=codes)
+    grid.write(first.points, expected)
+    assert torch.equal(codes, expected)
+    assert torch.equal(first.errors, second.errors)
+
+
+@with_each_kernel
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_points_ties_and_what_lies_beyond_round_as_in_torch(grid):
+def test_points_ties_and_what_lies_beyond_round_as_in_torch(grid, kernel):
     """To the bit, the sign of zero included."""
+    device = device_of(kernel)
     if isinstance(grid, IntGrid):
         points = torch.arange(grid.qmin, grid.qmax + 1).float()
     else:
@@ -281,11 +410,11 @@ def test_points_ties_and_what_lies_beyond_round_as_in_torch(grid):
     ties = (points[1:] + points[:-1]) / 2
     up, down = (ties.nextafter(torch.tensor(end)) for end in (math.inf, -math.inf))
     zeros = torch.tensor([0.0, -0.0, 1e-30, -1e-30])
-    values = torch.cat([points, ties, 3 * points, up, down, zeros]).unsqueeze(0).to(DEVICE)
-    one, zero = torch.ones_like(values), torch.zeros(1, 1, device=DEVICE)
+    values = torch.cat([points, ties, 3 * points, up, down, zeros]).unsqueeze(0).to(device)
+    one, zero = torch.ones_like(values), torch.zeros(1, 1, device=device)
     found, errors = torch.empty_like(values), torch.empty_like(values)
-    scales = ScaleLines(one, None, torch.zeros(1, dtype=torch.int64, device=DEVICE))
-    round_columns(values.clone(), values, zero, scales, grid, errors=errors, points=found)
+    scales = ScaleLines(one, None, torch.zeros(1, dtype=torch.int64, device=device))
+    round_columns(kernel, values.clone(), values, zero, scales, grid, errors=errors, points=found)
     expected = grid.round_(values.clone())
     if isinstance(grid, IntGrid):
         assert torch.equal(found, expected)
@@ -294,25 +423,94 @@ def test_points_ties_and_what_lies_beyond_round_as_in_torch(grid):
     assert torch.equal(errors, values - expected)
 
 
-@needs_triton
-def test_what_the_kernel_cannot_address_is_refused():
-    many = Block.of(IntGrid(4), MOST_COLUMNS + 1, 1)
-    with pytest.raises(FormatError, match="129"):
-        many.round()
-    block = Block.of(IntGrid(4), 4, 6)
-    turned = torch.zeros(6, 4, device=DEVICE).T
+@runs_numba
+@pytest.mark.parametrize("aim", ["before", "others", "nearest"])
+def test_threads_change_no_result_of_the_kernel(monkeypatch, aim):
+    found = []
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        block = Block.of(IntGrid(3), 40, 64 * 13 + 5, seed=3)
+        tally = block.tally()
+        block.round("numba", aim=aim, tally=tally)
+        found.append((block.targets, block.errors, block.points, tally.sums))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@with_each_compiled_kernel
+def test_what_a_kernel_cannot_address_is_refused(kernel):
+    block = Block.of(IntGrid(4), 4, 6, device=device_of(kernel))
+    turned = torch.zeros(6, 4, device=device_of(kernel)).T
     with pytest.raises(FormatError, match="contiguous"):
         round_columns(
-            turned, block.weights, block.coefficients, block.scales, block.grid,
+            kernel, turned, block.weights, block.coefficients, block.scales, block.grid,
             errors=block.errors, points=block.points,
         )  # fmt: skip
+
+
+@runs_numba
+@settings(deadline=None, max_examples=20)
+@given(
+    grid=SHAPES["grid"],
+    columns=st.sampled_from([1, 3, 40]),
+    rows=st.sampled_from([1, 15, 16, 40, 300]),
+    zeros=st.booleans(),
+    final=st.booleans(),
+    seed=SHAPES["seed"],
+)
+def test_descent_keeps_products_errors_and_sums_as_they_are_in_float64(
+    grid, columns, rows, zeros, final, seed
+):
+    zeros = zeros and isinstance(grid, IntGrid)
+    block = Block.of(grid, columns, rows, zeros=zeros, seed=seed)
+    wide, column = columns + 9, 4
+    own = slice(column, column + columns)
+    root = normal(wide, 2 * wide, seed=seed + 6)
+    hessian = (root @ root.T / wide).double()
+    whole = normal(wide, rows, seed=seed + 7)
+    # Errors to begin with are those of any points.
+    codes = torch.zeros(columns, rows, dtype=torch.int8)
+    block.round("torch", points=codes)
+    whole[own] = block.errors
+    former = whole.double()
+    products = torch.zeros(-(-rows // descent.STRIP), wide, descent.STRIP)
+    products[:] = descent.in_strips((hessian @ former).float())
+    tally = block.tally()
+    tally.costs[0] = hessian.diagonal()[own]
+    sums = tally.sums.clone()
+    coefficients = (hessian / hessian.diagonal().unsqueeze(1)).float()[own]
+    errors = whole[own].clone()
+    descent.round_again(
+        products, block.weights, coefficients, block.scales, grid, errors, codes, tally,
+        column=column, final=final,
+    )  # fmt: skip
+    after = former.clone()
+    after[own] = errors.double()
+    # Errors are those of the codes.
+    step = block.scales.steps[block.scales.lines]
+    zero = torch.zeros_like(step)
+    if block.scales.zeros is not None:
+        zero = block.scales.zeros[block.scales.lines]
+    assert torch.equal(errors, block.weights - (grid.read(codes) - zero) * step)
+    # The loss is lower by what the sums say, and the products are those of the new errors.
+    losses = [((hessian @ e) * e).sum(0) for e in (former, after)]
+    change = tally.sums - sums
+    scale = 1e-5 * losses[0]
+    assert bool((change[0] <= scale).all())
+    assert bool(((losses[1] - losses[0] - change[0]).abs() <= scale).all())
+    growth = tally.costs[1:].double() @ (after[own].square() - former[own].square())
+    assert bool(((change[1:] - growth).abs() <= 1e-5 * (1 + growth.abs())).all())
+    kept = slice(own.stop if final else 0, wide)
+    exact = descent.in_strips((hessian @ after).float())
+    size = float(exact.abs().max()) + 1
+    assert float((products - exact)[:, kept].abs().max()) <= 1e-5 * size
 
 
 # The sweep in a solve
 
 
 def problem_of(
-    name: str, rows: tuple[int, ...] = (20, 7), features: int = 144, device: str = DEVICE
+    name: str, rows: tuple[int, ...] = (20, 7), features: int = 144, device: str = "cpu"
 ) -> LayerProblem:
     mixed = normal(400, features // 4, seed=10) @ normal(features // 4, features, seed=11)
     record = HessianRecord(features, device)
@@ -323,32 +521,34 @@ def problem_of(
     return LayerProblem(names, weights, spec(name), rule, torch.bfloat16, record.mean())
 
 
-@runs_kernel
+@with_each_compiled_kernel
 @pytest.mark.parametrize(
     "name",
     ["int4-g16", "int2-channel", "int3-g16-asym", "int8-tensor", "fp4-g16", "fp8-channel", "nvfp4"],
 )
-def test_a_solve_with_the_kernel_is_that_with_torch(name, monkeypatch):
+def test_a_solve_with_the_kernel_is_that_with_torch(name, kernel, monkeypatch):
     """Sweep and descent; no weight of these lies so near a tie that the order of sums decides."""
-    problem, solver = problem_of(name), GPTQ(refine_passes=1)
-    monkeypatch.setattr(sweep, "supports", lambda device, grid: False)
+    problem, solver = problem_of(name, device=device_of(kernel)), GPTQ()
+    monkeypatch.setattr(sweep, "kernel_for", lambda device, grid: "torch")
     reference = solver.solve(problem)
-    monkeypatch.setattr(sweep, "supports", lambda device, grid: True)
+    monkeypatch.setattr(sweep, "kernel_for", lambda device, grid: kernel)
     result = solver.solve(problem)
-    assert (reference.notes["kernel"], result.notes["kernel"]) == ("torch", "triton")
-    assert result.losses == pytest.approx(reference.losses, rel=1e-6)
+    assert (reference.notes["kernel"], result.notes["kernel"]) == ("torch", kernel)
+    assert result.losses == pytest.approx(reference.losses, rel=1e-5)
+    assert result.baseline_losses == pytest.approx(reference.baseline_losses, rel=1e-5)
     for key in ("swept_loss", "refined_loss"):
-        assert result.notes[key] == pytest.approx(reference.notes[key], rel=1e-6)
+        assert result.notes[key] == pytest.approx(reference.notes[key], rel=1e-5)
     for own, other in zip(result.weights, reference.weights, strict=True):
         assert torch.equal(own.codes.view(torch.int8), other.codes.view(torch.int8))
 
 
-@runs_kernel
-def test_the_block_size_does_not_change_the_codes_of_the_kernel(monkeypatch):
+@with_each_kernel
+@pytest.mark.parametrize("passes", [0, 2])
+def test_the_block_size_does_not_change_the_codes_of_the_kernel(kernel, passes, monkeypatch):
     """Smaller and larger than what the kernel holds."""
-    monkeypatch.setattr(sweep, "supports", lambda device, grid: True)
-    problem = problem_of("int3-g16", (5,))
-    solvers = (GPTQ(block_size=size, refine_passes=0) for size in (128, 50, 1000))
+    monkeypatch.setattr(sweep, "kernel_for", lambda device, grid: kernel)
+    problem = problem_of("int3-g16", (5,), device=device_of(kernel))
+    solvers = (GPTQ(block_size=size, refine_passes=passes) for size in (128, 50, 1000))
     first, *others = (solver.solve(problem).weights[0].codes for solver in solvers)
     for codes in others:
         assert torch.equal(codes, first)

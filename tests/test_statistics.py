@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from prismquant.algorithms.statistics import ChannelRecord, HessianRecord
 from prismquant.errors import DataError, NumericsError
+from prismquant.kernels import moments
 
 
 def whole_numbers(tokens: int, features: int, seed: int) -> torch.Tensor:
@@ -64,6 +66,49 @@ def test_the_mean_does_not_depend_on_the_order_or_on_who_has_seen_a_batch():
         for other in records[1:]:
             records[0].merge(other)
         assert torch.equal(records[0].mean(), expected)
+
+
+@pytest.mark.skipif(moments._loop() is None, reason="there is no numba that works")
+@pytest.mark.parametrize("features", [1, 40, 600, 1024, 1100])
+def test_compiled_sums_have_the_bits_of_torch_alone(monkeypatch, features):
+    """What rounding took from the sums included."""
+    generator = torch.Generator().manual_seed(features)
+    batches = [torch.randn(30, features, generator=generator) * 10.0 ** (n % 4) for n in range(5)]
+    compiled = record_of(*batches)
+    compiled.merge(record_of(*batches[1:]))
+    monkeypatch.setattr(moments, "_loop", lambda: None)
+    plain = record_of(*batches)
+    plain.merge(record_of(*batches[1:]))
+    state = plain.state_dict()
+    assert all(torch.equal(part, state[name]) for name, part in compiled.state_dict().items())
+    assert torch.equal(compiled.mean(), plain.mean())
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 1000), rows=st.integers(1, 5), columns=st.integers(1, 40))
+def test_a_sum_and_what_rounding_took_from_it_are_exact(seed, rows, columns):
+    """Of one addition; parts of larger matrices, contiguous or not."""
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (torch.randn(2 * rows, 50, generator=generator) * 10**k for k in (0, 6))
+    for x, y in ((a, b), (b, a), (a.T.contiguous().T, b)):
+        high, low, term = (m[rows:, 3 : 3 + columns] for m in (x.clone(), 0 * x, y.clone()))
+        exact = high.double() + term.double()
+        moments.two_sum(high, low, term)
+        assert torch.equal(high.double() + low.double(), exact)
+        assert torch.equal(high, exact.float())
+
+
+def test_without_a_compiler_sums_go_on_in_torch(monkeypatch):
+    x = torch.randn(20, 70)
+    expected = record_of(x).mean()
+    moments._loop.cache_clear()
+    monkeypatch.delitem(sys.modules, "prismquant.kernels.cpu_moments", raising=False)
+    monkeypatch.setitem(sys.modules, "numba", None)
+    try:
+        assert moments._loop() is None
+        assert torch.equal(record_of(x).mean(), expected)
+    finally:
+        moments._loop.cache_clear()
 
 
 def test_sums_over_processes_are_those_of_one():

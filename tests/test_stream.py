@@ -23,6 +23,7 @@ from prismquant.pipeline.engine import Run, run
 from prismquant.pipeline.plan import make_plan
 from prismquant.pipeline.stream import stream, streams
 from prismquant.recipe.presets import PRESETS
+from prismquant.runtime.mixed import Precision
 from prismquant.storage import ShardReader, write_tensors
 
 if TYPE_CHECKING:
@@ -124,7 +125,9 @@ def test_rotated_checkpoints_stream(tiny: Callable[..., Path], tmp_path: Path, l
 def test_dtypes_on_disk_and_of_the_arithmetic_round_alike(
     tiny: Callable[..., Path], tmp_path: Path, stored: torch.dtype, arithmetic: torch.dtype
 ) -> None:
-    compare(tiny("qwen2_vl", dtype=stored), rounding("w4a16"), tmp_path, dtype=arithmetic)
+    compare(
+        tiny("qwen2_vl", dtype=stored), rounding("w4a16"), tmp_path, precision=Precision(arithmetic)
+    )
 
 
 def test_recipes_that_need_data_do_not_stream(tiny: Callable[..., Path], tmp_path: Path) -> None:

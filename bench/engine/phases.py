@@ -42,6 +42,7 @@ PHASES: tuple[tuple[str, str, str], ...] = (
     ("scales", "prismquant.algorithms.base", "choose_scales"),
     ("factorization", "prismquant.algorithms.gptq", "GPTQ._factorize"),
     ("sweep", "prismquant.algorithms.gptq", "_Sweep.run"),
+    ("baseline", "prismquant.algorithms.gptq", "_Sweep.nearest"),
     ("refine", "prismquant.algorithms.gptq", "_Sweep.refine"),
     ("rest of solve", "prismquant.algorithms.gptq", "GPTQ.solve"),
     ("pack", "prismquant.formats.packed", "pack"),

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from prismquant.errors import FormatError, NumericsError, PrismQuantError
 from prismquant.formats.quantized import QuantizedTensor
+from prismquant.kernels.search import weight_scales
 from prismquant.numerics.affine import Granularity, check_finite, dequantize, quantize
-from prismquant.numerics.ranges import RangeRule, weight_scales
+from prismquant.numerics.ranges import RangeRule
 from prismquant.numerics.scales import (
     E4M3_MOST,
     E4M3_MOST_4_OVER_6,

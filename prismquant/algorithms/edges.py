@@ -24,6 +24,7 @@ from torch import Tensor
 
 from prismquant.algorithms.base import scale_format
 from prismquant.errors import FormatError, NumericsError, PrismQuantError, RecipeError
+from prismquant.kernels.search import weight_scales
 from prismquant.numerics.affine import (
     Granularity,
     block_rows,
@@ -32,7 +33,7 @@ from prismquant.numerics.affine import (
     scale_zero_point,
     simulate,
 )
-from prismquant.numerics.ranges import SEARCHES, RangeRecord, RangeRule, weight_scales
+from prismquant.numerics.ranges import SEARCHES, RangeRecord, RangeRule
 from prismquant.numerics.scales import ScaleFormat, global_scale
 
 if TYPE_CHECKING:

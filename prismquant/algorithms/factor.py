@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from prismquant.kernels import pivots
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -77,8 +79,9 @@ def factorize_smallest_last(matrix: Tensor) -> Tensor | None:
     """
     order = torch.arange(len(matrix), device=matrix.device)
     end = len(matrix)
+    pick = _pick_compiled if pivots.supports(matrix.device) else _pick_smallest
     while end:
-        lines, picked = _pick_smallest(matrix[:end, :end])
+        lines, picked = pick(matrix[:end, :end])
         if len(picked) < len(lines):
             return None
         _settle(matrix[:end], lines, picked, order[:end])
@@ -128,6 +131,12 @@ def _pick_smallest(matrix: Tensor) -> tuple[Tensor, list[int]]:
         left[index] = math.inf
         picked.append(index)
     return lines, picked
+
+
+def _pick_compiled(matrix: Tensor) -> tuple[Tensor, list[int]]:
+    """What :func:`_pick_smallest` does, in one kernel."""
+    lines = matrix.new_empty(min(_PIVOT_BLOCK, len(matrix)), len(matrix))
+    return lines, pivots.pick_smallest(matrix, lines)
 
 
 def _settle(matrix: Tensor, lines: Tensor, picked: list[int], order: Tensor) -> None:

@@ -30,21 +30,19 @@ import torch
 from torch import Tensor
 
 from prismquant.algorithms.base import (
-    LOSS_BLOCK,
     LayerProblem,
     LayerResult,
     Moments,
     Note,
     Scales,
     choose_scales,
-    decode,
-    nearest_codes,
     row_losses,
     scales_by_column,
 )
 from prismquant.algorithms.factor import blocks, factorize_in_place, factorize_smallest_last
 from prismquant.errors import NumericsError, RecipeError
-from prismquant.kernels import sweep as fused_sweep
+from prismquant.kernels import descent, transpose
+from prismquant.kernels import sweep as sweep_kernels
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -59,16 +57,22 @@ Weighting = Literal["pivot", "diagonal", "none"]
 # most rounding noise, one that still fails with this much is not a Hessian.
 _DAMPING_LIMIT = 10.0
 _DAMPING_FLOOR = 1e-6
-# Columns of a block that are brought up to date by one product; within, one by one.
-_INNER_BLOCK = 16
+# How small a loss, as a fraction of what the same errors would cost without correlations, is still
+# a difference of sums and not of their rounding errors.
+_LEAST_FRACTION = 1e-3
 # Rows solved at once: enough for products to be fast, few enough for vectors to stay in a cache. A
 # device with memory of its own wants them all.
 _CPU_ROWS = 2048
 _DEVICE_ROWS = 1 << 20
+# Portions are multiples of what kernels take at once, so that their lines begin where those of the
+# cache do.
+_EVEN_ROWS = 64
+# Columns that are rounded again between two looks at other rows.
+_DESCENT_BLOCK = 512
 # Lines of the Hessian gathered at once.
 _GATHER_BLOCK = 256
 # How many lines of the Hessian's width all panels of a solve come to at most.
-_PANEL_LINES = 2048
+_PANEL_LINES = 1280
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ class GPTQ:
         Returns:
             Codes, losses, and notes: ``damping`` (the fraction used), ``damping_attempts``,
             ``precision`` of the factorization, ``order``, ``scale_weighting``, ``kernel`` (of the
-            sweep: ``torch``, or ``triton`` on a GPU), ``dead_columns`` (never excited by
+            sweep: ``torch``, ``numba`` or ``triton``), ``dead_columns`` (never excited by
             calibration: rounded to nearest), ``swept_loss`` and ``refined_loss`` (under the damped
             Hessian, all layers together), ``nearest_rows`` (that fell back).
 
@@ -156,42 +160,56 @@ class GPTQ:
         alive = hessian.diagonal().nonzero().flatten()
         factor = self._factorize(problem, hessian, alive)
         scales = choose_scales(problem, self._importance(hessian, factor))
-        nearest = [
-            nearest_codes(weight, s, problem.spec)
-            for weight, s in zip(problem.weights, scales, strict=True)
-        ]
-        swept_loss = refined_loss = 0.0
-        codes, losses = [part.clone() for part in nearest], []
-        table = _ScaleTable.of(problem, scales, factor.columns)
-        coupling = _Coupling(hessian, factor.columns, factor.diagonal)
-        fused = fused_sweep.supports(hessian.device, problem.spec.grid)
-        for portion in _portions([len(part) for part in codes], _portion_size(hessian.device)):
-            sweep = _Sweep(problem, portion, table, factor.columns, self.block_size, fused)
-            swept = sweep.run(factor)
-            last = self.refine_passes - 1
-            passes = (sweep.refine(coupling, measure=i == last) for i in range(last + 1))
-            refined = sum(passes, swept)
-            swept_loss, refined_loss = swept_loss + swept, refined_loss + refined
-            sweep.write_codes(codes)
-            losses.append(sweep.row_losses)
-            # Before the next portion's is made.
-            del sweep
+        found = self._solve_rows(problem, hessian, factor, scales)
         notes: dict[str, Note] = {
             "damping": factor.damping,
             "damping_attempts": factor.attempts,
             "precision": str(factor.lines.dtype).removeprefix("torch."),
             "order": self.order,
             "scale_weighting": self.scale_weighting,
-            "kernel": "triton" if fused else "torch",
+            "kernel": found.kernel,
             "dead_columns": problem.in_features - len(alive),
-            "swept_loss": swept_loss,
-            "refined_loss": refined_loss,
+            "swept_loss": found.swept_loss,
+            "refined_loss": found.refined_loss,
+            "nearest_rows": int((found.losses > found.baselines).sum()),
         }
-        # What follows needs memory of its own, and the factor no more.
-        del factor
-        measured = [part for part in losses if part is not None]
-        swept_rows = torch.cat(measured) if measured else None
-        return _choose_rows(problem, scales, nearest, codes, hessian, swept_rows, notes)
+        rows = [len(part) for part in found.codes]
+        kept = torch.minimum(found.losses, found.baselines)
+        pairs = zip(scales, found.codes, strict=True)
+        return LayerResult(
+            tuple(own.quantized(part, problem.spec) for own, part in pairs),
+            tuple(float(part.sum()) for part in kept.split(rows)),
+            tuple(float(part.sum()) for part in found.baselines.split(rows)),
+            notes,
+        )
+
+    def _solve_rows(
+        self, problem: LayerProblem, hessian: Moments, factor: _Factor, scales: tuple[Scales, ...]
+    ) -> _Solution:
+        """Round all rows, a portion after the other."""
+        codes = [torch.empty_like(weight, dtype=torch.int8) for weight in problem.weights]
+        swept_loss = refined_loss = 0.0
+        losses, baselines = [], []
+        table = _ScaleTable.of(problem, scales)
+        coupling = _Coupling(hessian, factor.columns, factor.damped)
+        kernel = sweep_kernels.kernel_for(hessian.device, problem.spec.grid)
+        descends = self.refine_passes > 0 and descent.supports(kernel)
+        for portion in _portions([len(part) for part in codes], _portion_size(hessian.device)):
+            sweep = _Sweep(
+                problem, portion, table, factor, self.block_size, kernel, descends=descends
+            )
+            baselines.append(sweep.nearest(factor, hessian))
+            swept = sweep.run(factor)
+            swept_loss += swept
+            refined_loss += swept + sweep.refine(factor, coupling, self.refine_passes)
+            losses.append(sweep.row_losses(hessian))
+            sweep.fall_back(losses[-1] > baselines[-1])
+            sweep.write_codes(codes)
+            # Before the next portion's is made.
+            del sweep
+        return _Solution(
+            codes, torch.cat(losses), torch.cat(baselines), swept_loss, refined_loss, kernel
+        )
 
     def _factorize(self, problem: LayerProblem, hessian: Moments, alive: Tensor) -> _Factor:
         """Order, damp and factorize, with more precision and then more damping until it works."""
@@ -239,11 +257,14 @@ class GPTQ:
         damped, roots = damped[order], lines.diagonal().clone()
         if not bool((roots.square() > _noise(dtype, len(damped)) * damped).all()):
             return None
+        for block in blocks(len(lines), _GATHER_BLOCK):
+            lines[block, : block.stop] /= roots[block].unsqueeze(1)
         return _Factor(
             columns=alive[order],
             lines=lines,
             roots=roots,
-            diagonal=damped.to(torch.float32),
+            diagonal=diagonal[order].to(torch.float32),
+            damped=damped.to(torch.float32),
             damping=damping,
             attempts=attempts,
         )
@@ -270,15 +291,37 @@ class GPTQ:
 
 
 @dataclass(frozen=True, eq=False)
+class _Solution:
+    """What was chosen for all rows.
+
+    Attributes:
+        codes: int8 ``[out, in]`` of each layer; nearest where those of the sweep are worse.
+        losses: Of each row after sweep and descent, float64.
+        baselines: With the nearest codes.
+        swept_loss: Of all rows after the sweep, under the damped Hessian.
+        refined_loss: After descent.
+        kernel: What rounded the columns.
+    """
+
+    codes: list[Tensor]
+    losses: Tensor
+    baselines: Tensor
+    swept_loss: float
+    refined_loss: float
+    kernel: sweep_kernels.Kernel
+
+
+@dataclass(frozen=True, eq=False)
 class _Factor:
     """The factorization of the damped Hessian of ``n`` live columns, in the order of the sweep.
 
     Attributes:
         columns: Which column comes at each position, int64 ``[n]``.
-        lines: ``R_jk`` at line k, column j up to k, undefined beyond; in the dtype it was computed
-            in, ``[n, n]``.
+        lines: ``R_jk / R_kk`` at line k, column j up to k, undefined beyond; in the dtype it was
+            computed in, ``[n, n]``.
         roots: ``R_kk``, in that dtype, ``[n]``.
-        diagonal: Of the damped Hessian, float32 ``[n]``.
+        diagonal: Of the Hessian without damping, float32 ``[n]``.
+        damped: Of the damped one.
         damping: The fraction that was added.
         attempts: Factorizations tried, this one included.
     """
@@ -287,6 +330,7 @@ class _Factor:
     lines: Tensor
     roots: Tensor
     diagonal: Tensor
+    damped: Tensor
     damping: float
     attempts: int
 
@@ -296,8 +340,7 @@ class _Factor:
         Returns:
             float32 ``[block, block.stop]``, undefined on and above the diagonal.
         """
-        scaled = self.lines[block, : block.stop] / self.roots[block].unsqueeze(1)
-        return scaled.to(torch.float32)
+        return self.lines[block, : block.stop].to(torch.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -309,12 +352,12 @@ class _Coupling:
     Attributes:
         hessian: Of all columns, without damping, ``[in, in]``.
         columns: Which column comes at each position, int64 ``[n]``.
-        diagonal: Of the damped Hessian, float32 ``[n]``. Only the diagonal is damped.
+        damped: Its diagonal with damping, which is added to nothing else, float32 ``[n]``.
     """
 
     hessian: Moments
     columns: Tensor
-    diagonal: Tensor
+    damped: Tensor
 
     def coefficients(self, block: slice) -> Tensor:
         """What errors of all columns do to a block's targets: ``H_kj / H_kk``.
@@ -323,7 +366,7 @@ class _Coupling:
             float32 ``[block, n]``.
         """
         lines = self.hessian.index_select(0, self.columns[block])
-        return lines.index_select(1, self.columns).div_(self.diagonal[block].unsqueeze(1))
+        return lines.index_select(1, self.columns).div_(self.damped[block].unsqueeze(1))
 
 
 @dataclass(frozen=True)
@@ -346,42 +389,45 @@ class _ScaleTable:
     Attributes:
         steps: float32 ``[G, rows]``.
         zeros: Zero points, likewise, or ``None``.
-        lines: Which of the ``G`` lines each column in the order of the sweep uses.
+        spec: The format, which says what columns share a line.
     """
 
     steps: Tensor
     zeros: Tensor | None
-    lines: tuple[int, ...]
+    spec: NumberSpec
 
     @staticmethod
-    def of(problem: LayerProblem, scales: tuple[Scales, ...], columns: Tensor) -> _ScaleTable:
-        """The table of a problem whose columns are visited in an order."""
+    def of(problem: LayerProblem, scales: tuple[Scales, ...]) -> _ScaleTable:
+        """The table of a problem."""
         rows = [len(weight) for weight in problem.weights]
-        steps, zeros = scales_by_column(scales, rows, problem.spec)
-        return _ScaleTable(steps, zeros, tuple(_lines_of(columns, problem.spec).tolist()))
+        return _ScaleTable(*scales_by_column(scales, rows, problem.spec), problem.spec)
 
-    def on_device(self, rows: slice) -> fused_sweep.ScaleLines:
-        """What a kernel reads of it."""
+    def of_rows(self, rows: slice, columns: Tensor) -> sweep_kernels.ScaleLines:
+        """Those of some of the rows, for columns in an order."""
         zeros = None if self.zeros is None else self.zeros[:, rows]
-        lines = torch.tensor(self.lines, dtype=torch.int64, device=self.steps.device)
-        return fused_sweep.ScaleLines(self.steps[:, rows], zeros, lines)
+        return sweep_kernels.ScaleLines(self.steps[:, rows], zeros, _lines_of(columns, self.spec))
 
 
 class _Sweep:
     """A portion of the rows of a problem, columns first and in the order of the sweep.
 
+    What the errors of a row cost is the sum of what its columns cost when they were rounded. With
+    damping that is the sum of squares on which the sweep rests, changed by each column that is
+    rounded again; what is on the diagonal alone is taken off in the end:
+
+        e H e^T = sum over k of R_kk^2 (t_k - q_k)^2 - sum over k of (damped_k - H_kk) e_k^2
+
     Args:
         problem: The layers.
         portion: Of their rows, ``r``.
         table: The scales of all rows.
-        columns: Live columns in the order of the sweep, ``[n]``.
+        factor: Of the ``n`` live columns.
         block_size: Columns between two large matrix products.
-        fused: Whether columns inside a block are rounded by one kernel.
+        kernel: What rounds the columns of a block.
+        descends: Whether passes of descent will follow that start from what the sweep leaves.
 
     Attributes:
-        errors: ``w - q`` of the columns done, zero of those to come; float32 ``[n, r]``.
-        row_losses: The loss of each row under the Hessian without damping, measured along a pass
-            of descent; float64 ``[r]``. ``None`` before.
+        errors: ``w - q`` of the columns done; float32 ``[n, r]``.
     """
 
     def __init__(
@@ -389,166 +435,234 @@ class _Sweep:
         problem: LayerProblem,
         portion: _Portion,
         table: _ScaleTable,
-        columns: Tensor,
+        factor: _Factor,
         block_size: int,
-        fused: bool,
+        kernel: sweep_kernels.Kernel,
+        *,
+        descends: bool,
     ) -> None:
-        self._columns = columns
+        self._problem, self._portion, self._table = problem, portion, table
+        self._columns = factor.columns
+        dead = torch.ones(problem.in_features, dtype=torch.bool, device=self._columns.device)
+        self._dead = dead.index_fill_(0, self._columns, False).nonzero().flatten()
         self._block_size = block_size
-        self._portion = portion
         self._grid = problem.spec.grid
-        parts = [problem.weights[layer][rows] for layer, rows in portion.pieces]
-        self._weights = torch.cat([part.index_select(1, columns).T for part in parts], dim=1)
-        self.errors = torch.zeros_like(self._weights)
-        self.row_losses: Tensor | None = None
-        self._codes = torch.zeros_like(self._weights, dtype=torch.int8)
-        self._steps = table.steps[:, portion.rows].unbind()
-        self._zeros = None if table.zeros is None else table.zeros[:, portion.rows].unbind()
-        self._lines = table.lines
-        self._fused = table.on_device(portion.rows) if fused else None
+        self._kernel = kernel
+        self._weights = self._lines_of(self._columns)
+        self.errors = torch.empty_like(self._weights)
+        self._codes = torch.empty_like(self._weights, dtype=torch.int8)
+        self._nearest = torch.empty_like(self._codes)
+        self._scales = table.of_rows(portion.rows, self._columns)
+        self._distances = torch.empty_like(self.errors) if descends else None
+        # Of a distance by pass; of an error without correlations, and what damping adds to that.
+        self._costs = torch.stack([factor.damped, factor.diagonal, factor.damped - factor.diagonal])
+        self._sums = self.errors.new_zeros(len(self._costs), self.errors.shape[1]).double()
+
+    def nearest(self, factor: _Factor, hessian: Moments) -> Tensor:
+        """What rounding to nearest costs, without damping: by the same identity, in one product.
+
+        Codes of live columns are kept for rows that fall back on them.
+
+        Returns:
+            float64 ``[r]``.
+        """
+        self._sweep(factor, "nearest")
+        losses = self.row_losses(hessian)
+        self._nearest.copy_(self._codes)
+        self._sums.zero_()
+        return losses
 
     def run(self, factor: _Factor) -> float:
         """Round every column once, from ``w_k + sum over j < k of e_j R_jk / R_kk``.
 
         Returns:
-            The loss under the factorized Hessian, of all rows: squared pivots times squared
-            distances between targets and values, summed.
+            The loss under the factorized Hessian, of all rows.
         """
-        total = self.errors.new_zeros((), dtype=torch.float64)
-        for block in blocks(len(self._weights), self._block_size):
-            coefficients = factor.coefficients(block)
-            targets = torch.addmm(
-                self._weights[block], coefficients[:, : block.start], self.errors[: block.start]
-            )
-            self._round(block, targets, coefficients[:, block].contiguous())
-            distances = targets.sub_(self._weights[block]).add_(self.errors[block])
-            total += _weighted_squares(distances, factor.roots[block].square())
-        return float(total)
+        self._sweep(factor, "before")
+        return float(self._sums[0].sum())
 
-    def refine(self, coupling: _Coupling, *, measure: bool) -> float:
-        """Round every column again, from ``w_k + sum over j != k of e_j H_jk / H_kk``.
-
-        The products with errors before and behind a block are kept apart, although one would give
-        the targets: with all columns visited, those before are the final ones, so that
-
-            e H e^T = sum over k of e_k (H_kk e_k + 2 sum over j < k of e_j H_jk)
-
-        comes out on the way. That measures the result without a large product of its own.
+    def refine(self, factor: _Factor, coupling: _Coupling, passes: int) -> float:
+        """Round every column again and again, from ``w_k + sum over j != k of e_j H_jk / H_kk``.
 
         Args:
-            coupling: The Hessian.
-            measure: Whether to leave ``row_losses``.
+            factor: Of the damped Hessian.
+            coupling: That Hessian.
+            passes: How often.
 
         Returns:
             By how much the loss under the damped Hessian changed, of all rows: the costs of the
             squared distances, less those of the values that were replaced.
         """
-        change = self.errors.new_zeros((), dtype=torch.float64)
-        losses = self.errors.new_zeros(self._weights.shape[1], dtype=torch.float64)
+        swept = float(self._sums[0].sum())
+        self._costs[0] = coupling.damped
+        if self._distances is not None:
+            products = self._products(factor, self._distances)
+            self._distances = None
+            for left in reversed(range(passes)):
+                self._descend(coupling, products, final=not left)
+        else:
+            for _ in range(passes):
+                self._round_again(coupling)
+        return float(self._sums[0].sum()) - swept
+
+    def _round_again(self, coupling: _Coupling) -> None:
+        """One pass, with two products for each block."""
         for block in blocks(len(self._weights), self._block_size):
-            weights, costs = self._weights[block], coupling.diagonal[block]
             coefficients = coupling.coefficients(block)
-            own, former = coefficients[:, block].contiguous(), self.errors[block].clone()
-            pull = coefficients[:, : block.start] @ self.errors[: block.start]
-            targets = torch.addmm(weights, coefficients[:, block.stop :], self.errors[block.stop :])
-            targets.addmm_(own.triu(1), former).add_(pull)
-            self._round(block, targets, own)
-            errors = self.errors[block]
-            distances = targets.sub_(weights)
-            change -= _weighted_squares(former.add_(distances), costs)
-            change += _weighted_squares(distances.add_(errors), costs)
-            if measure:
-                # Half of what a column's own error does, all of what earlier ones in the block do.
-                within = own.tril(-1) + (own.diagonal() / 2).diag()
-                pull.addmm_(within, errors).mul_(errors).mul_(2.0 * costs.unsqueeze(1))
-                losses += pull.sum(0, dtype=torch.float64)
-        if measure:
-            # A positive semidefinite form can only come out negative by rounding.
-            self.row_losses = losses.clamp_min_(0.0)
-        return float(change)
+            before, behind = slice(0, block.start), slice(block.stop, len(self._weights))
+            targets = torch.addmm(
+                self._weights[block], coefficients[:, before], self.errors[before]
+            )
+            targets.addmm_(coefficients[:, behind], self.errors[behind])
+            self._round(block, targets, coefficients[:, block], "others")
+
+    def _products(self, factor: _Factor, distances: Tensor) -> Tensor:
+        """Errors of a sweep times the damped Hessian, ``e H = (e R) R^T``.
+
+        ``e R`` is known: ``R_kk`` times the distances between targets and values. So this takes one
+        triangular product, and no Hessian.
+
+        Args:
+            factor: Of the damped Hessian.
+            distances: Between targets and values, times ``R_kk^2``, ``[n, r]``.
+
+        Returns:
+            float32 ``[strips, n, 16]``.
+        """
+        count, rows = distances.shape
+        strips = -(-rows // descent.STRIP)
+        products = distances.new_empty(strips, count, descent.STRIP)
+        for block in blocks(count, self._block_size):
+            own = factor.lines[block, block].to(torch.float32).tril(-1)
+            own.diagonal().fill_(1.0)
+            behind = slice(block.stop, count)
+            part = own.T @ distances[block]
+            part.addmm_(factor.lines[behind, block].to(torch.float32).T, distances[behind])
+            products[:, block] = descent.in_strips(part)
+        return products
+
+    def _descend(self, coupling: _Coupling, products: Tensor, *, final: bool) -> None:
+        """One pass that only touches what changes."""
+        for block in blocks(len(self._weights), _DESCENT_BLOCK):
+            coefficients = coupling.coefficients(block)
+            coefficients[:, block].diagonal().fill_(1.0)
+            descent.round_again(
+                products,
+                self._weights[block],
+                coefficients,
+                self._scales.of(block),
+                self._grid,
+                self.errors[block],
+                self._codes[block],
+                self._tally(block),
+                column=block.start,
+                final=final,
+            )
+
+    def row_losses(self, hessian: Moments) -> Tensor:
+        """The loss of each row under the Hessian without damping.
+
+        It is the difference of sums that are known; only where it is so small that their rounding
+        errors would show is it measured.
+
+        Args:
+            hessian: Of all columns, without damping.
+
+        Returns:
+            float64 ``[r]``, never negative.
+        """
+        damped, uncorrelated, added = self._sums
+        losses: Tensor = damped - added
+        unclear = ~(losses > _LEAST_FRACTION * uncorrelated)
+        if bool(unclear.any()):
+            errors = self.errors.new_zeros(int(unclear.sum()), len(hessian))
+            errors[:, self._columns] = self.errors[:, unclear].T
+            losses[unclear] = row_losses(errors, hessian)
+        return losses
+
+    def fall_back(self, rows: Tensor) -> None:
+        """Give some rows, bool ``[r]``, the nearest codes."""
+        if bool(rows.any()):
+            self._codes[:, rows] = self._nearest[:, rows]
 
     def write_codes(self, codes: list[Tensor]) -> None:
-        """Put the codes of live columns in their places in those of whole layers."""
+        """Put codes in their places in those of whole layers; dead columns have the nearest."""
         widths = [rows.stop - rows.start for _, rows in self._portion.pieces]
-        parts = self._codes.split(widths, dim=1)
-        for (layer, rows), part in zip(self._portion.pieces, parts, strict=True):
-            lines = codes[layer][rows].T.contiguous()
-            codes[layer][rows] = lines.index_copy_(0, self._columns, part).T
+        parts = self._codes.split(widths, dim=1), self._round_dead().split(widths, dim=1)
+        for (layer, rows), live, dead in zip(self._portion.pieces, *parts, strict=True):
+            whole = codes[layer][rows]
+            transpose.lines_as_columns(self._kernel, live, self._columns, whole)
+            transpose.lines_as_columns(self._kernel, dead, self._dead, whole)
 
-    def _round(self, block: slice, targets: Tensor, coefficients: Tensor) -> None:
-        """Round the columns of a block one by one, and leave their errors and codes.
+    def _round_dead(self) -> Tensor:
+        """Codes of dead columns, int8 ``[dead, r]``."""
+        weights = self._lines_of(self._dead)
+        scales = self._table.of_rows(self._portion.rows, self._dead)
+        points = torch.empty_like(weights)
+        sweep_kernels.round_alone(
+            weights, scales, self._grid, errors=torch.empty_like(weights), points=points
+        )
+        codes = torch.empty_like(weights, dtype=torch.int8)
+        self._grid.write(points, codes)
+        return codes
+
+    def _lines_of(self, columns: Tensor) -> Tensor:
+        """Weights of some columns, ``[columns, r]``."""
+        width = self._portion.rows.stop - self._portion.rows.start
+        found = self._problem.weights[0].new_empty(len(columns), width)
+        parts = found.split([rows.stop - rows.start for _, rows in self._portion.pieces], dim=1)
+        for (layer, rows), part in zip(self._portion.pieces, parts, strict=True):
+            weight = self._problem.weights[layer][rows]
+            transpose.columns_as_lines(self._kernel, weight, columns, part)
+        return found
+
+    def _sweep(self, factor: _Factor, aim: sweep_kernels.Aim) -> None:
+        self._costs[0] = factor.roots.square()
+        for block in blocks(len(self._weights), self._block_size):
+            coefficients = factor.coefficients(block)
+            before = slice(0, block.start)
+            targets = torch.addmm(
+                self._weights[block], coefficients[:, before], self.errors[before]
+            )
+            self._round(block, targets, coefficients[:, block], aim)
+            if aim == "before" and self._distances is not None:
+                distances = torch.sub(targets, self._weights[block], out=self._distances[block])
+                distances.add_(self.errors[block]).mul_(self._costs[0, block].unsqueeze(1))
+
+    def _round(
+        self, block: slice, targets: Tensor, coefficients: Tensor, aim: sweep_kernels.Aim
+    ) -> None:
+        """Round the columns of a block one by one, and leave their errors, codes and costs.
 
         Args:
             block: Which they are.
             targets: What they are rounded from but for errors inside the block, ``[b, r]``;
                 completed in place.
-            coefficients: Of errors inside the block, ``[b, b]``; read below the diagonal.
+            coefficients: Of errors inside the block, ``[b, b]``.
+            aim: What they are rounded to.
         """
-        weights, errors = self._weights[block], self.errors[block]
-        points = torch.empty_like(targets)
-        most = _INNER_BLOCK if self._fused is None else fused_sweep.MOST_COLUMNS
-        for inner in blocks(len(targets), most):
-            own = coefficients[inner, inner]
-            if inner.start:
-                before = slice(0, inner.start)
-                targets[inner].addmm_(coefficients[inner, before], errors[before])
-            parts = targets[inner], weights[inner], errors[inner], points[inner]
-            if self._fused is None:
-                self._round_inner(*parts, own, self._lines[block][inner])
-            else:
-                self._round_fused(*parts, own, self._fused.of(block).of(inner))
-        self._grid.write(points, self._codes[block])
-
-    def _round_fused(
-        self,
-        targets: Tensor,
-        weights: Tensor,
-        errors: Tensor,
-        points: Tensor,
-        own: Tensor,
-        scales: fused_sweep.ScaleLines,
-    ) -> None:
-        """What :meth:`_round_inner` does, in one kernel."""
-        fused_sweep.round_columns(
-            targets, weights, own, scales, self._grid, errors=errors, points=points
+        sweep_kernels.round_columns(
+            self._kernel,
+            targets,
+            self._weights[block],
+            coefficients,
+            self._scales.of(block),
+            self._grid,
+            errors=self.errors[block],
+            points=self._codes[block],
+            aim=aim,
+            tally=self._tally(block),
         )
 
-    def _round_inner(
-        self,
-        targets: Tensor,
-        weights: Tensor,
-        errors: Tensor,
-        points: Tensor,
-        own: Tensor,
-        lines: Sequence[int],
-    ) -> None:
-        """Round a few columns ``[b, r]``, with coefficients ``own`` of their errors ``[b, b]``."""
-        unbound = (part.unbind() for part in (targets, weights, errors, points))
-        for i, (target, weight, error, point, line) in enumerate(zip(*unbound, lines, strict=True)):
-            if i:
-                target.addmv_(errors[:i].T, own[i, :i])
-            self._round_column(target, weight, error, point, line)
-
-    def _round_column(
-        self, target: Tensor, weight: Tensor, error: Tensor, point: Tensor, line: int
-    ) -> None:
-        """Round targets ``[r]`` as the affine map does; fill ``point`` and ``error``."""
-        step = self._steps[line]
-        torch.div(target, step, out=point)
-        if self._zeros is None:
-            torch.addcmul(weight, self._grid.round_(point), step, value=-1, out=error)
-            return
-        zero = self._zeros[line]
-        self._grid.round_(point.add_(zero))
-        torch.addcmul(weight, point - zero, step, value=-1, out=error)
+    def _tally(self, block: slice) -> sweep_kernels.Tally:
+        return sweep_kernels.Tally(self._costs[:, block], self._sums)
 
 
 def peak_solve_bytes(in_features: int, rows: int) -> int:
     """The most memory that a solve takes beside its problem, as long as float32 is precise enough.
 
     The factor is the only matrix of the Hessian's size. Weights in the order of the sweep, and what
-    else a sweep keeps of them, are of a portion of the rows. Codes are of all of them, and in the
-    end, when the factor is gone, so is the error that is measured.
+    else a sweep keeps of them, are of a portion of the rows. Codes are of all of them.
 
     Args:
         in_features: Columns of the weights, ``n``.
@@ -561,22 +675,11 @@ def peak_solve_bytes(in_features: int, rows: int) -> int:
     portion = min(rows, _CPU_ROWS)
     # Lines gathered, eliminated or multiplied at once, and what is derived from them.
     panels = 4 * _PANEL_LINES * (in_features + portion)
-    # A byte each: the nearest codes and those of the sweep. Scales are half a byte at most.
-    codes = in_features * rows * 5 // 2
-    # Weights and errors of a portion, its codes and their transposes.
-    sweep = 4 * in_features**2 + 11 * in_features * portion + codes
-    # The codes that are kept, and an error.
-    measure = 5 * in_features * rows + codes + 8 * LOSS_BLOCK * rows
-    return panels + max(sweep, measure)
-
-
-def _weighted_squares(values: Tensor, costs: Tensor) -> Tensor:
-    """Squares ``[b, r]`` times the costs of their lines ``[b]``, summed; the values are spoilt.
-
-    Returns:
-        A float64 scalar on the device, for which the processor need not wait after each block.
-    """
-    return values.square_().sum(1, dtype=torch.float64) @ costs.to(torch.float64)
+    # Weights, errors, distances and products of a portion; its codes, twice, and their transpose.
+    sweep = 19 * in_features * portion
+    # Codes are a byte each, scales half a byte at most.
+    codes = in_features * rows * 3 // 2
+    return 4 * in_features**2 + panels + sweep + codes
 
 
 def _portion_size(device: torch.device) -> int:
@@ -589,6 +692,7 @@ def _portions(rows: Sequence[int], most: int) -> Iterator[_Portion]:
     ends = list(itertools.accumulate(rows))
     # Even portions: a narrow last one would make slow matrix products.
     size = -(-ends[-1] // -(-ends[-1] // most))
+    size = min(-(-size // _EVEN_ROWS) * _EVEN_ROWS, most)
     for part in blocks(ends[-1], size):
         pieces = []
         for layer, (end, count) in enumerate(zip(ends, rows, strict=True)):
@@ -640,49 +744,3 @@ def _group_by_group(diagonal: Tensor, groups: Tensor) -> Tensor:
     # A group's first column is its largest, so groups rank by where they first appear.
     first = torch.full_like(position, len(columns)).scatter_reduce_(0, group, position, "amin")
     return columns[torch.argsort(first[group], stable=True)]
-
-
-def _choose_rows(
-    problem: LayerProblem,
-    scales: tuple[Scales, ...],
-    nearest: list[Tensor],
-    swept: list[Tensor],
-    hessian: Moments,
-    swept_rows: Tensor | None,
-    notes: dict[str, Note],
-) -> LayerResult:
-    """Keep of each row the better of two sets of codes, and measure what is kept.
-
-    Args:
-        problem: The layers.
-        scales: Of each.
-        nearest: Codes of each, rounded to nearest.
-        swept: Codes of each, from the sweep.
-        hessian: Without damping.
-        swept_rows: Losses of all rows with the swept codes, or ``None`` to measure them.
-        notes: To be told beside how many rows fell back.
-
-    Returns:
-        The result.
-    """
-    rows = [len(weight) for weight in problem.weights]
-    known = [None] * len(rows) if swept_rows is None else swept_rows.split(rows)
-    weights, losses, baselines, fallen = [], [], [], 0
-    for layer, (weight, own) in enumerate(zip(problem.weights, scales, strict=True)):
-        loss = known[layer]
-        if loss is None:
-            loss = row_losses(_error(weight, swept[layer], own, problem.spec), hessian)
-        baseline = row_losses(_error(weight, nearest[layer], own, problem.spec), hessian)
-        worse = loss > baseline
-        fallen += int(worse.sum())
-        kept = torch.where(worse.unsqueeze(1), nearest[layer], swept[layer])
-        weights.append(own.quantized(kept, problem.spec))
-        losses.append(float(torch.minimum(loss, baseline).sum()))
-        baselines.append(float(baseline.sum()))
-    return LayerResult(
-        tuple(weights), tuple(losses), tuple(baselines), notes | {"nearest_rows": fallen}
-    )
-
-
-def _error(weight: Tensor, codes: Tensor, scales: Scales, spec: NumberSpec) -> Tensor:
-    return decode(codes, scales, spec).neg_().add_(weight)

@@ -24,8 +24,9 @@ from prismquant.algorithms.base import (
 )
 from prismquant.errors import FormatError, NumericsError
 from prismquant.formats.quantized import QuantizedTensor
+from prismquant.kernels.search import weight_scales
 from prismquant.numerics.affine import Granularity, block_rows, quantize_with_values
-from prismquant.numerics.ranges import RangeRule, coupled_weight_scales, weight_scales
+from prismquant.numerics.ranges import RangeRule, coupled_weight_scales
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 # Weights are rounded in blocks of rows of about so many values: on a CPU they stay in the
 # second-level cache from the first pass to the last, and every temporary stays small.
-_CPU_BLOCK = 1 << 17
+_CPU_BLOCK = 1 << 18
 _DEVICE_BLOCK = 1 << 26
 _SERIAL_SUM = (1 << 15) - 1
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from prismquant.errors import DataError, NumericsError
 from prismquant.kernels import products
+from prismquant.kernels.moments import two_sum
 from prismquant.numerics.affine import check_finite
 
 if TYPE_CHECKING:
@@ -25,15 +26,17 @@ if TYPE_CHECKING:
 
 # Features whose products with as many others are summed at once: few enough to stay in the cache.
 _BLOCK = 512
+# Rows of a block on the diagonal that are multiplied at once, by what is left of its other end.
+_STRIP = 128
 
 
 class HessianRecord:
     """Second moments of an input, gathered batch by batch.
 
     Only one triangle is summed, block by block: half the work. The memory of the other one keeps
-    what rounding took from each sum (two-sum, Knuth, TAOCP volume 2, section 4.2.2), so that a sum
-    is good to twice the digits of float32, and its mean does not depend on the order of the
-    batches, nor on how they are dealt to several records that are merged later.
+    what rounding took from each sum (:func:`prismquant.kernels.moments.two_sum`), block by block,
+    so that a sum is good to twice the digits of float32, and its mean does not depend on the order
+    of the batches, nor on how they are dealt to several records that are merged later.
 
     Args:
         in_features: Features of the input.
@@ -50,10 +53,11 @@ class HessianRecord:
         self.in_features = in_features
         self.name = name
         self._sum = torch.zeros(in_features, in_features, device=device)
-        # Blocks on the diagonal have no counterpart to keep their rest.
-        count = -(-in_features // _BLOCK)
-        size = min(_BLOCK, in_features)
-        self._rest = torch.zeros(count, size, size, device=device)
+        # Blocks on the diagonal, and narrower ones of a last line, have no counterpart of their
+        # shape to keep their rest.
+        height = min(_BLOCK, in_features)
+        height += in_features % height
+        self._rest = torch.zeros(height, in_features, device=device)
         self._count = 0.0
 
     @property
@@ -86,7 +90,12 @@ class HessianRecord:
         for rows, line in self._lines():
             panel = x[:, rows] if weights is None else x[:, rows] * weights
             for columns, high, low in line:
-                _two_sum(high, low, products.token_product(panel, x[:, columns]))
+                block = x[:, columns]
+                # On other devices, launches cost more than what a cut saves.
+                cut = rows == columns and x.device.type == "cpu"
+                for part, width in _strips(len(high), cut=cut):
+                    product = products.token_product(panel[:, part], block[:, width])
+                    two_sum(high[part, width], low[part, width], product)
 
     def merge(self, other: HessianRecord) -> None:
         """Add the tokens of another record, as if this one had seen them too.
@@ -104,7 +113,7 @@ class HessianRecord:
             )
         for (_, mine), (_, theirs) in zip(self._lines(), other._lines(), strict=True):
             for (_, high, low), (_, more, rest) in zip(mine, theirs, strict=True):
-                _two_sum(high, low, more.to(high.device, copy=True))
+                two_sum(high, low, more.to(high.device, copy=True))
                 low += rest.to(low.device)
         self._count += other._count
 
@@ -203,13 +212,26 @@ class HessianRecord:
         Yields:
             Rows; and of each block of them its columns, the sum, and the rest that belongs to it.
         """
+        size = min(_BLOCK, self.in_features)
         ends = [*range(0, self.in_features, _BLOCK), self.in_features]
         blocks = [slice(start, stop) for start, stop in itertools.pairwise(ends)]
         for number, rows in enumerate(blocks):
-            size = rows.stop - rows.start
-            line = [(c, self._sum[rows, c], self._sum[c, rows].T) for c in blocks[:number]]
-            own = self._rest[number, :size, :size]
-            yield rows, [*line, (rows, self._sum[rows, rows], own)]
+            height = rows.stop - rows.start
+            whole = height == size
+            line = [
+                (c, self._sum[rows, c], self._sum[c, rows] if whole else self._rest[size:, c])
+                for c in blocks[:number]
+            ]
+            yield rows, [*line, (rows, self._sum[rows, rows], self._rest[:height, rows])]
+
+
+def _strips(size: int, *, cut: bool) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of parts of a block; of one that is cut, those that reach the diagonal."""
+    # A strip of few rows would be multiplied by other code, whose last bits may differ.
+    step = _STRIP if cut and size % _STRIP == 0 else size
+    for start in range(0, size, step):
+        stop = start + step
+        yield slice(start, stop), slice(0, stop) if cut else slice(None)
 
 
 def _factors(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -229,16 +251,6 @@ def _factors(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
     if narrow and (weights is None or bool((weights == 1).all())):
         return x, None
     return x.to(torch.float32), weights
-
-
-def _two_sum(high: Tensor, low: Tensor, x: Tensor) -> None:
-    """Add ``x`` to ``high``, and what rounding took from the sum to ``low``; ``x`` is spoilt."""
-    total = high + x
-    of_x = total - high
-    low += x.sub_(of_x)
-    torch.sub(total, of_x, out=of_x)
-    low += torch.sub(high, of_x, out=of_x)
-    high.copy_(total)
 
 
 # Consecutive multiples of the golden ratio, modulo 1, spread as evenly over the circle as any

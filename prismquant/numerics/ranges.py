@@ -24,16 +24,16 @@ from prismquant.numerics.affine import (
     simulate,
     to_groups,
 )
-from prismquant.numerics.narrowed import NarrowedSearch, narrows
 from prismquant.numerics.records import RangeRecord, rank_of, static_scale_zero_point
 from prismquant.numerics.rules import SEARCHES, RangeRule, RuleKind, check_rule, measured
 from prismquant.numerics.scales import AnyScale, as_scale_format
-from prismquant.numerics.search import Search, losses_in_steps
+from prismquant.numerics.search import Search, after_a_look, losses_in_steps
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from prismquant.numerics.grids import Grid
+    from prismquant.numerics.search import Look
 
 __all__ = [
     "SEARCHES",
@@ -52,9 +52,8 @@ __all__ = [
 _STRIDE = 4
 _CPU_PIECE = 1 << 18
 _DEVICE_PIECE = 1 << 26
-# Units of a piece are sorted by what the first look found, and looked at together.
-_NARROWED_PIECE = 1 << 21
-_NARROWED_UNITS = 1 << 14
+# A look reads values once: pieces need not stay in the cache, but scales of their trials should.
+_LOOKED_AT_PIECE = 1 << 20
 # The search with a Hessian reads a block of it for every piece, which should be worth it.
 _COUPLED_PIECE = 1 << 22
 
@@ -68,6 +67,8 @@ def weight_scales(
     rule: RangeRule,
     scale_dtype: AnyScale,
     importance: Tensor | None = None,
+    *,
+    look: Look | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Choose the scales, and the zero points, of a weight.
 
@@ -92,6 +93,8 @@ def weight_scales(
         scale_dtype: How the scale is stored.
         importance: ``[in]``, not negative: how much an error in each input feature matters, e.g.
             the diagonal of the Hessian. Only the rules that search use it.
+        look: Rules out trials before the others are weighed, see
+            :func:`prismquant.kernels.search.weight_scales`; what is chosen is the same.
 
     Returns:
         Scale and zero point as :func:`prismquant.numerics.affine.scale_zero_point` gives them.
@@ -117,7 +120,7 @@ def weight_scales(
         return scale_zero_point(low, high, grid, symmetric, form)
     weights = None if importance is None else _checked_importance(importance, weight.shape[-1])
     search = Search(grid, symmetric, measured(rule), form)
-    return _search_weight(weight, low, high, granularity, group_size, search, weights)
+    return _search_weight(weight, low, high, granularity, group_size, search, weights, look)
 
 
 def _search_weight(
@@ -128,6 +131,7 @@ def _search_weight(
     group_size: int | None,
     search: Search,
     importance: Tensor | None,
+    look: Look | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Run the search over a weight in pieces of whole rows, so that memory stays bounded."""
     limit = _CPU_PIECE if weight.device.type == "cpu" else _DEVICE_PIECE
@@ -138,21 +142,23 @@ def _search_weight(
             parts = (losses_in_steps(piece, scales, zeros, search, importance) for piece in pieces)
             return torch.stack([part.sum(dim=1, dtype=torch.float64) for part in parts]).sum(0)
 
-        return search.best(low, high, whole, stride=1)
-    narrowed = None
-    if narrows(search, weight, _STRIDE):
-        limit = min(_NARROWED_PIECE, _NARROWED_UNITS * (group_size or weight.shape[-1]))
-        narrowed = NarrowedSearch(search, _STRIDE, max(1, weight.numel() // limit))
+        return search.best(low, high, search.by_losses(whole), stride=1)
+    # Below a norm of 1, losses are not norms, which bounds build upon.
+    if search.rule.norm < 1:
+        look = None
+    limit = limit if look is None else _LOOKED_AT_PIECE
     scales, zeros = [], []
     start = 0
     for piece in _unit_pieces(weight, granularity, group_size, limit):
         costs = _by_unit(importance, piece, granularity, group_size)
         rows = slice(start, start + len(piece))
-        if narrowed is not None:
-            scale, zero = narrowed.best(low[rows], high[rows], piece, costs)
-        else:
+        if look is None:
             losses = partial(losses_in_steps, piece, search=search, importance=costs)
-            scale, zero = search.best(low[rows], high[rows], losses, _STRIDE)
+            choose = search.by_losses(losses)
+        else:
+            values = piece.to(torch.float32).reshape(-1, piece.shape[-1])
+            choose = after_a_look(look, search, values, costs)
+        scale, zero = search.best(low[rows], high[rows], choose, _STRIDE)
         scales.append(scale)
         zeros += [] if zero is None else [zero]
         start = rows.stop
@@ -315,12 +321,14 @@ def coupled_weight_scales(
             parts = (losses(piece, scales, zeros) for piece in pieces)
             return torch.stack([part.sum(dim=1, dtype=torch.float64) for part in parts]).sum(0)
 
-        return search.best(low, high, whole, stride=1)
+        return search.best(low, high, search.by_losses(whole), stride=1)
     scales, zeros = [], []
     start = 0
     for piece in pieces:
         rows = slice(start, start + (block_rows(len(piece), size) if blocked else len(piece)))
-        scale, zero = search.best(low[rows], high[rows], partial(losses, piece), _STRIDE)
+        scale, zero = search.best(
+            low[rows], high[rows], search.by_losses(partial(losses, piece)), _STRIDE
+        )
         scales.append(scale)
         zeros += [] if zero is None else [zero]
         start = rows.stop

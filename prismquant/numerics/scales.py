@@ -196,8 +196,10 @@ class ScaleFormat:
             first = first.clamp(max=_TOP_E4M3_CODE)
             # E4M3 has eight numbers for each factor of two.
             count = 8 * math.ceil(math.log2(top / bottom)) + 1
-            codes = [(first - step).clamp(min=1).to(torch.int8) for step in range(count)]
-            return [code.view(torch.float8_e4m3fn).to(torch.float32) / divisor for code in codes]
+            every = torch.arange(_TOP_E4M3_CODE + 1, dtype=torch.uint8, device=magnitude.device)
+            points = every.view(torch.float8_e4m3fn).to(torch.float32) / divisor
+            codes = ((first - step).clamp(min=1) for step in range(count))
+            return [points.index_select(0, c.flatten()).view(c.shape) for c in codes]
         # A power of two more would only take points away.
         exponent = torch.where(magnitude == 0, 0, _ceil_exponent(magnitude, grid))
         count = math.ceil(math.log2(1 / bottom)) + 1

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from prismquant.numerics.affine import scale_zero_point
 from prismquant.numerics.grids import IntGrid
@@ -25,14 +26,44 @@ if TYPE_CHECKING:
 # What four-over-six tries in place of the scale that brings the largest magnitude to 6: that to 4.
 _SIX_OVER_FOUR = 1.5
 # Pairs are weighed in pieces that stay in the second-level cache; they are whole vectors of any
-# processor.
+# processor, in pairs as torch takes them.
 _PAIRS_PIECE = 1 << 15
-_VECTOR = 16
+_VECTOR = 64
 
 # (scales [T, *units], zero points or None) -> losses [T, *units], in steps of each scale
 LossOf = Callable[[Tensor, Tensor | None], Tensor]
-# Of each unit the scale, the zero point, the loss and the factor on the extremes.
-Found = tuple[Tensor, Tensor | None, Tensor, Tensor]
+# (scales [T, *units], zero points or None, min-max scale [*units]) -> the first of those trials
+# that lose the least, int64 [1, *units]
+Choice = Callable[[Tensor, Tensor | None, Tensor], Tensor]
+
+
+class Look(Protocol):
+    """Finds the trials that may be the best of their unit, and rules out all others."""
+
+    def __call__(
+        self,
+        search: Search,
+        values: Tensor,
+        importance: Tensor | None,
+        scales: Tensor,
+        zeros: Tensor | None,
+        unit: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Look at trials.
+
+        Args:
+            search: The grid, and a norm from 1 on.
+            values: float32 ``[units, n]``.
+            importance: float32 ``[G, n]`` or ``None``; unit ``u`` has that of row ``u % G``.
+            scales: ``[T, units]``.
+            zeros: Their zero points, or ``None``.
+            unit: The min-max scales, by which losses in steps are compared, ``[units]``.
+
+        Returns:
+            Of each unit the first trial that may be the best, int64 ``[units]``; and, where others
+            may be as well, marks of all that may, bool ``[units, T]``. Of equal scales only the
+            first need be marked.
+        """
 
 
 @dataclass(frozen=True)
@@ -86,31 +117,32 @@ class Search:
         return torch.where(factors < 0, -scale, scale), zero
 
     def best(
-        self, low: Tensor, high: Tensor, loss_of: LossOf, stride: int
+        self, low: Tensor, high: Tensor, choose: Choice, stride: int
     ) -> tuple[Tensor, Tensor | None]:
         """Search coarsely, then around the best, for every unit at once.
 
         Args:
             low: Lower extremes ``[*units]``.
             high: Upper extremes ``[*units]``.
-            loss_of: Losses of candidate scales, in steps of each.
+            choose: Which trial is the best.
             stride: Look at every so-manieth factor first; 1 tries them all.
 
         Returns:
             Stored scale and zero point ``[*units]``.
         """
         if self.form.coded or self.rule.kind == "four_over_six":
-            return self._best_of_few(torch.maximum(-low, high), loss_of), None
-        coarse = self.coarse(stride, low.device)
-        found = self._pick(low, high, self._shaped(coarse, low), loss_of)
+            return self._best_of_few(torch.maximum(-low, high), choose), None
+        coarse = self._shaped(self.coarse(stride, low.device), low)
+        found, factor = self._pick(low, high, coarse, choose)
         if stride == 1:
-            return found[0], found[1]
-        fine = self.around(found[3], stride)
-        found = _better(found, self._pick(low, high, fine, loss_of))
+            return found
+        # What was found leads, so that it wins ties.
+        fine = torch.cat([factor, self.around(factor.squeeze(0), stride)])
+        found, factor = self._pick(low, high, fine, choose)
         if self.rule.kind == "sweep":
-            rest = self._shaped(self._ladder(1, low.device), low)
-            found = _better(found, self._pick(low, high, rest, loss_of))
-        return found[0], found[1]
+            rest = torch.cat([factor, self._shaped(self._ladder(1, low.device), low)])
+            found, _ = self._pick(low, high, rest, choose)
+        return found
 
     def coarse(self, stride: int, device: torch.device) -> Tensor:
         """Factors ``[T]`` to try first. That of the min-max range leads, so that it wins ties."""
@@ -134,20 +166,17 @@ class Search:
         """Factors ``[T]`` as ``[T, *units]``."""
         return factors.view(-1, *[1] * like.ndim).expand(-1, *like.shape)
 
-    def _pick(self, low: Tensor, high: Tensor, factors: Tensor, loss_of: LossOf) -> Found:
-        """The best of factors ``[T, *units]``: scale, zero point, loss and factor of each unit."""
+    def _pick(
+        self, low: Tensor, high: Tensor, factors: Tensor, choose: Choice
+    ) -> tuple[tuple[Tensor, Tensor | None], Tensor]:
+        """Of factors ``[T, *units]`` the best: scale, zero point; and that factor, ``[1, ...]``."""
         scales, zeros = self.scales(low, high, factors)
         unit, _ = self.scales(low, high, torch.ones((), device=low.device))
-        losses = self._losses(scales, zeros, unit, loss_of)
-        index = losses.argmin(dim=0, keepdim=True)
+        index = choose(scales, zeros, unit)
+        zero = None if zeros is None else zeros.gather(0, index).squeeze(0)
+        return (scales.gather(0, index).squeeze(0), zero), factors.gather(0, index)
 
-        def chosen(x: Tensor) -> Tensor:
-            return x.gather(0, index).squeeze(0)
-
-        zero = None if zeros is None else chosen(zeros)
-        return chosen(scales), zero, chosen(losses), chosen(factors)
-
-    def _best_of_few(self, magnitude: Tensor, loss_of: LossOf) -> Tensor:
+    def _best_of_few(self, magnitude: Tensor, choose: Choice) -> Tensor:
         """Try all the scales that a rule tells apart, largest magnitudes ``[*units]`` given."""
         magnitude = magnitude.to(torch.float32)
         # The min-max scale comes first, so that it wins ties.
@@ -161,8 +190,17 @@ class Search:
             top = 2.0 if self.rule.kind == "sweep" else self.top
             tried += self.form.candidates(magnitude, self.grid, top, self.bottom)
         scales = torch.stack(tried)
-        losses = self._losses(scales, None, scales[0], loss_of)
-        return self.form.kept(scales.gather(0, losses.argmin(0, keepdim=True)).squeeze(0))
+        index = choose(scales, None, scales[0])
+        return self.form.kept(scales.gather(0, index).squeeze(0))
+
+    def by_losses(self, loss_of: LossOf) -> Choice:
+        """The choice that weighs every trial."""
+
+        def choose(scales: Tensor, zeros: Tensor | None, unit: Tensor) -> Tensor:
+            losses = loss_of(scales, zeros) * self.per_step(scales, unit)
+            return _comparable(losses).argmin(dim=0, keepdim=True)
+
+        return choose
 
     def per_step(self, scales: Tensor, unit: Tensor) -> Tensor:
         """What losses in steps of scales ``[T, *units]`` are multiplied by to be compared.
@@ -171,24 +209,43 @@ class Search:
         the scale itself might not be.
         """
         ratio = (scales.to(torch.float32) / unit.to(torch.float32)).abs_()
-        return ratio.pow_(self.rule.norm)
-
-    def _losses(
-        self, scales: Tensor, zeros: Tensor | None, unit: Tensor, loss_of: LossOf
-    ) -> Tensor:
-        """Losses of candidates ``[T, *units]`` that can be compared."""
-        losses = loss_of(scales, zeros) * self.per_step(scales, unit)
-        return losses.nan_to_num(nan=math.inf, posinf=math.inf)
+        # Whole vectors only, as with pairs: a power does not hang on its place.
+        flat = pad(ratio.flatten(), (0, -ratio.numel() % _VECTOR), value=1.0)
+        return flat.pow_(self.rule.norm)[: ratio.numel()].view(ratio.shape)
 
 
-def _better(a: Found, b: Found) -> Found:
-    """Of each unit the one of smaller loss; ``a`` wins ties."""
-    better = b[2] < a[2]
-    zero = a[1]
-    if zero is not None and b[1] is not None:
-        zero = torch.where(better, b[1], zero)
-    scale = torch.where(better, b[0], a[0])
-    return scale, zero, torch.where(better, b[2], a[2]), torch.where(better, b[3], a[3])
+def after_a_look(look: Look, search: Search, values: Tensor, importance: Tensor | None) -> Choice:
+    """The choice that weighs only trials that a look cannot tell apart, with the same outcome.
+
+    Args:
+        look: Finds them.
+        search: The grid and the norm.
+        values: float32 ``[units, n]``, contiguous.
+        importance: ``[G, n]`` or ``None``; unit ``u`` has that of row ``u % G``.
+    """
+
+    def choose(scales: Tensor, zeros: Tensor | None, unit: Tensor) -> Tensor:
+        flat = scales.reshape(len(scales), -1)
+        shifts = None if zeros is None else zeros.reshape(flat.shape)
+        best, left = look(search, values, importance, flat, shifts, unit.flatten())
+        contested = left.any(1).nonzero().squeeze(1)
+        row, trial = left[contested].nonzero(as_tuple=True)
+        chosen = contested[row]
+        shift = None if shifts is None else shifts[trial, chosen]
+        scale = flat[trial, chosen]
+        exact = pair_losses_in_steps(values, chosen, scale, shift, search, importance)
+        exact *= search.per_step(scale, unit.flatten()[chosen])
+        losses = exact.new_full((len(contested), len(flat)), math.inf)
+        losses[row, trial] = _comparable(exact)
+        # Where all losses are infinite, the first trial wins whether it was left or not.
+        best[contested] = losses.argmin(1)
+        return best.view(1, *scales.shape[1:])
+
+    return choose
+
+
+def _comparable(losses: Tensor) -> Tensor:
+    return losses.nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 def losses_in_steps(

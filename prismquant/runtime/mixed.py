@@ -74,8 +74,8 @@ class Precision:
 
 def multiplies_bfloat16() -> bool:
     """Whether this processor has instructions for products of bfloat16."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(bool(capabilities.get(name)) for name in _INSTRUCTIONS)
+    told: Callable[[], Mapping[str, object]] = getattr(torch.cpu, "get_capabilities", dict)
+    return any(told().get(name) for name in _INSTRUCTIONS)
 
 
 class _Products(TorchFunctionMode):

@@ -1,0 +1,47 @@
+"""Eliminating columns by their smallest pivot, without leaving compiled code in between.
+
+In torch every column takes some nine small operations and waits for two numbers to come back.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def supports(device: torch.device) -> bool:
+    """Whether :func:`pick_smallest` works here: on CPUs with the package ``numba``."""
+    if device.type != "cpu":
+        return False
+    one = torch.ones(1, 1)
+    try:
+        pick_smallest(one, one.clone())
+    except (ImportError, OSError, RuntimeError, AttributeError):
+        return False
+    return True
+
+
+def pick_smallest(matrix: Tensor, lines: Tensor) -> list[int]:
+    """Eliminate columns, each time the one with the smallest pivot.
+
+    Args:
+        matrix: Symmetric ``[m, m]``, float32 or float64, of which the lower triangle is read.
+        lines: Of the same dtype, ``[b, m]``, to be filled with lines of factors.
+
+    Returns:
+        Indices of the columns in the order of elimination; fewer than ``b`` when a pivot is not
+        positive or not finite, and then the remaining lines mean nothing.
+
+    Raises:
+        ImportError: There is no numba.
+    """
+    from prismquant.kernels import cpu_pivots
+
+    picked = torch.empty(len(lines), dtype=torch.int64)
+    left = matrix.diagonal().clone()
+    found = cpu_pivots.pick(matrix.numpy(), lines.numpy(), left.numpy(), picked.numpy())
+    return [int(place) for place in picked[:found]]
