@@ -248,3 +248,15 @@ def test_a_solver_that_needs_moments_is_not_run_without(row: Callable[..., PlanR
         solve(group_of(row(), module()))
     assert caught.value.where == UP
     assert solve(group_of(row(solver="rtn"), module()))[1]
+
+
+def test_moments_are_of_what_the_layers_multiply(row: Callable[..., PlanRow]) -> None:
+    """Inputs rounded to the dtype of the layers' products, not as they come."""
+    x = tokens(30)
+    mixed = group_of(row(solver="gptq"), module(), products=torch.bfloat16)
+    mixed.observe(x, call(), "moments")
+    hessian, rounded = hessian_of(mixed), x.bfloat16().double()
+    wanted = rounded.T @ rounded / len(x)
+    torch.testing.assert_close(hessian, wanted, rtol=1e-5, atol=1e-6)
+    plain = x.double().T @ x.double() / len(x)
+    assert not torch.allclose(hessian, plain, rtol=1e-5, atol=1e-6)

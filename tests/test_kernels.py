@@ -111,7 +111,7 @@ def test_float32_inputs_on_a_gpu_are_multiplied_in_float32():
 def test_what_tensor_cores_do_not_multiply_exactly_becomes_float32(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert products.supports(cpu, torch.float32)
-    assert not products.supports(cpu, torch.bfloat16)
+    assert not products.supports(cpu, torch.float16)
     assert not products.supports(gpu, torch.float64)
     assert not products.supports(torch.device("mps"), torch.float16)
     monkeypatch.setattr(torch.version, "hip", "7.0")

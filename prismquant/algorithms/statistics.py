@@ -87,6 +87,9 @@ class HessianRecord:
             self._count += float(weights.sum(dtype=torch.float64))
             weights = weights.to(x.device, torch.float32).unsqueeze(1)
         x, weights = _factors(x, weights)
+        if products.adds(x):
+            products.add_products(x, self._running_sums())
+            return
         for rows, line in self._lines():
             panel = x[:, rows] if weights is None else x[:, rows] * weights
             for columns, high, low in line:
@@ -205,6 +208,11 @@ class HessianRecord:
         record._rest.copy_(state["rest"])
         record._count = float(state["count"])
         return record
+
+    def _running_sums(self) -> Iterator[products.RunningSum]:
+        for rows, line in self._lines():
+            for columns, high, low in line:
+                yield products.RunningSum(rows.start, columns.start, high, low)
 
     def _lines(self) -> Iterator[tuple[slice, list[tuple[slice, Tensor, Tensor]]]]:
         """The blocks of the lower triangle, line by line.

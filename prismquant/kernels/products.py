@@ -1,17 +1,74 @@
-"""Products over tokens, on tensor cores where that loses nothing.
+"""Products over tokens, in 16 bits where that loses nothing.
 
 Two numbers of 16 bits have at most 11 significant digits each, so float32 holds their product
-exactly, and tensor cores add such products up in float32. Inputs in float32 are multiplied in
-float32. TF32, which would cut them to 11 digits, is a setting of the whole process; it is off by
-default and left alone.
+exactly, and tensor cores add such products up in float32. So do CPUs with the instructions
+``avx512_bf16``, for bfloat16, but torch has no such product there: it is compiled by numba
+(:mod:`prismquant.kernels.cpu_products`). Only the order of sums differs from that of float32
+inputs, and numbers below 2^-126, which those CPUs take as zero. Inputs in float32 are multiplied
+in float32. TF32, which would cut them to 11 digits, is a setting of the whole process; it is off
+by default and left alone.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 
+from prismquant.errors import NumericsError
+from prismquant.kernels.moments import flat
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from numpy.typing import NDArray
+
 _HALVES = (torch.bfloat16, torch.float16)
+# Tokens that are packed together: those of a block of columns stay in the cache.
+_TOKENS = 1024
+# Features of a line of packed tokens.
+_LINE = 16
+# Rows of a block that are given to one thread; whole tiles.
+_STRIP = 128
+
+
+@dataclass(frozen=True)
+class RunningSum:
+    """A sum of products of some features of an input with some others.
+
+    Attributes:
+        rows: The first of these features, a multiple of 16.
+        columns: The first of the others, likewise. A sum with ``rows == columns`` is symmetric,
+            and need be kept on and below its diagonal only.
+        high: The sum, float32 ``[n, m]``, each line contiguous.
+        low: What rounding took from it (:func:`prismquant.kernels.moments.two_sum`), likewise.
+    """
+
+    rows: int
+    columns: int
+    high: Tensor
+    low: Tensor
+
+
+@dataclass(frozen=True)
+class _Loops:
+    """Functions of :mod:`prismquant.kernels.cpu_products`."""
+
+    pack: Callable[..., None]
+    add_products: Callable[..., None]
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """Tokens as :mod:`prismquant.kernels.cpu_products` reads them."""
+
+    words: NDArray[Any]
+    pairs: int
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> bool:
@@ -22,10 +79,13 @@ def supports(device: torch.device, dtype: torch.dtype) -> bool:
         dtype: Theirs.
 
     Returns:
-        True for float32, and on NVIDIA GPUs for floating-point numbers of 16 bits.
+        True for float32; on NVIDIA GPUs for floating-point numbers of 16 bits; and for bfloat16 on
+        CPUs that multiply such numbers, if the package ``numba`` works.
     """
     if dtype == torch.float32:
         return True
+    if device.type == "cpu":
+        return dtype == torch.bfloat16 and _loops() is not None
     return device.type == "cuda" and torch.version.hip is None and dtype in _HALVES
 
 
@@ -38,7 +98,101 @@ def token_product(a: Tensor, b: Tensor) -> Tensor:
 
     Returns:
         float32 ``[n, m]``.
+
+    Raises:
+        NumericsError: A CPU does not multiply such numbers as they are.
     """
     if a.dtype == torch.float32:
         return a.T @ b
-    return torch.mm(a.T, b, out_dtype=torch.float32)
+    if a.device.type != "cpu":
+        return torch.mm(a.T, b, out_dtype=torch.float32)
+    loops = _found(a)
+    product, lost = (torch.zeros(a.shape[1], b.shape[1]) for _ in range(2))
+    whole = RunningSum(0, 0, product, lost)
+    for left, right in zip(a.split(_TOKENS), b.split(_TOKENS), strict=True):
+        _run(loops, _work(_pack(loops, left), _pack(loops, right), whole, half=False))
+    return product
+
+
+def adds(x: Tensor) -> bool:
+    """Whether :func:`add_products` takes an input: bfloat16 on a CPU that :func:`supports` it."""
+    return x.device.type == "cpu" and x.dtype != torch.float32 and supports(x.device, x.dtype)
+
+
+def add_products(x: Tensor, sums: Iterable[RunningSum]) -> None:
+    """Add what an input is in ``x^T x`` to sums of its blocks.
+
+    Products are summed in float32 over at most 256 tokens, then added to a sum and its rest, so
+    that these depend on nothing but the tokens; not on the number of threads, which is torch's.
+
+    Args:
+        x: ``[tokens, features]``, one that :func:`adds` takes.
+        sums: Of blocks that do not overlap; each is brought up to date.
+
+    Raises:
+        NumericsError: The input is not one of these.
+    """
+    loops, sums = _found(x), list(sums)
+    for part in x.split(_TOKENS):
+        packed = _pack(loops, part)
+        work = (_work(packed, packed, one, half=one.rows == one.columns) for one in sums)
+        _run(loops, itertools.chain.from_iterable(work))
+
+
+def _pack(loops: _Loops, x: Tensor) -> _Packed:
+    tokens, features = x.shape
+    pairs = -(-tokens // 2)
+    words = torch.empty(-(-features // _LINE) * pairs * _LINE, dtype=torch.int32).numpy()
+    if len(words):
+        bits = (x if x.stride(1) == 1 else x.contiguous()).view(torch.int16)
+        loops.pack(flat(bits), bits.stride(0), tokens, features, words)
+    return _Packed(words, pairs)
+
+
+def _work(
+    left: _Packed, right: _Packed, total: RunningSum, *, half: bool
+) -> Iterator[tuple[Any, ...]]:
+    """Arguments of the loop for one sum; on several threads those of its strips."""
+    height, width = total.high.shape
+    if not (height and width and left.pairs):
+        return
+    factors = (left.words, total.rows * left.pairs, right.words, total.columns * right.pairs)
+    memory = (part for one in (total.high, total.low) for part in (flat(one), one.stride(0)))
+    arguments = (*factors, left.pairs, *memory)
+    step = height if torch.get_num_threads() == 1 else _STRIP
+    for start, stop in itertools.pairwise([*range(0, height, step), height]):
+        yield *arguments, start, stop, width, half
+
+
+def _run(loops: _Loops, work: Iterable[tuple[Any, ...]]) -> None:
+    """Run the loop on all arguments, on as many threads as torch has."""
+    add, work = loops.add_products, list(work)
+    threads = min(torch.get_num_threads(), len(work))
+    if threads <= 1:
+        for arguments in work:
+            add(*arguments)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(add, *arguments) for arguments in work]:
+            done.result()
+
+
+@functools.cache
+def _loops() -> _Loops | None:
+    """The compiled loops. A broken package can raise anything, which is as good as none."""
+    try:
+        from prismquant.kernels.cpu_products import add_products, pack
+    except Exception:
+        return None
+    return _Loops(pack, add_products)
+
+
+def _found(x: Tensor) -> _Loops:
+    """The loops, for an input that they can read."""
+    loops = _loops()
+    if loops is None or not adds(x):
+        raise NumericsError(
+            f"inputs in {x.dtype} cannot be multiplied as they are on this CPU",
+            remedy="convert them to float32",
+        )
+    return loops

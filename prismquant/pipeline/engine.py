@@ -628,6 +628,7 @@ class _Engine:
             quantized_inputs=self.job.plan.calibration.quantized_inputs,
             vision_weight=self._vision_weight(rows[0]),
             put_aside=self.job.states.matrix,
+            products=self.job.precision.products,
         )
         return Group(rows, [self.main.module(row.site.name) for row in rows], settings)
 
@@ -647,7 +648,8 @@ class _Engine:
                     x = inputs[group.name]
                     group.observe(x, call, what, wanted.get(group.name))
                     if what == "ranges":
-                        group.observe_outputs(x, call)
+                        with self.job.precision.in_force():
+                            group.observe_outputs(x, call)
 
     def _tune(self, floats: Mapping[str, Tensor], failed: Collection[str], work: _Work) -> None:
         """Improve the codes of the whole step on its output, but for layers that fell back."""

@@ -111,6 +111,7 @@ class GroupSettings:
         quantized_inputs: Whether moments are of the inputs as they will be served.
         vision_weight: What a vision token counts for, a text token counting one.
         put_aside: Where a Hessian waits while it is not looked at.
+        products: In which dtype the layers multiply; None for that of their inputs.
     """
 
     device: torch.device
@@ -118,6 +119,7 @@ class GroupSettings:
     quantized_inputs: bool
     vision_weight: float
     put_aside: Callable[[Tensor], Moments] = lambda hessian: hessian
+    products: torch.dtype | None = None
 
 
 class Group:
@@ -338,7 +340,8 @@ class Group:
         else:
             if self._hessian is None:
                 self._hessian = HessianRecord(rows.shape[1], rows.device, self.name)
-            self._hessian.update(seen, weights)
+            # What is rounded for the layer's product can be rounded here, where it saves time.
+            self._hessian.update(seen.to(self.settings.products or seen.dtype), weights)
 
     def _quantized(self, rows: Tensor) -> Tensor:
         """The input as the layer will really see it."""
