@@ -2,8 +2,8 @@
 
     python -m bench.scaling [--tokens 65536] [--ranks 1 8 64] [--out FILE.md]
 
-Measured on this machine, with one process and one thread: a float32 product in the shapes of a
-forward pass, an update of second moments, GPTQ solves of several sizes, the hand-over of a matrix
+Measured on this machine, with one process and one thread: a product in the shapes of a forward
+pass and in the dtype that a run takes by default, an update of second moments in it, GPTQ solves of several sizes, the hand-over of a matrix
 between two processes, and writing to the disk. From the shapes of a model follow how many
 operations of each kind a W4A16 run takes, and from both the seconds. Nothing here has run on a
 cluster: reading of the source, waiting for the slowest rank and the vision tower are left out.
@@ -31,6 +31,7 @@ from prismquant.algorithms.statistics import HessianRecord
 from prismquant.formats.spec import spec
 from prismquant.numerics.ranges import RangeRule
 from prismquant.report.tables import markdown_table, rich_table
+from prismquant.runtime.mixed import Precision
 from prismquant.storage import write_bytes, write_text
 
 HEADERS = (
@@ -228,7 +229,9 @@ def exchange_rate(work: Path, size: int = 1 << 27) -> float:
 
 def measure_rates(work: Path) -> Rates:
     """All parts, on this machine."""
-    x, weight = torch.randn(1024, 2048), torch.randn(4096, 2048)
+    precision = Precision.chosen(None, torch.device("cpu"), torch.bfloat16)
+    x = torch.randn(1024, 2048).to(precision.products)
+    weight = torch.randn(4096, 2048).to(precision.products)
     forward = 2.0 * 1024 * 2048 * 4096 / seconds(lambda: torch.nn.functional.linear(x, weight))
     record = HessianRecord(2048)
     moments = 1024 * 2048.0**2 / seconds(lambda: record.update(x))

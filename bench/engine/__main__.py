@@ -1,7 +1,7 @@
 """Whole runs of ours and of other tools on the same models, samples, settings and threads.
 
     python -m bench.engine [--models qwen2-vl-2b qwen2.5-vl-7b-cut qwen3-vl-8b-cut]
-        [--settings w4a16 w4a8] [--blocks N] [--samples 32] [--threads 1]
+        [--settings w4a16 w4a8] [--methods preset ..] [--blocks N] [--samples 32] [--threads 1]
         [--llm-compressor-python PATH] [--gptqmodel-python PATH] [--auto-round-python PATH]
         [--auto-round-iterations N] [--work DIR] [--reuse FILE.json ...] [--out FILE.md]
 
@@ -215,7 +215,7 @@ def formats(model: Path, setting: str) -> tuple[tuple[int, int], int]:
 def jobs(options: argparse.Namespace) -> Iterator[Job]:
     """Everything that the command line asks for, ours first."""
     iterations = options.auto_round_iterations
-    methods = [(OURS, method) for method in ours.METHODS]
+    methods = [(OURS, method) for method in options.methods]
     for tool, peer in PEERS.items():
         name = peer.method
         if tool == "auto-round":
@@ -327,6 +327,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=models)
     parser.add_argument("--settings", nargs="+", choices=["w4a16", "w4a8"], default=None)
     parser.add_argument("--tools", nargs="+", choices=[OURS, *PEERS], default=[OURS, *PEERS])
+    parser.add_argument("--methods", nargs="+", choices=ours.METHODS, default=list(ours.METHODS))
     parser.add_argument("--blocks", type=int, default=None, help="cut both towers to so many")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)

@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +195,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def code_versions() -> dict[str, str]:
-    """Versions of what computes: this package and its sources, torch, transformers."""
+    """Versions of what computes: this package and its sources, torch, transformers, numba."""
     package = Path(prismquant.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(p for p in package.rglob("*") if p.suffix in (".py", ".toml")):
@@ -206,7 +206,16 @@ def code_versions() -> dict[str, str]:
         "sources": digest.hexdigest()[:16],
         "torch": torch.__version__,
         "transformers": version("transformers"),
+        "numba": _version_if_any("numba"),
     }
+
+
+def _version_if_any(package: str) -> str:
+    """Of a package that there may be to do without."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
 
 
 # Differences, in words
