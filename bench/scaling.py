@@ -3,10 +3,11 @@
     python -m bench.scaling [--tokens 65536] [--ranks 1 8 64] [--out FILE.md]
 
 Measured on this machine, with one process and one thread: a product in the shapes of a forward
-pass and in the dtype that a run takes by default, an update of second moments in it, GPTQ solves of several sizes, the hand-over of a matrix
-between two processes, and writing to the disk. From the shapes of a model follow how many
-operations of each kind a W4A16 run takes, and from both the seconds. Nothing here has run on a
-cluster: reading of the source, waiting for the slowest rank and the vision tower are left out.
+pass and in the dtype that a run takes by default, an update of second moments in it, GPTQ solves of
+several sizes, the hand-over of a matrix between two processes, and writing to the disk. From the
+shapes of a model follow how many operations of each kind a W4A16 run takes, and from both the
+seconds. Nothing here has run on a cluster: reading of the source, waiting for the slowest rank and
+the vision tower are left out.
 """
 
 from __future__ import annotations
