@@ -358,7 +358,7 @@ def test_every_column_is_the_nearest_point_to_a_float64_target(
     # Errors are those of the points: to the bit, which torch may fuse with a multiplication.
     values = (block.points - zero) * step
     rounded = torch.finfo(torch.float32).eps * (values.abs() + block.weights.abs())
-    rounded *= kernel == "torch"
+    rounded *= kernel == "torch" or (kernel == "triton" and aim == "nearest")
     assert bool(((block.errors - (block.weights - values)).abs() <= rounded).all())
     below = torch.tril(block.coefficients, -1).nan_to_num().double()
     above = torch.triu(block.coefficients, 1).nan_to_num().double()

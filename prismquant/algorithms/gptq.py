@@ -62,7 +62,7 @@ _DAMPING_FLOOR = 1e-6
 _LEAST_FRACTION = 1e-3
 # Rows solved at once: enough for products to be fast, few enough for vectors to stay in a cache. A
 # device with memory of its own wants them all.
-_CPU_ROWS = 2048
+_CPU_ROWS = 1024
 _DEVICE_ROWS = 1 << 20
 # Portions are multiples of what kernels take at once, so that their lines begin where those of the
 # cache do.
