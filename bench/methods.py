@@ -171,7 +171,7 @@ def cell(what: Subject, recipe: Recipe, calibration: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         started = time.perf_counter()
-        quantize(what.folder, recipe, out, calibration)
+        quantize(what.folder, recipe, out, calibration, dtype=torch.float32)
         seconds = time.perf_counter() - started
         model = load_model(out, dtype=torch.float32)
     overall = evaluate_model(model, what.batches, what.reference).overall

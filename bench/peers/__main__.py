@@ -229,7 +229,7 @@ def run_ours(job: Job, setting: str, recipe: Recipe, calibration: Path) -> Row:
         out = Path(folder) / "out"
         watch = stopwatch()
         try:
-            quantize(job.model, recipe, out, calibration)
+            quantize(job.model, recipe, out, calibration, dtype=torch.float32)
         except PrismQuantError as error:
             return Row(job.name, setting, "prismquant", recipe.name, why=f"failed: {error.what}")
         took = watch()
