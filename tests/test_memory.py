@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,14 @@ large.clear()
 print(resident() - before)
 """
 
+# The same of blocks that are too small to be given back by themselves.
+_SMALL_CHURN = (
+    _CHURN.replace("4 << 20", "1 << 19")
+    .replace("range(32)", "range(256)")
+    .replace("large.clear()", "large.clear()\ngive_back_freed()")
+    .replace("import keep_heap_compact", "import give_back_freed, keep_heap_compact")
+)
+
 
 def test_the_peak_is_at_least_what_was_touched() -> None:
     data = bytearray(b"x") * (64 << 20)
@@ -44,6 +53,17 @@ def test_freed_blocks_leave_the_resident_set() -> None:
     command = [sys.executable, "-c", _CHURN]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert int(done.stdout) < 16 << 20
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries keep other heaps")
+def test_freed_small_blocks_leave_it_when_they_are_given_back() -> None:
+    """Half megabytes go between small blocks that stay: 128 MiB in all."""
+    command = [sys.executable, "-c", _SMALL_CHURN]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert int(done.stdout) < 16 << 20
+    kept = [sys.executable, "-c", _SMALL_CHURN.replace("\ngive_back_freed()", "")]
+    done = subprocess.run(kept, check=True, capture_output=True, text=True)
+    assert int(done.stdout) > 64 << 20
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from prismquant.algorithms.statistics import ChannelRecord
 from prismquant.algorithms.table import build_equalizer
 from prismquant.distributed import Alone, Ranks
 from prismquant.errors import NumericsError
-from prismquant.memory import keep_heap_compact
+from prismquant.memory import give_back_freed, keep_heap_compact
 from prismquant.models.arch import Modality
 from prismquant.models.attention import unhook_attention
 from prismquant.models.bind import BoundModel, BoundStep
@@ -434,6 +434,7 @@ class _Engine:
                 work.kv_notes,
             )
             yield done
+        give_back_freed()
         self.job.reporter.finish(done)
 
     def _read_ahead(self, step: BoundStep) -> None:
