@@ -26,8 +26,8 @@ _FLOAT32 = 4
 _HELD = 5
 # Intermediate tensors of one call that are alive at once, in units of its widest layer.
 _ALIVE = 4
-# What libraries load when they are first used, a compiler among them that takes 130 MiB, and what the
-# allocator keeps.
+# What libraries load when they are first used, a compiler among them that takes 130 MiB, and what
+# the allocator keeps.
 _SLACK = 192 << 20
 
 
