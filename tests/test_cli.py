@@ -20,7 +20,7 @@ from prismquant.recipe.presets import PRESETS
 from prismquant.storage import read_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     Cli = Callable[..., tuple[int, str, str]]
@@ -173,6 +173,15 @@ def test_an_interruption_says_how_to_go_on(
     assert "--resume" in err
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell that starts something in the background lets it ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_that_became_another_error_is_one(
     run: Cli, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
