@@ -223,7 +223,7 @@ def quantize(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="Of the arithmetic: float32, mixed (linear layers in bfloat16), bfloat16 .."
+            help="float32, bfloat16 or mixed (linear layers in bfloat16; default if the CPU can)."
         ),
     ] = None,
     threads: Annotated[
