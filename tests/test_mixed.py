@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 import prismquant as pq
+from prismquant.pipeline import engine
 from prismquant.pipeline.engine import _Engine
 from prismquant.runtime import mixed
 from prismquant.runtime.mixed import Precision
 from prismquant.runtime.quant_linear import quant_linear
+from prismquant.storage import ShardReader
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 MIXED = Precision(torch.float32, torch.bfloat16)
@@ -111,7 +113,27 @@ def test_how_weights_are_held_is_not_seen_in_the_result(
     rules = pq.load_recipe(recipe).with_rules({"correction": "auto"})
     given = tiny("qwen2_vl", dtype=torch.bfloat16), rules.with_calibration(samples=4, batch_size=2)
     pq.quantize(*given, tmp_path / "narrow", calibration_file, dtype="mixed")
-    monkeypatch.setattr(_Engine, "_weight_dtype", lambda engine, _: engine.job.precision.dtype)
+    monkeypatch.setattr(_Engine, "_weight_dtype", lambda own, _: own.job.precision.dtype)
     pq.quantize(*given, tmp_path / "wide", calibration_file, dtype="mixed")
     for path in (tmp_path / "narrow").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "wide" / path.name).read_bytes()
+
+
+def test_each_step_asks_for_the_next_ones_weights_and_gives_back_what_is_free(
+    tiny: Callable[..., Path],
+    calibration_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[list[str]] = []
+    freed: list[None] = []
+    monkeypatch.setattr(ShardReader, "read_ahead", lambda _, names: asked.append(list(names)))
+    monkeypatch.setattr(engine, "give_back_freed", lambda: freed.append(None))
+    recipe = pq.load_recipe("w4a16").with_calibration(samples=4, batch_size=2)
+    folder = tiny("qwen2_vl")
+    result = pq.quantize(folder, recipe, tmp_path / "out", calibration_file)
+    assert len(freed) == len(asked) == len(result.record.steps)
+    stored = ShardReader(folder).names
+    ahead = {name for names in asked for name in names}
+    assert any("layers.1." in name for name in ahead)
+    assert len(ahead & stored) > 20
