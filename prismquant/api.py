@@ -142,7 +142,7 @@ def quantize(
         own = share_of(by_length(samples), recipe.calibration.batch_size, ranks)
         batches = _batches(bound, own, recipe.calibration.batch_size, trust_remote_code)
         answers = gradient_samples(samples, plan.calibration.seed) if wants_gradients(plan) else ()
-        memory = _forecast(plan, bound, batches, memory_budget, target, precision.dtype)
+        memory = _forecast(plan, bound, batches, memory_budget, target, precision)
         identity = _identity(
             plan, bound, samples, batches, f"{target.type} {precision.describe()}", ranks
         )
@@ -160,7 +160,7 @@ def quantize(
         if record.finished:
             return Result(Path(out), plan, record, failure_lines(record.steps))
         way, writer = memory.way, CheckpointWriter(Path(out), bound, plan)
-        waiting = directory.states(ranks.rank, on_disk=way.on_disk, matrices=way.moments_on_disk)
+        waiting = directory.states(ranks.rank, on_disk=way.on_disk)
         with waiting as states:
             job = Run(
                 plan=plan,
@@ -214,7 +214,7 @@ def _forecast(
     batches: Sequence[Batch],
     budget: int | None,
     device: torch.device,
-    dtype: torch.dtype,
+    precision: Precision,
 ) -> Forecast:
     """How the run will go about it, and the peak that is expected.
 
@@ -224,7 +224,7 @@ def _forecast(
     tokens = count_tokens(bound, batches)
     resident = resident_bytes()
     forecasts = [
-        forecast(plan, bound, tokens, resident=resident, way=way, itemsize=dtype.itemsize)
+        forecast(plan, bound, tokens, resident=resident, way=way, precision=precision)
         for way in WAYS
     ]
     if budget is not None or device.type != "cpu":

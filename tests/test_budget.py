@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 import prismquant as pq
 from prismquant import api
@@ -21,6 +22,7 @@ from prismquant.pipeline.budget import (
     forecast,
 )
 from prismquant.pipeline.plan import make_plan
+from prismquant.runtime.mixed import Precision
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,20 +41,38 @@ def peaks(folder: Path, recipe: Any, tokens: dict[Modality, Tokens] = TOKENS) ->
 def test_leaner_ways_take_less(tiny_folder: Path) -> None:
     found = peaks(tiny_folder, "w4a16-all")
     assert found == sorted(found, reverse=True)
-    assert found[0] > found[1] > found[2]
+    assert len(set(found)) == len(WAYS)
 
 
 def test_more_tokens_take_more_only_where_they_are_held(tiny: Callable[..., Path]) -> None:
     """On disk only the largest batch counts."""
     more = {modality: Tokens(3 * t.total, t.largest) for modality, t in TOKENS.items()}
     few, many = peaks(tiny("qwen2_vl"), "w4a16"), peaks(tiny("qwen2_vl"), "w4a16", more)
-    assert [a < b for a, b in zip(few, many, strict=True)] == [True, True, False, False]
+    assert [a < b for a, b in zip(few, many, strict=True)] == [True, True, False]
 
 
 def test_a_float_chain_holds_everything_twice(tiny: Callable[..., Path]) -> None:
     one = peaks(tiny("qwen2_vl"), "w4a16")[0]
     recipe = pq.load_recipe("w4a16").with_rules({"correction": "auto"})
     assert peaks(tiny("qwen2_vl"), recipe)[0] > 1.5 * one
+
+
+def test_weights_in_bfloat16_take_less_where_nothing_but_a_solver_changes_them(
+    tiny: Callable[..., Path],
+) -> None:
+    """Not where scale is moved, nor where rotation has given them digits."""
+    bound = bind(tiny("qwen2_vl", dtype=torch.bfloat16))
+
+    def peak(recipe: str, precision: Precision) -> int:
+        plan = make_plan(pq.load_recipe(recipe), bound)
+        given: dict[str, Any] = {"resident": 0, "way": WAYS[-1], "precision": precision}
+        found = forecast(plan, bound, {modality: Tokens(1, 1) for modality in TOKENS}, **given)
+        assert "layers" in found.where
+        return found.peak_bytes
+
+    mixed = Precision(torch.float32, torch.bfloat16)
+    assert peak("w4a16", mixed) < peak("w4a16", Precision())
+    assert peak("smoothquant-gptq-w4a16", mixed) == peak("smoothquant-gptq-w4a16", Precision())
 
 
 def test_without_data_only_weights_count(tiny: Callable[..., Path]) -> None:
@@ -63,10 +83,10 @@ def test_without_data_only_weights_count(tiny: Callable[..., Path]) -> None:
 
 
 def test_the_first_way_that_fits_is_taken_and_none_is_an_error_with_figures() -> None:
-    forecasts = [Forecast(way, 2**30 * (4 - n), "layers.3") for n, way in enumerate(WAYS)]
+    forecasts = [Forecast(way, 2**30 * (3 - n), "layers.3") for n, way in enumerate(WAYS)]
     assert choose_way(forecasts, None) is forecasts[0]
-    assert choose_way(forecasts, 4 * 2**30) is forecasts[0]
-    assert choose_way(forecasts, 3 * 2**30) is forecasts[1]
+    assert choose_way(forecasts, 3 * 2**30) is forecasts[0]
+    assert choose_way(forecasts, 2 * 2**30) is forecasts[1]
     with pytest.raises(PlanError, match=r"0\.50 GiB is too small: 1\.00 GiB are needed") as caught:
         choose_way(forecasts, 2**29)
     assert caught.value.where == "layers.3"

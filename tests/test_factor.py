@@ -27,7 +27,7 @@ COMPILED = [
     ),
 ]
 # One column, less than a block, blocks with and without a rest.
-SIZES = [1, 2, 7, 128, 129, 300, 513]
+SIZES = [1, 2, 7, 256, 257, 600, 1030]
 
 
 def moments(features: int, seed: int = 0, noise: float = 0.3) -> Tensor:
@@ -46,8 +46,19 @@ def moments(features: int, seed: int = 0, noise: float = 0.3) -> Tensor:
 
 def lower_alone(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy that holds nothing above the diagonal but what would spoil a result."""
-    spoilt = torch.full_like(matrix, math.nan)
-    return torch.where(torch.ones_like(matrix).tril() > 0, matrix, spoilt).to(dtype)
+    above = torch.ones_like(matrix).triu(1) > 0
+    return matrix.to(dtype, copy=True).masked_fill_(above, math.nan)
+
+
+def bits_above(matrix: Tensor) -> Tensor:
+    """What is above the diagonal, as integers: NaN equals itself, and zeros have their sign."""
+    rows, columns = torch.triu_indices(*matrix.shape, offset=1)
+    return matrix[rows, columns].view(torch.int32 if matrix.element_size() == 4 else torch.int64)
+
+
+def root_of(lines: Tensor) -> Tensor:
+    """The upper triangular factor, float64."""
+    return lines.double().tril().T
 
 
 def smallest_last(matrix: Tensor) -> list[int]:
@@ -66,9 +77,9 @@ def smallest_last(matrix: Tensor) -> list[int]:
 @pytest.mark.parametrize("features", SIZES)
 def test_the_lines_are_the_columns_of_an_upper_triangular_root(features, dtype, tolerance):
     matrix = moments(features)
-    lines = matrix.to(dtype, copy=True)
+    lines = lower_alone(matrix, dtype)
     assert factorize_in_place(lines)
-    root = lines.double().tril().T
+    root = root_of(lines)
     assert float((root @ root.T - matrix).abs().max()) < tolerance * float(matrix.max())
     assert bool((lines.diagonal() > 0).all())
 
@@ -84,7 +95,7 @@ def test_with_pivots_they_are_those_of_the_ordered_matrix(
     lines = lower_alone(matrix, dtype)
     order = factorize_smallest_last(lines)
     assert sorted(order.tolist()) == list(range(features))
-    root, ordered = lines.double().tril().T, matrix[order][:, order]
+    root, ordered = root_of(lines), matrix[order][:, order]
     assert float((root @ root.T - ordered).abs().max()) < tolerance * float(matrix.max())
 
 
@@ -99,8 +110,57 @@ def test_pivots_come_in_the_order_of_their_definition_whatever_the_block(
         patch.setattr(pivots, "supports", lambda device: compiled)
         patch.setattr(factor, "_PIVOT_BLOCK", block)
         patch.setattr(factor, "_PANEL", block + 3)
-        order = factorize_smallest_last(lower_alone(matrix, torch.float64))
+        patch.setattr(factor, "_TIP", block // 2 + 1)
+        lines = lower_alone(matrix, torch.float64)
+        order = factorize_smallest_last(lines)
     assert order.tolist() == smallest_last(matrix)
+    root = root_of(lines)
+    torch.testing.assert_close(root @ root.T, matrix[order][:, order], rtol=1e-11, atol=1e-11)
+
+
+@settings(deadline=None, max_examples=25)
+@given(features=st.integers(1, 60), seed=st.integers(0, 1000), block=st.integers(1, 70))
+def test_without_pivots_the_root_does_not_depend_on_the_block(features, seed, block):
+    matrix = moments(features, seed)
+    lines = lower_alone(matrix, torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(factor, "_PLAIN_BLOCK", block)
+        assert factorize_in_place(lines)
+    expected = torch.linalg.cholesky(matrix.flip(0, 1)).flip(0, 1)
+    torch.testing.assert_close(root_of(lines), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("compiled", COMPILED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("above", ["numbers", "nan", "signed zeros", "infinite"])
+@pytest.mark.parametrize("definite", [True, False])
+def test_what_is_above_the_diagonal_stays_and_does_not_matter(
+    definite, above, dtype, compiled, monkeypatch
+):
+    monkeypatch.setattr(pivots, "supports", lambda device: compiled)
+    monkeypatch.setattr(factor, "_PANEL", 200)
+    matrix = moments(600)
+    if not definite:
+        matrix[3, 3] *= -1
+    clean = matrix.to(dtype).tril()
+    noise = torch.randn(600, 600, generator=torch.Generator().manual_seed(1)).to(dtype)
+    fill = {
+        "numbers": noise,
+        "nan": torch.full_like(noise, math.nan),
+        "signed zeros": torch.zeros_like(noise).copysign(noise),
+        "infinite": torch.full_like(noise, math.inf).copysign(noise),
+    }[above]
+    for factorize in (factorize_in_place, factorize_smallest_last):
+        alone = clean.clone()
+        beside = torch.where(torch.ones_like(clean).tril() > 0, clean, fill)
+        before = bits_above(beside)
+        expected, found = factorize(alone), factorize(beside)
+        assert torch.equal(bits_above(beside), before)
+        if definite:
+            assert torch.equal(torch.as_tensor(found), torch.as_tensor(expected))
+            assert torch.equal(beside.tril(), alone.tril())
+        else:
+            assert found is None or found is False
 
 
 @pytest.mark.parametrize("compiled", COMPILED)
@@ -138,9 +198,36 @@ def test_blocks_cover_everything_once(count, size):
 
 @pytest.mark.parametrize("compiled", COMPILED)
 def test_without_a_compiler_and_with_one_the_order_is_the_same(compiled, monkeypatch):
-    matrix = moments(300, 4)
+    matrix = moments(600, 4)
     monkeypatch.setattr(pivots, "supports", lambda device: compiled)
     assert factorize_smallest_last(matrix.clone()).tolist() == smallest_last(matrix)
+
+
+@pytest.mark.parametrize("compiled", COMPILED)
+def test_columns_that_nobody_expects_to_go_next_go_in_their_turn(compiled, monkeypatch):
+    # Each column is nearly its partner's copy: once one went, the other has the smallest pivot by
+    # far, however large it was before.
+    generator = torch.Generator().manual_seed(0)
+    half = torch.randn(400, 100, generator=generator, dtype=torch.float64)
+    sizes = torch.exp(torch.randn(100, generator=generator, dtype=torch.float64))
+    near = half + 0.01 * torch.randn(400, 100, generator=generator, dtype=torch.float64)
+    x = torch.cat((half * sizes, near * sizes.flip(0)), dim=1)
+    matrix = x.T @ x
+    monkeypatch.setattr(pivots, "supports", lambda device: compiled)
+    assert factorize_smallest_last(matrix.clone()).tolist() == smallest_last(matrix)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_column_is_the_same_whatever_it_was_brought_up_to_date_with(dtype):
+    pytest.importorskip("numba")
+    matrix = moments(300, 2).to(dtype)
+    many = matrix.new_empty(100, 300)
+    order = pivots.pick_smallest(matrix, many)
+    # No set is larger than the number of lines asked for.
+    for count in (1, 3, 7, 12, 20):
+        few = matrix.new_empty(count, 300)
+        assert pivots.pick_smallest(matrix, few) == order[:count]
+        assert torch.equal(few, many[:count])
 
 
 def test_a_missing_package_leaves_pivots_to_torch(monkeypatch):

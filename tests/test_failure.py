@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import shutil
@@ -376,7 +377,8 @@ def test_what_a_rank_cannot_solve_is_rounded_for_all(count: int) -> None:
     problems = [a_problem(hessian=no_hessian()), *[sound] * (count - 1)]
     tasks = [Task(Guarded(GPTQ(), "rtn"), problem) for problem in problems]
     alone = [task.solver.solve(task.problem) for task in tasks]
-    for results in Meeting(3).run(lambda ranks: solve_all(tasks, ranks)):
+    # Ranks are processes, each with moments of its own.
+    for results in Meeting(3).run(lambda ranks: solve_all(copy.deepcopy(tasks), ranks)):
         for result, expected in zip(results, alone, strict=True):
             assert dict(result.notes) == pytest.approx(dict(expected.notes))
             for ours, theirs in zip(result.weights, expected.weights, strict=True):
@@ -403,7 +405,6 @@ class Refusing:
 
     name = "refusing"
     needs_hessian = True
-    reads_lines = False
 
     def solve(self, problem: LayerProblem) -> LayerResult:
         raise NumericsError("not on this machine", where=problem.title)

@@ -16,7 +16,7 @@ def test_a_case_has_a_hessian_of_correlated_tokens_and_measures_losses_under_it(
     zeros = [torch.zeros_like(w) for w in case.weights]
     exact = sum(((w @ case.hessian) * w).sum() for w in case.weights)
     assert case.loss(zeros) == pytest.approx(float(exact), rel=1e-4)
-    solved = solve_ours(case, OURS["ours"], 1)
+    solved = solve_ours(case, *OURS["ours"], 1)
     assert 0 < solved["loss"] < case.loss(zeros)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from prismquant.errors import StorageError
-from prismquant.pipeline.states import InMemory, OnDisk, StoredMatrix
+from prismquant.pipeline.states import InMemory, OnDisk
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,30 +60,6 @@ def test_a_folder_that_cannot_be_written_is_an_error_with_a_remedy(tmp_path: Pat
     with pytest.raises(StorageError, match=r"waits on disk") as caught:
         OnDisk(tmp_path / "states").keep(LARGE)
     assert "--memory-budget" in str(caught.value)
-
-
-def test_a_stored_matrix_answers_as_the_tensor_would(tmp_path: Path) -> None:
-    """Lines by slice and by index, also past the end of the system's largest single read."""
-    matrix = LARGE @ LARGE.T
-    stored = OnDisk(tmp_path / "states", matrices=True).matrix(matrix.clone())
-    assert isinstance(stored, StoredMatrix)
-    assert (len(stored), stored.shape, stored.device) == (200, matrix.shape, matrix.device)
-    assert torch.equal(stored.diagonal(), matrix.diagonal())
-    assert torch.equal(stored[50:120], matrix[50:120])
-    assert torch.equal(stored[190:999], matrix[190:])
-    assert stored[10:10].shape == (0, 200)
-    index = torch.tensor([7, 0, 199, 7])
-    assert torch.equal(stored.index_select(0, index), matrix[index])
-    assert stored.to(torch.device("cpu"), torch.float32) is stored
-    with pytest.raises(IndexError):
-        stored.index_select(1, index)
-    assert not list((tmp_path / "states").iterdir())
-
-
-def test_matrices_stay_in_memory_unless_told_otherwise(tmp_path: Path) -> None:
-    matrix = torch.eye(300)
-    assert OnDisk(tmp_path / "states").matrix(matrix) is matrix
-    assert InMemory().matrix(matrix) is matrix
 
 
 def test_memory_gives_back_the_very_value() -> None:

@@ -36,7 +36,8 @@ from torch import Tensor
 from bench.solver.worker import timed
 from prismquant import __version__
 from prismquant.algorithms.base import LayerProblem, LayerResult, row_losses
-from prismquant.algorithms.gptq import GPTQ, peak_solve_bytes
+from prismquant.algorithms.gptq import GPTQ
+from prismquant.algorithms.portions import peak_solve_bytes
 from prismquant.algorithms.statistics import HessianRecord
 from prismquant.formats.spec import spec
 from prismquant.numerics.ranges import RangeRule
@@ -48,13 +49,13 @@ ROWS: dict[int, tuple[tuple[int, ...], ...]] = {
     8960: ((1536,),),
     18944: ((3584,),),
 }
+_THEIRS = GPTQ(order="activation", damping=0.01, damping_basis="mean", refine_passes=0)
+# The solver, and to what it rounds factors of large products where the processor multiplies that.
 OURS = {
-    "ours": GPTQ(),
-    "ours, their damping": GPTQ(damping=0.01, damping_basis="mean"),
-    "ours, theirs, no refinement": GPTQ(damping=0.01, damping_basis="mean", refine_passes=0),
-    "ours, their algorithm": GPTQ(
-        order="activation", damping=0.01, damping_basis="mean", refine_passes=0
-    ),
+    "ours": (GPTQ(), torch.bfloat16),
+    "ours in float32": (GPTQ(), torch.float32),
+    "ours, their algorithm": (_THEIRS, torch.bfloat16),
+    "ours, their algorithm in float32": (_THEIRS, torch.float32),
 }
 PEERS = {"llm-compressor": "llm_compressor", "gptqmodel": "gptqmodel"}
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,7 +111,7 @@ def floor(case: Case, repeats: int) -> dict[str, float]:
     return timed(repeats, work)
 
 
-def solve_ours(case: Case, solver: GPTQ, repeats: int) -> dict[str, Any]:
+def solve_ours(case: Case, solver: GPTQ, products: torch.dtype, repeats: int) -> dict[str, Any]:
     """What ours takes, and its loss."""
     problem = LayerProblem(
         tuple(f"layer {i}" for i in range(len(case.weights))),
@@ -119,6 +120,7 @@ def solve_ours(case: Case, solver: GPTQ, repeats: int) -> dict[str, Any]:
         RangeRule("minmax"),
         torch.float32,
         case.hessian,
+        products=products,
     )
     results: list[LayerResult] = []
 
@@ -133,7 +135,7 @@ def solve_ours(case: Case, solver: GPTQ, repeats: int) -> dict[str, Any]:
 def warm_up() -> float:
     """Solve a small layer, so that all kernels are at hand, and say how many seconds that took."""
     clock = time.perf_counter()
-    solve_ours(make_case(128, (16,), 256), OURS["ours"], 1)
+    solve_ours(make_case(128, (16,), 256), *OURS["ours"], 1)
     return time.perf_counter() - clock
 
 
@@ -215,8 +217,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for shape in shapes:
             case = make_case(features, shape, options.tokens)
             runs: dict[str, dict[str, Any] | str] = {"floor": floor(case, options.repeats)}
-            for name, solver in OURS.items():
-                runs[name] = solve_ours(case, solver, options.repeats)
+            for name, (solver, products) in OURS.items():
+                runs[name] = solve_ours(case, solver, products, options.repeats)
             for name, module in PEERS.items():
                 python = getattr(options, name)
                 runs[name] = "no environment was named"

@@ -14,7 +14,7 @@ rows.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -39,34 +39,6 @@ if TYPE_CHECKING:
 
 Note = float | int | str
 
-
-class MomentLines(Protocol):
-    """Second moments of which a solver reads some lines at a time, wherever they are."""
-
-    @property
-    def shape(self) -> Sequence[int]:
-        """``[in, in]``."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where lines arrive."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, lines: slice) -> Tensor: ...
-
-    def diagonal(self) -> Tensor:
-        """``[in]``."""
-
-    def index_select(self, dim: Literal[0], index: Tensor) -> Tensor:
-        """Lines in any order."""
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> MomentLines:
-        """The same where the arithmetic happens."""
-
-
-Moments = Tensor | MomentLines
-
 # Columns of a Hessian multiplied at once where its symmetry is used.
 LOSS_BLOCK = 512
 
@@ -84,10 +56,12 @@ class LayerProblem:
             dtype is that of float scales; for scales of 8 bits, what else it takes follows from the
             format and the weights.
         hessian: Mean of ``x x^T`` over the counted tokens, float32 ``[in, in]``, symmetric;
-            ``None`` when nothing was calibrated. Solvers that say ``reads_lines`` take it also as
-            what can be read by lines only, whose values its owner has checked.
+            ``None`` when nothing was calibrated. A solver may work in its memory, and leaves it as
+            it was; so it is one solver's at a time.
         tokens: How many tokens, each by its weight, the Hessian is the mean over; ``None`` when
             that is not known. Only errors tell it.
+        products: To what solvers may round factors of large products: float32 leaves them as they
+            are; bfloat16 is what layers that multiply in it give away anyway.
 
     Raises:
         FormatError: The parts do not fit one another, or the format is one of activations.
@@ -100,8 +74,9 @@ class LayerProblem:
     spec: NumberSpec
     range_rule: RangeRule
     scale_dtype: AnyScale
-    hessian: Moments | None = None
+    hessian: Tensor | None = None
     tokens: float | None = None
+    products: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         if not self.names or len(self.names) != len(self.weights):
@@ -156,7 +131,7 @@ class LayerProblem:
         """Of how many tokens the Hessian is, for an error; empty where that is not known."""
         return "" if self.tokens is None else f" over {self.tokens:g} tokens"
 
-    def _check_hessian(self, hessian: Moments) -> None:
+    def _check_hessian(self, hessian: Tensor) -> None:
         expected = (self.in_features, self.in_features)
         if tuple(hessian.shape) != expected:
             raise FormatError(
@@ -165,8 +140,7 @@ class LayerProblem:
                 where=self.title,
             )
         try:
-            if isinstance(hessian, Tensor):
-                check_finite(hessian, f"the Hessian{self.seen}")
+            check_finite(hessian, f"the Hessian{self.seen}")
         except NumericsError as error:
             raise NumericsError(error.what, where=self.title, remedy=error.remedy) from error
         lowest = float(hessian.diagonal().min())
@@ -207,11 +181,6 @@ class Solver(Protocol):
     @property
     def needs_hessian(self) -> bool:
         """Whether a problem without a Hessian is refused."""
-        ...
-
-    @property
-    def reads_lines(self) -> bool:
-        """Whether a Hessian that can be read by lines only will do."""
         ...
 
     def solve(self, problem: LayerProblem) -> LayerResult:
@@ -328,12 +297,12 @@ def decode(codes: Tensor, scales: Scales, spec: NumberSpec) -> Tensor:
     return dequantize(codes, scales.scale, scales.zero_point, *unit, torch.float32, spec.grid)
 
 
-def row_losses(error: Tensor, hessian: Moments | None) -> Tensor:
+def row_losses(error: Tensor, hessian: Tensor | None) -> Tensor:
     """The loss of each row.
 
     Args:
         error: ``W - Q``, float32 ``[out, in]``.
-        hessian: Symmetric ``[in, in]``, of which the lower triangle is read; or ``None`` for the
+        hessian: Symmetric ``[in, in]``, of which the upper triangle is read; or ``None`` for the
             squared error of the weight.
 
     Returns:
@@ -344,10 +313,12 @@ def row_losses(error: Tensor, hessian: Moments | None) -> Tensor:
     hessian = hessian.to(error.device, error.dtype)
     losses = torch.zeros(len(error), dtype=torch.float64, device=error.device)
     for start in range(0, len(hessian), LOSS_BLOCK):
-        lines, own = hessian[start : start + LOSS_BLOCK], error[:, start : start + LOSS_BLOCK]
+        stop = start + LOSS_BLOCK
+        lines, own = hessian[start:stop], error[:, start:stop]
+        corner = lines[:, start:stop]
         # A pair of columns counts twice, but is multiplied only once.
-        image = own @ lines[:, start : start + LOSS_BLOCK]
-        image.addmm_(error[:, :start], lines[:, :start].T, alpha=2)
+        image = own @ (corner.triu() + corner.triu(1).T)
+        image.addmm_(error[:, stop:], lines[:, stop:].T, alpha=2)
         losses += image.mul_(own).sum(dim=1, dtype=torch.float64)
     # A positive semidefinite form can only come out negative by rounding.
     return losses.clamp_min_(0.0)

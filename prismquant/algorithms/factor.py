@@ -5,13 +5,15 @@ from the end, the column of R that each step finds is just the line of factors t
 at that position, so the lines are stored as rows, and nothing is computed twice. Where the sweep's
 order is chosen by pivots, choosing it *is* the factorization.
 
-Only the lower triangle of the matrix is read or kept up to date, block of rows by block of rows:
-the other half would double the work. Everything happens in the memory of the matrix itself.
+Everything happens in the lower triangle of the matrix, diagonal included. What is above belongs to
+somebody else: no result depends on it, and none of it changes, at any moment. Blocks on the
+diagonal therefore go through a copy.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,38 +24,43 @@ from prismquant.kernels import pivots
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# Columns eliminated between two updates of what remains. Lines inside a block are brought up to
-# date one by one, at the speed of memory; larger blocks shift work to there.
-_PIVOT_BLOCK = 128
+# Columns eliminated between two updates of what remains. Larger blocks make faster products; lines
+# inside a block are brought up to date one by one, or a few at a time.
+_PIVOT_BLOCK = 256
 # Without pivots a block's lines come from one product.
 _PLAIN_BLOCK = 256
-# Rows of a triangle updated at once: what sticks out above the diagonal is wasted.
+# Rows of a triangle updated at once.
 _PANEL = 512
+# Of a block on the diagonal both halves are computed where it is no larger than this.
+_TIP = 128
 
 
 def factorize_in_place(matrix: Tensor) -> bool:
     """Factorize as ``R R^T`` in the given order.
 
     Args:
-        matrix: Symmetric ``[n, n]``, float32 or float64; only its lower triangle is read. Line k
-            becomes column k of R, down to the diagonal; what is above is undefined.
+        matrix: Symmetric ``[n, n]``, float32 or float64, given by its lower triangle. Line k of it
+            becomes column k of R. What is above the diagonal is neither used nor changed.
 
     Returns:
-        Whether the matrix is positive definite in its precision; if not, it is spoilt.
+        Whether the matrix is positive definite in its precision; if not, the lower triangle is
+        spoilt.
     """
     end = len(matrix)
     while end:
         start = max(0, end - _PLAIN_BLOCK)
-        lines = matrix[start:end, :end]
+        ahead, factors = matrix[start:end, :start], matrix[end:, start:end]
         # Left-looking: a block is touched once, by all the lines found so far.
-        lines.addmm_(matrix[end:, start:end].T, matrix[end:, :end], alpha=-1)
+        ahead.addmm_(factors.T, matrix[end:, :start], alpha=-1)
+        own = matrix[start:end, start:end].tril().addmm_(factors.T, factors, alpha=-1)
         # The factorization from the end is the usual one of the reversed block.
-        lower, failed = torch.linalg.cholesky_ex(lines[:, start:].flip(0, 1))
+        lower, failed = torch.linalg.cholesky_ex(own.T.flip(0, 1))
         if int(failed):
             return False
         own = lower.flip(0, 1)
-        lines[:, :start] = torch.linalg.solve_triangular(own, lines[:, :start], upper=True)
-        lines[:, start:] = own.T
+        # From the right, because BLAS then finds a line's numbers next to one another.
+        ahead.T.copy_(torch.linalg.solve_triangular(own.T, ahead.T, upper=False, left=False))
+        _write_lower(matrix[start:end, start:end], own.T)
         end = start
     return bool(torch.isfinite(matrix.diagonal()).all())
 
@@ -67,38 +74,139 @@ def factorize_smallest_last(matrix: Tensor) -> Tensor | None:
 
     The blocked form of a pivoted Cholesky factorization (Higham, "Analysis of the Cholesky
     decomposition of a semi-definite matrix", 1990; LAPACK's ``pstrf``), from the end and with the
-    smallest pivot in place of the largest.
+    smallest pivot in place of the largest. Lines that are finished follow later moves only at the
+    end, each by one permutation.
 
     Args:
-        matrix: Symmetric ``[n, n]``, float32 or float64; only its lower triangle is read. Line k
-            becomes the column of R at position k, down to the diagonal; what is above is undefined.
+        matrix: Symmetric ``[n, n]``, float32 or float64, given by its lower triangle. Line k of it
+            becomes the column of R at position k. What is above the diagonal is neither used nor
+            changed.
 
     Returns:
         Column at each position, int64 ``[n]``; ``None`` when a pivot is not positive, and then the
-        matrix is spoilt.
+        lower triangle is spoilt.
     """
-    order = torch.arange(len(matrix), device=matrix.device)
     end = len(matrix)
-    pick = _pick_compiled if pivots.supports(matrix.device) else _pick_smallest
+    compiled = pivots.supports(matrix.device)
+    pick, settle = (_pick_compiled, pivots.settle) if compiled else (_pick_smallest, _settle)
+    moves: list[_Move] = []
     while end:
-        lines, picked = pick(matrix[:end, :end])
+        rest = matrix[:end, :end]
+        lines, picked = pick(rest)
         if len(picked) < len(lines):
             return None
-        _settle(matrix[:end], lines, picked, order[:end])
+        move = _Move.of(picked, end, matrix.device)
+        moved = move.columns_of(rest)
+        move.store(lines, rest)
         end -= len(picked)
         for rows in blocks(end, _PANEL):
-            reach = slice(0, rows.stop)
-            matrix[rows, reach].addmm_(lines[:, rows].T, lines[:, reach], alpha=-1)
-    for rows in blocks(len(matrix), _PANEL):
-        reach = slice(0, rows.stop)
-        matrix[rows, reach] = matrix[rows].index_select(1, order[reach])
-    return order
+            settle(rest, moved, move.free, rows)
+            _update(rest, lines, rows)
+        moves.append(move)
+    return _follow(matrix, moves)
 
 
-def blocks(count: int, size: int) -> Iterator[slice]:
-    """Consecutive slices of at most ``size`` that cover ``range(count)``."""
-    for start in range(0, count, size):
+def blocks(count: int, size: int, first: int = 0) -> Iterator[slice]:
+    """Consecutive slices of at most ``size`` that cover ``range(first, count)``."""
+    for start in range(first, count, size):
         yield slice(start, min(start + size, count))
+
+
+@dataclass(frozen=True, eq=False)
+class _Move:
+    """What becomes of ``m`` columns when ``b`` of them are eliminated.
+
+    Those of the last ``b`` columns that stay take the places of those further ahead that go. Lines
+    and columns of the matrix move alike.
+
+    Attributes:
+        free: Places of those further ahead that go, int64 ``[f]``, ascending.
+        late: The columns that take them, int64 ``[f]``, ascending.
+        gone: The columns that go, the first last, int64 ``[b]``.
+        end: How many columns there were, ``m``.
+    """
+
+    free: Tensor
+    late: Tensor
+    gone: Tensor
+    end: int
+
+    @classmethod
+    def of(cls, picked: list[int], end: int, device: torch.device) -> _Move:
+        """Where the columns ``picked``, in the order of elimination, are the ones that go."""
+        start, gone = end - len(picked), set(picked)
+        free = sorted(i for i in picked if i < start)
+        late = [i for i in range(start, end) if i not in gone]
+
+        def tensor(places: list[int]) -> Tensor:
+            return torch.tensor(places, dtype=torch.int64, device=device)
+
+        return cls(tensor(free), tensor(late), tensor(picked[::-1]), end)
+
+    @property
+    def start(self) -> int:
+        """How many columns stay."""
+        return self.end - len(self.gone)
+
+    def columns_of(self, matrix: Tensor) -> Tensor:
+        """The columns that move, where they meet those that stay, ``[f, m - b]``.
+
+        Args:
+            matrix: ``[m, m]``, before anything moved; its lower triangle is read.
+        """
+        start, late = self.start, self.late - self.start
+        # Left of the diagonal a column of the lower triangle is a line of it. Only where two that
+        # move meet, one of them may be ahead.
+        moved = matrix[start:, :start].index_select(0, late)
+        meeting = matrix[start:, start:].tril()
+        meeting += meeting.tril(-1).T
+        return moved.index_copy_(1, self.free, meeting[late][:, late])
+
+    def store(self, lines: Tensor, matrix: Tensor) -> None:
+        """Move the columns of the lines of factors, and store the lines at the end.
+
+        Args:
+            lines: In the order of elimination, ``[b, m]``; their first ``m - b`` columns are left
+                in the new arrangement.
+            matrix: ``[m, m]``, whose last lines receive them in the lower triangle.
+        """
+        start = self.start
+        own = lines.index_select(1, self.gone)
+        lines.index_copy_(1, self.free, lines.index_select(1, self.late))
+        matrix[start:, :start] = lines[:, :start].flip(0)
+        _write_lower(matrix[start:, start:], own.flip(0))
+
+    def before(self, places: Tensor) -> Tensor:
+        """Which column came to each place.
+
+        Args:
+            places: Where those that stayed are after later moves, int64 ``[m - b]``: the place
+                that this move gave to each.
+
+        Returns:
+            Their places before it, and those of the columns that went, int64 ``[m]``.
+        """
+        came = torch.arange(self.start, device=places.device).index_copy_(0, self.free, self.late)
+        return torch.cat((came[places], self.gone))
+
+
+def _follow(matrix: Tensor, moves: list[_Move]) -> Tensor:
+    """Let lines that were stored after each move follow the moves that came after.
+
+    Args:
+        matrix: ``[n, n]``, full of lines.
+        moves: From the first to the last.
+
+    Returns:
+        The column at each place in the end, int64 ``[n]``.
+    """
+    places = torch.empty(0, dtype=torch.int64, device=matrix.device)
+    for move in reversed(moves):
+        start, end = move.start, move.end
+        # Whole rows are indexed, because torch copies all of a narrower slice before.
+        matrix[start:end, :start] = matrix[start:end].index_select(1, places)
+        places = move.before(places)
+    return places
 
 
 def _pick_smallest(matrix: Tensor) -> tuple[Tensor, list[int]]:
@@ -139,33 +247,31 @@ def _pick_compiled(matrix: Tensor) -> tuple[Tensor, list[int]]:
     return lines, pivots.pick_smallest(matrix, lines)
 
 
-def _settle(matrix: Tensor, lines: Tensor, picked: list[int], order: Tensor) -> None:
-    """Move the columns that stay to the front, and store the lines of those that went at the end.
+def _settle(matrix: Tensor, moved: Tensor, free: Tensor, rows: slice) -> None:
+    """See :func:`prismquant.kernels.pivots.settle`."""
+    bounds = torch.searchsorted(free, free.new_tensor([rows.start, rows.stop]))
+    before, behind = (int(bound) for bound in bounds)
+    inside, ahead = slice(before, behind), matrix[rows, : rows.start]
+    ahead.index_copy_(1, free[:before], moved[:before, rows].T)
+    ahead.index_copy_(0, free[inside] - rows.start, moved[inside, : rows.start])
+    own, coming = matrix[rows, rows].tril(), moved[inside, rows]
+    own.index_copy_(1, free[inside] - rows.start, coming.T)
+    own.index_copy_(0, free[inside] - rows.start, coming)
+    _write_lower(matrix[rows, rows], own)
 
-    Args:
-        matrix: The rows that remained, ``[m, n]``. The last ``b`` receive the lines, at the columns
-            that the whole matrix began with, so that later moves need not touch them.
-        lines: Of factors, ``[b, m]``; their first columns are left in the new order.
-        picked: The ``b`` columns that they eliminated.
-        order: Column at each of the ``m`` positions, brought up to date.
-    """
-    end, start = len(order), len(order) - len(picked)
-    gone = set(picked)
-    # Those of the last columns that stay take the places of those further ahead that go.
-    free = order.new_tensor([i for i in picked if i < start])
-    late = order.new_tensor([i for i in range(start, end) if i not in gone])
-    # The lower triangle alone is up to date: left of the diagonal a line, below it a column. Whole
-    # rows are indexed, because torch copies all of a narrower slice before it picks columns.
-    ahead = torch.arange(end, device=order.device) <= late.unsqueeze(1)
-    moved = torch.where(
-        ahead, matrix[:, :end].index_select(0, late), matrix.index_select(1, late).T
-    )
-    matrix[start:].index_copy_(1, order, lines.flip(0))
-    moved.index_copy_(1, free, moved.index_select(1, late))
-    matrix[:start, :start].index_copy_(0, free, moved[:, :start])
-    matrix[:start].index_copy_(1, free, moved[:, :start].T)
-    lines.index_copy_(1, free, lines.index_select(1, late))
-    # The first to go comes last.
-    went = order[order.new_tensor(picked[::-1])]
-    order.index_copy_(0, free, order[late])
-    order[start:] = went
+
+def _update(matrix: Tensor, lines: Tensor, rows: slice) -> None:
+    """Subtract what lines of factors explain from some rows of the lower triangle."""
+    ahead = slice(0, rows.start)
+    matrix[rows, ahead].addmm_(lines[:, rows].T, lines[:, ahead], alpha=-1)
+    for tip in blocks(rows.stop, _TIP, rows.start):
+        inside = slice(rows.start, tip.start)
+        matrix[tip, inside].addmm_(lines[:, tip].T, lines[:, inside], alpha=-1)
+        # Above the diagonal zeros are subtracted.
+        matrix[tip, tip].sub_((lines[:, tip].T @ lines[:, tip]).tril_())
+
+
+def _write_lower(target: Tensor, values: Tensor) -> None:
+    """Copy the lower triangle, and touch nothing else."""
+    places = tuple(torch.tril_indices(*target.shape, device=target.device))
+    target[places] = values[places]

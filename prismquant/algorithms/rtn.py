@@ -22,7 +22,7 @@ from prismquant.algorithms.base import (
     nearest_codes,
     row_losses,
 )
-from prismquant.errors import FormatError, NumericsError
+from prismquant.errors import NumericsError
 from prismquant.formats.quantized import QuantizedTensor
 from prismquant.kernels.search import weight_scales
 from prismquant.numerics.affine import Granularity, block_rows, quantize_with_values
@@ -66,11 +66,6 @@ class RTN:
     def notes(self) -> dict[str, Note]:
         """What the record is told of every layer."""
         return {"scale_weighting": self.scale_weighting}
-
-    @property
-    def reads_lines(self) -> bool:
-        """The search for coupled scales looks at all of a Hessian."""
-        return False
 
     def solve(self, problem: LayerProblem) -> LayerResult:
         """Round every layer to nearest.
@@ -118,8 +113,6 @@ class RTN:
             )
         if self.scale_weighting == "diagonal":
             return choose_scales(problem, problem.hessian.diagonal())
-        if not isinstance(problem.hessian, Tensor):
-            raise FormatError("a search for coupled scales needs a Hessian in memory")
         return _coupled_scales(problem, problem.hessian)
 
 

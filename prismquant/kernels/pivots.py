@@ -1,6 +1,7 @@
 """Eliminating columns by their smallest pivot, without leaving compiled code in between.
 
-In torch every column takes some nine small operations and waits for two numbers to come back.
+In torch every column takes some nine small operations and waits for two numbers to come back, and
+columns that move to the front of a triangle are copied one by one through all of its memory.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def supports(device: torch.device) -> bool:
-    """Whether :func:`pick_smallest` works here: on CPUs with the package ``numba``."""
+    """Whether the functions below work here: on CPUs with the package ``numba``."""
     if device.type != "cpu":
         return False
     one = torch.ones(1, 1)
@@ -30,7 +31,8 @@ def pick_smallest(matrix: Tensor, lines: Tensor) -> list[int]:
 
     Args:
         matrix: Symmetric ``[m, m]``, float32 or float64, of which the lower triangle is read.
-        lines: Of the same dtype, ``[b, m]``, to be filled with lines of factors.
+        lines: Of the same dtype, contiguous ``[b, m]``, to be filled with lines of factors. Where a
+            line meets a column that went before, it holds a rounding error.
 
     Returns:
         Indices of the columns in the order of elimination; fewer than ``b`` when a pivot is not
@@ -45,3 +47,20 @@ def pick_smallest(matrix: Tensor, lines: Tensor) -> list[int]:
     left = matrix.diagonal().clone()
     found = cpu_pivots.pick(matrix.numpy(), lines.numpy(), left.numpy(), picked.numpy())
     return [int(place) for place in picked[:found]]
+
+
+def settle(matrix: Tensor, moved: Tensor, free: Tensor, rows: slice) -> None:
+    """Put columns in the places of others, in some rows of the lower triangle.
+
+    Args:
+        matrix: Symmetric ``[m, m]``, float32 or float64, of which the lower triangle alone is kept.
+        moved: The columns, whole and in the new arrangement, contiguous ``[f, m]``.
+        free: Their places, int64 ``[f]``, ascending.
+        rows: Those of the matrix that are brought up to date.
+
+    Raises:
+        ImportError: There is no numba.
+    """
+    from prismquant.kernels import cpu_pivots
+
+    cpu_pivots.settle(matrix.numpy(), moved.numpy(), free.numpy(), rows.start, rows.stop)

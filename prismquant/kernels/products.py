@@ -114,6 +114,22 @@ def token_product(a: Tensor, b: Tensor) -> Tensor:
     return product
 
 
+def rounded_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a b`` of factors that may lose digits, summed in float32, and rounded where torch must.
+
+    Args:
+        a: ``[n, k]``, any floating dtype; rounded to that of ``b``.
+        b: ``[k, m]``, bfloat16, on a device that :func:`supports` it.
+
+    Returns:
+        float32 ``[n, m]``; on CPUs its numbers have the digits of bfloat16.
+    """
+    a = a.to(b.dtype)
+    if a.device.type == "cpu":
+        return torch.mm(a, b).to(torch.float32)
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
 def adds(x: Tensor) -> bool:
     """Whether :func:`add_products` takes an input: bfloat16 on a CPU that :func:`supports` it."""
     return x.device.type == "cpu" and x.dtype != torch.float32 and supports(x.device, x.dtype)

@@ -3,8 +3,7 @@
 What a run holds at a time is known from shapes: one step's weights, the calibration set's hidden
 states, what halted passes hold, one stage's second moments and what the solver makes of them. Two
 of these can be done without, at a price: passes can start from the beginning for every stage (up to
-twice the forward passes), and hidden states, and the moments of what is solved, can wait on disk.
-The first way of running whose peak
+twice the forward passes), and hidden states can wait on disk. The first way of running whose peak
 fits the budget is taken, fastest first.
 """
 
@@ -14,12 +13,15 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from prismquant.algorithms.gptq import peak_solve_bytes
+import torch
+
+from prismquant.algorithms.portions import peak_solve_bytes
 from prismquant.errors import PlanError
 from prismquant.models.arch import Modality
 from prismquant.models.bind import BoundModel, BoundStep
 from prismquant.pipeline.batches import Batch
 from prismquant.pipeline.plan import Plan, PlanRow, problem_groups
+from prismquant.runtime.mixed import Precision
 
 _FLOAT32 = 4
 # Hidden-wide tensors that a halted pass holds: the stream, what is normed, queries, keys, values.
@@ -38,27 +40,19 @@ class Way:
     Attributes:
         paused: Passes halt at each stage and go on; else they start from the beginning.
         on_disk: Hidden states wait on disk; else in memory.
-        moments_on_disk: So do the second moments of layers that are being solved.
     """
 
     paused: bool = True
     on_disk: bool = False
-    moments_on_disk: bool = False
 
     def describe(self) -> str:
         """In words."""
         passes = "halted" if self.paused else "repeated"
-        states = "hidden states and second moments" if self.moments_on_disk else "hidden states"
-        return f"passes {passes}, {states} {'on disk' if self.on_disk else 'in memory'}"
+        return f"passes {passes}, hidden states {'on disk' if self.on_disk else 'in memory'}"
 
 
 # Fastest first.
-WAYS = (
-    Way(),
-    Way(paused=False),
-    Way(paused=False, on_disk=True),
-    Way(paused=False, on_disk=True, moments_on_disk=True),
-)
+WAYS = (Way(), Way(paused=False), Way(paused=False, on_disk=True))
 
 
 @dataclass(frozen=True)
@@ -113,7 +107,7 @@ def forecast(
     *,
     resident: int,
     way: Way,
-    itemsize: int = _FLOAT32,
+    precision: Precision | None = None,
 ) -> Forecast:
     """The peak of a run.
 
@@ -123,13 +117,29 @@ def forecast(
         tokens: From :func:`count_tokens`.
         resident: Bytes that the process has before it begins.
         way: How it goes about it.
-        itemsize: Bytes of a number in the arithmetic.
+        precision: In which dtypes blocks are run; by default float32.
     """
-    outline = _Outline(plan, bound, tokens, way, itemsize)
+    outline = _Outline(plan, bound, tokens, way, precision or Precision())
     peaks = {step.name: outline.step(step) for step in bound.steps}
     peaks["embeddings"] = outline.embeddings()
     where = max(peaks, key=lambda name: peaks[name])
     return Forecast(way, resident + peaks[where] + _SLACK, where)
+
+
+def weight_dtype(plan: Plan, step: BoundStep, precision: Precision) -> torch.dtype:
+    """In which dtype weights of a step's linear layers are held, where that loses nothing of them.
+
+    Args:
+        plan: What is done.
+        step: The step.
+        precision: In which dtypes blocks are run.
+    """
+    tuned = any(row.tuner for row in plan.quantized if row.site.step == step.index)
+    moved = any(edge.edge.step == step.index for edge in plan.edges)
+    # Tuners run blocks in their own precision, and moved scale is rounded as it is stored.
+    if tuned or moved or step.kind != "block":
+        return precision.dtype
+    return precision.products or precision.dtype
 
 
 def choose_way(forecasts: Sequence[Forecast], budget: int | None) -> Forecast:
@@ -159,7 +169,11 @@ class _Outline:
     bound: BoundModel
     tokens: dict[Modality, Tokens]
     way: Way
-    itemsize: int
+    precision: Precision
+
+    @property
+    def itemsize(self) -> int:
+        return self.precision.dtype.itemsize
 
     @property
     def chains(self) -> int:
@@ -172,12 +186,14 @@ class _Outline:
             return 0
         # Solved layers wait for the end of the step, a byte a weight.
         codes = sum(row.site.in_features * row.site.out_features for row in rows)
-        weights = self._parameters(step) * self.itemsize * self.chains + codes
-        solving = max((self._solving(group) for group in _groups(rows)), default=0)
+        loaded = self._parameters(step) * self.itemsize * self.chains
+        size = self._weight_itemsize(step)
+        weights = self._parameters(step) * size * self.chains + codes
+        solving = max((self._solving(group, size) for group in _groups(rows)), default=0)
         if not self.plan.needs_data:
-            return weights + solving
+            return max(loaded, weights + solving)
         states, held = self._states(step), self._held(step, rows)
-        return weights + states + held + max(solving, self._call(step))
+        return states + max(loaded, weights + held + max(solving, self._call(step)))
 
     def embeddings(self) -> int:
         """The rows of the table that are used, as they are on disk and in the arithmetic."""
@@ -209,17 +225,21 @@ class _Outline:
         widest = max((s.out_features for s in step.sites if s.role != "lm_head"), default=1)
         return self._tokens(step).largest * widest * _ALIVE * self.itemsize
 
-    def _solving(self, rows: Sequence[PlanRow]) -> int:
+    def _weight_itemsize(self, step: BoundStep) -> int:
+        """Bytes of a weight while the step is run."""
+        dtype = weight_dtype(self.plan, step, self.precision)
+        exact = dtype == self.bound.dtype and not self.plan.rotations
+        return dtype.itemsize if exact else self.itemsize
+
+    def _solving(self, rows: Sequence[PlanRow], itemsize: int) -> int:
         columns, count = rows[0].site.in_features, sum(row.site.out_features for row in rows)
         if not rows[0].needs_hessian:
             # The weight, its codes, and what is made of both on the way.
             return 3 * columns * count * _FLOAT32
         moments = _FLOAT32 * columns**2
         # Solvers work on float32: weights in another dtype are converted.
-        own = _FLOAT32 * columns * count if self.itemsize < _FLOAT32 else 0
-        solving = peak_solve_bytes(columns, count) + own
-        # Gathering takes as much as it ever does, also where they are put aside for the solve.
-        return max(moments, solving) if self.way.moments_on_disk else moments + solving
+        own = _FLOAT32 * columns * count if itemsize < _FLOAT32 else 0
+        return moments + peak_solve_bytes(columns, count) + own
 
     def _tokens(self, step: BoundStep) -> Tokens:
         modality = step.modality if step.modality is Modality.LLM else Modality.VISION

@@ -309,12 +309,12 @@ class RunDirectory:
             )
 
     @contextlib.contextmanager
-    def states(self, rank: int, *, on_disk: bool, matrices: bool) -> Iterator[States]:
-        """Where hidden states, and second moments, wait for the length of the block."""
+    def states(self, rank: int, *, on_disk: bool) -> Iterator[States]:
+        """Where hidden states wait for the length of the block."""
         if not on_disk:
             yield InMemory()
             return
-        states = OnDisk(self._inside / f"{_STATES}{rank}", matrices)
+        states = OnDisk(self._inside / f"{_STATES}{rank}")
         try:
             yield states
         finally:

@@ -34,7 +34,7 @@ from prismquant.models.config import empty_model
 from prismquant.models.load import materialize, release
 from prismquant.models.rotation import RotatedReader
 from prismquant.pipeline.batches import Batch
-from prismquant.pipeline.budget import Way
+from prismquant.pipeline.budget import Way, weight_dtype
 from prismquant.pipeline.capture import Replay, StepCall
 from prismquant.pipeline.checkpoint import EdgeRecord, LayerRecord, StepRecord
 from prismquant.pipeline.equalize import edge_problem, move_scale
@@ -445,28 +445,22 @@ class _Engine:
         self.reader.read_ahead(bound.names.to_disk(name) for name in names)
 
     def _narrow(self, step: BoundStep) -> None:
-        """Hold weights that stay as they are as linear layers multiply them, where that is exact.
+        """Hold weights as linear layers multiply them, where that is exact.
 
         The products are the same, and take no rounding of the weights each time.
         """
         narrow = self._weight_dtype(step)
         if narrow == self.job.precision.dtype:
             return
-        solved = {row.site.name for row in self.rows.get(step.name, [])}
         for chain in self.chains:
             for name, module in chain.module(step.name).named_modules(prefix=step.name):
-                plain = isinstance(module, nn.Linear) and name not in solved
-                if plain and self._stored_dtype(f"{name}.weight") == narrow:
+                linear = isinstance(module, nn.Linear)
+                if linear and self._stored_dtype(f"{name}.weight") == narrow:
                     module.weight = nn.Parameter(module.weight.to(narrow), requires_grad=False)
 
     def _weight_dtype(self, step: BoundStep) -> torch.dtype:
-        """In which weights of linear layers are held that nothing changes any more."""
-        tuned = any(row.tuner for row in self.rows.get(step.name, []))
-        precision = self.job.precision
-        # Tuners run blocks in their own precision, and moved scale is rounded as it is stored.
-        if tuned or step.index in self.edges or step.kind != "block":
-            return precision.dtype
-        return precision.products or precision.dtype
+        """In which weights of linear layers are held."""
+        return weight_dtype(self.job.plan, step, self.job.precision)
 
     def _begin(self, step: BoundStep, rows: Sequence[PlanRow]) -> _Work:
         # Passes can halt at one input at a time.
@@ -628,8 +622,7 @@ class _Engine:
             stored_dtype=self.job.bound.dtype,
             quantized_inputs=self.job.plan.calibration.quantized_inputs,
             vision_weight=self._vision_weight(rows[0]),
-            put_aside=self.job.states.matrix,
-            products=self.job.precision.products,
+            products=self.job.precision.products or self.job.precision.dtype,
         )
         return Group(rows, [self.main.module(row.site.name) for row in rows], settings)
 

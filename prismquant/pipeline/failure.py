@@ -53,11 +53,6 @@ class Guarded:
         """Whether the solver does."""
         return self.solver.needs_hessian
 
-    @property
-    def reads_lines(self) -> bool:
-        """As the solver does; rounding to nearest needs no more."""
-        return self.solver.reads_lines
-
     def solve(self, problem: LayerProblem) -> LayerResult:
         """Solve a problem, or round it to nearest where that is what the plan says.
 

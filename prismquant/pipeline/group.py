@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from prismquant.algorithms.base import LayerProblem, LayerResult, Moments, Note, Solver
+from prismquant.algorithms.base import LayerProblem, LayerResult, Note, Solver
 from prismquant.algorithms.correction import DriftRecord
 from prismquant.algorithms.rtn import RTN
 from prismquant.algorithms.split import outlying_columns
@@ -110,16 +110,14 @@ class GroupSettings:
         stored_dtype: Of scales and of what stays in floating point.
         quantized_inputs: Whether moments are of the inputs as they will be served.
         vision_weight: What a vision token counts for, a text token counting one.
-        put_aside: Where a Hessian waits while it is not looked at.
-        products: In which dtype the layers multiply; None for that of their inputs.
+        products: In which dtype the layers multiply.
     """
 
     device: torch.device
     stored_dtype: torch.dtype
     quantized_inputs: bool
     vision_weight: float
-    put_aside: Callable[[Tensor], Moments] = lambda hessian: hessian
-    products: torch.dtype | None = None
+    products: torch.dtype = torch.float32
 
 
 class Group:
@@ -266,18 +264,15 @@ class Group:
         if self.columns is not None:
             notes["split_columns"] = ", ".join(str(int(c)) for c in self.columns)
         self._notes = notes
-        moments: Moments | None = hessian
-        if hessian is not None and self.solver.reads_lines:
-            moments = self.settings.put_aside(hessian)
-            del hessian
         return LayerProblem(
             names=tuple(row.site.name for row in self.rows),
             weights=tuple(weights),
             spec=_required(row),
             range_rule=row.weight_range,
             scale_dtype=self.settings.stored_dtype,
-            hessian=moments,
+            hessian=hessian,
             tokens=tokens,
+            products=self.settings.products,
         )
 
     def solved(self, result: LayerResult) -> list[tuple[SolvedLayer, LayerRecord]]:
@@ -341,7 +336,7 @@ class Group:
             if self._hessian is None:
                 self._hessian = HessianRecord(rows.shape[1], rows.device, self.name)
             # What is rounded for the layer's product can be rounded here, where it saves time.
-            self._hessian.update(seen.to(self.settings.products or seen.dtype), weights)
+            self._hessian.update(seen.to(self.settings.products), weights)
 
     def _quantized(self, rows: Tensor) -> Tensor:
         """The input as the layer will really see it."""

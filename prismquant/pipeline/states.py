@@ -1,16 +1,14 @@
-"""Where activations, and second moments, wait: in memory, or in files of the run's own folder.
+"""Where activations wait: in memory, or in files of the run's own folder.
 
 A calibration set's hidden states can be larger than the rest of a run taken together, and only
-those of one batch are needed at a time; of a wide layer's second moments, only some lines. Files
-are read and written whole or by lines; a memory-mapped file would be simpler, but its pages count
-as the process's own until the system takes them back.
+those of one batch are needed at a time. Files are read and written whole; a memory-mapped file
+would be simpler, but its pages count as the process's own until the system takes them back.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import shutil
 import weakref
 from collections.abc import Callable
@@ -26,7 +24,6 @@ from prismquant.errors import StorageError
 
 # Smaller ones, such as masks and positions, are not worth a file.
 _LEAST_BYTES = 1 << 16
-_FLOAT32 = 4
 
 
 class States(Protocol):
@@ -39,9 +36,6 @@ class States(Protocol):
             Gives the value back, as often as it is called; when it is gone, so is what was kept.
         """
 
-    def matrix(self, value: Tensor) -> Tensor | StoredMatrix:
-        """Take over a square matrix that is read by lines; the caller lets go of it."""
-
 
 class InMemory:
     """Values stay as they are."""
@@ -50,10 +44,6 @@ class InMemory:
         """See :class:`States`."""
         return lambda: value
 
-    def matrix(self, value: Tensor) -> Tensor | StoredMatrix:
-        """See :class:`States`."""
-        return value
-
 
 @dataclass(frozen=True)
 class OnDisk:
@@ -61,11 +51,9 @@ class OnDisk:
 
     Attributes:
         folder: Theirs alone; made when it is needed.
-        matrices: Whether square matrices go there as well.
     """
 
     folder: Path
-    matrices: bool = False
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
 
     def keep(self, value: Any) -> Callable[[], Any]:
@@ -84,14 +72,6 @@ class OnDisk:
             return lambda: kind(item() for item in items)
         return lambda: value
 
-    def matrix(self, value: Tensor) -> Tensor | StoredMatrix:
-        """See :class:`States`.
-
-        Raises:
-            StorageError: A file cannot be written.
-        """
-        return StoredMatrix(self._path(), value) if self.matrices else value
-
     def close(self) -> None:
         """Delete all files."""
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -104,72 +84,6 @@ class OnDisk:
 
     def _path(self) -> Path:
         return self.folder / f"{next(self._numbers)}.bin"
-
-
-class StoredMatrix:
-    """A square float32 matrix in a file, of which a few lines are in memory at a time.
-
-    It answers as a tensor would to what solvers ask of second moments: size, device, diagonal, and
-    lines by a slice or by an index.
-
-    Args:
-        path: Of the file, which lives as long as this object.
-        matrix: float32 ``[n, n]`` on the CPU.
-
-    Raises:
-        StorageError: The file cannot be written.
-    """
-
-    device = torch.device("cpu")
-    dtype = torch.float32
-
-    def __init__(self, path: Path, matrix: Tensor) -> None:
-        self.shape = matrix.shape
-        self._diagonal = matrix.diagonal().clone()
-        _write(path, matrix)
-        self._descriptor = os.open(path, os.O_RDONLY)
-        # What is open can still be read, and is gone when it is closed.
-        path.unlink()
-        weakref.finalize(self, os.close, self._descriptor)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, lines: slice) -> Tensor:
-        """Neighbouring lines, ``[k, n]``."""
-        start, stop, _ = lines.indices(len(self))
-        found = torch.empty(max(stop - start, 0), len(self))
-        self._read(found, start)
-        return found
-
-    def diagonal(self) -> Tensor:
-        """``[n]``."""
-        return self._diagonal
-
-    def index_select(self, dim: int, index: Tensor) -> Tensor:
-        """Lines in any order, ``[k, n]``; ``dim`` is 0."""
-        if dim != 0:
-            raise IndexError(f"a stored matrix is read by lines, not along dimension {dim}")
-        found = torch.empty(len(index), len(self))
-        for line, place in zip(found, index.tolist(), strict=True):
-            self._read(line, place)
-        return found
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> StoredMatrix:
-        """Itself: it is float32 on the CPU, and stays so."""
-        if (device.type, dtype) != ("cpu", torch.float32):
-            raise TypeError(f"a stored matrix cannot become {dtype} on {device}")
-        return self
-
-    def _read(self, into: Tensor, line: int) -> None:
-        """Fill a contiguous tensor from a line on."""
-        buffer = into.numpy().data.cast("B") if into.numel() else memoryview(b"")
-        offset = line * len(self) * _FLOAT32
-        while len(buffer):
-            count = os.preadv(self._descriptor, [buffer], offset)
-            if count == 0:
-                raise StorageError("second moments that were put aside are cut short")
-            buffer, offset = buffer[count:], offset + count
 
 
 class _File:

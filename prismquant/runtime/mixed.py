@@ -5,7 +5,12 @@ linear layers are where a forward pass spends its time. Their inputs and weights
 digits for the product, which is what a server does that runs the model in bfloat16; sums are formed
 in float32, and norms, rotary embeddings, softmax, activation functions and the residual stream,
 where rounding errors pile up from layer to layer, keep float32 (Micikevicius et al., "Mixed
-Precision Training", arXiv 1710.03740, section 3).
+Precision Training", arXiv 1710.03740, section 3). Attention stays too: its products are small, and
+where they were measured bfloat16 brought no time.
+
+A convolution whose kernel covers its whole input, as those that embed patches, is a linear layer
+and is treated as one. Products are taken some hundred rows at a time, so that rounded inputs and
+results stay in the cache and take no new memory; what the rows are is not seen in the result.
 """
 
 from __future__ import annotations
@@ -24,6 +29,9 @@ Wanted = torch.dtype | Literal["mixed"] | None
 
 # What `torch.cpu.get_capabilities` calls the instructions that multiply bfloat16.
 _INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "avx10_2", "bf16")
+# Rows of a product at a time: enough that reading the weights anew costs little beside it.
+_ROWS = 512
+_CONVOLUTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)
 
 
 @dataclass(frozen=True)
@@ -92,10 +100,58 @@ class _Products(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        given = kwargs or {}
         if func is functional.linear:
-            return self._linear(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+            return self._linear(*args, **given)
+        if func in _CONVOLUTIONS and _covers_input(*args, **given):
+            return self._convolution(*args, **given)
+        return func(*args, **given)
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        product = functional.linear(input.to(self._dtype), weight.to(self._dtype)).to(input.dtype)
-        return product if bias is None else product.add_(bias)
+        if torch.is_grad_enabled() or input.dtype == self._dtype:
+            product = functional.linear(input.to(self._dtype), weight.to(self._dtype))
+            product = product.to(input.dtype)
+            return product if bias is None else product.add_(bias)
+        return _linear_by_rows(input, weight.to(self._dtype), bias)
+
+    def _convolution(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any, **__: Any
+    ) -> Tensor:
+        output = self._linear(input.flatten(1), weight.flatten(1), bias)
+        return output.reshape(*output.shape, *(1 for _ in input.shape[2:]))
+
+
+def _covers_input(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> bool:
+    """Whether a convolution multiplies each of its inputs once, with the kernel as a whole."""
+    unpadded = padding == "valid" or not (isinstance(padding, str) or torch.tensor(padding).any())
+    return unpadded and input.shape[1:] == weight.shape[1:] and input.dim() == weight.dim()
+
+
+def _linear_by_rows(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer in the weight's dtype, bias and result in the input's; knows no gradient.
+
+    Args:
+        input: ``[..., in]``.
+        weight: ``[out, in]``.
+        bias: ``[out]`` or None.
+    """
+    rows = input.reshape(-1, input.shape[-1])
+    output = input.new_empty(len(rows), len(weight))
+    most = min(_ROWS, len(rows))
+    rounded, product = (weight.new_empty(most, width) for width in weight.shape[::-1])
+    for start in range(0, len(rows), _ROWS):
+        own = output[start : start + _ROWS]
+        rounded[: len(own)].copy_(rows[start : start + _ROWS])
+        torch.mm(rounded[: len(own)], weight.T, out=product[: len(own)])
+        own.copy_(product[: len(own)])
+        if bias is not None:
+            own.add_(bias)
+    return output.view(*input.shape[:-1], len(weight))

@@ -1,0 +1,128 @@
+"""A Hessian and its factor in the memory of one matrix.
+
+A symmetric matrix needs one triangle, and so does a factor. Wide layers have matrices of gigabytes,
+so both share one: on and above the diagonal stays the Hessian in its original order, below it the
+factorization works, in the order of the sweep. When the factor is done with, the Hessian's own
+lower half is copied back from the upper one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prismquant.algorithms.factor import blocks
+
+# Lines that are gathered or copied at once.
+_BLOCK = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Triangles:
+    """A Hessian of which nothing below the diagonal is read.
+
+    Attributes:
+        matrix: float32 ``[n, n]``; on and above its diagonal the Hessian, below it a factor.
+        diagonal: The Hessian's, float32 ``[n]``.
+    """
+
+    matrix: Tensor
+    diagonal: Tensor
+
+    @staticmethod
+    def of(hessian: Tensor) -> Triangles:
+        """Take over the memory of a Hessian; :meth:`restore` gives it back as it was.
+
+        Args:
+            hessian: Symmetric, float32 ``[n, n]``.
+        """
+        return Triangles(hessian, hessian.diagonal().clone())
+
+    def restore(self) -> None:
+        """Make the matrix the whole Hessian again."""
+        self.matrix.diagonal().copy_(self.diagonal)
+        for block in blocks(len(self.matrix), _BLOCK):
+            lines = self.matrix[block]
+            lines[:, : block.start] = self.matrix[: block.start, block].T
+            own = lines[:, block]
+            own.copy_(own.triu() + own.triu(1).T)
+
+    def lines(self, block: slice) -> Tensor:
+        """Lines of the Hessian in its original order, ``[block, n]``."""
+        found = torch.empty_like(self.matrix[block])
+        found[:, block.start :] = self.matrix[block, block.start :]
+        found[:, : block.start] = self.matrix[: block.start, block].T
+        own = found[:, block]
+        own.copy_(own.triu(1) + own.triu(1).T)
+        own.diagonal().copy_(self.diagonal[block])
+        return found
+
+    def arrange(self, order: Tensor, target: Tensor) -> None:
+        """Put the Hessian in an order below a diagonal.
+
+        Args:
+            order: Column at each position, int64 ``[n]``.
+            target: ``[n, n]``, this matrix or another; what is below its diagonal is replaced.
+        """
+        columns = torch.arange(len(order), device=order.device)
+        for block in blocks(len(order), _BLOCK):
+            index = order[block]
+            above = columns > index.unsqueeze(1)
+            rows, across = self.matrix.index_select(0, index), self.matrix.index_select(1, index).T
+            lines = torch.where(above, rows, across).index_select(1, order[: block.stop])
+            target[block, : block.start] = lines[:, : block.start]
+            own, found = target[block, block], lines[:, block]
+            own.copy_(torch.where(below_diagonal(own), found.to(own.dtype), own))
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """The factorization ``R R^T`` of a damped Hessian, ``R`` upper triangular, in a sweep's order.
+
+    Attributes:
+        columns: Which column comes at each position, int64 ``[n]``.
+        lines: ``R_jk / R_kk`` at line k, column j below k, anything beyond; in the dtype it was
+            computed in, ``[n, n]``.
+        roots: ``R_kk``, in that dtype, ``[n]``.
+        diagonal: Of the Hessian without damping, in the original order, float32 ``[n]``.
+        damped: Of the damped one, likewise.
+        damping: The fraction that was added.
+        attempts: Factorizations tried, this one included.
+    """
+
+    columns: Tensor
+    lines: Tensor
+    roots: Tensor
+    diagonal: Tensor
+    damped: Tensor
+    damping: float
+    attempts: int
+
+    def coefficients(self, block: slice) -> Tensor:
+        """What errors of columns up to the block do to its targets: ``R_jk / R_kk``.
+
+        Returns:
+            float32 ``[block, block.stop]``, undefined on and above the diagonal.
+        """
+        return self.lines[block, : block.stop].to(torch.float32)
+
+
+def divide_lines(matrix: Tensor, divisors: Tensor) -> None:
+    """Divide what is below a diagonal, line by line.
+
+    Args:
+        matrix: ``[n, n]``, changed below its diagonal.
+        divisors: ``[n]``, in its dtype.
+    """
+    for block in blocks(len(matrix), _BLOCK):
+        below = divisors[block].unsqueeze(1)
+        matrix[block, : block.start] /= below
+        own = matrix[block, block]
+        own.copy_(torch.where(below_diagonal(own), own / below, own))
+
+
+def below_diagonal(matrix: Tensor) -> Tensor:
+    """Which entries of a square matrix are below its diagonal, bool."""
+    return torch.ones_like(matrix, dtype=torch.bool).tril_(-1)

@@ -1,0 +1,65 @@
+"""A Hessian above the diagonal, another matrix below it, and neither disturbs the other."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from prismquant.algorithms.triangles import Triangles, divide_lines
+
+SIZES = st.sampled_from([1, 2, 7, 255, 256, 257, 600])
+
+
+def symmetric(count: int, seed: int) -> Tensor:
+    x = torch.randn(count, count, generator=torch.Generator().manual_seed(seed))
+    return x + x.T
+
+
+def spoilt(hessian: Tensor) -> Triangles:
+    """With nothing but NaN where a factor would be, and on the diagonal."""
+    halves = Triangles.of(hessian)
+    nothing = torch.full_like(halves.matrix, torch.nan)
+    halves.matrix.copy_(torch.where(torch.ones_like(nothing).tril().bool(), nothing, hessian))
+    return halves
+
+
+@settings(deadline=None, max_examples=15)
+@given(count=SIZES, seed=st.integers(0, 99))
+def test_what_is_above_the_diagonal_is_enough_to_be_whole_again(count: int, seed: int) -> None:
+    hessian = symmetric(count, seed)
+    halves = spoilt(hessian.clone())
+    halves.restore()
+    assert torch.equal(halves.matrix, hessian)
+
+
+@settings(deadline=None, max_examples=15)
+@given(count=SIZES, seed=st.integers(0, 99), first=st.integers(0, 599), size=st.integers(1, 600))
+def test_lines_are_those_of_the_whole(count: int, seed: int, first: int, size: int) -> None:
+    hessian = symmetric(count, seed)
+    block = slice(min(first, count - 1), min(first + size, count))
+    assert torch.equal(spoilt(hessian.clone()).lines(block), hessian[block])
+
+
+@settings(deadline=None, max_examples=15)
+@given(count=SIZES, seed=st.integers(0, 99), wide=st.booleans())
+def test_an_order_is_put_below_the_diagonal_and_nowhere_else(
+    count: int, seed: int, wide: bool
+) -> None:
+    hessian = symmetric(count, seed)
+    halves = spoilt(hessian.clone())
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    target = torch.zeros(count, count, dtype=torch.float64) if wide else halves.matrix
+    above = target.triu().clone()
+    halves.arrange(order, target)
+    assert torch.equal(target.tril(-1), hessian[order][:, order].tril(-1).to(target.dtype))
+    assert torch.equal(target.triu().nan_to_num(), above.nan_to_num())
+
+
+def test_only_what_is_below_the_diagonal_is_divided() -> None:
+    matrix = symmetric(300, 0)
+    divisors = torch.rand(300, generator=torch.Generator().manual_seed(1)) + 0.5
+    expected = (matrix / divisors.unsqueeze(1)).tril(-1) + matrix.triu()
+    divide_lines(matrix, divisors)
+    assert torch.equal(matrix, expected)
