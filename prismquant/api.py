@@ -10,7 +10,6 @@ from collections import Counter, deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +49,10 @@ from prismquant.pipeline.stream import stream, streams
 from prismquant.recipe.schema import Recipe, load_recipe
 from prismquant.runtime.mixed import Precision, Wanted
 from prismquant.storage import ShardReader
+
+# Tokens of a call on a CPU: products are as fast as with more, and activations as large as these
+# come from memory that is already there.
+_CPU_TOKENS = 640
 
 RecipeSource = str | Path | Mapping[str, Any] | Recipe
 
@@ -140,7 +143,9 @@ def quantize(
             directory.require_space(plan.total_bytes + _copied_bytes(bound))
         samples = _calibration_samples(plan, calibration)
         own = share_of(by_length(samples), recipe.calibration.batch_size, ranks)
-        batches = _batches(bound, own, recipe.calibration.batch_size, trust_remote_code)
+        most = _CPU_TOKENS if target.type == "cpu" else None
+        size = recipe.calibration.batch_size
+        batches = _batches(bound, own, size, trust_remote_code, most)
         answers = gradient_samples(samples, plan.calibration.seed) if wants_gradients(plan) else ()
         memory = _forecast(plan, bound, batches, memory_budget, target, precision)
         identity = _identity(
@@ -373,13 +378,25 @@ def _needed_kinds(plan: Plan) -> set[str]:
 
 
 def _batches(
-    bound: BoundModel, samples: Sequence[Sample], batch_size: int, trust_remote_code: bool
+    bound: BoundModel,
+    samples: Sequence[Sample],
+    batch_size: int,
+    trust_remote_code: bool,
+    most_tokens: int | None = None,
 ) -> list[Batch]:
     if not samples:
         return []
     processor = load_processor(bound.folder, trust_remote_code=trust_remote_code)
     ids = bound.vision_token_ids
-    return list(make_batches(samples, processor, batch_size=batch_size, vision_token_ids=ids))
+    return list(
+        make_batches(
+            samples,
+            processor,
+            batch_size=batch_size,
+            vision_token_ids=ids,
+            most_tokens=most_tokens,
+        )
+    )
 
 
 def _identity(
@@ -391,7 +408,8 @@ def _identity(
     ranks: Ranks,
 ) -> Identity:
     prints = ranks.gather_json([fingerprint_batch(batch) for batch in batches])
-    dealt = [one for turn in zip_longest(*prints) for one in turn if one is not None]
+    # The same for any number of ranks.
+    dealt = sorted(one for own in prints for one in own)
     return Identity(
         plan=plan.fingerprint(),
         files=stamp_files(bound.folder, _source_files(bound.folder)),

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from prismquant import __version__
 from prismquant.errors import PrismQuantError
+from prismquant.memory import ask_for_large_pages
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,6 +45,7 @@ Trust = Annotated[
 
 def main() -> None:
     """Run the command line and exit with its status."""
+    ask_for_large_pages()
     sys.exit(_guarded(lambda: app(standalone_mode=False)))
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 import psutil
 
+_M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
+# Blocks of this size are mapped, and so much may be free at the end of the heap.
+_MAPPED = 16 << 20
+_KEPT = 256 << 20
 
 
 def peak_memory_bytes() -> int:
@@ -31,26 +36,40 @@ def available_bytes() -> int:
 
 
 def keep_heap_compact() -> None:
-    """Let the C library map every block of a megabyte or more by itself, and unmap it when freed.
+    """Let the C library map every block of 16 megabytes or more by itself, and unmap it when freed.
 
     glibc raises that limit to 32 megabytes once it has freed blocks of such size. Weights and
     statistics of many shapes that come and go then leave its heap in pieces, and the resident set
-    of a run grows with the number of blocks although nothing is alive. The setting holds for the
-    whole process; it does nothing where the C library has no such call.
+    of a run grows with the number of blocks although nothing is alive. Smaller blocks, as
+    activations of a call, come from the heap and go back to it: memory that the system has handed
+    over once, which takes longer than many an operation on it. :func:`give_back_freed` sees to what
+    they leave. The setting holds for the whole process; it does nothing where the C library has no
+    such call.
     """
     if not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        mallopt(_M_MMAP_THRESHOLD, _MAPPED)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT)
+
+
+def ask_for_large_pages() -> None:
+    """Let torch ask the system for large pages, where the system gives them to who asks.
+
+    Tensors of many megabytes come and go, and each time the system hands over their memory page by
+    page; with pages of two megabytes in place of four kilobytes that takes a fraction of the time.
+    torch reads the setting once, so this belongs before its import; a value that is set already
+    stays.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def give_back_freed() -> None:
     """Let the C library return to the system what its heap has free between blocks that stay.
 
-    Blocks below a megabyte come from the heap; after a step, thousands of them are free, and the
-    next step's do not fit their places exactly. It takes milliseconds, and does nothing where the C
-    library has no such call.
+    After a step, thousands of blocks are free, and the next step's do not fit their places exactly.
+    It takes milliseconds, and does nothing where the C library has no such call.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -586,6 +586,22 @@ def test_sorting_by_length_wastes_less_and_loses_nothing(tmp_path: Path, process
     assert waste(tidy) < waste(plain)
 
 
+def test_batches_of_too_many_tokens_are_cut_into_even_parts_by_themselves(
+    tmp_path: Path, processors: Any
+) -> None:
+    """How a batch is cut does not depend on the others, so ranks that share them cut alike."""
+    samples, processor = by_length(mixed_samples(tmp_path)), processors("qwen2_vl")
+    whole = list(batches(samples, processor, batch_size=4, most_tokens=10**6))
+    assert [len(batch) for batch in whole] == [4, 3]
+    cut = list(batches(samples, processor, batch_size=4, most_tokens=20))
+    assert [i for batch in cut for i in batch.ids] == [i for batch in whole for i in batch.ids]
+    assert max(len(batch) for batch in cut) < 4
+    alone = list(batches(samples[4:], processor, batch_size=4, most_tokens=20))
+    assert [batch.ids for batch in alone] == [batch.ids for batch in cut[-len(alone) :]]
+    single = list(batches(samples, processor, batch_size=4, most_tokens=1))
+    assert [len(batch) for batch in single] == [1] * len(samples)
+
+
 def test_rows_are_cut_but_never_within_a_picture(tmp_path: Path, processors: Any) -> None:
     samples = mixed_samples(tmp_path)
     processor = processors("qwen2_vl")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from prismquant.memory import peak_memory_bytes
+from prismquant.memory import ask_for_large_pages, peak_memory_bytes
 
 # Prints by how many bytes the resident set has grown after all large blocks are freed.
 _CHURN = """
@@ -21,11 +22,11 @@ def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 keep_heap_compact()
-first = bytearray(b"x") * (24 << 20)
+first = bytearray(b"x") * (30 << 20)
 del first
 before, large, small = resident(), [], []
-for _ in range(32):
-    large.append(bytearray(b"x") * (4 << 20))
+for _ in range(8):
+    large.append(bytearray(b"x") * (24 << 20))
     small.append(bytearray(b"x") * 4096)
 large.clear()
 print(resident() - before)
@@ -33,8 +34,8 @@ print(resident() - before)
 
 # The same of blocks that are too small to be given back by themselves.
 _SMALL_CHURN = (
-    _CHURN.replace("4 << 20", "1 << 19")
-    .replace("range(32)", "range(256)")
+    _CHURN.replace("24 << 20", "1 << 19")
+    .replace("range(8)", "range(256)")
     .replace("large.clear()", "large.clear()\ngive_back_freed()")
     .replace("import keep_heap_compact", "import give_back_freed, keep_heap_compact")
 )
@@ -43,6 +44,15 @@ _SMALL_CHURN = (
 def test_the_peak_is_at_least_what_was_touched() -> None:
     data = bytearray(b"x") * (64 << 20)
     assert peak_memory_bytes() > len(data)
+
+
+def test_large_pages_are_asked_for_unless_that_was_decided(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
+    ask_for_large_pages()
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "0"
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
+    ask_for_large_pages()
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts pages as Linux does")

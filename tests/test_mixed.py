@@ -49,6 +49,52 @@ def test_quantized_layers_do_so_too(bias: bool) -> None:
         assert torch.equal(model(x), plain)
 
 
+@pytest.mark.parametrize("shape", [(1300, 24), (2, 700, 24), (512, 24), (0, 24)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_rows_multiplied_in_turns_give_what_they_give_at_once(
+    shape: tuple[int, ...], bias: bool
+) -> None:
+    """Without gradients, against the rounded operands multiplied at once, in float64."""
+    torch.manual_seed(2)
+    layer, x = nn.Linear(24, 40, bias=bias), torch.randn(shape)
+    with torch.no_grad(), MIXED.in_force():
+        y = layer(x)
+        strided = layer(x.mT.contiguous().mT)
+    assert y.dtype == torch.float32
+    assert y.shape == (*shape[:-1], 40)
+    assert torch.equal(y, strided)
+    exact = x.bfloat16().double() @ layer.weight.bfloat16().double().T
+    rest = y.double() - (layer.bias.double() if bias else 0)
+    assert bool(((rest - exact).abs() <= 2.0**-8 * exact.abs() + 1e-5).all())
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_convolution_over_its_whole_input_is_one_product_in_float32(grad: bool) -> None:
+    torch.manual_seed(3)
+    embed, x = nn.Conv3d(3, 16, (2, 4, 4), stride=(2, 4, 4)), torch.randn(9, 3, 2, 4, 4)
+    with torch.set_grad_enabled(grad), MIXED.in_force():
+        y = embed(x)
+    expected = nn.functional.linear(x.flatten(1), embed.weight.flatten(1), embed.bias)
+    assert torch.equal(y, expected.reshape(9, 16, 1, 1, 1))
+    torch.testing.assert_close(y, embed(x))
+
+
+@pytest.mark.parametrize(
+    ("embed", "shape"),
+    [
+        (nn.Conv2d(3, 8, 4, stride=4), (2, 3, 8, 8)),
+        (nn.Conv2d(3, 8, 4, padding=1), (2, 3, 4, 4)),
+        (nn.Conv2d(3, 8, 3, padding="same"), (2, 3, 3, 3)),
+        (nn.Conv2d(4, 8, 4, groups=2), (2, 4, 4, 4)),
+    ],
+)
+def test_any_other_convolution_stays_as_it_is(embed: nn.Conv2d, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    with MIXED.in_force():
+        y = embed(x)
+    assert torch.equal(y, embed(x))
+
+
 def test_all_else_stays_as_it_is() -> None:
     torch.manual_seed(1)
     norm, x = nn.LayerNorm(32), torch.randn(1, 2, 5, 32)

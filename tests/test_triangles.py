@@ -8,8 +8,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from prismquant.algorithms.triangles import Triangles, divide_lines
+from prismquant.formats.spec import spec
+from prismquant.kernels.sweep import Kernel, kernel_for
 
 SIZES = st.sampled_from([1, 2, 7, 255, 256, 257, 600])
+KERNELS = st.sampled_from(
+    ["torch", kernel_for(torch.device("cpu"), spec("int4-channel").grid)],
+)
 
 
 def symmetric(count: int, seed: int) -> Tensor:
@@ -17,38 +22,48 @@ def symmetric(count: int, seed: int) -> Tensor:
     return x + x.T
 
 
-def spoilt(hessian: Tensor) -> Triangles:
+def spoilt(hessian: Tensor, kernel: Kernel = "torch") -> Triangles:
     """With nothing but NaN where a factor would be, and on the diagonal."""
-    halves = Triangles.of(hessian)
+    halves = Triangles.of(hessian, kernel)
     nothing = torch.full_like(halves.matrix, torch.nan)
     halves.matrix.copy_(torch.where(torch.ones_like(nothing).tril().bool(), nothing, hessian))
     return halves
 
 
 @settings(deadline=None, max_examples=15)
-@given(count=SIZES, seed=st.integers(0, 99))
-def test_what_is_above_the_diagonal_is_enough_to_be_whole_again(count: int, seed: int) -> None:
+@given(count=SIZES, seed=st.integers(0, 99), kernel=KERNELS)
+def test_what_is_above_the_diagonal_is_enough_to_be_whole_again(
+    count: int, seed: int, kernel: Kernel
+) -> None:
     hessian = symmetric(count, seed)
-    halves = spoilt(hessian.clone())
+    halves = spoilt(hessian.clone(), kernel)
     halves.restore()
     assert torch.equal(halves.matrix, hessian)
 
 
 @settings(deadline=None, max_examples=15)
-@given(count=SIZES, seed=st.integers(0, 99), first=st.integers(0, 599), size=st.integers(1, 600))
-def test_lines_are_those_of_the_whole(count: int, seed: int, first: int, size: int) -> None:
+@given(
+    count=SIZES,
+    seed=st.integers(0, 99),
+    first=st.integers(0, 599),
+    size=st.integers(1, 600),
+    kernel=KERNELS,
+)
+def test_lines_are_those_of_the_whole(
+    count: int, seed: int, first: int, size: int, kernel: Kernel
+) -> None:
     hessian = symmetric(count, seed)
     block = slice(min(first, count - 1), min(first + size, count))
-    assert torch.equal(spoilt(hessian.clone()).lines(block), hessian[block])
+    assert torch.equal(spoilt(hessian.clone(), kernel).lines(block), hessian[block])
 
 
 @settings(deadline=None, max_examples=15)
-@given(count=SIZES, seed=st.integers(0, 99), wide=st.booleans())
+@given(count=SIZES, seed=st.integers(0, 99), wide=st.booleans(), kernel=KERNELS)
 def test_an_order_is_put_below_the_diagonal_and_nowhere_else(
-    count: int, seed: int, wide: bool
+    count: int, seed: int, wide: bool, kernel: Kernel
 ) -> None:
     hessian = symmetric(count, seed)
-    halves = spoilt(hessian.clone())
+    halves = spoilt(hessian.clone(), kernel)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     target = torch.zeros(count, count, dtype=torch.float64) if wide else halves.matrix
     above = target.triu().clone()

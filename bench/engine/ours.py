@@ -16,14 +16,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+from prismquant.memory import ask_for_large_pages
 
-from bench.engine.phases import Clock, watch
-from bench.peers.worker import REPORT
-from prismquant import __version__
-from prismquant.api import quantize
-from prismquant.models.config import import_transformers
-from prismquant.recipe.schema import Recipe, load_recipe
+ask_for_large_pages()  # as the command line does, before torch is imported
+
+import torch  # noqa: E402
+
+from bench.engine.phases import Clock, watch  # noqa: E402
+from bench.peers.worker import REPORT  # noqa: E402
+from prismquant import __version__  # noqa: E402
+from prismquant.api import quantize  # noqa: E402
+from prismquant.models.config import import_transformers  # noqa: E402
+from prismquant.recipe.schema import Recipe, load_recipe  # noqa: E402
 
 METHODS = ("preset", "preset in float32", "peers")
 # In which blocks are run; None for our default.

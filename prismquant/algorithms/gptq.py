@@ -140,7 +140,8 @@ class GPTQ:
                 remedy="add calibration samples of the modality that passes it, or use solver: rtn",
             )
         hessian = hessian.to(problem.weights[0].device, torch.float32).contiguous()
-        halves = Triangles.of(hessian)
+        kernel = sweep_kernels.kernel_for(hessian.device, problem.spec.grid)
+        halves = Triangles.of(hessian, kernel)
         try:
             factor = self._factorize(problem, halves)
             scales = choose_scales(problem, self._importance(factor))
@@ -153,7 +154,7 @@ class GPTQ:
             "precision": str(factor.lines.dtype).removeprefix("torch."),
             "order": self.order,
             "scale_weighting": self.scale_weighting,
-            "kernel": found.kernel,
+            "kernel": kernel,
             "dead_columns": int((halves.diagonal == 0).sum()),
             "swept_loss": found.swept_loss,
             "refined_loss": found.refined_loss,
@@ -177,10 +178,9 @@ class GPTQ:
         swept_loss = refined_loss = 0.0
         losses, baselines = [], []
         table = ScaleTable.of(problem, scales)
-        device = hessian.matrix.device
-        kernel = sweep_kernels.kernel_for(device, problem.spec.grid)
+        kernel = hessian.kernel
         descends = self.refine_passes > 0 and descent.supports(kernel)
-        for portion in portions([len(part) for part in codes], portion_size(device)):
+        for portion in portions([len(part) for part in codes], portion_size(hessian.matrix.device)):
             sweep = Sweep(
                 problem, portion, table, factor, self.block_size, kernel, descends=descends
             )
@@ -193,9 +193,7 @@ class GPTQ:
             sweep.write_codes(codes)
             # Before the next portion's is made.
             del sweep
-        return _Solution(
-            codes, torch.cat(losses), torch.cat(baselines), swept_loss, refined_loss, kernel
-        )
+        return _Solution(codes, torch.cat(losses), torch.cat(baselines), swept_loss, refined_loss)
 
     def _factorize(self, problem: LayerProblem, hessian: Triangles) -> Factor:
         """Order, damp and factorize, with more precision and then more damping until it works."""
@@ -309,7 +307,6 @@ class _Solution:
         baselines: With the nearest codes.
         swept_loss: Of all rows after the sweep, under the damped Hessian.
         refined_loss: After descent.
-        kernel: What rounded the columns.
     """
 
     codes: list[Tensor]
@@ -317,7 +314,6 @@ class _Solution:
     baselines: Tensor
     swept_loss: float
     refined_loss: float
-    kernel: sweep_kernels.Kernel
 
 
 def _noise(dtype: torch.dtype, count: int) -> float:

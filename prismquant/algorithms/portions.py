@@ -36,7 +36,9 @@ _DESCENT_BLOCK = 512
 # How small a loss, as a fraction of what the same errors would cost without correlations, is still
 # a difference of sums and not of their rounding errors.
 _LEAST_FRACTION = 1e-3
-_LEAST_FRACTION_ROUNDED = 1e-2
+# How little of the damped loss it may be where factors are rounded, which changes that by some
+# ten thousandths.
+_LEAST_LEFT = 2e-2
 # How many lines of the Hessian's width all panels of a solve come to at most.
 _PANEL_LINES = 1280
 
@@ -237,8 +239,10 @@ class Sweep:
 
     def _descend(self, factor: Factor, hessian: Triangles, kept: Tensor, *, final: bool) -> None:
         """One pass that only touches what changes."""
-        for block in blocks(len(self._weights), _DESCENT_BLOCK):
-            coefficients = hessian.lines(block).div_(factor.damped[block].unsqueeze(1))
+        count = len(self._weights)
+        memory = self._weights.new_empty(min(_DESCENT_BLOCK, count), count)
+        for block in blocks(count, _DESCENT_BLOCK):
+            coefficients = hessian.lines(block, memory).div_(factor.damped[block].unsqueeze(1))
             coefficients[:, block].diagonal().fill_(1.0)
             descent.round_again(
                 kept,
@@ -267,8 +271,10 @@ class Sweep:
         """
         damped, uncorrelated, added = self._sums
         losses: Tensor = damped - added
-        least = _LEAST_FRACTION_ROUNDED if self._rounds else _LEAST_FRACTION
-        unclear = ~(losses > least * uncorrelated)
+        least = _LEAST_FRACTION * uncorrelated
+        if self._rounds:
+            least = torch.maximum(least, _LEAST_LEFT * damped)
+        unclear = ~(losses > least)
         if bool(unclear.any()):
             errors = self.errors.new_zeros(int(unclear.sum()), len(self.errors))
             errors[:, self._columns] = self.errors[:, unclear].T

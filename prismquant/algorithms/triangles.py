@@ -9,11 +9,16 @@ lower half is copied back from the upper one.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from prismquant.algorithms.factor import blocks
+from prismquant.kernels import transpose
+
+if TYPE_CHECKING:
+    from prismquant.kernels.sweep import Kernel
 
 # Lines that are gathered or copied at once.
 _BLOCK = 256
@@ -26,34 +31,45 @@ class Triangles:
     Attributes:
         matrix: float32 ``[n, n]``; on and above its diagonal the Hessian, below it a factor.
         diagonal: The Hessian's, float32 ``[n]``.
+        kernel: What transposes parts of it.
     """
 
     matrix: Tensor
     diagonal: Tensor
+    kernel: Kernel
 
     @staticmethod
-    def of(hessian: Tensor) -> Triangles:
+    def of(hessian: Tensor, kernel: Kernel) -> Triangles:
         """Take over the memory of a Hessian; :meth:`restore` gives it back as it was.
 
         Args:
             hessian: Symmetric, float32 ``[n, n]``.
+            kernel: One that works where it lies.
         """
-        return Triangles(hessian, hessian.diagonal().clone())
+        return Triangles(hessian, hessian.diagonal().clone(), kernel)
 
     def restore(self) -> None:
         """Make the matrix the whole Hessian again."""
         self.matrix.diagonal().copy_(self.diagonal)
         for block in blocks(len(self.matrix), _BLOCK):
-            lines = self.matrix[block]
-            lines[:, : block.start] = self.matrix[: block.start, block].T
-            own = lines[:, block]
+            self._turn(block, self.matrix[block])
+            own = self.matrix[block, block]
             own.copy_(own.triu() + own.triu(1).T)
 
-    def lines(self, block: slice) -> Tensor:
-        """Lines of the Hessian in its original order, ``[block, n]``."""
-        found = torch.empty_like(self.matrix[block])
-        found[:, block.start :] = self.matrix[block, block.start :]
-        found[:, : block.start] = self.matrix[: block.start, block].T
+    def lines(self, block: slice, memory: Tensor | None = None) -> Tensor:
+        """Lines of the Hessian in its original order.
+
+        Args:
+            block: Which.
+            memory: float32, at least ``[block, n]``: where to put them.
+
+        Returns:
+            float32 ``[block, n]``.
+        """
+        lines = self.matrix[block]
+        found = torch.empty_like(lines) if memory is None else memory[: len(lines)]
+        found[:, block.start :] = lines[:, block.start :]
+        self._turn(block, found)
         own = found[:, block]
         own.copy_(own.triu(1) + own.triu(1).T)
         own.diagonal().copy_(self.diagonal[block])
@@ -70,11 +86,24 @@ class Triangles:
         for block in blocks(len(order), _BLOCK):
             index = order[block]
             above = columns > index.unsqueeze(1)
-            rows, across = self.matrix.index_select(0, index), self.matrix.index_select(1, index).T
+            rows = self.matrix.index_select(0, index)
+            across = torch.empty_like(rows)
+            transpose.columns_as_lines(self.kernel, self.matrix, index, across)
             lines = torch.where(above, rows, across).index_select(1, order[: block.stop])
             target[block, : block.start] = lines[:, : block.start]
             own, found = target[block, block], lines[:, block]
             own.copy_(torch.where(below_diagonal(own), found.to(own.dtype), own))
+
+    def _turn(self, block: slice, lines: Tensor) -> None:
+        """Put what is above the diagonal in the columns of a block where it is left of it in lines.
+
+        Args:
+            block: Of columns.
+            lines: ``[block, n]``, filled up to the block.
+        """
+        columns = torch.arange(block.start, block.stop, device=lines.device)
+        ahead = slice(0, block.start)
+        transpose.columns_as_lines(self.kernel, self.matrix[ahead], columns, lines[:, ahead])
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ tensors.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -84,6 +85,7 @@ def make_batches(
     vision_token_ids: Collection[int],
     max_length: int | None = None,
     sampling: Sampling | None = None,
+    most_tokens: int | None = None,
 ) -> Iterator[Batch]:
     """Render, tokenize and pad samples, a batch at a time. Kinds mix freely within a batch.
 
@@ -95,6 +97,8 @@ def make_batches(
         max_length: Longer rows are cut to this many tokens, but never within a picture or a clip.
             An answer that was cut is no answer: its mask is empty.
         sampling: How frames of video files are chosen.
+        most_tokens: Samples that together have more tokens than this, by a rough estimate, are cut
+            into even parts that have not, down to single samples.
 
     Yields:
         Batches on the CPU. Pictures and clips are read only when their batch is due.
@@ -106,13 +110,11 @@ def make_batches(
         raise DataError(
             f"a batch of {batch_size} samples is impossible", remedy="a batch size of 1 or more"
         )
-    return _batches(
-        samples,
-        processor,
-        batch_size,
-        frozenset(vision_token_ids),
-        max_length,
-        sampling or Sampling(),
+    vision_ids, sampling = frozenset(vision_token_ids), sampling or Sampling()
+    return (
+        _make_batch(part, processor, vision_ids, max_length, sampling)
+        for start in range(0, len(samples), batch_size)
+        for part in _parts(samples[start : start + batch_size], most_tokens)
     )
 
 
@@ -127,17 +129,14 @@ def by_length(samples: Sequence[Sample]) -> list[Sample]:
     return sorted(samples, key=_length_estimate)
 
 
-def _batches(
-    samples: Sequence[Sample],
-    processor: Any,
-    batch_size: int,
-    vision_ids: frozenset[int],
-    max_length: int | None,
-    sampling: Sampling,
-) -> Iterator[Batch]:
-    for start in range(0, len(samples), batch_size):
-        chunk = samples[start : start + batch_size]
-        yield _make_batch(chunk, processor, vision_ids, max_length, sampling)
+def _parts(samples: Sequence[Sample], most_tokens: int | None) -> Iterator[Sequence[Sample]]:
+    """Samples of a batch in even parts; how many follows from these samples alone."""
+    count = 1
+    if most_tokens is not None:
+        tokens = sum(_length_estimate(sample) for sample in samples)
+        count = min(max(math.ceil(tokens / most_tokens), 1), len(samples))
+    for number in range(count):
+        yield samples[len(samples) * number // count : len(samples) * (number + 1) // count]
 
 
 def _make_batch(

@@ -369,7 +369,8 @@ class _Engine:
 
     def _vision_order(self) -> list[BoundStep]:
         """The tower's steps as the model runs them; a rank without pictures is told by another."""
-        own = [] if self.main.replay is None else self.main.replay.vision_steps()
+        with self.job.precision.in_force():
+            own = [] if self.main.replay is None else self.main.replay.vision_steps()
         known = self.job.ranks.gather_json([step.index for step in own])
         return [self.job.bound.steps[index] for index in next(filter(None, known), [])]
 
