@@ -593,10 +593,10 @@ def test_batches_of_too_many_tokens_are_cut_into_even_parts_by_themselves(
     samples, processor = by_length(mixed_samples(tmp_path)), processors("qwen2_vl")
     whole = list(batches(samples, processor, batch_size=4, most_tokens=10**6))
     assert [len(batch) for batch in whole] == [4, 3]
-    cut = list(batches(samples, processor, batch_size=4, most_tokens=20))
+    cut = list(batches(samples, processor, batch_size=4, most_tokens=12))
     assert [i for batch in cut for i in batch.ids] == [i for batch in whole for i in batch.ids]
     assert max(len(batch) for batch in cut) < 4
-    alone = list(batches(samples[4:], processor, batch_size=4, most_tokens=20))
+    alone = list(batches(samples[4:], processor, batch_size=4, most_tokens=12))
     assert [batch.ids for batch in alone] == [batch.ids for batch in cut[-len(alone) :]]
     single = list(batches(samples, processor, batch_size=4, most_tokens=1))
     assert [len(batch) for batch in single] == [1] * len(samples)
