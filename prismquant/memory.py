@@ -10,9 +10,8 @@ import psutil
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
-# Blocks of this size are mapped, and so much may be free at the end of the heap.
-_MAPPED = 16 << 20
-_KEPT = 256 << 20
+# How many of the largest blocks that are not mapped may be free at the end of the heap.
+_KEPT = 16
 
 
 def peak_memory_bytes() -> int:
@@ -35,23 +34,25 @@ def available_bytes() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def keep_heap_compact() -> None:
-    """Let the C library map every block of 16 megabytes or more by itself, and unmap it when freed.
+def keep_heap_compact(mapped: int = 1 << 20) -> None:
+    """Let the C library map every large block by itself, and unmap it when freed.
 
-    glibc raises that limit to 32 megabytes once it has freed blocks of such size. Weights and
+    glibc raises its limit to 32 megabytes once it has freed blocks of such size. Weights and
     statistics of many shapes that come and go then leave its heap in pieces, and the resident set
-    of a run grows with the number of blocks although nothing is alive. Smaller blocks, as
-    activations of a call, come from the heap and go back to it: memory that the system has handed
-    over once, which takes longer than many an operation on it. :func:`give_back_freed` sees to what
-    they leave. The setting holds for the whole process; it does nothing where the C library has no
-    such call.
+    of a run grows with the number of blocks although nothing is alive. Smaller blocks come from the
+    heap and go back to it: memory that the system has handed over once, which takes longer than
+    many an operation on it. :func:`give_back_freed` sees to what they leave. The setting holds for
+    the whole process; it does nothing where the C library has no such call.
+
+    Args:
+        mapped: Bytes from which on a block is large.
     """
     if not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _MAPPED)
-        mallopt(_M_TRIM_THRESHOLD, _KEPT)
+        mallopt(_M_MMAP_THRESHOLD, mapped)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT * mapped)
 
 
 def ask_for_large_pages() -> None:

@@ -22,11 +22,11 @@ def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 keep_heap_compact()
-first = bytearray(b"x") * (30 << 20)
+first = bytearray(b"x") * (24 << 20)
 del first
 before, large, small = resident(), [], []
-for _ in range(8):
-    large.append(bytearray(b"x") * (24 << 20))
+for _ in range(32):
+    large.append(bytearray(b"x") * (4 << 20))
     small.append(bytearray(b"x") * 4096)
 large.clear()
 print(resident() - before)
@@ -34,8 +34,8 @@ print(resident() - before)
 
 # The same of blocks that are too small to be given back by themselves.
 _SMALL_CHURN = (
-    _CHURN.replace("24 << 20", "1 << 19")
-    .replace("range(8)", "range(256)")
+    _CHURN.replace("4 << 20", "1 << 19")
+    .replace("range(32)", "range(256)")
     .replace("large.clear()", "large.clear()\ngive_back_freed()")
     .replace("import keep_heap_compact", "import give_back_freed, keep_heap_compact")
 )

@@ -59,6 +59,9 @@ from prismquant.runtime.quant_linear import (
 )
 from prismquant.storage import ShardReader
 
+# Bytes below which blocks stay at hand: activations come and go with every call.
+_ACTIVATIONS = 16 << 20
+
 
 class Sink(Protocol):
     """Where finished steps go."""
@@ -166,7 +169,7 @@ def run(job: Run) -> Iterator[StepRecord]:
         NumericsError: A weight, an activation or a Hessian is not finite or cannot be factorized.
         StorageError: A shard cannot be read or written.
     """
-    keep_heap_compact()
+    keep_heap_compact(_ACTIVATIONS)
     yield from _Engine(job).run()
 
 
