@@ -29,8 +29,10 @@ _HELD = 5
 # Intermediate tensors of one call that are alive at once, in units of its widest layer.
 _ALIVE = 4
 # What libraries load when they are first used, a compiler among them that takes 130 MiB, and what
-# the allocator keeps.
-_SLACK = 192 << 20
+# the allocator and large pages round up.
+_SLACK = 288 << 20
+# What passes leave on the heap, at most, while a stage is solved.
+_LEFT = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,8 @@ class _Outline:
         if not self.plan.needs_data:
             return max(loaded, weights + solving)
         states, held = self._states(step), self._held(step, rows)
-        return states + max(loaded, weights + held + max(solving, self._call(step)))
+        call = self._call(step)
+        return states + max(loaded, weights + held + max(solving + min(call, _LEFT), call))
 
     def embeddings(self) -> int:
         """The rows of the table that are used, as they are on disk and in the arithmetic."""
