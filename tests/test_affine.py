@@ -14,6 +14,7 @@ from torch import Tensor
 from prismquant.errors import FormatError, NumericsError
 from prismquant.numerics.affine import (
     Granularity,
+    all_finite,
     check_finite,
     dequantize,
     dynamic_scale_zero_point,
@@ -397,6 +398,19 @@ def test_values_that_are_not_finite_are_refused_with_their_place(
     for call in calls:
         with pytest.raises(NumericsError, match=rf"{bad}.*\[2, 5\]"):
             call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_sum_that_overflows_is_not_taken_for_an_infinite_value(dtype: torch.dtype) -> None:
+    x = torch.full((40, 50), torch.finfo(dtype).max, dtype=dtype)
+    assert all_finite(x)
+    for bad in (torch.inf, -torch.inf, torch.nan):
+        x[17, 3] = bad
+        assert not all_finite(x)
+        assert not all_finite(x.mT)
+    x[17, 4] = torch.inf
+    x[17, 3] = -torch.inf
+    assert not all_finite(x)
 
 
 def test_integers_cannot_be_quantized() -> None:

@@ -11,8 +11,12 @@ import torch
 from torch import nn
 
 import prismquant as pq
-from prismquant.pipeline import engine
-from prismquant.pipeline.engine import _Engine
+from prismquant.algorithms.base import LayerResult
+from prismquant.models.bind import bind
+from prismquant.models.config import empty_model
+from prismquant.pipeline import engine, exchange
+from prismquant.pipeline.engine import _Engine, _mlps
+from prismquant.pipeline.exchange import Ranks, Task
 from prismquant.runtime import mixed
 from prismquant.runtime.mixed import Precision
 from prismquant.runtime.quant_linear import quant_linear
@@ -105,6 +109,57 @@ def test_all_else_stays_as_it_is() -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
+class _MLP(nn.Module):
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(24, 60, bias=bias), nn.Linear(60, 24, bias=bias)
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return self.down(nn.functional.gelu(self.up(x)) * scale)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_flows_in_a_narrow_module_is_held_as_products_are(bias: bool) -> None:
+    torch.manual_seed(4)
+    mlp, x = _MLP(bias), torch.randn(2, 5, 24)
+    seen: list[torch.dtype] = []
+    mlp.down.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    with torch.no_grad(), MIXED.in_force([mlp]):
+        y = mlp(x, scale=2.0)
+        by_keyword = mlp(x=x, scale=2.0)
+    assert seen == [torch.bfloat16] * 2
+    assert y.dtype == torch.float32
+    assert torch.equal(y, by_keyword)
+    with torch.no_grad():
+        assert torch.equal(mlp(x), _MLP.forward(mlp, x))
+        # Against float64: some roundings to 8 digits.
+        torch.testing.assert_close(
+            y.double(), mlp.double()(x.double(), scale=2.0), atol=0.02, rtol=0.02
+        )
+
+
+def test_a_narrow_module_is_plain_for_gradients_after_errors_and_without_mixed_precision() -> None:
+    mlp, x = _MLP(bias=True), torch.randn(5, 24)
+    with MIXED.in_force():
+        wide = mlp(x)
+    with MIXED.in_force([mlp]):
+        assert torch.equal(mlp(x), wide)
+    with pytest.raises(ZeroDivisionError), MIXED.in_force([mlp]):
+        raise ZeroDivisionError
+    plain = mlp(x)
+    with torch.no_grad(), Precision().in_force([mlp]):
+        assert torch.equal(mlp(x), plain)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "video_llama_3"])
+def test_the_narrow_modules_of_a_block_are_its_mlp(tiny: Callable[..., Path], family: str) -> None:
+    bound = bind(tiny(family))
+    model = empty_model(bound.config, bound.arch)
+    for step in bound.steps:
+        names = [name for name, module in model.named_modules() if module in _mlps(model, step)]
+        assert names == ([f"{step.name}.mlp"] if step.kind == "block" else [])
+
+
 def test_it_ends_with_the_block_even_after_an_error() -> None:
     layer, x = nn.Linear(64, 4), torch.randn(8, 64)
     plain = layer(x)
@@ -173,12 +228,21 @@ def test_each_step_asks_for_the_next_ones_weights_and_gives_back_what_is_free(
 ) -> None:
     asked: list[list[str]] = []
     freed: list[None] = []
+    solved: list[int] = []
+
+    def solve_all(tasks: list[Task], ranks: Ranks) -> list[LayerResult]:
+        solved.append(len(tasks))
+        return exchange.solve_all(tasks, ranks)
+
     monkeypatch.setattr(ShardReader, "read_ahead", lambda _, names: asked.append(list(names)))
     monkeypatch.setattr(engine, "give_back_freed", lambda: freed.append(None))
+    monkeypatch.setattr(engine, "solve_all", solve_all)
     recipe = pq.load_recipe("w4a16").with_calibration(samples=4, batch_size=2)
     folder = tiny("qwen2_vl")
     result = pq.quantize(folder, recipe, tmp_path / "out", calibration_file)
-    assert len(freed) == len(asked) == len(result.record.steps)
+    assert len(asked) == len(result.record.steps)
+    # After each step, and before each solve.
+    assert len(freed) == len(asked) + len(solved) > len(asked)
     stored = ShardReader(folder).names
     ahead = {name for names in asked for name in names}
     assert any("layers.1." in name for name in ahead)

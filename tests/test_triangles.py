@@ -54,7 +54,10 @@ def test_lines_are_those_of_the_whole(
 ) -> None:
     hessian = symmetric(count, seed)
     block = slice(min(first, count - 1), min(first + size, count))
-    assert torch.equal(spoilt(hessian.clone(), kernel).lines(block), hessian[block])
+    halves = spoilt(hessian.clone(), kernel)
+    assert torch.equal(halves.lines(block), hessian[block])
+    behind = halves.lines(block, whole=False)[:, block.start :]
+    assert torch.equal(behind, hessian[block, block.start :])
 
 
 @settings(deadline=None, max_examples=15)

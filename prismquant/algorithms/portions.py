@@ -242,7 +242,9 @@ class Sweep:
         count = len(self._weights)
         memory = self._weights.new_empty(min(_DESCENT_BLOCK, count), count)
         for block in blocks(count, _DESCENT_BLOCK):
-            coefficients = hessian.lines(block, memory).div_(factor.damped[block].unsqueeze(1))
+            first = block.start if final else 0
+            coefficients = hessian.lines(block, memory, whole=not final)
+            coefficients[:, first:] /= factor.damped[block].unsqueeze(1)
             coefficients[:, block].diagonal().fill_(1.0)
             descent.round_again(
                 kept,

@@ -56,20 +56,22 @@ class Triangles:
             own = self.matrix[block, block]
             own.copy_(own.triu() + own.triu(1).T)
 
-    def lines(self, block: slice, memory: Tensor | None = None) -> Tensor:
+    def lines(self, block: slice, memory: Tensor | None = None, *, whole: bool = True) -> Tensor:
         """Lines of the Hessian in its original order.
 
         Args:
             block: Which.
             memory: float32, at least ``[block, n]``: where to put them.
+            whole: Whether columns before the block are wanted, which take most of the time.
 
         Returns:
-            float32 ``[block, n]``.
+            float32 ``[block, n]``; without these columns anything is in their places.
         """
         lines = self.matrix[block]
         found = torch.empty_like(lines) if memory is None else memory[: len(lines)]
         found[:, block.start :] = lines[:, block.start :]
-        self._turn(block, found)
+        if whole:
+            self._turn(block, found)
         own = found[:, block]
         own.copy_(own.triu(1) + own.triu(1).T)
         own.diagonal().copy_(self.diagonal[block])

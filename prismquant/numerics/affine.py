@@ -264,7 +264,7 @@ def extremes(
     # NaN and infinities survive the reductions: the values themselves need no mask. Two reductions
     # are vectorised on a CPU where the one that yields both ends is not.
     low, high = groups.amin(dim=-1), groups.amax(dim=-1)
-    if not (_all_finite(low) and _all_finite(high)):
+    if not (all_finite(low) and all_finite(high)):
         check_finite(x, "the tensor")
     return low, high
 
@@ -444,7 +444,7 @@ def check_finite(x: Tensor, what: str) -> None:
     Raises:
         NumericsError: ``x`` holds a value that is not finite.
     """
-    if x.numel() == 0 or not x.is_floating_point() or _all_finite(x):
+    if x.numel() == 0 or not x.is_floating_point() or all_finite(x):
         return
     bad = (~torch.isfinite(x)).nonzero()
     first = tuple(int(i) for i in bad[0])
@@ -472,9 +472,14 @@ def finiteness(x: Tensor) -> str:
     return f"{said}, the finite ones from {float(finite.min()):.4g} to {float(finite.max()):.4g}"
 
 
-def _all_finite(x: Tensor) -> bool:
-    """Whether all values are finite, read once and without a mask of the tensor's size."""
-    if x.numel() == 0:
+def all_finite(x: Tensor) -> bool:
+    """Whether all values are finite, read once as a rule, and without a mask of the tensor's size.
+
+    Args:
+        x: Any shape, any floating dtype.
+    """
+    # A sum tells at once, unless it overflows by itself.
+    if x.numel() == 0 or math.isfinite(float(x.sum())):
         return True
     low, high = torch.aminmax(x)
     return math.isfinite(float(low)) and math.isfinite(float(high))

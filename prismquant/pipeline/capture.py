@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from prismquant.errors import ModelError, NumericsError
 from prismquant.models.arch import Modality
 from prismquant.models.bind import BoundModel, BoundStep
-from prismquant.numerics.affine import finiteness
+from prismquant.numerics.affine import all_finite, finiteness
 from prismquant.pipeline.batches import Batch
 from prismquant.pipeline.states import InMemory, States
 
@@ -236,7 +236,7 @@ class Replay:
     def _step_call(self, step: BoundStep, state: _Pass, captured: _Captured) -> StepCall:
         def keep(output: Any) -> None:
             values = output if isinstance(output, Tensor) else output[0]
-            if not _finite(values):
+            if not all_finite(values):
                 raise NumericsError(
                     f"the output holds {finiteness(values)}",
                     where=step.name,
@@ -361,11 +361,6 @@ def _no_embedding(table: Tensor) -> Callable[..., Any]:
 
 def _first_tensor(args: tuple[Any, ...]) -> Tensor:
     return next(value for value in args if isinstance(value, Tensor))
-
-
-def _finite(x: Tensor) -> bool:
-    """Whether all values are; mostly told by their sum, which takes one pass and no memory."""
-    return bool(x.sum().isfinite()) or bool(torch.isfinite(x).all())
 
 
 def _hollow(x: Tensor) -> Tensor:

@@ -210,16 +210,17 @@ class _Chain:
             self.model,
             step.name,
             lambda: self.calls(step),
-            lambda: self.inputs_as_asked(self.module(step.name)),
+            lambda: self.as_asked(step),
         )
         return PausedPasses(run) if paused else ReplayedPasses(run)
 
     @contextlib.contextmanager
-    def inputs_as_asked(self, module: nn.Module) -> Iterator[None]:
-        """Inputs of solved layers, keys and values as they will be served, or in float where the
-        plan says so."""
+    def as_asked(self, step: BoundStep) -> Iterator[None]:
+        """The step in the precision of the run; inputs of solved layers, keys and values as they
+        will be served, or in float where the plan says so."""
+        module = self.module(step.name)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self.job.precision.in_force())
+            stack.enter_context(self.job.precision.in_force(_mlps(self.model, step)))
             if not self.job.plan.calibration.quantized_inputs:
                 stack.enter_context(activations_in_float(module))
                 stack.enter_context(cache_in_float(module))
@@ -515,7 +516,7 @@ class _Engine:
         self.job.reporter.stage(step.name, "keys and values")
         observation = KVObservation(plan, layer)
         module = self.main.module(step.name)
-        with self.main.inputs_as_asked(module):
+        with self.main.as_asked(step):
             observation.observe(self.main.model, module, self.main.calls(step))
         observation.share(self.job.ranks)
         scales = observation.scales(self.job.bound.dtype, self.job.device)
@@ -612,6 +613,8 @@ class _Engine:
         # One at a time where nobody else could solve another meanwhile: each has its own Hessian.
         batches = [[group] for group in groups] if self.job.ranks.size == 1 else [groups]
         for members in batches:
+            # What passes have left on the heap would come on top of what a solver takes.
+            give_back_freed()
             tasks = [Task(group.solver, group.problem()) for group in members]
             results = solve_all(tasks, self.job.ranks)
             for group, result in zip(members, results, strict=True):
@@ -714,6 +717,18 @@ class _Engine:
             name: self.main.model.get_parameter(name).detach().to(self._stored_dtype(name))
             for name in sorted(work.changed - solved)
         }
+
+
+def _mlps(model: nn.Module, step: BoundStep) -> list[nn.Module]:
+    """The step's modules in which nothing but an MLP's layers has parameters."""
+    sites = {site.name for site in step.sites if site.role.startswith("mlp.")}
+    found = []
+    for name in dict.fromkeys(site.rpartition(".")[0] for site in sites):
+        module = model.get_submodule(name)
+        owners = {path.rpartition(".")[0] for path, _ in module.named_parameters(prefix=name)}
+        if name != step.name and owners <= sites:
+            found.append(module)
+    return found
 
 
 def _weight_of(chain: _Chain, row: PlanRow) -> Tensor:

@@ -18,7 +18,7 @@ from prismquant.algorithms.table import build_solver
 from prismquant.distributed import Ranks
 from prismquant.errors import NumericsError
 from prismquant.formats.spec import NumberSpec
-from prismquant.numerics.affine import finiteness
+from prismquant.numerics.affine import all_finite, finiteness
 from prismquant.numerics.records import RangeRecord, static_scale_zero_point
 from prismquant.numerics.rules import RangeRule
 from prismquant.pipeline.capture import StepCall
@@ -463,7 +463,7 @@ def require_finite(weight: Tensor, name: str) -> None:
     Raises:
         NumericsError: It holds NaN or infinities; names the layer and says how many.
     """
-    if not torch.isfinite(weight).all():
+    if not all_finite(weight):
         bad = int((~torch.isfinite(weight)).sum())
         raise NumericsError(
             f"the weight holds {bad} values that are NaN or infinite: {finiteness(weight)}",

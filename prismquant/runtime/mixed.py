@@ -17,12 +17,13 @@ results stay in the cache and take no new memory; what the rows are is not seen 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -76,15 +77,47 @@ class Precision:
             return str(self.dtype)
         return f"{self.dtype}, linear layers in {self.products}"
 
-    def in_force(self) -> contextlib.AbstractContextManager[object]:
-        """Within the block, linear layers multiply as this says."""
-        return contextlib.nullcontext() if self.products is None else _Products(self.products)
+    @contextlib.contextmanager
+    def in_force(self, narrow: Sequence[nn.Module] = ()) -> Iterator[None]:
+        """Within the block, linear layers multiply as this says.
+
+        Args:
+            narrow: Modules of linear layers and what is between these: all that flows in them is
+                held as products are. What they return has the dtype of what they are given.
+        """
+        if self.products is None:
+            yield
+            return
+        for module in narrow:
+            module.forward = functools.partial(_forward_in, self.products, module)
+        try:
+            with _Products(self.products):
+                yield
+        finally:
+            for module in narrow:
+                del module.forward
 
 
 def multiplies_bfloat16() -> bool:
     """Whether this processor has instructions for products of bfloat16."""
     told: Callable[[], Mapping[str, object]] = getattr(torch.cpu, "get_capabilities", dict)
     return any(told().get(name) for name in _INSTRUCTIONS)
+
+
+def _forward_in(dtype: torch.dtype, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A module's own forward, in a dtype but for gradients; tensors come and go in their own."""
+    given = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+    forward = type(module).forward
+    if given is None or torch.is_grad_enabled():
+        return forward(module, *args, **kwargs)
+    narrow = [_as(dtype, a) for a in args]
+    return _as(
+        given.dtype, forward(module, *narrow, **{k: _as(dtype, a) for k, a in kwargs.items()})
+    )
+
+
+def _as(dtype: torch.dtype, value: Any) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 class _Products(TorchFunctionMode):

@@ -92,7 +92,9 @@ class ActivationQuantizer(nn.Module):
         grid, granularity, size = self.spec.grid, self.spec.granularity, self.spec.group_size
         scale, zero_point = self.scale, self.zero_point
         if self.spec.dynamic:
-            form = ScaleFormat(x.dtype, self.spec.scale, scale)
+            # As kernels do, which find a scale while they read 16-bit values.
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            form = ScaleFormat(dtype, self.spec.scale, scale)
             scale, zero_point = dynamic_scale_zero_point(
                 x, grid, self.spec.symmetric, granularity, size, form
             )
