@@ -13,7 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from prismquant.algorithms import factor
-from prismquant.algorithms.factor import blocks, factorize_in_place, factorize_smallest_last
+from prismquant.algorithms.factor import (
+    blocks,
+    can_round,
+    factorize_in_place,
+    factorize_smallest_last,
+)
 from prismquant.kernels import pivots
 
 # Whether pivots are picked by the compiled loop.
@@ -26,6 +31,9 @@ COMPILED = [
         ),
     ),
 ]
+needs_rounding = pytest.mark.skipif(
+    not can_round(torch.zeros(1, 1)), reason="this processor does not multiply bfloat16"
+)
 # One column, less than a block, blocks with and without a rest.
 SIZES = [1, 2, 7, 256, 257, 600, 1030]
 
@@ -99,6 +107,65 @@ def test_with_pivots_they_are_those_of_the_ordered_matrix(
     assert float((root @ root.T - ordered).abs().max()) < tolerance * float(matrix.max())
 
 
+def moments_about_a_mean(features: int, seed: int) -> Tensor:
+    """Second moments of inputs whose mean is far larger than how they differ, float64, damped."""
+    matrix = moments(features, seed) + 5000 * moments(features, seed).diagonal().mean()
+    return matrix + 0.1 * torch.diag(matrix.diagonal())
+
+
+def pivot_errors(lines: Tensor, exact: Tensor) -> Tensor:
+    """Of the squared diagonal, relative to that of an exact root."""
+    return (lines.double().diagonal().square() / exact.diagonal().square() - 1).abs()
+
+
+@needs_rounding
+@pytest.mark.parametrize("make", [moments, moments_about_a_mean])
+@pytest.mark.parametrize("features", SIZES)
+def test_rounded_products_leave_pivots_good_to_a_thousandth_or_so(features, make):
+    matrix = make(features, 3)
+    plain = lower_alone(matrix, torch.float32)
+    assert factorize_in_place(plain, rounded=True)
+    order = factorize_smallest_last(lines := lower_alone(matrix, torch.float32), rounded=True)
+    for found, ordered in ((plain, matrix), (lines, matrix[order][:, order])):
+        exact = torch.linalg.cholesky(ordered.flip(0, 1)).flip(0, 1)
+        errors = pivot_errors(found, exact)
+        assert float(errors.mean()) < 1e-3
+        assert float(errors.max()) < 3e-2
+        # Each line of factors as a whole.
+        assert float(((root_of(found) - exact).norm(dim=0) / exact.norm(dim=0)).max()) < 2e-2
+
+
+@needs_rounding
+def test_without_the_rule_for_heavy_lines_a_mean_would_drown_the_rest(monkeypatch):
+    """So the test above would notice."""
+    matrix = moments_about_a_mean(600, 3)
+    monkeypatch.setattr(factor, "_HEAVY", math.inf)
+    assert factorize_smallest_last(lower_alone(matrix, torch.float32), rounded=True) is None
+
+
+@needs_rounding
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_change_next_to_nothing_of_a_rounded_factorization(threads):
+    matrix = moments(1030, 5)
+    expected = lower_alone(matrix, torch.float32)
+    order = factorize_smallest_last(expected, rounded=True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = lower_alone(matrix, torch.float32)
+        assert torch.equal(factorize_smallest_last(found, rounded=True), order)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found.tril(), expected.tril(), rtol=1e-4, atol=1e-5)
+
+
+def test_only_float32_is_rounded():
+    matrix = moments(300)
+    lines, rounded = lower_alone(matrix, torch.float64), lower_alone(matrix, torch.float64)
+    assert factorize_smallest_last(lines).equal(factorize_smallest_last(rounded, rounded=True))
+    assert torch.equal(lines.tril(), rounded.tril())
+
+
 @pytest.mark.parametrize("compiled", COMPILED)
 @settings(deadline=None, max_examples=25)
 @given(features=st.integers(1, 60), seed=st.integers(0, 1000), block=st.integers(1, 70))
@@ -134,8 +201,9 @@ def test_without_pivots_the_root_does_not_depend_on_the_block(features, seed, bl
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("above", ["numbers", "nan", "signed zeros", "infinite"])
 @pytest.mark.parametrize("definite", [True, False])
+@pytest.mark.parametrize("rounded", [True, False])
 def test_what_is_above_the_diagonal_stays_and_does_not_matter(
-    definite, above, dtype, compiled, monkeypatch
+    rounded, definite, above, dtype, compiled, monkeypatch
 ):
     monkeypatch.setattr(pivots, "supports", lambda device: compiled)
     monkeypatch.setattr(factor, "_PANEL", 200)
@@ -154,7 +222,8 @@ def test_what_is_above_the_diagonal_stays_and_does_not_matter(
         alone = clean.clone()
         beside = torch.where(torch.ones_like(clean).tril() > 0, clean, fill)
         before = bits_above(beside)
-        expected, found = factorize(alone), factorize(beside)
+        expected = factorize(alone, rounded=rounded)
+        found = factorize(beside, rounded=rounded)
         assert torch.equal(bits_above(beside), before)
         if definite:
             assert torch.equal(torch.as_tensor(found), torch.as_tensor(expected))

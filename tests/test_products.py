@@ -14,7 +14,12 @@ from torch import Tensor
 from prismquant.algorithms.statistics import HessianRecord
 from prismquant.errors import NumericsError
 from prismquant.kernels import products
-from prismquant.kernels.products import RunningSum, add_products, token_product
+from prismquant.kernels.products import (
+    RunningSum,
+    add_products,
+    subtract_products,
+    token_product,
+)
 
 CPU = torch.device("cpu")
 multiplies = pytest.mark.skipif(
@@ -75,6 +80,53 @@ def test_whole_numbers_are_multiplied_exactly_wherever_they_lie(
     whole = whole.T if turned else whole
     a, b = (whole[::every, place : place + size][:tokens] for size in (n, m))
     assert torch.equal(token_product(a, b), (a.double().T @ b.double()).float())
+
+
+@multiplies
+@settings(deadline=None, max_examples=40)
+@given(
+    lines=st.integers(0, 256),
+    columns=st.sampled_from([0, 1, 7, 8, 15, 16, 47, 48, 49, 100, 961, 1100]),
+    beside=st.integers(0, 5),
+    seed=st.integers(0, 1000),
+)
+def test_products_are_subtracted_from_a_lower_triangle_alone(lines, columns, beside, seed):
+    generator = torch.Generator().manual_seed(seed)
+    factors = torch.randn(lines, columns, generator=generator)
+    memory = torch.randn(columns, columns + beside, generator=generator)
+    whole = memory.clone()
+    subtract_products(whole[:, :columns], factors)
+    rounded = factors.bfloat16().double()
+    expected = memory[:, :columns].double() - rounded.T @ rounded
+    found, lower = whole[:, :columns], torch.ones(columns, columns).tril() > 0
+    assert torch.equal(found[~lower], memory[:, :columns][~lower])
+    assert torch.equal(whole[:, columns:], memory[:, columns:])
+    sizes = rounded.norm(dim=0).outer(rounded.norm(dim=0))
+    error = (found.double() - expected).abs()
+    assert bool((error <= 1e-6 * (1 + sizes + expected.abs()))[lower].all())
+
+
+@multiplies
+def test_threads_subtract_the_same_bits():
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randn(256, 700, generator=generator)
+    matrix, before = torch.randn(700, 700, generator=generator), torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            subtract_products(own := matrix.clone(), factors)
+            found.append(own)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
+def test_what_no_cpu_multiplies_is_not_subtracted(monkeypatch):
+    monkeypatch.setattr(products, "_loops", lambda: None)
+    assert not products.subtracts(torch.zeros(2, 2))
+    with pytest.raises(NumericsError, match="cannot be multiplied"):
+        subtract_products(torch.zeros(2, 2), torch.ones(1, 2))
 
 
 @multiplies

@@ -5,6 +5,13 @@ from the end, the column of R that each step finds is just the line of factors t
 at that position, so the lines are stored as rows, and nothing is computed twice. Where the sweep's
 order is chosen by pivots, choosing it *is* the factorization.
 
+Most of the work is to subtract from what remains what finished lines explain of it. These products
+may round their factors to bfloat16, which some processors multiply more than twice as fast. The
+errors are in proportion to what a line explains: where that is many times what is left, as with the
+mean of all inputs, which the first lines hold, they would drown it. Such lines keep float32, so
+errors stay in proportion to what is left, and pivots, however small, are good to a thousandth or so
+(at the worst two hundredths).
+
 Everything happens in the lower triangle of the matrix, diagonal included. What is above belongs to
 somebody else: no result depends on it, and none of it changes, at any moment. Blocks on the
 diagonal therefore go through a copy.
@@ -19,7 +26,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from prismquant.kernels import pivots
+from prismquant.kernels import pivots, products
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,28 +38,33 @@ _PIVOT_BLOCK = 256
 _PLAIN_BLOCK = 256
 # Rows of a triangle updated at once.
 _PANEL = 512
+# How much of what is left of the diagonal, summed over columns, a line explains that is rounded.
+_HEAVY = 4.0
 # Of a block on the diagonal both halves are computed where it is no larger than this.
 _TIP = 128
 
 
-def factorize_in_place(matrix: Tensor) -> bool:
+def factorize_in_place(matrix: Tensor, *, rounded: bool = False) -> bool:
     """Factorize as ``R R^T`` in the given order.
 
     Args:
         matrix: Symmetric ``[n, n]``, float32 or float64, given by its lower triangle. Line k of it
             becomes column k of R. What is above the diagonal is neither used nor changed.
+        rounded: Whether factors of products may be rounded to bfloat16, where :func:`can_round`.
 
     Returns:
         Whether the matrix is positive definite in its precision; if not, the lower triangle is
         spoilt.
     """
-    end = len(matrix)
+    rounded, end = rounded and can_round(matrix), len(matrix)
     while end:
         start = max(0, end - _PLAIN_BLOCK)
-        ahead, factors = matrix[start:end, :start], matrix[end:, start:end]
-        # Left-looking: a block is touched once, by all the lines found so far.
-        ahead.addmm_(factors.T, matrix[end:, :start], alpha=-1)
-        own = matrix[start:end, start:end].tril().addmm_(factors.T, factors, alpha=-1)
+        ahead, own = matrix[start:end, :start], matrix[start:end, start:end].tril()
+        if not rounded:
+            # Left-looking: a block is touched once, by all the lines found so far.
+            factors = matrix[end:, start:end]
+            ahead.addmm_(factors.T, matrix[end:, :start], alpha=-1)
+            own.addmm_(factors.T, factors, alpha=-1)
         # The factorization from the end is the usual one of the reversed block.
         lower, failed = torch.linalg.cholesky_ex(own.T.flip(0, 1))
         if int(failed):
@@ -62,10 +74,12 @@ def factorize_in_place(matrix: Tensor) -> bool:
         ahead.T.copy_(torch.linalg.solve_triangular(own.T, ahead.T, upper=False, left=False))
         _write_lower(matrix[start:end, start:end], own.T)
         end = start
+        if rounded:
+            _explain(matrix[:end, :end], ahead, rounded=True)
     return bool(torch.isfinite(matrix.diagonal()).all())
 
 
-def factorize_smallest_last(matrix: Tensor) -> Tensor | None:
+def factorize_smallest_last(matrix: Tensor, *, rounded: bool = False) -> Tensor | None:
     """Factorize as ``R R^T`` after putting the column with the smallest pivot last, over and over.
 
     A column's pivot is its variance given all columns that come later: with columns that correlate
@@ -81,12 +95,13 @@ def factorize_smallest_last(matrix: Tensor) -> Tensor | None:
         matrix: Symmetric ``[n, n]``, float32 or float64, given by its lower triangle. Line k of it
             becomes the column of R at position k. What is above the diagonal is neither used nor
             changed.
+        rounded: Whether factors of products may be rounded to bfloat16, where :func:`can_round`.
 
     Returns:
         Column at each position, int64 ``[n]``; ``None`` when a pivot is not positive, and then the
         lower triangle is spoilt.
     """
-    end = len(matrix)
+    rounded, end = rounded and can_round(matrix), len(matrix)
     compiled = pivots.supports(matrix.device)
     pick, settle = (_pick_compiled, pivots.settle) if compiled else (_pick_smallest, _settle)
     moves: list[_Move] = []
@@ -99,11 +114,17 @@ def factorize_smallest_last(matrix: Tensor) -> Tensor | None:
         moved = move.columns_of(rest)
         move.store(lines, rest)
         end -= len(picked)
+        rest = matrix[:end, :end]
         for rows in blocks(end, _PANEL):
             settle(rest, moved, move.free, rows)
-            _update(rest, lines, rows)
+        _explain(rest, lines[:, :end], rounded=rounded)
         moves.append(move)
     return _follow(matrix, moves)
+
+
+def can_round(matrix: Tensor) -> bool:
+    """Whether products that change a matrix can round their factors to bfloat16, and gain by it."""
+    return products.subtracts(matrix)
 
 
 def blocks(count: int, size: int, first: int = 0) -> Iterator[slice]:
@@ -258,6 +279,29 @@ def _settle(matrix: Tensor, moved: Tensor, free: Tensor, rows: slice) -> None:
     own.index_copy_(1, free[inside] - rows.start, coming.T)
     own.index_copy_(0, free[inside] - rows.start, coming)
     _write_lower(matrix[rows, rows], own)
+
+
+def _explain(matrix: Tensor, lines: Tensor, *, rounded: bool) -> None:
+    """Subtract from a lower triangle what lines of factors explain, ``l^T l``."""
+    if rounded:
+        heavy = _heavy(matrix, lines)
+        products.subtract_products(matrix, lines[~heavy])
+        lines = lines[heavy]
+    if len(lines):
+        for rows in blocks(len(matrix), _PANEL):
+            _update(matrix, lines, rows)
+
+
+def _heavy(matrix: Tensor, lines: Tensor) -> Tensor:
+    """Which lines explain so much of what is left that they must not be rounded, bool ``[b]``.
+
+    Args:
+        matrix: ``[m, m]``, of which nothing was subtracted.
+        lines: ``[b, m]``.
+    """
+    squares = lines.square()
+    left = matrix.diagonal() - squares.sum(0)
+    return ~((squares / left).sum(1) <= _HEAVY)
 
 
 def _update(matrix: Tensor, lines: Tensor, rows: slice) -> None:

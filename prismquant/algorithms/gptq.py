@@ -21,7 +21,6 @@ sweep: ``R_kk^2``, not ``H_kk``; the search for scales weighs errors with that b
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -35,7 +34,11 @@ from prismquant.algorithms.base import (
     Scales,
     choose_scales,
 )
-from prismquant.algorithms.factor import factorize_in_place, factorize_smallest_last
+from prismquant.algorithms.factor import (
+    can_round,
+    factorize_in_place,
+    factorize_smallest_last,
+)
 from prismquant.algorithms.portions import (
     ScaleTable,
     Sweep,
@@ -43,12 +46,14 @@ from prismquant.algorithms.portions import (
     portions,
     scale_lines,
 )
-from prismquant.algorithms.triangles import Factor, Triangles, divide_lines
+from prismquant.algorithms.triangles import Attempt, Factor, Triangles, divide_lines
 from prismquant.errors import NumericsError, RecipeError
 from prismquant.kernels import descent
 from prismquant.kernels import sweep as sweep_kernels
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from prismquant.formats.spec import NumberSpec
 
 Order = Literal["pivot", "activation", "group", "original"]
@@ -59,6 +64,8 @@ Weighting = Literal["pivot", "diagonal", "none"]
 # most rounding noise, one that still fails with this much is not a Hessian.
 _DAMPING_LIMIT = 10.0
 _DAMPING_FLOOR = 1e-6
+# Of these the first that works is taken: dtype, and whether products round their factors.
+_PRECISIONS = ((torch.float32, True), (torch.float32, False), (torch.float64, False))
 # What columns without moments have on the diagonal, of the least that others have.
 _DEAD = 1e-6
 
@@ -149,9 +156,9 @@ class GPTQ:
         finally:
             halves.restore()
         notes: dict[str, Note] = {
-            "damping": factor.damping,
-            "damping_attempts": factor.attempts,
-            "precision": str(factor.lines.dtype).removeprefix("torch."),
+            "damping": factor.attempt.damping,
+            "damping_attempts": factor.attempt.number,
+            "precision": factor.attempt.precision,
             "order": self.order,
             "scale_weighting": self.scale_weighting,
             "kernel": kernel,
@@ -197,66 +204,51 @@ class GPTQ:
 
     def _factorize(self, problem: LayerProblem, hessian: Triangles) -> Factor:
         """Order, damp and factorize, with more precision and then more damping until it works."""
-        damping, attempts = self.damping, 0
-        while damping <= _DAMPING_LIMIT:
-            for dtype in (torch.float32, torch.float64):
-                attempts += 1
-                factor = self._attempt(problem, hessian, damping, dtype, attempts)
-                if factor is not None:
-                    return factor
-            damping = max(10 * damping, _DAMPING_FLOOR)
+        rounds = problem.products == torch.bfloat16 and can_round(hessian.matrix)
+        for attempt in _attempts(self.damping, rounds=rounds):
+            factor = self._attempt(problem, hessian, attempt)
+            if factor is not None:
+                return factor
         diagonal = hessian.diagonal[hessian.diagonal > 0]
         raise NumericsError(
             f"the Hessian of {len(diagonal)} columns{problem.seen} cannot be factorized in "
-            f"{attempts} attempts, "
-            f"damping {self.damping:g} to {damping / 10:g}; its diagonal runs from "
+            f"{attempt.number} attempts, "
+            f"damping {self.damping:g} to {attempt.damping:g}; its diagonal runs from "
             f"{float(diagonal.min()):.4g} to {float(diagonal.max()):.4g}",
             where=problem.title,
             remedy="check the calibration data, or use solver: rtn for this layer",
         )
 
-    def _attempt(
-        self,
-        problem: LayerProblem,
-        hessian: Triangles,
-        damping: float,
-        dtype: torch.dtype,
-        attempts: int,
-    ) -> Factor | None:
-        damped = self._damped(hessian.diagonal.to(dtype), damping)
+    def _attempt(self, problem: LayerProblem, hessian: Triangles, own: Attempt) -> Factor | None:
+        damped = self._damped(hessian.diagonal.to(own.dtype), own.damping)
         lines = hessian.matrix
-        if dtype != lines.dtype:
-            lines = torch.empty_like(lines, dtype=dtype)
+        if own.dtype != lines.dtype:
+            lines = torch.empty_like(lines, dtype=own.dtype)
         order = self._order(damped, problem.spec)
         # The first finds the Hessian below the diagonal as well.
-        if order is not None or attempts > 1:
+        if order is not None or own.number > 1:
             if order is None:
                 order = torch.arange(len(damped), device=damped.device)
             hessian.arrange(order, lines)
         lines.diagonal().copy_(damped if order is None else damped[order])
-        columns = self._factorize_lines(lines, order)
+        columns = self._factorize_lines(lines, order, rounded=own.rounded)
         roots = lines.diagonal().clone()
         hessian.matrix.diagonal().copy_(hessian.diagonal)
         if columns is None:
             return None
-        if not bool((roots.square() > _noise(dtype, len(roots)) * damped[columns]).all()):
+        if not bool((roots.square() > own.noise(len(roots)) * damped[columns]).all()):
             return None
         divide_lines(lines, roots)
-        return Factor(
-            columns=columns,
-            lines=lines,
-            roots=roots,
-            diagonal=hessian.diagonal,
-            damped=damped.to(torch.float32),
-            damping=damping,
-            attempts=attempts,
-        )
+        damped = damped.to(torch.float32)
+        return Factor(columns, lines, roots, hessian.diagonal, damped, own)
 
-    def _factorize_lines(self, lines: Tensor, order: Tensor | None) -> Tensor | None:
+    def _factorize_lines(
+        self, lines: Tensor, order: Tensor | None, *, rounded: bool
+    ) -> Tensor | None:
         """Column at each position, once what is below the diagonal is a factor; or None."""
         if self.order == "pivot":
-            return factorize_smallest_last(lines)
-        if not factorize_in_place(lines):
+            return factorize_smallest_last(lines, rounded=rounded)
+        if not factorize_in_place(lines, rounded=rounded):
             return None
         return torch.arange(len(lines), device=lines.device) if order is None else order
 
@@ -316,12 +308,19 @@ class _Solution:
     refined_loss: float
 
 
-def _noise(dtype: torch.dtype, count: int) -> float:
-    """How small a pivot, as a fraction of its diagonal entry, is lost in rounding errors.
+def _attempts(damping: float, *, rounds: bool) -> Iterator[Attempt]:
+    """Ways to factorize, cheapest and least damped first.
 
-    A factorization may succeed with such a pivot, but what its column owes to others is noise.
+    Args:
+        damping: To begin with.
+        rounds: Whether products that round their factors save time.
     """
-    return 10.0 * math.sqrt(count) * torch.finfo(dtype).eps
+    number = 0
+    while damping <= _DAMPING_LIMIT:
+        for dtype, rounded in _PRECISIONS[0 if rounds else 1 :]:
+            number += 1
+            yield Attempt(number, damping, dtype, rounded)
+        damping = max(10 * damping, _DAMPING_FLOOR)
 
 
 def _group_by_group(diagonal: Tensor, groups: Tensor) -> Tensor:

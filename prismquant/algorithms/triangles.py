@@ -8,6 +8,7 @@ lower half is copied back from the upper one.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -108,6 +109,39 @@ class Triangles:
         transpose.columns_as_lines(self.kernel, self.matrix[ahead], columns, lines[:, ahead])
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """A way to factorize.
+
+    Attributes:
+        number: How many were tried, this one included.
+        damping: The fraction that is added to the diagonal.
+        dtype: Of the factor.
+        rounded: Whether products round their factors to bfloat16.
+    """
+
+    number: int
+    damping: float
+    dtype: torch.dtype
+    rounded: bool
+
+    @property
+    def precision(self) -> str:
+        """In words."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{dtype}, products of bfloat16" if self.rounded else dtype
+
+    def noise(self, count: int) -> float:
+        """How small a pivot, as a fraction of its diagonal entry, is lost in rounding errors.
+
+        A factorization may succeed with such a pivot, but what its column owes to others is noise.
+
+        Args:
+            count: Columns of the matrix.
+        """
+        return 10.0 * math.sqrt(count) * torch.finfo(self.dtype).eps
+
+
 @dataclass(frozen=True, eq=False)
 class Factor:
     """The factorization ``R R^T`` of a damped Hessian, ``R`` upper triangular, in a sweep's order.
@@ -119,8 +153,7 @@ class Factor:
         roots: ``R_kk``, in that dtype, ``[n]``.
         diagonal: Of the Hessian without damping, in the original order, float32 ``[n]``.
         damped: Of the damped one, likewise.
-        damping: The fraction that was added.
-        attempts: Factorizations tried, this one included.
+        attempt: How it was found.
     """
 
     columns: Tensor
@@ -128,8 +161,7 @@ class Factor:
     roots: Tensor
     diagonal: Tensor
     damped: Tensor
-    damping: float
-    attempts: int
+    attempt: Attempt
 
     def coefficients(self, block: slice) -> Tensor:
         """What errors of columns up to the block do to its targets: ``R_jk / R_kk``.

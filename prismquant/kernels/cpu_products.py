@@ -33,6 +33,8 @@ ROWS = 8
 _VECTORS = 3
 # Pairs of tokens whose products are summed in plain float32: few, for the sake of its last digits.
 _SPAN = 128
+# Columns, whole tiles, that one line after the other is multiplied with.
+_TOGETHER = 960
 # What LLVM calls a processor that has the instruction.
 _FEATURE = "+avx512bf16"
 
@@ -198,6 +200,17 @@ def pack(x, stride, tokens, features, packed):
 
 
 @numba.njit(error_model="numpy")
+def _multiply_tile(a, a_place, b, b_place, stride, pairs, vectors, sums):
+    """Sums of a tile of so many vectors of columns, from none."""
+    if vectors == _VECTORS:
+        _three(a, a_place, b, b_place, stride, pairs, sums)
+    elif vectors == _VECTORS - 1:
+        _two(a, a_place, b, b_place, stride, pairs, sums)
+    else:
+        _one(a, a_place, b, b_place, stride, pairs, sums)
+
+
+@numba.njit(error_model="numpy")
 def _add_tile(sums, width, high, high_place, high_stride, low, low_place, low_stride, rows, count):
     """Add the first ``rows`` and ``count`` columns of a tile of ``width`` to running sums."""
     even = count // WIDTH * WIDTH
@@ -266,13 +279,48 @@ def add_products(
             count = min(width, columns - column)
             for start in range(0, pairs, _SPAN):
                 span, place = min(_SPAN, pairs - start), start * WIDTH
-                if vectors == _VECTORS:
-                    _three(a, left + place, b, right + place, stride, span, sums)
-                elif vectors == _VECTORS - 1:
-                    _two(a, left + place, b, right + place, stride, span, sums)
-                else:
-                    _one(a, left + place, b, right + place, stride, span, sums)
+                _multiply_tile(a, left + place, b, right + place, stride, span, vectors, sums)
                 _add_tile(
                     sums, width, high, above, high_stride, low, below, low_stride, rows, count
                 )
             column += width
+
+
+@compiled(
+    numba.void(_WORDS, _COUNT, _LINE, _COUNT, _COUNT, _COUNT),
+)
+def subtract_products(packed, pairs, matrix, stride, first, last):
+    """Subtract products of features from lines of a lower triangle.
+
+    Args:
+        packed: As many features as the matrix has columns, of tokens.
+        pairs: Of these, at least one and at most 128, so that they are summed in one go.
+        matrix: From its first number on, lines a stride apart.
+        stride: From one line to the next.
+        first: The first line to change, a multiple of 8.
+        last: The line to stop before.
+    """
+    sums = np.empty(ROWS * _VECTORS * WIDTH, np.float32)
+    line = pairs * WIDTH
+    # Packed columns stay in the cache while the lines go by.
+    for begin in range(0, last, _TOGETHER):
+        for row in range(max(first, begin // ROWS * ROWS), last, ROWS):
+            rows = min(ROWS, last - row)
+            reach = min(begin + _TOGETHER, row + rows)
+            left = row // WIDTH * line + row % WIDTH
+            for column in range(begin, reach, _VECTORS * WIDTH):
+                vectors = min(_VECTORS, (reach - column + WIDTH - 1) // WIDTH)
+                for i in range(rows):
+                    for k in range(0, vectors * WIDTH, WIDTH):
+                        _prefetch(matrix, (row + i) * stride + column + k)
+                right = column * pairs
+                _multiply_tile(packed, left, packed, right, line, pairs, vectors, sums)
+                for i in range(rows):
+                    place, own = (row + i) * stride + column, i * vectors * WIDTH
+                    count = min(vectors * WIDTH, reach - column, row + i + 1 - column)
+                    even = count // WIDTH * WIDTH
+                    for k in range(0, even, WIDTH):
+                        known = load(matrix, place + k)
+                        store(matrix, place + k, subtract(known, load(sums, own + k)))
+                    for k in range(even, count):
+                        matrix[place + k] -= sums[own + k]

@@ -61,6 +61,7 @@ class _Loops:
 
     pack: Callable[..., None]
     add_products: Callable[..., None]
+    subtract_products: Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def token_product(a: Tensor, b: Tensor) -> Tensor:
     product, lost = (torch.zeros(a.shape[1], b.shape[1]) for _ in range(2))
     whole = RunningSum(0, 0, product, lost)
     for left, right in zip(a.split(_TOKENS), b.split(_TOKENS), strict=True):
-        _run(loops, _work(_pack(loops, left), _pack(loops, right), whole, half=False))
+        _run(loops.add_products, _work(_pack(loops, left), _pack(loops, right), whole, half=False))
     return product
 
 
@@ -152,7 +153,36 @@ def add_products(x: Tensor, sums: Iterable[RunningSum]) -> None:
     for part in x.split(_TOKENS):
         packed = _pack(loops, part)
         work = (_work(packed, packed, one, half=one.rows == one.columns) for one in sums)
-        _run(loops, itertools.chain.from_iterable(work))
+        _run(loops.add_products, itertools.chain.from_iterable(work))
+
+
+def subtracts(matrix: Tensor) -> bool:
+    """Whether :func:`subtract_products` takes a matrix: float32, on a CPU that :func:`supports`."""
+    return matrix.device.type == "cpu" and matrix.dtype == torch.float32 and _loops() is not None
+
+
+def subtract_products(matrix: Tensor, lines: Tensor) -> None:
+    """Subtract ``l^T l`` from a lower triangle, its factors rounded to bfloat16, its sums float32.
+
+    Every number is computed by itself, so the number of threads changes none. What is above the
+    diagonal is left alone.
+
+    Args:
+        matrix: ``[m, m]``, lines contiguous, one that :func:`subtracts` takes.
+        lines: ``l``, float32 ``[b, m]``, at most 256 of them.
+
+    Raises:
+        NumericsError: A CPU does not multiply such numbers.
+    """
+    rounded = lines.to(torch.bfloat16)
+    loops = _found(rounded)
+    if not len(matrix) or not len(lines):
+        return
+    packed = _pack(loops, rounded)
+    step = len(matrix) if torch.get_num_threads() == 1 else _STRIP
+    ends = itertools.pairwise([*range(0, len(matrix), step), len(matrix)])
+    known = (packed.words, packed.pairs, flat(matrix), matrix.stride(0))
+    _run(loops.subtract_products, ((*known, *strip) for strip in ends))
 
 
 def _pack(loops: _Loops, x: Tensor) -> _Packed:
@@ -180,16 +210,16 @@ def _work(
         yield *arguments, start, stop, width, half
 
 
-def _run(loops: _Loops, work: Iterable[tuple[Any, ...]]) -> None:
+def _run(loop: Callable[..., None], work: Iterable[tuple[Any, ...]]) -> None:
     """Run the loop on all arguments, on as many threads as torch has."""
-    add, work = loops.add_products, list(work)
+    work = list(work)
     threads = min(torch.get_num_threads(), len(work))
     if threads <= 1:
         for arguments in work:
-            add(*arguments)
+            loop(*arguments)
         return
     with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(add, *arguments) for arguments in work]:
+        for done in [pool.submit(loop, *arguments) for arguments in work]:
             done.result()
 
 
@@ -197,10 +227,10 @@ def _run(loops: _Loops, work: Iterable[tuple[Any, ...]]) -> None:
 def _loops() -> _Loops | None:
     """The compiled loops. A broken package can raise anything, which is as good as none."""
     try:
-        from prismquant.kernels.cpu_products import add_products, pack
+        from prismquant.kernels.cpu_products import add_products, pack, subtract_products
     except Exception:
         return None
-    return _Loops(pack, add_products)
+    return _Loops(pack, add_products, subtract_products)
 
 
 def _found(x: Tensor) -> _Loops:
