@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +13,9 @@ from torch import nn
 import prismquant as pq
 from prismquant.algorithms.base import LayerResult
 from prismquant.models.bind import bind
-from prismquant.models.config import empty_model
 from prismquant.pipeline import engine, exchange
-from prismquant.pipeline.engine import _Engine, _mlps
+from prismquant.pipeline.budget import narrow_modules
+from prismquant.pipeline.engine import _Engine
 from prismquant.pipeline.exchange import Ranks, Task
 from prismquant.runtime import mixed
 from prismquant.runtime.mixed import Precision
@@ -154,10 +154,13 @@ def test_a_narrow_module_is_plain_for_gradients_after_errors_and_without_mixed_p
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "video_llama_3"])
 def test_the_narrow_modules_of_a_block_are_its_mlp(tiny: Callable[..., Path], family: str) -> None:
     bound = bind(tiny(family))
-    model = empty_model(bound.config, bound.arch)
     for step in bound.steps:
-        names = [name for name, module in model.named_modules() if module in _mlps(model, step)]
+        names = narrow_modules(bound, step)
         assert names == ([f"{step.name}.mlp"] if step.kind == "block" else [])
+    # With a norm inside it is left as it is.
+    block = next(step for step in bound.steps if step.kind == "block")
+    normed = replace(bound, shapes={**bound.shapes, f"{block.name}.mlp.norm.weight": (8,)})
+    assert narrow_modules(normed, block) == []
 
 
 def test_it_ends_with_the_block_even_after_an_error() -> None:

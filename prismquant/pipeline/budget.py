@@ -31,8 +31,6 @@ _ALIVE = 4
 # What libraries load when they are first used, a compiler among them that takes 130 MiB, and what
 # the allocator and large pages round up.
 _SLACK = 288 << 20
-# What passes leave on the heap, at most, while a stage is solved.
-_LEFT = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -144,6 +142,25 @@ def weight_dtype(plan: Plan, step: BoundStep, precision: Precision) -> torch.dty
     return precision.products or precision.dtype
 
 
+def narrow_modules(bound: BoundModel, step: BoundStep) -> list[str]:
+    """Modules in which all that flows can be held as linear layers multiply it: a block's MLPs.
+
+    Args:
+        bound: The model.
+        step: The step.
+
+    Returns:
+        Paths of those in which nothing has parameters but an MLP's layers.
+    """
+    layers = {site.name for site in step.sites if site.role.startswith("mlp.")}
+    found = []
+    for name in dict.fromkeys(layer.rpartition(".")[0] for layer in sorted(layers)):
+        inside = {path.rpartition(".")[0] for path in bound.shapes if path.startswith(f"{name}.")}
+        if name != step.name and inside <= layers:
+            found.append(name)
+    return found
+
+
 def choose_way(forecasts: Sequence[Forecast], budget: int | None) -> Forecast:
     """The first that fits the budget; without one, the first.
 
@@ -196,7 +213,7 @@ class _Outline:
             return max(loaded, weights + solving)
         states, held = self._states(step), self._held(step, rows)
         call = self._call(step)
-        return states + max(loaded, weights + held + max(solving + min(call, _LEFT), call))
+        return states + max(loaded, weights + held + max(solving, call))
 
     def embeddings(self) -> int:
         """The rows of the table that are used, as they are on disk and in the arithmetic."""
@@ -220,13 +237,25 @@ class _Outline:
     def _held(self, step: BoundStep, rows: Sequence[PlanRow]) -> int:
         if not self.way.paused or not any(row.needs_data for row in rows):
             return 0
-        widest = max(row.site.in_features for row in rows)
-        width = _HELD * self._hidden(step) + widest
-        return self._tokens(step).total * width * self.itemsize * self.chains
+        flow = self._flow_itemsize(step)
+        widest = max(row.site.in_features * flow[row.site.name] for row in rows)
+        width = _HELD * self._hidden(step) * self.itemsize + widest
+        return self._tokens(step).total * width * self.chains
 
     def _call(self, step: BoundStep) -> int:
-        widest = max((s.out_features for s in step.sites if s.role != "lm_head"), default=1)
-        return self._tokens(step).largest * widest * _ALIVE * self.itemsize
+        flow = self._flow_itemsize(step)
+        sites = [site for site in step.sites if site.role != "lm_head"]
+        widest = max((site.out_features * flow[site.name] for site in sites), default=self.itemsize)
+        return self._tokens(step).largest * widest * _ALIVE
+
+    def _flow_itemsize(self, step: BoundStep) -> dict[str, int]:
+        """Bytes of a number that a layer is given or gives, by layer."""
+        narrow = tuple(f"{name}." for name in narrow_modules(self.bound, step))
+        products = self.precision.products or self.precision.dtype
+        return {
+            site.name: (products if site.name.startswith(narrow) else self.precision.dtype).itemsize
+            for site in step.sites
+        }
 
     def _weight_itemsize(self, step: BoundStep) -> int:
         """Bytes of a weight while the step is run."""

@@ -34,7 +34,7 @@ from prismquant.models.config import empty_model
 from prismquant.models.load import materialize, release
 from prismquant.models.rotation import RotatedReader
 from prismquant.pipeline.batches import Batch
-from prismquant.pipeline.budget import Way, weight_dtype
+from prismquant.pipeline.budget import Way, narrow_modules, weight_dtype
 from prismquant.pipeline.capture import Replay, StepCall
 from prismquant.pipeline.checkpoint import EdgeRecord, LayerRecord, StepRecord
 from prismquant.pipeline.equalize import edge_problem, move_scale
@@ -220,7 +220,8 @@ class _Chain:
         will be served, or in float where the plan says so."""
         module = self.module(step.name)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self.job.precision.in_force(_mlps(self.model, step)))
+            narrow = [self.module(name) for name in narrow_modules(self.job.bound, step)]
+            stack.enter_context(self.job.precision.in_force(narrow))
             if not self.job.plan.calibration.quantized_inputs:
                 stack.enter_context(activations_in_float(module))
                 stack.enter_context(cache_in_float(module))
@@ -717,18 +718,6 @@ class _Engine:
             name: self.main.model.get_parameter(name).detach().to(self._stored_dtype(name))
             for name in sorted(work.changed - solved)
         }
-
-
-def _mlps(model: nn.Module, step: BoundStep) -> list[nn.Module]:
-    """The step's modules in which nothing but an MLP's layers has parameters."""
-    sites = {site.name for site in step.sites if site.role.startswith("mlp.")}
-    found = []
-    for name in dict.fromkeys(site.rpartition(".")[0] for site in sites):
-        module = model.get_submodule(name)
-        owners = {path.rpartition(".")[0] for path, _ in module.named_parameters(prefix=name)}
-        if name != step.name and owners <= sites:
-            found.append(module)
-    return found
 
 
 def _weight_of(chain: _Chain, row: PlanRow) -> Tensor:
