@@ -31,7 +31,7 @@ from prismquant.pipeline.batches import Batch, by_length, make_batches
 from prismquant.pipeline.budget import WAYS, Forecast, choose_way, count_tokens, forecast
 from prismquant.pipeline.checkpoint import RunDirectory, RunRecord, StepRecord, environment
 from prismquant.pipeline.data import Sample, read_samples, require_modalities
-from prismquant.pipeline.engine import Reporter, Run, Silent, run
+from prismquant.pipeline.engine import run
 from prismquant.pipeline.exchange import require_sharable, share_of
 from prismquant.pipeline.failure import failure_lines
 from prismquant.pipeline.gradients import gradient_samples, vision_weights, wants_gradients
@@ -44,6 +44,7 @@ from prismquant.pipeline.identity import (
     stamp_files,
     unchanged,
 )
+from prismquant.pipeline.job import Reporter, Run, Silent
 from prismquant.pipeline.plan import Plan, make_plan
 from prismquant.pipeline.stream import stream, streams
 from prismquant.recipe.schema import Recipe, load_recipe

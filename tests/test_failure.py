@@ -31,7 +31,6 @@ from prismquant.formats.spec import spec
 from prismquant.models.bind import bind
 from prismquant.numerics.ranges import RangeRule
 from prismquant.pipeline.capture import StepCall
-from prismquant.pipeline.engine import Silent
 from prismquant.pipeline.exchange import Task, solve_all
 from prismquant.pipeline.failure import (
     FAILED,
@@ -41,6 +40,7 @@ from prismquant.pipeline.failure import (
     failure_lines,
 )
 from prismquant.pipeline.group import Group, GroupSettings
+from prismquant.pipeline.job import Silent
 from prismquant.pipeline.plan import PlanRow, make_plan, problem_groups
 from prismquant.recipe.schema import load_recipe, resolve
 from prismquant.report.plans import layer_table, run_table

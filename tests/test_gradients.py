@@ -19,8 +19,8 @@ from prismquant.models.config import empty_model
 from prismquant.models.load import load_float, load_processor, materialize
 from prismquant.pipeline import gradients
 from prismquant.pipeline.batches import make_batches
+from prismquant.pipeline.chain import source_reader
 from prismquant.pipeline.data import read_samples
-from prismquant.pipeline.engine import Silent, source_reader
 from prismquant.pipeline.gradients import (
     floored,
     gradient_ratios,
@@ -28,6 +28,7 @@ from prismquant.pipeline.gradients import (
     vision_weights,
     wants_gradients,
 )
+from prismquant.pipeline.job import Silent
 from prismquant.pipeline.plan import make_plan
 
 if TYPE_CHECKING:

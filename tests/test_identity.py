@@ -20,7 +20,6 @@ from prismquant.errors import NumericsError, StorageError
 from prismquant.export.compressed_tensors import CheckpointWriter
 from prismquant.pipeline.batches import Batch
 from prismquant.pipeline.checkpoint import RunDirectory
-from prismquant.pipeline.engine import Silent
 from prismquant.pipeline.identity import (
     FileStamp,
     Identity,
@@ -32,6 +31,7 @@ from prismquant.pipeline.identity import (
     stamp_files,
     unchanged,
 )
+from prismquant.pipeline.job import Silent
 from prismquant.recipe.schema import load_recipe
 from prismquant.storage import write_tensors
 

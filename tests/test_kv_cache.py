@@ -31,7 +31,7 @@ from prismquant.numerics.hadamard import hadamard_matrix
 from prismquant.numerics.ranges import RangeRule
 from prismquant.pipeline.batches import make_batches
 from prismquant.pipeline.data import read_samples
-from prismquant.pipeline.engine import Silent
+from prismquant.pipeline.job import Silent
 from prismquant.pipeline.kv import KVRecord
 from prismquant.pipeline.plan import make_plan
 from prismquant.recipe.schema import load_recipe, parse_recipe

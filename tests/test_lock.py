@@ -18,7 +18,7 @@ import prismquant as pq
 from prismquant.errors import StorageError
 from prismquant.pipeline import lock
 from prismquant.pipeline.checkpoint import RunDirectory
-from prismquant.pipeline.engine import Silent
+from prismquant.pipeline.job import Silent
 from prismquant.pipeline.lock import locked
 from prismquant.recipe.schema import load_recipe
 

@@ -31,8 +31,8 @@ from prismquant.pipeline.checkpoint import (
     RunRecord,
     StepRecord,
 )
-from prismquant.pipeline.engine import Silent
 from prismquant.pipeline.identity import FileStamp, Identity
+from prismquant.pipeline.job import Silent
 from prismquant.pipeline.plan import Plan, make_plan
 from prismquant.recipe.schema import Recipe, load_recipe
 from prismquant.storage import ShardReader, read_json, write_tensors

@@ -19,7 +19,8 @@ from prismquant.errors import NumericsError, PlanError, StorageError
 from prismquant.export.compressed_tensors import CheckpointWriter
 from prismquant.models.bind import bind
 from prismquant.pipeline import stream as streaming
-from prismquant.pipeline.engine import Run, run
+from prismquant.pipeline.engine import run
+from prismquant.pipeline.job import Run
 from prismquant.pipeline.plan import make_plan
 from prismquant.pipeline.stream import stream, streams
 from prismquant.recipe.presets import PRESETS

@@ -22,8 +22,10 @@ from prismquant.models.config import empty_model, import_transformers
 from prismquant.models.load import load_float, load_processor, materialize
 from prismquant.pipeline import group
 from prismquant.pipeline.batches import Batch, make_batches
+from prismquant.pipeline.chain import source_reader
 from prismquant.pipeline.data import read_samples
-from prismquant.pipeline.engine import Run, run, source_reader
+from prismquant.pipeline.engine import run
+from prismquant.pipeline.job import Run
 from prismquant.pipeline.plan import make_plan
 from prismquant.runtime.quant_linear import QuantLinear, rotate_inputs
 from prismquant.storage import ShardReader, read_json, write_tensors

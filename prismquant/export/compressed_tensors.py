@@ -35,7 +35,7 @@ from prismquant.models.arch import SiteKind
 from prismquant.models.bind import BoundModel, BoundSite, BoundStep
 from prismquant.models.rotation import untied
 from prismquant.numerics.hadamard import hadamard_matrix
-from prismquant.pipeline.engine import source_reader
+from prismquant.pipeline.chain import source_reader
 from prismquant.pipeline.group import SolvedLayer, SplitColumns, StaticScale
 from prismquant.pipeline.kv import KVScales
 from prismquant.pipeline.kv_plan import KVLayer

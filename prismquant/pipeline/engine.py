@@ -14,147 +14,36 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from prismquant.algorithms.statistics import ChannelRecord
 from prismquant.algorithms.table import build_equalizer
-from prismquant.distributed import Alone, Ranks
 from prismquant.errors import NumericsError
 from prismquant.memory import give_back_freed, keep_heap_compact
 from prismquant.models.arch import Modality
-from prismquant.models.attention import unhook_attention
-from prismquant.models.bind import BoundModel, BoundStep
-from prismquant.models.config import empty_model
-from prismquant.models.load import materialize, release
-from prismquant.models.rotation import RotatedReader
-from prismquant.pipeline.batches import Batch
-from prismquant.pipeline.budget import Way, narrow_modules, weight_dtype
-from prismquant.pipeline.capture import Replay, StepCall
+from prismquant.models.bind import BoundStep
+from prismquant.pipeline.budget import weight_dtype
+from prismquant.pipeline.chain import Chain, source_reader
 from prismquant.pipeline.checkpoint import EdgeRecord, LayerRecord, StepRecord
 from prismquant.pipeline.equalize import edge_problem, move_scale
 from prismquant.pipeline.exchange import Task, all_channels, solve_all
 from prismquant.pipeline.failure import failed_layers
 from prismquant.pipeline.group import Group, GroupSettings, SolvedLayer, What, parameters
-from prismquant.pipeline.kv import KVObservation, KVScales, Notes, quantize_cache
+from prismquant.pipeline.job import Run
+from prismquant.pipeline.kv import KVObservation, Notes, quantize_cache
 from prismquant.pipeline.kv_plan import KVLayer
 from prismquant.pipeline.layout import DENSE
-from prismquant.pipeline.passes import Output, Passes, PausedPasses, ReplayedPasses, StepRun
-from prismquant.pipeline.plan import Plan, PlanEdge, PlanRow, problem_groups
-from prismquant.pipeline.states import InMemory, States
+from prismquant.pipeline.passes import Output, Passes
+from prismquant.pipeline.plan import PlanEdge, PlanRow, problem_groups
 from prismquant.pipeline.tune import TunedBlock, tune
-from prismquant.runtime.kv_cache import cache_in_float
-from prismquant.runtime.mixed import Precision
-from prismquant.runtime.quant_linear import (
-    QuantLinear,
-    activations_in_float,
-    quantize_inputs,
-    quantize_outputs,
-    rotate_inputs,
-)
-from prismquant.storage import ShardReader
+from prismquant.runtime.quant_linear import quantize_inputs, quantize_outputs
 
 # Bytes below which blocks stay at hand: activations come and go with every call.
 _ACTIVATIONS = 16 << 20
-
-
-class Sink(Protocol):
-    """Where finished steps go."""
-
-    def write_step(
-        self, step: BoundStep, layers: Sequence[SolvedLayer], changed: Mapping[str, Tensor]
-    ) -> str:
-        """Make the step durable; returns the shard's name.
-
-        Args:
-            step: The step.
-            layers: Its quantized layers.
-            changed: Other tensors that differ from the source's, by module tensor name.
-        """
-
-    def read_step(self, shard: str, rows: Sequence[PlanRow]) -> list[SolvedLayer]:
-        """The layers of a step that an earlier run finished."""
-
-    def read_plain(self, shard: str, rows: Sequence[PlanRow]) -> dict[str, Tensor]:
-        """All other tensors of such a step, by module tensor name."""
-
-    def read_kv(self, shard: str, layer: KVLayer) -> KVScales:
-        """The scales of an attention layer's keys and values, of such a step."""
-
-
-class Reporter(Protocol):
-    """Is told how far the run is."""
-
-    def begin(self, steps: int) -> None:
-        """The run has so many steps."""
-
-    def stage(self, step: str, what: str) -> None:
-        """A stage of a step begins."""
-
-    def finish(self, record: StepRecord) -> None:
-        """A step is done."""
-
-
-class Silent:
-    """A reporter that says nothing."""
-
-    def begin(self, steps: int) -> None:
-        """Say nothing."""
-
-    def stage(self, step: str, what: str) -> None:
-        """Say nothing."""
-
-    def finish(self, record: StepRecord) -> None:
-        """Say nothing."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """Everything that a run needs.
-
-    Attributes:
-        plan: What to do.
-        bound: The model's description.
-        batches: Calibration batches; empty when the plan needs none. They are taken once, so that
-            whoever gives an iterator need not hold their pixels for the length of the run.
-        sink: Where finished steps go.
-        reporter: Is told how far the run is.
-        device: Where the arithmetic happens.
-        precision: In which steps are run; statistics are float32 in any case.
-        done: Steps that an earlier run finished, by name.
-        vision_weights: What a vision token counts for at layers whose plan says ``gradient``, by
-            the layer's name.
-        ranks: The processes that share the calibration data and the solving; only the first one
-            writes.
-        way: How memory is saved.
-        states: Where hidden states wait between steps.
-    """
-
-    plan: Plan
-    bound: BoundModel
-    batches: Iterable[Batch]
-    sink: Sink
-    reporter: Reporter = field(default_factory=Silent)
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    precision: Precision = field(default_factory=Precision)
-    done: Mapping[str, StepRecord] = field(default_factory=dict)
-    vision_weights: Mapping[str, float] = field(default_factory=dict)
-    ranks: Ranks = field(default_factory=Alone)
-    way: Way = field(default_factory=Way)
-    states: States = field(default_factory=InMemory)
-
-
-def source_reader(plan: Plan, bound: BoundModel) -> ShardReader:
-    """The checkpoint as the run sees it: rotated, where the plan says so."""
-    if not plan.rotations:
-        return ShardReader(bound.folder)
-    exact = {f"{row.site.name}.weight" for row in plan.quantized}
-    return RotatedReader(bound.folder, bound, plan.rotations, exact)
 
 
 @torch.no_grad()
@@ -171,106 +60,6 @@ def run(job: Run) -> Iterator[StepRecord]:
     """
     keep_heap_compact(_ACTIVATIONS)
     yield from _Engine(job).run()
-
-
-class _Chain:
-    """A model's skeleton, of which single steps are loaded, and the states between its steps."""
-
-    def __init__(self, job: Run, reader: ShardReader, batches: Sequence[Batch]) -> None:
-        self.job = job
-        self.reader = reader
-        self.model = empty_model(job.bound.config, job.bound.arch)
-        self.replay = (
-            Replay(
-                self.model,
-                job.bound,
-                batches,
-                device=job.device,
-                dtype=job.precision.dtype,
-                states=job.states,
-            )
-            if job.plan.needs_data
-            else None
-        )
-        self._online = {row.site.name: row.online for row in job.plan.rows if row.online}
-
-    def module(self, name: str) -> nn.Module:
-        return self.model.get_submodule(name)
-
-    def calls(self, step: BoundStep) -> Iterator[StepCall]:
-        if self.replay is None:
-            raise NumericsError(
-                "a layer needs calibration data but none passes it", where=step.name
-            )
-        return self.replay.calls(step)
-
-    def passes(self, step: BoundStep, *, paused: bool = False) -> Passes:
-        """Forward passes of the step over all calls."""
-        run = StepRun(
-            self.model,
-            step.name,
-            lambda: self.calls(step),
-            lambda: self.as_asked(step),
-        )
-        return PausedPasses(run) if paused else ReplayedPasses(run)
-
-    @contextlib.contextmanager
-    def as_asked(self, step: BoundStep) -> Iterator[None]:
-        """The step in the precision of the run; inputs of solved layers, keys and values as they
-        will be served, or in float where the plan says so."""
-        module = self.module(step.name)
-        with contextlib.ExitStack() as stack:
-            narrow = [self.module(name) for name in narrow_modules(self.job.bound, step)]
-            stack.enter_context(self.job.precision.in_force(narrow))
-            if not self.job.plan.calibration.quantized_inputs:
-                stack.enter_context(activations_in_float(module))
-                stack.enter_context(cache_in_float(module))
-            yield
-
-    @contextlib.contextmanager
-    def loaded(self, names: Sequence[str]) -> Iterator[None]:
-        """Within the block, these modules have their weights, and rotate what they must."""
-        job = self.job
-        for name in names:
-            materialize(
-                self.model, name, self.reader, job.bound.names, job.device, job.precision.dtype
-            )
-            for layer, online in self._online.items():
-                if layer == name or layer.startswith(f"{name}."):
-                    rotate_inputs(self.model, layer, online.block, online.signs)
-        try:
-            yield
-        finally:
-            for name in names:
-                release(self.model, name)
-                unhook_attention(self.model.get_submodule(name))
-                _make_plain(self.model, name)
-
-    def embedding(self) -> Callable[[Tensor], Tensor]:
-        """The token embeddings, of the tokens in the batches: the whole table is far larger."""
-        if self.replay is None:
-            raise NumericsError("there is no calibration data to embed")
-        ids = self.replay.token_ids()
-        job, name = self.job, f"{self.job.bound.arch.embeddings}.weight"
-        rows = self.reader.read_rows(job.bound.names.to_disk(name), ids.cpu())
-        rows = rows.to(job.device, job.precision.dtype)
-        return lambda tokens: functional.embedding(torch.searchsorted(ids, tokens), rows)
-
-    def between_steps(self, *, vision: bool) -> list[str]:
-        """Modules that hold parameters outside all steps, such as norms between towers."""
-        steps = [step.name for step in self.job.bound.steps]
-        roots = [
-            t.root for t in self.job.bound.arch.towers if t.modality is not Modality.LLM and t.root
-        ]
-        names = []
-        for name, _ in self.model.named_parameters():
-            owner = name.rpartition(".")[0]
-            inside = any(owner == s or owner.startswith(f"{s}.") for s in steps)
-            inside |= owner == self.job.bound.arch.embeddings
-            of_vision = any(owner.startswith(f"{root}.") for root in roots)
-            if not inside and of_vision == vision and owner not in names:
-                names.append(owner)
-        return names
 
 
 @dataclass
@@ -323,8 +112,8 @@ class _Engine:
         self.job = job
         self.reader = source_reader(job.plan, job.bound)
         batches = list(job.batches)
-        self.main = _Chain(job, self.reader, batches)
-        self.float = _Chain(job, self.reader, batches) if job.plan.needs_float_chain else None
+        self.main = Chain(job, self.reader, batches)
+        self.float = Chain(job, self.reader, batches) if job.plan.needs_float_chain else None
         self.rows: dict[str, list[PlanRow]] = {}
         for row in job.plan.quantized:
             self.rows.setdefault(job.bound.steps[row.site.step].name, []).append(row)
@@ -334,7 +123,7 @@ class _Engine:
             self.edges.setdefault(edge.edge.step, []).append(edge)
 
     @property
-    def chains(self) -> list[_Chain]:
+    def chains(self) -> list[Chain]:
         return [self.main] if self.float is None else [self.main, self.float]
 
     def run(self) -> Iterator[StepRecord]:
@@ -720,7 +509,7 @@ class _Engine:
         }
 
 
-def _weight_of(chain: _Chain, row: PlanRow) -> Tensor:
+def _weight_of(chain: Chain, row: PlanRow) -> Tensor:
     """The float weight of a layer as a matrix."""
     weight = chain.module(row.site.name).get_parameter("weight").detach()
     return weight.to(torch.float32).reshape(row.site.out_features, row.site.in_features)
@@ -743,18 +532,3 @@ def _blaming(work: _Work) -> Iterator[None]:
         raise NumericsError(
             f"{error.what}{told}", where=error.where or work.step.name, remedy=error.remedy
         ) from error
-
-
-def _make_plain(model: nn.Module, name: str) -> None:
-    """Turn a released step's quantized layers back into plain ones: their work is done."""
-    for path, module in list(model.get_submodule(name).named_modules(prefix=name)):
-        if isinstance(module, QuantLinear):
-            parent, _, child = path.rpartition(".")
-            with torch.device("meta"):
-                plain = nn.Linear(
-                    module.in_features,
-                    module.out_features,
-                    module.bias is not None,
-                    dtype=module.weight.dtype,
-                )
-            setattr(model.get_submodule(parent), child, plain.requires_grad_(False))

@@ -30,9 +30,10 @@ from prismquant.errors import NumericsError, PlanError
 from prismquant.memory import keep_heap_compact
 from prismquant.models.bind import BoundStep
 from prismquant.numerics.affine import check_finite
+from prismquant.pipeline.chain import source_reader
 from prismquant.pipeline.checkpoint import LayerRecord, StepRecord
-from prismquant.pipeline.engine import Run, source_reader
 from prismquant.pipeline.group import SolvedLayer, require_finite
+from prismquant.pipeline.job import Run
 from prismquant.pipeline.plan import Plan, PlanRow, problem_groups
 
 DEFAULT_MEMORY = 2 << 30

@@ -3,10 +3,11 @@
 Processors with instructions for bfloat16 multiply it two to sixteen times as fast as float32, and
 linear layers are where a forward pass spends its time. Their inputs and weights are rounded to 8
 digits for the product, which is what a server does that runs the model in bfloat16; sums are formed
-in float32, and norms, rotary embeddings, softmax, activation functions and the residual stream,
-where rounding errors pile up from layer to layer, keep float32 (Micikevicius et al., "Mixed
-Precision Training", arXiv 1710.03740, section 3). Attention stays too: its products are small, and
-where they were measured bfloat16 brought no time.
+in float32, and norms, rotary embeddings, softmax and the residual stream, where rounding errors
+pile up from layer to layer, keep float32 (Micikevicius et al., "Mixed Precision Training", arXiv
+1710.03740, section 3). Attention stays too: its products are small, and where they were measured
+bfloat16 brought no time. What flows between the layers of an MLP, the widest of all, is rounded for
+the next product anyway, so it is held in bfloat16, which halves what waits for a solve.
 
 A convolution whose kernel covers its whole input, as those that embed patches, is one product of
 matrices and is made as one, which takes a third of the time; in float32, for pixels are no
