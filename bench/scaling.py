@@ -183,8 +183,8 @@ def seconds(
     return best
 
 
-def solve_seconds(columns: int, rows: int) -> float:
-    """One solve with the default options."""
+def solve_seconds(columns: int, rows: int, products: torch.dtype) -> float:
+    """One solve with the default options, of layers that multiply in a dtype."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2 * columns, columns, generator=generator)
     hessian = x.T @ x / len(x)
@@ -192,7 +192,9 @@ def solve_seconds(columns: int, rows: int) -> float:
 
     def work() -> None:
         problem = LayerProblem(
-            ("layer",), (weight,), spec("int4-g128"), RangeRule(), torch.bfloat16, hessian.clone()
+            *(("layer",), (weight,), spec("int4-g128"), RangeRule(), torch.bfloat16),
+            hessian=hessian.clone(),
+            products=products,
         )
         GPTQ().solve(problem)
 
@@ -231,15 +233,17 @@ def exchange_rate(work: Path, size: int = 1 << 27) -> float:
 def measure_rates(work: Path) -> Rates:
     """All parts, on this machine."""
     precision = Precision.chosen(None, torch.device("cpu"), torch.bfloat16)
-    x = torch.randn(1024, 2048).to(precision.products)
-    weight = torch.randn(4096, 2048).to(precision.products)
+    products = precision.products or precision.dtype
+    x = torch.randn(1024, 2048).to(products)
+    weight = torch.randn(4096, 2048).to(products)
     forward = 2.0 * 1024 * 2048 * 4096 / seconds(lambda: torch.nn.functional.linear(x, weight))
     record = HessianRecord(2048)
     moments = 1024 * 2048.0**2 / seconds(lambda: record.update(x))
     # Two sizes and two numbers of rows decide both coefficients.
-    narrow, wide = solve_seconds(1536, 512), solve_seconds(1536, 4096)
+    narrow, wide = (solve_seconds(1536, rows, products) for rows in (512, 4096))
     square = (wide - narrow) / (1536.0**2 * (4096 - 512))
-    cubic = max(solve_seconds(3072, 512) - square * 3072.0**2 * 512, 0.0) / 3072.0**3
+    rest = solve_seconds(3072, 512, products) - square * 3072.0**2 * 512
+    cubic = max(rest, 0.0) / 3072.0**3
     data = os.urandom(1 << 28)
     written = len(data) / seconds(lambda: write_bytes(work / "data", data), 2, time.perf_counter)
     return Rates(forward, moments, cubic, square, exchange_rate(work), written)
