@@ -646,24 +646,20 @@ def test_no_second_matrix_of_the_size_of_the_hessian_is_made():
     "solver", [GPTQ(), PLAIN, GPTQ(order="activation", damping=0.01, damping_basis="mean")]
 )
 def test_products_of_rounded_factors_cost_next_to_nothing(name, solver):
-    """And what is told of the loss stays that of the codes."""
-    exact = make(name, (40, 24), 400, tokens=1200, seed=13)
-    rounded = replace(exact, products=torch.bfloat16)
-    known, found = solver.solve(exact), solver.solve(rounded)
-    assert any(
-        not torch.equal(one.codes, two.codes)
-        for one, two in zip(known.weights, found.weights, strict=True)
-    )
-    for weight, one, two, told, nearest, expected in zip(
-        exact.weights,
-        known.weights,
-        found.weights,
-        found.losses,
-        found.baseline_losses,
-        known.baseline_losses,
-        strict=True,
-    ):
-        loss = loss_under(exact.hessian, weight, two)
-        assert loss == pytest.approx(loss_under(exact.hessian, weight, one), rel=0.02)
-        assert told == pytest.approx(loss, rel=5e-3)
-        assert nearest == pytest.approx(expected, rel=5e-3)
+    """And what is told of the loss stays that of the codes.
+
+    A rounding that falls differently moves the loss of a few rows by up to two percent either way,
+    so it is that of several problems together which must stay.
+    """
+    before, after = 0.0, 0.0
+    for seed in range(13, 17):
+        exact = make(name, (40, 24), 400, tokens=1200, seed=seed)
+        known, found = solver.solve(exact), solver.solve(replace(exact, products=torch.bfloat16))
+        pairs = list(zip(exact.weights, known.weights, found.weights, strict=True))
+        assert any(not torch.equal(one.codes, two.codes) for _, one, two in pairs)
+        losses = [loss_under(exact.hessian, weight, two) for weight, _, two in pairs]
+        assert found.losses == pytest.approx(losses, rel=5e-3)
+        assert found.baseline_losses == pytest.approx(known.baseline_losses, rel=5e-3)
+        before += sum(loss_under(exact.hessian, weight, one) for weight, one, _ in pairs)
+        after += sum(losses)
+    assert after == pytest.approx(before, rel=1e-2)
