@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prismquant.algorithms import portions
+from prismquant.algorithms import factor, portions
 from prismquant.algorithms.base import LOSS_BLOCK, LayerProblem, LayerResult, row_losses
 from prismquant.algorithms.gptq import GPTQ
 from prismquant.algorithms.portions import peak_solve_bytes
@@ -484,6 +484,27 @@ def test_more_precision_is_tried_before_more_damping(order):
     assert GPTQ(order=order).solve(problem).notes["precision"] == "float32"
 
 
+@pytest.mark.skipif(
+    not products.supports(torch.device("cpu"), torch.bfloat16),
+    reason="this processor does not multiply bfloat16",
+)
+@pytest.mark.parametrize("order", ["original", "pivot"])
+def test_a_factorization_that_rounding_spoils_is_made_in_float32(order, monkeypatch):
+    """A mean that explains nearly everything, rounded against the rule: not positive definite."""
+    x = correlated(2000, 600, seed=5)
+    x += 100 * correlated(1, 600, seed=6)
+    problem = make("int4-channel", (4,), 600, hessian=x.T @ x / len(x))
+    rounded = replace(problem, products=torch.bfloat16)
+    solver = GPTQ(order=order)
+    notes = solver.solve(rounded).notes
+    assert notes["precision"] == "float32, products of bfloat16"
+    assert notes["damping_attempts"] == 1
+    monkeypatch.setattr(factor, "_HEAVY", float("inf"))
+    notes = solver.solve(rounded).notes
+    assert (notes["precision"], notes["damping"]) == ("float32", solver.damping)
+    assert notes["damping_attempts"] == 2
+
+
 def test_what_is_no_hessian_is_refused_with_names_and_values():
     hessian = torch.eye(8)
     hessian[0, 1] = hessian[1, 0] = 1000.0
@@ -595,6 +616,7 @@ def test_the_loss_is_that_of_the_codes_however_it_was_measured(passes, tokens, d
 _PEAKS = """
 import sys, torch
 from pathlib import Path
+from prismquant.algorithms import factor
 from prismquant.algorithms.base import LayerProblem
 from prismquant.algorithms.gptq import GPTQ
 from prismquant.formats.spec import spec

@@ -35,6 +35,15 @@ def brute_force(x: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool
     return (codes - zero.double()) * scale.double()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["int8-token", "int4-token-asym"])
+def test_scales_of_16_bit_tokens_are_float32(name: str, dtype: torch.dtype) -> None:
+    """What float32 gives for the same values, rounded once; scales of 8 digits give other codes."""
+    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    quantizer = ActivationQuantizer(spec(name))
+    assert torch.equal(quantizer(x), quantizer(x.float()).to(dtype))
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     seed=st.integers(0, 10_000),

@@ -54,6 +54,7 @@ class Chain:
             if job.plan.needs_data
             else None
         )
+        self._narrow = {step.name: narrow_modules(job.bound, step) for step in job.bound.steps}
         self._online = {row.site.name: row.online for row in job.plan.rows if row.online}
 
     def module(self, name: str) -> nn.Module:
@@ -82,7 +83,7 @@ class Chain:
         will be served, or in float where the plan says so."""
         module = self.module(step.name)
         with contextlib.ExitStack() as stack:
-            narrow = [self.module(name) for name in narrow_modules(self.job.bound, step)]
+            narrow = [self.module(name) for name in self._narrow[step.name]]
             stack.enter_context(self.job.precision.in_force(narrow))
             if not self.job.plan.calibration.quantized_inputs:
                 stack.enter_context(activations_in_float(module))

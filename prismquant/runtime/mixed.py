@@ -111,10 +111,8 @@ def _forward_in(dtype: torch.dtype, module: nn.Module, *args: Any, **kwargs: Any
     forward = type(module).forward
     if given is None or torch.is_grad_enabled():
         return forward(module, *args, **kwargs)
-    narrow = [_as(dtype, a) for a in args]
-    return _as(
-        given.dtype, forward(module, *narrow, **{k: _as(dtype, a) for k, a in kwargs.items()})
-    )
+    named = {name: _as(dtype, value) for name, value in kwargs.items()}
+    return _as(given.dtype, forward(module, *(_as(dtype, value) for value in args), **named))
 
 
 def _as(dtype: torch.dtype, value: Any) -> Any:
