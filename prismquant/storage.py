@@ -31,6 +31,7 @@ import numpy.typing as npt
 import torch
 
 from prismquant.errors import StorageError
+from prismquant.opening import MAX_JSON_BYTES, parse_json, read_bounded
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -207,13 +208,20 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        StorageError: The file is missing or is not JSON; the message says at which line.
+        StorageError: The file is missing, cannot be read, is no regular file, or is not JSON; the
+            message says at which line.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(read_bounded(path, MAX_JSON_BYTES))
     except FileNotFoundError as error:
         raise StorageError(f"{path.name} is missing", where=str(path)) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise StorageError(
+            f"{path.name} cannot be read: {error.strerror or error}",
+            where=str(path),
+            remedy="check what it is and who may read it",
+        ) from error
+    except ValueError as error:
         raise StorageError(
             f"{path.name} is not valid JSON: {error}",
             where=str(path),
