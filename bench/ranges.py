@@ -22,10 +22,10 @@ from torch import Tensor
 
 from prismquant.kernels import search as compiled
 from prismquant.numerics import ranges
-from prismquant.numerics.affine import Granularity
 from prismquant.numerics.grids import FloatGrid, Grid, IntGrid
+from prismquant.numerics.kinds import Granularity, ScaleKind
 from prismquant.numerics.ranges import RangeRule
-from prismquant.numerics.scales import AnyScale, ScaleFormat, ScaleKind, global_scale
+from prismquant.numerics.scales import AnyScale, ScaleFormat, global_scale
 from prismquant.report.tables import rich_table
 
 

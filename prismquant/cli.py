@@ -487,6 +487,11 @@ def list_recipes(as_json: AsJson = False) -> None:
 @recipes.command("show")
 def show_recipe(recipe: Annotated[str, typer.Argument(help="A preset's name or a file.")]) -> None:
     """Print a recipe as YAML, e.g. to start one of your own from a preset."""
+    from prismquant.recipe.presets import PRESETS, preset_yaml
+
+    if recipe in PRESETS:
+        typer.echo(preset_yaml(recipe), nl=False)
+        return
     from prismquant.recipe.schema import load_recipe
 
     typer.echo(load_recipe(recipe).to_yaml(), nl=False)

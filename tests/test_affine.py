@@ -13,7 +13,6 @@ from torch import Tensor
 
 from prismquant.errors import FormatError, NumericsError
 from prismquant.numerics.affine import (
-    Granularity,
     all_finite,
     check_finite,
     dequantize,
@@ -25,7 +24,8 @@ from prismquant.numerics.affine import (
     simulate,
     to_groups,
 )
-from prismquant.numerics.grids import FLOAT_KINDS, FloatGrid, FloatKind, Grid, IntGrid
+from prismquant.numerics.grids import FloatGrid, Grid, IntGrid
+from prismquant.numerics.kinds import FLOAT_KINDS, FloatKind, Granularity
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 UNITS = [

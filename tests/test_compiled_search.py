@@ -12,8 +12,8 @@ from torch import Tensor
 
 from prismquant.kernels import search
 from prismquant.numerics import ranges
-from prismquant.numerics.affine import Granularity
-from prismquant.numerics.grids import FLOAT_KINDS, FloatGrid, Grid, IntGrid
+from prismquant.numerics.grids import FloatGrid, Grid, IntGrid
+from prismquant.numerics.kinds import FLOAT_KINDS, Granularity
 from prismquant.numerics.ranges import RangeRule
 from prismquant.numerics.scales import ScaleFormat, global_scale
 from prismquant.numerics.search import Search, losses_in_steps

@@ -23,7 +23,8 @@ from prismquant.algorithms.zeroquant import ZeroQuant
 from prismquant.errors import FormatError, RecipeError
 from prismquant.formats.packed import QuantizedTensor, layouts_for, pack, unpack
 from prismquant.formats.spec import PRESETS, NumberSpec, spec
-from prismquant.numerics.affine import Granularity, dynamic_scale_zero_point, quantize, simulate
+from prismquant.numerics.affine import dynamic_scale_zero_point, quantize, simulate
+from prismquant.numerics.kinds import Granularity
 from prismquant.numerics.ranges import RangeRule, weight_scales
 from prismquant.numerics.scales import ScaleFormat, global_scale
 from prismquant.runtime.quant_linear import ActivationQuantizer

@@ -23,7 +23,7 @@ from prismquant.export.compressed_tensors import CONFIG_KEY, read_rotations
 from prismquant.export.load import load_model
 from prismquant.export.stored import open_checkpoint
 from prismquant.models.config import import_transformers
-from prismquant.numerics.affine import Granularity
+from prismquant.numerics.kinds import Granularity
 from prismquant.storage import ShardReader, read_json, write_json
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from prismquant.errors import FormatError
-from prismquant.numerics.grids import FLOAT_KINDS, FloatGrid, FloatKind, IntGrid, integer_grid
+from prismquant.numerics.grids import FloatGrid, IntGrid, integer_grid
+from prismquant.numerics.kinds import FLOAT_KINDS, FloatKind
 
 # Exponent and mantissa bits, the bias, and the largest number, as the standards give them.
 STANDARD = {

@@ -30,7 +30,8 @@ from prismquant.errors import FormatError
 from prismquant.formats.spec import spec
 from prismquant.kernels import descent, products, sweep, transpose
 from prismquant.kernels.sweep import MOST_COLUMNS, ScaleLines, Tally, round_columns
-from prismquant.numerics.grids import FLOAT_KINDS, FloatGrid, Grid, IntGrid
+from prismquant.numerics.grids import FloatGrid, Grid, IntGrid
+from prismquant.numerics.kinds import FLOAT_KINDS
 from prismquant.numerics.ranges import RangeRule
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -24,7 +24,8 @@ from prismquant.formats.packed import (
     unpack_bits,
 )
 from prismquant.formats.spec import NumberSpec, spec
-from prismquant.numerics.affine import Granularity, quantize, simulate
+from prismquant.numerics.affine import quantize, simulate
+from prismquant.numerics.kinds import Granularity
 from prismquant.numerics.ranges import RangeRule, weight_scales
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -15,6 +15,7 @@ import pytest
 
 import prismquant as pq
 from prismquant import errors
+from prismquant.recipe.presets import PRESETS
 
 NAMES = [
     "PrismQuantError",
@@ -77,8 +78,41 @@ def test_the_help_of_the_command_line_imports_no_heavy_library() -> None:
     assert not heavy & loaded_by("import prismquant.cli")
 
 
-def test_recipes_need_no_model_library() -> None:
-    assert "transformers" not in loaded_by("import prismquant as pq; pq.load_recipe('w4a16')")
+@pytest.mark.parametrize(
+    "commands",
+    [
+        # What a user mistypes is answered at once as well.
+        [["--version"], ["--help"], ["inspect"], ["inspect", "--recipes", "x"], ["quantize", "."]],
+        [["recipe", "list"], *(["recipe", "show", name] for name in PRESETS)],
+        # A method is loaded to check options that are given for it, and only then.
+        [["recipe", "validate", "w4a8-static-all"], ["recipe", "show", "FILE"]],
+    ],
+    ids=["usage", "presets", "files"],
+)
+def test_commands_that_compute_nothing_import_no_model_library(
+    commands: list[list[str]], tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "{kv_cache: fp8-head, rules: [{weights: nvfp4, weight_range: four_over_six},"
+        " {match: {modality: vision}, weights: int4-g128, solver: rtn, tuner: zeroquant}]}"
+    )
+    named = [[str(file) if word == "FILE" else word for word in words] for words in commands]
+    code = (
+        f"from prismquant.cli import app\nfor words in {named}:\n"
+        "    try: app(words, standalone_mode=False)\n"
+        # What the parser raises of wrong usage can show itself.
+        "    except Exception as error: assert hasattr(error, 'show'), error\n"
+        "pass"
+    )
+    loaded = loaded_by(code)
+    assert "typer" in loaded
+    assert not {"torch", "transformers", "numpy", "safetensors", "PIL"} & loaded
+
+
+def test_importing_the_package_leaves_the_environment_as_it_is() -> None:
+    code = "import os; a = dict(os.environ); import prismquant, prismquant.api, prismquant.cli"
+    loaded_by(code + "; assert a == dict(os.environ)")
 
 
 def test_the_version_is_that_of_the_project() -> None:

@@ -23,7 +23,7 @@ from prismquant.models.bind import bind
 from prismquant.models.rotation import Rotation
 from prismquant.numerics.ranges import RangeRule
 from prismquant.pipeline.plan import make_plan
-from prismquant.recipe.presets import PRESETS
+from prismquant.recipe.presets import PRESETS, preset_yaml
 from prismquant.recipe.schema import Match, Recipe, Setting, load_recipe, parse_recipe, resolve
 
 if TYPE_CHECKING:
@@ -368,6 +368,8 @@ def test_every_recipe_survives_being_written_down(source: str, tmp_path: Path) -
     again = load_recipe(tmp_path / "again.yaml")
     assert again == recipe
     assert again.to_yaml() == recipe.to_yaml()
+    if source in PRESETS:
+        assert load_recipe(yaml.safe_load(preset_yaml(source))) == recipe
     assert parse_recipe(json.loads(json.dumps(recipe.to_dict())), source="json") == recipe
 
 

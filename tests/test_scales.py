@@ -15,9 +15,9 @@ from prismquant.errors import FormatError
 from prismquant.formats.spec import spec
 from prismquant.numerics.affine import dynamic_scale_zero_point, scale_zero_point
 from prismquant.numerics.grids import FloatGrid, Grid, IntGrid
+from prismquant.numerics.kinds import ScaleKind
 from prismquant.numerics.scales import (
     ScaleFormat,
-    ScaleKind,
     as_scale_format,
     check_global_scale,
     global_scale,

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from prismquant.errors import FormatError
 from prismquant.formats.spec import PRESETS, NumberSpec, spec
-from prismquant.numerics.affine import Granularity
-from prismquant.numerics.grids import FLOAT_KINDS, FloatGrid, IntGrid
+from prismquant.numerics.grids import FloatGrid, IntGrid
+from prismquant.numerics.kinds import FLOAT_KINDS, Granularity
 
 CODED = [name for name in PRESETS if PRESETS[name].scale != "float"]
 

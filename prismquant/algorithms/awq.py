@@ -29,7 +29,8 @@ from prismquant.algorithms.edges import (
     hopeless,
     settle,
 )
-from prismquant.numerics.affine import Granularity, to_groups
+from prismquant.numerics.affine import to_groups
+from prismquant.numerics.kinds import Granularity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -22,7 +22,8 @@ from torch import Tensor
 from prismquant.errors import FormatError, NumericsError, PrismQuantError
 from prismquant.formats.quantized import QuantizedTensor
 from prismquant.kernels.search import weight_scales
-from prismquant.numerics.affine import Granularity, check_finite, dequantize, quantize
+from prismquant.numerics.affine import check_finite, dequantize, quantize
+from prismquant.numerics.kinds import Granularity
 from prismquant.numerics.ranges import RangeRule
 from prismquant.numerics.scales import (
     E4M3_MOST,

@@ -26,13 +26,12 @@ from prismquant.algorithms.base import scale_format
 from prismquant.errors import FormatError, NumericsError, PrismQuantError, RecipeError
 from prismquant.kernels.search import weight_scales
 from prismquant.numerics.affine import (
-    Granularity,
-    block_rows,
     check_finite,
     dynamic_scale_zero_point,
     scale_zero_point,
     simulate,
 )
+from prismquant.numerics.kinds import Granularity, block_rows
 from prismquant.numerics.ranges import SEARCHES, RangeRecord, RangeRule
 from prismquant.numerics.scales import ScaleFormat, global_scale
 

@@ -14,7 +14,7 @@ import torch
 
 from prismquant.algorithms.base import LayerProblem, LayerResult, Note
 from prismquant.formats.quantized import QuantizedTensor
-from prismquant.numerics.affine import Granularity
+from prismquant.numerics.kinds import Granularity
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -25,7 +25,8 @@ from prismquant.algorithms.base import (
 from prismquant.errors import NumericsError
 from prismquant.formats.quantized import QuantizedTensor
 from prismquant.kernels.search import weight_scales
-from prismquant.numerics.affine import Granularity, block_rows, quantize_with_values
+from prismquant.numerics.affine import quantize_with_values
+from prismquant.numerics.kinds import Granularity, block_rows
 from prismquant.numerics.ranges import RangeRule, coupled_weight_scales
 
 if TYPE_CHECKING:

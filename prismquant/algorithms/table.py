@@ -12,12 +12,12 @@ import typing
 from dataclasses import fields
 from typing import Any, Literal, cast
 
-from prismquant.algorithms.base import Solver
 from prismquant.errors import RecipeError, suggest
 
 if typing.TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from prismquant.algorithms.base import Solver
     from prismquant.algorithms.blocks import Tuner
     from prismquant.algorithms.edges import Equalizer
 
@@ -54,7 +54,7 @@ def build_solver(name: str, options: Mapping[str, Any] | None = None) -> Solver:
         RecipeError: The name or an option is unknown, or a value has the wrong type or is out of
             bounds.
     """
-    return cast(Solver, _build(SOLVERS, "solver", name, options))
+    return cast("Solver", _build(SOLVERS, "solver", name, options))
 
 
 def build_equalizer(name: str, options: Mapping[str, Any] | None = None) -> Equalizer:

@@ -15,7 +15,7 @@ from typing import Any
 
 from prismquant.formats.packed import check_declarable, declared_kind
 from prismquant.formats.spec import NumberSpec
-from prismquant.numerics.affine import Granularity
+from prismquant.numerics.kinds import Granularity
 from prismquant.pipeline.layout import is_declarable
 from prismquant.pipeline.plan import PlanRow
 

@@ -17,7 +17,7 @@ from prismquant.export.exporter import Refusal
 from prismquant.export.stored import StoredCheckpoint, StoredLayer
 from prismquant.formats.packed import QuantizedTensor
 from prismquant.formats.spec import NumberSpec
-from prismquant.numerics.affine import Granularity
+from prismquant.numerics.kinds import Granularity
 
 SCALE_DTYPE = torch.float16
 _UNITS = (Granularity.TENSOR, Granularity.CHANNEL, Granularity.GROUP)

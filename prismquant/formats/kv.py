@@ -13,11 +13,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from prismquant.errors import FormatError, suggest
 from prismquant.formats.spec import NumberSpec, spec
-from prismquant.numerics.grids import Grid
+
+if TYPE_CHECKING:
+    from prismquant.numerics.grids import Grid
 
 KVNumber = Literal["fp8", "int8", "int4"]
 KVGranularity = Literal["tensor", "head"]

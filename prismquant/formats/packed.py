@@ -44,13 +44,13 @@ from prismquant.formats.layouts import (
 )
 from prismquant.formats.layouts.base import check_codes
 from prismquant.formats.quantized import QuantizedTensor
-from prismquant.numerics.grids import FloatKind
+from prismquant.numerics.kinds import FloatKind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from prismquant.formats.spec import Kind, NumberSpec
-    from prismquant.numerics.scales import ScaleKind
+    from prismquant.numerics.kinds import ScaleKind
 
 __all__ = [
     "FLOAT_QUANTIZED",

@@ -22,12 +22,23 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from prismquant.errors import FormatError, suggest
-from prismquant.numerics.affine import Granularity, block_rows, check_group_size
-from prismquant.numerics.grids import FLOAT_KINDS, FloatGrid, FloatKind, Grid, IntGrid
-from prismquant.numerics.scales import SCALE_KINDS, ScaleKind
+from prismquant.numerics.kinds import (
+    FLOAT_BITS,
+    FLOAT_KINDS,
+    SCALE_KINDS,
+    FloatKind,
+    Granularity,
+    ScaleKind,
+    block_rows,
+    check_bits,
+    check_group_size,
+)
+
+if TYPE_CHECKING:
+    from prismquant.numerics.grids import Grid
 
 Kind = Literal["int"] | FloatKind
 
@@ -140,9 +151,9 @@ class NumberSpec:
                 f"there is no kind of number {self.kind!r}", remedy=suggest(str(self.kind), KINDS)
             )
         if self.kind == "int":
-            IntGrid(self.bits, self.narrow)
+            check_bits(self.bits)
             return
-        own = FloatGrid(self.kind).bits
+        own = FLOAT_BITS[self.kind]
         if isinstance(self.bits, bool) or self.bits != own:
             raise FormatError(
                 f"{self.kind} numbers have {own} bits, not {self.bits!r}",
@@ -183,6 +194,9 @@ class NumberSpec:
     @property
     def grid(self) -> Grid:
         """The points of this format and their codes."""
+        # A format is words; torch is loaded when its numbers are computed with.
+        from prismquant.numerics.grids import FloatGrid, IntGrid
+
         return IntGrid(self.bits, self.narrow) if self.kind == "int" else FloatGrid(self.kind)
 
     @property
@@ -297,7 +311,7 @@ class NumberSpec:
                     f"a number format has no field {key!r}", remedy=suggest(str(key), known)
                 )
         kind = data.get("kind")
-        implied = {"bits": FloatGrid(kind).bits} if kind in FLOAT_KINDS else {}
+        implied = {"bits": FLOAT_BITS[kind]} if kind in FLOAT_KINDS else {}
         filled = implied | dict(data)
         for key in ("bits", "granularity"):
             if key not in filled:
@@ -345,7 +359,7 @@ def spec(name: str) -> NumberSpec:
     kinds: dict[str | None, Kind] = {name: kind for kind, name in _FLOAT_NAMES.items()}
     kind = kinds.get(match["float"], "int")
     return NumberSpec(
-        bits=int(match["bits"]) if kind == "int" else FloatGrid(kind).bits,
+        bits=int(match["bits"]) if kind == "int" else FLOAT_BITS[kind],
         granularity=Granularity(unit),
         group_size=None if size is None else int(size),
         symmetric=match["asym"] is None,
@@ -367,7 +381,7 @@ def _coded_spec(match: re.Match[str]) -> NumberSpec:
 
 def _grouped(kind: Kind, size: int, scale: ScaleKind, dynamic: bool) -> NumberSpec:
     integers = kind == "int"
-    bits = 8 if kind == "int" else FloatGrid(kind).bits
+    bits = 8 if kind == "int" else FLOAT_BITS[kind]
     return NumberSpec(
         bits, Granularity.GROUP, size, narrow=integers, dynamic=dynamic, kind=kind, scale=scale
     )

@@ -26,8 +26,8 @@ from prismquant.numerics import ranges
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from prismquant.numerics.affine import Granularity
     from prismquant.numerics.grids import Grid
+    from prismquant.numerics.kinds import Granularity
     from prismquant.numerics.rules import RangeRule
     from prismquant.numerics.scales import AnyScale
     from prismquant.numerics.search import Look, Search

@@ -27,7 +27,6 @@ The shape of a scale says what it covers (``x`` is a weight ``[out, in]`` or an 
 from __future__ import annotations
 
 import math
-from enum import StrEnum
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,6 +34,7 @@ from torch import Tensor
 
 from prismquant.errors import FormatError, NumericsError
 from prismquant.numerics.grids import IntGrid, integer_grid
+from prismquant.numerics.kinds import Granularity, block_rows, check_group_size
 from prismquant.numerics.scales import AnyScale, as_scale_format
 
 if TYPE_CHECKING:
@@ -46,21 +46,6 @@ if TYPE_CHECKING:
 # second-level cache between passes, elsewhere it only bounds the temporary memory.
 _CPU_PIECE = 1 << 17
 _DEVICE_PIECE = 1 << 26
-
-
-class Granularity(StrEnum):
-    """What shares one scale."""
-
-    TENSOR = "tensor"
-    CHANNEL = "channel"
-    GROUP = "group"
-    TOKEN = "token"
-    BLOCK = "block"
-
-    @property
-    def grouped(self) -> bool:
-        """Whether consecutive features share a scale, so that there is a group size."""
-        return self in (Granularity.GROUP, Granularity.BLOCK)
 
 
 def to_groups(x: Tensor, granularity: Granularity, group_size: int | None = None) -> Tensor:
@@ -119,39 +104,6 @@ def from_groups(
     size = features // max(across, 1)
     squares = groups.reshape(lines, across, size, size).transpose(1, 2)
     return squares.reshape(lines * size, features)[:rows]
-
-
-def block_rows(rows: int, size: int) -> int:
-    """How many blocks of ``size`` rows it takes to cover so many rows."""
-    return -(-rows // size)
-
-
-def check_group_size(features: int, group_size: int | None) -> int:
-    """Make sure that groups tile the features exactly.
-
-    Args:
-        features: Length of the axis to be cut into groups.
-        group_size: Features to a group.
-
-    Returns:
-        The group size.
-
-    Raises:
-        FormatError: It is missing, not positive, or does not divide ``features``; the error lists
-            the sizes that would.
-    """
-    if group_size is None or group_size < 1:
-        raise FormatError(
-            f"groups and blocks need a positive group size, not {group_size}",
-            remedy="give group_size, e.g. 128",
-        )
-    if features % group_size:
-        legal = [str(d) for d in range(1, features + 1) if features % d == 0]
-        raise FormatError(
-            f"group size {group_size} does not divide {features} input features",
-            remedy=f"use a divisor of {features} ({', '.join(legal)}) or channel granularity",
-        )
-    return group_size
 
 
 def scale_zero_point(

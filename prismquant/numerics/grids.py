@@ -14,21 +14,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from prismquant.errors import FormatError, suggest
+from prismquant.numerics.kinds import FLOAT_BITS, FLOAT_KINDS, FloatKind, check_bits
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-MIN_BITS = 2
-MAX_BITS = 8
-
-FloatKind = Literal["e4m3", "e5m2", "e3m2", "e2m3", "e2m1"]
-FLOAT_KINDS: tuple[FloatKind, ...] = get_args(FloatKind)
 
 
 @dataclass(frozen=True)
@@ -47,16 +42,7 @@ class IntGrid:
     narrow: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int):
-            raise FormatError(
-                f"the width of an integer format must be an integer, not {self.bits!r}",
-                remedy=f"use {MIN_BITS} to {MAX_BITS} bits",
-            )
-        if not MIN_BITS <= self.bits <= MAX_BITS:
-            raise FormatError(
-                f"there is no integer format of {self.bits} bits",
-                remedy=f"use {MIN_BITS} to {MAX_BITS} bits",
-            )
+        check_bits(self.bits)
 
     @property
     def qmin(self) -> int:
@@ -117,7 +103,6 @@ class _Layout:
     """How a floating-point format lays out its bits.
 
     Attributes:
-        bits: Width of a code.
         mantissa: Bits of the mantissa that are stored.
         lowest: Exponent of the smallest normal number; below it, points keep its spacing.
         highest: Exponent of the largest number.
@@ -126,7 +111,6 @@ class _Layout:
         dtype: The dtype whose memory holds the codes, where torch has one.
     """
 
-    bits: int
     mantissa: int
     lowest: int
     highest: int
@@ -136,11 +120,11 @@ class _Layout:
 
 _LAYOUTS: Mapping[str, _Layout] = MappingProxyType(
     {
-        "e4m3": _Layout(8, 3, -6, 8, 448.0, torch.float8_e4m3fn),
-        "e5m2": _Layout(8, 2, -14, 15, 57344.0, torch.float8_e5m2),
-        "e3m2": _Layout(6, 2, -2, 4, 28.0, None),
-        "e2m3": _Layout(6, 3, 0, 2, 7.5, None),
-        "e2m1": _Layout(4, 1, 0, 2, 6.0, None),
+        "e4m3": _Layout(3, -6, 8, 448.0, torch.float8_e4m3fn),
+        "e5m2": _Layout(2, -14, 15, 57344.0, torch.float8_e5m2),
+        "e3m2": _Layout(2, -2, 4, 28.0, None),
+        "e2m3": _Layout(3, 0, 2, 7.5, None),
+        "e2m1": _Layout(1, 0, 2, 6.0, None),
     }
 )
 
@@ -191,7 +175,7 @@ class FloatGrid:
     @property
     def bits(self) -> int:
         """Width of a code."""
-        return self._layout.bits
+        return FLOAT_BITS[self.kind]
 
     @property
     def largest(self) -> float:
@@ -277,7 +261,7 @@ class FloatGrid:
         code = magnitude.div_(power).mul_(2.0**layout.mantissa).to(torch.int32)
         binade = (power.view(torch.int32) >> 23) - (_FLOAT32_BIAS + layout.lowest)
         code += binade << layout.mantissa
-        code += torch.signbit(points).to(torch.int32) << (layout.bits - 1)
+        code += torch.signbit(points).to(torch.int32) << (self.bits - 1)
         codes.copy_(code)
 
     def read(self, codes: Tensor) -> Tensor:

@@ -14,16 +14,8 @@ import torch
 from torch import Tensor
 
 from prismquant.errors import NumericsError, RecipeError
-from prismquant.numerics.affine import (
-    Granularity,
-    block_rows,
-    check_finite,
-    check_group_size,
-    extremes,
-    scale_zero_point,
-    simulate,
-    to_groups,
-)
+from prismquant.numerics.affine import check_finite, extremes, scale_zero_point, simulate, to_groups
+from prismquant.numerics.kinds import Granularity, block_rows, check_group_size
 from prismquant.numerics.records import RangeRecord, rank_of, static_scale_zero_point
 from prismquant.numerics.rules import SEARCHES, RangeRule, RuleKind, check_rule, measured
 from prismquant.numerics.scales import AnyScale, as_scale_format

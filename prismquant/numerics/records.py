@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from prismquant.errors import FormatError, NumericsError, RecipeError
-from prismquant.numerics.affine import Granularity, check_finite, extremes, scale_zero_point
+from prismquant.numerics.affine import check_finite, extremes, scale_zero_point
+from prismquant.numerics.kinds import Granularity, ScaleKind
 from prismquant.numerics.rules import SEARCHES, RangeRule, measured
-from prismquant.numerics.scales import ScaleFormat, ScaleKind, global_scale
+from prismquant.numerics.scales import ScaleFormat, global_scale
 from prismquant.numerics.search import Search, error_in_steps
 
 if TYPE_CHECKING:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 from prismquant.errors import RecipeError, suggest
-from prismquant.numerics.grids import FloatGrid
 
 if TYPE_CHECKING:
     from prismquant.numerics.grids import Grid
@@ -86,7 +85,7 @@ def check_rule(rule: RangeRule, grid: Grid) -> None:
     Raises:
         RecipeError: The rule is ``four_over_six`` and the grid is not E2M1.
     """
-    if rule.kind == "four_over_six" and grid != FloatGrid("e2m1"):
+    if rule.kind == "four_over_six" and getattr(grid, "kind", None) != "e2m1":
         raise RecipeError(
             "the rule four_over_six is for E2M1 numbers",
             remedy="use a format of the fp4 family (nvfp4), or another range rule",

@@ -25,21 +25,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from prismquant.errors import FormatError, suggest
 from prismquant.numerics.grids import FloatGrid
+from prismquant.numerics.kinds import SCALE_KINDS, ScaleKind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from prismquant.numerics.grids import Grid
-
-ScaleKind = Literal["float", "e8m0", "e8m0-floor", "e8m0-ceil", "e4m3"]
-SCALE_KINDS: tuple[ScaleKind, ...] = get_args(ScaleKind)
 
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

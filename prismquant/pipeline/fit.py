@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from prismquant.errors import PlanError
 from prismquant.formats.spec import NumberSpec, spec
 from prismquant.models.bind import BoundSite
-from prismquant.numerics.affine import Granularity
+from prismquant.numerics.kinds import Granularity
 from prismquant.recipe.schema import Fallback
 
 # Formats of weight and input, and what to do where they do not fit.

@@ -20,7 +20,7 @@ from prismquant.formats.packed import (
     check_declarable,
 )
 from prismquant.formats.spec import Kind, NumberSpec
-from prismquant.numerics.affine import Granularity
+from prismquant.numerics.kinds import Granularity
 
 DENSE = "dense"
 

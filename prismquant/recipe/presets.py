@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import yaml
+
 Preset = dict[str, Any]
 
 _LLM = {"modality": "llm", "role": ["attn", "mlp"]}
@@ -121,3 +123,8 @@ PRESETS: dict[str, Preset] = {
     "zeroquant-w3a16": _with(_W3A16, **_RTN, tuner="zeroquant"),
     "autoround-w2a16": _with(_W2A16, **_RTN, tuner="autoround"),
 }
+
+
+def preset_yaml(name: str) -> str:
+    """A preset as a YAML file, in the words it is written in."""
+    return yaml.safe_dump({"version": 1, "name": name, **PRESETS[name]}, sort_keys=False)

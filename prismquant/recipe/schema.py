@@ -25,6 +25,7 @@ They are applied in order: rotations first of all, then scales along edges.
 ``int4-head-rotated`` and so on, or a mapping: ``{format: fp8, granularity: head, range: mse}``.
 
 The recipe knows nothing of a particular model: :mod:`prismquant.pipeline.plan` lays it over one.
+It is words: a method, and torch with it, is loaded only to check options that are given for it.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import (
@@ -46,7 +48,6 @@ from pydantic import (
     model_validator,
 )
 
-from prismquant.algorithms.correction import Correction
 from prismquant.algorithms.split import Split
 from prismquant.algorithms.table import (
     EQUALIZERS,
@@ -61,9 +62,12 @@ from prismquant.errors import PrismQuantError, RecipeError, suggest
 from prismquant.formats.kv import KVCacheSpec, kv_cache_spec
 from prismquant.formats.spec import NumberSpec, spec
 from prismquant.models.arch import Modality
-from prismquant.models.rotation import Rotation
-from prismquant.numerics.ranges import RangeRule
+from prismquant.numerics.rules import RangeRule
 from prismquant.recipe.aliases import translated
+
+if TYPE_CHECKING:
+    from prismquant.algorithms.correction import Correction
+    from prismquant.models.rotation import Rotation
 
 Fields = dict[str, Any]
 Fallback = Literal["error", "channel", "nearest"]
@@ -194,6 +198,8 @@ class Rule(_Strict):
     def _correction_fields(cls, value: Any) -> Any:
         if value is None or value == "none":
             return value
+        from prismquant.algorithms.correction import Correction
+
         named = {} if value == "auto" else value
         fields = _known_fields(named, Correction, "correction")
         try:
@@ -262,6 +268,8 @@ class Transform(_Strict):
             raise ValueError("a rotation takes a whole tower: match it by modality alone")
         if self.name == ROTATION and "modality" in self.options:
             raise ValueError("`modality` of a rotation belongs into `match`")
+        if not self.options:
+            return self
         try:
             if self.name in EQUALIZERS:
                 build_equalizer(self.name, self.options)
@@ -279,6 +287,8 @@ class Transform(_Strict):
 
     def rotations(self, towers: Iterable[Modality]) -> tuple[Rotation, ...]:
         """One rotation for each of ``towers`` that is meant."""
+        from prismquant.models.rotation import Rotation
+
         options = checked_options(Rotation, self.options, ROTATION)
         wanted = self.match.modality or tuple(towers)
         return tuple(Rotation(modality=tower, **options) for tower in towers if tower in wanted)
@@ -408,7 +418,8 @@ class Recipe(_Strict):
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
-class Setting(_Strict):
+@dataclass(frozen=True)
+class Setting:
     """What the rules, merged, say of one layer.
 
     Attributes:
@@ -427,8 +438,6 @@ class Setting(_Strict):
         fallback: What to do where the formats cannot hold the layer's shape.
         on_failure: What to do where the solver fails.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
     rules: tuple[int, ...]
     weights: NumberSpec | None
@@ -579,7 +588,7 @@ def _setting(merged: Fields, matched: tuple[int, ...]) -> Setting:
         outputs=NumberSpec.from_dict(outputs) if weights and outputs else None,
         solver=merged["solver"],
         options=merged["options"],
-        correction=None if correction is None else Correction(**correction),
+        correction=None if correction is None else _correction(correction),
         tuner=tuner,
         tuner_options=merged.get("tuner_options") or {},
         vision_weight=merged.get("vision_weight", 1.0),
@@ -594,6 +603,12 @@ def _setting(merged: Fields, matched: tuple[int, ...]) -> Setting:
             build_tuner(setting.tuner, setting.tuner_options)
         _check_formats(setting)
     return setting
+
+
+def _correction(fields: Fields) -> Correction:
+    from prismquant.algorithms.correction import Correction
+
+    return Correction(**fields)
 
 
 def _implied(key: str, value: Fields) -> Fields:

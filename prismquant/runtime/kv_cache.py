@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from prismquant.errors import FormatError
 from prismquant.formats.kv import KVCacheSpec
-from prismquant.numerics.affine import Granularity, simulate
+from prismquant.numerics.affine import simulate
 from prismquant.numerics.hadamard import block_hadamard, power_of_two_block
+from prismquant.numerics.kinds import Granularity
 from prismquant.runtime.quant_linear import straight_through
 
 

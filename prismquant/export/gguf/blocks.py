@@ -30,7 +30,7 @@ from torch import Tensor
 
 from prismquant.formats.packed import QuantizedTensor
 from prismquant.formats.spec import NumberSpec
-from prismquant.numerics.affine import Granularity
+from prismquant.numerics.kinds import Granularity
 
 BLOCK = 32
 Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, MXFP4 = "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"

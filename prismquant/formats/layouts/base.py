@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from prismquant.formats.quantized import QuantizedTensor
     from prismquant.formats.spec import NumberSpec
-    from prismquant.numerics.scales import ScaleKind
+    from prismquant.numerics.kinds import ScaleKind
 
 # Of a number of 8 bits, all but its sign.
 _MAGNITUDE = 0x7F

@@ -13,13 +13,13 @@ from prismquant.errors import FormatError
 from prismquant.formats.bits import WORD_BYTES, pack_bits, unpack_bits, words
 from prismquant.formats.layouts.base import Layout, check_codes
 from prismquant.formats.quantized import QuantizedTensor
-from prismquant.numerics.affine import Granularity
+from prismquant.numerics.kinds import Granularity
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from prismquant.formats.spec import NumberSpec
-    from prismquant.numerics.scales import ScaleKind
+    from prismquant.numerics.kinds import ScaleKind
 
 
 @dataclass(frozen=True)

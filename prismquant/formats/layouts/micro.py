@@ -13,7 +13,8 @@ from prismquant.errors import FormatError
 from prismquant.formats.bits import pack_patterns, pattern_bytes, unpack_patterns
 from prismquant.formats.layouts.base import Layout, check_shape
 from prismquant.formats.quantized import QuantizedTensor
-from prismquant.numerics.scales import ScaleKind, check_global_scale
+from prismquant.numerics.kinds import ScaleKind
+from prismquant.numerics.scales import check_global_scale
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

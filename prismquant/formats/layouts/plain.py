@@ -12,13 +12,13 @@ from torch import Tensor
 from prismquant.errors import FormatError
 from prismquant.formats.layouts.base import Layout, check_shape
 from prismquant.formats.quantized import QuantizedTensor
-from prismquant.numerics.affine import Granularity
+from prismquant.numerics.kinds import Granularity
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from prismquant.formats.spec import Kind, NumberSpec
-    from prismquant.numerics.scales import ScaleKind
+    from prismquant.numerics.kinds import ScaleKind
 
 
 @dataclass(frozen=True)
