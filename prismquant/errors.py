@@ -16,7 +16,11 @@ and exits with status 1.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+# A number that is one part of a dotted path, e.g. the 7 of ``layers.7.mlp``; not that of 0.7.
+_INDEX = re.compile(r"(?<=[A-Za-z_]\.)\d+(?![\w])")
 
 
 class PrismQuantError(Exception):
@@ -85,3 +89,37 @@ def suggest(name: str, options: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{hint}known: {', '.join(known)}"
+
+
+def grouped(findings: Iterable[str]) -> list[str]:
+    """Fold findings that say the same of many layers into one line each, with the count.
+
+    Args:
+        findings: Lines in which layers are named by dotted paths, e.g. ``layers.3.mlp: too wide``.
+
+    Returns:
+        Lines in order of first appearance, e.g. ``layers.*.mlp: too wide (3 layers: 0-1, 3)``. What
+        is said of one layer alone stays as it is.
+    """
+    groups: dict[str, dict[str, None]] = {}
+    for finding in findings:
+        groups.setdefault(_INDEX.sub("*", finding), {})[finding] = None
+    return [
+        next(iter(members)) if len(members) == 1 else f"{pattern} ({_which(members)})"
+        for pattern, members in groups.items()
+    ]
+
+
+def _which(members: Iterable[str]) -> str:
+    """How many layers a folded line is about, and which where one number tells."""
+    found = [[int(number) for number in _INDEX.findall(member)] for member in members]
+    if any(len(set(numbers)) != 1 for numbers in found):
+        return f"{len(found)} of them"
+    ranges: list[list[int]] = []
+    for index, *_ in sorted(found):
+        if ranges and index == ranges[-1][1] + 1:
+            ranges[-1][1] = index
+        else:
+            ranges.append([index, index])
+    shown = [f"{first}-{last}" if first != last else f"{first}" for first, last in ranges[:6]]
+    return f"{len(found)} layers: {', '.join(shown)}{', ..' if len(ranges) > 6 else ''}"
