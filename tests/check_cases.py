@@ -178,6 +178,7 @@ CASES = [
         both(cache, lambda d: d.section["kv_cache_scheme"].update(type="int")),
         "vllm",
     ),
+    Case("kv.passed-over", "w4a16", cache, "transformers"),
     Case(
         "kv.missing",
         "w4a16",

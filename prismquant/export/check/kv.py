@@ -3,16 +3,66 @@
 from __future__ import annotations
 
 import math
+import tomllib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from prismquant.export.check.checkpoint import Checkpoint
+from prismquant.export.check.checkpoint import COMPRESSED_TENSORS, Checkpoint
 from prismquant.export.check.findings import Problem, gathered
 from prismquant.export.check.scheme import Args, args_faults, read_args
 
 _KEY = "kv_cache_scheme"
 _SIDES = ("k_scale", "v_scale")
 _CALIBRATE = "quantize with kv_cache and calibration data, or serve with a 16-bit cache"
+
+
+@dataclass(frozen=True)
+class TriedReaders:
+    """What releases of transformers make of the cache, with releases of compressed-tensors.
+
+    Attributes:
+        transformers: First and last release that was tried.
+        compressed_tensors: Likewise.
+        rounded: Whether keys and values are rounded as declared; else they stay in floating point.
+    """
+
+    transformers: tuple[str, str]
+    compressed_tensors: tuple[str, str]
+    rounded: bool
+
+    def describe(self) -> str:
+        """The releases in words."""
+        ends = [
+            first if first == last else f"{first} to {last}"
+            for first, last in (self.transformers, self.compressed_tensors)
+        ]
+        return f"transformers {ends[0]} with compressed-tensors {ends[1]}"
+
+
+def tried_readers() -> list[TriedReaders]:
+    """What is known of transformers' cache, from ``transformers.toml``."""
+    text = (Path(__file__).parent / "transformers.toml").read_text(encoding="utf-8")
+    return [
+        TriedReaders(tuple(one["transformers"]), tuple(one["compressed-tensors"]), one["rounded"])
+        for one in tomllib.loads(text)["kv_cache"]
+    ]
+
+
+def passed_over(checkpoint: Checkpoint) -> Iterator[Problem]:
+    """A cache that some releases of transformers leave in floating point without a word."""
+    if _raw(checkpoint) is None or checkpoint.method != COMPRESSED_TENSORS:
+        return
+    known = {
+        rounded: " and ".join(one.describe() for one in tried_readers() if one.rounded is rounded)
+        for rounded in (True, False)
+    }
+    yield Problem(
+        f"{known[False]} leaves keys and values in floating point",
+        (_KEY,),
+        f"use {known[True]}, prismquant.load, or vLLM: they round them",
+    )
 
 
 def arguments(checkpoint: Checkpoint) -> list[Problem]:

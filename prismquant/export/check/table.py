@@ -226,6 +226,7 @@ _KERNELS = (
 _CACHE = (
     Rule("kv.arguments", _E, "kv_cache_scheme is well formed", kv.arguments, (_HF,)),
     Rule("kv.kind", _E, "the KV cache is one of vLLM's", kv.kind, _SERVERS),
+    Rule("kv.passed-over", _W, "every transformers rounds the cache", kv.passed_over, (_HF,)),
     Rule("kv.missing", _W, "its scales are there", kv.missing, layered=True),
     Rule(
         "kv.missing-biased", _E, "also where k_proj has a bias", kv.missing_with_bias, layered=True
