@@ -7,12 +7,18 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import tiny_vlm
 import torch
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
 torch.set_num_threads(1)
+# How long a machine takes, alone or beside others, says nothing of what a test is about.
+settings.register_profile(
+    "patient", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")

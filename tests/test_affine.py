@@ -7,7 +7,7 @@ import math
 import compressed_tensors_library as library
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -181,7 +181,6 @@ def test_ranges_that_are_not_finite_are_refused(bad: float) -> None:
             )
 
 
-@settings(deadline=None)
 @given(
     bits=st.integers(2, 8),
     symmetric=st.booleans(),
@@ -250,7 +249,6 @@ def test_the_zero_point_is_added_before_rounding() -> None:
     assert codes.item() == 2
 
 
-@settings(deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     bits=st.integers(2, 8),
@@ -283,7 +281,6 @@ def test_simulation_is_dequantized_codes_bit_for_bit(
     assert torch.equal(bits_of(got), bits_of(want))
 
 
-@settings(deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     kind=st.sampled_from(FLOAT_KINDS),
@@ -445,7 +442,6 @@ def dynamic_args(bits: int, symmetric: bool, granularity: Granularity, size: int
     )
 
 
-@settings(deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     bits=st.sampled_from([4, 8]),
@@ -520,7 +516,6 @@ def float_args(bits: int, granularity: Granularity, size: int | None, dynamic: b
     )
 
 
-@settings(deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     grid=st.sampled_from([FloatGrid("e4m3"), FloatGrid("e2m1")]),

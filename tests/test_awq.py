@@ -114,7 +114,7 @@ def test_a_salient_channel_is_protected():
     assert int(result.scale.argmax()) == 3
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 1000),
     weights=st.sampled_from([None, "int4-g8", "int3-channel", "int8-tensor", "fp4-g8"]),

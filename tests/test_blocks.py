@@ -73,7 +73,7 @@ def in_grid(quantized: QuantizedTensor) -> bool:
     return bool(((quantized.codes >= grid.qmin) & (quantized.codes <= grid.qmax)).all())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     name=st.sampled_from(INTEGERS + FLOATS),
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
@@ -213,7 +213,7 @@ def test_what_is_returned_is_better_and_gives_exactly_the_loss_that_is_told(tune
         assert quantized.spec.kind != "int" or in_grid(quantized)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 1000),
     tuner=st.sampled_from(

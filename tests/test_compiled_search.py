@@ -62,7 +62,7 @@ def odd_weight(seed: int, rows: int, tail: bool) -> Tensor:
 
 
 @runs_numba
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(
     seed=st.integers(0, 10_000),
     case=st.sampled_from(CASES),

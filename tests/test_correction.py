@@ -84,7 +84,7 @@ def lost(weight: Tensor, corrected: Tensor, calls: Sequence[tuple[Tensor, ...]])
     )
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), calls=st.integers(1, 9))
 def test_at_full_strength_it_is_the_least_squares_solution(seed: int, calls: int) -> None:
     """With next to no damping: W* = W E[f u^T] E[u u^T]^-1, so nothing correlated is left."""
@@ -99,7 +99,7 @@ def test_at_full_strength_it_is_the_least_squares_solution(seed: int, calls: int
     assert notes["correction"] == 1.0
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), strength=st.floats(0, 1), damping=st.sampled_from([0.01, 0.5]))
 def test_given_strength_and_damping_are_taken(seed: int, strength: float, damping: float) -> None:
     seen, (weight,) = drawn(seed, 5), weights_of(seed)
@@ -111,7 +111,7 @@ def test_given_strength_and_damping_are_taken(seed: int, strength: float, dampin
     assert notes == {"correction": strength, "correction_damping": damping}
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 10_000))
 def test_the_chosen_strength_and_damping_do_best_on_held_out_calls(seed: int) -> None:
     """Of all strengths on a grid and all dampings; each layer has its own strength."""

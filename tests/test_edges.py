@@ -257,7 +257,7 @@ def test_trials_on_some_rows_are_trials_of_an_edge_with_these_rows():
 # --- folding ----------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     logs=st.lists(st.floats(-100, 100), min_size=1, max_size=12),
     dead=st.integers(0, 2**12 - 1),

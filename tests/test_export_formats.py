@@ -145,7 +145,7 @@ def weights(draw: st.DrawFn, widths: tuple[int, ...]) -> QuantizedTensor:
 
 
 @given(q=weights((2, 3, 4, 8)))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_gptq_layout_holds_codes_zero_points_and_signed_scales(q: QuantizedTensor) -> None:
     less_one = q.spec.symmetric
     stored = gptq.tensors(q, less_one=less_one)
@@ -154,7 +154,7 @@ def test_the_gptq_layout_holds_codes_zero_points_and_signed_scales(q: QuantizedT
 
 
 @given(q=weights((4,)))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_awq_layout_holds_codes_zero_points_and_signed_scales(q: QuantizedTensor) -> None:
     expected = q.dequantize(torch.float64).numpy()
     assert np.array_equal(read_awq(awq.tensors(q), q.spec.group_size or -1), expected)

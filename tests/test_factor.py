@@ -167,7 +167,7 @@ def test_only_float32_is_rounded():
 
 
 @pytest.mark.parametrize("compiled", COMPILED)
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(features=st.integers(1, 60), seed=st.integers(0, 1000), block=st.integers(1, 70))
 def test_pivots_come_in_the_order_of_their_definition_whatever_the_block(
     compiled, features, seed, block
@@ -185,7 +185,7 @@ def test_pivots_come_in_the_order_of_their_definition_whatever_the_block(
     torch.testing.assert_close(root @ root.T, matrix[order][:, order], rtol=1e-11, atol=1e-11)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(features=st.integers(1, 60), seed=st.integers(0, 1000), block=st.integers(1, 70))
 def test_without_pivots_the_root_does_not_depend_on_the_block(features, seed, block):
     matrix = moments(features, seed)

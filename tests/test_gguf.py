@@ -89,7 +89,7 @@ def unpacked(q: QuantizedTensor, kind: str) -> np.ndarray:
     asymmetric=st.booleans(),
     seed=st.integers(0, 2**32),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_blocks_hold_every_integer_format_exactly(
     bits: int, unit: str, asymmetric: bool, seed: int
 ) -> None:

@@ -197,7 +197,7 @@ def test_the_block_size_does_not_change_the_codes(name, passes):
         assert torch.equal(codes, first)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 10_000),
     name=st.sampled_from(
@@ -273,7 +273,7 @@ def test_what_refinement_gains_adds_up_to_the_damped_loss(order):
     assert result.notes["refined_loss"] < result.notes["swept_loss"]
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 10_000), name=st.sampled_from(["int2-g8", "int3-g8-asym", "int4-g16"]))
 def test_each_pass_of_refinement_lowers_the_damped_loss_or_leaves_it(seed, name):
     problem = make(name, (8,), 32, seed=seed, tokens=100)

@@ -9,7 +9,7 @@ import math
 import compressed_tensors_library as library
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -185,7 +185,6 @@ def test_rounding_into_another_tensor_leaves_the_values_alone(grid: IntGrid | Fl
     assert torch.equal(out, grid.round_(before))
 
 
-@settings(deadline=None)
 @given(
     kind=st.sampled_from(FLOAT_KINDS),
     values=st.lists(st.floats(-1e5, 1e5), min_size=1, max_size=20),

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from prismquant.errors import NumericsError
@@ -158,7 +158,6 @@ def test_the_block_is_the_largest_power_of_two_that_divides(n: int):
     assert block & (block - 1) == 0
 
 
-@settings(deadline=None)
 @given(exponent=st.integers(0, 8), blocks=st.integers(1, 3), rows=st.integers(0, 3))
 def test_blocks_equal_the_matrix_and_undo_themselves(exponent: int, blocks: int, rows: int):
     block = 2**exponent

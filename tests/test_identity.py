@@ -59,7 +59,7 @@ def told(now: Identity, earlier_plan: Any = None, plan: Any = None) -> list[str]
 # Files
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(size=st.integers(1, 5000), place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_any_bit_of_a_small_file_counts(
     tmp_path_factory: pytest.TempPathFactory, size: int, place: float, bit: int

@@ -339,7 +339,7 @@ SHAPES = {
 
 
 @with_each_kernel
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(**SHAPES)
 def test_every_column_is_the_nearest_point_to_a_float64_target(
     kernel, grid, columns, rows, zeros, aim, seed
@@ -383,7 +383,7 @@ def test_every_column_is_the_nearest_point_to_a_float64_target(
 
 
 @with_each_compiled_kernel
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(**SHAPES)
 def test_codes_may_be_asked_for_in_place_of_points(kernel, grid, columns, rows, zeros, aim, seed):
     zeros = zeros and isinstance(grid, IntGrid)
@@ -450,7 +450,7 @@ def test_what_a_kernel_cannot_address_is_refused(kernel):
 
 
 @runs_numba
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     grid=SHAPES["grid"],
     columns=st.sampled_from([1, 3, 40]),

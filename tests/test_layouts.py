@@ -107,7 +107,7 @@ def by_definition(q: QuantizedTensor) -> Iterator[tuple[tuple[int, int], float]]
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-@settings(deadline=None, max_examples=6)
+@settings(max_examples=6)
 @given(
     seed=st.integers(0, 10_000),
     rows=st.sampled_from([1, 7, 130]),
@@ -225,7 +225,6 @@ def test_mxfp6_check_vector() -> None:
     assert torch.equal(unpack_patterns(packed, 6, 1, 4), codes)
 
 
-@settings(deadline=None)
 @given(bits=st.integers(2, 7), columns=st.integers(0, 40), seed=st.integers(0, 1000))
 def test_patterns_are_a_little_endian_stream_of_bytes(bits: int, columns: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

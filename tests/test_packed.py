@@ -7,7 +7,7 @@ import dataclasses
 import compressed_tensors_library as library
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -83,7 +83,6 @@ def test_check_vectors(bits: int, codes: list[int], words: list[int]) -> None:
     assert [word & 0xFFFFFFFF for word in packed[0].tolist()] == words
 
 
-@settings(deadline=None)
 @given(
     bits=st.integers(2, 8),
     rows=st.integers(0, 4),
@@ -160,7 +159,6 @@ def layouts_of(number: NumberSpec) -> tuple[str, ...]:
 FLOATS = [spec(name) for name in ("fp8-channel", "fp8-g16", "fp8-tensor")]
 
 
-@settings(deadline=None)
 @given(
     number=st.one_of(stored_specs(), st.sampled_from(FLOATS)),
     seed=st.integers(0, 10_000),
@@ -219,7 +217,6 @@ def test_tensors_of_pack_quantized_have_the_names_dtypes_and_shapes_of_the_forma
     assert tensors["weight_shape"].tolist() == [10, 64]
 
 
-@settings(deadline=None)
 @given(
     number=stored_specs(),
     seed=st.integers(0, 10_000),

@@ -60,7 +60,7 @@ def test_a_product_is_that_of_float64(tokens, n, m):
 
 
 @multiplies
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     tokens=st.integers(0, 70),
     n=st.integers(0, 60),
@@ -83,7 +83,7 @@ def test_whole_numbers_are_multiplied_exactly_wherever_they_lie(
 
 
 @multiplies
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     lines=st.integers(0, 256),
     columns=st.sampled_from([0, 1, 7, 8, 15, 16, 47, 48, 49, 100, 961, 1100]),

@@ -44,7 +44,7 @@ def test_scales_of_16_bit_tokens_are_float32(name: str, dtype: torch.dtype) -> N
     assert torch.equal(quantizer(x), quantizer(x.float()).to(dtype))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10_000),
     bits=st.integers(3, 8),
@@ -237,7 +237,7 @@ def test_the_input_is_rotated_before_it_is_quantized(first: str) -> None:
     torch.testing.assert_close(layer(seeded(1, 4, 8)), expected, rtol=1e-4, atol=1e-4)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     columns=st.lists(st.integers(0, 7), min_size=1, max_size=3, unique=True),
     name=st.sampled_from(["int4-token", "int8-tensor", "fp8-token", "int4-token-asym"]),

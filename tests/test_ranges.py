@@ -94,7 +94,7 @@ def every_scale(form: ScaleFormat) -> Tensor:
     return 2.0 ** torch.arange(-40, 20).float()
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 10_000),
     case=st.sampled_from(
@@ -289,7 +289,6 @@ def test_percentile_is_the_value_of_that_rank(
     assert torch.equal(got[0], want[0])
 
 
-@settings(deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     bits=st.integers(2, 8),
@@ -379,7 +378,6 @@ def test_scales_of_float_grids_follow_the_extremes_or_the_rank(
         assert torch.equal(scale, (edge / grid.largest).to(torch.bfloat16))
 
 
-@settings(deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     kind=st.sampled_from(FLOAT_KINDS),
@@ -619,7 +617,6 @@ def batches_of_values(draw: st.DrawFn) -> list[Tensor]:
     return [torch.tensor(draw(st.lists(number, min_size=1, max_size=12))) for _ in range(count)]
 
 
-@settings(deadline=None)
 @given(batches=batches_of_values(), data=st.data())
 def test_a_record_depends_on_neither_order_nor_batches_nor_merges(
     batches: list[Tensor], data: st.DataObject
@@ -642,7 +639,6 @@ def test_a_record_depends_on_neither_order_nor_batches_nor_merges(
     assert all(torch.equal(value, right.state_dict()[key]) for key, value in untouched.items())
 
 
-@settings(deadline=None)
 @given(batches=batches_of_values())
 def test_extremes_and_counts_are_exact(batches: list[Tensor]) -> None:
     values = torch.cat(batches)
@@ -652,7 +648,6 @@ def test_extremes_and_counts_are_exact(batches: list[Tensor]) -> None:
     assert record.low_high(RangeRule(), IntGrid(8), True) == (record.low, record.high)
 
 
-@settings(deadline=None)
 @given(
     batches=batches_of_values(),
     percentile=st.sampled_from([0.6, 0.9, 0.99, 1.0]),

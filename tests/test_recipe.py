@@ -109,7 +109,7 @@ def nested(table: dict[str, Any], key: str) -> dict[str, Any]:
     return {k: v for k, v in found.items() if k != "said"}
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(RULES)
 def test_later_rules_win_field_by_field(drawn: list[tuple[bool, dict[str, Any]]]) -> None:
     """Whatever the rules say, merging equals writing one flat table in order."""

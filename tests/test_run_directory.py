@@ -629,13 +629,13 @@ def test_a_process_that_is_stopped_can_be_resumed(
     process = subprocess.Popen(
         [str(part) for part in command], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while len(list(out.glob("model-*.safetensors"))) < 3:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(sent)
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=300)
     assert stdout == ""
     assert not (out / "config.json").exists()
     if sent == signal.SIGINT:

@@ -140,7 +140,7 @@ def nearest_e4m3(x: Fraction) -> float:
     return E4M3[min(codes, key=lambda c: (abs(Fraction(E4M3[c]) - x), (c + 1) % 2))]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     amaxes=st.lists(st.floats(2.0**-20, 2.0**20, width=32), min_size=1, max_size=8),
     four_over_six=st.booleans(),

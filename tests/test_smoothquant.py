@@ -98,7 +98,7 @@ def test_the_search_finds_the_best_strength_of_its_grid():
     assert result.notes["error_after"] == pytest.approx(min(errors.values()), rel=1e-6)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 1000),
     weights=st.sampled_from([None, "int4-g8", "int3-channel", "int8-tensor"]),

@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from prismquant.errors import FormatError
@@ -36,14 +36,12 @@ def specs(draw: st.DrawFn) -> NumberSpec:
     )
 
 
-@settings(deadline=None)
 @given(specs())
 def test_every_format_is_its_name_and_its_dictionary(number: NumberSpec) -> None:
     assert spec(number.name) == number
     assert NumberSpec.from_dict(json.loads(json.dumps(number.to_dict()))) == number
 
 
-@settings(deadline=None)
 @given(specs(), specs())
 def test_different_formats_are_described_differently(a: NumberSpec, b: NumberSpec) -> None:
     assert (a.describe() == b.describe()) == (a == b)

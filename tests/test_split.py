@@ -58,7 +58,7 @@ def test_the_fewest_columns_that_make_the_range_small_enough(
     assert outlying_columns(torch.tensor(magnitudes), Split(**options)) == expected
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     magnitudes=st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=9),
     threshold=st.floats(1, 10),

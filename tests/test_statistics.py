@@ -84,7 +84,7 @@ def test_compiled_sums_have_the_bits_of_torch_alone(monkeypatch, features):
     assert torch.equal(compiled.mean(), plain.mean())
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 1000), rows=st.integers(1, 5), columns=st.integers(1, 40))
 def test_a_sum_and_what_rounding_took_from_it_are_exact(seed, rows, columns):
     """Of one addition; parts of larger matrices, contiguous or not."""
@@ -124,7 +124,7 @@ def test_sums_over_processes_are_those_of_one():
     assert torch.equal(one.mean(), record_of(*batches).mean())
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 1000), cuts=st.lists(st.integers(1, 39), max_size=4))
 def test_neither_the_cut_into_batches_nor_their_order_changes_a_bit(seed, cuts):
     x = whole_numbers(40, 6, seed)
@@ -307,7 +307,7 @@ def test_a_small_input_is_kept_whole_but_for_its_padding():
     assert torch.equal(record.vision, vision[weights > 0])
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 1000),
     sample=st.integers(1, 50),

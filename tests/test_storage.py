@@ -262,7 +262,7 @@ def test_leftovers_of_a_killed_process_are_found_and_nothing_else(tmp_path: Path
     assert names_in(tmp_path) == sorted([*keep, "inside"])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     tensors=st.dictionaries(
         st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=1),

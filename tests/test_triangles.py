@@ -30,7 +30,7 @@ def spoilt(hessian: Tensor, kernel: Kernel = "torch") -> Triangles:
     return halves
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(count=SIZES, seed=st.integers(0, 99), kernel=KERNELS)
 def test_what_is_above_the_diagonal_is_enough_to_be_whole_again(
     count: int, seed: int, kernel: Kernel
@@ -41,7 +41,7 @@ def test_what_is_above_the_diagonal_is_enough_to_be_whole_again(
     assert torch.equal(halves.matrix, hessian)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(
     count=SIZES,
     seed=st.integers(0, 99),
@@ -60,7 +60,7 @@ def test_lines_are_those_of_the_whole(
     assert torch.equal(behind, hessian[block, block.start :])
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(count=SIZES, seed=st.integers(0, 99), wide=st.booleans(), kernel=KERNELS)
 def test_an_order_is_put_below_the_diagonal_and_nowhere_else(
     count: int, seed: int, wide: bool, kernel: Kernel
