@@ -26,12 +26,13 @@ _KINDS = (
 )
 
 
-def open_regular(path: Path, *, follow_links: bool = True) -> BinaryIO:
+def open_regular(path: Path, *, follow_links: bool = True, buffering: int = -1) -> BinaryIO:
     """Open a regular file for reading.
 
     Args:
         path: The file, or a link to one.
         follow_links: Whether the last part of the path may be a link.
+        buffering: As for :func:`open`.
 
     Raises:
         OSError: It is missing, cannot be read, or is no regular file; ``strerror`` says which.
@@ -43,7 +44,7 @@ def open_regular(path: Path, *, follow_links: bool = True) -> BinaryIO:
     handle = os.open(path, flags | (0 if follow_links else getattr(os, "O_NOFOLLOW", 0)))
     try:
         require_regular(os.fstat(handle), path)
-        return os.fdopen(handle, "rb")
+        return os.fdopen(handle, "rb", buffering)
     except BaseException:
         os.close(handle)
         raise
@@ -80,12 +81,17 @@ def parse_json(text: str | bytes) -> Any:
 
     Raises:
         ValueError: It is not JSON (then a :class:`json.JSONDecodeError`), not UTF-8, nested too
-            deeply, or has a key twice.
+            deeply, has a key twice, or half of a character (a lone surrogate), which nothing can
+            write.
     """
     try:
-        return json.loads(text, object_pairs_hook=_unique_keys)
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        value = json.loads(text, object_pairs_hook=_unique_keys)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    return value
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

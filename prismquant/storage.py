@@ -12,82 +12,33 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import io
 import itertools
 import json
 import math
 import os
+import reprlib
 import secrets
 import shutil
-import struct
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from prismquant.errors import StorageError
-from prismquant.opening import MAX_JSON_BYTES, parse_json, read_bounded
+from prismquant.headers import TensorInfo, header_bytes, in_file_order, read_places
+from prismquant.opening import MAX_JSON_BYTES, open_regular, parse_json, read_bounded
 
 INDEX_NAME = "model.safetensors.index.json"
+# The name of the only shard; transformers reads it before any index.
+SINGLE_NAME = "model.safetensors"
 
+# An index of 100,000 tensors has ten megabytes.
+_MAX_INDEX_BYTES = 32 << 20
 _TEMPORARY = ".tmp"
-_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "C64": torch.complex64,
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-# The order of tensors in a file: wide types first, so that each begins at a multiple of its width.
-_WIDE_FIRST = (
-    *("U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
-    *("F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"),
-)
-_ORDER = {_DTYPES[name]: place for place, name in enumerate(_WIDE_FIRST)}
-# A header is JSON of names and offsets: 100 MB is far above any real one and the format's own
-# limit.
-_MAX_HEADER_BYTES = 100_000_000
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a safetensors header says of one tensor.
-
-    Attributes:
-        dtype: Element type on disk.
-        shape: Its shape.
-        file: The shard's file name.
-    """
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    file: str
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor's data."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * self.dtype.itemsize
 
 
 @contextlib.contextmanager
@@ -190,12 +141,12 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     The bytes are those of the safetensors library: equal input gives equal bytes. They go to the
     file from where the tensors lie, one after the other, so writing takes no memory of its own.
     """
-    order = sorted(tensors, key=lambda name: (_ORDER[tensors[name].dtype], name))
+    ordered = in_file_order(tensors)
     with atomic_path(path) as temporary, temporary.open("wb") as file:
-        file.write(_header({name: tensors[name] for name in order}))
-        for name in order:
-            raw = _raw_bytes(tensors[name].detach().cpu().contiguous())
-            file.write(_little_endian(raw, tensors[name].dtype).data)
+        file.write(header_bytes(ordered))
+        for tensor in ordered.values():
+            raw = _raw_bytes(tensor.detach().cpu().contiguous())
+            file.write(_little_endian(raw, tensor.dtype).data)
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -204,15 +155,15 @@ def copy_file(source: Path, target: Path) -> None:
         shutil.copyfile(source, temporary)
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
+def read_json(path: Path, most: int = MAX_JSON_BYTES) -> Any:
+    """Read a JSON file of ``most`` bytes.
 
     Raises:
         StorageError: The file is missing, cannot be read, is no regular file, or is not JSON; the
             message says at which line.
     """
     try:
-        return parse_json(read_bounded(path, MAX_JSON_BYTES))
+        return parse_json(read_bounded(path, most))
     except FileNotFoundError as error:
         raise StorageError(f"{path.name} is missing", where=str(path)) from error
     except OSError as error:
@@ -227,58 +178,6 @@ def read_json(path: Path) -> Any:
             where=str(path),
             remedy="restore the file from the original checkpoint",
         ) from error
-
-
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Read the header of one safetensors file: name -> dtype and shape. The data stays untouched.
-
-    Raises:
-        StorageError: The file is missing, cut short, not a safetensors file, or of a type that
-            torch does not have.
-    """
-    return {name: info for name, (info, _) in _places(path).items()}
-
-
-def _places(path: Path) -> dict[str, tuple[TensorInfo, int]]:
-    """What a header says of each tensor, and where in the file its data begin."""
-    broken = StorageError(
-        f"{path.name} is not a whole safetensors file",
-        where=str(path),
-        remedy="copy the file again; its download or transfer probably broke off",
-    )
-    if not path.is_file():
-        raise StorageError(f"{path.name} is missing", where=str(path))
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        if len(prefix) != 8:
-            raise broken
-        (length,) = struct.unpack("<Q", prefix)
-        if length > _MAX_HEADER_BYTES:
-            raise broken
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            spans = {name: tuple(entry["data_offsets"]) for name, entry in header.items()}
-            end = max((int(span[1]) for span in spans.values()), default=0)
-            dtypes = {entry["dtype"] for entry in header.values()}
-            shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise broken from error
-    if path.stat().st_size < 8 + length + end:
-        raise broken
-    if unknown := dtypes - _DTYPES.keys():
-        raise StorageError(
-            f"{path.name} holds tensors of type {min(unknown)!r}, which cannot be read",
-            where=str(path),
-            remedy="use the original, unquantized checkpoint",
-        )
-    infos = {
-        name: TensorInfo(_DTYPES[header[name]["dtype"]], shape, path.name)
-        for name, shape in shapes.items()
-    }
-    if any(stop - start != infos[name].nbytes for name, (start, stop) in spans.items()):
-        raise broken
-    return {name: (infos[name], 8 + length + start) for name, (start, _) in spans.items()}
 
 
 class ShardReader:
@@ -296,10 +195,25 @@ class ShardReader:
         self.folder = Path(folder)
         self._infos: dict[str, TensorInfo] = {}
         self._starts: dict[str, int] = {}
-        shards = _shard_files(self.folder) if files is None else [self.folder / f for f in files]
+        index = read_index(self.folder) if files is None else None
+        shards = [self.folder / name for name in files or ()] or _shard_files(self.folder, index)
         for file in shards:
-            for name, (info, start) in _places(file).items():
+            for name, (info, start) in read_places(file).items():
+                if name in self._infos:
+                    raise _twice(self.folder, name, self._infos[name].file, info.file)
                 self._infos[name], self._starts[name] = info, start
+        self._check_index(index or {})
+
+    def _check_index(self, index: Mapping[str, str]) -> None:
+        """Refuse an index that places a tensor where it is not."""
+        for name, file in index.items():
+            found = self._infos[name].file if name in self._infos else None
+            if found != file:
+                raise StorageError(
+                    f"the index places tensor {name!r} in {file}; it is in {found or 'no shard'}",
+                    where=str(self.folder / INDEX_NAME),
+                    remedy="complete the download; shards and index are not of one checkpoint",
+                )
 
     @property
     def names(self) -> frozenset[str]:
@@ -329,12 +243,28 @@ class ShardReader:
             ``[r, ...]``, in its dtype on disk.
 
         Raises:
-            StorageError: The tensor is missing or cannot be read.
+            StorageError: The tensor is missing, has no such line, or cannot be read.
         """
+        self._require_rows(name, rows)
         info = ShardReader.info(self, name)
         lines = torch.empty(len(rows), *info.shape[1:], dtype=info.dtype)
         size = math.prod(info.shape[1:]) * info.dtype.itemsize
         return self._read_into(lines, name, [size * row for row in rows.tolist()])
+
+    def _require_rows(self, name: str, rows: torch.Tensor) -> None:
+        """Refuse lines that a tensor does not have: what lies there is another tensor's.
+
+        Raises:
+            StorageError: There is such a line.
+        """
+        shape = self.info(name).shape
+        outside = rows[(rows < 0) | (rows >= shape[0])] if shape else rows
+        if outside.numel():
+            raise StorageError(
+                f"tensor {name!r} has no line {int(outside[0])}: its shape is {list(shape)}",
+                where=str(self.folder),
+                remedy="use the tokenizer and config.json that belong to this checkpoint",
+            )
 
     def read_ahead(self, names: Iterable[str]) -> None:
         """Let the system fetch tensors into its cache meanwhile; a hint, where there is such a one.
@@ -348,7 +278,7 @@ class ShardReader:
             sorted((self._infos[name].file, name) for name in names if name in self._infos),
             key=lambda pair: pair[0],
         ):
-            with contextlib.suppress(OSError), (self.folder / file).open("rb") as shard:
+            with contextlib.suppress(OSError), open_regular(self.folder / file) as shard:
                 for _, name in found:
                     place = self._starts[name], self._infos[name].nbytes
                     os.posix_fadvise(shard.fileno(), *place, os.POSIX_FADV_WILLNEED)
@@ -359,7 +289,7 @@ class ShardReader:
         path, raw = self.folder / info.file, _raw_bytes(target)
         size = len(raw) // max(1, len(offsets))
         try:
-            with path.open("rb", buffering=0) as file:
+            with open_regular(path, buffering=0) as file:
                 for index, offset in enumerate(offsets):
                     file.seek(self._starts[name] + offset)
                     _fill(file, raw.data[index * size : (index + 1) * size])
@@ -368,23 +298,6 @@ class ShardReader:
             raise StorageError(f"cannot read {name!r}: {reason}", where=str(path)) from error
         _little_endian(raw, info.dtype, out=raw)
         return target
-
-
-def _header(tensors: Mapping[str, torch.Tensor]) -> bytes:
-    """The head of a safetensors file of these tensors, in this order."""
-    content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.numel() * tensor.dtype.itemsize
-        content[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
-    # Padded, so that the data begin at a multiple of the widest number.
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
 
 
 def _raw_bytes(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
@@ -408,10 +321,10 @@ def _little_endian(
     return swapped
 
 
-def _fill(file: io.RawIOBase, target: memoryview) -> None:
+def _fill(file: BinaryIO, target: memoryview) -> None:
     """Read until a buffer is full: one call reads two gigabytes at most."""
     while len(target):
-        count = file.readinto(target)
+        count = file.readinto(target)  # type: ignore[attr-defined]
         if not count:
             raise OSError(errno.EIO, "the file is shorter than its header says")
         target = target[count:]
@@ -419,31 +332,79 @@ def _fill(file: io.RawIOBase, target: memoryview) -> None:
 
 def weight_bytes(folder: Path) -> int:
     """Bytes of a checkpoint's shards on disk, their headers included."""
-    return sum(file.stat().st_size for file in _shard_files(folder))
+    return sum(file.stat().st_size for file in _shard_files(folder, read_index(folder)))
 
 
-def _shard_files(folder: Path) -> list[Path]:
-    index = folder / INDEX_NAME
-    if index.exists():
-        content = read_json(index)
-        weight_map = content.get("weight_map") if isinstance(content, dict) else None
-        named = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
-        missing = [name for name in named if not (folder / name).is_file()]
-        if missing or not named:
-            raise StorageError(
-                f"the index names shards that are not there: {', '.join(missing[:4]) or 'none'}",
-                where=str(index),
-                remedy="complete the download, or delete a stale index file",
-            )
-        return [folder / name for name in named]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
+def read_index(folder: Path) -> dict[str, str] | None:
+    """Where a checkpoint's index places each tensor: name -> file name; None without an index.
+
+    Raises:
+        StorageError: It cannot be read, names nothing, or names something that is no
+            ``*.safetensors`` file of this folder itself.
+    """
+    path = folder / INDEX_NAME
+    if not path.exists():
+        return None
+    content = read_json(path, _MAX_INDEX_BYTES)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
         raise StorageError(
-            "no *.safetensors file in the model folder",
-            where=str(folder),
-            remedy="convert the checkpoint to safetensors; pickle files are never read",
+            "the index names no tensor: it has no weight_map",
+            where=str(path),
+            remedy="complete the download, or delete a stale index file",
         )
-    return files
+    for name, file in weight_map.items():
+        if not _is_shard_name(file):
+            raise StorageError(
+                f"the index places tensor {name!r} in {reprlib.repr(file)}, "
+                "which is no name of a shard",
+                where=str(path),
+                remedy="use the original index: its entries are names such as "
+                "'model-00001-of-00002.safetensors' of files beside it",
+            )
+    return weight_map
+
+
+def _is_shard_name(name: Any) -> bool:
+    """Whether a name is that of a shard, and no path to somewhere else."""
+    plain = isinstance(name, str) and not any(sign in name for sign in "/\\:\0")
+    return plain and name.endswith(".safetensors")
+
+
+def _shard_files(folder: Path, index: Mapping[str, str] | None) -> list[Path]:
+    """The shards of a checkpoint."""
+    if index is None:
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise StorageError(
+                "no *.safetensors file in the model folder",
+                where=str(folder),
+                remedy="convert the checkpoint to safetensors; pickle files are never read",
+            )
+        return files
+    named = sorted(set(index.values()))
+    if missing := [name for name in named if not (folder / name).exists()]:
+        raise StorageError(
+            f"the index names shards that are not there: {', '.join(missing[:4])}",
+            where=str(folder / INDEX_NAME),
+            remedy="complete the download, or delete a stale index file",
+        )
+    if SINGLE_NAME not in named and (folder / SINGLE_NAME).exists():
+        raise StorageError(
+            f"{SINGLE_NAME} lies beside {named[0]}, which the index names: some readers take the "
+            "one, some the other",
+            where=str(folder),
+            remedy=f"delete {SINGLE_NAME}, or {INDEX_NAME} and its shards",
+        )
+    return [folder / name for name in named]
+
+
+def _twice(folder: Path, name: str, first: str, second: str) -> StorageError:
+    return StorageError(
+        f"tensor {name!r} is in {first} and in {second}: readers disagree which one counts",
+        where=str(folder),
+        remedy="delete the file that does not belong to this checkpoint",
+    )
 
 
 def storage_error(error: OSError, path: Path) -> StorageError:

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 
 import prismquant
 from prismquant.errors import StorageError
+from prismquant.headers import read_header
 from prismquant.storage import (
     INDEX_NAME,
     ShardReader,
@@ -31,7 +32,6 @@ from prismquant.storage import (
     copy_file,
     file_digest,
     is_temporary,
-    read_header,
     read_json,
     remove_temporaries,
     weight_bytes,
@@ -318,28 +318,98 @@ def test_a_truncated_shard_is_refused_by_its_name(tmp_path: Path, kept: int) -> 
     assert "copy the file again" in str(caught.value.remedy)
 
 
+_ENTRY = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+
+
 @pytest.mark.parametrize(
-    "header",
+    ("header", "why"),
     [
-        b"not json",
-        b"[1, 2]",
-        {"w": 3},
-        {"w": {"shape": [1], "data_offsets": [0, 4]}},
-        {"w": {"dtype": "F32", "data_offsets": [0, 4]}},
-        {"w": {"dtype": "F32", "shape": [1], "data_offsets": []}},
-        {"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, "x"]}},
+        (b"not json", "not valid JSON"),
+        (b"[1, 2]", "holds a list"),
+        (b"\xef\xbb\xbf{}", "not valid JSON"),
+        (b'{"w": ' + json.dumps(_ENTRY).encode() + b', "w": 1}', "key 'w' is there twice"),
+        (b'{"\\ud800": 1}', "surrogates not allowed"),
+        ({"__metadata__": {"format": 1}}, "not a table of strings"),
+        ({"w": 3}, "not dtype, shape and data_offsets"),
+        ({"w": {"shape": [1], "data_offsets": [0, 4]}}, "not dtype, shape and data_offsets"),
+        ({"w": {**_ENTRY, "mode": "delta"}}, "not dtype, shape and data_offsets"),
+        ({"w": {**_ENTRY, "data_offsets": []}}, r"data_offsets \[\]"),
+        ({"w": {**_ENTRY, "data_offsets": [0, "x"]}}, "data_offsets"),
+        ({"w": {**_ENTRY, "data_offsets": [0.0, 4.0]}}, "data_offsets"),
+        ({"w": {**_ENTRY, "data_offsets": [4, 0]}}, "data_offsets"),
+        ({"w": {**_ENTRY, "data_offsets": [-4, 0]}}, "data_offsets"),
+        ({"w": {**_ENTRY, "data_offsets": [0, 2]}}, "needs 4 bytes, not 2"),
+        ({"w": {**_ENTRY, "shape": "1"}}, "shape '1'"),
+        ({"w": {**_ENTRY, "shape": [-1]}}, r"shape \[-1\]"),
+        ({"w": {**_ENTRY, "shape": [True]}}, r"shape \[True\]"),
+        ({"w": {"dtype": "U8", "shape": [2**40, 2**40, 0], "data_offsets": [0, 0]}}, "too large"),
+        ({"w": {**_ENTRY, "data_offsets": [4, 8]}}, "bytes before tensor 'w'"),
+        ({"a": _ENTRY, "b": {**_ENTRY, "data_offsets": [2, 6]}}, "'a' and 'b' overlap"),
+        ({"a": _ENTRY, "b": {**_ENTRY, "data_offsets": [6, 10]}}, "between tensors 'a' and 'b'"),
+        ({}, "4 bytes behind its tensors"),
     ],
 )
-def test_a_header_that_makes_no_sense_is_refused(tmp_path: Path, header: Any) -> None:
+def test_a_header_that_makes_no_sense_is_refused(tmp_path: Path, header: Any, why: str) -> None:
     write_file(tmp_path / "model.safetensors", header, bytes(4))
-    with pytest.raises(StorageError, match="not a whole safetensors file"):
+    with pytest.raises(StorageError, match=why) as caught:
         read_header(tmp_path / "model.safetensors")
+    assert "is not a valid safetensors file" in caught.value.what
+
+
+_NUMBERS = st.sampled_from([0, 1, 2, 4, 8, 12, -1, 2**63, 1.0, True, None, "4"])
+_HEADERS = st.dictionaries(
+    st.sampled_from(["a", "b", "c"]),
+    st.fixed_dictionaries(
+        {
+            "dtype": st.sampled_from(["F32", "F32", "U8", "I16", "BOOL", "F9", 1]),
+            "shape": st.lists(_NUMBERS, max_size=2) | st.sampled_from([[1], [2], [1, 1], "1"]),
+            "data_offsets": st.lists(_NUMBERS, min_size=2, max_size=2)
+            | st.sampled_from([[0, 4], [4, 8], [8, 12], [0, 8], [4, 4], [0, 2]]),
+        }
+    ),
+    max_size=3,
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(header=_HEADERS, size=st.sampled_from([0, 2, 4, 8, 12]))
+def test_what_safetensors_refuses_is_refused_and_what_it_takes_is_read_equal(
+    tmp_path_factory: pytest.TempPathFactory, header: dict[str, Any], size: int
+) -> None:
+    path = tmp_path_factory.mktemp("headers") / "model.safetensors"
+    write_file(path, header, bytes(range(1, size + 1)))
+    try:
+        with safe_open(path, framework="pt") as shard:
+            theirs = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
+    except Exception:
+        with pytest.raises(StorageError):
+            ShardReader(path.parent)
+        return
+    reader = ShardReader(path.parent)
+    assert reader.names == theirs.keys()
+    for name, tensor in theirs.items():
+        assert reader.read(name).dtype == tensor.dtype
+        assert torch.equal(reader.read(name).view(torch.uint8), tensor.view(torch.uint8))
 
 
 def test_a_header_of_absurd_length_is_not_read(tmp_path: Path) -> None:
-    (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
     with pytest.raises(StorageError, match="not a whole"):
-        read_header(tmp_path / "w.safetensors")
+        read_header(path)
+    # A file that is as long as it says, but takes no room on the disk.
+    path.write_bytes(struct.pack("<Q", 50_000_000))
+    os.truncate(path, 50_000_008)
+    with pytest.raises(StorageError, match="header has 50000000 bytes; at most"):
+        read_header(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_shard_that_is_no_file_is_not_opened(tmp_path: Path) -> None:
+    """A named pipe would wait for ever."""
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(StorageError, match="a named pipe, not a regular file"):
+        ShardReader(tmp_path)
 
 
 def test_an_unknown_element_type_is_named(tmp_path: Path) -> None:
@@ -364,8 +434,59 @@ def test_missing_shards_of_an_index_are_named(tmp_path: Path) -> None:
 def test_an_index_that_names_nothing_is_refused(tmp_path: Path, content: Any) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
     write_json(tmp_path / INDEX_NAME, content)
-    with pytest.raises(StorageError, match="index names"):
+    with pytest.raises(StorageError, match="index names no tensor"):
         ShardReader(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        *([1], 3, None, True, {"x": 1}, "", "model", ".safetensors/..", "a\0.safetensors"),
+        *("../m.safetensors", "/etc/m.safetensors", "deep/m.safetensors", "C:m.safetensors"),
+        "deep\\m.safetensors",
+    ],
+)
+def test_an_index_names_files_of_its_own_folder(tmp_path: Path, entry: Any) -> None:
+    for folder in (tmp_path, tmp_path / "model", tmp_path / "model" / "deep"):
+        folder.mkdir(exist_ok=True)
+        save_file({"a": torch.ones(2)}, folder / "m.safetensors")
+    write_json(tmp_path / "model" / INDEX_NAME, {"weight_map": {"a": entry}})
+    with pytest.raises(StorageError, match=r"'a' in .*, which is no name of a shard"):
+        ShardReader(tmp_path / "model")
+
+
+def test_index_and_shards_must_agree(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "m-1.safetensors")
+    save_file({"b": torch.ones(2), "c": torch.ones(2)}, tmp_path / "m-2.safetensors")
+    for name, found in (("b", "m-2.safetensors"), ("d", "no shard")):
+        weight_map = {"a": "m-1.safetensors", "c": "m-2.safetensors", name: "m-1.safetensors"}
+        write_json(tmp_path / INDEX_NAME, {"weight_map": weight_map})
+        match = f"places tensor '{name}' in m-1.safetensors; it is in {found}"
+        with pytest.raises(StorageError, match=match):
+            ShardReader(tmp_path)
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path, indexed: bool) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "m-1.safetensors")
+    save_file({"a": torch.zeros(2), "b": torch.ones(1)}, tmp_path / "m-2.safetensors")
+    if indexed:
+        weight_map = {"a": "m-1.safetensors", "b": "m-2.safetensors"}
+        write_json(tmp_path / INDEX_NAME, {"weight_map": weight_map})
+    with pytest.raises(StorageError, match=r"'a' is in m-1.safetensors and in m-2.safetensors"):
+        ShardReader(tmp_path)
+
+
+def test_a_new_single_shard_beside_indexed_ones_is_refused(tmp_path: Path) -> None:
+    """transformers reads the one, vLLM the others."""
+    save_file({"a": torch.ones(2)}, tmp_path / "model-1.safetensors")
+    save_file({"b": torch.ones(2)}, tmp_path / "model.safetensors")
+    write_json(tmp_path / INDEX_NAME, {"weight_map": {"a": "model-1.safetensors"}})
+    with pytest.raises(StorageError, match=r"model.safetensors lies beside model-1.safetensors"):
+        ShardReader(tmp_path)
+    weight_map = {"a": "model-1.safetensors", "b": "model.safetensors"}
+    write_json(tmp_path / INDEX_NAME, {"weight_map": weight_map})
+    assert ShardReader(tmp_path).names == {"a", "b"}
 
 
 def test_shards_outside_the_index_are_left_unread(tmp_path: Path) -> None:
@@ -394,6 +515,14 @@ def test_lines_can_be_read_without_the_rest(tmp_path: Path, rows: list[int]) -> 
     lines = ShardReader(tmp_path).read_rows("b", index)
     assert lines.dtype == matrix.dtype
     assert torch.equal(lines, matrix[index])
+
+
+@pytest.mark.parametrize("row", [7, -1, 2**40])
+def test_lines_beyond_a_tensor_are_refused(tmp_path: Path, row: int) -> None:
+    """What lies there is the next tensor's."""
+    save_file({"a": torch.ones(7, 3), "b": torch.ones(7, 3)}, tmp_path / "model.safetensors")
+    with pytest.raises(StorageError, match=f"'a' has no line {row}"):
+        ShardReader(tmp_path).read_rows("a", torch.tensor([0, row]))
 
 
 def test_reading_ahead_is_a_hint_and_never_an_error(
@@ -446,7 +575,7 @@ def test_pickles_are_refused_unread(tmp_path: Path) -> None:
         ShardReader(folder)
     assert "pickle files are never read" in str(caught.value.remedy)
     (folder / "model.safetensors").write_bytes(bomb)
-    with pytest.raises(StorageError, match="not a whole safetensors file"):
+    with pytest.raises(StorageError, match=r"not a (whole|valid) safetensors file"):
         ShardReader(folder)
     assert not (tmp_path / "mark").exists()
 

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from prismquant.demo.run import CHECKPOINT
 from prismquant.demo.scenes import write_dataset
+from prismquant.headers import read_header
 from prismquant.models.arch import known_archs
 from prismquant.models.config import empty_model, import_transformers
 from prismquant.models.names import NameMap
-from prismquant.storage import INDEX_NAME, read_header, write_json, write_tensors
+from prismquant.storage import INDEX_NAME, write_json, write_tensors
 
 TOKENS_OF_A_PICTURE = 256
 _MOST_TOKENS_OF_A_PICTURE = 1280

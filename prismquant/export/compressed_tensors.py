@@ -31,6 +31,7 @@ from prismquant.export.arguments import arguments, private_section, specificatio
 from prismquant.export.kv_cache import ROTATED_AT, key_rotation, kv_cache_scheme
 from prismquant.formats.packed import QuantizedTensor, pack, unpack
 from prismquant.formats.spec import NumberSpec
+from prismquant.headers import TensorInfo, read_header
 from prismquant.models.arch import SiteKind
 from prismquant.models.bind import BoundModel, BoundSite, BoundStep
 from prismquant.models.rotation import untied
@@ -44,9 +45,7 @@ from prismquant.pipeline.plan import Plan, PlanRow
 from prismquant.storage import (
     INDEX_NAME,
     ShardReader,
-    TensorInfo,
     copy_file,
-    read_header,
     read_json,
     write_json,
     write_tensors,

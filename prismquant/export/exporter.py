@@ -17,7 +17,8 @@ from torch import Tensor
 from prismquant.errors import FormatError
 from prismquant.export.compressed_tensors import files_to_copy
 from prismquant.export.stored import StoredCheckpoint, StoredLayer
-from prismquant.storage import INDEX_NAME, copy_file, read_header, write_json, write_tensors
+from prismquant.headers import read_header
+from prismquant.storage import INDEX_NAME, copy_file, write_json, write_tensors
 
 # A shard is written when it has grown to so many bytes; it is held in memory until then.
 SHARD_BYTES = 1 << 30

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from prismquant.errors import ModelError, suggest
+from prismquant.headers import TensorInfo
 from prismquant.models.arch import (
     ArchSpec,
     Edge,
@@ -39,7 +40,6 @@ from prismquant.models.config import (
     read_config,
 )
 from prismquant.models.names import NameMap, choose_layout
-from prismquant.storage import TensorInfo
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from prismquant.errors import ModelError, StorageError, suggest
+from prismquant.headers import TensorInfo
 from prismquant.models.arch import (
     ArchSpec,
     ConfigMap,
@@ -26,7 +27,7 @@ from prismquant.models.arch import (
     Inference,
     known_archs,
 )
-from prismquant.storage import INDEX_NAME, ShardReader, TensorInfo, read_json
+from prismquant.storage import INDEX_NAME, ShardReader, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

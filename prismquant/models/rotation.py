@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from prismquant.errors import ModelError, RecipeError, suggest
+from prismquant.headers import TensorInfo
 from prismquant.models.arch import EdgeKind, Modality
 from prismquant.models.bind import BoundEdge, BoundModel, BoundSite, BoundStream
 from prismquant.numerics.hadamard import (
@@ -39,7 +40,7 @@ from prismquant.numerics.hadamard import (
     power_of_two_block,
     random_signs,
 )
-from prismquant.storage import ShardReader, TensorInfo
+from prismquant.storage import ShardReader
 
 __all__ = ["OnlineRotation", "RotatedReader", "Rotation", "online_rotations", "untied"]
 
@@ -209,6 +210,7 @@ class RotatedReader(ShardReader):
 
     def read_rows(self, name: str, rows: Tensor) -> Tensor:
         """Lines of the rotated tensor; of the whole one, where its lines are mixed."""
+        self._require_rows(name, rows)
         edit = self._edits.get(self._module_name(name).rpartition(".")[0])
         if name == self._head or (edit is not None and (edit.rows or edit.plain_norm)):
             return self.read(name)[rows]

@@ -20,9 +20,10 @@ from prismquant.errors import ModelError, PrismQuantError, StorageError
 from prismquant.export.check import vllm
 from prismquant.export.check.findings import Reader
 from prismquant.export.check.scheme import Group, group_in_transformers, read_groups
+from prismquant.headers import TensorInfo, read_header
 from prismquant.models.arch import Modality, SiteKind
 from prismquant.models.bind import BoundModel, BoundSite, bind
-from prismquant.storage import INDEX_NAME, TensorInfo, read_header, read_json
+from prismquant.storage import INDEX_NAME, read_json
 
 CONFIG_KEY = "quantization_config"
 COMPRESSED_TENSORS = "compressed-tensors"

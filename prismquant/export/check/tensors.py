@@ -17,7 +17,7 @@ from prismquant.export.check.expected import (
 )
 from prismquant.export.check.findings import Problem, gathered
 from prismquant.export.check.scheme import DENSE, PACK, Group
-from prismquant.storage import TensorInfo
+from prismquant.headers import TensorInfo
 
 _AGAIN = "export the layer again"
 _OURS = {
