@@ -371,7 +371,7 @@ _HEADERS = st.dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=200)
 @given(header=_HEADERS, size=st.sampled_from([0, 2, 4, 8, 12]))
 def test_what_safetensors_refuses_is_refused_and_what_it_takes_is_read_equal(
     tmp_path_factory: pytest.TempPathFactory, header: dict[str, Any], size: int
@@ -388,8 +388,9 @@ def test_what_safetensors_refuses_is_refused_and_what_it_takes_is_read_equal(
     reader = ShardReader(path.parent)
     assert reader.names == theirs.keys()
     for name, tensor in theirs.items():
-        assert reader.read(name).dtype == tensor.dtype
-        assert torch.equal(reader.read(name).view(torch.uint8), tensor.view(torch.uint8))
+        ours = reader.read(name)
+        assert (ours.dtype, ours.shape) == (tensor.dtype, tensor.shape)
+        assert ours.reshape(-1).view(torch.uint8).equal(tensor.reshape(-1).view(torch.uint8))
 
 
 def test_a_header_of_absurd_length_is_not_read(tmp_path: Path) -> None:
