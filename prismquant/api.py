@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 from prismquant.distributed import Alone, Ranks
-from prismquant.errors import DataError, PrismQuantError, StorageError
+from prismquant.errors import DataError, PlanError, PrismQuantError, StorageError
 from prismquant.evaluate.fidelity import Fidelity, evaluate_model
 from prismquant.export.compressed_tensors import CheckpointWriter, files_to_copy
 from prismquant.export.exporter import Progress
 from prismquant.export.load import load_model
 from prismquant.export.table import Exported, build_exporter, export_checkpoint
-from prismquant.memory import available_bytes, peak_memory_bytes, resident_bytes
+from prismquant.memory import available_bytes, memory_told, peak_memory_bytes, resident_bytes
 from prismquant.models.arch import Modality
 from prismquant.models.bind import BoundModel, bind
 from prismquant.models.load import load_processor
@@ -46,6 +46,7 @@ from prismquant.pipeline.identity import (
 )
 from prismquant.pipeline.job import Reporter, Run, Silent
 from prismquant.pipeline.plan import Plan, make_plan
+from prismquant.pipeline.seen import unseen_vision
 from prismquant.pipeline.stream import stream, streams
 from prismquant.recipe.schema import Recipe, load_recipe
 from prismquant.runtime.mixed import Precision, Wanted
@@ -90,6 +91,7 @@ def inspect(model: str | Path, recipe: RecipeSource) -> Plan:
     return make_plan(load_recipe(recipe), bind(Path(model), headers_required=False))
 
 
+@memory_told("--memory-budget", "--batch-size")
 def quantize(
     model: str | Path,
     recipe: RecipeSource,
@@ -103,6 +105,7 @@ def quantize(
     reporter: Reporter | None = None,
     memory_budget: int | None = None,
     ranks: Ranks | None = None,
+    strict: bool = False,
 ) -> Result:
     """Quantize a checkpoint, block by block, into a folder that transformers and vLLM load.
 
@@ -123,6 +126,8 @@ def quantize(
             spare. What does not fit waits on disk, in the output folder, or is computed again.
         ranks: The processes that share the work, from :func:`prismquant.distributed.joined`; all
             of them call this alike. The first one writes, and returns the record.
+        strict: Refuse what is only told otherwise: statistics of the language model that no picture
+            and no clip reaches, and NaN or infinities in tensors that stay in floating point.
 
     Raises:
         PrismQuantError: With what is wrong, where, and the remedy. All that can be checked is
@@ -143,6 +148,7 @@ def quantize(
         if first:
             directory.require_space(plan.total_bytes + _copied_bytes(bound))
         samples = _calibration_samples(plan, calibration)
+        plan = _with_unseen(plan, samples, reporter or Silent(), strict=strict)
         own = share_of(by_length(samples), recipe.calibration.batch_size, ranks)
         most = _CPU_TOKENS if target.type == "cpu" else None
         size = recipe.calibration.batch_size
@@ -319,6 +325,7 @@ def export(
     )
 
 
+@memory_told("--batch-size", "--limit")
 def measure(
     model: str | Path,
     data: str | Path,
@@ -369,6 +376,26 @@ def _calibration_samples(plan: Plan, source: str | Path | None) -> tuple[Sample,
     samples = read_samples(source, limit=settings.samples, seed=settings.seed)
     require_modalities(samples, _needed_kinds(plan))
     return samples
+
+
+def _with_unseen(
+    plan: Plan, samples: Sequence[Sample], reporter: Reporter, *, strict: bool
+) -> Plan:
+    """The plan with a remark on statistics that no vision token will reach, which is told.
+
+    Raises:
+        PlanError: There are such, and that is not to be.
+    """
+    lines = unseen_vision(plan, samples)
+    for line in lines:
+        if strict:
+            raise PlanError(
+                line,
+                where=f"recipe {plan.recipe!r}",
+                remedy="add samples with pictures or clips, or leave out --strict",
+            )
+        reporter.remark(line)
+    return replace(plan, remarks=(*plan.remarks, *lines))
 
 
 def _needed_kinds(plan: Plan) -> set[str]:

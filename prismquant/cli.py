@@ -231,6 +231,12 @@ def quantize(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads to compute with; measured by default.")
     ] = None,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict", help="Refuse statistics without vision tokens, and NaN in any tensor."
+        ),
+    ] = False,
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
@@ -266,6 +272,7 @@ def quantize(
                 reporter=reporter,
                 memory_budget=budget,
                 ranks=ranks,
+                strict=strict,
             )
     if not first:
         return

@@ -7,7 +7,8 @@
     ├── DataError       calibration or evaluation data cannot be used
     ├── FormatError     a number format or a bit layout cannot hold this
     ├── NumericsError   a value that must be finite is not, or a factorization failed
-    └── StorageError    files are missing, broken, or cannot be written
+    ├── StorageError    files are missing, broken, or cannot be written
+    └── OutOfMemory     memory ran out
 
 Each carries what is wrong, where, and what to do about it; the command line prints the three lines
 and exits with status 1.
@@ -73,6 +74,10 @@ class NumericsError(PrismQuantError):
 
 class StorageError(PrismQuantError):
     """Files are missing, broken, or cannot be written."""
+
+
+class OutOfMemory(PrismQuantError):  # noqa: N818 - what it says is all there is to say
+    """Memory ran out, of the process or of a device."""
 
 
 def suggest(name: str, options: Iterable[str]) -> str:

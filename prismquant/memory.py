@@ -1,17 +1,37 @@
-"""How much memory the process takes, and keeping it to what is alive."""
+"""How much memory the process takes, keeping it to what is alive, and saying that it ran out."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
 import os
+import re
 import sys
+from collections.abc import Iterator
 
 import psutil
+
+from prismquant.errors import OutOfMemory
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 # How many of the largest blocks that are not mapped may be free at the end of the heap.
 _KEPT = 16
+# What helps against too little memory, by the flag that does it.
+_FLAGS = {
+    "--memory-budget": "lets what does not fit wait on disk",
+    "--batch-size": "runs fewer samples together",
+    "--max-pixels": "makes pictures smaller",
+    "--limit": "takes fewer samples",
+}
+# Libraries raise errors of their own for it, which can only be told by their words.
+_RAN_OUT = re.compile(
+    r"can't allocate memory|cannot allocate memory$|out of memory|bad_alloc|ALLOC_FAILED|"
+    r"not enough memory|unable to allocate|failed to map segment",
+    re.IGNORECASE,
+)
+_ASKED = re.compile(r"allocate (\d+(?=\ bytes)|[\d.]+) (bytes|[KMGTP]iB)")
 
 
 def peak_memory_bytes() -> int:
@@ -77,3 +97,58 @@ def give_back_freed() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def memory_error(error: BaseException, *flags: str, where: str | None = None) -> OutOfMemory | None:
+    """What to tell a user of an error that means that memory ran out; None if it means another.
+
+    Args:
+        error: Whatever was raised: by Python, NumPy, torch on a CPU, or a device.
+        flags: Those of the command that take less memory; of what each does is told.
+        where: What was at work.
+    """
+    if isinstance(error, OutOfMemory):
+        return error
+    out = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    # PrismQuantErrors say what they mean; a word of one that quotes another proves nothing.
+    told = isinstance(error, RuntimeError | ImportError) and _RAN_OUT.search(str(error))
+    if not out and not told:
+        return None
+    found = _ASKED.search(str(error))
+    asked = f": {_size(found[1], found[2])} more were asked for" if found else ""
+    device = "CUDA" in str(error)
+    helps = ["end other programs" + (" on the device" if device else ", or raise `ulimit -v`")]
+    helps += [f"{flag} {_FLAGS[flag]}" for flag in flags]
+    return OutOfMemory(
+        f"{'memory of the device' if device else 'memory'} ran out{asked}",
+        where=where,
+        remedy="; ".join(helps),
+    )
+
+
+def _size(number: str, unit: str) -> str:
+    return readable_bytes(int(number)) if unit == "bytes" else f"{number} {unit}"
+
+
+@contextlib.contextmanager
+def memory_told(*flags: str) -> Iterator[None]:
+    """Within the block, or the function that it decorates, tell in words that memory ran out.
+
+    Raises:
+        OutOfMemory: In place of any error that means it; see :func:`memory_error`.
+    """
+    try:
+        yield
+    except Exception as error:
+        told = memory_error(error, *flags)
+        if told is None or told is error:
+            raise
+        raise told from error
+
+
+def readable_bytes(count: int) -> str:
+    """A size in words, e.g. ``7.0 MiB``."""
+    for unit, size in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
+import torch
 
-from prismquant.memory import ask_for_large_pages, peak_memory_bytes
+import prismquant as pq
+from prismquant.errors import NumericsError, OutOfMemory
+from prismquant.memory import ask_for_large_pages, memory_error, memory_told, peak_memory_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 # Prints by how many bytes the resident set has grown after all large blocks are freed.
 _CHURN = """
@@ -91,3 +101,65 @@ def test_four_times_the_blocks_take_the_same_memory(tmp_path: Path) -> None:
         command += ["--calib", str(data), "--out", str(tmp_path / f"o{blocks}")]
         peaks.append(peak_of(command, tmp_path / "log")[0])
     assert peaks[1] < 1.1 * peaks[0]
+
+
+@pytest.mark.parametrize(
+    ("take", "asked"),
+    [
+        (lambda: torch.empty(1 << 48), "1024.0 TiB"),
+        (lambda: np.empty(1 << 48), "2.00 PiB"),
+        (lambda: bytearray(1 << 60), None),
+        (lambda: _raise(OSError(errno.ENOMEM, "Cannot allocate memory")), None),
+        (
+            lambda: _raise(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.5 GiB")),
+            "2.5 GiB",
+        ),
+        (lambda: _raise(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when")), None),
+        (lambda: _raise(RuntimeError("std::bad_alloc")), None),
+    ],
+)
+def test_whoever_runs_out_of_memory_it_is_told_in_words(take: Any, asked: str | None) -> None:
+    """What was asked for, as far as the library says, and the flags of the command that help."""
+    with pytest.raises(OutOfMemory) as caught, memory_told("--batch-size"):
+        take()
+    assert ("more were asked for" in caught.value.what) == (asked is not None)
+    assert asked is None or f"ran out: {asked} more" in caught.value.what
+    assert "--batch-size runs fewer samples together" in str(caught.value.remedy)
+    assert "--memory-budget" not in str(caught.value.remedy)
+    again = caught.value
+    assert memory_error(again) is again
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("out of memory"),
+        RuntimeError("shapes differ"),
+        OSError(2, "gone"),
+        ImportError("x.so: cannot allocate memory in static TLS block"),
+        NumericsError("layer out of memory"),
+    ],
+)
+def test_other_errors_stay_what_they_are(error: Exception) -> None:
+    assert memory_error(error) is None
+    with pytest.raises(type(error), match=re.escape(str(error))), memory_told():
+        raise error
+
+
+def test_a_run_that_runs_out_of_memory_ends_with_the_flags_that_help(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that it leaves blocks the next one."""
+    with monkeypatch.context() as patch:
+        patch.setattr("prismquant.pipeline.stream.round_weight", lambda *_, **__: [0] * (1 << 60))
+        with pytest.raises(OutOfMemory, match="memory ran out") as caught:
+            pq.quantize(
+                tiny("qwen2_vl"),
+                {"rules": [{"weights": "int8-channel", "solver": "rtn"}]},
+                tmp_path / "o",
+            )
+    assert "--memory-budget" in str(caught.value.remedy)
+
+
+def _raise(error: Exception) -> None:
+    raise error

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from prismquant.errors import PrismQuantError, StorageError
+from prismquant.memory import readable_bytes
 from prismquant.pipeline.identity import Identity, differences
 from prismquant.pipeline.lock import locked
 from prismquant.pipeline.plan import Plan
@@ -302,8 +303,8 @@ class RunDirectory:
         free = shutil.disk_usage(self.folder).free
         if needed - there > free:
             raise StorageError(
-                f"the result takes another {_told_bytes(needed - there)}, but only "
-                f"{_told_bytes(free)} are free",
+                f"the result takes another {readable_bytes(needed - there)}, but only "
+                f"{readable_bytes(free)} are free",
                 where=str(self.folder),
                 remedy="free space or choose another --out",
             )
@@ -473,13 +474,6 @@ def _rounding_notes(earlier: Mapping[str, str], now: Mapping[str, str]) -> list[
         "otherwise, so the last bits may differ from those of a run without a break"
         for key in changed
     ]
-
-
-def _told_bytes(count: int) -> str:
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} bytes"
 
 
 def _now() -> str:

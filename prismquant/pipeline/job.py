@@ -49,6 +49,9 @@ class Sink(Protocol):
 class Reporter(Protocol):
     """Is told how far the run is."""
 
+    def remark(self, line: str) -> None:
+        """Something that a user should know before the work begins, or wherever it turns up."""
+
     def begin(self, steps: int) -> None:
         """The run has so many steps."""
 
@@ -61,6 +64,9 @@ class Reporter(Protocol):
 
 class Silent:
     """A reporter that says nothing."""
+
+    def remark(self, line: str) -> None:
+        """Say nothing."""
 
     def begin(self, steps: int) -> None:
         """Say nothing."""

@@ -300,8 +300,15 @@ class Plan:
 
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides the result except weights and data."""
-        body = {key: value for key, value in self.to_dict().items() if key != "recipe"}
-        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        return plan_fingerprint(self.to_dict())
+
+
+def plan_fingerprint(content: Mapping[str, Any]) -> str:
+    """The fingerprint of the plan that :meth:`Plan.to_dict` made this of; names and remarks do not
+    enter, which decide nothing.
+    """
+    body = {key: value for key, value in content.items() if key not in ("recipe", "remarks")}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def make_plan(recipe: Recipe, bound: BoundModel) -> Plan:

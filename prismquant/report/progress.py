@@ -14,6 +14,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from prismquant.memory import peak_memory_bytes
 from prismquant.pipeline.checkpoint import StepRecord
@@ -56,6 +57,10 @@ class ProgressReporter:
         trace: TracebackType | None,
     ) -> None:
         self._progress.stop()
+
+    def remark(self, line: str) -> None:
+        """Something that a user should know, on a line of its own."""
+        self._console.print(Text(f"note: {line}"))
 
     def begin(self, steps: int) -> None:
         """The run has so many steps."""
