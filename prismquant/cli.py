@@ -22,6 +22,7 @@ from rich.console import Console
 from prismquant import __version__
 from prismquant.errors import PrismQuantError
 from prismquant.memory import ask_for_large_pages
+from prismquant.report.tables import as_text
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -50,8 +51,11 @@ def main() -> None:
 
 
 def _console(*, stderr: bool = False) -> Console:
-    """A console that keeps tables whole where there is no terminal to measure."""
-    console = Console(stderr=stderr, highlight=False)
+    """A console that keeps tables whole where there is no terminal to measure.
+
+    Paths and names are text: brackets in them are no markup, and colons no emoji.
+    """
+    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 190
     return console
@@ -105,9 +109,9 @@ def _guarded(command: Callable[[], Any]) -> int:
     try:
         status = _run(command)
     except PrismQuantError as error:
-        console.print("[bold red]error:[/] ", end="")
+        console.print("error: ", style="bold red", end="")
         # Not wrapped: a path that is broken over two lines cannot be copied.
-        console.print(str(error), markup=False, soft_wrap=True)
+        console.print(as_text(str(error)), soft_wrap=True)
         return 1
     except (KeyboardInterrupt, typer.Abort):
         console.print("stopped; finished steps are kept, `--resume` goes on after the last one")
@@ -152,7 +156,7 @@ def demo(
         typer.echo(json.dumps(report.to_dict()))
         return
     console.print(comparison_table(report.rows, title=report.title))
-    console.print(f"checkpoints, records and results.json: {out}")
+    console.print(as_text(f"checkpoints, records and results.json: {out}"), soft_wrap=True)
 
 
 Fallback = Annotated[
@@ -290,7 +294,7 @@ def quantize(
     console.print(memory_line(result.record))
     _print_remarks(console, [*result.plan.remarks, *result.notes])
     _print_findings(console, report)
-    console.print(f"written: {out}")
+    console.print(as_text(f"written: {out}"), soft_wrap=True)
 
 
 def _earlier_threads(out: Path) -> int | None:
@@ -340,7 +344,7 @@ def _adapted(
 def _print_remarks(console: Any, remarks: Sequence[str]) -> None:
     """What a user should know of the checkpoint before serving it."""
     for remark in remarks:
-        console.print(f"note: {remark}", style="yellow", markup=False)
+        console.print(as_text(f"note: {remark}", "yellow"))
 
 
 def _print_findings(console: Any, report: Any) -> None:
@@ -348,7 +352,7 @@ def _print_findings(console: Any, report: Any) -> None:
     from prismquant.report.checks import finding_lines
 
     for line in finding_lines(report):
-        console.print(line, style="yellow", markup=False, soft_wrap=True)
+        console.print(as_text(line, "yellow"), soft_wrap=True)
 
 
 @app.command()
@@ -388,7 +392,8 @@ def export(
     _print_remarks(console, result.remarks)
     _print_findings(console, report)
     size = f"{result.bytes / 2**20:.1f} MiB"
-    console.print(f"written: {out} ({result.format}, {result.layers} quantized layers, {size})")
+    told = f"written: {out} ({result.format}, {result.layers} quantized layers, {size})"
+    console.print(as_text(told), soft_wrap=True)
 
 
 def _arithmetic(name: str) -> Any:
@@ -430,7 +435,7 @@ def check_folder(
         found = findings_table(report)
         if found is not None:
             console.print(found)
-        console.print(verdict(report), markup=False, soft_wrap=True)
+        console.print(as_text(verdict(report)), soft_wrap=True)
     if not report.ok:
         raise typer.Exit(1)
 
@@ -477,7 +482,8 @@ def evaluate(
     console.print(comparison_table(rows), detail_table(measured))
     if reference is not None:
         lost, won = len(result.right_to_wrong), len(result.wrong_to_right)
-        console.print(f"answers lost {lost}, won {won}, against {reference}")
+        told = f"answers lost {lost}, won {won}, against {reference}"
+        console.print(as_text(told), soft_wrap=True)
 
 
 @recipes.command("list")

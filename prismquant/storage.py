@@ -126,8 +126,11 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` in UTF-8, whole or not at all."""
-    write_bytes(path, text.encode("utf-8"))
+    """Write ``text`` in UTF-8, whole or not at all.
+
+    Halves of characters, as the names of files may hold, are escaped: in JSON they come back.
+    """
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 def write_json(path: Path, value: Any) -> None:

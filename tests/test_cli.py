@@ -160,6 +160,26 @@ def test_brackets_in_a_message_are_printed_as_they_are(run: Cli) -> None:
     assert "'[bold]w4a16[/]'" in err
 
 
+def test_brackets_in_paths_and_names_are_printed_as_they_are(
+    run: Cli, tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run must not end with a crash because of the name of its result, or of its recipe."""
+    monkeypatch.chdir(tmp_path)
+    rules = [{"match": {"modality": "llm"}, "weights": "int8-channel", "solver": "rtn"}]
+    (tmp_path / "[r].yaml").write_text(json.dumps({"name": "[/x]", "rules": rules}))
+    given = tiny("qwen2_vl"), "--recipe", "[r].yaml"
+    status, out, _ = run("inspect", *given)
+    assert (status, "recipe [/x]" in out) == (0, True)
+    status, _, err = run("quantize", *given, "--out", "[/red]:x:", "--threads", 1)
+    assert (status, "recipe [/x]:" in err, "written: [/red]:x:\n" in err) == (0, True, True)
+    status, out, _ = run("check", "[/red]:x:")
+    assert (status, out.count("[/red]:x:")) == (0, 2)
+    status, _, err = run("export", "[/red]:x:", "--format", "dense", "--out", "[b]e[/]")
+    assert (status, "written: [b]e[/] (dense" in err) == (0, True)
+    status, _, err = run("quantize", *given, "--out", "[/red]:x:")
+    assert (status, "where: [/red]:x:\n" in err) == (1, True)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, EOFError])
 def test_an_interruption_says_how_to_go_on(
     run: Cli, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]

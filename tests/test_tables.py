@@ -13,6 +13,7 @@ from rich.console import Console
 from prismquant.evaluate.fidelity import Deviation, Fidelity, Outcome, summarize
 from prismquant.report.tables import (
     Variant,
+    as_text,
     comparison_markdown,
     comparison_table,
     detail_markdown,
@@ -177,5 +178,13 @@ def test_markdown_columns_are_aligned(rows: list[list[Any]]) -> None:
     assert len(lines) == len(rows) + 2
 
 
-def test_brackets_in_names_are_no_markup() -> None:
-    assert "[bold]W4[/bold]" in shown(rich_table(["a"], [["[bold]W4[/bold]"]]))
+@given(
+    letters=st.text(st.sampled_from("ab[]/\\:\x1b\x07\u202e\ud800\x9b"), min_size=1, max_size=12),
+    tag=st.sampled_from(["", ":warning:", "[/red]", "[bold]x[/bold]"]),
+)
+def test_text_is_shown_as_it_is(letters: str, tag: str) -> None:
+    """No markup, no emoji, and nothing that a terminal or an encoding would act on."""
+    text = f"{letters}{tag}"
+    plain = "".join(x if x.isprintable() else ascii(x)[1:-1] for x in text)
+    assert as_text(text).plain == plain
+    assert shown(rich_table(["a"], [[text]], title=text)).count(plain) >= 2

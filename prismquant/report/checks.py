@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prismquant.export.check import Report, Severity
-from prismquant.report.tables import rich_table
+from prismquant.report.tables import as_text, rich_table
 
 _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.NOTE: "dim"}
 
@@ -23,9 +23,8 @@ def findings_table(report: Report) -> Table | None:
         column.overflow = "fold"
     for finding in report.findings:
         severity = Text(str(finding.severity), style=_STYLES[finding.severity])
-        # Text, not markup: names of tensors and patterns have brackets.
         rest = (finding.rule, finding.place, finding.what, finding.remedy)
-        table.add_row(severity, *(Text(part) for part in rest))
+        table.add_row(severity, *(as_text(part) for part in rest))
     return table
 
 

@@ -14,11 +14,11 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.text import Text
 
 from prismquant.memory import peak_memory_bytes
 from prismquant.pipeline.checkpoint import StepRecord
 from prismquant.pipeline.failure import failed_layers
+from prismquant.report.tables import as_text
 
 
 class ProgressReporter:
@@ -33,7 +33,7 @@ class ProgressReporter:
         self._console = console
         self._progress = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -60,7 +60,7 @@ class ProgressReporter:
 
     def remark(self, line: str) -> None:
         """Something that a user should know, on a line of its own."""
-        self._console.print(Text(f"note: {line}"))
+        self._console.print(as_text(f"note: {line}", "yellow"))
 
     def begin(self, steps: int) -> None:
         """The run has so many steps."""
@@ -79,11 +79,11 @@ class ProgressReporter:
         loss = sum(layer.loss for layer in record.layers)
         failed = len(failed_layers(record.layers))
         told = f" ({failed} failed: rounded to nearest)" if failed else ""
-        self._console.print(
+        line = (
             f"{record.name}: {len(record.layers)} layers{told}, loss {loss:.4g}, "
-            f"{record.seconds:.1f} s, {peak_memory_bytes() / 2**20:.0f} MiB peak",
-            highlight=False,
+            f"{record.seconds:.1f} s, {peak_memory_bytes() / 2**20:.0f} MiB peak"
         )
+        self._console.print(as_text(line))
 
 
 class ExportProgress:
@@ -96,7 +96,7 @@ class ExportProgress:
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             console=console,

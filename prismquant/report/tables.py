@@ -3,21 +3,31 @@
 A table is made in two steps: figures to rows of text, rows to :class:`rich.table.Table` or to
 Markdown, so that both always say the same. Nothing is printed here. Results of evaluations come as
 the plain dictionaries of ``Fidelity.to_dict()``, as they also stand in a run's record.
+
+Names of files, layers and recipes are a stranger's text. rich takes brackets in a string for
+markup, and a terminal obeys control characters: whatever may hold a name is shown as
+:func:`as_text` makes it.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 NOTHING = "-"
 _KINDS = ("text", "image", "video")
+# Control characters but for tab and line feed, what turns the direction of writing, and halves of
+# characters that no encoding can write.
+_UNPRINTABLE = re.compile(
+    "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u200e\\u200f\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]"
+)
 _CLASSES = {"answer": "answers", "text": "other text", "vision": "vision"}
 
 
@@ -46,6 +56,12 @@ class Variant:
     top1: float | None = None
     size: int | None = None
     generated_match: float | None = None
+
+
+def as_text(text: str, style: str = "") -> Text:
+    """A text for the terminal that is shown as it is: no markup, and control characters escaped."""
+    plain = _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+    return Text(plain, style=style)
 
 
 def variant(name: str, result: Mapping[str, Any], *, size: int | None = None) -> Variant:
@@ -102,13 +118,13 @@ def rich_table(
     headers: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None
 ) -> Table:
     """A table whose first column is text and whose others are figures."""
-    table = Table(title=title, title_justify="left", header_style="bold")
+    shown = None if title is None else as_text(title, "table.title")
+    table = Table(title=shown, title_justify="left", header_style="bold")
     for number, header in enumerate(headers):
         # On a narrow terminal all columns fold a little; otherwise the first would vanish.
-        table.add_column(header, justify="right" if number else "left", overflow="fold")
+        table.add_column(as_text(header), justify="right" if number else "left", overflow="fold")
     for row in rows:
-        # rich would take brackets in names for markup.
-        table.add_row(*(escape(cell) for cell in row))
+        table.add_row(*(as_text(cell) for cell in row))
     return table
 
 
