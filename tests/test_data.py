@@ -186,26 +186,26 @@ def test_paragraphs_of_a_text_file_are_samples_without_answers(tmp_path: Path) -
     [
         ('{"messages": [', "line 2: no valid JSON"),
         ("[1, 2]", "line 2: a sample is an object, not [1, 2]"),
-        ({"text": "x"}, "line 2: neither 'messages' nor"),
+        ({"text": "x"}, "line 2: no conversation: none of 'messages', 'conversations'"),
         ({"messages": []}, "line 2: the conversation is empty"),
-        ({"messages": [{"content": "x"}]}, "line 2: message 1 has no role"),
-        ({"messages": [{"role": "user", "content": None}]}, "message 1 (user) has no content"),
+        ({"messages": [{"content": "x"}]}, "line 2: message 1: no role"),
+        ({"messages": [{"role": "user", "content": None}]}, "message 1: no content"),
         (turns([image("gone.png")]), "gone.png is missing"),
         (turns([image("cut.png")]), "cut.png cannot be read"),
         (turns([image("https://a.b/c.png")]), "is not a local file"),
-        (turns([{"type": "audio"}]), "text, image or video"),
-        (turns([{"type": "image"}]), "a file is named by its path"),
+        (turns([{"type": "audio"}]), "sound is not supported"),
+        (turns([{"type": "image", "image": ""}]), "a file is named by its path"),
         (turns([{"type": "video", "video": ["ok.png", "gone.png"]}]), "gone.png is missing"),
         (turns([{"type": "video", "video": ["ok.png", "big.png"]}]), "clip differ in size"),
-        (turns([{"type": "video", "video": ["ok.png"], "fps": 0}]), "fps of a clip"),
+        (turns([{"type": "video", "video": ["ok.png"], "fps": 0}]), "fps is a number from"),
         (turns([{"type": "video", "video": "ok.mp4"}]), "ok.mp4 cannot be read"),
-        (turns(answer=[image("ok.png")]), "is an answer that shows a picture"),
+        (turns(answer=[image("ok.png")]), "an answer that shows a picture"),
         ({"id": "first", **turns()}, "line 2: id 'first' is already taken by line 1"),
-        ({"conversations": [{"value": "x"}]}, "has no 'from'"),
+        ({"conversations": [{"value": "x"}]}, "message 1: no role"),
         ({"image": "ok.png", "conversations": [{"from": "gpt", "value": "x"}]}, "no human turn"),
         (
             {"image": "ok.png", "conversations": [{"from": "human", "value": "<image><image>"}]},
-            "2 <image> markers, but 1 image files",
+            "2 <image> markers or items without a file, but 1 image files",
         ),
     ],
 )
@@ -228,9 +228,18 @@ def test_all_findings_come_at_once_but_no_more_than_ten(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="3 findings") as caught:
         read_samples(write_lines(tmp_path / "few.jsonl", lines))
     assert all(f"line {number}" in caught.value.what for number in (1, 2, 3))
-    with pytest.raises(DataError, match="more than 10 findings") as caught:
-        read_samples(write_lines(tmp_path / "many.jsonl", ["{"] * 40))
+    lines = [turns([image(f"{number}.png")]) for number in range(40)]
+    with pytest.raises(DataError, match="40 findings") as caught:
+        read_samples(write_lines(tmp_path / "many.jsonl", lines))
     assert caught.value.what.count("\n") == 11
+    assert caught.value.what.endswith("and 30 more")
+
+
+def test_the_same_of_many_rows_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="40 findings") as caught:
+        read_samples(write_lines(tmp_path / "many.jsonl", ["{"] * 40))
+    assert caught.value.what.count("\n") == 1
+    assert "line 1, line 2, line 3 and 37 more: no valid JSON" in caught.value.what
 
 
 def test_answers_are_required_on_demand(tmp_path: Path) -> None:
@@ -340,7 +349,9 @@ def test_a_dataset_that_is_not_installed_is_explained(monkeypatch: pytest.Monkey
 
 
 class FakeTable(list):  # type: ignore[type-arg]
-    """Rows with the two methods of a streamed dataset that are used."""
+    """Rows with what is used of a streamed dataset whose features are unknown."""
+
+    features = None
 
     def shuffle(self, seed: int, buffer_size: int) -> FakeTable:
         return self
@@ -359,7 +370,7 @@ def test_rows_of_a_dataset_become_samples(monkeypatch: pytest.MonkeyPatch, tmp_p
                 "images": [picture],
                 "messages": turns([{"type": "image", "text": None}, text("shape ?")])["messages"],
             },
-            {"question": "one and one ?", "answer": 2},
+            {"question": "one and one ?", "answer": "2"},
         ]
     )
     asked: list[tuple[str, str]] = []
