@@ -6,6 +6,7 @@ file is named in one way, and an option of a picture or a clip has a value that 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -42,9 +43,11 @@ _COUNTS = {
 }
 _CLIP_NUMBERS = {"fps": (1e-4, 1e4), "video_start": (0.0, 1e9), "video_end": (0.0, 1e9)}
 _MOST = 2**31 - 1
+# Models take frames two by two.
+_PAIRED = ("nframes", "max_frames")
 # What is chosen among the frames of a file has no meaning for frames that are chosen already.
 _ONLY_OF_FILES = ("nframes", "min_frames", "max_frames", "video_start", "video_end")
-_PAIRS = (("min_pixels", "max_pixels"), ("min_frames", "max_frames"), ("video_start", "video_end"))
+_PAIRS = (("min_pixels", "max_pixels"), ("min_frames", "max_frames"))
 _EXCLUSIVE = (
     ("fps", "nframes"),
     ("min_frames", "nframes"),
@@ -232,8 +235,11 @@ def _unwrapped(value: Any) -> Any:
 
 
 def _count(value: Any, key: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MOST:
-        raise Findings(f"{key} is a whole number from 1 to {_MOST}, not {excerpt(repr(value))}")
+    least = 2 if key in _PAIRED else 1
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST:
+        raise Findings(
+            f"{key} is a whole number from {least} to {_MOST}, not {excerpt(repr(value))}"
+        )
     return value
 
 
@@ -258,6 +264,8 @@ def _conflicts(item: Mapping[str, Any]) -> list[str]:
         for one, other in _EXCLUSIVE
         if one in item and other in item
     ]
+    if item.get("video_start", 0.0) >= item.get("video_end", math.inf):
+        lines.append(f"video_end {item['video_end']:g} is not after the start")
     if ("resized_height" in item) != ("resized_width" in item):
         lines.append("resized_height and resized_width belong together")
     if isinstance(item.get("video"), list):

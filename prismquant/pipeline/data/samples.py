@@ -7,9 +7,9 @@ import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from io import BytesIO
+from io import BufferedReader, BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from PIL import Image
 
@@ -236,7 +236,7 @@ def _file_digest(file: str | Image.Image | EmbeddedPicture, sample: Sample) -> s
     path = sample.folder / file
     try:
         with open_regular(path) as handle:
-            return hashlib.file_digest(handle, "sha256").hexdigest()
+            return hashlib.file_digest(cast("BufferedReader", handle), "sha256").hexdigest()
     except OSError as error:
         raise DataError(
             f"{path} cannot be read: {error.strerror}", where=f"sample {sample.id}"

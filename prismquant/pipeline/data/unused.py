@@ -55,7 +55,7 @@ def leaves(row: Any) -> list[Leaf]:
     """Everything in a row that is no list or object, with the keys that lead there.
 
     Raises:
-        Findings: It is nested too deeply, or its texts hold halves of characters.
+        Findings: It is nested too deeply.
     """
     found: list[Leaf] = []
     waiting: list[tuple[tuple[str, ...], Any, int]] = [((), row, 0)]
@@ -70,19 +70,7 @@ def leaves(row: Any) -> list[Leaf]:
             waiting += [(path, part, depth + 1) for part in reversed(value)]
         else:
             found.append((path, value))
-    for text in (text for path, value in found for text in (*path, value)):
-        # JSON can write half of a surrogate pair, and then no tokenizer or file takes the text.
-        if isinstance(text, str) and not text.isascii() and _is_cut(text):
-            raise Findings(f"half a character stands in {excerpt(ascii(text))}")
     return found
-
-
-def _is_cut(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 def require_nothing_lost(
