@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
+# No finding that a person reads is longer.
+_LINE = 1000
 # A number that is one part of a dotted path, e.g. the 7 of ``layers.7.mlp``; not that of 0.7.
 _INDEX = re.compile(r"(?<=[A-Za-z_]\.)\d+(?![\w])")
 
@@ -94,6 +96,30 @@ def suggest(name: str, options: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{hint}known: {', '.join(known)}"
+
+
+def listed(findings: Sequence[str], most: int = 20) -> str:
+    """Findings as the lines of an error's text, with how many more there are than are shown."""
+    shown = [line if len(line) <= _LINE else f"{line[:_LINE]}.." for line in findings[:most]]
+    left = [f"and {len(findings) - most} more"] if len(findings) > most else []
+    return "".join(f"\n  - {line}" for line in [*shown, *left])
+
+
+def check_bounds(options: object, bounds: Mapping[str, tuple[bool, str]]) -> None:
+    """Refuse options of a method that are out of bounds.
+
+    Args:
+        options: The method.
+        bounds: For each option whether its value is fine, and what would be.
+
+    Raises:
+        RecipeError: One is not.
+    """
+    for option, (fine, legal) in bounds.items():
+        if not fine:
+            raise RecipeError(
+                f"{option} cannot be {getattr(options, option)!r}", where=option, remedy=legal
+            )
 
 
 def grouped(findings: Iterable[str]) -> list[str]:

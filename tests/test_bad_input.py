@@ -211,13 +211,18 @@ def test_an_activation_that_is_not_finite(
             {"rules": [{"match": {"modality": "llm"}, "weights": "int4-g96"}]},
             PlanError,
             [
-                "layers.0.mlp.down_proj: group size 96 does not divide its 256 input features",
-                "use group_size 256 or 128 or 64",
+                "layers.*.mlp.down_proj: group size 96 does not divide its 256 input features",
+                "256, 128, 64 would (2 layers: 0-1)",
                 "fallback: nearest",
             ],
         ),
         (
             {"rules": [{"match": {"role": "atn"}, "weights": "int4-g128"}]},
+            RecipeError,
+            ["rules[0].match.role: no layer has the role 'atn'", "did you mean 'attn'?"],
+        ),
+        (
+            {"rules": [{"match": {"name": "*.x"}, "weights": "int4-g128"}]},
             PlanError,
             ["rules[0] matches no layer", "roles: attn.out", "prismquant inspect"],
         ),
@@ -227,7 +232,7 @@ def test_an_activation_that_is_not_finite(
             ["a weight has no running range", "set by rules[0]"],
         ),
     ],
-    ids=["preset", "key", "group", "role", "range"],
+    ids=["preset", "key", "group", "role", "name", "range"],
 )
 def test_a_recipe_that_does_not_fit(
     model: Path, out: Path, recipe: Any, kind: type[PrismQuantError], words: list[str]

@@ -255,7 +255,7 @@ def test_inputs_that_are_all_zero_are_corrected_by_nothing() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"strength 1\.5"):
+    with pytest.raises(RecipeError, match=r"strength cannot be 1\.5"):
         Correction(strength=1.5)
     for damping in (0.0, -1.0, 11.0):
         with pytest.raises(RecipeError, match="damping"):

@@ -14,7 +14,7 @@ import torch
 
 import prismquant as pq
 from prismquant import storage
-from prismquant.errors import ModelError, PlanError, RecipeError
+from prismquant.errors import ModelError, PlanError, PrismQuantError, RecipeError
 from prismquant.formats.spec import spec
 from prismquant.models.bind import bind
 from prismquant.pipeline.plan import Plan, make_plan, problem_groups
@@ -343,12 +343,25 @@ def test_a_group_size_that_does_not_divide_names_layer_width_and_remedies(
     with pytest.raises(PlanError) as caught:
         plan_of(tiny("qwen2_vl"), LLM | {"weights": "int4-g96"})
     message = str(caught.value)
-    name = "model.language_model.layers.1.self_attn.q_proj"
-    assert f"- {name}: group size 96 does not divide its 128 input features" in message
-    assert "use group_size 128 or 64 or 32, granularity channel, or fallback: nearest" in (message)
-    # All the layers at once, the wider ones with what fits them.
-    assert "layers.0.mlp.down_proj: group size 96 does not divide its 256" in message
-    assert message.count("group size 96") == 14
+    blocks = "model.language_model.layers.*"
+    misfit = "group size 96 does not divide its 128 input features; 128, 64, 32 would"
+    assert f"- {blocks}.self_attn.q_proj: {misfit} (2 layers: 0-1)\n" in message
+    # The wider ones with what fits them.
+    assert f"- {blocks}.mlp.down_proj: group size 96 does not divide its 256" in message
+    # One finding for each role and width, and the remedy of all of them once.
+    assert message.count("group size 96") == 7
+    assert message.count("--fallback") == 1
+    assert "fallback: nearest (--fallback)" in str(caught.value.remedy)
+
+
+def test_findings_of_a_deep_model_fit_on_a_screen(tmp_path: Path) -> None:
+    """Layers that say the same are one line, however many blocks there are."""
+    folder = tiny_vlm.build("qwen2_vl", tmp_path, llm_blocks=24)
+    with pytest.raises(PlanError) as caught:
+        plan_of(folder, {"match": {"role": ["attn", "mlp"]}, "weights": "int4-g96"})
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 1 + 7 + 4 + 2
+    assert sum("(24 layers: 0-23)" in line for line in lines) == 7
 
 
 def test_a_group_size_may_fall_back_to_one_scale_a_row(
@@ -366,11 +379,11 @@ def test_a_group_size_may_fall_back_to_one_scale_a_row(
 
 
 def test_a_rule_that_matches_nothing_is_an_error(tiny: Callable[..., Path]) -> None:
-    idle = {"match": {"role": "attn.qvk", "modality": "llm"}, "skip": True}
+    idle = {"match": {"role": "attn.qkv.q", "modality": "vision"}, "skip": True}
     with pytest.raises(PlanError, match=r"rules\[1\] matches no layer") as caught:
         plan_of(tiny("qwen2_vl"), CHANNEL, idle)
     message = str(caught.value)
-    assert "attn.qvk" in message
+    assert "attn.qkv.q" in message
     assert "roles: attn.out, attn.qkv, attn.qkv.k" in message
     assert "modalities: llm, projector, vision" in message
     assert "inspect" in str(caught.value.remedy)
@@ -428,7 +441,7 @@ def test_a_patch_embedding_cannot_have_its_input_quantized(tiny_folder: Path) ->
     rule = {"match": {"modality": "vision"}, "weights": "int8-channel"}
     with pytest.raises(PlanError, match="no checkpoint format declares a quantized input") as info:
         plan_of(tiny_folder, rule | {"activations": "int8-token"})
-    assert "set activations: none for the role patch_embed" in info.value.what
+    assert info.value.remedy == "set activations: none for the role patch_embed"
     plan = plan_of(tiny_folder, rule)
     patch = next(row for row in plan.rows if row.site.role == "patch_embed")
     assert (patch.layout, patch.note) == ("dense", "a convolution is stored dequantized")
@@ -448,12 +461,34 @@ def test_all_misfits_are_told_together_and_long_lists_are_cut(tiny: Callable[...
         plan_of(
             tiny("qwen2_vl", llm_blocks=4),
             {"match": {"modality": ["llm", "vision"]}, "weights": "int4-g96"},
-            {"match": {"name": "nothing"}, "skip": True},
+            *({"match": {"name": f"nothing{i}"}, "skip": True} for i in range(30)),
         )
     assert "rules[1] matches no layer" in caught.value.what
-    assert "group size 96" in caught.value.what
     assert re.search(r"- and \d+ more$", caught.value.what)
     assert len(caught.value.what.splitlines()) == 22
+
+
+def test_words_of_a_list_that_mean_no_layer_are_told(tiny: Callable[..., Path]) -> None:
+    """A model without them is no error: recipes are written for many; but they are said."""
+    rule = LLM | {"weights": "int8-channel"}
+    names = ["*.q_proj", "*.q_porj", "re:.*k_proj", "re:.*k_porj"]
+    plan = plan_of(
+        tiny("qwen2_vl"),
+        rule | {"match": {"modality": "llm", "role": ["mlp", "patch_embed"]}},
+        {"match": {"name": names}, "solver": "rtn"},
+    )
+    assert plan.remarks == (
+        "rules[0].match: role 'patch_embed' means no layer of this model",
+        "rules[1].match: name '*.q_porj' means no layer of this model",
+        "rules[1].match: name 're:.*k_porj' means no layer of this model",
+    )
+    assert plan_of(tiny("qwen2_vl"), rule).remarks == ()
+
+
+def test_a_pattern_that_runs_away_is_stopped(tiny: Callable[..., Path]) -> None:
+    names = {"name": "re:([a-z_.0-9]|[a-z_.0-9][a-z_.0-9])+[A-C]"}
+    with pytest.raises(PrismQuantError, match="takes too long"):
+        plan_of(tiny("qwen2_vl"), {"match": names, "weights": "int8-channel"})
 
 
 def test_impossible_fields_name_the_layer(tiny: Callable[..., Path]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import functools
 import json
+import os
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ from prismquant.models.bind import bind
 from prismquant.models.rotation import Rotation
 from prismquant.numerics.ranges import RangeRule
 from prismquant.pipeline.plan import make_plan
+from prismquant.recipe.plain_yaml import read_yaml, write_yaml
 from prismquant.recipe.presets import PRESETS, preset_yaml
 from prismquant.recipe.schema import Match, Recipe, Setting, load_recipe, parse_recipe, resolve
 
@@ -63,13 +66,13 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "weight_range": st.fixed_dictionaries(
         {},
         optional={
-            "kind": st.sampled_from(["minmax", "mse", "percentile"]),
+            "kind": st.sampled_from(["mse", "sweep"]),
             "steps": st.integers(2, 90),
-            "norm": st.sampled_from([2.0, 2.4]),
+            "max_shrink": st.sampled_from([0.5, 0.6]),
         },
     ),
     "activation_range": st.fixed_dictionaries(
-        {"kind": st.sampled_from(["minmax", "ema"])}, optional={"momentum": st.just(0.5)}
+        {}, optional={"kind": st.just("ema"), "momentum": st.just(0.5)}
     ),
     "fallback": st.sampled_from(["error", "channel"]),
     "skip": st.booleans(),
@@ -77,7 +80,11 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
 RULES = st.lists(
     st.tuples(
         st.booleans(),
-        st.fixed_dictionaries({}, optional=FIELDS).filter(bool),
+        st.fixed_dictionaries({}, optional=FIELDS)
+        .filter(bool)
+        .filter(
+            lambda rule: rule.get("activations") != "int8-token" or "activation_range" not in rule
+        ),
     ),
     min_size=1,
     max_size=6,
@@ -281,7 +288,6 @@ def test_skip_holds_until_a_later_rule_gives_weights_again() -> None:
         ("attn.qkv", "attn.qkv", True),
         ("attn.qkv", "attn.qkv.k", True),
         ("attn.qkv.k", "attn.qkv", False),
-        ("attn.qk", "attn.qkv", False),
         ("attn.out", "attn.qkv.v", False),
         ("mlp.up", "mlp.up", True),
         ("mlp", "mlpx.up", False),
@@ -431,18 +437,21 @@ def test_recipes_are_frozen_and_changed_by_copies() -> None:
         ),
         (
             {"rules": [{"weight_range": "mes"}]},
-            "rules[0].weight_range: there is no range rule 'mes'; did you mean 'mse'?",
+            "rules[0].weight_range: 'mes' is not a choice; did you mean 'mse'?",
         ),
         ({"rules": [{"match": {"modality": "text"}, "skip": True}]}, "rules[0].match.modality[0]"),
         (
             {"rules": [{"match": {"name": "re:("}, "skip": True}]},
-            "rules[0].match.name: 're:(' is not a regular expression",
+            "rules[0].match.name: '(' is not a regular expression",
         ),
         ({"rules": [{"fallback": "chanel"}]}, "rules[0].fallback: Input should be"),
         ({"rules": [{"weights": "none"}]}, "rules[0].weights: a weight has a format; `skip: true`"),
         ({"rules": [{"weights": 4}]}, "rules[0].weights: expected a name or a mapping, found 4"),
-        ({"rules": [{"weight_range": {"norm": "x"}}]}, "rules[0].weight_range: a value of"),
-        ({"rules": [{"weight_range": {"norm": -1}}]}, "rules[0].weight_range: norm of a range"),
+        (
+            {"rules": [{"weight_range": {"norm": "x"}}]},
+            "rules[0].weight_range: 'x' is not of type float",
+        ),
+        ({"rules": [{"weight_range": {"norm": -1}}]}, "rules[0].weight_range: norm cannot be -1"),
         ({"rules": [{"match": {"role": "attn"}}]}, "rules[0]: the rule sets nothing"),
         ({"rules": []}, "rules: there is no rule"),
         ({"rules": "w4a16"}, "rules: Input should be"),
@@ -492,7 +501,7 @@ def test_recipes_are_frozen_and_changed_by_copies() -> None:
         ),
         (
             {"transforms": [{"name": "split", "options": {"columns": 0}}]},
-            "transforms[0]: 0 columns cannot be split off",
+            "transforms[0]: columns cannot be 0",
         ),
         (
             {"transforms": [{"name": "rotation", "options": {"onlin": True}}]},
@@ -528,7 +537,7 @@ def test_recipes_are_frozen_and_changed_by_copies() -> None:
         ),
         (
             {"rules": [{"correction": {"strength": 2}}]},
-            "rules[0].correction: a correction of strength 2.0 is out of bounds",
+            "rules[0].correction: strength cannot be 2.0",
         ),
         ({"rules": [{"correction": {"damping": True}}]}, "rules[0].correction: True is not of"),
         ({"rules": [{"correction": "yes"}]}, "rules[0].correction: expected a name or a mapping"),
@@ -542,10 +551,118 @@ def test_recipes_are_frozen_and_changed_by_copies() -> None:
         ),
         (
             {"rules": [{"tuner": "zeroquant", "tuner_options": {"iterations": 0}}]},
-            "rules[0]: there cannot be 0 iterations",
+            "rules[0]: iterations cannot be 0",
         ),
         ({"rules": [{"outputs": "int8-tokn"}]}, "rules[0].outputs:"),
         ({"rules": [{"vision_weight": -1.0}]}, "rules[0].vision_weight: a token's weight is"),
+        ({"rules": [{"vision_weight": "5"}]}, "rules[0].vision_weight: a token's weight is"),
+        # A misspelt word beside a good one.
+        (
+            {"rules": [{"match": {"role": ["attn", "mpl"]}, "skip": True}]},
+            "rules[0].match.role: no layer has the role 'mpl'; did you mean 'mlp'?",
+        ),
+        ({"transforms": [{"name": "awq", "match": {"role": "attn.qk"}}]}, "no layer has the role"),
+        ({"rules": [{"match": {"name": "a*" * 3000}, "skip": True}]}, "6000 characters is too"),
+        # Types: no text and no truth values for numbers, no numbers for truth values.
+        ({"calibration": {"samples": True}}, "calibration.samples: Input should be a valid int"),
+        ({"calibration": {"samples": "8"}}, "calibration.samples: Input should be a valid int"),
+        ({"calibration": {"layer_sequential": 1}}, "calibration.layer_sequential: Input should"),
+        ({"rules": [{"weights": "int8-channel", "skip": "no"}]}, "rules[0].skip: Input should be"),
+        ({"rules": [{"weight_range": {"percentile": True}}]}, "True is not of type float"),
+        # Counts have bounds.
+        ({"calibration": {"samples": 10**12}}, "samples: Input should be less than or equal to"),
+        ({"calibration": {"batch_size": 10**30}}, "batch_size: Input should be less than or eq"),
+        ({"calibration": {"seed": 2**64}}, "calibration.seed: Input should be less than"),
+        ({"tensor_parallel": 10**9}, "tensor_parallel: Input should be less than or equal to"),
+        *[
+            ({"rules": [{"solver": "gptq", "options": {option: 10**9}}]}, f"{option} cannot be")
+            for option in ("refine_passes", "block_size", "damping")
+        ],
+        *[
+            ({"rules": [{"tuner": name, "tuner_options": {option: 10**9}}]}, f"{option} cannot be")
+            for name in ("autoround", "zeroquant")
+            for option in ("iterations", "settle", "batch")
+        ],
+        ({"rules": [{"tuner": "autoround", "tuner_options": {"seed": 2**63}}]}, "seed cannot be"),
+        *[
+            ({"transforms": [{"name": name, "options": {option: 10**9}}]}, f"{option} cannot be")
+            for name in ("awq", "smoothquant")
+            for option in ("grid", "rows", "vision_weight", "max_scale")
+        ],
+        ({"rules": [{"weight_range": {"kind": "mse", "steps": 10**9}}]}, "steps cannot be"),
+        # Options that change nothing as the others stand.
+        (
+            {"transforms": [{"name": "smoothquant", "options": {"alpha": 0.4, "search": True}}]},
+            "transforms[0]: alpha 0.4 is given, but search: true chooses it",
+        ),
+        *[
+            (
+                {"transforms": [{"name": "smoothquant", "options": {"alpha": 0.4, option: 2}}]},
+                f"transforms[0]: smoothquant option {option!r} has no effect: no strength is",
+            )
+            for option in ("grid", "rows", "vision_weight")
+        ],
+        (
+            {"rules": [{"solver": "gptq", "options": {"damping": 0.0, "damping_basis": "mean"}}]},
+            "rules[0]: gptq option 'damping_basis' has no effect: damping is 0",
+        ),
+        *[
+            (
+                {"rules": [{"tuner": n, "tuner_options": {"learn_range": False, option: value}}]},
+                f"rules[0]: {n} option {option!r} has no effect: learn_range is false",
+            )
+            for n in ("autoround", "zeroquant")
+            for option, value in (("settle", 5), ("range_learning_rate", 0.1))
+        ],
+        (
+            {"rules": [{"correction": {"strength": 0, "damping": 0.1}}]},
+            "rules[0].correction: correction option 'damping' has no effect: strength is 0",
+        ),
+        *[
+            (
+                {"rules": [{"weight_range": {"kind": kind, option: value}}]},
+                f"range option {option!r} has no effect: the rule is {kind}",
+            )
+            for kind, option, value in (
+                ("minmax", "percentile", 0.9),
+                ("percentile", "steps", 9),
+                ("mse", "momentum", 0.5),
+                ("sweep", "norm", 2.0),
+            )
+        ],
+        (
+            {"rules": [{"solver": "rtn", "options": {"scale_weighting": "group"}}][:1]}
+            | {"rules": [{"options": {"scale_weighting": "group"}, "weight_range": "minmax"}]},
+            "rules[0]: scale_weighting has no effect: weight_range minmax searches for nothing",
+        ),
+        (
+            {"rules": [{"activations": "int8-token", "activation_range": "mse"}]},
+            "rules[0]: activation_range has no effect: the input's scales are dynamic",
+        ),
+        (
+            {"rules": [{"match": {"modality": "vision"}, "vision_weight": 2}]},
+            "rules[0]: vision_weight has no effect: only the language model mixes tokens",
+        ),
+        (
+            {
+                "transforms": [
+                    {
+                        "name": "rotation",
+                        "options": {
+                            "residual": False,
+                            "values": False,
+                            "online": True,
+                            "kind": "random",
+                        },
+                    }
+                ]
+            },
+            "transforms[0]: rotation option 'kind' has no effect: only the online rotation is on",
+        ),
+        (
+            {"transforms": [{"name": "rotation", "options": {"kind": "random", "signs": True}}]},
+            "transforms[0]: rotation option 'signs' has no effect: a random matrix has none",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_with_its_path(content: dict[str, Any], found: str) -> None:
@@ -640,7 +757,7 @@ def test_an_unknown_preset_is_answered_with_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no preset and no file is called 'w4a61'") as caught:
         load_recipe("w4a61")
     assert "did you mean 'w4a16'?" in str(caught.value.remedy)
-    with pytest.raises(RecipeError, match="no preset and no file"):
+    with pytest.raises(RecipeError, match="it is a folder"):
         load_recipe(tmp_path)
 
 
@@ -660,6 +777,125 @@ def test_a_broken_file_is_named(tmp_path: Path, text: str, what: str) -> None:
     with pytest.raises(RecipeError, match=re.escape(what)) as caught:
         load_recipe(path)
     assert str(path) in str(caught.value.where)
+
+
+RULE = "rules: [{weights: int8-channel}]\n"
+# Each name is nine times the one before: a gigabyte once they are written out.
+BOMB = "a: &a [x]\n" + "".join(
+    f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join([f'*{chr(97 + i)}'] * 9)}]\n" for i in range(9)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (BOMB + RULE, "aliases (& and *) are not read: write the value out, line 1"),
+        ("name: &x y\n" + RULE, "aliases (& and *) are not read"),
+        (RULE + "name: !!python/object/apply:os.getcwd []\n", "tags (!) are not read"),
+        (RULE + "name: !!set {x}\n", "tags (!) are not read: write plain values, line 2"),
+        (RULE + RULE, "key 'rules' is there twice, line 2"),
+        ("rules: [{weights: int8-channel, weights: int4-channel}]", "key 'weights' is there twice"),
+        (RULE + "? [a]\n: b", "a key is a word, line 2"),
+        ("rules: " + "[" * 100 + "]" * 100, "it is nested more than 20 deep, line 1"),
+        ("rules: [" + "a, " * 60_000 + "]", "there are more than 50000 values"),
+        (RULE + "tensor_parallel: " + "9" * 5000, "it is no number, line 2"),
+        (RULE + "tensor_parallel: 0x" + "f" * 5000, "it is too large a number, line 2"),
+        (RULE + "---\n" + RULE, "found another document"),
+        (RULE + "name: \0", "not valid YAML"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_a_file_is_plain_yaml(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match="not valid YAML") as caught:
+        load_recipe(path)
+    assert said in caught.value.what
+    assert len(str(caught.value)) < 500
+
+
+def test_dates_and_merge_keys_are_text(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("name: 2021-02-31\n" + RULE)
+    assert load_recipe(path).name == "2021-02-31"
+    path.write_text("<<: {name: x}\n" + RULE)
+    with pytest.raises(RecipeError, match=r"<<: unknown key"):
+        load_recipe(path)
+    path.write_text("rules: [{weights: int8-channel, solver: gptq, options: {damping: 1e-3}}]")
+    assert load_recipe(path).rules[0].options == {"damping": 1e-3}
+
+
+PLAIN = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**62), 2**62)
+    | st.text(max_size=8)
+    # Words that other YAML takes for something else.
+    | st.sampled_from(["2021-02-31", "1e-3", "<<", "=", "*a", "&a", "!x", "yes", "~", "0x1", "1:2"])
+    | st.floats(allow_nan=False),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=10,
+)
+
+
+@given(PLAIN)
+def test_whatever_is_written_is_read_back(value: Any) -> None:
+    shared = [value, value, {"again": value}]
+    assert read_yaml(write_yaml(shared)) == shared
+
+
+@given(st.text(alphabet="ab:-[]{}&*!'\"|>?#%@<=\n 0123.,", max_size=60))
+def test_any_text_is_a_value_or_a_value_error(text: str) -> None:
+    with contextlib.suppress(ValueError):
+        read_yaml(text)
+
+
+def test_only_regular_files_of_a_known_size_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(RecipeError, match="it is a named pipe, not a regular file"):
+        load_recipe(tmp_path / "pipe")
+    (tmp_path / "large").write_bytes(b"#" * (2 << 20))
+    with pytest.raises(RecipeError, match="it has 2097152 bytes; at most 1048576 are read"):
+        load_recipe(tmp_path / "large")
+    (tmp_path / "latin").write_bytes(b"name: caf\xe9")
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        load_recipe(tmp_path / "latin")
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("rules: [{weights: int8-channel}]" + " " * 300, "a recipe's text was given"),
+        ("version: 1\nrules: []", "a recipe's text was given"),
+        ("x" * 5000, "no preset and no file is called 'xxx"),
+        ("a\0b", "no preset and no file is called 'a\\x00b'"),
+        ("", "no preset and no file is called ''"),
+        (3, "a recipe is a preset's name, a YAML file, a dictionary or a Recipe, not 3"),
+        (None, "a recipe is a preset's name"),
+        (["w4a16"], "a recipe is a preset's name"),
+    ],
+    ids=repr,
+)
+def test_what_is_no_recipe_at_all(source: Any, said: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(source)
+    assert said in caught.value.what
+    assert len(caught.value.what) < 200
+
+
+def test_a_clip_search_without_a_search_is_refused() -> None:
+    """The default range rule searches for nothing; a rule that says so later is a choice."""
+    clip = {"weights": "int4-g32", "solver": "rtn", "options": {"scale_weighting": "group"}}
+    with pytest.raises(RecipeError, match="scale_weighting has no effect: weight_range minmax"):
+        setting(clip)
+    assert setting(clip | {"weight_range": "mse"}, {"weight_range": "minmax"}).weights is not None
+
+
+def test_a_long_list_of_what_is_wrong_is_cut() -> None:
+    with pytest.raises(RecipeError) as caught:
+        of(*({"weigths": "x" * 5000} for _ in range(500)))
+    assert "and 480 more" in caught.value.what
+    assert len(caught.value.what) < 30_000
 
 
 NAMED = {

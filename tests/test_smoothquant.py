@@ -81,6 +81,20 @@ def test_scales_are_those_of_the_paper(alpha, tile):
     assert result.notes["error_after"] == pytest.approx(output_error(task, result.scale), rel=1e-6)
 
 
+def test_a_strength_that_is_given_is_taken() -> None:
+    """Without a word on the search; a search beside it contradicts it."""
+    task = problem()
+    given, searched = SmoothQuant(alpha=0.1), SmoothQuant()
+    assert (given.searches, searched.searches, SmoothQuant(search=False).searches) == (0, 1, 0)
+    scales = [method.equalize(task).scale for method in (given, SmoothQuant(alpha=0.9))]
+    torch.testing.assert_close(scales[0], by_formula(task, 0.1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(scales[1], by_formula(task, 0.9), rtol=1e-5, atol=0)
+    half = SmoothQuant(search=False).equalize(task)
+    assert half.notes["alpha"] == 0.5
+    with pytest.raises(RecipeError, match=r"alpha 0\.5 is given, but search: true chooses it"):
+        SmoothQuant(alpha=0.5, search=True)
+
+
 def test_outliers_of_a_static_input_cost_far_less_after_it():
     for activations in ("int8-tensor", "int8-token"):
         notes = SmoothQuant().equalize(problem(activations=activations)).notes

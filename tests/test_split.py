@@ -86,7 +86,7 @@ def test_columns_by_trying_all_counts(
     "options", [{"threshold": 0.9}, {"threshold": 1e7}, {"columns": 0}, {"columns": 65}]
 )
 def test_values_out_of_bounds_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(RecipeError, match=r"out of bounds|cannot be split"):
+    with pytest.raises(RecipeError, match="cannot be"):
         Split(**options)
 
 

@@ -25,9 +25,11 @@ from prismquant.algorithms.blocks import (
     BlockResult,
     Latent,
     Schedule,
+    idle_without_ranges,
     refine,
+    schedule_bounds,
 )
-from prismquant.errors import RecipeError
+from prismquant.errors import check_bounds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,26 +73,22 @@ class AutoRound:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.iterations < 1:
-            raise RecipeError(f"there cannot be {self.iterations} iterations", where="iterations")
-        for option in ("learning_rate", "range_learning_rate"):
-            rate = getattr(self, option)
-            if rate is not None and not 0 < rate <= 1:
-                raise RecipeError(
-                    f"a learning rate of {rate} is out of bounds",
-                    where=option,
-                    remedy="use a number above 0, at most 1, or leave it out",
-                )
-        if self.batch < 1:
-            raise RecipeError(f"a batch of {self.batch} calls is empty", where="batch")
-        if self.settle < 0:
-            raise RecipeError(f"there cannot be {self.settle} iterations", where="settle")
-        if not 0 <= self.momentum < 1:
-            raise RecipeError(
-                f"momentum {self.momentum} is out of bounds",
-                where="momentum",
-                remedy="use a number from 0, below 1",
-            )
+        rates = [
+            (name, rate)
+            for name in ("learning_rate", "range_learning_rate")
+            if (rate := getattr(self, name)) is not None
+        ]
+        check_bounds(
+            self,
+            schedule_bounds(self.iterations, self.batch, self.settle, self.seed)
+            | {name: (0 < rate <= 1, "above 0, at most 1, or left out") for name, rate in rates}
+            | {"momentum": (0 <= self.momentum < 1, "from 0, below 1")},
+        )
+
+    @property
+    def idle(self) -> dict[str, str]:
+        """Options that change nothing as the others stand, and why."""
+        return {} if self.learn_range else idle_without_ranges()
 
     def tune(self, problem: BlockProblem) -> BlockResult:
         """Tune all layers of a block together.

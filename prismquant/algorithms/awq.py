@@ -13,7 +13,6 @@ cannot be scaled up without making its steps coarser.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -25,10 +24,10 @@ from prismquant.algorithms.edges import (
     EdgeResult,
     Reader,
     best_scale,
-    check_bounds,
     hopeless,
     settle,
 )
+from prismquant.errors import check_bounds
 from prismquant.numerics.affine import to_groups
 from prismquant.numerics.kinds import Granularity
 
@@ -69,9 +68,9 @@ class AWQ:
 
     def __post_init__(self) -> None:
         bounds = {
-            "grid": (self.grid >= 1, "at least 1"),
-            "vision_weight": (0 <= self.vision_weight < math.inf, "a finite number from 0 on"),
-            "rows": (self.rows >= 1, "at least 1"),
+            "grid": (1 <= self.grid <= 1000, "from 1 to 1000"),
+            "vision_weight": (0 <= self.vision_weight <= 1000, "a number from 0 to 1000"),
+            "rows": (1 <= self.rows <= 10**6, "from 1 to 1000000"),
             "max_scale": (2 <= self.max_scale <= 1e6, "from 2 to 1e6"),
         }
         check_bounds(self, bounds)

@@ -174,7 +174,8 @@ class LayerResult:
 class Solver(Protocol):
     """A method that chooses codes: a frozen dataclass whose fields are its options.
 
-    Every field has a default; ``__post_init__`` raises RecipeError on a value out of bounds.
+    Every field has a default; ``__post_init__`` raises RecipeError on a value out of bounds. A
+    property ``idle`` may name options that change nothing as the others stand, and why.
     """
 
     name: ClassVar[str]

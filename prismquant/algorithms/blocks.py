@@ -401,6 +401,23 @@ def starting_loss(problem: BlockProblem) -> float:
     return loss
 
 
+def schedule_bounds(
+    iterations: int, batch: int, settle: int, seed: int
+) -> dict[str, tuple[bool, str]]:
+    """What :func:`prismquant.errors.check_bounds` takes of the options that all tuners have."""
+    return {
+        "iterations": (1 <= iterations <= 100_000, "from 1 to 100000"),
+        "batch": (1 <= batch <= 4096, "from 1 to 4096 calls"),
+        "settle": (0 <= settle <= 100_000, "from 0 to 100000"),
+        "seed": (-(2**63) <= seed < 2**63, "an integer of 64 bits"),
+    }
+
+
+def idle_without_ranges() -> dict[str, str]:
+    """Options of tuners that change nothing where ranges are not learned, and why."""
+    return dict.fromkeys(("settle", "range_learning_rate"), "learn_range is false")
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How long to descend, and on what.

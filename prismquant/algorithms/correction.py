@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from prismquant.algorithms.statistics import HessianRecord
-from prismquant.errors import DataError, NumericsError, RecipeError
+from prismquant.errors import DataError, NumericsError, check_bounds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -54,18 +54,17 @@ class Correction:
     damping: float | None = None
 
     def __post_init__(self) -> None:
-        if self.strength is not None and not 0 <= self.strength <= 1:
-            raise RecipeError(
-                f"a correction of strength {self.strength} is out of bounds",
-                where="strength",
-                remedy="use a number from 0 to 1, or leave it out to have it chosen",
-            )
-        if self.damping is not None and not 0 < self.damping <= 10:
-            raise RecipeError(
-                f"damping {self.damping} is out of bounds",
-                where="damping",
-                remedy="use a fraction such as 0.01, or leave it out to have it chosen",
-            )
+        strength, damping = self.strength, self.damping
+        bounds = {
+            "strength": (strength is None or 0 <= strength <= 1, "from 0 to 1, or left out"),
+            "damping": (damping is None or 0 < damping <= 10, "above 0, at most 10, or left out"),
+        }
+        check_bounds(self, bounds)
+
+    @property
+    def idle(self) -> dict[str, str]:
+        """Options that change nothing as the others stand, and why."""
+        return {"damping": "strength is 0"} if self.strength == 0 else {}
 
 
 class DriftRecord:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from prismquant.algorithms.base import scale_format
-from prismquant.errors import FormatError, NumericsError, PrismQuantError, RecipeError
+from prismquant.errors import FormatError, NumericsError, PrismQuantError
 from prismquant.kernels.search import weight_scales
 from prismquant.numerics.affine import (
     check_finite,
@@ -205,23 +205,6 @@ class Equalizer(Protocol):
     def equalize(self, problem: EdgeProblem) -> EdgeResult:
         """Choose the scale of one edge."""
         ...
-
-
-def check_bounds(options: object, bounds: Mapping[str, tuple[bool, str]]) -> None:
-    """Refuse options that are out of bounds.
-
-    Args:
-        options: The equalizer.
-        bounds: For each option whether its value is fine, and what would be.
-
-    Raises:
-        RecipeError: One is not.
-    """
-    for option, (fine, legal) in bounds.items():
-        if not fine:
-            raise RecipeError(
-                f"{option} cannot be {getattr(options, option)}", where=option, remedy=legal
-            )
 
 
 def output_error(problem: EdgeProblem, scale: Tensor | None) -> float:

@@ -47,7 +47,7 @@ from prismquant.algorithms.portions import (
     scale_lines,
 )
 from prismquant.algorithms.triangles import Attempt, Factor, Triangles, divide_lines
-from prismquant.errors import NumericsError, RecipeError
+from prismquant.errors import NumericsError, check_bounds
 from prismquant.kernels import descent
 from prismquant.kernels import sweep as sweep_kernels
 
@@ -103,16 +103,20 @@ class GPTQ:
     refine_passes: int = 2
 
     def __post_init__(self) -> None:
-        if self.block_size < 1:
-            raise RecipeError(f"a block of {self.block_size} columns is empty", where="block_size")
-        if not 0 <= self.damping <= _DAMPING_LIMIT:
-            raise RecipeError(
-                f"damping {self.damping} is out of bounds",
-                where="damping",
-                remedy=f"use a fraction from 0 to {_DAMPING_LIMIT}, e.g. 0.1",
-            )
-        if self.refine_passes < 0:
-            raise RecipeError(f"there cannot be {self.refine_passes} passes", where="refine_passes")
+        bounds = {
+            "block_size": (1 <= self.block_size <= 65536, "from 1 to 65536 columns"),
+            "damping": (
+                0 <= self.damping <= _DAMPING_LIMIT,
+                f"a fraction from 0 to {_DAMPING_LIMIT}, e.g. 0.1",
+            ),
+            "refine_passes": (0 <= self.refine_passes <= 1000, "from 0 to 1000"),
+        }
+        check_bounds(self, bounds)
+
+    @property
+    def idle(self) -> dict[str, str]:
+        """Options that change nothing as the others stand, and why."""
+        return {} if self.damping else {"damping_basis": "damping is 0"}
 
     @property
     def needs_hessian(self) -> bool:

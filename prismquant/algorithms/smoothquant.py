@@ -21,11 +21,11 @@ from prismquant.algorithms.edges import (
     EdgeProblem,
     EdgeResult,
     best_scale,
-    check_bounds,
     hopeless,
     judge,
     settle,
 )
+from prismquant.errors import RecipeError, check_bounds
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,10 +41,11 @@ class SmoothQuant:
     """Balances the largest magnitudes of inputs and weights.
 
     Attributes:
-        alpha: Strength without a search, from 0 (weights become even) to 1 (inputs become even).
+        alpha: The strength, from 0 (weights become even) to 1 (inputs become even), taken
+            unconditionally; ``None`` searches it, or takes one half where ``search`` is false.
         search: Try strengths from 0 to 1 on the error of the readers' outputs and keep the best;
-            the edge stays as it is unless that lowers the error. Otherwise ``alpha`` is taken
-            unconditionally.
+            the edge stays as it is unless that lowers the error. ``None`` searches where no
+            ``alpha`` is given.
         grid: Steps of the search between 0 and 1.
         percentile: Which magnitude of a channel stands for its largest, in (0.5, 1]. Below 1 it is
             taken from the sample of tokens.
@@ -57,13 +58,13 @@ class SmoothQuant:
         power_of_two: Round scales to powers of two: folding them is then exact in floating point.
 
     Raises:
-        RecipeError: A value is out of bounds.
+        RecipeError: A value is out of bounds, or ``alpha`` is given and is to be searched as well.
     """
 
     name: ClassVar[str] = "smoothquant"
 
-    alpha: float = 0.5
-    search: bool = True
+    alpha: float | None = None
+    search: bool | None = None
     grid: int = 20
     percentile: float = 1.0
     modality: Literal["max", "text", "vision"] = "max"
@@ -74,15 +75,32 @@ class SmoothQuant:
 
     def __post_init__(self) -> None:
         bounds = {
-            "alpha": (0 <= self.alpha <= 1, "from 0 to 1"),
-            "grid": (self.grid >= 1, "at least 1"),
+            "alpha": (self.alpha is None or 0 <= self.alpha <= 1, "from 0 to 1"),
+            "grid": (1 <= self.grid <= 1000, "from 1 to 1000"),
             "percentile": (0.5 < self.percentile <= 1, "above 0.5, at most 1"),
             "modality": (self.modality in ("max", "text", "vision"), "max, text or vision"),
-            "vision_weight": (0 <= self.vision_weight < math.inf, "a finite number from 0 on"),
-            "rows": (self.rows >= 1, "at least 1"),
+            "vision_weight": (0 <= self.vision_weight <= 1000, "a number from 0 to 1000"),
+            "rows": (1 <= self.rows <= 10**6, "from 1 to 1000000"),
             "max_scale": (2 <= self.max_scale <= 1e6, "from 2 to 1e6"),
         }
         check_bounds(self, bounds)
+        if self.search and self.alpha is not None:
+            raise RecipeError(
+                f"alpha {self.alpha} is given, but search: true chooses it",
+                where="alpha",
+                remedy="leave out one of the two",
+            )
+
+    @property
+    def searches(self) -> bool:
+        """Whether the strength is searched."""
+        return self.alpha is None if self.search is None else self.search
+
+    @property
+    def idle(self) -> dict[str, str]:
+        """Options that change nothing as the others stand, and why."""
+        searched = ("grid", "rows", "vision_weight")
+        return {} if self.searches else dict.fromkeys(searched, "no strength is searched")
 
     def equalize(self, problem: EdgeProblem) -> EdgeResult:
         """Choose the scale of one edge.
@@ -115,10 +133,11 @@ class SmoothQuant:
                 alpha = step / self.grid
                 yield {"alpha": alpha, "modality": source}, scale(alpha)
 
-        if self.search:
+        if self.searches:
             return best_scale(problem, candidates(), self.rows)
-        notes: dict[str, Note] = {"alpha": self.alpha, "modality": source}
-        return judge(problem, scale(self.alpha), notes, must_gain=False)
+        alpha = 0.5 if self.alpha is None else self.alpha
+        notes: dict[str, Note] = {"alpha": alpha, "modality": source}
+        return judge(problem, scale(alpha), notes, must_gain=False)
 
     def _source(self, record: ChannelRecord) -> str:
         text, vision = (bool(count > 0) for count in record.counts)

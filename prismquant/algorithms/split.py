@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from prismquant.errors import RecipeError
+from prismquant.errors import check_bounds
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,14 +34,11 @@ class Split:
     columns: int = 1
 
     def __post_init__(self) -> None:
-        if not 1 <= self.threshold <= 1e6:
-            raise RecipeError(
-                f"a threshold of {self.threshold} is out of bounds", where="threshold", remedy="2"
-            )
-        if not 1 <= self.columns <= 64:
-            raise RecipeError(
-                f"{self.columns} columns cannot be split off", where="columns", remedy="1 to 64"
-            )
+        bounds = {
+            "threshold": (1 <= self.threshold <= 1e6, "from 1 to 1e6"),
+            "columns": (1 <= self.columns <= 64, "from 1 to 64"),
+        }
+        check_bounds(self, bounds)
 
 
 def outlying_columns(magnitudes: Tensor, split: Split) -> list[int]:

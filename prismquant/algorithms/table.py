@@ -67,6 +67,28 @@ def build_tuner(name: str, options: Mapping[str, Any] | None = None) -> Tuner:
     return cast("Tuner", _build(TUNERS, "tuner", name, options))
 
 
+def refuse_idle(made: object, given: Mapping[str, Any], name: str) -> None:
+    """Refuse options that change nothing as the others stand.
+
+    Args:
+        made: What was made from the options; its ``idle``, where it has one, names those.
+        given: The options as they were given.
+        name: Of what was made.
+
+    Raises:
+        RecipeError: One changes nothing.
+    """
+    idle: Mapping[str, str] = getattr(made, "idle", {})
+    for option in given:
+        # Zero and false say themselves that nothing is wanted.
+        if option in idle and given[option]:
+            raise RecipeError(
+                f"{name} option {option!r} has no effect: {idle[option]}",
+                where=name,
+                remedy=f"leave out {option}",
+            )
+
+
 def checked_options(cls: type, options: Mapping[str, Any] | None, name: str) -> dict[str, Any]:
     """Check options against the fields of the dataclass that they are for.
 

@@ -24,9 +24,11 @@ from prismquant.algorithms.blocks import (
     BlockResult,
     Latent,
     Schedule,
+    idle_without_ranges,
     refine,
+    schedule_bounds,
 )
-from prismquant.errors import RecipeError
+from prismquant.errors import check_bounds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,19 +63,17 @@ class ZeroQuant:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.iterations < 1:
-            raise RecipeError(f"there cannot be {self.iterations} iterations", where="iterations")
-        for option in ("learning_rate", "range_learning_rate"):
-            if not 0 < getattr(self, option) <= 1:
-                raise RecipeError(
-                    f"a learning rate of {getattr(self, option)} is out of bounds",
-                    where=option,
-                    remedy="use a number above 0, at most 1",
-                )
-        if self.settle < 0:
-            raise RecipeError(f"there cannot be {self.settle} iterations", where="settle")
-        if self.batch < 1:
-            raise RecipeError(f"a batch of {self.batch} calls is empty", where="batch")
+        rates = ("learning_rate", "range_learning_rate")
+        check_bounds(
+            self,
+            schedule_bounds(self.iterations, self.batch, self.settle, self.seed)
+            | {name: (0 < getattr(self, name) <= 1, "above 0, at most 1") for name in rates},
+        )
+
+    @property
+    def idle(self) -> dict[str, str]:
+        """Options that change nothing as the others stand, and why."""
+        return {} if self.learn_range else idle_without_ranges()
 
     def tune(self, problem: BlockProblem) -> BlockResult:
         """Distil a block.

@@ -104,6 +104,14 @@ class Rotation:
                 remedy="leave it out for the largest block that fits",
             )
 
+    @property
+    def idle(self) -> dict[str, str]:
+        """Options that change nothing as the others stand, and why."""
+        if not (self.residual or self.values):
+            return {"kind": "only the online rotation is on, which is always a Hadamard matrix"}
+        unsigned = self.kind == "random" and not self.online
+        return {"signs": "a random matrix has none"} if unsigned else {}
+
 
 @dataclass(frozen=True, eq=False)
 class OnlineRotation:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
-from prismquant.errors import RecipeError, suggest
+from prismquant.errors import RecipeError, check_bounds, suggest
 
 if TYPE_CHECKING:
     from prismquant.numerics.grids import Grid
@@ -13,6 +13,13 @@ if TYPE_CHECKING:
 RuleKind = Literal["minmax", "percentile", "mse", "ema", "four_over_six", "sweep"]
 # Rules that try scales and compare the errors.
 SEARCHES: frozenset[RuleKind] = frozenset({"mse", "four_over_six", "sweep"})
+# Which options each kind goes by; the others go by none.
+_USED: dict[RuleKind, tuple[str, ...]] = {
+    "percentile": ("percentile",),
+    "ema": ("momentum",),
+    "mse": ("max_shrink", "steps", "norm", "signed_scale"),
+    "sweep": ("max_shrink", "steps", "signed_scale"),
+}
 
 
 @dataclass(frozen=True)
@@ -55,24 +62,23 @@ class RangeRule:
                 remedy=suggest(str(self.kind), get_args(RuleKind)),
             )
         bounds = {
-            "percentile": 0.5 < self.percentile <= 1,
-            "max_shrink": 0 <= self.max_shrink < 1,
-            "steps": self.steps >= 2 and self.steps == int(self.steps),
-            "norm": 0 < self.norm <= 10,
-            "momentum": 0 < self.momentum <= 1,
+            "percentile": (0.5 < self.percentile <= 1, "above 0.5, at most 1"),
+            "max_shrink": (0 <= self.max_shrink < 1, "at least 0, below 1"),
+            "steps": (
+                2 <= self.steps <= 10_000 and self.steps == int(self.steps),
+                "a whole number from 2 to 10000",
+            ),
+            "norm": (0 < self.norm <= 10, "above 0, at most 10"),
+            "momentum": (0 < self.momentum <= 1, "above 0, at most 1"),
         }
-        legal = {
-            "percentile": "above 0.5, at most 1",
-            "max_shrink": "at least 0, below 1",
-            "steps": "a whole number, at least 2",
-            "norm": "above 0, at most 10",
-            "momentum": "above 0, at most 1",
-        }
-        for name, fine in bounds.items():
-            if not fine:
-                raise RecipeError(
-                    f"{name} of a range rule cannot be {getattr(self, name)}", remedy=legal[name]
-                )
+        check_bounds(self, bounds)
+
+    @property
+    def idle(self) -> dict[str, str]:
+        """Options that change nothing with this kind of rule, and why."""
+        used = _USED.get(self.kind, ())
+        options = [field.name for field in fields(self) if field.name != "kind"]
+        return {name: f"the rule is {self.kind}" for name in options if name not in used}
 
 
 def check_rule(rule: RangeRule, grid: Grid) -> None:

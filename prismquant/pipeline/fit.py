@@ -76,7 +76,7 @@ def fit(
         fits = _misfit(site, candidate.weights, shards) is None
         if fits and _misfit_of_input(site, candidate.activations, shards) is None:
             return replace(candidate, note=f"{misfit}: {candidate.weights.describe()} instead")
-    raise PlanError(misfit, remedy=_remedy(site, weights, shards))
+    raise _refusal(misfit, site, weights, shards)
 
 
 def fit_together(
@@ -181,15 +181,23 @@ def _width_of(site: BoundSite, width: int, shards: int) -> str:
     return f"the {width} of its {site.in_features} input features on each of {shards} devices"
 
 
-def _remedy(site: BoundSite, weights: NumberSpec, shards: int) -> str:
+def _refusal(misfit: str, site: BoundSite, weights: NumberSpec, shards: int) -> PlanError:
+    """The error that says why a format does not fit, and what would."""
     if _cut_misfit(site, shards) is not None:
-        return "plan for a number of devices that divides it, or leave the layer alone (skip: true)"
-    width, _ = _shard(site, shards)
-    legal = [g for g in _LISTED_GROUPS if width % g == 0]
+        remedy = (
+            "plan for a number of devices that divides it, or leave the layer alone (skip: true)"
+        )
+        return PlanError(misfit, remedy=remedy)
     if not _groups_are_free(weights):
         eight = "int8-channel" if weights.kind == "int" else "fp8-channel"
-        return (
+        remedy = (
             f"keep it in 8 bits (weights: {eight}), skip it, or set fallback: nearest (--fallback)"
         )
-    sizes = f"group_size {' or '.join(map(str, legal[:3]))}, " if legal else ""
-    return f"use {sizes}granularity channel, or fallback: nearest (--fallback)"
+        return PlanError(misfit, remedy=remedy)
+    width, _ = _shard(site, shards)
+    legal = [str(g) for g in _LISTED_GROUPS if width % g == 0][:3]
+    fitting = f"; {', '.join(legal)} would" if legal else ""
+    return PlanError(
+        misfit + fitting,
+        remedy="use a group_size that does, granularity channel, or fallback: nearest (--fallback)",
+    )

@@ -20,7 +20,7 @@ import torch
 from prismquant.algorithms.correction import Correction
 from prismquant.algorithms.split import Split
 from prismquant.algorithms.table import EQUALIZERS, build_solver
-from prismquant.errors import FormatError, ModelError, PlanError
+from prismquant.errors import FormatError, ModelError, PlanError, PrismQuantError, grouped, listed
 from prismquant.formats.packed import stored_bytes
 from prismquant.formats.spec import NumberSpec
 from prismquant.models.arch import Modality, SiteKind
@@ -30,17 +30,19 @@ from prismquant.numerics.ranges import RangeRule
 from prismquant.pipeline.fit import Asked, Fitted, fit, fit_together
 from prismquant.pipeline.kv_plan import KVPlan, plan_kv_cache
 from prismquant.pipeline.layout import DENSE, input_bytes, is_declarable, layout_of
+from prismquant.recipe.match import Match
 from prismquant.recipe.schema import (
     ROTATION,
     SPLIT,
     Calibration,
-    Match,
     OnFailure,
     Recipe,
     Setting,
     resolve,
 )
 from prismquant.storage import ShardReader
+
+_LOOK = "`prismquant inspect MODEL` lists every layer with its modality, role and shape"
 
 
 @dataclass(frozen=True)
@@ -325,22 +327,15 @@ def make_plan(recipe: Recipe, bound: BoundModel) -> Plan:
     }
     sizes = _source_sizes(bound)
     findings = _idle_rules(recipe, bound, settings.values())
-    followers = _followers(bound, settings, recipe.tensor_parallel)
     rotations = _rotations(recipe, bound, findings)
-    online = online_rotations(bound, rotations) if not findings else {}
-    splits = _splits(recipe, bound)
-    rows = []
-    for site in bound.sites:
-        try:
-            own_head = untied(bound, rotations)
-            shards = recipe.tensor_parallel
-            fitted = followers.get(site.name) or _fitted(site, settings[site.name], shards)
-            row = _row(site, settings[site.name], fitted, bound, sizes, own_head)
-            rows.append(_with_input(row, online.get(site.name), splits.get(site.name), bound.dtype))
-        except (PlanError, FormatError) as error:
-            findings.append(
-                f"{site.name}: {error.what}" + (f" ({error.remedy})" if error.remedy else "")
-            )
+    rows, misfits = _rows(recipe, bound, settings, sizes, rotations, sound=not findings)
+    remedies = {error.remedy for error in misfits.values() if error.remedy}
+    # One remedy for all stands once, at the end.
+    remedy = remedies.pop() if len(remedies) == 1 and not findings else None
+    findings += [
+        f"{name}: {error.what}" + (f" ({error.remedy})" if error.remedy and not remedy else "")
+        for name, error in misfits.items()
+    ]
     findings += _torn_fusions(rows)
     edges = _edges(recipe, bound, rows, findings)
     findings += _idle_splits(recipe, rows)
@@ -348,13 +343,11 @@ def make_plan(recipe: Recipe, bound: BoundModel) -> Plan:
     if not findings and kv_cache is None and not any(row.weights for row in rows):
         findings.append("no layer is quantized: no rule with `weights` stays in force")
     if findings:
-        shown = findings[:20]
-        more = [f"and {len(findings) - 20} more"] if len(findings) > 20 else []
         raise PlanError(
-            f"recipe {recipe.name!r} does not fit this {bound.arch.title}:\n"
-            + "\n".join(f"  - {line}" for line in [*shown, *more]),
+            f"recipe {recipe.name!r} does not fit this {bound.arch.title}:"
+            + listed(grouped(findings)),
             where=str(bound.folder),
-            remedy="`prismquant inspect MODEL` lists every layer with its modality, role and shape",
+            remedy=remedy or _LOOK,
         )
     return Plan(
         recipe=recipe.name,
@@ -366,7 +359,11 @@ def make_plan(recipe: Recipe, bound: BoundModel) -> Plan:
         rotations=rotations,
         edges=edges,
         kv_cache=kv_cache,
-        remarks=(*_remarks(rows), *(kv_cache.remarks() if kv_cache else ())),
+        remarks=(
+            *_idle_entries(recipe, bound),
+            *_remarks(rows),
+            *(kv_cache.remarks() if kv_cache else ()),
+        ),
     )
 
 
@@ -392,6 +389,36 @@ def problem_groups(rows: Sequence[PlanRow]) -> list[list[PlanRow]]:
         ]
         groups.setdefault(json.dumps(key, sort_keys=True), []).append(row)
     return list(groups.values())
+
+
+def _rows(
+    recipe: Recipe,
+    bound: BoundModel,
+    settings: Mapping[str, Setting],
+    sizes: Mapping[str, int],
+    rotations: tuple[Rotation, ...],
+    *,
+    sound: bool,
+) -> tuple[list[PlanRow], dict[str, PrismQuantError]]:
+    """A row for each layer; and by name those that cannot be as the recipe says, with why.
+
+    Rotations are laid over the rows only where they are ``sound``.
+    """
+    shards = recipe.tensor_parallel
+    followers = _followers(bound, settings, shards)
+    online = online_rotations(bound, rotations) if sound else {}
+    own_head = untied(bound, rotations)
+    splits = _splits(recipe, bound)
+    rows: list[PlanRow] = []
+    misfits: dict[str, PrismQuantError] = {}
+    for site in bound.sites:
+        try:
+            fitted = followers.get(site.name) or _fitted(site, settings[site.name], shards)
+            row = _row(site, settings[site.name], fitted, bound, sizes, own_head)
+            rows.append(_with_input(row, online.get(site.name), splits.get(site.name), bound.dtype))
+        except (PlanError, FormatError) as error:
+            misfits[site.name] = error
+    return rows, misfits
 
 
 def _source_sizes(bound: BoundModel) -> dict[str, int]:
@@ -542,7 +569,7 @@ def _splits(recipe: Recipe, bound: BoundModel) -> dict[str, Split]:
         for transform in recipe.transforms
         if transform.name == SPLIT
         for site in bound.sites
-        if _meant(transform.match, site)
+        if transform.match.means(site)
     }
 
 
@@ -551,7 +578,7 @@ def _idle_splits(recipe: Recipe, rows: Sequence[PlanRow]) -> list[str]:
     return [
         f"transforms[{index}] ({SPLIT}) matches no layer that is stored quantized"
         for index, transform in enumerate(recipe.transforms)
-        if transform.name == SPLIT and not any(_meant(transform.match, site) for site in splittable)
+        if transform.name == SPLIT and not any(map(transform.match.means, splittable))
     ]
 
 
@@ -584,11 +611,7 @@ def _reads(edge: BoundEdge, bound: BoundModel, quantized: set[str], match: Match
     sites = [bound.site(name) for name in edge.consumers]
     if any(site.tied for site in sites):
         return False
-    return any(site.name in quantized and _meant(match, site) for site in sites)
-
-
-def _meant(match: Match, site: BoundSite) -> bool:
-    return match.matches(modality=site.modality, role=site.role, name=site.name)
+    return any(site.name in quantized and match.means(site) for site in sites)
 
 
 def _online_name(online: OnlineRotation | None) -> str | None:
@@ -661,6 +684,17 @@ def _idle_rules(recipe: Recipe, bound: BoundModel, settings: Iterable[Setting]) 
         f"modalities: {', '.join(modalities)}; roles: {', '.join(roles)}"
         for index, rule in enumerate(recipe.rules)
         if index not in used
+    ]
+
+
+def _idle_entries(recipe: Recipe, bound: BoundModel) -> list[str]:
+    """What stands in a rule's lists and means no layer, although the rule itself does."""
+    matches = [(f"rules[{index}]", rule.match) for index, rule in enumerate(recipe.rules)]
+    matches += [(f"transforms[{index}]", t.match) for index, t in enumerate(recipe.transforms)]
+    return [
+        f"{where}.match: {entry} means no layer of this model"
+        for where, match in matches
+        for entry in match.idle_entries(bound.sites)
     ]
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import yaml
+from prismquant.recipe.plain_yaml import write_yaml
 
 Preset = dict[str, Any]
 
@@ -127,4 +127,4 @@ PRESETS: dict[str, Preset] = {
 
 def preset_yaml(name: str) -> str:
     """A preset as a YAML file, in the words it is written in."""
-    return yaml.safe_dump({"version": 1, "name": name, **PRESETS[name]}, sort_keys=False)
+    return write_yaml({"version": 1, "name": name, **PRESETS[name]})

@@ -30,17 +30,15 @@ It is words: a method, and torch with it, is loaded only to check options that a
 
 from __future__ import annotations
 
-import fnmatch
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
-import yaml
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
@@ -57,13 +55,18 @@ from prismquant.algorithms.table import (
     build_solver,
     build_tuner,
     checked_options,
+    refuse_idle,
 )
-from prismquant.errors import PrismQuantError, RecipeError, suggest
+from prismquant.errors import PrismQuantError, RecipeError, listed, suggest
 from prismquant.formats.kv import KVCacheSpec, kv_cache_spec
 from prismquant.formats.spec import NumberSpec, spec
 from prismquant.models.arch import Modality
-from prismquant.numerics.rules import RangeRule
+from prismquant.numerics.rules import SEARCHES, RangeRule
+from prismquant.opening import read_bounded
+from prismquant.patterns import shortened
 from prismquant.recipe.aliases import translated
+from prismquant.recipe.match import Match, Strict
+from prismquant.recipe.plain_yaml import MAX_BYTES, read_yaml, write_yaml
 
 if TYPE_CHECKING:
     from prismquant.algorithms.correction import Correction
@@ -75,48 +78,19 @@ OnFailure = Literal["stop", "rtn"]
 
 ROTATION, SPLIT = "rotation", "split"
 TRANSFORMS = (ROTATION, SPLIT, *EQUALIZERS)
+# What no file's name has, but a recipe's text.
+_TEXT = re.compile(r"[\n{]|\brules\s*:")
+
+# Numbers as pydantic takes them: no text and no truth values in their place.
+Flag = Annotated[bool, Field(strict=True)]
+Seed = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+def _count(most: int) -> Any:
+    return Field(strict=True, ge=1, le=most)
 
 
-class Match(_Strict):
-    """Which layers a rule speaks of: all the criteria given must hold; in a list, any entry may.
-
-    Attributes:
-        modality: ``vision``, ``projector`` or ``llm``.
-        role: What the layer does, e.g. ``attn.qkv``; a dotted prefix such as ``attn`` matches all
-        below it.
-        name: The module path, as a glob or, after ``re:``, a regular expression for the whole path.
-    """
-
-    modality: tuple[Modality, ...] = ()
-    role: tuple[str, ...] = ()
-    name: tuple[str, ...] = ()
-
-    @field_validator("modality", "role", "name", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
-    @field_validator("name")
-    @classmethod
-    def _patterns_compile(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in patterns:
-            _name_regex(pattern)
-        return patterns
-
-    def matches(self, *, modality: str, role: str, name: str) -> bool:
-        """Whether a layer with these properties is meant."""
-        return (
-            (not self.modality or modality in self.modality)
-            and (not self.role or any(role == r or role.startswith(f"{r}.") for r in self.role))
-            and (not self.name or any(_name_regex(p).fullmatch(name) for p in self.name))
-        )
-
-
-class Rule(_Strict):
+class Rule(Strict):
     """One statement of a recipe. Fields left out keep what earlier rules said.
 
     Attributes:
@@ -158,7 +132,7 @@ class Rule(_Strict):
     activation_range: Fields | None = None
     fallback: Fallback | None = None
     on_failure: OnFailure | None = None
-    skip: bool | None = None
+    skip: Flag | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -203,7 +177,8 @@ class Rule(_Strict):
         named = {} if value == "auto" else value
         fields = _known_fields(named, Correction, "correction")
         try:
-            Correction(**checked_options(Correction, fields, "correction"))
+            made = Correction(**checked_options(Correction, fields, "correction"))
+            refuse_idle(made, fields, "correction")
         except PrismQuantError as error:
             raise _with_remedy(error) from error
         return fields
@@ -220,6 +195,8 @@ class Rule(_Strict):
     def _weight_in_bounds(cls, value: Any) -> Any:
         if isinstance(value, bool):
             raise ValueError("a token's weight is a number, or `gradient`")
+        if isinstance(value, str) and value != "gradient":
+            raise ValueError(f"a token's weight is a number, or `gradient`, not {value!r}")
         if isinstance(value, int | float) and not 0 <= value <= 1000:
             raise ValueError("a token's weight is a number from 0 to 1000")
         return value
@@ -233,20 +210,33 @@ class Rule(_Strict):
     @model_validator(mode="after")
     def _options_are_of_the_solver(self) -> Rule:
         # Without a solver's name the options are of whichever solver is in force: see `resolve`.
-        if self.solver is not None and self.options:
-            try:
-                build_solver(self.solver, self.options)
-            except PrismQuantError as error:
-                raise _with_remedy(error) from error
-        if self.tuner not in (None, "none") and self.tuner_options:
-            try:
-                build_tuner(str(self.tuner), self.tuner_options)
-            except PrismQuantError as error:
-                raise _with_remedy(error) from error
+        try:
+            if self.solver is not None and self.options:
+                solver = build_solver(self.solver, self.options)
+                refuse_idle(solver, self.options, self.solver)
+            if self.tuner not in (None, "none") and self.tuner_options:
+                tuner = build_tuner(str(self.tuner), self.tuner_options)
+                refuse_idle(tuner, self.tuner_options, str(self.tuner))
+            if self.options and self.weight_range and "kind" in self.weight_range:
+                _check_weighting(self.options, self.weight_range["kind"])
+        except PrismQuantError as error:
+            raise _with_remedy(error) from error
+        return self
+
+    @model_validator(mode="after")
+    def _says_nothing_in_vain(self) -> Rule:
+        towers = self.match.modality
+        if self.vision_weight is not None and towers and Modality.LLM not in towers:
+            raise ValueError("vision_weight has no effect: only the language model mixes tokens")
+        inputs = self.activations if isinstance(self.activations, dict) else {}
+        # The blocks of NVFP4 have dynamic scales, and one static scale above them all.
+        dynamic = inputs.get("dynamic") and inputs.get("scale") != "e4m3"
+        if self.activation_range is not None and dynamic and self.outputs is None:
+            raise ValueError("activation_range has no effect: the input's scales are dynamic")
         return self
 
 
-class Transform(_Strict):
+class Transform(Strict):
     """A change of the model that leaves its float function as it is.
 
     Attributes:
@@ -258,7 +248,7 @@ class Transform(_Strict):
 
     name: str
     match: Match = Match()
-    options: Fields = {}
+    options: Fields = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _is_known(self) -> Transform:
@@ -272,11 +262,12 @@ class Transform(_Strict):
             return self
         try:
             if self.name in EQUALIZERS:
-                build_equalizer(self.name, self.options)
+                refuse_idle(build_equalizer(self.name, self.options), self.options, self.name)
             elif self.name == SPLIT:
                 self.split()
             else:
-                self.rotations((Modality.VISION, Modality.LLM))
+                for rotation in self.rotations((Modality.VISION, Modality.LLM)):
+                    refuse_idle(rotation, self.options, self.name)
         except PrismQuantError as error:
             raise _with_remedy(error) from error
         return self
@@ -294,7 +285,7 @@ class Transform(_Strict):
         return tuple(Rotation(modality=tower, **options) for tower in towers if tower in wanted)
 
 
-class Calibration(_Strict):
+class Calibration(Strict):
     """How statistics are gathered.
 
     Attributes:
@@ -306,15 +297,15 @@ class Calibration(_Strict):
         quantized_inputs: Later layers and blocks, and Hessians, see quantized activations.
     """
 
-    samples: int = Field(default=128, ge=1)
-    batch_size: int = Field(default=8, ge=1)
-    seed: int = 0
-    layer_sequential: bool = True
-    block_sequential: bool = True
-    quantized_inputs: bool = True
+    samples: Annotated[int, _count(1_000_000)] = 128
+    batch_size: Annotated[int, _count(65_536)] = 8
+    seed: Seed = 0
+    layer_sequential: Flag = True
+    block_sequential: Flag = True
+    quantized_inputs: Flag = True
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """Ordered rules and how to calibrate. See the module's text for the grammar.
 
     Attributes:
@@ -336,7 +327,7 @@ class Recipe(_Strict):
     rules: tuple[Rule, ...]
     transforms: tuple[Transform, ...] = ()
     calibration: Calibration = Calibration()
-    tensor_parallel: int = Field(default=1, ge=1)
+    tensor_parallel: Annotated[int, _count(1024)] = 1
 
     @field_validator("kv_cache", mode="before")
     @classmethod
@@ -415,7 +406,7 @@ class Recipe(_Strict):
 
     def to_yaml(self) -> str:
         """The recipe as a YAML file."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+        return write_yaml(self.to_dict())
 
 
 @dataclass(frozen=True)
@@ -500,16 +491,22 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
         return source
     if isinstance(source, Mapping):
         return parse_recipe(source, source="recipe")
+    if not isinstance(source, str | Path):
+        raise RecipeError(
+            f"a recipe is a preset's name, a YAML file, a dictionary or a Recipe, not {source!r}"
+        )
     if str(source) in PRESETS:
         return parse_recipe(PRESETS[str(source)] | {"name": str(source)}, source=str(source))
+    if not os.path.exists(source):
+        _refuse_missing(str(source))
     path = Path(source)
-    if not path.is_file():
-        raise RecipeError(
-            f"no preset and no file is called {str(source)!r}", remedy=suggest(str(source), PRESETS)
-        )
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = read_yaml(read_bounded(path, MAX_BYTES).decode("utf-8"))
+    except OSError as error:
+        raise RecipeError(
+            f"the recipe cannot be read: {error.strerror}", where=str(path)
+        ) from error
+    except ValueError as error:
         raise RecipeError(f"not valid YAML: {error}", where=str(path)) from error
     if not isinstance(content, Mapping):
         raise RecipeError(
@@ -533,11 +530,21 @@ def parse_recipe(content: Mapping[str, Any], *, source: str) -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        findings = [_finding(item) for item in error.errors()]
+        findings = [_finding(item) for item in error.errors(include_url=False)]
+        raise RecipeError(f"the recipe is not valid:{listed(findings)}", where=source) from error
+
+
+def _refuse_missing(name: str) -> NoReturn:
+    from prismquant.recipe.presets import PRESETS
+
+    if _TEXT.search(name):
         raise RecipeError(
-            "the recipe is not valid:\n" + "\n".join(f"  - {line}" for line in findings),
-            where=source,
-        ) from error
+            f"a recipe's text was given in place of its name: {shortened(name)}",
+            remedy="write it to a file and name that; in Python, give a dictionary",
+        )
+    raise RecipeError(
+        f"no preset and no file is called {shortened(name)}", remedy=suggest(name, PRESETS)
+    )
 
 
 _MERGED = (
@@ -602,6 +609,8 @@ def _setting(merged: Fields, matched: tuple[int, ...]) -> Setting:
         if setting.tuner is not None:
             build_tuner(setting.tuner, setting.tuner_options)
         _check_formats(setting)
+        if "kind" not in (merged.get("weight_range") or {}):
+            _check_weighting(setting.options, setting.weight_range.kind)
     return setting
 
 
@@ -642,16 +651,24 @@ def _check_formats(setting: Setting) -> None:
             )
 
 
+def _check_weighting(options: Fields, kind: str) -> None:
+    if options.get("scale_weighting", "none") != "none" and kind not in SEARCHES:
+        raise RecipeError(
+            f"scale_weighting has no effect: weight_range {kind} searches for nothing",
+            remedy="use weight_range: mse, or leave scale_weighting out",
+        )
+
+
 def _range_rule(value: Any) -> Fields:
     """The fields of a range rule that is given by its kind or by fields."""
     named = {"kind": value} if isinstance(value, str) else value
     fields = _known_fields(named, RangeRule, "range rule")
     try:
-        RangeRule(**fields)
+        rule = RangeRule(**checked_options(RangeRule, fields, "range rule"))
+        # Without a kind the fields are of whichever an earlier rule has given.
+        refuse_idle(rule, fields if "kind" in fields else {}, "range")
     except PrismQuantError as error:
         raise _with_remedy(error) from error
-    except TypeError as error:
-        raise ValueError(f"a value of {fields} has the wrong type") from error
     return fields
 
 
@@ -682,14 +699,6 @@ def _check_format_fields(fields: Fields) -> None:
 def _with_remedy(error: PrismQuantError) -> ValueError:
     """An error as a finding: pydantic adds the path."""
     return ValueError("; ".join(filter(None, [error.what, error.remedy])))
-
-
-def _name_regex(pattern: str) -> re.Pattern[str]:
-    expression = pattern[3:] if pattern.startswith("re:") else fnmatch.translate(pattern)
-    try:
-        return re.compile(expression)
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
 
 
 def _finding(item: Any) -> str:

@@ -1,0 +1,124 @@
+"""Which layers a rule speaks of."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+from pydantic import BaseModel, ConfigDict, field_validator
+
+from prismquant.errors import suggest
+from prismquant.models.arch import Modality, known_archs
+from prismquant.patterns import Pattern, compile_pattern, shortened
+
+_LM_HEAD = "lm_head"
+_MAX_GLOB = 4000
+
+
+class Strict(BaseModel):
+    """A part of a recipe: frozen, and without keys that it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Layer(Protocol):
+    """What a rule asks of a layer."""
+
+    @property
+    def modality(self) -> Modality: ...
+    @property
+    def role(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+
+
+class Match(Strict):
+    """Which layers a rule speaks of: all the criteria given must hold; in a list, any entry may.
+
+    Attributes:
+        modality: ``vision``, ``projector`` or ``llm``.
+        role: What the layer does, e.g. ``attn.qkv``; a dotted prefix such as ``attn`` matches all
+            below it.
+        name: The module path, as a glob or, after ``re:``, a regular expression for the whole path.
+    """
+
+    modality: tuple[Modality, ...] = ()
+    role: tuple[str, ...] = ()
+    name: tuple[str, ...] = ()
+
+    @field_validator("modality", "role", "name", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("role")
+    @classmethod
+    def _roles_exist(cls, roles: tuple[str, ...]) -> tuple[str, ...]:
+        for role in roles:
+            if role not in known_roles():
+                raise ValueError(f"no layer has the role {role!r}; {suggest(role, known_roles())}")
+        return roles
+
+    @field_validator("name")
+    @classmethod
+    def _patterns_compile(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            if pattern.startswith("re:"):
+                _pattern(pattern)
+            elif len(pattern) > _MAX_GLOB:
+                raise ValueError(f"a pattern of {len(pattern)} characters is too long")
+        return patterns
+
+    def matches(self, *, modality: str, role: str, name: str) -> bool:
+        """Whether a layer with these properties is meant.
+
+        Raises:
+            PrismQuantError: A regular expression takes too long.
+        """
+        return (
+            (not self.modality or modality in self.modality)
+            and (not self.role or any(_has_role(role, entry) for entry in self.role))
+            and (not self.name or any(_has_name(name, entry) for entry in self.name))
+        )
+
+    def means(self, layer: Layer) -> bool:
+        """Whether a layer is meant."""
+        return self.matches(modality=layer.modality, role=layer.role, name=layer.name)
+
+    def idle_entries(self, layers: Iterable[Layer]) -> Iterator[str]:
+        """Roles and names of lists that mean none of these layers, though others beside them do."""
+        meant = [layer for layer in layers if self.means(layer)]
+        for role in self.role:
+            if not any(_has_role(layer.role, role) for layer in meant):
+                yield f"role {role!r}"
+        for name in self.name:
+            if not any(_has_name(layer.name, name) for layer in meant):
+                yield f"name {shortened(name)}"
+
+
+@functools.cache
+def known_roles() -> frozenset[str]:
+    """Roles of layers in any known architecture, and what they begin with."""
+    roles = {_LM_HEAD}
+    for arch in known_archs().values():
+        for tower in arch.towers:
+            roles |= {site.role for site in (*tower.entry_sites, *tower.sites)}
+    parts = [role.split(".") for role in roles]
+    return frozenset(".".join(part[:n]) for part in parts for n in range(1, len(part) + 1))
+
+
+def _has_role(role: str, entry: str) -> bool:
+    return role == entry or role.startswith(f"{entry}.")
+
+
+def _has_name(name: str, entry: str) -> bool:
+    if entry.startswith("re:"):
+        return _pattern(entry).fullmatch(name)
+    return fnmatch.fnmatchcase(name, entry)
+
+
+@functools.lru_cache(maxsize=4096)
+def _pattern(entry: str) -> Pattern:
+    return compile_pattern(entry.removeprefix("re:"))
