@@ -5,24 +5,37 @@ TORCH ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.28.0
 
 BIN := .venv/bin
+PIP := python -m pip --disable-pip-version-check
+# torch, what it brings along on some machines, and the installers.
+NOT_LOCKED := '^(torch|torchvision|triton|nvidia-.*|cuda-.*|pip|setuptools|wheel)=='
+PYTEST := python -m pytest -q -m "not slow" -n auto --maxprocesses 4
 # Two OpenMP threads on two shared cores spin against each other; one is faster there.
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help venv demo test test-slow lint bench clean
+.PHONY: help venv demo test test-slow test-newest test-oldest newest lock lint bench clean
 
 help:
 	@echo "make demo       quantize the embedded model: float, RTN and GPTQ side by side"
 	@echo "make test       lint, types, import contract and the default tests"
-	@echo "make test-slow  the tests that take minutes"
+	@echo "make test-slow  the tests that take minutes, then make test-oldest"
+	@echo "make test-newest, make test-oldest   the default tests on the newest and oldest versions allowed"
+	@echo "make lock       take the newest versions over into constraints.txt"
 	@echo "make bench      the tables of the README"
 
-# torch first, so that nothing that follows pulls another build of it.
-.venv/ready: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps $(TORCHVISION)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[dev,video]"
+# A virtual environment in folder $(1), with further flags for pip in $(2). torch comes first and
+# alone, in the build that TORCH names, and is then held, so that nothing pulls another one.
+define install
+	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	$(1)/bin/$(PIP) install -q $(TORCH)
+	$(1)/bin/$(PIP) install -q --no-deps $(TORCHVISION)
+	$(1)/bin/$(PIP) list --format=freeze | grep -E '^(torch|torchvision)==' > $(1)/torch.txt
+	$(1)/bin/$(PIP) install -q -c $(1)/torch.txt $(2) -e ".[dev,video]"
+endef
+
+# The versions of constraints.txt, with which all was tested.
+.venv/ready: pyproject.toml constraints.txt
+	$(call install,.venv,-c constraints.txt)
 	touch $@
 
 venv: .venv/ready
@@ -32,10 +45,33 @@ demo: venv
 	$(BIN)/prismquant demo --out demo-out
 
 test: venv lint
-	$(BIN)/python -m pytest -q -m "not slow" -n auto --maxprocesses 4
+	$(BIN)/$(PYTEST)
 
 test-slow: venv
 	$(BIN)/python -m pytest -q -m slow
+	$(MAKE) test-oldest
+
+# What was released since counts as well: brought up to date each time.
+newest:
+	$(call install,.venv-newest,--upgrade --upgrade-strategy eager)
+
+test-newest: newest
+	.venv-newest/bin/$(PYTEST)
+
+.venv-oldest/ready: pyproject.toml tools/oldest.py
+	rm -rf .venv-oldest
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python tools/oldest.py > .venv-oldest/oldest.txt
+	$(call install,.venv-oldest,-c .venv-oldest/oldest.txt)
+	touch $@
+
+test-oldest: .venv-oldest/ready
+	.venv-oldest/bin/$(PYTEST)
+
+# Test them before and after: make test-newest lock test.
+lock: newest
+	(echo "# The versions that were tested; made by make lock. torch comes first: see the Makefile."; \
+	 .venv-newest/bin/$(PIP) list --format=freeze --exclude-editable | grep -vE $(NOT_LOCKED)) > constraints.txt
 
 lint: venv
 	$(BIN)/ruff check .
@@ -55,4 +91,4 @@ bench: venv
 	$(BIN)/python -m bench.scaling
 
 clean:
-	rm -rf .venv demo-out bench-out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-newest .venv-oldest demo-out bench-out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
