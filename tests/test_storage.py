@@ -371,7 +371,7 @@ _HEADERS = st.dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(header=_HEADERS, size=st.sampled_from([0, 2, 4, 8, 12]))
 def test_what_safetensors_refuses_is_refused_and_what_it_takes_is_read_equal(
     tmp_path_factory: pytest.TempPathFactory, header: dict[str, Any], size: int
