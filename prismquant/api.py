@@ -16,17 +16,32 @@ from typing import Any
 import torch
 from torch import nn
 
+from prismquant.arguments import (
+    FLOATS,
+    MAX_BATCH,
+    as_arithmetic,
+    as_bytes,
+    as_choice,
+    as_count,
+    as_device,
+    as_dtype,
+    as_flag,
+    as_path,
+    as_source,
+)
 from prismquant.distributed import Alone, Ranks
-from prismquant.errors import DataError, PlanError, PrismQuantError, StorageError
+from prismquant.errors import DataError, PlanError, StorageError
 from prismquant.evaluate.fidelity import Fidelity, evaluate_model
+from prismquant.evaluate.vocabulary import require_same_vocabulary
 from prismquant.export.compressed_tensors import CheckpointWriter, files_to_copy
 from prismquant.export.exporter import Progress
 from prismquant.export.load import load_model
-from prismquant.export.table import Exported, build_exporter, export_checkpoint
+from prismquant.export.table import EXPORTERS, Exported, build_exporter, export_checkpoint
 from prismquant.memory import available_bytes, memory_told, peak_memory_bytes, resident_bytes
 from prismquant.models.arch import Modality
 from prismquant.models.bind import BoundModel, bind
 from prismquant.models.load import load_processor
+from prismquant.modes import default_modes
 from prismquant.pipeline.batches import Batch, by_length, make_batches
 from prismquant.pipeline.budget import WAYS, Forecast, choose_way, count_tokens, forecast
 from prismquant.pipeline.checkpoint import RunDirectory, RunRecord, StepRecord, environment
@@ -48,6 +63,7 @@ from prismquant.pipeline.job import Reporter, Run, Silent
 from prismquant.pipeline.plan import Plan, make_plan
 from prismquant.pipeline.seen import unseen_vision
 from prismquant.pipeline.stream import stream, streams
+from prismquant.recipe.adapt import adapted
 from prismquant.recipe.schema import Recipe, load_recipe
 from prismquant.runtime.mixed import Precision, Wanted
 from prismquant.storage import ShardReader
@@ -77,20 +93,43 @@ class Result:
     notes: tuple[str, ...] = ()
 
 
-def inspect(model: str | Path, recipe: RecipeSource) -> Plan:
+@default_modes()
+def inspect(
+    model: str | Path,
+    recipe: RecipeSource,
+    *,
+    kv_cache: str | Mapping[str, Any] | None = None,
+    fallback: bool = False,
+    on_failure: str | None = None,
+    tensor_parallel: int | None = None,
+) -> Plan:
     """What a recipe would do to a model. Reads the configuration and the shards' headers, no
     weights.
 
     Args:
         model: Folder of the checkpoint.
         recipe: A preset's name, a file, a dictionary or a recipe.
+        kv_cache: A format of keys and values, added to the recipe; as in :func:`quantize`.
+        fallback: Where a format cannot hold a layer's shape, take the nearest.
+        on_failure: Where a solver fails: ``stop``, or ``rtn`` to round to nearest.
+        tensor_parallel: Devices that will share each layer when it is served.
 
     Raises:
-        RecipeError, ModelError, PlanError: Something does not fit; the message says what.
+        ArgumentError, RecipeError, ModelError, PlanError: Something does not fit; the message says
+            what.
     """
-    return make_plan(load_recipe(recipe), bind(Path(model), headers_required=False))
+    folder = as_path(model, "model")
+    chosen = adapted(
+        load_recipe(recipe),
+        kv_cache=kv_cache,
+        fallback=fallback,
+        on_failure=on_failure,
+        tensor_parallel=tensor_parallel,
+    )
+    return make_plan(chosen, bind(folder, headers_required=False))
 
 
+@default_modes()
 @memory_told("--memory-budget", "--batch-size")
 def quantize(
     model: str | Path,
@@ -98,12 +137,19 @@ def quantize(
     out: str | Path,
     calibration: str | Path | None = None,
     *,
-    device: str = "cpu",
-    dtype: Wanted = None,
+    samples: int | None = None,
+    batch_size: int | None = None,
+    solver: str | None = None,
+    kv_cache: str | Mapping[str, Any] | None = None,
+    fallback: bool = False,
+    on_failure: str | None = None,
+    tensor_parallel: int | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
     resume: bool = False,
     trust_remote_code: bool = False,
     reporter: Reporter | None = None,
-    memory_budget: int | None = None,
+    memory_budget: int | str | None = None,
     ranks: Ranks | None = None,
     strict: bool = False,
 ) -> Result:
@@ -115,14 +161,24 @@ def quantize(
         out: Folder of the result; must not exist or be empty, unless ``resume``.
         calibration: A data file or the name of a data set. Not needed by recipes of ``rtn`` and
             dynamic activations.
-        device: Where the arithmetic happens.
+        samples: At most so many calibration samples, in place of the recipe's number.
+        batch_size: Samples run together, in place of the recipe's number.
+        solver: Use this method for every layer: ``rtn`` or ``gptq``.
+        kv_cache: A format of keys and values (``fp8``, ``int8-head`` ..), or ``none``.
+        fallback: Where a format cannot hold a layer's shape, take the nearest.
+        on_failure: Where a solver fails: ``stop``, or ``rtn`` to round to nearest.
+        tensor_parallel: Devices that will share each layer when it is served.
+        device: Where the arithmetic happens, e.g. ``cpu`` or ``cuda:1``. The number of threads is a
+            setting of the whole process and left to the caller (``torch.set_num_threads``); only
+            the command line chooses one.
         dtype: In which blocks are run, or ``mixed``: float32 with linear layers in bfloat16. By
             default, on a CPU ``mixed`` if it multiplies bfloat16 and the checkpoint is stored in
             it, else float32; on other devices the checkpoint's.
         resume: Go on with a run that was cut off.
         trust_remote_code: Allow code in the checkpoint's folder to build the processor.
         reporter: Is told how far the run is.
-        memory_budget: Bytes that the process may take on a CPU; by default what the system can
+        memory_budget: Bytes that the process may take on a CPU, or a size such as ``4GiB``; by
+            default what the system can
             spare. What does not fit waits on disk, in the output folder, or is computed again.
         ranks: The processes that share the work, from :func:`prismquant.distributed.joined`; all
             of them call this alike. The first one writes, and returns the record.
@@ -133,22 +189,62 @@ def quantize(
         PrismQuantError: With what is wrong, where, and the remedy. All that can be checked is
             checked before any long work.
     """
-    recipe = load_recipe(recipe)
-    bound = bind(Path(model))
+    wanted = None if dtype is None else as_arithmetic(dtype)
+    chosen = adapted(
+        load_recipe(recipe),
+        kv_cache=kv_cache,
+        fallback=fallback,
+        on_failure=on_failure,
+        tensor_parallel=tensor_parallel,
+        solver=solver,
+        samples=samples,
+        batch_size=batch_size,
+    )
+    return _quantize(
+        as_path(model, "model"),
+        chosen,
+        as_path(out, "out"),
+        None if calibration is None else as_source(calibration, "calibration"),
+        target=as_device(device),
+        wanted=wanted,
+        resume=as_flag(resume, "resume"),
+        trust_remote_code=as_flag(trust_remote_code, "trust_remote_code"),
+        reporter=reporter or Silent(),
+        memory_budget=None if memory_budget is None else as_bytes(memory_budget, "memory_budget"),
+        ranks=ranks or Alone(),
+        strict=as_flag(strict, "strict"),
+    )
+
+
+def _quantize(
+    model: Path,
+    recipe: Recipe,
+    out: Path,
+    calibration: str | Path | None,
+    *,
+    target: torch.device,
+    wanted: Wanted,
+    resume: bool,
+    trust_remote_code: bool,
+    reporter: Reporter,
+    memory_budget: int | None,
+    ranks: Ranks,
+    strict: bool,
+) -> Result:
+    """Do what :func:`quantize` says, its arguments checked."""
+    bound = bind(model)
     plan = make_plan(recipe, bound)
-    ranks = ranks or Alone()
     if ranks.size > 1:
         require_sharable(plan)
-    target = _device(device)
-    precision = Precision.chosen(dtype, target, bound.dtype, runs=plan.needs_data)
-    _refuse_inside(Path(out), bound.folder)
-    directory = RunDirectory(Path(out))
+    precision = Precision.chosen(wanted, target, bound.dtype, runs=plan.needs_data)
+    _refuse_inside(out, bound.folder)
+    directory = RunDirectory(out)
     first = ranks.rank == 0
     with directory.claimed(resume=resume) if first else nullcontext(True) as locked:
         if first:
             directory.require_space(plan.total_bytes + _copied_bytes(bound))
         samples = _calibration_samples(plan, calibration)
-        plan = _with_unseen(plan, samples, reporter or Silent(), strict=strict)
+        plan = _with_unseen(plan, samples, reporter, strict=strict)
         own = share_of(by_length(samples), recipe.calibration.batch_size, ranks)
         most = _CPU_TOKENS if target.type == "cpu" else None
         size = recipe.calibration.batch_size
@@ -170,8 +266,8 @@ def quantize(
             record = directory.begin(record, plan, recipe, resume=resume)
         record = RunRecord.from_dict(ranks.gather_json(record.to_dict())[0])
         if record.finished:
-            return Result(Path(out), plan, record, failure_lines(record.steps))
-        way, writer = memory.way, CheckpointWriter(Path(out), bound, plan)
+            return Result(out, plan, record, failure_lines(record.steps))
+        way, writer = memory.way, CheckpointWriter(out, bound, plan)
         waiting = directory.states(ranks.rank, on_disk=way.on_disk)
         with waiting as states:
             job = Run(
@@ -179,7 +275,7 @@ def quantize(
                 bound=bound,
                 batches=_given_away(batches),
                 sink=writer,
-                reporter=reporter or Silent(),
+                reporter=reporter,
                 device=target,
                 precision=precision,
                 done={step.name: step for step in record.steps},
@@ -195,7 +291,7 @@ def quantize(
                 else:
                     deque(steps, maxlen=0)
         notes = record.restarts[-1].notes if record.restarts else ()
-        return Result(Path(out), plan, record, (*notes, *failure_lines(record.steps)))
+        return Result(out, plan, record, (*notes, *failure_lines(record.steps)))
 
 
 def _recorded(
@@ -274,14 +370,15 @@ def _remaining(job: Run, gradients: Sequence[Batch]) -> Generator[StepRecord, No
     yield from stream(job) if streams(job.plan) else run(job)
 
 
+@default_modes()
 def load(
-    folder: str | Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+    folder: str | Path, *, dtype: torch.dtype | str | None = None, trust_remote_code: bool = False
 ) -> tuple[nn.Module, Any]:
     """Load a checkpoint, quantized or not, and its processor. Needs no other quantization library.
 
     Args:
         folder: A checkpoint in compressed-tensors format, or in floating point.
-        dtype: Of the arithmetic; the checkpoint's by default.
+        dtype: Of the arithmetic, e.g. ``bfloat16``; the checkpoint's by default.
         trust_remote_code: Allow code in the folder to build the processor.
 
     Returns:
@@ -291,10 +388,17 @@ def load(
     Raises:
         ModelError, FormatError, StorageError: The checkpoint cannot be read.
     """
-    processor = load_processor(Path(folder), trust_remote_code=trust_remote_code)
-    return load_model(Path(folder), dtype=dtype), processor
+    path, wanted = as_path(folder, "folder"), _optional_dtype(dtype)
+    trusted = as_flag(trust_remote_code, "trust_remote_code")
+    processor = load_processor(path, trust_remote_code=trusted)
+    return load_model(path, dtype=wanted), processor
 
 
+def _optional_dtype(value: Any) -> torch.dtype | None:
+    return None if value is None else as_dtype(value, known=(*FLOATS, "float64"))
+
+
+@default_modes()
 def export(
     folder: str | Path,
     format: str,
@@ -312,19 +416,27 @@ def export(
             :data:`prismquant.export.table.EXPORTERS`.
         out: Folder of the result; must not exist or be empty.
         weights_only: Drop quantized inputs, outputs and caches where the format cannot say them.
-        options: Of the format, such as ``{"dtype": torch.float32}`` of ``dense``.
+        options: Of the format, such as ``{"dtype": "float32"}`` of ``dense``.
         progress: Is told how far the export is.
 
     Raises:
         PrismQuantError: The checkpoint cannot be read, or the format cannot hold all of its layers;
             the message lists which and why, and nothing was written.
     """
-    exporter = build_exporter(format, options)
+    given = dict(options or {})
+    if given.get("dtype") is not None:
+        given["dtype"] = as_dtype(given["dtype"])
+    exporter = build_exporter(as_choice(format, "format", EXPORTERS), given)
     return export_checkpoint(
-        Path(folder), exporter, Path(out), weights_only=weights_only, progress=progress
+        as_path(folder, "folder"),
+        exporter,
+        as_path(out, "out"),
+        weights_only=as_flag(weights_only, "weights_only"),
+        progress=progress,
     )
 
 
+@default_modes()
 @memory_told("--batch-size", "--limit")
 def measure(
     model: str | Path,
@@ -333,7 +445,7 @@ def measure(
     reference: str | Path | None = None,
     limit: int | None = None,
     batch_size: int = 16,
-    dtype: torch.dtype | None = torch.float32,
+    dtype: torch.dtype | str | None = "float32",
     generated: bool = False,
     trust_remote_code: bool = False,
 ) -> Fidelity:
@@ -345,22 +457,33 @@ def measure(
         reference: Folder of the model to compare with, usually the unquantized one.
         limit: At most so many samples.
         batch_size: Samples run together.
-        dtype: Of the arithmetic; None keeps the checkpoint's.
+        dtype: Of the arithmetic, e.g. ``bfloat16``; None keeps the checkpoint's.
         generated: Also decode greedily and compare normalized text.
         trust_remote_code: Allow code in the folder to build the processor.
 
     Raises:
-        PrismQuantError: A checkpoint or the data cannot be read.
+        PrismQuantError: A checkpoint or the data cannot be read, or the reference has another
+            vocabulary.
     """
-    samples = read_samples(data, limit=limit, require_answers=True)
-    loaded, processor = load(model, dtype=dtype, trust_remote_code=trust_remote_code)
-    compared = load_model(Path(reference), dtype=dtype) if reference else None
+    folder, source = as_path(model, "model"), as_source(data, "data")
+    wanted = _optional_dtype(dtype)
+    most = None if limit is None else as_count(limit, "limit")
+    size = as_count(batch_size, "batch_size", most=MAX_BATCH)
+    decoded = as_flag(generated, "generated")
+    trusted = as_flag(trust_remote_code, "trust_remote_code")
+    other = None if reference is None else as_path(reference, "reference")
+    samples = read_samples(source, limit=most, require_answers=True)
+    processor = load_processor(folder, trust_remote_code=trusted)
+    if other is not None:
+        require_same_vocabulary(folder, processor, other, trust_remote_code=trusted)
+    loaded = load_model(folder, dtype=wanted)
+    compared = load_model(other, dtype=wanted) if other else None
     config: Any = loaded.config
     keys = ("image_token_id", "video_token_id")
     placeholders = {getattr(config, key) for key in keys if getattr(config, key, None) is not None}
-    batches = make_batches(samples, processor, batch_size=batch_size, vision_token_ids=placeholders)
+    batches = make_batches(samples, processor, batch_size=size, vision_token_ids=placeholders)
     return evaluate_model(
-        loaded, batches, reference=compared, generated=generated, processor=processor
+        loaded, batches, reference=compared, generated=decoded, processor=processor
     )
 
 
@@ -457,18 +580,6 @@ def _source_files(folder: Path) -> list[Path]:
 
 def _copied_bytes(bound: BoundModel) -> int:
     return sum(path.stat().st_size for path in files_to_copy(bound.folder))
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise PrismQuantError(
-            f"device {name!r} cannot be used: {reason}", remedy="use --device cpu"
-        ) from error
-    return device
 
 
 def _refuse_inside(out: Path, source: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import signal
 import sys
 import threading
@@ -20,7 +19,7 @@ import typer
 from rich.console import Console
 
 from prismquant import __version__
-from prismquant.errors import PrismQuantError
+from prismquant.errors import ArgumentError, PrismQuantError
 from prismquant.memory import ask_for_large_pages
 from prismquant.report.tables import as_text
 
@@ -112,7 +111,7 @@ def _guarded(command: Callable[[], Any]) -> int:
         console.print("error: ", style="bold red", end="")
         # Not wrapped: a path that is broken over two lines cannot be copied.
         console.print(as_text(str(error)), soft_wrap=True)
-        return 1
+        return 2 if isinstance(error, ArgumentError) else 1
     except (KeyboardInterrupt, typer.Abort):
         console.print("stopped; finished steps are kept, `--resume` goes on after the last one")
         return 1
@@ -188,8 +187,14 @@ def inspect(
     from prismquant.api import inspect as make
     from prismquant.report.plans import layer_table, totals_table, transform_table
 
-    adapted = _adapted(recipe, kv_cache, tensor_parallel, on_failure, fallback=fallback)
-    plan = make(model, adapted)
+    plan = make(
+        model,
+        recipe,
+        kv_cache=kv_cache,
+        fallback=fallback,
+        on_failure=on_failure,
+        tensor_parallel=tensor_parallel,
+    )
     if as_json:
         typer.echo(json.dumps(plan.to_dict()))
         return
@@ -254,27 +259,28 @@ def quantize(
     from prismquant.threads import use_threads
 
     use_threads(threads or (_earlier_threads(out) if resume else None))
-    budget = None if memory_budget is None else _byte_count(memory_budget)
-    chosen = _adapted(recipe, kv_cache, tensor_parallel, on_failure, fallback=fallback)
-    if solver is not None:
-        chosen = chosen.with_rules({"solver": solver}, name=f"{chosen.name}-{solver}")
-    changes = {k: v for k, v in {"samples": samples, "batch_size": batch_size}.items() if v}
-    chosen = chosen.with_calibration(**changes)
     console = _console(stderr=True)
     with joined() as ranks:
         first = ranks.rank == 0
         with ProgressReporter(console) if first else contextlib.nullcontext() as reporter:
             result = run(
                 model,
-                chosen,
+                recipe,
                 out,
                 calib,
+                samples=samples,
+                batch_size=batch_size,
+                solver=solver,
+                kv_cache=kv_cache,
+                fallback=fallback,
+                on_failure=on_failure,
+                tensor_parallel=tensor_parallel,
                 device=device if device != "cuda" else ranks.device,
-                dtype=None if dtype is None else _arithmetic(dtype),
+                dtype=dtype,
                 resume=resume,
                 trust_remote_code=trust_remote_code,
                 reporter=reporter,
-                memory_budget=budget,
+                memory_budget=memory_budget,
                 ranks=ranks,
                 strict=strict,
             )
@@ -305,40 +311,6 @@ def _earlier_threads(out: Path) -> int | None:
         return int(RunDirectory(out).load().environment["threads"])
     except (PrismQuantError, KeyError, ValueError):
         return None  # what is wrong with the folder is told when the run looks at it
-
-
-def _byte_count(text: str) -> int:
-    """The number of bytes that a size such as ``4GiB``, ``4G`` or ``500 MB`` says."""
-    found = re.fullmatch(r"([0-9.]+)\s*([kmgt]?)(i?)b?", text.strip().lower())
-    if not found or found[1].count(".") > 1 or not found[1].strip("."):
-        raise typer.BadParameter(f"{text!r} is no size such as 4GiB", param_hint="--memory-budget")
-    number, prefix, binary = found.groups()
-    # A bare letter is meant as memory is counted.
-    unit = 1000 if text.strip().lower().endswith("b") and prefix and not binary else 1024
-    return int(float(number) * unit ** " kmgt".index(prefix or " "))
-
-
-def _adapted(
-    source: str,
-    kv_cache: str | None,
-    tensor_parallel: int | None,
-    on_failure: str | None,
-    *,
-    fallback: bool,
-) -> Any:
-    """A recipe with what the command line adds to it."""
-    from prismquant.recipe.schema import load_recipe
-
-    recipe = load_recipe(source)
-    if kv_cache is not None:
-        recipe = recipe.with_kv_cache(kv_cache)
-    if fallback:
-        recipe = recipe.with_rules({"fallback": "nearest"})
-    if on_failure is not None:
-        recipe = recipe.with_rules({"on_failure": on_failure})
-    if tensor_parallel is not None:
-        recipe = recipe.with_tensor_parallel(tensor_parallel)
-    return recipe
 
 
 def _print_remarks(console: Any, remarks: Sequence[str]) -> None:
@@ -380,7 +352,7 @@ def export(
     from prismquant.report.progress import ExportProgress
 
     console = _console(stderr=True)
-    options = {} if dtype is None else {"dtype": _float_dtype(dtype)}
+    options = {} if dtype is None else {"dtype": dtype}
     with ExportProgress(console) as progress:
         result = run(
             model, format_name, out, weights_only=weights_only, options=options, progress=progress
@@ -394,22 +366,6 @@ def export(
     size = f"{result.bytes / 2**20:.1f} MiB"
     told = f"written: {out} ({result.format}, {result.layers} quantized layers, {size})"
     console.print(as_text(told), soft_wrap=True)
-
-
-def _arithmetic(name: str) -> Any:
-    """What a run is told of its arithmetic."""
-    return _float_dtype(name, mixed="mixed")
-
-
-def _float_dtype(name: str, **others: str) -> Any:
-    """The floating-point dtype of that name, or something else that has one here."""
-    import torch
-
-    floats = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    known: dict[str, Any] = floats | others
-    if name not in known:
-        raise typer.BadParameter(f"{name!r} is none of {', '.join(known)}", param_hint="--dtype")
-    return known[name]
 
 
 @app.command("check")

@@ -1,6 +1,7 @@
 """Every error that PrismQuant raises on purpose.
 
     PrismQuantError
+    ├── ArgumentError   an argument of a function, or an option, is no such value
     ├── RecipeError     what the user asked for is malformed or impossible
     ├── PlanError       the recipe does not fit this model
     ├── ModelError      the checkpoint is not what an architecture describes
@@ -11,7 +12,7 @@
     └── OutOfMemory     memory ran out
 
 Each carries what is wrong, where, and what to do about it; the command line prints the three lines
-and exits with status 1.
+and exits with status 1, after an ArgumentError with 2.
 """
 
 from __future__ import annotations
@@ -48,6 +49,10 @@ class PrismQuantError(Exception):
         if self.remedy:
             lines.append(f"  remedy: {self.remedy}")
         return "\n".join(lines)
+
+
+class ArgumentError(PrismQuantError):
+    """An argument of a function, or an option of the command line, is no such value."""
 
 
 class RecipeError(PrismQuantError):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import prismquant as pq
 from prismquant.api import export
-from prismquant.errors import FormatError, PrismQuantError, StorageError
+from prismquant.errors import ArgumentError, FormatError, PrismQuantError, StorageError
 from prismquant.export import awq, gptq
 from prismquant.export.exporter import Shards, fold_names
 from prismquant.export.load import load_model
@@ -520,7 +520,7 @@ def test_what_is_no_finished_quantized_checkpoint_is_refused(
 
 
 def test_unknown_formats_and_options_are_refused(run: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match="no export format 'gtpq'") as caught:
+    with pytest.raises(ArgumentError, match="there is no format 'gtpq'") as caught:
         export(run("qwen2_vl"), "gtpq", tmp_path / "out")
     assert "did you mean 'gptq'" in str(caught.value)
     with pytest.raises(FormatError, match="no option 'dtype'"):

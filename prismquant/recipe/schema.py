@@ -57,6 +57,7 @@ from prismquant.algorithms.table import (
     checked_options,
     refuse_idle,
 )
+from prismquant.arguments import MAX_BATCH, MAX_SAMPLES
 from prismquant.errors import PrismQuantError, RecipeError, listed, suggest
 from prismquant.formats.kv import KVCacheSpec, kv_cache_spec
 from prismquant.formats.spec import NumberSpec, spec
@@ -78,6 +79,7 @@ OnFailure = Literal["stop", "rtn"]
 
 ROTATION, SPLIT = "rotation", "split"
 TRANSFORMS = (ROTATION, SPLIT, *EQUALIZERS)
+MAX_DEVICES = 1024
 # What no file's name has, but a recipe's text.
 _TEXT = re.compile(r"[\n{]|\brules\s*:")
 
@@ -297,8 +299,8 @@ class Calibration(Strict):
         quantized_inputs: Later layers and blocks, and Hessians, see quantized activations.
     """
 
-    samples: Annotated[int, _count(1_000_000)] = 128
-    batch_size: Annotated[int, _count(65_536)] = 8
+    samples: Annotated[int, _count(MAX_SAMPLES)] = 128
+    batch_size: Annotated[int, _count(MAX_BATCH)] = 8
     seed: Seed = 0
     layer_sequential: Flag = True
     block_sequential: Flag = True
@@ -327,7 +329,7 @@ class Recipe(Strict):
     rules: tuple[Rule, ...]
     transforms: tuple[Transform, ...] = ()
     calibration: Calibration = Calibration()
-    tensor_parallel: Annotated[int, _count(1024)] = 1
+    tensor_parallel: Annotated[int, _count(MAX_DEVICES)] = 1
 
     @field_validator("kv_cache", mode="before")
     @classmethod
