@@ -28,7 +28,7 @@ _SIZE = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([kmgt]?)(i?)b?")
 # File systems hold no longer names.
 _LONGEST_NAME = 255
 # Where the option is not the argument's name with hyphens.
-_OPTIONS = {"calibration": "--calib", "model": "", "folder": ""}
+_OPTIONS = {"calibration": "--calib", "reader": "--for", "model": "", "folder": ""}
 
 
 def as_path(value: Any, name: str) -> Path:

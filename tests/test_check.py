@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import prismquant as pq
 from prismquant.cli import app
-from prismquant.errors import ModelError
+from prismquant.errors import ArgumentError, ModelError
 from prismquant.export.check import RULES, Reader, Report, Severity, check, checkpoint
 from prismquant.export.check.findings import Problem, Rule, findings_of, folded
 from prismquant.export.check.scheme import Args, Group, args_faults
@@ -377,7 +377,8 @@ def test_the_command_exits_with_one_where_there_is_an_error(
     fine = run(["check", str(made("w8a8-all")), "--for", "vllm"])
     assert fine.exit_code == 0
     assert "2 notes" in fine.stdout
-    assert run(["check", str(made("w8a8-all")), "--for", "nobody"]).exit_code == 2
+    unknown = run(["check", str(made("w8a8-all")), "--for", "nobody"]).exception
+    assert isinstance(unknown, ArgumentError)
     draft = drafted(made("w4a16"), tmp_path / "x")
     del draft.tensors["model.norm.weight"]
     broken = written(draft)

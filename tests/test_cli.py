@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,13 +20,16 @@ import yaml
 import prismquant as pq
 from prismquant import api, cli
 from prismquant.recipe.presets import PRESETS
-from prismquant.storage import read_json
+from prismquant.storage import read_json, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
     Cli = Callable[..., tuple[int, str, str]]
+
+
+ENVIRONMENT = {**os.environ, "NO_COLOR": "1", "COLUMNS": "100"}
 
 
 @pytest.fixture
@@ -115,6 +121,8 @@ def test_the_version_is_printed_alone(run: Cli) -> None:
         (["recipe", "show"], "recipe"),
         (["bogus"], "bogus"),
         (["recipe", "bogus"], "bogus"),
+        (["quantize", "a", "--recipe", "w4a16", "--out", "o", "--threads", "1e30"], "--threads"),
+        (["quantize", "a", "--recipe", "w4a16", "--out", "o", "--threads", "9" * 30], "--threads"),
     ],
     ids=" ".join,
 )
@@ -125,6 +133,76 @@ def test_wrong_usage_ends_with_2_and_says_what(run: Cli, arguments: list[str], s
     assert "Usage" in err
     assert "Traceback" not in err
     assert out == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        ("quantize", "--memory-budget", "9..9"),
+        ("quantize", "--memory-budget", "9" * 400),
+        ("quantize", "--memory-budget", "0"),
+        ("quantize", "--dtype", "nonsense"),
+        ("quantize", "--solver", "gtpq"),
+        ("quantize", "--on-failure", "go on"),
+        ("quantize", "--batch-size", "9" * 30),
+        ("quantize", "--samples", "9" * 30),
+        ("quantize", "--tensor-parallel", "9" * 30),
+        ("quantize", "--out", ""),
+        ("quantize", "--out", "x" * 300),
+        ("quantize", "--calib", ""),
+        ("eval", "--limit", "9" * 30),
+        ("eval", "--batch-size", "9" * 30),
+        ("eval", "--reference", ""),
+        ("eval", "--out", ""),
+        ("export", "--out", ""),
+        ("export", "--format", "gtpq"),
+        ("export", "--dtype", "int8"),
+        ("check", "--for", "vlm"),
+    ],
+)
+def test_a_value_that_cannot_be_ends_with_2_before_any_work(
+    run: Cli,
+    command: str,
+    option: str,
+    value: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    needed: dict[str, dict[str, str]] = {
+        "quantize": {"--recipe": "w4a16", "--out": "o"},
+        "eval": {"--data": "d"},
+        "export": {"--format": "dense", "--out": "o"},
+        "check": {},
+    }
+    options = needed[command] | {option: value}
+    words = [word for pair in options.items() for word in pair]
+    status, out, err = run(command, "nowhere", *words)
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ")
+    assert option in err
+    assert "nowhere" not in err
+    assert len(err) < 400
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_is_nothing(run: Cli) -> None:
+    for command in (["inspect"], ["check"], ["eval", "--data", "d"]):
+        status, out, err = run(*command, "")
+        assert (status, out) == (2, "")
+        assert "'' is not the name of a file or folder" in err
+
+
+def test_a_result_that_cannot_be_written_is_found_before_the_work(
+    run: Cli, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    given = ["eval", tiny("qwen2_vl"), "--data", tmp_path / "nowhere.jsonl", "--out"]
+    status, _, err = run(*given, tmp_path / "no" / "result.json")
+    assert (status, "nowhere" in err) == (1, False)
+    assert "the folder for the result is not there" in err
+    status, _, err = run(*given, tmp_path)
+    assert (status, "nowhere" in err) == (1, False)
+    assert "the result is a file, but this is a folder" in err
 
 
 def test_no_command_at_all_shows_the_help(run: Cli) -> None:
@@ -191,6 +269,10 @@ def test_an_interruption_says_how_to_go_on(
     status, out, err = run("quantize", "a", "--recipe", "w4a16", "--out", "o")
     assert (status, out) == (1, "")
     assert "--resume" in err
+    # Of the commands that can't go on, none says that it could.
+    monkeypatch.setattr(api, "export", stop)
+    status, out, err = run("export", "a", "--format", "dense", "--out", "o")
+    assert (status, out, err.strip()) == (1, "", "stopped")
 
 
 @pytest.fixture
@@ -223,15 +305,123 @@ def test_an_interruption_that_became_another_error_is_one(
     assert signal.getsignal(number) is before
 
 
-def test_a_defect_of_our_own_is_not_hidden(run: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only errors raised on purpose become messages; anything else keeps its traceback."""
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ZeroDivisionError("by nought"), ["error: ZeroDivisionError: by nought", "--debug"]),
+        (RuntimeError("size mismatch\nof two"), ["RuntimeError: size mismatch\nof two", "report"]),
+        (RecursionError("too deep"), ["RecursionError: too deep"]),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), ["UnicodeDecodeError: 'utf-8' codec"]),
+        (KeyError("x"), ["KeyError: 'x'"]),
+        (RuntimeError("x" * 10_000), ["RuntimeError: xxx", ".."]),
+        (type("PanicException", (BaseException,), {})("rust"), ["PanicException: rust"]),
+        (MemoryError(), ["error: memory ran out", "ulimit"]),
+        (
+            RuntimeError(
+                "DefaultCPUAllocator: can't allocate memory: you tried to allocate 7340032"
+                " bytes. Error code 12"
+            ),
+            ["error: memory ran out: 7.0 MiB more were asked for"],
+        ),
+        (OSError(28, "No space left on device", "/a/b"), ["the disk is full", "where: /a/b"]),
+        (PermissionError(13, "Permission denied", "/a"), ["permission is denied", "where: /a"]),
+        (OSError(36, "File name too long", "y" * 300), ["the name is too long", "yyy"]),
+        (FileNotFoundError(2, "No such file", "/a"), ["no such file or folder", "where: /a"]),
+        (OSError(24, "Too many open files", "/a"), ["too many files are open", "ulimit -n"]),
+        (OSError(5, "Input/output error", "/a"), ["Input/output error", "where: /a", "--debug"]),
+        (OSError("can't load the tokenizer"), ["OSError: can't load the tokenizer"]),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_whatever_is_left_becomes_one_screen(
+    run: Cli, monkeypatch: pytest.MonkeyPatch, error: BaseException, words: list[str]
+) -> None:
+    """What, where and a remedy, and the trace only for who asks for it."""
 
     def fail(*_: Any, **__: Any) -> None:
-        raise ZeroDivisionError
+        raise error
 
     monkeypatch.setattr(api, "inspect", fail)
-    with pytest.raises(ZeroDivisionError):
-        run("inspect", "a")
+    monkeypatch.delenv("PRISMQUANT_DEBUG", raising=False)
+    status, out, err = run("inspect", "a", "--json")
+    assert (status, out) == (1, "")
+    for word in words:
+        assert word in err, err
+    assert "remedy: " in err
+    assert "Traceback" not in err
+    assert len(err) < 2500
+    for arguments in (["--debug", "inspect", "a"], ["inspect", "a", "--debug"]):
+        status, out, err = run(*arguments)
+        assert (status, out) == (1, "")
+        assert "Traceback (most recent call last)" in err
+        assert "error: " in err
+    monkeypatch.setenv("PRISMQUANT_DEBUG", "1")
+    assert "Traceback" in run("inspect", "a")[2]
+
+
+def test_an_error_names_the_place_in_this_package(
+    run: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "bind", lambda *_, **__: 1 / 0)
+    _, _, err = run("inspect", "a")
+    assert re.search(r"where: prismquant/api\.py, line \d+, in inspect\n", err)
+
+
+def test_the_trace_of_an_error_on_purpose_is_shown_too(run: Cli, tmp_path: Path) -> None:
+    status, _, err = run("inspect", tmp_path / "nowhere", "--debug")
+    assert status == 1
+    assert "Traceback" in err
+    assert "remedy: give a folder with config.json" in err.splitlines()[-1]
+
+
+def test_a_word_behind_two_hyphens_is_no_flag(run: Cli) -> None:
+    status, _, err = run("recipe", "show", "--", "--debug")
+    assert status == 1
+    assert "no preset and no file is called '--debug'" in err
+
+
+def test_nobody_reads_standard_input(run: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A question that a library asks gets no answer, even if one is there."""
+    monkeypatch.setattr(api, "inspect", lambda *_, **__: input("run this code? "))
+    with monkeypatch.context() as patch:
+        stdin = io.StringIO("y\n")
+        patch.setattr(sys, "stdin", stdin)
+        status, out, err = run("inspect", "a")
+        assert sys.stdin is stdin
+    assert status == 1
+    assert "lost sys.stdin" in err
+    assert "run this code" not in out
+    assert stdin.read() == "y\n"
+
+
+@pytest.mark.parametrize("redirect", [">/dev/full", ">&-"])
+@pytest.mark.parametrize("arguments", ["recipe list", "recipe show w4a16", "--version"])
+def test_a_standard_output_that_takes_nothing_is_an_error(redirect: str, arguments: str) -> None:
+    command = f"{sys.executable} -m prismquant {arguments} {redirect}"
+    done = subprocess.run(
+        command, shell=True, capture_output=True, text=True, check=False, env=ENVIRONMENT
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: standard output ")
+    assert done.stderr.count("\n") == 2
+
+
+def test_closed_streams_are_never_taken_for_files(tmp_path: Path) -> None:
+    """Without them the first file to be opened would be what everything is printed to."""
+    (tmp_path / "recipe.yaml").write_text("rules: [{weights: int8-channel}]")
+    code = "import os, prismquant.cli.output as o; o.prepare_streams(); print(os.open('/', 0) > 2)"
+    command = f'{sys.executable} -c "{code}" <&- 2>&-'
+    done = subprocess.run(
+        command, shell=True, capture_output=True, text=True, check=False, env=ENVIRONMENT
+    )
+    assert done.stdout == "True\n"
+
+
+def test_names_that_are_no_text_are_shown(run: Cli, tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    status, _, err = run("inspect", tmp_path / name)
+    assert status == 1
+    assert "caf\\udce9" in err
 
 
 # Commands
@@ -295,6 +485,73 @@ def test_quantize_then_eval(
     status, printed, _ = run(*given, "--limit", 3)
     assert status == 0
     assert str(out) in printed.replace("\n", "")
+
+
+@pytest.mark.parametrize("as_json", [[], ["--json"]])
+def test_what_the_check_finds_in_the_result_is_an_error(
+    run: Cli,
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    as_json: list[str],
+) -> None:
+    """The files are there, and so is the report; the status tells that they are not to be used."""
+    import prismquant.export.check as checks
+
+    model, real = tiny("qwen2_vl"), checks.check
+    (tmp_path / "r.yaml").write_text(
+        "rules: [{match: {role: mlp}, weights: int8-channel, solver: rtn}]"
+    )
+
+    def finds(folder: Any, target: Any = None) -> checks.Report:
+        report = real(folder, target)
+        found = checks.Finding(checks.Severity.ERROR, "x", "it is wrong", ("lm_head",), "mend it")
+        return dataclasses.replace(report, findings=(*report.findings, found))
+
+    monkeypatch.setattr(checks, "check", finds)
+    first = ["quantize", model, "--recipe", tmp_path / "r.yaml", "--out", tmp_path / "a"]
+    then = ["export", tmp_path / "a", "--format", "dense", "--out", tmp_path / "b"]
+    for command in (first, then):
+        status, out, err = run(*command, *as_json)
+        assert status == 1
+        assert "error: the files were written, but the check of them found errors" in err
+        assert f"where: {command[-1]}" in err
+        if as_json:
+            assert one_object(out)["check"]["findings"][-1]["what"] == "it is wrong"
+        else:
+            assert "error: it is wrong: lm_head; mend it" in err
+    assert (tmp_path / "a" / "config.json").is_file()
+    assert (tmp_path / "b" / "config.json").is_file()
+
+
+def test_a_reference_with_other_tokens_is_refused(
+    run: Cli, tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path
+) -> None:
+    """Distributions over other words can't be compared, however alike their shapes are."""
+    model = tiny("qwen2_vl")
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    words = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = words["model"]["vocab"]
+    first, second = list(vocabulary)[:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(words))
+    given = ["eval", model, "--data", calibration_file, "--reference", other]
+    status, out, err = run(*given)
+    assert (status, out) == (1, "")
+    assert "the reference's tokenizer differs in 2 tokens" in err
+    config = read_json(model / "config.json")
+    text = config.get("text_config", config)
+    text["vocab_size"] += 8
+    write_json(other / "config.json", config)
+    status, out, err = run(*given)
+    assert (status, out) == (1, "")
+    assert re.search(r"the model has \d+ tokens, the reference \d+", err)
+    # Without a tokenizer there is nothing more to compare.
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (other / name).unlink()
+    shutil.copy(model / "config.json", other / "config.json")
+    assert run(*given, "--limit", 1)[0] == 0
 
 
 def test_eval_without_a_reference(

@@ -622,10 +622,11 @@ def test_names_are_folded_by_their_block() -> None:
 def test_the_command_writes_or_says_why_not(
     run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from prismquant.cli import _guarded, app
+    from prismquant.cli import app
+    from prismquant.cli.guard import guarded
 
     def command(*arguments: str) -> int:
-        return _guarded(lambda: app(list(arguments), standalone_mode=False))
+        return guarded(lambda: app(list(arguments), standalone_mode=False))
 
     base = ("export", str(run("qwen2_vl")), "--out", str(tmp_path / "out"))
     assert command(*base, "--format", "dense", "--dtype", "float32", "--json") == 0

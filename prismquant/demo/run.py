@@ -6,12 +6,14 @@ what it was calibrated with.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from prismquant.api import measure, quantize
+from prismquant.arguments import as_path
 from prismquant.demo.scenes import write_dataset
 from prismquant.pipeline.checkpoint import RunDirectory
 from prismquant.recipe.schema import load_recipe
@@ -42,17 +44,30 @@ class DemoReport:
         return {"title": self.title, "rows": [asdict(row) for row in self.rows]}
 
 
-def run_demo(out: Path, say: Callable[[str], None]) -> DemoReport:
+def run_demo(out: str | Path, say: Callable[[str], None]) -> DemoReport:
     """Quantize the embedded model in four ways and measure each against the original.
+
+    What a demonstration that fails has written is removed again, so that it can be repeated.
 
     Args:
         out: Folder for data, checkpoints and ``results.json``; must not exist or be empty.
         say: Is told what happens, a line at a time.
 
     Raises:
+        ArgumentError: No folder is called so.
         StorageError: The folder is in use or cannot be written.
     """
-    RunDirectory(out).require_free(resume=False)
+    folder = as_path(out, "out")
+    RunDirectory(folder).require_free(resume=False)
+    try:
+        return _run(folder, say)
+    except BaseException:
+        for name in ("calibration", "evaluation", *(f"{r}-{s}" for r in RECIPES for s in SOLVERS)):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        raise
+
+
+def _run(out: Path, say: Callable[[str], None]) -> DemoReport:
     calibration = write_dataset(out / "calibration", split="calibration", count=CALIBRATION_SAMPLES)
     evaluation = write_dataset(out / "evaluation", split="evaluation", count=EVALUATION_SAMPLES)
     say(f"data: {CALIBRATION_SAMPLES} calibration and {EVALUATION_SAMPLES} evaluation questions")

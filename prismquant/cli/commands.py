@@ -1,26 +1,20 @@
-"""The command line. Each command is a few lines over :mod:`prismquant.api`.
-
-Exit status: 0 done, 1 failed with a message that names what, where and the remedy, 2 usage. With
-``--json`` one JSON object goes to stdout; progress and messages always go to stderr.
-"""
+"""The commands: each is a few lines over :mod:`prismquant.api`."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import signal
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from prismquant import __version__
-from prismquant.errors import ArgumentError, PrismQuantError
-from prismquant.memory import ask_for_large_pages
+from prismquant.arguments import as_choice, as_path
+from prismquant.cli.output import console as make_console
+from prismquant.cli.output import say, say_json, show
+from prismquant.errors import PrismQuantError, StorageError
 from prismquant.report.tables import as_text
 
 app = typer.Typer(
@@ -32,10 +26,8 @@ app = typer.Typer(
 recipes = typer.Typer(no_args_is_help=True, help="List, show and check recipes.")
 app.add_typer(recipes, name="recipe")
 
-# Newer versions of typer swallow Ctrl-C and return this; older ones raise Abort.
-_TYPERS_INTERRUPT = 130
-
-Model = Annotated[Path, typer.Argument(help="Folder of a checkpoint.", show_default=False)]
+# Not typer's paths: an empty word is no folder, and must not become the current one.
+Model = Annotated[str, typer.Argument(help="Folder of a checkpoint.", show_default=False)]
 RecipeOption = Annotated[str, typer.Option("--recipe", help="A preset's name or a YAML file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Trust = Annotated[
@@ -43,119 +35,35 @@ Trust = Annotated[
 ]
 
 
-def main() -> None:
-    """Run the command line and exit with its status."""
-    ask_for_large_pages()
-    sys.exit(_guarded(lambda: app(standalone_mode=False)))
-
-
-def _console(*, stderr: bool = False) -> Console:
-    """A console that keeps tables whole where there is no terminal to measure.
-
-    Paths and names are text: brackets in them are no markup, and colons no emoji.
-    """
-    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:
-        console.width = 190
-    return console
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[threading.Event]:
-    """Within, SIGTERM ends the command as Ctrl-C does; yields what tells that either has come.
-
-    C code that calls Python, as torch does, may turn the exception that a signal raises into one of
-    its own; the event still tells what it was.
-    """
-    stopped = threading.Event()
-
-    def stop(*_: Any) -> None:
-        stopped.set()
-        raise KeyboardInterrupt
-
-    # What a shell has told its background children to ignore stays ignored.
-    caught = [
-        number
-        for number in (signal.SIGINT, signal.SIGTERM)
-        if threading.current_thread() is threading.main_thread()
-        and signal.getsignal(number) is not signal.SIG_IGN
-    ]
-    before = {number: signal.signal(number, stop) for number in caught}
-    try:
-        yield stopped
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _run(command: Callable[[], Any]) -> Any:
-    """Call a command; a signal that ends it is a KeyboardInterrupt, whatever it is turned into."""
-    with _signals() as stopped:
-        try:
-            status = command()
-        except Exception as error:
-            if stopped.is_set():
-                raise KeyboardInterrupt from error
-            raise
-    if status == _TYPERS_INTERRUPT:
-        raise KeyboardInterrupt
-    return status
-
-
-def _guarded(command: Callable[[], Any]) -> int:
-    """Turn what a command raises into a message and a status."""
-    console = _console(stderr=True)
-    try:
-        status = _run(command)
-    except PrismQuantError as error:
-        console.print("error: ", style="bold red", end="")
-        # Not wrapped: a path that is broken over two lines cannot be copied.
-        console.print(as_text(str(error)), soft_wrap=True)
-        return 2 if isinstance(error, ArgumentError) else 1
-    except (KeyboardInterrupt, typer.Abort):
-        console.print("stopped; finished steps are kept, `--resume` goes on after the last one")
-        return 1
-    except typer.Exit as leave:
-        return leave.exit_code
-    except BrokenPipeError:
-        # `| head` has read enough. What is still buffered has nowhere to go.
-        sys.stdout = None
-        return 1
-    except Exception as error:
-        # typer reports wrong flags and arguments through its parser's own exceptions.
-        show = getattr(error, "show", None)
-        if show is None:
-            raise
-        show()
-        return 2
-    return status if isinstance(status, int) else 0
-
-
 @app.callback(invoke_without_command=True)
 def _options(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the trace of an error; before or after a command.")
+    ] = False,
 ) -> None:
+    # Where the flag stands behind the command, nobody here sees it: see `prismquant.cli.main`.
+    del debug
     if version:
-        typer.echo(__version__)
+        say(__version__)
         raise typer.Exit
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo-out"),
+    out: Annotated[str, typer.Option(help="Folder for the results.")] = "demo-out",
     as_json: AsJson = False,
 ) -> None:
     """Quantize the embedded model with W4A16 and W4A8 and show float, RTN and GPTQ side by side."""
     from prismquant.demo.run import run_demo
     from prismquant.report.tables import comparison_table
 
-    console = _console(stderr=as_json)
-    report = run_demo(out, say=console.print)
+    report = run_demo(out, say=make_console(stderr=True).print if as_json else show)
     if as_json:
-        typer.echo(json.dumps(report.to_dict()))
+        say_json(report.to_dict())
         return
-    console.print(comparison_table(report.rows, title=report.title))
-    console.print(as_text(f"checkpoints, records and results.json: {out}"), soft_wrap=True)
+    show(comparison_table(report.rows, title=report.title))
+    show(as_text(f"checkpoints, records and results.json: {out}"), soft_wrap=True)
 
 
 Fallback = Annotated[
@@ -196,20 +104,20 @@ def inspect(
         tensor_parallel=tensor_parallel,
     )
     if as_json:
-        typer.echo(json.dumps(plan.to_dict()))
+        say_json(plan.to_dict())
         return
-    console = _console()
     for table in (layer_table(plan), transform_table(plan), totals_table(plan)):
         if table is not None:
-            console.print(table)
-    _print_remarks(console, plan.remarks)
+            show(table)
+    for remark in plan.remarks:
+        show(as_text(f"note: {remark}", "yellow"))
 
 
 @app.command()
 def quantize(
     model: Model,
     recipe: RecipeOption,
-    out: Annotated[Path, typer.Option(help="Folder of the result.", show_default=False)],
+    out: Annotated[str, typer.Option(help="Folder of the result.", show_default=False)],
     calib: Annotated[
         str | None,
         typer.Option(help="Calibration samples: JSONL, LLaVA JSON, text, or a data set's name."),
@@ -238,7 +146,8 @@ def quantize(
         ),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads to compute with; measured by default.")
+        int | None,
+        typer.Option(min=1, max=1024, help="Threads to compute with; measured by default."),
     ] = None,
     strict: Annotated[
         bool,
@@ -259,7 +168,7 @@ def quantize(
     from prismquant.threads import use_threads
 
     use_threads(threads or (_earlier_threads(out) if resume else None))
-    console = _console(stderr=True)
+    console = make_console(stderr=True)
     with joined() as ranks:
         first = ranks.rank == 0
         with ProgressReporter(console) if first else contextlib.nullcontext() as reporter:
@@ -294,21 +203,36 @@ def quantize(
             "record": result.record.to_dict(),
             "check": report.to_dict(),
         }
-        typer.echo(json.dumps(body))
-        return
-    console.print(run_table(result.plan, result.record))
-    console.print(memory_line(result.record))
-    _print_remarks(console, [*result.plan.remarks, *result.notes])
-    _print_findings(console, report)
-    console.print(as_text(f"written: {out}"), soft_wrap=True)
+        say_json(body)
+    else:
+        console.print(run_table(result.plan, result.record))
+        console.print(memory_line(result.record))
+        _print_remarks(console, [*result.plan.remarks, *result.notes])
+        _print_findings(console, report)
+        console.print(as_text(f"written: {out}"), soft_wrap=True)
+    _require_sound(report)
 
 
-def _earlier_threads(out: Path) -> int | None:
+def _require_sound(report: Any) -> None:
+    """End with an error where the check of what was written has found one.
+
+    Raises:
+        StorageError: It has.
+    """
+    if not report.ok:
+        raise StorageError(
+            "the files were written, but the check of them found errors: see above",
+            where=str(report.folder),
+            remedy="do not serve them; `prismquant check` tells all there is, and please report it",
+        )
+
+
+def _earlier_threads(out: str) -> int | None:
     """With how many threads a run began: another number may round sums in another order."""
     from prismquant.pipeline.checkpoint import RunDirectory
 
     try:
-        return int(RunDirectory(out).load().environment["threads"])
+        return int(RunDirectory(Path(out)).load().environment["threads"])
     except (PrismQuantError, KeyError, ValueError):
         return None  # what is wrong with the folder is told when the run looks at it
 
@@ -333,7 +257,7 @@ def export(
     format_name: Annotated[
         str, typer.Option("--format", help="dense, compressed-tensors, gptq, awq, gguf ..")
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the result.", show_default=False)],
+    out: Annotated[str, typer.Option(help="Folder of the result.", show_default=False)],
     weights_only: Annotated[
         bool,
         typer.Option(
@@ -351,7 +275,7 @@ def export(
     from prismquant.export.check import check
     from prismquant.report.progress import ExportProgress
 
-    console = _console(stderr=True)
+    console = make_console(stderr=True)
     options = {} if dtype is None else {"dtype": dtype}
     with ExportProgress(console) as progress:
         result = run(
@@ -359,13 +283,14 @@ def export(
         )
     report = check(out)
     if as_json:
-        typer.echo(json.dumps(result.to_dict() | {"check": report.to_dict()}))
-        return
-    _print_remarks(console, result.remarks)
-    _print_findings(console, report)
-    size = f"{result.bytes / 2**20:.1f} MiB"
-    told = f"written: {out} ({result.format}, {result.layers} quantized layers, {size})"
-    console.print(as_text(told), soft_wrap=True)
+        say_json(result.to_dict() | {"check": report.to_dict()})
+    else:
+        _print_remarks(console, result.remarks)
+        _print_findings(console, report)
+        size = f"{result.bytes / 2**20:.1f} MiB"
+        told = f"written: {out} ({result.format}, {result.layers} quantized layers, {size})"
+        console.print(as_text(told), soft_wrap=True)
+    _require_sound(report)
 
 
 @app.command("check")
@@ -381,17 +306,15 @@ def check_folder(
     from prismquant.export.check import check as look
     from prismquant.report.checks import findings_table, verdict
 
-    if target is not None and target not in set(Reader):
-        raise typer.BadParameter(f"{target!r} is not one of {', '.join(Reader)}")
-    report = look(folder, target)
+    reader = None if target is None else as_choice(target, "reader", Reader)
+    report = look(as_path(folder, "folder"), reader)
     if as_json:
-        typer.echo(json.dumps(report.to_dict()))
+        say_json(report.to_dict())
     else:
-        console = _console()
         found = findings_table(report)
         if found is not None:
-            console.print(found)
-        console.print(as_text(verdict(report)), soft_wrap=True)
+            show(found)
+        show(as_text(verdict(report)), soft_wrap=True)
     if not report.ok:
         raise typer.Exit(1)
 
@@ -401,9 +324,9 @@ def evaluate(
     model: Model,
     data: Annotated[str, typer.Option(help="Samples with answers.", show_default=False)],
     reference: Annotated[
-        Path | None, typer.Option(help="Model to compare with, usually the unquantized one.")
+        str | None, typer.Option(help="Model to compare with, usually the unquantized one.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
+    out: Annotated[str | None, typer.Option(help="Write the result as JSON.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many samples.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples run together.")] = 16,
     generated: Annotated[
@@ -417,6 +340,7 @@ def evaluate(
     from prismquant.report.tables import comparison_table, detail_table, reference_variant, variant
     from prismquant.storage import weight_bytes, write_json
 
+    target = None if out is None else _writable(out)
     result = measure(
         model,
         data,
@@ -426,20 +350,37 @@ def evaluate(
         generated=generated,
         trust_remote_code=trust_remote_code,
     )
-    if out is not None:
-        write_json(out, result.to_dict())
-    if as_json:
-        typer.echo(json.dumps(result.to_dict()))
-        return
     measured = result.to_dict()
-    rows = [reference_variant(str(reference), measured)] if reference else []
-    rows.append(variant(str(model), measured, size=weight_bytes(model)))
-    console = _console()
-    console.print(comparison_table(rows), detail_table(measured))
+    if target is not None:
+        write_json(target, measured)
+    if as_json:
+        say_json(measured)
+        return
+    rows = [reference_variant(reference, measured)] if reference else []
+    rows.append(variant(model, measured, size=weight_bytes(Path(model))))
+    show(comparison_table(rows), detail_table(measured))
     if reference is not None:
         lost, won = len(result.right_to_wrong), len(result.wrong_to_right)
-        told = f"answers lost {lost}, won {won}, against {reference}"
-        console.print(as_text(told), soft_wrap=True)
+        show(as_text(f"answers lost {lost}, won {won}, against {reference}"), soft_wrap=True)
+
+
+def _writable(out: str) -> Path:
+    """A file that can be written, as far as that is seen before the work.
+
+    Raises:
+        ArgumentError: No file is called so.
+        StorageError: It is a folder, or lies in none that can be written.
+    """
+    path = as_path(out, "out")
+    if path.is_dir():
+        raise StorageError("the result is a file, but this is a folder", where=out)
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise StorageError(
+            "the folder for the result is not there, or cannot be written",
+            where=str(path.parent),
+            remedy="make it, or choose another --out",
+        )
+    return path
 
 
 @recipes.command("list")
@@ -448,9 +389,9 @@ def list_recipes(as_json: AsJson = False) -> None:
     from prismquant.recipe.presets import PRESETS
 
     if as_json:
-        typer.echo(json.dumps(sorted(PRESETS)))
+        say_json(sorted(PRESETS))
     else:
-        typer.echo("\n".join(PRESETS))
+        say("\n".join(PRESETS))
 
 
 @recipes.command("show")
@@ -459,11 +400,11 @@ def show_recipe(recipe: Annotated[str, typer.Argument(help="A preset's name or a
     from prismquant.recipe.presets import PRESETS, preset_yaml
 
     if recipe in PRESETS:
-        typer.echo(preset_yaml(recipe), nl=False)
+        say(preset_yaml(recipe), newline=False)
         return
     from prismquant.recipe.schema import load_recipe
 
-    typer.echo(load_recipe(recipe).to_yaml(), nl=False)
+    say(load_recipe(recipe).to_yaml(), newline=False)
 
 
 @recipes.command("validate")
@@ -474,4 +415,4 @@ def validate_recipe(
     from prismquant.recipe.schema import load_recipe
 
     loaded = load_recipe(recipe)
-    typer.echo(f"{loaded.name}: {len(loaded.rules)} rules, valid")
+    say(f"{loaded.name}: {len(loaded.rules)} rules, valid")

@@ -1,0 +1,166 @@
+"""What a command raises becomes one screen and an exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+
+import prismquant
+from prismquant.cli.output import console
+from prismquant.errors import ArgumentError, PrismQuantError, StorageError
+from prismquant.memory import memory_error
+from prismquant.report.tables import as_text
+
+# Newer versions of typer swallow Ctrl-C and return this; older ones raise Abort.
+_TYPERS_INTERRUPT = 130
+_PACKAGE = Path(prismquant.__file__).parent
+_LONGEST = 2000
+_DEBUG = "run again with --debug for the trace"
+# What the system's refusals mean, and what helps.
+_FULL = ("the disk is full", "free space, or write to another folder")
+_SYSTEM = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EACCES: ("permission is denied", "give access to it, or name another"),
+    errno.EPERM: ("permission is denied", "give access to it, or name another"),
+    errno.EROFS: ("the file system is read-only", "write to another folder"),
+    errno.ENOENT: ("there is no such file or folder", "check the name"),
+    errno.ENAMETOOLONG: ("the name is too long", "choose a shorter one"),
+    errno.EMFILE: ("too many files are open", "raise `ulimit -n`"),
+}
+
+
+def guarded(command: Callable[[], Any], *, debug: bool = False, resumable: bool = False) -> int:
+    """Run a command to its exit status; whatever it raises is told on one screen.
+
+    Args:
+        command: What to run; it may return a status.
+        debug: Show the trace of an error, too.
+        resumable: Whether the command can go on after it was stopped.
+    """
+    try:
+        status = _run(command)
+    except (KeyboardInterrupt, typer.Abort):
+        later = "; finished steps are kept, `--resume` goes on after the last one"
+        _tell(f"stopped{later if resumable else ''}")
+        return 1
+    except typer.Exit as leave:
+        return leave.exit_code
+    except BrokenPipeError:
+        # `| head` has read enough. What is still buffered has nowhere to go.
+        sys.stdout = None
+        return 1
+    except SystemExit:
+        raise
+    except BaseException as error:
+        # typer reports wrong flags and arguments through its parser's own exceptions.
+        show = getattr(error, "show", None)
+        if show is not None:
+            show()
+            return 2
+        if debug:
+            _tell("".join(traceback.format_exception(error)))
+        shown = in_words(error)
+        _tell(str(shown), heading="error: ")
+        return 2 if isinstance(shown, ArgumentError) else 1
+    return status if isinstance(status, int) else 0
+
+
+def in_words(error: BaseException) -> PrismQuantError:
+    """What to tell of an error: itself, where it was raised on purpose."""
+    if isinstance(error, PrismQuantError):
+        return error
+    told = memory_error(error)
+    if told is not None:
+        return told
+    if isinstance(error, OSError) and error.errno is not None:
+        what, remedy = _SYSTEM.get(error.errno, (str(error.strerror), _DEBUG))
+        return StorageError(what, where=str(error.filename or _place(error)), remedy=remedy)
+    text = str(error).strip()
+    shortened = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} .."
+    return PrismQuantError(
+        ": ".join(filter(None, [type(error).__name__, shortened])),
+        where=_place(error),
+        remedy=f"this should have been told in words: {_DEBUG}, and please report it",
+    )
+
+
+def _place(error: BaseException) -> str:
+    """Where in this package an error came up."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if Path(frame.filename).is_relative_to(_PACKAGE)]
+    if not own:
+        return "outside of prismquant"
+    file = Path(own[-1].filename).relative_to(_PACKAGE.parent)
+    return f"{file}, line {own[-1].lineno}, in {own[-1].name}"
+
+
+def _tell(text: str, *, heading: str = "") -> None:
+    # Standard error may be full or closed as well; the status is left to tell then.
+    with contextlib.suppress(OSError):
+        screen = console(stderr=True)
+        screen.print(heading, style="bold red", end="")
+        # Not wrapped: a path that is broken over two lines cannot be copied.
+        screen.print(as_text(text), soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[threading.Event]:
+    """Within, SIGTERM ends the command as Ctrl-C does; yields what tells that either has come.
+
+    C code that calls Python, as torch does, may turn the exception that a signal raises into one of
+    its own; the event still tells what it was.
+    """
+    stopped = threading.Event()
+
+    def stop(*_: Any) -> None:
+        stopped.set()
+        raise KeyboardInterrupt
+
+    # What a shell has told its background children to ignore stays ignored.
+    caught = [
+        number
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if threading.current_thread() is threading.main_thread()
+        and signal.getsignal(number) is not signal.SIG_IGN
+    ]
+    before = {number: signal.signal(number, stop) for number in caught}
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _no_input() -> Iterator[None]:
+    """Within, whoever asks a question on standard input gets an error instead of an answer."""
+    before = sys.stdin
+    sys.stdin = None
+    try:
+        yield
+    finally:
+        sys.stdin = before
+
+
+def _run(command: Callable[[], Any]) -> Any:
+    """Call a command; a signal that ends it is a KeyboardInterrupt, whatever it is turned into."""
+    with _signals() as stopped, _no_input():
+        try:
+            status = command()
+        except Exception as error:
+            if stopped.is_set():
+                raise KeyboardInterrupt from error
+            raise
+    if status == _TYPERS_INTERRUPT:
+        raise KeyboardInterrupt
+    return status
