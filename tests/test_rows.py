@@ -172,6 +172,7 @@ def test_markers_in_answers_and_plain_texts_are_words(tmp_path: Path) -> None:
         (chat(Images=["a.png"]), "did you mean 'images'?"),
         (turns(image_path="a.png"), "'image_path' names a picture or a clip that is not shown"),
         (chat([A], second_image="b.png"), "'second_image' names a picture"),
+        (chat([A], frames=["b.png"]), "'frames' names a picture"),
         (chat(image_1="b.png"), "'image_1' names a picture"),
         (chat(imageUrl="https://a.b/c"), "'imageUrl' names a picture"),
         (chat(file_name="b.png"), "'file_name' names a picture"),

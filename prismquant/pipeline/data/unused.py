@@ -37,10 +37,12 @@ _MEANINGS = {
     "part": re.compile(_SOURCE),
     # Any text names a file: image, images, image_path, video_url_2 ..
     "media": re.compile(rf"{_WORD}(?:_{_SOURCE})?(?:_?\d+)?"),
-    # The name of a picture, a clip or a sound does: second_image, question_images ..
-    "other media": re.compile(rf"\w+_{_WORD}(?:_{_SOURCE})?(?:_?\d+)?"),
-    # So it does where nothing is shown: image_name, file_name, first_frame, jpg ..
-    "file": re.compile(rf"(?:\w+_)?(?:{_WORD}|frames?|file|path|jpe?g|png|webp|gif|mp4|wav)\w*"),
+    # The name of a picture, a clip or a sound does: second_image, frames, jpg ..
+    "other media": re.compile(
+        rf"(?:\w+_)?(?:{_WORD}|frames?|jpe?g|png|webp|gif|mp4|wav)(?:_{_SOURCE})?(?:_?\d+)?"
+    ),
+    # So it does where nothing is shown: image_name, file_name ..
+    "file": re.compile(rf"(?:\w+_)?(?:{_WORD}|file|path)\w*"),
 }
 # What would change the text that a chat template makes.
 _TEMPLATE_KEYS = ("tools", "functions", "documents")
