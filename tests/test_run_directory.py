@@ -206,6 +206,29 @@ def test_what_may_change_rounding_is_told_and_not_refused(
     assert note.startswith("threads 1 -> 2: sums may be rounded otherwise")
 
 
+@pytest.mark.parametrize(
+    ("had", "now", "told"),
+    [([2, 2], 2, None), ([2, 1], 1, "threads 2, 1 -> 1"), ([1, 2, 2, 1], 1, "threads 1, 2, 1 ->")],
+)
+def test_threads_that_changed_on_the_way_are_told_of(
+    tmp_path: Path, plan: Plan, recipe: Recipe, had: list[int], now: int, told: str | None
+) -> None:
+    """What is carried forward again is computed with one number: that of the last step."""
+    directory = RunDirectory(tmp_path)
+    record = directory.begin(
+        replace(RECORD, environment={"threads": "2"}), plan, recipe, resume=False
+    )
+    for number, threads in enumerate(had):
+        shard = f"{number}.safetensors"
+        write_tensors(tmp_path / shard, {"w": torch.ones(1)})
+        step = replace(STEP, name=f"step {number}", shard=shard, threads=threads)
+        record = directory.add(record, step, 7)
+    assert record.threads[-1] == now
+    again = replace(RECORD, environment={"threads": str(now)})
+    (restart,) = directory.begin(again, plan, recipe, resume=True).restarts
+    assert [note.startswith(told or "?") for note in restart.notes] == ([True] if told else [])
+
+
 SHARDS = ("a.safetensors", "b.safetensors", "c.safetensors")
 
 

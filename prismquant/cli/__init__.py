@@ -15,6 +15,7 @@ from prismquant.cli.commands import app
 from prismquant.cli.guard import guarded
 from prismquant.cli.output import prepare_streams
 from prismquant.memory import ask_for_large_pages
+from prismquant.threads import let_waiting_threads_sleep
 
 __all__ = ["app", "main"]
 
@@ -23,6 +24,7 @@ def main() -> None:
     """Run the command line and exit with its status."""
     prepare_streams()
     ask_for_large_pages()
+    let_waiting_threads_sleep()
     words, debug = _without_debug(sys.argv[1:])
     command = next((word for word in words if not word.startswith("-")), "")
     sys.exit(

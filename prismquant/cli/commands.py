@@ -167,11 +167,13 @@ def quantize(
     from prismquant.report.progress import ProgressReporter
     from prismquant.threads import use_threads
 
-    use_threads(threads or (_earlier_threads(out) if resume else None))
+    pace = use_threads(threads, _earlier_threads(out) if resume else None)
     console = make_console(stderr=True)
     with joined() as ranks:
         first = ranks.rank == 0
-        with ProgressReporter(console) if first else contextlib.nullcontext() as reporter:
+        pace = pace if ranks.size == 1 and device == "cpu" else None
+        shown = ProgressReporter(console, pace) if first else contextlib.nullcontext()
+        with shown as reporter:
             result = run(
                 model,
                 recipe,
@@ -228,12 +230,12 @@ def _require_sound(report: Any) -> None:
 
 
 def _earlier_threads(out: str) -> int | None:
-    """With how many threads a run began: another number may round sums in another order."""
+    """With how many threads a run went on last: others may round sums in another order."""
     from prismquant.pipeline.checkpoint import RunDirectory
 
     try:
-        return int(RunDirectory(Path(out)).load().environment["threads"])
-    except (PrismQuantError, KeyError, ValueError):
+        return RunDirectory(Path(out)).load().threads[-1]
+    except (PrismQuantError, IndexError):
         return None  # what is wrong with the folder is told when the run looks at it
 
 

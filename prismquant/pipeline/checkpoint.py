@@ -14,6 +14,7 @@ checksum: a shard that was damaged since is found, and done again with all that 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import platform
 import shutil
@@ -95,6 +96,7 @@ class StepRecord:
         layers: Its quantized layers.
         edges: Edges along which scale was moved, or was not worth moving.
         kv_cache: Ranges of the keys and values of its attention, where their cache is quantized.
+        threads: Threads that torch computed with; 0 where they change nothing.
         size: Bytes of the shard, once it is claimed.
         sha256: Its checksum.
     """
@@ -105,6 +107,7 @@ class StepRecord:
     layers: tuple[LayerRecord, ...]
     edges: tuple[EdgeRecord, ...] = ()
     kv_cache: Mapping[str, float | int | str] = field(default_factory=dict)
+    threads: int = 0
     size: int = 0
     sha256: str = ""
 
@@ -155,6 +158,15 @@ class RunRecord:
     peak_memory_bytes: int = 0
     restarts: tuple[RestartRecord, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def threads(self) -> tuple[int, ...]:
+        """Numbers of threads that its steps had, each change a new entry; or what it began with."""
+        had = [step.threads for step in self.steps if step.threads]
+        began = self.environment.get("threads", "")
+        if not had and began.isdecimal():
+            had = [int(began)]
+        return tuple(number for number, _ in itertools.groupby(had))
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
@@ -409,7 +421,7 @@ class RunDirectory:
         steps, damage = self._whole(earlier)
         if earlier.finished and not damage:
             return earlier
-        notes = (*damage, *_rounding_notes(earlier.environment, record.environment))
+        notes = (*damage, *_rounding_notes(earlier, record.environment))
         if damage:
             self._unpublish()
         resumed = replace(
@@ -467,7 +479,10 @@ def _without_name(plan: Any) -> Any:
     return {**plan, "recipe": ""} if isinstance(plan, dict) else plan
 
 
-def _rounding_notes(earlier: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+def _rounding_notes(record: RunRecord, now: Mapping[str, str]) -> list[str]:
+    earlier = dict(record.environment)
+    if record.threads:
+        earlier["threads"] = ", ".join(map(str, record.threads))
     changed = [key for key in _ROUNDING if earlier.get(key) != now.get(key)]
     return [
         f"{key} {earlier.get(key, 'unknown')} -> {now.get(key, 'unknown')}: sums may be rounded "

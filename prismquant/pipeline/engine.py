@@ -227,6 +227,7 @@ class _Engine:
                 tuple(work.records),
                 tuple(work.edges),
                 work.kv_notes,
+                threads=torch.get_num_threads(),
             )
             yield done
         give_back_freed()

@@ -19,6 +19,7 @@ from prismquant.memory import peak_memory_bytes
 from prismquant.pipeline.checkpoint import StepRecord
 from prismquant.pipeline.failure import failed_layers
 from prismquant.report.tables import as_text
+from prismquant.threads import Pace
 
 
 class ProgressReporter:
@@ -27,10 +28,11 @@ class ProgressReporter:
     Args:
         console: Where to draw. On anything but a terminal, each finished step is printed as one
         line.
+        pace: Looks whether another number of threads is faster where a step took too long.
     """
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, console: Console, pace: Pace | None = None) -> None:
+        self._console, self._pace = console, pace
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
@@ -74,8 +76,15 @@ class ProgressReporter:
     def finish(self, record: StepRecord) -> None:
         """A step is done: one line with its layers and their summed loss."""
         self._progress.advance(self._task)
-        if not record.layers:
-            return
+        if record.layers:
+            self._print(record)
+        if self._pace is not None and record.threads:
+            kind = tuple((x.name.removeprefix(record.name), x.solver) for x in record.layers)
+            changed = self._pace.after(record.name, kind, record.seconds)
+            if changed is not None:
+                self.remark(changed)
+
+    def _print(self, record: StepRecord) -> None:
         loss = sum(layer.loss for layer in record.layers)
         failed = len(failed_layers(record.layers))
         told = f" ({failed} failed: rounded to nearest)" if failed else ""
