@@ -185,7 +185,7 @@ def test_asymmetric_weights_and_inputs_survive(
 ) -> None:
     """The library decompresses our tensors to our weights.
 
-    transformers 5.23 cannot load them whole: the skeleton that compressed-tensors 0.20 builds for
+    transformers 5.24 cannot load them whole: the skeleton that compressed-tensors 0.20 builds for
     it expects zero points that are not packed, unlike those that the library itself writes.
     """
     folder = tiny("qwen2_vl")

@@ -1,4 +1,4 @@
-"""Rules about what vLLM 0.33 and transformers 5.23 really do with a scheme that they accept.
+"""Rules about what vLLM 0.33 and transformers 5.24 really do with a scheme that they accept.
 
 A reading of how vLLM chooses kernels, not a run on every GPU. SM75 is Turing, SM80 Ampere, SM89
 Ada, SM90 Hopper, SM100 Blackwell.

@@ -106,7 +106,7 @@ def in_transformers(checkpoint: Checkpoint) -> Iterator[Problem]:
     )
     if names:
         yield Problem(
-            "transformers 5.23 ignores transform_config and computes nonsense",
+            "transformers 5.24 ignores transform_config and computes nonsense",
             names,
             "load it with prismquant.load or vLLM, or fold the rotation into the weights",
         )
