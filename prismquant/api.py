@@ -40,7 +40,7 @@ from prismquant.export.table import EXPORTERS, Exported, build_exporter, export_
 from prismquant.memory import available_bytes, memory_told, peak_memory_bytes, resident_bytes
 from prismquant.models.arch import Modality
 from prismquant.models.bind import BoundModel, bind
-from prismquant.models.load import load_processor
+from prismquant.models.processor import load_processor
 from prismquant.modes import default_modes
 from prismquant.pipeline.batches import Batch, by_length, make_batches
 from prismquant.pipeline.budget import WAYS, Forecast, choose_way, count_tokens, forecast
