@@ -272,10 +272,8 @@ def bind(
     disk_names = infos.keys() or (read_index(folder) or {}).keys()
     names = choose_layout(arch.layouts, disk_names, modules.keys())
     head_weight = f"{arch.head}.weight"
-    tied = (
-        bool(getattr(config, "tie_word_embeddings", False))
-        and names.to_disk(head_weight) not in disk_names
-    )
+    says_tied = bool(getattr(config, "tie_word_embeddings", False))
+    tied = says_tied and names.to_disk(head_weight) not in disk_names
     findings: list[str] = []
     dtypes = _Dtypes(names, infos, _dtype(config, infos))
     steps = _bind_steps(arch, names, modules, dtypes, tied, findings)
@@ -283,11 +281,16 @@ def bind(
     left_alone = _bind_left_alone(arch, modules, {site.name for site in sites}, findings)
     edges = _bind_edges(arch, config, modules, steps, findings)
     streams = _bind_streams(arch, modules, edges, findings)
-    notes: tuple[str, ...] = ()
+    notes: list[str] = []
+    if says_tied and not tied:
+        notes.append(
+            f"config.json ties the head to the embeddings, but {names.to_disk(head_weight)} is "
+            "stored: it counts, and the result's config.json says so"
+        )
     if not quantized:
         strange = _compare(arch, names, shapes, infos, head_weight if tied else None)
         if section := read_config(folder).get("quantization_config"):
-            notes = (_leftover(section, folder, is_float=bool(infos) and not strange),)
+            notes.append(_leftover(section, folder, is_float=bool(infos) and not strange))
         findings += strange if infos else []
     if findings:
         raise _report(arch, folder, findings)
@@ -305,7 +308,7 @@ def bind(
         shapes=shapes,
         tied=tied,
         has_weights=bool(infos),
-        notes=notes,
+        notes=tuple(notes),
     )
 
 
