@@ -37,12 +37,20 @@ from prismquant.export.compressed_tensors import CheckpointWriter, files_to_copy
 from prismquant.export.exporter import Progress
 from prismquant.export.load import load_model
 from prismquant.export.table import EXPORTERS, Exported, build_exporter, export_checkpoint
-from prismquant.memory import available_bytes, memory_told, peak_memory_bytes, resident_bytes
+from prismquant.memory import (
+    available_bytes,
+    give_back_freed,
+    memory_told,
+    peak_memory_bytes,
+    readable_bytes,
+    resident_bytes,
+)
 from prismquant.models.arch import Modality
 from prismquant.models.bind import BoundModel, bind
-from prismquant.models.processor import load_processor
+from prismquant.models.config import config_value, identify, native_config
+from prismquant.models.load import load_processor
 from prismquant.modes import default_modes
-from prismquant.pipeline.batches import Batch, by_length, make_batches
+from prismquant.pipeline.batches import Batch, Batches, by_length, make_batches
 from prismquant.pipeline.budget import WAYS, Forecast, choose_way, count_tokens, forecast
 from prismquant.pipeline.checkpoint import RunDirectory, RunRecord, StepRecord, environment
 from prismquant.pipeline.data import Sample, read_samples, require_modalities
@@ -53,16 +61,17 @@ from prismquant.pipeline.gradients import gradient_samples, vision_weights, want
 from prismquant.pipeline.identity import (
     Identity,
     code_versions,
-    fingerprint_batch,
     fingerprint_batches,
     fingerprint_samples,
     stamp_files,
     unchanged,
 )
 from prismquant.pipeline.job import Reporter, Run, Silent
+from prismquant.pipeline.media import Limits
 from prismquant.pipeline.plan import Plan, make_plan
 from prismquant.pipeline.seen import unseen_vision
 from prismquant.pipeline.stream import stream, streams
+from prismquant.pipeline.survey import Survey, let_go, position_limit, survey
 from prismquant.recipe.adapt import adapted
 from prismquant.recipe.schema import Recipe, load_recipe
 from prismquant.runtime.mixed import Precision, Wanted
@@ -71,6 +80,8 @@ from prismquant.storage import ShardReader
 # Tokens of a call on a CPU: products are as fast as with more, and activations as large as these
 # come from memory that is already there.
 _CPU_TOKENS = 640
+# No picture, clip or sample has more of anything.
+_MOST = 2**31 - 1
 
 RecipeSource = str | Path | Mapping[str, Any] | Recipe
 
@@ -152,6 +163,9 @@ def quantize(
     memory_budget: int | str | None = None,
     ranks: Ranks | None = None,
     strict: bool = False,
+    max_pixels: int | None = None,
+    max_frames: int | None = None,
+    max_length: int | None = None,
 ) -> Result:
     """Quantize a checkpoint, block by block, into a folder that transformers and vLLM load.
 
@@ -184,6 +198,12 @@ def quantize(
             of them call this alike. The first one writes, and returns the record.
         strict: Refuse what is only told otherwise: statistics of the language model that no picture
             and no clip reaches, and NaN or infinities in tensors that stay in floating point.
+        max_pixels: Pixels of a picture, or of a frame of a clip, as the model sees it; by default
+            as many as the model's processor allows.
+        max_frames: Frames of a clip; by default 64 of a file, or as the data say, and all of a
+            list.
+        max_length: Tokens of a sample; longer ones are cut, which is told. By default a sample
+            that is longer than the model allows is refused.
 
     Raises:
         PrismQuantError: With what is wrong, where, and the remedy. All that can be checked is
@@ -213,6 +233,7 @@ def quantize(
         memory_budget=None if memory_budget is None else as_bytes(memory_budget, "memory_budget"),
         ranks=ranks or Alone(),
         strict=as_flag(strict, "strict"),
+        limits=_limits(max_pixels, max_frames, max_length),
     )
 
 
@@ -230,6 +251,7 @@ def _quantize(
     memory_budget: int | None,
     ranks: Ranks,
     strict: bool,
+    limits: Limits,
 ) -> Result:
     """Do what :func:`quantize` says, its arguments checked."""
     bound = bind(model)
@@ -243,16 +265,25 @@ def _quantize(
     with directory.claimed(resume=resume) if first else nullcontext(True) as locked:
         if first:
             directory.require_space(plan.total_bytes + _copied_bytes(bound))
-        samples = _calibration_samples(plan, calibration)
+        room = _room(memory_budget)
+        samples = _calibration_samples(plan, calibration, room)
         plan = _with_unseen(plan, samples, reporter, strict=strict)
         own = share_of(by_length(samples), recipe.calibration.batch_size, ranks)
         most = _CPU_TOKENS if target.type == "cpu" else None
         size = recipe.calibration.batch_size
-        batches = _batches(bound, own, size, trust_remote_code, most)
-        answers = gradient_samples(samples, plan.calibration.seed) if wants_gradients(plan) else ()
-        memory = _forecast(plan, bound, batches, memory_budget, target, precision)
+        batches = make_batches(
+            own,
+            load_processor(bound.folder, trust_remote_code=trust_remote_code) if own else None,
+            batch_size=size,
+            vision_token_ids=bound.vision_token_ids,
+            limits=limits,
+            most_tokens=most,
+        )
+        found = survey(batches, most_bytes=room, positions=position_limit(bound.config))
+        plan, answers = _with_answers(plan, samples, found, ranks, reporter)
+        memory, found = _forecast(plan, bound, batches, found, memory_budget, target, precision)
         identity = _identity(
-            plan, bound, samples, batches, f"{target.type} {precision.describe()}", ranks
+            plan, bound, samples, found.prints, f"{target.type} {precision.describe()}", ranks
         )
         record = RunRecord(
             identity=identity,
@@ -268,12 +299,14 @@ def _quantize(
         if record.finished:
             return Result(out, plan, record, failure_lines(record.steps))
         way, writer = memory.way, CheckpointWriter(out, bound, plan)
+        surveyed = list(found.batches)
+        del found
         waiting = directory.states(ranks.rank, on_disk=way.on_disk)
         with waiting as states:
             job = Run(
                 plan=plan,
                 bound=bound,
-                batches=_given_away(batches),
+                batches=_given_away(surveyed),
                 sink=writer,
                 reporter=reporter,
                 device=target,
@@ -283,7 +316,7 @@ def _quantize(
                 way=way,
                 states=states,
             )
-            gradients = _batches(bound, answers, 1, trust_remote_code)
+            gradients = replace(batches, parts=tuple((sample,) for sample in answers))
             # Closed before anything else: the workers of a stream must not outlive the run.
             with contextlib.closing(_remaining(job, gradients)) as steps:
                 if first:
@@ -316,29 +349,75 @@ def _unusual(ranks: Ranks, *, locked: bool) -> dict[str, str]:
     return told | ({"ranks": str(ranks.size)} if ranks.size > 1 else {})
 
 
+def _limits(max_pixels: Any, max_frames: Any, max_length: Any) -> Limits:
+    given = {"max_pixels": max_pixels, "max_frames": max_frames, "max_length": max_length}
+    return Limits(
+        **{
+            name: None if value is None else as_count(value, name, most=_MOST)
+            for name, value in given.items()
+        }
+    )
+
+
+def _room(budget: int | None) -> int:
+    """Bytes that the process may take.
+
+    Raises:
+        PlanError: It takes more already.
+    """
+    resident = resident_bytes()
+    if budget is not None and budget <= resident:
+        raise PlanError(
+            f"a memory budget of {readable_bytes(budget)} is too small: the process alone takes "
+            f"{readable_bytes(resident)}",
+            remedy="allow more with --memory-budget",
+        )
+    return resident + available_bytes() if budget is None else budget
+
+
 def _forecast(
     plan: Plan,
     bound: BoundModel,
-    batches: Sequence[Batch],
+    batches: Batches,
+    found: Survey,
     budget: int | None,
     device: torch.device,
     precision: Precision,
-) -> Forecast:
-    """How the run will go about it, and the peak that is expected.
+) -> tuple[Forecast, Survey]:
+    """How the run will go about it, and the peak that is expected; and the batches for it.
+
+    Pixels that stay in memory are the first that must go.
 
     Raises:
         PlanError: The budget is too small.
     """
-    tokens = count_tokens(bound, batches)
+    tokens = count_tokens(bound, found.batches)
+    give_back_freed()
     resident = resident_bytes()
-    forecasts = [
-        forecast(plan, bound, tokens, resident=resident, way=way, precision=precision)
-        for way in WAYS
-    ]
-    if budget is not None or device.type != "cpu":
-        return choose_way(forecasts, budget)
-    spare = resident + available_bytes()
-    return next((one for one in forecasts if one.peak_bytes <= spare), forecasts[-1])
+    spare = resident + available_bytes() if budget is None and device.type == "cpu" else budget
+
+    def forecasts(found: Survey, resident: int) -> list[Forecast]:
+        return [
+            forecast(
+                plan,
+                bound,
+                tokens,
+                resident=resident,
+                way=way,
+                precision=precision,
+                making=found.making,
+            )
+            for way in WAYS
+        ]
+
+    ways = forecasts(found, resident)
+    if found.kept_bytes and spare is not None and ways[0].peak_bytes > spare:
+        resident -= found.kept_bytes
+        found = let_go(found, batches)
+        ways = forecasts(found, resident)
+    if budget is not None or spare is None:
+        return choose_way(ways, budget), found
+    return next((one for one in ways if one.peak_bytes <= spare), ways[-1]), found
 
 
 def _told(memory: Forecast, budget: int | None) -> dict[str, int | str]:
@@ -448,6 +527,9 @@ def measure(
     dtype: torch.dtype | str | None = "float32",
     generated: bool = False,
     trust_remote_code: bool = False,
+    max_pixels: int | None = None,
+    max_frames: int | None = None,
+    max_length: int | None = None,
 ) -> Fidelity:
     """Measure a model's answers, alone and against a reference.
 
@@ -460,6 +542,9 @@ def measure(
         dtype: Of the arithmetic, e.g. ``bfloat16``; None keeps the checkpoint's.
         generated: Also decode greedily and compare normalized text.
         trust_remote_code: Allow code in the folder to build the processor.
+        max_pixels: Pixels of a picture, or of a frame of a clip, as the model sees it.
+        max_frames: Frames of a clip.
+        max_length: Tokens of a sample; longer ones are cut, which is told.
 
     Raises:
         PrismQuantError: A checkpoint or the data cannot be read, or the reference has another
@@ -472,22 +557,37 @@ def measure(
     decoded = as_flag(generated, "generated")
     trusted = as_flag(trust_remote_code, "trust_remote_code")
     other = None if reference is None else as_path(reference, "reference")
-    samples = read_samples(source, limit=most, require_answers=True)
+    limits = _limits(max_pixels, max_frames, max_length)
+    room = _room(None)
+    samples = read_samples(source, limit=most, require_answers=True, most_bytes=available_bytes())
     processor = load_processor(folder, trust_remote_code=trusted)
     if other is not None:
         require_same_vocabulary(folder, processor, other, trust_remote_code=trusted)
+    arch = identify(folder)
+    config = native_config(arch, folder)
+    batches = make_batches(
+        samples,
+        processor,
+        batch_size=size,
+        vision_token_ids=[int(config_value(config, key)) for key in arch.vision_token_ids],
+        limits=limits,
+    )
+    found = survey(batches, most_bytes=room, positions=position_limit(config))
     loaded = load_model(folder, dtype=wanted)
     compared = load_model(other, dtype=wanted) if other else None
-    config: Any = loaded.config
-    keys = ("image_token_id", "video_token_id")
-    placeholders = {getattr(config, key) for key in keys if getattr(config, key, None) is not None}
-    batches = make_batches(samples, processor, batch_size=size, vision_token_ids=placeholders)
-    return evaluate_model(
-        loaded, batches, reference=compared, generated=decoded, processor=processor
+    result = evaluate_model(
+        loaded,
+        (batch.whole() for batch in found.batches),
+        reference=compared,
+        generated=decoded,
+        processor=processor,
     )
+    return replace(result, notes=found.remarks(answers=True))
 
 
-def _calibration_samples(plan: Plan, source: str | Path | None) -> tuple[Sample, ...]:
+def _calibration_samples(
+    plan: Plan, source: str | Path | None, most_bytes: int
+) -> tuple[Sample, ...]:
     if not plan.needs_data:
         return ()
     if source is None:
@@ -496,7 +596,8 @@ def _calibration_samples(plan: Plan, source: str | Path | None) -> tuple[Sample,
             remedy="give --calib FILE; only `solver: rtn` with dynamic activations needs none",
         )
     settings = plan.calibration
-    samples = read_samples(source, limit=settings.samples, seed=settings.seed)
+    left = most_bytes - resident_bytes()
+    samples = read_samples(source, limit=settings.samples, seed=settings.seed, most_bytes=left)
     require_modalities(samples, _needed_kinds(plan))
     return samples
 
@@ -528,39 +629,40 @@ def _needed_kinds(plan: Plan) -> set[str]:
     return {"vision" for row in hungry if row.site.modality is not Modality.LLM}
 
 
-def _batches(
-    bound: BoundModel,
-    samples: Sequence[Sample],
-    batch_size: int,
-    trust_remote_code: bool,
-    most_tokens: int | None = None,
-) -> list[Batch]:
-    if not samples:
-        return []
-    processor = load_processor(bound.folder, trust_remote_code=trust_remote_code)
-    ids = bound.vision_token_ids
-    return list(
-        make_batches(
-            samples,
-            processor,
-            batch_size=batch_size,
-            vision_token_ids=ids,
-            most_tokens=most_tokens,
-        )
+def _with_answers(
+    plan: Plan, samples: Sequence[Sample], found: Survey, ranks: Ranks, reporter: Reporter
+) -> tuple[Plan, tuple[Sample, ...]]:
+    """The plan with remarks on what the data lack, which are told; and samples for gradients.
+
+    Raises:
+        DataError: Gradients are wanted, and no sample with a picture or a clip has an answer.
+    """
+    wanted = wants_gradients(plan)
+    known = ranks.gather_json([list(found.cut), dict(found.unknown)])
+    together = Survey(
+        cut=tuple(name for cut, _ in known for name in cut),
+        unknown={name: why for _, unknown in known for name, why in unknown.items()},
     )
+    answers: tuple[Sample, ...] = ()
+    if wanted:
+        clear = [sample for sample in samples if sample.id not in together.unknown]
+        answers = gradient_samples(clear, plan.calibration.seed)
+    lines = together.remarks(answers=wanted)
+    for line in lines:
+        reporter.remark(line)
+    return replace(plan, remarks=(*plan.remarks, *lines)), answers
 
 
 def _identity(
     plan: Plan,
     bound: BoundModel,
     samples: Sequence[Sample],
-    batches: Sequence[Batch],
+    prints: Sequence[str],
     arithmetic: str,
     ranks: Ranks,
 ) -> Identity:
-    prints = ranks.gather_json([fingerprint_batch(batch) for batch in batches])
     # The same for any number of ranks.
-    dealt = sorted(one for own in prints for one in own)
+    dealt = sorted(one for own in ranks.gather_json(list(prints)) for one in own)
     return Identity(
         plan=plan.fingerprint(),
         files=stamp_files(bound.folder, _source_files(bound.folder)),

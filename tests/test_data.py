@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from prismquant.errors import DataError
-from prismquant.models.load import load_float
-from prismquant.models.processor import load_processor
+from prismquant.models.load import load_float, load_processor
 from prismquant.pipeline.batches import Batch, by_length, make_batches
 from prismquant.pipeline.data import (
     Sample,
@@ -29,7 +28,9 @@ from prismquant.pipeline.data import (
     read_samples,
     require_modalities,
 )
-from prismquant.pipeline.video import Clip, Sampling, choose_frames, read_picture, read_video
+from prismquant.pipeline.media import Limits
+from prismquant.pipeline.pictures import read_picture
+from prismquant.pipeline.video import Clip, Sampling, choose_frames, read_video
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -619,21 +620,21 @@ def test_rows_are_cut_but_never_within_a_picture(tmp_path: Path, processors: Any
     processor = processors("qwen2_vl")
     by_id = {sample.id: sample for sample in samples}
     pair = [by_id["short"], by_id["long"]]
-    batch = only(pair, processor, max_length=40)
+    batch = only(pair, processor, limits=Limits(max_length=40))
     assert batch.inputs["input_ids"].shape == (2, 40)
     assert batch.inputs["attention_mask"].shape == (2, 40)
     # The answer of the long one was cut off, so none of it is left.
     assert batch.answer_mask.sum(dim=1).tolist() == [2, 0]
     with pytest.raises(DataError, match="does not fit into 8 tokens") as caught:
-        only([by_id["picture"]], processor, max_length=8)
+        only([by_id["picture"]], processor, limits=Limits(max_length=8))
     assert "sample picture" in str(caught.value)
 
 
 def test_video_files_reach_the_model(tmp_path: Path, processor: Any, tiny_folder: Path) -> None:
     save_video(tmp_path / "a.mp4")
-    lines = [turns([{"type": "video", "video": "a.mp4"}, text("what moves ?")])]
+    lines = [turns([{"type": "video", "video": "a.mp4", "fps": 3.0}, text("what moves ?")])]
     (sample,) = read_samples(write_lines(tmp_path / "data.jsonl", lines))
-    batch = only([sample], processor, sampling=Sampling(fps=3.0))
+    batch = only([sample], processor)
     steps = int(batch.inputs["video_grid_thw"][0, 0])
     assert steps == 6 // processor.video_processor.temporal_patch_size
     model = load_float(tiny_folder, dtype=torch.float32)
@@ -663,29 +664,13 @@ def test_placeholder_tokens_in_a_text_are_refused(tmp_path: Path, processors: An
     assert "sample sly" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("template", "finding"),
-    [
-        (
-            "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<|im_end|>{% endfor %}"
-            "{% if add_generation_prompt %}[bot]{% endif %}",
-            "does not continue its own prompt",
-        ),
-        (
-            "{% for m in messages %}{{ m['role'] }}\n{{ m['content'] }}\n{% endfor %}"
-            "{% if add_generation_prompt %}assistant\n{% endif %}",
-            "no special token",
-        ),
-        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-    ],
-)
-def test_chat_templates_that_hide_the_answer_are_refused(
-    tmp_path: Path, tiny: Callable[..., Path], template: str, finding: str
+def test_chat_templates_that_refuse_a_conversation_are_quoted(
+    tmp_path: Path, tiny: Callable[..., Path]
 ) -> None:
     changed = load_processor(tiny("qwen2_vl"))
-    changed.chat_template = template
+    changed.chat_template = "{{ raise_exception('roles must alternate') }}"
     samples = read_samples(write_lines(tmp_path / "data.jsonl", [turns()]))
-    with pytest.raises(DataError, match=finding):
+    with pytest.raises(DataError, match="roles must alternate"):
         only(samples, changed)
 
 

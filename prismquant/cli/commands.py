@@ -78,6 +78,19 @@ Shards = Annotated[
     int | None,
     typer.Option("--tensor-parallel", min=1, help="Devices that will share each layer."),
 ]
+MaxPixels = Annotated[
+    int | None,
+    typer.Option(
+        "--max-pixels", min=1, help="Of a picture or a frame; by default what its processor allows."
+    ),
+]
+MaxFrames = Annotated[
+    int | None, typer.Option("--max-frames", min=1, help="Of a clip; 64 of a file by default.")
+]
+MaxLength = Annotated[
+    int | None,
+    typer.Option("--max-length", min=1, help="Cut samples to so many tokens, and say which."),
+]
 KVCache = Annotated[str | None, typer.Option("--kv-cache", help="fp8, fp8-head, int8 .., or none.")]
 
 
@@ -145,6 +158,9 @@ def quantize(
             help="float32, bfloat16 or mixed (linear layers in bfloat16; default if the CPU can)."
         ),
     ] = None,
+    max_pixels: MaxPixels = None,
+    max_frames: MaxFrames = None,
+    max_length: MaxLength = None,
     threads: Annotated[
         int | None,
         typer.Option(min=1, max=1024, help="Threads to compute with; measured by default."),
@@ -191,6 +207,9 @@ def quantize(
                 resume=resume,
                 trust_remote_code=trust_remote_code,
                 reporter=reporter,
+                max_pixels=max_pixels,
+                max_frames=max_frames,
+                max_length=max_length,
                 memory_budget=memory_budget,
                 ranks=ranks,
                 strict=strict,
@@ -334,6 +353,9 @@ def evaluate(
     generated: Annotated[
         bool, typer.Option("--generated", help="Also decode and compare normalized text.")
     ] = False,
+    max_pixels: MaxPixels = None,
+    max_frames: MaxFrames = None,
+    max_length: MaxLength = None,
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
@@ -348,6 +370,9 @@ def evaluate(
         data,
         reference=reference,
         limit=limit,
+        max_pixels=max_pixels,
+        max_frames=max_frames,
+        max_length=max_length,
         batch_size=batch_size,
         generated=generated,
         trust_remote_code=trust_remote_code,
@@ -361,6 +386,8 @@ def evaluate(
     rows = [reference_variant(reference, measured)] if reference else []
     rows.append(variant(model, measured, size=weight_bytes(Path(model))))
     show(comparison_table(rows), detail_table(measured))
+    for note in result.notes:
+        show(as_text(f"note: {note}", "yellow"), soft_wrap=True)
     if reference is not None:
         lost, won = len(result.right_to_wrong), len(result.wrong_to_right)
         show(as_text(f"answers lost {lost}, won {won}, against {reference}"), soft_wrap=True)

@@ -27,7 +27,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -153,6 +153,7 @@ class Fidelity:
         wrong_to_right: Ids of samples that the model answers and the reference does not. Both go by
             decoded text if there is any, else by tokens.
         outcomes: What the figures derive from, one entry for each sample.
+        notes: What of the data was cut or left out.
     """
 
     overall: Metrics
@@ -161,6 +162,7 @@ class Fidelity:
     right_to_wrong: tuple[str, ...]
     wrong_to_right: tuple[str, ...]
     outcomes: tuple[Outcome, ...]
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
@@ -168,6 +170,7 @@ class Fidelity:
             "right_to_wrong": list(self.right_to_wrong),
             "wrong_to_right": list(self.wrong_to_right),
             "outcomes": [asdict(outcome) for outcome in self.outcomes],
+            "notes": list(self.notes),
         }
 
     @staticmethod
@@ -189,7 +192,7 @@ class Fidelity:
             raise DataError(
                 f"this is no result of an evaluation: {error}", remedy="run `prismquant eval` again"
             ) from error
-        return summarize(outcomes)
+        return replace(summarize(outcomes), notes=tuple(value.get("notes", ())))
 
 
 def evaluate_model(

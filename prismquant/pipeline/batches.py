@@ -1,32 +1,28 @@
 """From samples to batches that a model takes as they are.
 
 :func:`make_batches` renders samples with the processor's own chat template and tells the tokens
-apart: answers, placeholders of pictures and clips, padding. The same input always gives the same
-tensors.
+apart: answers, placeholders of pictures and clips, padding. The same sample always gives the same
+tensors, whatever stands beside it in its batch.
+
+A batch is made when it is asked for and not kept: pixels are larger than all else.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, overload
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from prismquant.errors import DataError
-from prismquant.pipeline.data import Message, Sample, excerpt, located, media_of, text_of
-from prismquant.pipeline.video import (
-    Clip,
-    Sampling,
-    read_frames,
-    read_picture,
-    read_video,
-)
+from prismquant.pipeline.data import Sample, located, media_of, text_of
+from prismquant.pipeline.media import Cost, Limits, media_cost, processor_inputs
+from prismquant.pipeline.pictures import Source, header_size
+from prismquant.pipeline.spans import NoSpan, answer_span, render
 
 
 @dataclass(frozen=True)
@@ -42,6 +38,9 @@ class Batch:
         ids: Id of each row's sample.
         kinds: Kind of each row's sample.
         types: Type of task of each row's sample; empty where its metadata name none.
+        cut: Ids of rows that were cut to the greatest length.
+        unknown: Why a row's answer could not be told apart, by the sample's id.
+        again: Makes the batch once more, where ``inputs`` hold only the shape of its pixels.
     """
 
     inputs: dict[str, Tensor]
@@ -50,6 +49,9 @@ class Batch:
     ids: tuple[str, ...]
     kinds: tuple[str, ...]
     types: tuple[str, ...] = ()
+    cut: tuple[str, ...] = ()
+    unknown: Mapping[str, str] = field(default_factory=dict)
+    again: Callable[[], Batch] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -58,6 +60,31 @@ class Batch:
     def attended(self) -> Tensor:
         """Bool [B, T]: tokens that are not padding."""
         return self.inputs["attention_mask"].bool()
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes of the pixels that the batch holds, or would hold."""
+        return sum(
+            value.numel() * value.element_size()
+            for value in self.inputs.values()
+            if _are_pixels(value)
+        )
+
+    def whole(self) -> Batch:
+        """The batch with its pixels."""
+        return self if self.again is None else self.again()
+
+    def hollow(self, again: Callable[[], Batch]) -> Batch:
+        """The batch with no more than the shape of its pixels.
+
+        Args:
+            again: Makes the batch with its pixels.
+        """
+        inputs = {
+            name: value.new_zeros(1).expand(value.shape) if _are_pixels(value) else value
+            for name, value in self.inputs.items()
+        }
+        return replace(self, inputs=inputs, again=again)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -70,11 +97,104 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class _Rendered:
-    """A sample as the chat template writes it: text, and the characters before its answer."""
+class Batches(Sequence[Batch]):
+    """Batches that are made anew each time that they are asked for.
 
-    text: str
-    answer: int | None
+    Attributes:
+        parts: Samples of each batch.
+        processor: Of the model.
+        vision_ids: Placeholder tokens of pictures and clips.
+        limits: What samples have at most.
+    """
+
+    parts: tuple[tuple[Sample, ...], ...]
+    processor: Any
+    vision_ids: frozenset[int]
+    limits: Limits
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> Batches: ...
+    def __getitem__(self, index: int | slice) -> Batch | Batches:
+        if isinstance(index, slice):
+            return replace(self, parts=self.parts[index])
+        return self._made(self.parts[index])
+
+    def cost(self, index: int) -> Cost:
+        """Memory that making a batch takes, from the headers of its files.
+
+        Raises:
+            DataError: A file cannot be opened, or a size cannot be had.
+        """
+        costs = []
+        for sample in self.parts[index]:
+            with _naming(sample):
+                costs.append(media_cost(sample, self.processor, self.limits))
+        pixels = sum(cost.pixels for cost in costs)
+        joined = 2 * pixels if sum(1 for cost in costs if cost.pixels) > 1 else pixels
+        return Cost(max([joined, *(pixels - cost.pixels + cost.peak for cost in costs)]), pixels)
+
+    def _made(self, samples: Sequence[Sample]) -> Batch:
+        rows = [self._row(sample) for sample in samples]
+        inputs = _joined([row.inputs for row in rows], self._padding)
+        shape = inputs["input_ids"].shape
+        answers = torch.zeros(shape, dtype=torch.bool)
+        for number, row in enumerate(rows):
+            answers[number, slice(*row.answer)] = True
+        wanted = torch.tensor(sorted(self.vision_ids), dtype=inputs["input_ids"].dtype)
+        vision = torch.isin(inputs["input_ids"], wanted)
+        batch = Batch(
+            inputs=inputs,
+            answer_mask=answers,
+            vision_mask=vision & inputs["attention_mask"].bool(),
+            ids=tuple(sample.id for sample in samples),
+            kinds=tuple(sample.kind for sample in samples),
+            types=tuple(sample.type for sample in samples),
+            unknown={
+                s.id: row.unknown for s, row in zip(samples, rows, strict=True) if row.unknown
+            },
+        )
+        return batch if self.limits.max_length is None else _cut(batch, self.limits.max_length)
+
+    def _row(self, sample: Sample) -> _Row:
+        rendered = render(sample, self.processor)
+        inputs = _processed(sample, rendered.text, self.processor, self.limits)
+        answer, unknown = (0, 0), rendered.unknown
+        if rendered.start is not None:
+            try:
+                answer = answer_span(inputs["input_ids"][0].tolist(), rendered, self.processor)
+            except NoSpan as reason:
+                unknown = str(reason)
+        return _Row(inputs, answer, unknown)
+
+    @property
+    def _padding(self) -> int:
+        """Any token can pad, as padding never counts, but a placeholder."""
+        own = getattr(self.processor.tokenizer, "pad_token_id", None)
+        if own is not None:
+            return int(own)
+        return next(
+            index for index in range(len(self.vision_ids) + 1) if index not in self.vision_ids
+        )
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A sample as tensors.
+
+    Attributes:
+        inputs: Keyword arguments of the model, for a batch of one.
+        answer: First token of its answer and the one after its end.
+        unknown: Why that cannot be told.
+    """
+
+    inputs: dict[str, Tensor]
+    answer: tuple[int, int]
+    unknown: str
 
 
 def make_batches(
@@ -83,10 +203,9 @@ def make_batches(
     *,
     batch_size: int,
     vision_token_ids: Collection[int],
-    max_length: int | None = None,
-    sampling: Sampling | None = None,
+    limits: Limits | None = None,
     most_tokens: int | None = None,
-) -> Iterator[Batch]:
+) -> Batches:
     """Render, tokenize and pad samples, a batch at a time. Kinds mix freely within a batch.
 
     Args:
@@ -94,28 +213,28 @@ def make_batches(
         processor: A processor of transformers with a chat template.
         batch_size: Rows of a batch; the last one may have fewer.
         vision_token_ids: Ids of the placeholder tokens of pictures and clips.
-        max_length: Longer rows are cut to this many tokens, but never within a picture or a clip.
-            An answer that was cut is no answer: its mask is empty.
-        sampling: How frames of video files are chosen.
+        limits: What samples have at most. An answer that was cut is no answer: its mask is empty.
         most_tokens: Samples that together have more tokens than this, by a rough estimate, are cut
             into even parts that have not, down to single samples.
 
-    Yields:
-        Batches on the CPU. Pictures and clips are read only when their batch is due.
+    Returns:
+        Batches on the CPU. Pictures and clips are read when their batch is asked for; a file that
+        cannot be read, or a sample that the processor refuses, is a :class:`DataError` by then.
 
     Raises:
-        DataError: A file cannot be read, or the processor refuses a sample.
+        DataError: The batch size leaves nothing.
     """
     if batch_size < 1:
         raise DataError(
             f"a batch of {batch_size} samples is impossible", remedy="a batch size of 1 or more"
         )
-    vision_ids, sampling = frozenset(vision_token_ids), sampling or Sampling()
-    return (
-        _make_batch(part, processor, vision_ids, max_length, sampling)
+    limits = limits or Limits()
+    parts = [
+        tuple(part)
         for start in range(0, len(samples), batch_size)
-        for part in _parts(samples[start : start + batch_size], most_tokens)
-    )
+        for part in _parts(samples[start : start + batch_size], most_tokens, limits)
+    ]
+    return Batches(tuple(parts), processor, frozenset(vision_token_ids), limits)
 
 
 def by_length(samples: Sequence[Sample]) -> list[Sample]:
@@ -129,184 +248,63 @@ def by_length(samples: Sequence[Sample]) -> list[Sample]:
     return sorted(samples, key=_length_estimate)
 
 
-def _parts(samples: Sequence[Sample], most_tokens: int | None) -> Iterator[Sequence[Sample]]:
+def _parts(
+    samples: Sequence[Sample], most_tokens: int | None, limits: Limits
+) -> Iterator[Sequence[Sample]]:
     """Samples of a batch in even parts; how many follows from these samples alone."""
     count = 1
     if most_tokens is not None:
-        tokens = sum(_length_estimate(sample) for sample in samples)
+        tokens = sum(_length_estimate(sample, limits.max_pixels) for sample in samples)
         count = min(max(math.ceil(tokens / most_tokens), 1), len(samples))
     for number in range(count):
         yield samples[len(samples) * number // count : len(samples) * (number + 1) // count]
 
 
-def _make_batch(
-    samples: Sequence[Sample],
-    processor: Any,
-    vision_ids: frozenset[int],
-    max_length: int | None,
-    sampling: Sampling,
-) -> Batch:
-    rendered = [_render(sample, processor) for sample in samples]
-    inputs = _process(samples, [row.text for row in rendered], processor, sampling)
-    ids, attention = inputs["input_ids"], inputs["attention_mask"].bool()
-    wanted = torch.tensor(sorted(vision_ids), dtype=ids.dtype)
-    vision = torch.isin(ids, wanted) & attention
-    answers = torch.zeros_like(vision)
-    for row, (sample, text) in enumerate(zip(samples, rendered, strict=True)):
-        if text.answer is not None:
-            tokens = ids[row, : int(attention[row].sum())].tolist()
-            first, last = _answer_span(tokens, text, processor, sample)
-            answers[row, first:last] = True
-    batch = Batch(
-        inputs=inputs,
-        answer_mask=answers,
-        vision_mask=vision,
-        ids=tuple(sample.id for sample in samples),
-        kinds=tuple(sample.kind for sample in samples),
-        types=tuple(sample.type for sample in samples),
-    )
-    return batch if max_length is None else _cut(batch, max_length)
-
-
-def _render(sample: Sample, processor: Any) -> _Rendered:
-    """The sample's text from the chat template, one placeholder for each picture and clip."""
-    messages = [_for_template(message) for message in sample.messages]
-    text = _template(processor, sample, messages)
-    answer = None
-    if sample.answer is not None:
-        prompt = _template(processor, sample, messages[:-1], add_generation_prompt=True)
-        if not text.startswith(prompt):
-            raise _span_error(sample, "the chat template does not continue its own prompt")
-        answer = len(prompt)
-    counts = Counter(kind for kind, _ in media_of(sample))
-    for kind in ("image", "video"):
-        token = getattr(processor, f"{kind}_token", None)
-        found = text.count(token) if token else 0
-        if found != counts[kind]:
-            raise DataError(
-                f"{counts[kind]} {kind}s, but {found} placeholders {token!r} in the text",
-                where=f"sample {sample.id}",
-                remedy="a text must not hold placeholder tokens itself, and the chat template must "
-                "know items of this type",
-            )
-    return _Rendered(text, answer)
-
-
-def _template(processor: Any, sample: Sample, messages: list[Any], **options: bool) -> str:
+def _processed(sample: Sample, text: str, processor: Any, limits: Limits) -> dict[str, Tensor]:
+    """What the processor makes of a sample, as a batch of one."""
+    with _naming(sample):
+        media = processor_inputs(sample, processor, limits)
     try:
-        text: str = processor.apply_chat_template(messages, tokenize=False, **options)
-    # Templates are programs of their own; many raise errors of jinja2 for what they do not expect.
-    except Exception as error:
-        raise DataError(
-            f"the chat template refuses the conversation: {error}",
-            where=f"sample {sample.id}",
-            remedy="bring the roles into an order that the model knows, or check the chat template",
-        ) from error
-    return text
-
-
-def _for_template(message: Message) -> dict[str, Any]:
-    """A message without its files: templates only look at the types of items."""
-    content = message["content"]
-    if isinstance(content, str):
-        return {"role": message["role"], "content": content}
-    items = [dict(item) if item["type"] == "text" else {"type": item["type"]} for item in content]
-    return {"role": message["role"], "content": items}
-
-
-def _process(
-    samples: Sequence[Sample], texts: list[str], processor: Any, sampling: Sampling
-) -> dict[str, Tensor]:
-    pictures: list[Image.Image] = []
-    clips: list[Clip] = []
-    least = int(getattr(getattr(processor, "video_processor", None), "temporal_patch_size", 1) or 1)
-    for sample in samples:
-        try:
-            for kind, item in media_of(sample):
-                if kind == "image":
-                    pictures.append(read_picture(located(item["image"], sample)))
-                else:
-                    clips.append(_read_clip(item, sample, sampling).lengthened(least))
-        except DataError as error:
-            raise DataError(error.what, where=f"sample {sample.id}", remedy=error.remedy) from error
-    given: dict[str, Any] = {
-        "text": texts,
-        "images": pictures or None,
-        "videos": [clip.frames for clip in clips] or None,
-        "return_tensors": "pt",
-        # Templates write the special tokens themselves.
-        "text_kwargs": {"padding": True, "padding_side": "right", "add_special_tokens": False},
-    }
-    if clips:
-        given["videos_kwargs"] = {
-            "do_sample_frames": False,
-            "video_metadata": [clip.metadata for clip in clips],
-        }
-    try:
-        encoded = processor(**given)
+        encoded = processor(
+            text=[text],
+            return_tensors="pt",
+            # Templates write the special tokens themselves.
+            text_kwargs={"add_special_tokens": False},
+            **media,
+        )
+    except MemoryError:
+        raise
     # A processor is third-party code over user data: sizes, ratios, tokens, anything may displease
     # it.
     except Exception as error:
-        listed = ", ".join(sample.id for sample in samples)
         raise DataError(
-            f"the model's processor refuses the data: {error}",
-            where=f"one of the samples {excerpt(listed)}",
-            remedy="use a batch size of 1 to find the sample",
+            f"the model's processor refuses the data: {error}", where=f"sample {sample.id}"
         ) from error
     return {name: value for name, value in encoded.items() if isinstance(value, Tensor)}
 
 
-def _read_clip(item: Mapping[str, Any], sample: Sample, sampling: Sampling) -> Clip:
-    file, fps = item["video"], item.get("fps", sampling.fps)
-    if isinstance(file, list):
-        return read_frames([located(frame, sample) for frame in file], fps)
-    return read_video(sample.folder / file, replace(sampling, fps=fps))
+def _joined(rows: Sequence[dict[str, Tensor]], padding: int) -> dict[str, Tensor]:
+    """Rows as one batch: what has a value for each token is padded, the rest is put in a row."""
+    if len(rows) == 1:
+        return dict(rows[0])
+    length = max(row["input_ids"].shape[1] for row in rows)
+    joined = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        parts = [row[name] for row in rows if name in row]
+        if all(row[name].shape == row["input_ids"].shape for row in rows if name in row):
+            fill = padding if name == "input_ids" else 0
+            parts = [_padded(part, length, fill) for part in parts]
+        joined[name] = torch.cat(parts)
+    return joined
 
 
-def _answer_span(
-    tokens: list[int], text: _Rendered, processor: Any, sample: Sample
-) -> tuple[int, int]:
-    """First token of the answer and the one after its end-of-turn token.
-
-    The processor widens every placeholder into many tokens, so the texts after the last one are
-    compared: as a placeholder is a special token, their tokens do not depend on what stands
-    before. That the row ends with the text's tokens, and that the prompt's tokens come first among
-    them, is checked and not assumed.
-    """
-    marks = [getattr(processor, f"{kind}_token", None) for kind in ("image", "video")]
-    shown = [mark for mark in marks if mark and mark in text.text]
-    start = max((text.text.rindex(mark) + len(mark) for mark in shown), default=0)
-    tokenizer = processor.tokenizer
-    whole, prompt = (
-        tokenizer(text.text[start:stop], add_special_tokens=False)["input_ids"]
-        for stop in (None, text.answer)
-    )
-    offset = len(tokens) - len(whole)
-    if tokens[offset:] != whole:
-        raise _span_error(
-            sample, "its tokens are not those of the text after its last picture or clip"
-        )
-    if whole[: len(prompt)] != prompt:
-        raise _span_error(sample, "the prompt's tokens are not the first tokens of the whole")
-    special = _special_ids(tokenizer)
-    ends = [index for index in range(len(prompt), len(whole)) if whole[index] in special]
-    if not ends:
-        raise _span_error(sample, "the chat template ends the answer with no special token")
-    return offset + len(prompt), offset + ends[-1] + 1
+def _are_pixels(value: Tensor) -> bool:
+    """Patches of pictures and clips, all that is large; times of frames are numbers in a row."""
+    return value.is_floating_point() and value.dim() > 1
 
 
-def _special_ids(tokenizer: Any) -> set[int]:
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    marked = {int(index) for index, token in added.items() if getattr(token, "special", False)}
-    return marked | set(tokenizer.all_special_ids)
-
-
-def _span_error(sample: Sample, reason: str) -> DataError:
-    return DataError(
-        f"where the answer starts cannot be told: {reason}",
-        where=f"sample {sample.id}",
-        remedy="check the processor's chat template and tokenizer files",
-    )
+def _padded(row: Tensor, length: int, fill: int) -> Tensor:
+    return torch.nn.functional.pad(row, (0, length - row.shape[1]), value=fill)
 
 
 def _cut(batch: Batch, length: int) -> Batch:
@@ -326,34 +324,44 @@ def _cut(batch: Batch, length: int) -> Batch:
         name: value[:, :length] if value.shape[:2] == shape else value
         for name, value in batch.inputs.items()
     }
+    longer = batch.attended[:, length:].any(dim=1).tolist()
     return replace(
         batch,
+        cut=tuple(sample for sample, cut in zip(batch.ids, longer, strict=True) if cut),
         inputs=inputs,
         answer_mask=batch.answer_mask[:, :length] & whole,
         vision_mask=batch.vision_mask[:, :length],
     )
 
 
-def _length_estimate(sample: Sample) -> float:
+def _length_estimate(sample: Sample, max_pixels: int | None = None) -> float:
     """Roughly the tokens of a sample: four characters, or 28 x 28 pixels, each."""
     tokens = sum(len(text_of(message)) for message in sample.messages) / 4
     for kind, item in media_of(sample):
         file = item[kind]
         frames = file if isinstance(file, list) else [file]
-        first = located(frames[0], sample)
-        if isinstance(first, Image.Image):
-            width, height = first.size
-        elif kind == "image" or isinstance(file, list):
-            width, height = _header_size(first)
+        if kind == "image" or isinstance(file, list):
+            pixels = _stored_pixels(located(frames[0], sample))
         else:
-            width, height = 640, 480
-        tokens += width * height / 28**2 * len(frames)
+            pixels = 640 * 480
+        asked = item.get("resized_height", 0) * item.get("resized_width", 0)
+        most = min(item.get("max_pixels", pixels), max_pixels or pixels)
+        tokens += min(asked or pixels, most) / 28**2 * len(frames)
     return tokens
 
 
-def _header_size(path: Path) -> tuple[int, int]:
+def _stored_pixels(source: Source) -> int:
     try:
-        with Image.open(path) as picture:
-            return picture.size
-    except OSError:  # explained when the picture itself is read
-        return 0, 0
+        width, height = header_size(source)
+    except DataError:  # explained when the picture itself is read
+        return 0
+    return width * height
+
+
+@contextlib.contextmanager
+def _naming(sample: Sample) -> Iterator[None]:
+    """Say of what is wrong with a file to which sample it belongs."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(error.what, where=f"sample {sample.id}", remedy=error.remedy) from error

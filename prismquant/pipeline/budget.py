@@ -20,6 +20,7 @@ from prismquant.errors import PlanError
 from prismquant.models.arch import Modality
 from prismquant.models.bind import BoundModel, BoundStep
 from prismquant.pipeline.batches import Batch
+from prismquant.pipeline.media import Cost
 from prismquant.pipeline.plan import Plan, PlanRow, problem_groups
 from prismquant.runtime.mixed import Precision
 
@@ -108,6 +109,7 @@ def forecast(
     resident: int,
     way: Way,
     precision: Precision | None = None,
+    making: Cost | None = None,
 ) -> Forecast:
     """The peak of a run.
 
@@ -118,8 +120,9 @@ def forecast(
         resident: Bytes that the process has before it begins.
         way: How it goes about it.
         precision: In which dtypes blocks are run; by default float32.
+        making: What making the pixels of a batch takes, where they do not stay in memory.
     """
-    outline = _Outline(plan, bound, tokens, way, precision or Precision())
+    outline = _Outline(plan, bound, tokens, way, precision or Precision(), making or Cost())
     peaks = {step.name: outline.step(step) for step in bound.steps}
     peaks["embeddings"] = outline.embeddings()
     where = max(peaks, key=lambda name: peaks[name])
@@ -189,6 +192,7 @@ class _Outline:
     tokens: dict[Modality, Tokens]
     way: Way
     precision: Precision
+    making: Cost
 
     @property
     def itemsize(self) -> int:
@@ -212,8 +216,8 @@ class _Outline:
         if not self.plan.needs_data:
             return max(loaded, weights + solving)
         states, held = self._states(step), self._held(step, rows)
-        call = self._call(step)
-        return states + max(loaded, weights + held + max(solving, call))
+        flowing = max(solving, self._call(step), self._pixels(step, rows))
+        return states + max(loaded, weights + held + flowing)
 
     def embeddings(self) -> int:
         """The rows of the table that are used, as they are on disk and in the arithmetic."""
@@ -234,8 +238,18 @@ class _Outline:
         number = count.largest if self.way.on_disk else count.total
         return number * self._hidden(step) * self.itemsize * self.chains
 
+    def _pixels(self, step: BoundStep, rows: Sequence[PlanRow]) -> int:
+        """Of a batch at the entry step: while they are made, or while they pass it."""
+        if step.kind != "entry":
+            return 0
+        pixels = self.making.pixels
+        cast = pixels * self.itemsize // _FLOAT32 if self.itemsize != _FLOAT32 else 0
+        # Statistics look at one batch while the next one is made.
+        before = pixels if rows else 0
+        return max(self.making.peak + before, pixels + cast + self._call(step))
+
     def _held(self, step: BoundStep, rows: Sequence[PlanRow]) -> int:
-        if not self.way.paused or not any(row.needs_data for row in rows):
+        if step.kind == "entry" or not self.way.paused or not any(row.needs_data for row in rows):
             return 0
         flow = self._flow_itemsize(step)
         widest = max(row.site.in_features * flow[row.site.name] for row in rows)

@@ -50,14 +50,15 @@ class _Pass:
     """What is kept of one call between steps.
 
     Attributes:
-        inputs: Gives the keyword arguments of the model (vision) or of the language model (llm).
+        inputs: Gives the keyword arguments of the model (vision) or of the language model (llm); of
+            pixels they have the shape.
         row_weights: [tokens] float32, 0 for padding; None: every row counts.
         vision: [tokens] bool, rows of images and videos in the language model; None elsewhere.
         latest: Name of the last finished step of the chain.
         hidden: Gives its output.
         entry_shape: Shape of the entry step's output, for a stand-in that costs nothing.
         features: Give the outputs of finished projector steps, by name.
-        forget_pixels: Once the entry step has read them, of pixels only the shape is looked at.
+        pixels: Makes the pixels, by their key, until the entry step has read them.
     """
 
     inputs: Callable[[], dict[str, Any]]
@@ -67,7 +68,11 @@ class _Pass:
     hidden: Callable[[], Any] = lambda: None
     entry_shape: torch.Size = field(default_factory=torch.Size)
     features: dict[str, Callable[[], Any]] = field(default_factory=dict)
-    forget_pixels: Callable[[], None] = lambda: None
+    pixels: Callable[[], dict[str, Tensor]] | None = None
+
+    def whole_inputs(self) -> dict[str, Any]:
+        """The keyword arguments with pixels, as long as these are needed."""
+        return self.inputs() | (self.pixels() if self.pixels else {})
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,8 @@ class Replay:
         model: Parameters may be on the meta device; those of the step that is run, and of the
             modules between the steps, must be real by then.
         bound: Its description.
-        batches: Calibration batches.
+        batches: Calibration batches. Pixels of each are asked for when it passes the entry step,
+            and let go as soon as it has.
         device: Where steps run.
         dtype: Floating-point inputs are cast to it.
         states: Where states wait between steps; on the device by default.
@@ -123,12 +129,13 @@ class Replay:
         self.model = model
         self.bound = bound
         self._states = states or InMemory()
-        self._batches = [
-            {key: _moved(value, device, dtype) for key, value in batch.inputs.items()}
-            for batch in batches
-        ]
+        self._device, self._dtype = device, dtype
+        self._batches = [self._without_pixels(batch) for batch in batches]
         self._vision_tokens = [batch.vision_mask.reshape(-1).to(device) for batch in batches]
-        self._vision = [self._vision_passes(inputs) for inputs in self._batches]
+        self._vision = [
+            self._vision_passes(inputs, batch)
+            for inputs, batch in zip(self._batches, batches, strict=True)
+        ]
         self._llm: list[_Pass] = []
         self._steps = {step.name: step for step in bound.steps}
 
@@ -156,7 +163,7 @@ class Replay:
 
             return stand_in
 
-        self._capture(first.inputs(), {s.name: visit(s) for s in steps})
+        self._capture(first.whole_inputs(), {s.name: visit(s) for s in steps})
         return order
 
     def token_ids(self) -> Tensor:
@@ -204,10 +211,22 @@ class Replay:
             for passes in self._vision:
                 for state in passes:
                     stand_ins = self._vision_stand_ins([state]) | {step.name: _capture_here}
-                    captured = self._capture(state.inputs(), stand_ins)
+                    captured = self._capture(state.whole_inputs(), stand_ins)
                     yield self._step_call(step, state, captured)
+                    # Its pixels must be gone before the next ones are made.
+                    del captured
 
-    def _vision_passes(self, inputs: dict[str, Any]) -> list[_Pass]:
+    def _without_pixels(self, batch: Batch) -> dict[str, Any]:
+        """A batch's inputs on the device; of pixels only the shape, which takes no memory."""
+        pixels = {group[0] for group in self.bound.arch.input_groups}
+        return {
+            key: _moved(value.new_zeros(1), self._device, self._dtype).expand(value.shape)
+            if key in pixels
+            else _moved(value, self._device, self._dtype)
+            for key, value in batch.inputs.items()
+        }
+
+    def _vision_passes(self, inputs: dict[str, Any], batch: Batch) -> list[_Pass]:
         """One pass for each group of vision inputs that the batch has, e.g. images, then videos."""
         groups = self.bound.arch.input_groups
         vision_keys = {key for group in groups for key in group}
@@ -215,11 +234,11 @@ class Replay:
         def of_group(group: Sequence[str]) -> dict[str, Any]:
             return {k: v for k, v in inputs.items() if k not in vision_keys or k in group}
 
-        def forget_pixels(key: str) -> None:
-            inputs[key] = _hollow(inputs[key])
+        def pixels(key: str) -> dict[str, Tensor]:
+            return {key: _moved(batch.whole().inputs[key], self._device, self._dtype)}
 
         return [
-            _Pass(partial(of_group, group), None, forget_pixels=partial(forget_pixels, group[0]))
+            _Pass(partial(of_group, group), None, pixels=partial(pixels, group[0]))
             for group in groups
             if inputs.get(group[0]) is not None
         ]
@@ -248,7 +267,7 @@ class Replay:
                 return
             if step.kind == "entry":
                 state.entry_shape = values.shape
-                state.forget_pixels()
+                state.pixels = None
             if step.modality is Modality.LLM and not state.latest:
                 # From now on only its shape is looked at.
                 inputs = state.inputs()

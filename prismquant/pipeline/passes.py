@@ -97,7 +97,11 @@ class ReplayedPasses:
         for call in self._run.calls():
             with self._run.around():
                 output = self._run.module(*call.args, **call.kwargs)
-            yield call.keep, output
+            keep = call.keep
+            # What it was given, pixels perhaps, must be gone before the next call is made.
+            del call
+            yield keep, output
+            del keep, output
 
     def restart(self) -> None:
         """There is nothing to forget."""

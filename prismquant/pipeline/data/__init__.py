@@ -12,7 +12,6 @@ be left out in silence, and a user should see all the broken rows of a file at o
 from prismquant.pipeline.data.read import read_samples
 from prismquant.pipeline.data.samples import (
     KINDS,
-    EmbeddedPicture,
     Kind,
     Message,
     Sample,
@@ -24,6 +23,7 @@ from prismquant.pipeline.data.samples import (
     require_modalities,
     text_of,
 )
+from prismquant.pipeline.pictures import EmbeddedPicture
 
 __all__ = [
     "KINDS",

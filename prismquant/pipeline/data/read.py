@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from prismquant.errors import DataError
-from prismquant.opening import require_regular
 from prismquant.pipeline.data.dialects import conversation_of
 from prismquant.pipeline.data.findings import Finding, Findings, collect, findings_error
 from prismquant.pipeline.data.items import MEDIA, parse_message
@@ -26,14 +22,20 @@ from prismquant.pipeline.data.samples import (
     media_of,
 )
 from prismquant.pipeline.data.unused import leaves, misspelt, require_nothing_lost
-from prismquant.pipeline.video import probe_video, read_picture
+from prismquant.pipeline.pictures import check_picture
+from prismquant.pipeline.video import probe_video
 
 # Read by nobody: what a sample shows says what kind it is.
 _OWN_KEYS = ("id", "kind")
 
 
 def read_samples(
-    source: str | Path, *, limit: int | None = None, seed: int = 0, require_answers: bool = False
+    source: str | Path,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    require_answers: bool = False,
+    most_bytes: int | None = None,
 ) -> tuple[Sample, ...]:
     """Read samples and check them completely.
 
@@ -46,6 +48,7 @@ def read_samples(
             ``seed`` and the ids alone, in the order of the source.
         seed: Chooses among the possible subsets.
         require_answers: Every sample must end with an assistant message that says something.
+        most_bytes: Memory that reading a picture may take, which is known before any is decoded.
 
     Raises:
         DataError: The source is missing, empty or broken; names up to ten findings, each with its
@@ -74,7 +77,7 @@ def read_samples(
         )
     keep = {sample.id for sample in balanced_subset([sample for _, sample in found], limit, seed)}
     chosen = [(where, sample) for where, sample in found if sample.id in keep]
-    findings += _check(chosen, require_answers)
+    findings += _check(chosen, require_answers, most_bytes)
     if findings:
         raise findings_error(name, findings)
     return tuple(sample for _, sample in chosen)
@@ -146,7 +149,9 @@ def _duplicate_ids(found: Sequence[tuple[str, Sample]]) -> list[Finding]:
     return findings
 
 
-def _check(chosen: Sequence[tuple[str, Sample]], require_answers: bool) -> list[Finding]:
+def _check(
+    chosen: Sequence[tuple[str, Sample]], require_answers: bool, most_bytes: int | None
+) -> list[Finding]:
     """Findings about answers and files; a file that many samples share is read once."""
     findings: list[Finding] = []
     seen: dict[Path, tuple[int, int]] = {}
@@ -158,7 +163,7 @@ def _check(chosen: Sequence[tuple[str, Sample]], require_answers: bool) -> list[
             files = item[kind] if isinstance(item[kind], list) else [item[kind]]
             is_clip_file = kind == "video" and not isinstance(item[kind], list)
             try:
-                sizes = {_size(file, sample, is_clip_file, seen) for file in files}
+                sizes = {_size(file, sample, is_clip_file, seen, most_bytes) for file in files}
             except DataError as error:
                 remedy = f" ({error.remedy})" if error.remedy else ""
                 findings.append(Finding(where, f"{error.what}{remedy}"))
@@ -172,24 +177,18 @@ def _check(chosen: Sequence[tuple[str, Sample]], require_answers: bool) -> list[
 
 
 def _size(
-    file: Any, sample: Sample, is_clip_file: bool, seen: dict[Path, tuple[int, int]]
+    file: Any,
+    sample: Sample,
+    is_clip_file: bool,
+    seen: dict[Path, tuple[int, int]],
+    most_bytes: int | None,
 ) -> tuple[int, int]:
-    """Width and height of a picture, read to its last byte: a header does not show a cut."""
+    """Width and height of a picture that is whole; a clip is only opened."""
     place = located(file, sample)
-    if isinstance(place, Image.Image):
-        return read_picture(place).size
+    if not isinstance(place, Path):
+        return check_picture(place, most_bytes)
     if place not in seen:
-        _require_regular(place)
         if is_clip_file:
             probe_video(place)
-        seen[place] = (0, 0) if is_clip_file else read_picture(place).size
+        seen[place] = (0, 0) if is_clip_file else check_picture(place, most_bytes)
     return seen[place]
-
-
-def _require_regular(path: Path) -> None:
-    try:
-        require_regular(os.stat(path), path)
-    except (FileNotFoundError, NotADirectoryError):
-        return  # who reads it says so
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error

@@ -6,8 +6,8 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from io import BufferedReader, BytesIO
+from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -15,6 +15,7 @@ from PIL import Image
 
 from prismquant.errors import DataError
 from prismquant.opening import open_regular
+from prismquant.pipeline.pictures import EmbeddedPicture, Source
 
 Kind = Literal["text", "image", "video"]
 Message = Mapping[str, Any]
@@ -22,36 +23,6 @@ Message = Mapping[str, Any]
 KINDS: tuple[Kind, ...] = ("text", "image", "video")
 _EXCERPT = 60
 _TYPE_KEYS = ("type", "topic")
-# What models are fed. Pillow knows more formats, and hands some of them to other programs.
-_PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-
-
-@dataclass(frozen=True)
-class EmbeddedPicture:
-    """A picture that a dataset holds as the bytes of its file.
-
-    Attributes:
-        data: The file.
-        name: Its name in the dataset, if that tells one.
-    """
-
-    data: bytes = field(repr=False)
-    name: str = ""
-
-    def open(self) -> Image.Image:
-        """The picture, whose pixels are read when they are asked for.
-
-        Raises:
-            DataError: The bytes are not a picture.
-        """
-        try:
-            return Image.open(BytesIO(self.data), formats=_PICTURE_FORMATS)
-        # As from files, broken pictures make PIL raise nearly anything.
-        except Exception as error:
-            reason = str(error) or type(error).__name__
-            raise DataError(
-                f"picture {self.name or 'in the row'} cannot be read: {reason}"
-            ) from error
 
 
 @dataclass(frozen=True)
@@ -194,15 +165,9 @@ def media_of(sample: Sample) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 yield item["type"], item
 
 
-def located(file: str | Image.Image | EmbeddedPicture, sample: Sample) -> Path | Image.Image:
-    """A path from the sample's folder; pictures in memory as PIL has them.
-
-    Raises:
-        DataError: An embedded picture is none.
-    """
-    if isinstance(file, EmbeddedPicture):
-        return file.open()
-    return file if isinstance(file, Image.Image) else sample.folder / file
+def located(file: str | Image.Image | EmbeddedPicture, sample: Sample) -> Source:
+    """A path from the sample's folder; pictures in memory as they are."""
+    return sample.folder / file if isinstance(file, str) else file
 
 
 def excerpt(text: str) -> str:

@@ -25,7 +25,8 @@ from prismquant.pipeline.data.dialects import (
 from prismquant.pipeline.data.findings import Findings
 from prismquant.pipeline.data.items import MEDIA, NO_EARS, ROLES, is_nothing, local_path
 from prismquant.pipeline.data.places import CLIPS, PICTURES
-from prismquant.pipeline.data.samples import EmbeddedPicture, Message, excerpt, items_of, text_of
+from prismquant.pipeline.data.samples import Message, excerpt, items_of, text_of
+from prismquant.pipeline.pictures import EmbeddedPicture
 
 _DEEPEST = 32
 _SOUNDS = frozenset((".wav", ".mp3", ".flac", ".ogg", ".m4a", ".aac", ".opus"))
@@ -35,7 +36,7 @@ _SOURCE = r"(?:path|file|url|uri|bytes|data|base64|b64)s?"
 _MEANINGS = {
     "tensors": re.compile(r"pixel_values\w*|input_features|(?:image|video)_embeds\w*"),
     "part": re.compile(_SOURCE),
-    # Any word names a file: image, images, image_path, video_url_2 ..
+    # Any text names a file: image, images, image_path, video_url_2 ..
     "media": re.compile(rf"{_WORD}(?:_{_SOURCE})?(?:_?\d+)?"),
     # The name of a picture, a clip or a sound does: second_image, frames, jpg ..
     "other media": re.compile(
@@ -137,12 +138,12 @@ def _names_media(path: Sequence[str], value: str, shows: bool) -> bool:
     # What {"path": ..} and the like stand for is said by the key before.
     meanings = [_meaning(key) for key in path]
     named = next((meaning for meaning in reversed(meanings) if meaning != "part"), "file")
+    if named == "media":
+        return value != ""
     # Beside what is shown, a file's name is a note.
-    is_note = shows or meanings[-1] not in ("file", "part")
-    if is_note and not {"media", "other media"} & set(meanings):
+    is_file = not shows and meanings[-1] in ("file", "part")
+    if not is_file and not {"media", "other media"} & set(meanings):
         return False
-    if named == "media" and value.split() == [value]:  # one word is no description
-        return True
     return PurePath(value).suffix.lower() in _FILES or value.startswith("data:")
 
 
@@ -207,6 +208,8 @@ def _unread(
                 yield f"{key!r} is not used beside {conversation.head!r}: make it the last message"
     if not is_nothing(row.get("objects")) and re.search("<bbox>|<ref-object>", text):
         yield "'objects' are not put in the places of <bbox> and <ref-object>: write them out"
+    if named := re.search(r"<img>[^<]+</img>", text):
+        yield f"a picture is named within the text: {excerpt(repr(named[0]))}; list it in 'images'"
 
 
 def _is_said(value: Any, text: str, names: Sequence[str]) -> bool:
