@@ -33,8 +33,8 @@ from prismquant.demo.scenes import write_dataset
 from prismquant.evaluate.fidelity import evaluate_model
 from prismquant.export.load import load_model
 from prismquant.models.bind import bind
-from prismquant.models.load import load_processor
 from prismquant.models.outliers import add_outliers
+from prismquant.models.processor import load_processor
 from prismquant.pipeline.batches import Batch, make_batches
 from prismquant.pipeline.data import read_samples
 from prismquant.recipe.schema import Recipe, parse_recipe

@@ -48,7 +48,7 @@ from prismquant.memory import (
 from prismquant.models.arch import Modality
 from prismquant.models.bind import BoundModel, bind
 from prismquant.models.config import config_value, identify, native_config
-from prismquant.models.load import load_processor
+from prismquant.models.processor import load_processor
 from prismquant.modes import default_modes
 from prismquant.pipeline.batches import Batch, Batches, by_length, make_batches
 from prismquant.pipeline.budget import WAYS, Forecast, choose_way, count_tokens, forecast

@@ -140,6 +140,8 @@ def test_an_unknown_key_is_named_with_its_path_and_a_suggestion(broken):
         ('entry = "model.visual.patch_embed"\n', "", "come together"),
         ('blocks = "model.visual.blocks"\n', "", "either blocks or modules"),
         ('"visual" = "model.visual"', '"visual" = "model.language_model"', "two disk prefixes"),
+        ('"visual" = "model.visual"', '"visual" = "model.sight"', "two layouts read one disk"),
+        ('depth = "vision_config.depth"\n', "", "blocks and depth come together"),
         ('title = "Qwen2-VL"', "title = ", "not a TOML file"),
         ('title = "Qwen2-VL"', 'title = "Qwen2-VL"\nextends = "nothing"', "nothing.toml"),
         ('title = "Qwen2-VL"', 'title = "Qwen2-VL"\nleft_alone = 3', "must be a table"),
@@ -227,3 +229,32 @@ def test_the_layout_follows_from_the_names():
     assert choose_layout(layouts, new, modules).layout == "native"
     assert choose_layout(layouts, [], modules).layout == "old"
     assert choose_layout([Layout("only")], old, modules).to_disk("x.y") == "x.y"
+
+
+_MODULES = ["model.visual.merger", "model.language_model.norm", "model.language_model.layers.0.mlp"]
+_PREFIXES = {
+    "model.visual": ["visual", "model.visual"],
+    "model.language_model": ["model", "model.language_model", "language_model"],
+}
+
+
+@given(data=st.data())
+def test_a_mixture_of_layouts_translates_there_and_back(data):
+    """Each tensor may have the prefix of another layout, whatever its neighbours have."""
+    modules = ["lm_head", *_MODULES, *(f"{name}.deep.er" for name in _MODULES)]
+    disk = {}
+    for name in [f"{module}.{leaf}" for module in modules for leaf in ("weight", "bias")]:
+        part = next((part for part in _PREFIXES if name.startswith(part)), "lm_head")
+        prefix = data.draw(st.sampled_from(_PREFIXES.get(part, [part])))
+        disk[name] = prefix + name.removeprefix(part)
+    names = choose_layout(known_archs()["qwen2_vl"].layouts, disk.values(), {*modules})
+    assert {name: names.to_disk(name) for name in disk} == disk
+    assert {names.to_module(name) for name in disk.values()} == disk.keys()
+    for module in modules:
+        assert names.to_disk(f"{module}.weight") == f"{names.to_disk(module)}.weight"
+
+
+def test_a_tensor_with_two_names_is_refused():
+    names = ["visual.merger.weight", "model.visual.merger.weight"]
+    with pytest.raises(ModelError, match=r"are one tensor of the model, 'model.visual.merger.we"):
+        choose_layout(known_archs()["qwen2_vl"].layouts, names, {"model.visual.merger"})

@@ -142,7 +142,7 @@ def test_a_model_of_pickles_is_not_read(model: Path, tmp_path: Path, out: Path) 
 def test_a_model_that_is_quantized_already(model: Path, tmp_path: Path, out: Path) -> None:
     recipe = pq.load_recipe("w8a8").with_rules({"solver": "rtn"})
     pq.quantize(model, recipe, tmp_path / "once")
-    words = "the checkpoint is quantized already", "use an unmodified, complete, unquantized"
+    words = "the checkpoint is quantized already", "use the unquantized checkpoint"
     refused(ModelError, *words, model=tmp_path / "once", recipe=recipe, out=out)
 
 

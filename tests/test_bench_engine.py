@@ -25,7 +25,8 @@ from bench.engine.phases import OTHER, PHASES, Clock, located, timed
 from bench.engine.process import measure, thread_environment
 from prismquant.api import inspect
 from prismquant.models.bind import bind
-from prismquant.models.load import load_float, load_processor
+from prismquant.models.load import load_float
+from prismquant.models.processor import load_processor
 from prismquant.pipeline.batches import make_batches
 from prismquant.pipeline.data import read_samples
 from prismquant.storage import write_json

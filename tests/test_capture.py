@@ -10,7 +10,8 @@ from torch import nn
 
 from prismquant.models.arch import Modality
 from prismquant.models.bind import BoundStep, bind
-from prismquant.models.load import load_float, load_processor
+from prismquant.models.load import load_float
+from prismquant.models.processor import load_processor
 from prismquant.pipeline.batches import Batch, make_batches
 from prismquant.pipeline.capture import Replay
 from prismquant.pipeline.data import read_samples

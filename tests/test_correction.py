@@ -15,7 +15,8 @@ from prismquant.algorithms.correction import Correction, DriftRecord
 from prismquant.errors import DataError, NumericsError, RecipeError
 from prismquant.export.load import load_model
 from prismquant.models.bind import bind
-from prismquant.models.load import load_float, load_processor
+from prismquant.models.load import load_float
+from prismquant.models.processor import load_processor
 from prismquant.pipeline.batches import make_batches
 from prismquant.pipeline.data import read_samples
 

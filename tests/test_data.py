@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from prismquant.errors import DataError
-from prismquant.models.load import load_float, load_processor
+from prismquant.models.load import load_float
+from prismquant.models.processor import load_processor
 from prismquant.pipeline.batches import Batch, by_length, make_batches
 from prismquant.pipeline.data import (
     Sample,

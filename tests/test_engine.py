@@ -15,7 +15,8 @@ from prismquant.algorithms.rtn import RTN
 from prismquant.algorithms.table import build_solver
 from prismquant.export.load import load_model
 from prismquant.models.bind import bind
-from prismquant.models.load import load_float, load_processor
+from prismquant.models.load import load_float
+from prismquant.models.processor import load_processor
 from prismquant.numerics.ranges import RangeRule
 from prismquant.pipeline.batches import make_batches
 from prismquant.pipeline.data import read_samples

@@ -15,7 +15,8 @@ from prismquant.export.compressed_tensors import read_schemes
 from prismquant.export.load import load_model
 from prismquant.models.bind import bind
 from prismquant.models.config import import_transformers
-from prismquant.models.load import load_float, load_processor
+from prismquant.models.load import load_float
+from prismquant.models.processor import load_processor
 from prismquant.pipeline.batches import make_batches
 from prismquant.pipeline.data import read_samples
 from prismquant.recipe.presets import PRESETS

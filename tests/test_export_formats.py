@@ -26,7 +26,8 @@ from prismquant.export.stored import open_checkpoint
 from prismquant.export.table import EXPORTERS
 from prismquant.formats.packed import QuantizedTensor
 from prismquant.formats.spec import spec
-from prismquant.models.load import load_float, load_processor
+from prismquant.models.load import load_float
+from prismquant.models.processor import load_processor
 from prismquant.pipeline.batches import make_batches
 from prismquant.pipeline.data import read_samples
 from prismquant.storage import ShardReader, read_json, write_json, write_tensors

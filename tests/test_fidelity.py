@@ -26,7 +26,8 @@ from prismquant.evaluate.fidelity import (
     prompt_inputs,
     summarize,
 )
-from prismquant.models.load import load_float, load_processor
+from prismquant.models.load import load_float
+from prismquant.models.processor import load_processor
 from prismquant.pipeline.batches import Batch, make_batches
 from prismquant.pipeline.data import read_samples
 

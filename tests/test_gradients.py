@@ -15,8 +15,9 @@ from prismquant.errors import DataError, NumericsError, PrismQuantError
 from prismquant.export.load import load_model
 from prismquant.models.arch import Modality
 from prismquant.models.bind import bind
-from prismquant.models.config import empty_model
-from prismquant.models.load import load_float, load_processor, materialize
+from prismquant.models.empty import empty_model
+from prismquant.models.load import load_float, materialize
+from prismquant.models.processor import load_processor
 from prismquant.pipeline import gradients
 from prismquant.pipeline.batches import make_batches
 from prismquant.pipeline.chain import source_reader

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from typing import TYPE_CHECKING
 
@@ -10,10 +9,12 @@ import pytest
 import tiny_vlm
 import torch
 
-from prismquant.errors import DataError, ModelError, StorageError
+from prismquant.errors import ModelError, StorageError
 from prismquant.models.bind import bind
-from prismquant.models.config import empty_model, import_transformers
-from prismquant.models.load import load_float, load_processor, materialize, release
+from prismquant.models.config import import_transformers
+from prismquant.models.empty import empty_model
+from prismquant.models.load import load_float, materialize, release
+from prismquant.models.processor import load_processor
 from prismquant.storage import ShardReader
 
 if TYPE_CHECKING:
@@ -206,69 +207,3 @@ def test_tensors_of_another_model_are_refused(tiny: Callable[..., Path]):
     path = "model.language_model.layers.2"
     with pytest.raises(StorageError, match=r"layers.2.* is missing"):
         materialize(model, path, ShardReader(bound.folder), bound.names, "cpu")
-
-
-# ---------------------------------------------------------------------------------------- processor
-
-
-def test_the_processor_writes_placeholders_for_every_feature(
-    tiny_folder: Path, calibration_file: Path, family: str
-):
-    """As many placeholder tokens as the vision tower yields, for pictures and for clips."""
-    processor = load_processor(tiny_folder)
-    image_id, video_id = bind(tiny_folder).vision_token_ids
-    for sample in tiny_vlm.encode(processor, calibration_file):
-        ids = sample["input_ids"]
-        for kind, token in (("image", image_id), ("video", video_id)):
-            grid = sample.get(f"{kind}_grid_thw", torch.zeros(0, 3, dtype=torch.long))
-            merge = 1 if (family, kind) == ("video_llama_3", "image") else 2
-            count = int(grid.prod(-1).sum()) // merge**2
-            if family == "video_llama_3" and kind == "video" and count:
-                count = int(sample["video_compression_mask"].sum())
-            assert int((ids == token).sum()) == count
-
-
-def test_a_native_processor_is_built_for_the_remote_layout(
-    tiny: Callable[..., Path], calibration_file: Path
-):
-    native = tiny_vlm.encode(load_processor(tiny("video_llama_3")), calibration_file)
-    remote = tiny_vlm.encode(
-        load_processor(tiny("video_llama_3", layout="remote")), calibration_file
-    )
-    for a, b in zip(native, remote, strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            assert torch.equal(a[name], b[name]), name
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (("tokenizer.json",), "neither tokenizer.json nor vocab.json"),
-        (("processor_config.json",), "neither processor_config.json nor preprocessor_config.json"),
-    ],
-)
-def test_missing_processor_files_are_named(
-    tiny: Callable[..., Path], tmp_path: Path, names: tuple[str, ...], message: str
-):
-    folder = shutil.copytree(tiny("qwen2_vl"), tmp_path / "copy")
-    for name in names:
-        (folder / name).unlink()
-    with pytest.raises(DataError, match=message):
-        load_processor(folder)
-
-
-def test_a_broken_processor_file_is_a_data_error(tiny: Callable[..., Path], tmp_path: Path):
-    folder = shutil.copytree(tiny("qwen2_vl"), tmp_path / "copy")
-    (folder / "processor_config.json").write_text("{")
-    with pytest.raises(DataError, match="processor cannot be loaded"):
-        load_processor(folder)
-
-
-def test_a_missing_torchvision_is_named(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "torchvision" else find(name)
-    )
-    with pytest.raises(DataError, match="torchvision, which is not installed"):
-        load_processor(tiny("qwen2_vl"))

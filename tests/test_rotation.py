@@ -17,8 +17,9 @@ from prismquant.errors import ModelError, RecipeError
 from prismquant.models import rotation as rotation_module
 from prismquant.models.arch import EdgeKind, Modality
 from prismquant.models.bind import BoundModel, bind
-from prismquant.models.config import empty_model
-from prismquant.models.load import load_processor, materialize
+from prismquant.models.empty import empty_model
+from prismquant.models.load import materialize
+from prismquant.models.processor import load_processor
 from prismquant.models.rotation import (
     OnlineRotation,
     RotatedReader,

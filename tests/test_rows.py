@@ -130,13 +130,14 @@ def test_notes_are_kept_as_metadata() -> None:
     notes = {"source": "coco/1.jpg", "split": "train", "image_id": 7, "question_id": "9", "n": None}
     sample = parsed(chat("<image>what ?", images=["a.png"], id=3, kind="x", type="ocr", **notes))
     assert (sample.id, sample.type, sample.meta) == ("3", "ocr", {"type": "ocr", **notes})
+    assert parsed(chat(meta={"picture": "a red square"})).kind == "text"
     assert parsed(chat(type=["a", "b"], topic="sum")).type == "sum"
 
 
 def test_markers_in_answers_and_plain_texts_are_words(tmp_path: Path) -> None:
-    row = chat("how does HTML show a clip ?", "with <video> and </video>")
-    assert parsed(row).answer == "with <video> and </video>"
-    (tmp_path / "a.txt").write_text("the tag <image> is no tag\n\n<audio> is one")
+    row = chat("how does HTML show a clip ?", "with <video>, not with <img>a clip</img>")
+    assert parsed(row).answer == "with <video>, not with <img>a clip</img>"
+    (tmp_path / "a.txt").write_text("the tag <image> is no tag\n\n<img>x</img> <audio>")
     assert [sample.kind for sample in read_samples(tmp_path / "a.txt")] == ["text", "text"]
 
 
@@ -179,7 +180,7 @@ def test_markers_in_answers_and_plain_texts_are_words(tmp_path: Path) -> None:
         (chat(meta={"raw": [{"images": [{"path": "b.png"}]}]}), "'meta.raw.images.path' names a"),
         (chat(extra={"jpg": b"abc"}), "'extra.jpg' names a picture"),
         (chat(pixel_values=[[0.5, 1.0]]), "'pixel_values' names a picture"),
-        (chat("Picture 1: <img>a.png</img> what ?"), "a picture is named within the text"),
+        (chat("<img>a.png</img> what ?"), "named within a text, by <img>a.png</img>"),
         # Other keys
         ({"mesages": []}, "only 'mesages': did you mean 'messages'?"),
         ({"messages": None}, "no conversation: none of"),

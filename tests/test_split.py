@@ -16,7 +16,8 @@ from prismquant.algorithms.split import Split, outlying_columns
 from prismquant.errors import RecipeError
 from prismquant.export.load import load_model
 from prismquant.models.bind import bind
-from prismquant.models.load import load_float, load_processor
+from prismquant.models.load import load_float
+from prismquant.models.processor import load_processor
 from prismquant.numerics.hadamard import block_hadamard
 from prismquant.pipeline.batches import make_batches
 from prismquant.pipeline.data import read_samples

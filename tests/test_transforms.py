@@ -18,8 +18,10 @@ from prismquant.algorithms.table import build_solver
 from prismquant.errors import DataError
 from prismquant.export.load import load_model
 from prismquant.models.bind import bind
-from prismquant.models.config import empty_model, import_transformers
-from prismquant.models.load import load_float, load_processor, materialize
+from prismquant.models.config import import_transformers
+from prismquant.models.empty import empty_model
+from prismquant.models.load import load_float, materialize
+from prismquant.models.processor import load_processor
 from prismquant.pipeline import group
 from prismquant.pipeline.batches import Batch, make_batches
 from prismquant.pipeline.chain import source_reader

@@ -12,7 +12,8 @@ import torch
 import prismquant as pq
 from prismquant.export.load import load_model
 from prismquant.models.bind import bind
-from prismquant.models.load import load_float, load_processor
+from prismquant.models.load import load_float
+from prismquant.models.processor import load_processor
 from prismquant.pipeline.batches import Batch, make_batches
 from prismquant.pipeline.data import read_samples
 from prismquant.storage import ShardReader

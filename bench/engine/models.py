@@ -26,7 +26,8 @@ from prismquant.demo.run import CHECKPOINT
 from prismquant.demo.scenes import write_dataset
 from prismquant.headers import read_header
 from prismquant.models.arch import known_archs
-from prismquant.models.config import empty_model, import_transformers
+from prismquant.models.config import import_transformers
+from prismquant.models.empty import empty_model
 from prismquant.models.names import NameMap
 from prismquant.storage import INDEX_NAME, write_json, write_tensors
 

@@ -33,7 +33,7 @@ PHASES: tuple[tuple[str, str, str], ...] = (
     ("data", "prismquant.pipeline.batches", "Batches._made"),
     ("load", "prismquant.models.load", "materialize"),
     ("load", "prismquant.models.load", "release"),
-    ("load", "prismquant.models.config", "empty_model"),
+    ("load", "prismquant.models.empty", "empty_model"),
     ("load", "prismquant.storage", "ShardReader.read"),
     (_REPLAY, "prismquant.pipeline.capture", "Replay._capture"),
     ("round inputs", "prismquant.runtime.quant_linear", "ActivationQuantizer.forward"),

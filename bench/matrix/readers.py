@@ -19,7 +19,8 @@ from prismquant.algorithms.rtn import RTN
 from prismquant.export.load import load_model
 from prismquant.models.bind import BoundModel, bind
 from prismquant.models.config import import_transformers
-from prismquant.models.load import load_float, load_processor
+from prismquant.models.load import load_float
+from prismquant.models.processor import load_processor
 from prismquant.pipeline.batches import Batch, make_batches
 from prismquant.pipeline.data import read_samples
 from prismquant.pipeline.kv import KVScales, quantize_cache

@@ -7,7 +7,7 @@ from typing import Any
 
 from prismquant.errors import ModelError
 from prismquant.models.config import config_value, identify, native_config
-from prismquant.models.load import load_processor
+from prismquant.models.processor import load_processor
 
 _TOKENIZERS = ("tokenizer.json", "vocab.json")
 _REMEDY = "compare with the model that was quantized"

@@ -102,7 +102,7 @@ class CheckpointWriter:
         for name in self._names_of(step):
             layer = solved.pop(name, None)
             if layer is not None:
-                tensors |= _layer_tensors(layer, self.bound.dtype)
+                tensors |= _layer_tensors(layer)
             elif name not in tensors:
                 tensors[name] = self._reader.read(name)
         if solved:
@@ -139,7 +139,10 @@ class CheckpointWriter:
         for source in files_to_copy(self.bound.folder):
             copy_file(source, self.folder / source.relative_to(self.bound.folder))
         config = dict(read_json(self.bound.folder / "config.json"))
-        if untied(self.bound, self.plan.rotations):
+        # What was quantized already was refused: such a section is one that was left behind.
+        config.pop(CONFIG_KEY, None)
+        tied = self.bound.tied and not untied(self.bound, self.plan.rotations)
+        if self.bound.config.tie_word_embeddings and not tied:
             config = _untied_config(config)
         if groups := quantization_config(self.plan, self.bound):
             config |= {CONFIG_KEY: groups}
@@ -171,7 +174,7 @@ class CheckpointWriter:
         for row in self.plan.rows:
             if row.site.step == step.index and row.online is not None:
                 prefix, block = row.site.disk_name, row.online.block
-                matrix = hadamard_matrix(block).to(self.bound.dtype)
+                matrix = hadamard_matrix(block).to(row.site.dtype)
                 tensors[f"{prefix}.{_transform_name(block)}_input.weight"] = matrix
                 if row.online.signs is not None:
                     tensors[f"{prefix}.{SIGNS}"] = row.online.signs
@@ -427,9 +430,9 @@ def _linears(bound: BoundModel) -> list[str]:
     return [*sites, *(name for name, _ in bound.left_alone)]
 
 
-def _layer_tensors(layer: SolvedLayer, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A layer's tensors on disk; what is not in codes in ``dtype``."""
-    prefix, row = layer.row.site.disk_name, layer.row
+def _layer_tensors(layer: SolvedLayer) -> dict[str, Tensor]:
+    """A layer's tensors on disk; what is not in codes in the dtype of its weight."""
+    prefix, dtype, row = layer.row.site.disk_name, layer.row.site.dtype, layer.row
     if not isinstance(layer.weight, QuantizedTensor):
         raise StorageError("the layer's codes are not at hand", where=row.site.name)
     if row.layout == DENSE:

@@ -10,7 +10,8 @@ from torch import nn
 from prismquant.export.compressed_tensors import CONFIG_KEY
 from prismquant.export.kv_cache import quantize_kv_cache, read_kv_cache_scheme
 from prismquant.export.stored import StoredCheckpoint, StoredLayer, open_checkpoint
-from prismquant.models.config import empty_model, native_config
+from prismquant.models.config import native_config
+from prismquant.models.empty import empty_model
 from prismquant.models.load import materialize
 from prismquant.pipeline.group import parameters
 from prismquant.runtime.quant_linear import quantize_inputs, quantize_outputs, rotate_inputs

@@ -28,7 +28,8 @@ from prismquant.export.compressed_tensors import (
 from prismquant.formats.packed import QuantizedTensor
 from prismquant.formats.spec import NumberSpec
 from prismquant.models.arch import ArchSpec
-from prismquant.models.config import empty_model, identify, native_config
+from prismquant.models.config import identify, native_config
+from prismquant.models.empty import empty_model
 from prismquant.models.names import NameMap, choose_layout
 from prismquant.numerics.hadamard import block_hadamard
 from prismquant.pipeline.group import StaticScale

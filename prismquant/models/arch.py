@@ -118,6 +118,7 @@ class Tower:
         entry_sites: Sites of the entry, relative to it.
         sites: Sites of every block or module, relative to it.
         edges: Edges of every block or module, relative to it.
+        depth: Config key of the number of blocks.
         heads: Config key of the number of attention heads, e.g.
             ``text_config.num_attention_heads``.
         kv_heads: Config key of the number of key and value heads; ``heads`` when absent.
@@ -131,6 +132,7 @@ class Tower:
     entry_sites: tuple[Site, ...] = ()
     sites: tuple[Site, ...] = ()
     edges: tuple[Edge, ...] = ()
+    depth: str | None = None
     heads: str | None = None
     kv_heads: str | None = None
 
@@ -480,12 +482,15 @@ def _tower(table: _Table) -> Tower:
         entry_sites=tuple(_site(item) for item in table.tables("entry_sites")),
         sites=tuple(_site(item) for item in table.tables("sites")),
         edges=tuple(_edge(item) for item in table.tables("edges")),
+        depth=table.maybe_text("depth"),
         heads=table.maybe_text("heads"),
         kv_heads=table.maybe_text("kv_heads"),
     )
     table.finish()
     if (tower.blocks is None) == (not tower.modules):
         raise table.wrong("a tower has either blocks or modules")
+    if (tower.blocks is None) != (tower.depth is None):
+        raise table.wrong("blocks and depth come together")
     if (tower.entry is None) != (not tower.entry_sites):
         raise table.wrong("entry and entry_sites come together")
     return tower
@@ -603,6 +608,9 @@ def _check(arch: ArchSpec, file: str) -> None:
     """Refuse contradictions that the types cannot show."""
     if not arch.towers or not arch.layouts:
         raise ModelError("an architecture needs towers and layouts", where=file)
+    pairs = {pair for layout in arch.layouts for pair in layout.rewrites}
+    if len({disk for disk, _ in pairs}) != len(pairs):
+        raise ModelError("two layouts read one disk prefix as different modules", where=file)
     for tower in arch.towers:
         paths = [site.path for site in tower.sites]
         if len(set(paths)) != len(paths):

@@ -8,6 +8,7 @@ All findings go into one error. It takes seconds for a model of any size and rea
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import re
 from collections import Counter
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from prismquant.errors import ModelError, suggest
+from prismquant.errors import ModelError, grouped, suggest
 from prismquant.headers import TensorInfo
 from prismquant.models.arch import (
     ArchSpec,
@@ -32,14 +33,15 @@ from prismquant.models.arch import (
 )
 from prismquant.models.config import (
     config_value,
-    empty_model,
     header_infos,
     identify,
-    index_names,
+    is_ignored,
     native_config,
     read_config,
 )
+from prismquant.models.empty import empty_model
 from prismquant.models.names import NameMap, choose_layout
+from prismquant.storage import read_index
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -55,6 +57,9 @@ __all__ = [
 
 # An error must fit a screen; the count of the rest is printed.
 _MAX_FINDINGS = 30
+
+# Their sections may also say how inputs or the key-value cache are quantized.
+_SAY_MORE_THAN_WEIGHTS = ("compressed-tensors", "modelopt")
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -76,6 +81,7 @@ class BoundSite:
         out_features, in_features: Shape of its weight as a matrix.
         weight_shape: Shape of its weight; five-dimensional for a 3-D convolution.
         has_bias: Whether it has a bias.
+        dtype: Of its weight on disk; without shards, the config's.
         tied: Whether its weight is the token embedding.
     """
 
@@ -92,6 +98,7 @@ class BoundSite:
     in_features: int
     weight_shape: tuple[int, ...]
     has_bias: bool
+    dtype: torch.dtype
     tied: bool = False
 
 
@@ -185,10 +192,11 @@ class BoundModel:
         edges: All edges.
         streams: Residual streams of the towers that have a description of theirs.
         left_alone: ``(module path, reason)`` of layers that are never quantized.
-        dtype: Most frequent floating dtype on disk, or the config's.
+        dtype: Most frequent floating dtype on disk, or the config's; each site has its own.
         shapes: Module tensor name -> shape, for every parameter and stored buffer.
         tied: Whether the head's weight is the token embedding.
         has_weights: Whether the folder has readable shards.
+        notes: What the folder says that was passed over, in sentences.
     """
 
     arch: ArchSpec
@@ -204,6 +212,7 @@ class BoundModel:
     shapes: Mapping[str, tuple[int, ...]]
     tied: bool
     has_weights: bool
+    notes: tuple[str, ...] = ()
     _by_name: dict[str, BoundSite] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -260,26 +269,29 @@ def bind(
     model = empty_model(config, arch)
     modules = dict(model.named_modules(remove_duplicate=False))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    disk_names = infos.keys() or index_names(folder)
+    disk_names = infos.keys() or (read_index(folder) or {}).keys()
     names = choose_layout(arch.layouts, disk_names, modules.keys())
     head_weight = f"{arch.head}.weight"
-    tied = (
-        bool(getattr(config, "tie_word_embeddings", False))
-        and names.to_disk(head_weight) not in disk_names
-    )
+    says_tied = bool(getattr(config, "tie_word_embeddings", False))
+    tied = says_tied and names.to_disk(head_weight) not in disk_names
     findings: list[str] = []
-    steps = _bind_steps(arch, names, modules, tied, findings)
+    dtypes = _Dtypes(names, infos, _dtype(config, infos))
+    steps = _bind_steps(arch, names, modules, dtypes, tied, findings)
     sites = tuple(site for step in steps for site in step.sites)
     left_alone = _bind_left_alone(arch, modules, {site.name for site in sites}, findings)
     edges = _bind_edges(arch, config, modules, steps, findings)
     streams = _bind_streams(arch, modules, edges, findings)
+    notes: list[str] = []
+    if says_tied and not tied:
+        notes.append(
+            f"config.json ties the head to the embeddings, but {names.to_disk(head_weight)} is "
+            "stored: it counts, and the result's config.json says so"
+        )
     if not quantized:
-        if read_config(folder).get("quantization_config"):
-            findings.append(
-                "config.json has a quantization_config: the checkpoint is quantized already"
-            )
-        elif infos:
-            findings.extend(_compare(arch, names, shapes, infos, head_weight if tied else None))
+        strange = _compare(arch, names, shapes, infos, head_weight if tied else None)
+        if section := read_config(folder).get("quantization_config"):
+            notes.append(_leftover(section, folder, is_float=bool(infos) and not strange))
+        findings += strange if infos else []
     if findings:
         raise _report(arch, folder, findings)
     return BoundModel(
@@ -292,10 +304,11 @@ def bind(
         edges=edges,
         streams=streams,
         left_alone=left_alone,
-        dtype=_dtype(config, infos),
+        dtype=dtypes.usual,
         shapes=shapes,
         tied=tied,
         has_weights=bool(infos),
+        notes=tuple(notes),
     )
 
 
@@ -303,6 +316,7 @@ def _bind_steps(
     arch: ArchSpec,
     names: NameMap,
     modules: Mapping[str, nn.Module],
+    dtypes: _Dtypes,
     tied: bool,
     findings: list[str],
 ) -> tuple[BoundStep, ...]:
@@ -311,14 +325,18 @@ def _bind_steps(
         for path, kind, sites in _tower_steps(tower, modules, findings):
             index = len(steps)
             bound = [
-                _bind_site(site, tower, path, index, names, modules, findings) for site in sites
+                _bind_site(site, tower, path, index, names, modules, dtypes, findings)
+                for site in sites
             ]
             kept = sorted((site for site in bound if site is not None), key=lambda site: site.stage)
             steps.append(BoundStep(index, tower.modality, path, tuple(kept), kind))
     head = Site("lm_head", "", SiteKind.LINEAR, 0, "final")
     llm = arch.towers[-1]
-    bound_head = _bind_site(head, llm, arch.head, len(steps), names, modules, findings, tied=tied)
+    bound_head = _bind_site(head, llm, arch.head, len(steps), names, modules, dtypes, findings)
     if bound_head is not None:
+        if tied:
+            dtype = dtypes.of(f"{arch.embeddings}.weight")
+            bound_head = dataclasses.replace(bound_head, dtype=dtype, tied=True)
         steps.append(BoundStep(len(steps), llm.modality, arch.head, (bound_head,), "head"))
     return tuple(steps)
 
@@ -354,9 +372,8 @@ def _bind_site(
     step: int,
     names: NameMap,
     modules: Mapping[str, nn.Module],
+    dtypes: _Dtypes,
     findings: list[str],
-    *,
-    tied: bool = False,
 ) -> BoundSite | None:
     name = f"{parent}.{site.path}" if site.path else parent
     module = modules.get(name)
@@ -385,7 +402,7 @@ def _bind_site(
         in_features=matrix[1],
         weight_shape=tuple(module.weight.shape),
         has_bias=module.bias is not None,
-        tied=tied,
+        dtype=dtypes.of(f"{name}.weight"),
     )
 
 
@@ -473,7 +490,7 @@ def _bind_edge(
     is_value = edge.kind is EdgeKind.VALUE
     # Grouped heads: a value channel is read by several heads, so the input is wider by their ratio.
     width = size if not is_value else size * heads // max(kv_heads, 1)
-    if any(linear.in_features % width for linear in linears):
+    if not width or any(linear.in_features % width for linear in linears):
         findings.append(
             f"{prefix + edge.source}: {size} channels do not divide the inputs of {list(consumers)}"
         )
@@ -605,26 +622,73 @@ def _compare(
             findings.append(f"{disk}: missing on disk")
         elif infos[disk].shape != shape:
             findings.append(f"{disk}: shape {infos[disk].shape} on disk, the config says {shape}")
-        elif not infos[disk].dtype.is_floating_point:
+        elif not _is_float(infos[disk].dtype):
             findings.append(f"{disk}: dtype {infos[disk].dtype} on disk, expected floating point")
     findings.extend(
         f"{disk}: not a tensor of this model"
         for disk in sorted(infos.keys() - expected)
-        if not any(fnmatch.fnmatch(disk, pattern) for pattern in arch.ignored_tensors)
+        if not is_ignored(arch, disk)
     )
     return findings
 
 
+def _is_float(dtype: torch.dtype) -> bool:
+    """Whether numbers of a dtype stand for themselves; eight bits need a scale."""
+    return dtype.is_floating_point and dtype.itemsize > 1
+
+
+def _leftover(section: Any, folder: Path, *, is_float: bool) -> str:
+    """What to note of a ``quantization_config`` beside weights in floating point.
+
+    Raises:
+        ModelError: The weights are quantized, or the section may say how inputs are.
+    """
+    method = section.get("quant_method") if isinstance(section, dict) else None
+    if is_float and method not in _SAY_MORE_THAN_WEIGHTS:
+        return (
+            f"the quantization_config of config.json ({method or 'of no method'}) is passed over: "
+            "all weights are stored in floating point"
+        )
+    raise ModelError(
+        f"config.json has a quantization_config ({method or 'of no method'}): the checkpoint is "
+        "quantized already",
+        where=str(folder / "config.json"),
+        remedy="use the unquantized checkpoint; if this one is in floating point and only kept the "
+        "section, delete quantization_config from config.json",
+    )
+
+
 def _report(arch: ArchSpec, folder: Path, findings: list[str]) -> ModelError:
     count = "1 finding" if len(findings) == 1 else f"{len(findings)} findings"
-    shown = [f"  - {finding}" for finding in findings[:_MAX_FINDINGS]]
-    if len(findings) > _MAX_FINDINGS:
-        shown.append(f"  - and {len(findings) - _MAX_FINDINGS} more")
+    lines = grouped(findings)
+    shown = [f"  - {line}" for line in lines[:_MAX_FINDINGS]]
+    if len(lines) > _MAX_FINDINGS:
+        shown.append(f"  - and {len(lines) - _MAX_FINDINGS} more")
     return ModelError(
         "\n".join([f"the checkpoint does not fit {arch.title}: {count}", *shown]),
         where=str(folder),
         remedy="use an unmodified, complete, unquantized checkpoint of this architecture",
     )
+
+
+@dataclass(frozen=True)
+class _Dtypes:
+    """In what dtype tensors are stored.
+
+    Attributes:
+        names: Of the checkpoint.
+        infos: Its headers.
+        usual: That of most, or the config's.
+    """
+
+    names: NameMap
+    infos: Mapping[str, TensorInfo]
+    usual: torch.dtype
+
+    def of(self, name: str) -> torch.dtype:
+        """That of one tensor of the model; the usual one where it is not stored as a float."""
+        info = self.infos.get(self.names.to_disk(name))
+        return info.dtype if info is not None and _is_float(info.dtype) else self.usual
 
 
 def _dtype(config: Any, infos: Mapping[str, TensorInfo]) -> torch.dtype:

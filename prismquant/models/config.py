@@ -1,22 +1,22 @@
 """From a checkpoint folder to a configuration, and to a model without weights.
 
 :func:`identify` says which architecture a folder holds, :func:`native_config` reads or converts its
-configuration, :func:`empty_model` builds the model that it describes with parameters that take no
-memory. transformers is imported here, and only when it is needed.
+configuration, and refuses one that describes no model or not this one. transformers is imported
+here, and only when it is needed.
 """
 
 from __future__ import annotations
 
-import copy
+import fnmatch
 import functools
 import importlib
-import logging
 import sys
+import textwrap
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from prismquant.errors import ModelError, StorageError, suggest
 from prismquant.headers import TensorInfo
@@ -27,7 +27,8 @@ from prismquant.models.arch import (
     Inference,
     known_archs,
 )
-from prismquant.storage import INDEX_NAME, ShardReader, read_json
+from prismquant.models.names import any_layout
+from prismquant.storage import ShardReader, read_index, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,6 +43,26 @@ _VISION_KEYS = (
     "mm_vision_tower",
     "vision_tower",
 )
+# A configuration has some kilobytes.
+_MAX_CONFIG_BYTES = 16 << 20
+# What a config may count to: far above any real model, and built in seconds. Zero is none.
+_MOST = {
+    **dict.fromkeys(("depth", "num_hidden_layers"), 500),
+    **dict.fromkeys(
+        [
+            *("hidden_size", "intermediate_size", "embed_dim", "out_hidden_size", "head_dim"),
+            *("num_attention_heads", "num_key_value_heads", "num_heads", "num_channels"),
+            *("in_channels", "in_chans", "patch_size", "spatial_patch_size", "image_size"),
+            *("temporal_patch_size", "spatial_merge_size", "window_size"),
+            "num_position_embeddings",
+        ],
+        1_000_000,
+    ),
+    "vocab_size": 10_000_000,
+    "max_position_embeddings": 2**31,
+}
+_LONGEST_LIST = 1000
+_IMPORTING = threading.Lock()
 
 
 # ------------------------------------------------------------------------------------------ folder
@@ -82,18 +103,87 @@ def identify(folder: Path | str) -> ArchSpec:
 def native_config(arch: ArchSpec, folder: Path | str) -> Any:
     """The native transformers config of a folder; a remote-code config is converted.
 
+    No code of the folder runs, whatever its ``auto_map`` says.
+
     Raises:
-        ModelError: The config has values that the native classes do not implement, or lacks some.
+        ModelError: The config has values that the native classes do not implement, lacks some,
+            counts to more than any model has, or to another number of blocks than the shards hold.
+        StorageError: A shard's header is broken.
     """
     folder = Path(folder)
+    _check_counts(read_config(folder), folder)
     if arch.config_map is not None:
-        return _converted(arch, arch.config_map, folder)
-    read_config(folder)
-    transformers = import_transformers()
-    try:
-        return transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:
-        raise _bad_config(arch, folder, error) from error
+        config = _converted(arch, arch.config_map, folder)
+    else:
+        transformers = import_transformers()
+        try:
+            config = transformers.AutoConfig.from_pretrained(
+                str(folder), trust_remote_code=False, local_files_only=True
+            )
+        except Exception as error:
+            raise _bad_config(arch, folder, error) from error
+    _check_depth(arch, config, folder)
+    return config
+
+
+def _check_counts(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse sizes and numbers that no model has, before anything is built by them."""
+    findings: list[str] = []
+    waiting: list[tuple[str, Any]] = [("", config)]
+    while waiting:
+        path, section = waiting.pop()
+        for key, value in section.items():
+            if isinstance(value, list) and len(value) > _LONGEST_LIST:
+                findings.append(f"{path}{key} lists {len(value)} values")
+            if isinstance(value, dict) and key != "quantization_config":
+                waiting.append((f"{path}{key}.", value))
+            if key.endswith("_config") and not isinstance(value, dict | None):
+                findings.append(f"{path}{key} holds a {type(value).__name__}, not an object")
+            if key in _MOST and value is not None and not _is_count(value, _MOST[key]):
+                said = textwrap.shorten(repr(value), 40)
+                findings.append(f"{path}{key} is {said}, not a whole number from 1 to {_MOST[key]}")
+    if findings:
+        raise ModelError(
+            "config.json describes no model: " + "; ".join(findings[:6]),
+            where=str(folder / "config.json"),
+            remedy="restore config.json from the original checkpoint",
+        )
+
+
+def _is_count(value: Any, most: int) -> bool:
+    values = value if isinstance(value, list) and value else [value]
+    return all(type(item) is int and 1 <= item <= most for item in values)
+
+
+def _check_depth(arch: ArchSpec, config: Any, folder: Path) -> None:
+    """Refuse a number of blocks that the shards do not hold: they are the truth."""
+    names = any_layout(arch.layouts)
+    stored = [
+        names.to_module(name)
+        for name in header_infos(folder).keys() or read_index(folder) or {}
+        if names.knows(name) and not is_ignored(arch, name)
+    ]
+    findings: list[str] = []
+    for tower in arch.towers:
+        if tower.blocks is None or tower.depth is None:
+            continue
+        prefix = f"{tower.blocks}."
+        numbers = {name[len(prefix) :].split(".")[0] for name in stored if name.startswith(prefix)}
+        held = max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
+        said = config_value(config, tower.depth)
+        if held and held != said:
+            findings.append(f"{tower.depth} is {said}, but the shards hold {held} blocks")
+    if findings:
+        raise ModelError(
+            f"config.json and the shards are not of one model: {'; '.join(findings)}",
+            where=str(folder / "config.json"),
+            remedy="restore config.json, or the shards, from the original checkpoint",
+        )
+
+
+def is_ignored(arch: ArchSpec, disk_name: str) -> bool:
+    """Whether a tensor on disk is known not to be needed."""
+    return any(fnmatch.fnmatchcase(disk_name, pattern) for pattern in arch.ignored_tensors)
 
 
 def config_value(config: Any, key: str) -> Any:
@@ -111,21 +201,21 @@ def config_value(config: Any, key: str) -> Any:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise ModelError(
-            f"there is no model folder {str(folder)!r}",
-            remedy="give a folder with config.json and *.safetensors; download hub models first",
-        )
+    """The content of a checkpoint's config.json.
+
+    Raises:
+        ModelError: There is no such folder, it cannot be read, or has no config.json that is one.
+    """
+    found = _listed(folder)
     path = folder / "config.json"
-    if not path.is_file():
-        found = ", ".join(sorted(item.name for item in folder.iterdir())[:6]) or "nothing"
+    if path.name not in found:
         raise ModelError(
-            f"the model folder has no config.json; it holds {found}",
+            f"the model folder has no config.json; it holds {', '.join(found[:6]) or 'nothing'}",
             where=str(folder),
             remedy="give the folder of a Hugging Face checkpoint",
         )
     try:
-        config = read_json(path)
+        config = read_json(path, _MAX_CONFIG_BYTES)
     except StorageError as error:
         raise ModelError(error.what, where=error.where, remedy=error.remedy) from error
     if not isinstance(config, dict):
@@ -137,9 +227,33 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def _listed(folder: Path) -> list[str]:
+    """Names of what a model folder holds, sorted."""
+    try:
+        return sorted(item.name for item in folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        raise ModelError(
+            f"there is no model folder {str(folder)!r}",
+            remedy="give a folder with config.json and *.safetensors; download hub models first",
+        ) from error
+    except OSError as error:
+        raise ModelError(
+            f"the model folder cannot be read: {error.strerror or error}",
+            where=str(folder),
+            remedy="check its name and who may read it",
+        ) from error
+
+
+def brief(error: BaseException) -> str:
+    """What an error of another library says, on one line."""
+    said = textwrap.shorten(str(error), 300, placeholder=" ..")
+    # That of a KeyError is the key alone.
+    return f"{type(error).__name__} {said}" if not said or isinstance(error, KeyError) else said
+
+
 def _bad_config(arch: ArchSpec, folder: Path, error: Exception) -> ModelError:
     return ModelError(
-        f"transformers refuses the config of this {arch.title}: {error}",
+        f"transformers refuses the config of this {arch.title}: {brief(error)}",
         where=str(folder / "config.json"),
         remedy="restore config.json from the original checkpoint",
     )
@@ -161,7 +275,7 @@ def _converted(arch: ArchSpec, table: ConfigMap, folder: Path) -> Any:
     native: dict[str, Any] = {key: raw[key] for key in table.keys if key in raw}
     for section in table.sections:
         native[section.target] = _converted_section(raw, section, folder)
-    tokens = _added_tokens(folder)
+    tokens = added_tokens(folder)
     native |= {key: tokens[text] for key, text in table.tokens.items() if text in tokens}
     transformers = import_transformers()
     try:
@@ -194,7 +308,8 @@ def _inferred(
     rule: Inference, infos: Mapping[str, TensorInfo], known: Mapping[str, Any]
 ) -> int | None:
     if rule.tensor is not None:
-        return infos[rule.tensor].shape[rule.axis] if rule.tensor in infos else None
+        shape = infos[rule.tensor].shape if rule.tensor in infos else ()
+        return shape[rule.axis] if rule.axis < len(shape) else None
     if rule.count is not None:
         prefix = rule.count + "."
         members = {name[len(prefix) :].split(".")[0] for name in infos if name.startswith(prefix)}
@@ -203,15 +318,30 @@ def _inferred(
     return value // rule.by if value is not None and value % rule.by == 0 else None
 
 
-def _added_tokens(folder: Path) -> dict[str, int]:
-    """Text -> id of the tokens that a tokenizer adds to its vocabulary."""
+def added_tokens(folder: Path) -> dict[str, int]:
+    """Text -> id of the tokens that a tokenizer adds to its vocabulary.
+
+    Raises:
+        ModelError: A tokenizer file lists them in a way that no tokenizer does.
+        StorageError: A tokenizer file cannot be read.
+    """
     tokens: dict[str, int] = {}
-    if (folder / "tokenizer_config.json").is_file():
-        added = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
-        tokens |= {entry["content"]: int(number) for number, entry in added.items()}
-    if (folder / "tokenizer.json").is_file():
-        added = read_json(folder / "tokenizer.json").get("added_tokens", [])
-        tokens |= {entry["content"]: int(entry["id"]) for entry in added}
+    for file, key in (
+        ("tokenizer_config.json", "added_tokens_decoder"),
+        ("tokenizer.json", "added_tokens"),
+    ):
+        if not (folder / file).exists():
+            continue
+        try:
+            added = read_json(folder / file).get(key) or []
+            pairs = added.items() if isinstance(added, dict) else ((t["id"], t) for t in added)
+            tokens |= {str(entry["content"]): int(number) for number, entry in pairs}
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"{file} lists its added tokens in an unknown way: {brief(error)}",
+                where=str(folder / file),
+                remedy="restore the file from the original checkpoint",
+            ) from error
     return tokens
 
 
@@ -230,6 +360,16 @@ def import_transformers() -> ModuleType:
     Raises:
         ModelError: transformers is not installed.
     """
+    # One thread at a time: another would find half of a module.
+    with _IMPORTING:
+        _import_torchvision()
+        try:
+            return importlib.import_module("transformers")
+        except ImportError as error:
+            raise ModelError("transformers is missing", remedy="pip install prismquant") from error
+
+
+def _import_torchvision() -> None:
     try:
         importlib.import_module("torchvision")
     except ImportError:
@@ -241,10 +381,6 @@ def import_transformers() -> ModuleType:
             del sys.modules[name]
         _declare_torchvision_operators()
         importlib.import_module("torchvision")
-    try:
-        return importlib.import_module("transformers")
-    except ImportError as error:
-        raise ModelError("transformers is missing", remedy="pip install prismquant") from error
 
 
 @functools.cache
@@ -256,55 +392,13 @@ def _declare_torchvision_operators() -> torch.library.Library:
     return library
 
 
-def empty_model(config: Any, arch: ArchSpec) -> nn.Module:
-    """Build the model with parameters on the meta device and real buffers.
-
-    Args:
-        config: Native config, as :func:`native_config` returns it; it is not changed.
-        arch: The architecture.
-
-    Returns:
-        The model in eval mode, without gradients or cache.
+def header_infos(folder: Path) -> dict[str, TensorInfo]:
+    """What the headers of a folder's shards say; nothing without shards.
 
     Raises:
-        ModelError: The config contradicts itself.
+        StorageError: A shard or the index is broken.
     """
-    transformers = import_transformers()
-    from accelerate import init_empty_weights
-
-    config = copy.deepcopy(config)
-    # transformers warns of each unusual token id; the binding reports what matters.
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with init_empty_weights(include_buffers=False):
-            model: nn.Module = getattr(transformers, arch.hf_class)(config)
-    except Exception as error:
-        raise ModelError(
-            f"transformers cannot build this {arch.title}: {error}",
-            remedy="restore config.json from the original checkpoint",
-        ) from error
-    finally:
-        logger.setLevel(level)
-    model.eval()
-    model.requires_grad_(False)
-    for part in model.modules():
-        inner = getattr(part, "config", None)
-        if inner is not None and hasattr(inner, "use_cache"):
-            inner.use_cache = False
-    return model
-
-
-def header_infos(folder: Path) -> dict[str, TensorInfo]:
     if not any(folder.glob("*.safetensors")):
         return {}
     reader = ShardReader(folder)
     return {name: reader.info(name) for name in reader.names}
-
-
-def index_names(folder: Path) -> frozenset[str]:
-    """Tensor names of an index whose shards are not there: enough to see the layout."""
-    path = folder / INDEX_NAME
-    content = read_json(path) if path.is_file() else None
-    return frozenset(content.get("weight_map", {})) if isinstance(content, dict) else frozenset()

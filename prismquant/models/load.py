@@ -8,31 +8,22 @@ runs in the native transformers class. Nothing here reads a pickle.
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from prismquant.errors import DataError, ModelError
+from prismquant.errors import ModelError
 from prismquant.models.bind import bind
-from prismquant.models.config import (
-    config_value,
-    empty_model,
-    identify,
-    import_transformers,
-    native_config,
-)
-from prismquant.storage import ShardReader, read_json
+from prismquant.models.empty import empty_model
+from prismquant.storage import ShardReader
 
 if TYPE_CHECKING:
-    from prismquant.models.arch import ArchSpec, ProcessorMap
     from prismquant.models.names import NameMap
 
 __all__ = [
     "load_float",
-    "load_processor",
     "materialize",
     "release",
 ]
@@ -128,80 +119,6 @@ def load_float(
     model = empty_model(bound.config, bound.arch)
     materialize(model, "", ShardReader(bound.folder), bound.names, device, dtype)
     return model
-
-
-def load_processor(folder: Path | str, *, trust_remote_code: bool = False) -> Any:
-    """Load tokenizer, image and video processor of a checkpoint.
-
-    Where the checkpoint's own processor is remote code, the native one is built from its settings,
-    with a chat template that writes one placeholder for each image or video.
-
-    Args:
-        folder: The checkpoint.
-        trust_remote_code: Let transformers run Python files of the folder.
-
-    Raises:
-        DataError: Files are missing, or torchvision, which video processors need.
-        ModelError: The folder is not a checkpoint of a known architecture.
-    """
-    folder = Path(folder)
-    arch = identify(folder)
-    transformers = import_transformers()
-    if importlib.util.find_spec("torchvision") is None:
-        raise DataError(
-            "the video processors of transformers need torchvision, which is not installed",
-            where=str(folder),
-            remedy="pip install 'prismquant[vision]'",
-        )
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise _no_processor(folder, "it has neither tokenizer.json nor vocab.json")
-    settings = ("processor_config.json", "preprocessor_config.json")
-    if not any((folder / name).is_file() for name in settings):
-        raise _no_processor(folder, f"it has neither {settings[0]} nor {settings[1]}")
-    try:
-        if arch.processor_map is not None and not trust_remote_code:
-            return _native_processor(arch, arch.processor_map, folder, transformers)
-        return transformers.AutoProcessor.from_pretrained(
-            str(folder), trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise _no_processor(folder, str(error)) from error
-
-
-def _no_processor(folder: Path, why: str) -> DataError:
-    return DataError(
-        f"the checkpoint's processor cannot be loaded: {why}",
-        where=str(folder),
-        remedy="copy the tokenizer and processor files of the original checkpoint into the folder",
-    )
-
-
-def _native_processor(arch: ArchSpec, table: ProcessorMap, folder: Path, transformers: Any) -> Any:
-    settings = read_json(folder / "preprocessor_config.json")
-    common = {key: settings[key] for key in table.keys if key in settings}
-    patch = int(config_value(native_config(arch, folder), "vision_config.patch_size"))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-
-    def build(name: str) -> Any:
-        kind = getattr(transformers, name)
-        # Sizes are given in visual tokens; the native processors count pixels.
-        pixels = (patch * int(kind.merge_size)) ** 2
-        size = {
-            edge: int(settings[key]) * pixels
-            for edge, key in (
-                ("shortest_edge", table.min_tokens),
-                ("longest_edge", table.max_tokens),
-            )
-            if key in settings
-        }
-        return kind(**common, **({"size": size} if len(size) == 2 else {}))
-
-    return getattr(transformers, table.hf_class)(
-        image_processor=build(table.image_class),
-        tokenizer=tokenizer,
-        video_processor=build(table.video_class),
-        chat_template=table.chat_template,
-    )
 
 
 def _below(model: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:

@@ -9,13 +9,15 @@ from.
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from prismquant.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from prismquant.models.arch import Layout
 
@@ -25,12 +27,21 @@ class NameMap:
     """Translates dotted names between disk and modules.
 
     Attributes:
-        layout: Name of the layout.
-        rewrites: ``(disk prefix, module prefix)`` of whole dotted parts; empty is the identity.
+        layout: Name of the layout; ``mixed`` where a checkpoint has names of several.
+        rewrites: ``(disk prefix, module prefix)`` of whole dotted parts, of which the longest that
+            fits counts; empty is the identity.
     """
 
     layout: str
     rewrites: tuple[tuple[str, str], ...] = ()
+
+    @functools.cached_property
+    def _modules(self) -> dict[str, str]:
+        return dict(self.rewrites)
+
+    @functools.cached_property
+    def _disk(self) -> dict[str, str]:
+        return {module: disk for disk, module in self.rewrites}
 
     def to_disk(self, module_name: str) -> str:
         """The name on disk of a module path or of a tensor below it.
@@ -38,7 +49,7 @@ class NameMap:
         Raises:
             ModelError: The layout has no place for the name.
         """
-        disk = _rewrite(module_name, [(module, disk) for disk, module in self.rewrites])
+        disk = _rewrite(module_name, self._disk)
         if disk is None or self._maybe_module(disk) != module_name:
             raise ModelError(f"layout {self.layout!r} has no name on disk for {module_name!r}")
         return disk
@@ -59,7 +70,19 @@ class NameMap:
         return self._maybe_module(disk_name) is not None
 
     def _maybe_module(self, disk_name: str) -> str | None:
-        return _rewrite(disk_name, self.rewrites)
+        return _rewrite(disk_name, self._modules)
+
+
+def any_layout(layouts: Sequence[Layout]) -> NameMap:
+    """Reads names of all layouts, also side by side; it cannot write, as it may know two names.
+
+    Args:
+        layouts: Of one architecture; they never read one name as two different modules.
+    """
+    pairs = [pair for layout in layouts for pair in layout.rewrites]
+    if not all(layout.rewrites for layout in layouts):
+        pairs += [(module, module) for _, module in pairs]
+    return NameMap("any", tuple(pairs))
 
 
 def choose_layout(
@@ -67,28 +90,83 @@ def choose_layout(
 ) -> NameMap:
     """The layout under which most tensors on disk belong to an existing module.
 
-    Counting modules rather than tensors also recognizes a quantized checkpoint, whose tensors have
-    other suffixes.
+    Where some tensors have names of another layout, as releases of transformers wrote for a while,
+    the result knows them as well. Counting modules rather than tensors also recognizes a quantized
+    checkpoint, whose tensors have other suffixes.
 
     Args:
         layouts: Candidates; the first wins a tie, and without any name.
         disk_names: Tensor names from the headers.
         module_paths: Paths of all modules.
+
+    Raises:
+        ModelError: Two tensors on disk are one tensor of the model.
     """
     maps = [NameMap(layout.name, layout.rewrites) for layout in layouts]
-    owners = [name.rpartition(".")[0] for name in disk_names]
+    disk_names = sorted(disk_names)
 
     def hits(names: NameMap) -> int:
-        return sum(names._maybe_module(owner) in module_paths for owner in owners)
+        owners = (names._maybe_module(_owner(name)) for name in disk_names)
+        return sum(owner in module_paths for owner in owners)
 
-    return max(maps, key=hits)
+    main, reads = max(maps, key=hits), any_layout(layouts)
+    meant: dict[str, str] = {}
+    for name in disk_names:
+        module = reads._maybe_module(name)
+        # The tensors of a rotated input lie one level deeper.
+        if module and (_owner(module) in module_paths or _owner(_owner(module)) in module_paths):
+            meant[name] = module
+    if all(main._maybe_module(disk) == module for disk, module in meant.items()):
+        return main
+    return _mixed(main, reads, meant)
 
 
-def _rewrite(name: str, pairs: Sequence[tuple[str, str]]) -> str | None:
+def _mixed(main: NameMap, reads: NameMap, meant: Mapping[str, str]) -> NameMap:
+    """A map of exactly these names on disk, and of their neighbours.
+
+    Args:
+        main: The layout of most.
+        reads: Knows all names.
+        meant: Name on disk -> name in the model.
+    """
+    first: dict[str, str] = {}
+    for disk, module in meant.items():
+        if first.setdefault(module, disk) != disk:
+            raise ModelError(
+                f"tensors {first[module]!r} and {disk!r} are one tensor of the model, {module!r}",
+                remedy="delete the one that does not belong to this checkpoint",
+            )
+    prefixes = Counter(_pair(disk, reads.rewrites) for disk in meant)
+    usual = {module: disk for (disk, module), _ in reversed(prefixes.most_common())}
+    pairs = {usual.get(name) or main.to_disk(name): name for _, name in reads.rewrites}
+    # A module's name on disk is that of its weight.
+    homes: dict[str, str] = {}
+    for disk, module in sorted(meant.items(), key=lambda item: not item[1].endswith(".weight")):
+        homes.setdefault(_owner(module), _owner(disk))
+    back = {module: disk for disk, module in pairs.items()}
+    # Modules first, from the outside in; then tensors that are called otherwise than their module.
+    for module, disk in (*sorted(homes.items()), *((m, d) for d, m in meant.items())):
+        if _rewrite(disk, pairs) != module or _rewrite(module, back) != disk:
+            pairs[disk], back[module] = module, disk
+    return NameMap("mixed", tuple(pairs.items()))
+
+
+def _pair(name: str, pairs: Iterable[tuple[str, str]]) -> tuple[str, str]:
+    """The rewrite that a name falls under."""
+    fitting = [pair for pair in pairs if name == pair[0] or name.startswith(pair[0] + ".")]
+    return max(fitting, key=lambda pair: len(pair[0]))
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _rewrite(name: str, pairs: Mapping[str, str]) -> str | None:
     if not pairs:
         return name
-    fitting = [pair for pair in pairs if name == pair[0] or name.startswith(pair[0] + ".")]
-    if not fitting:
-        return None
-    old, new = max(fitting, key=lambda pair: len(pair[0]))
-    return new + name[len(old) :]
+    prefix = name
+    while prefix not in pairs:
+        prefix = _owner(prefix)
+        if not prefix:
+            return None
+    return pairs[prefix] + name[len(prefix) :]

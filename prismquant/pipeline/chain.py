@@ -13,7 +13,7 @@ from prismquant.errors import NumericsError
 from prismquant.models.arch import Modality
 from prismquant.models.attention import unhook_attention
 from prismquant.models.bind import BoundModel, BoundStep
-from prismquant.models.config import empty_model
+from prismquant.models.empty import empty_model
 from prismquant.models.load import materialize, release
 from prismquant.models.rotation import RotatedReader
 from prismquant.pipeline.batches import Batch

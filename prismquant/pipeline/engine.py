@@ -311,7 +311,7 @@ class _Engine:
         with self.main.as_asked(step):
             observation.observe(self.main.model, module, self.main.calls(step))
         observation.share(self.job.ranks)
-        scales = observation.scales(self.job.bound.dtype, self.job.device)
+        scales = observation.scales(layer.key.dtype, self.job.device)
         quantize_cache(self.main.model, layer.attention, plan.spec, scales)
         work.kv_scales, work.kv_notes = scales.named(layer), observation.notes()
         work.passes.restart()
@@ -346,9 +346,9 @@ class _Engine:
         return all_channels(records, self.job.ranks)
 
     def _equalize_edge(self, planned: PlanEdge, record: ChannelRecord, work: _Work) -> None:
-        edge, dtype = planned.edge, self.job.bound.dtype
+        edge = planned.edge
         weight = self._vision_weight(self.all_rows[edge.consumers[0]])
-        problem = edge_problem(self.main.model, edge, self.all_rows, record, dtype, weight)
+        problem = edge_problem(self.main.model, edge, self.all_rows, record, weight)
         result = build_equalizer(planned.equalizer, planned.options).equalize(problem)
         notes = dict(result.notes)
         work.edges.append(EdgeRecord(edge.source, edge.consumers, planned.equalizer, notes))
@@ -418,7 +418,7 @@ class _Engine:
     def _group(self, rows: Sequence[PlanRow]) -> Group:
         settings = GroupSettings(
             device=self.job.device,
-            stored_dtype=self.job.bound.dtype,
+            stored_dtype=rows[0].site.dtype,
             quantized_inputs=self.job.plan.calibration.quantized_inputs,
             vision_weight=self._vision_weight(rows[0]),
             products=self.job.precision.products or self.job.precision.dtype,
@@ -460,7 +460,7 @@ class _Engine:
             self._vision_weight(next(row for row in work.rows if row.tuner)),
         )
         solved = [layer for layer in work.layers if layer.row.site.name not in failed]
-        for layers, notes in tune(block, solved, floats, self.job.bound.dtype):
+        for layers, notes in tune(block, solved, floats):
             for layer in layers:
                 index = [old.row.site.name for old in work.layers].index(layer.row.site.name)
                 work.layers[index] = layer
@@ -472,7 +472,7 @@ class _Engine:
     def _replace(self, layer: SolvedLayer) -> None:
         """Put the dequantized weight, and the activations' quantizers, in the layer's place."""
         row, site, model = layer.row, layer.row.site, self.main.model
-        stored = self.job.bound.dtype if row.layout == DENSE else self.job.precision.dtype
+        stored = site.dtype if row.layout == DENSE else self.job.precision.dtype
         held = self._weight_dtype(self.job.bound.steps[site.step])
         values = layer.values(stored).to(held).reshape(site.weight_shape)
         module = model.get_submodule(site.name)

@@ -39,7 +39,6 @@ def edge_problem(
     edge: BoundEdge,
     rows: Mapping[str, PlanRow],
     record: ChannelRecord,
-    stored_dtype: torch.dtype,
     vision_weight: float,
 ) -> EdgeProblem:
     """What an equalizer is given of an edge.
@@ -49,7 +48,6 @@ def edge_problem(
         edge: The edge.
         rows: Rows of the plan by the layer's name.
         record: What calibration saw of the readers' input.
-        stored_dtype: Of scales.
         vision_weight: What a vision token counts for.
     """
     readers = []
@@ -67,7 +65,7 @@ def edge_problem(
         readers=tuple(readers),
         activations=first.activations,
         activation_range=first.activation_range,
-        scale_dtype=stored_dtype,
+        scale_dtype=first.site.dtype,
         record=record,
         vision_weight=vision_weight,
     )

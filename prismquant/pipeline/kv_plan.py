@@ -115,8 +115,9 @@ def plan_kv_cache(recipe: Recipe, bound: BoundModel) -> KVPlan | None:
         )
     kv_heads = int(config_value(bound.config, heads_key))
     layers = tuple(_layer(bound, key, kv_heads) for key in keys)
-    per_scale = (kv_heads if spec.per_head else 1) * bound.dtype.itemsize
-    return KVPlan(spec, range_rule, layers, 2 * per_scale * len(layers))
+    scales = 2 * (kv_heads if spec.per_head else 1)
+    size = sum(scales * layer.key.dtype.itemsize for layer in layers)
+    return KVPlan(spec, range_rule, layers, size)
 
 
 def _layer(bound: BoundModel, key: BoundSite, kv_heads: int) -> KVLayer:

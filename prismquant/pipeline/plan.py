@@ -360,6 +360,7 @@ def make_plan(recipe: Recipe, bound: BoundModel) -> Plan:
         edges=edges,
         kv_cache=kv_cache,
         remarks=(
+            *bound.notes,
             *_idle_entries(recipe, bound),
             *_remarks(rows),
             *(kv_cache.remarks() if kv_cache else ()),
@@ -372,7 +373,7 @@ def problem_groups(rows: Sequence[PlanRow]) -> list[list[PlanRow]]:
     groups: dict[str, list[PlanRow]] = {}
     for row in rows:
         settings = row.to_dict()
-        key = [row.site.input_key] + [
+        key = [row.site.input_key, str(row.site.dtype)] + [
             settings[k]
             for k in (
                 "weights",
@@ -415,7 +416,7 @@ def _rows(
         try:
             fitted = followers.get(site.name) or _fitted(site, settings[site.name], shards)
             row = _row(site, settings[site.name], fitted, bound, sizes, own_head)
-            rows.append(_with_input(row, online.get(site.name), splits.get(site.name), bound.dtype))
+            rows.append(_with_input(row, online.get(site.name), splits.get(site.name)))
         except (PlanError, FormatError) as error:
             misfits[site.name] = error
     return rows, misfits
@@ -476,7 +477,7 @@ def _row(
     sizes: Mapping[str, int],
     own_head: bool,
 ) -> PlanRow:
-    dtype = bound.dtype
+    dtype = site.dtype
     float_bytes = 0 if site.tied else sizes[f"{site.disk_name}.weight"]
     # A rotation gives a tied head a weight of its own.
     dense_bytes = math.prod(site.weight_shape) * dtype.itemsize if own_head else float_bytes
@@ -522,11 +523,9 @@ def _row(
     return replace(row, layout=layout, stored_bytes=size)
 
 
-def _with_input(
-    row: PlanRow, online: OnlineRotation | None, split: Split | None, dtype: torch.dtype
-) -> PlanRow:
+def _with_input(row: PlanRow, online: OnlineRotation | None, split: Split | None) -> PlanRow:
     """The row with what happens to its input before it is quantized, and the bytes that takes."""
-    size = row.stored_bytes
+    size, dtype = row.stored_bytes, row.site.dtype
     if online is not None:
         signs = 0 if online.signs is None else row.site.in_features
         size += online.block**2 * dtype.itemsize + signs

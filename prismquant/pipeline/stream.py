@@ -156,7 +156,7 @@ class _Task:
         kept = [self._weight(row) for row in rows] if spec.scale == "e4m3" else []
         try:
             largest = [_magnitude(weight) for weight in kept]
-            form = scale_format(spec, rows[0].weight_range, self.job.bound.dtype, largest)
+            form = scale_format(spec, rows[0].weight_range, rows[0].site.dtype, largest)
         except NumericsError:
             self._refuse(rows)
             raise

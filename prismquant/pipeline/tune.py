@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -49,7 +48,6 @@ def tune(
     block: TunedBlock,
     layers: Sequence[SolvedLayer],
     floats: Mapping[str, Tensor],
-    stored_dtype: torch.dtype,
 ) -> Iterator[tuple[list[SolvedLayer], Notes]]:
     """Tune the layers that ask for it.
 
@@ -57,7 +55,6 @@ def tune(
         block: The step.
         layers: Its solved layers.
         floats: Float weights ``[out, in]`` of those that are to be tuned, by name.
-        stored_dtype: Of scales.
 
     Yields:
         For each tuner that layers ask for, the layers with their new codes, and notes for each.
@@ -70,7 +67,7 @@ def tune(
     for members in groups.values():
         row = members[0].row
         tuner = build_tuner(str(row.tuner), row.tuner_options)
-        result = tuner.tune(_problem(block, members, floats, stored_dtype, tuner))
+        result = tuner.tune(_problem(block, members, floats, tuner))
         notes: Notes = {
             "tuner": tuner.name,
             "block_loss_before": result.start_loss,
@@ -87,7 +84,6 @@ def _problem(
     block: TunedBlock,
     layers: Sequence[SolvedLayer],
     floats: Mapping[str, Tensor],
-    stored_dtype: torch.dtype,
     tuner: Tuner,
 ) -> BlockProblem:
     targets = _targets(block, tuner)
@@ -102,7 +98,7 @@ def _problem(
 
     return BlockProblem(
         name=block.name,
-        layers=tuple(_block_layer(layer, floats, stored_dtype) for layer in layers),
+        layers=tuple(_block_layer(layer, floats) for layer in layers),
         calls=len(block.calls),
         output=output,
         target=targets.__getitem__,
@@ -117,16 +113,14 @@ def _targets(block: TunedBlock, tuner: Tuner) -> list[Tensor]:
     return [_rows(output) for output in block.wanted]
 
 
-def _block_layer(
-    layer: SolvedLayer, floats: Mapping[str, Tensor], stored_dtype: torch.dtype
-) -> BlockLayer:
+def _block_layer(layer: SolvedLayer, floats: Mapping[str, Tensor]) -> BlockLayer:
     if not isinstance(layer.weight, QuantizedTensor):  # what a solver returned always is
         raise TypeError(f"{layer.row.site.name} has no codes to tune")
     weight = floats[layer.row.site.name]
     if layer.columns is not None:
         weight = weight.index_fill(1, layer.columns.index, 0.0)
-    name, rule = layer.row.site.name, layer.row.weight_range
-    return BlockLayer(name, weight, rule, stored_dtype, layer.weight)
+    site, rule = layer.row.site, layer.row.weight_range
+    return BlockLayer(site.name, weight, rule, site.dtype, layer.weight)
 
 
 def _inside(block: TunedBlock, layer: SolvedLayer) -> str:

@@ -48,6 +48,10 @@ def translated(content: Mapping[str, Any]) -> Fields:
 
 
 def _symmetry(content: Mapping[str, Any], side: str) -> Fields:
+    for what in _WHAT:
+        value = content.get(f"{side}_{what}")
+        if value is not None and not isinstance(value, bool):
+            raise ValueError(f"{side}_{what} is true or false, not {value!r}")
     zero = content.get(f"{side}_has_zero")
     if content.get(f"{side}_unsign") and not zero:
         raise ValueError(
@@ -58,7 +62,7 @@ def _symmetry(content: Mapping[str, Any], side: str) -> Fields:
 
 
 def _type(name: Any) -> Fields:
-    if name not in _TYPES:
+    if not isinstance(name, str) or name not in _TYPES:
         raise ValueError(f"quantization_type is one of {', '.join(_TYPES)}, not {name!r}")
     return dict(_TYPES[name])
 

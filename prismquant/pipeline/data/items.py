@@ -176,6 +176,8 @@ def _items(value: Any, markers: Collection[str]) -> list[dict[str, Any]]:
 
 def _pieces(text: str, markers: Collection[str]) -> list[dict[str, Any]]:
     """A text as items, with a place for a file where each marker stands."""
+    if markers and (named := re.search("<img>[^<]+</img>", text)):
+        raise Findings(f"a file is named within a text, by {excerpt(named[0])}: use 'images'")
     pieces = re.split(f"<({'|'.join(markers)})>", text) if markers else [text]
     if len(pieces) == 1:
         return [{"type": "text", "text": text}]

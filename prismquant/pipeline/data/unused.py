@@ -36,7 +36,7 @@ _SOURCE = r"(?:path|file|url|uri|bytes|data|base64|b64)s?"
 _MEANINGS = {
     "tensors": re.compile(r"pixel_values\w*|input_features|(?:image|video)_embeds\w*"),
     "part": re.compile(_SOURCE),
-    # Any text names a file: image, images, image_path, video_url_2 ..
+    # Any word names a file: image, images, image_path, video_url_2 ..
     "media": re.compile(rf"{_WORD}(?:_{_SOURCE})?(?:_?\d+)?"),
     # The name of a picture, a clip or a sound does: second_image, frames, jpg ..
     "other media": re.compile(
@@ -138,12 +138,12 @@ def _names_media(path: Sequence[str], value: str, shows: bool) -> bool:
     # What {"path": ..} and the like stand for is said by the key before.
     meanings = [_meaning(key) for key in path]
     named = next((meaning for meaning in reversed(meanings) if meaning != "part"), "file")
-    if named == "media":
-        return value != ""
     # Beside what is shown, a file's name is a note.
-    is_file = not shows and meanings[-1] in ("file", "part")
-    if not is_file and not {"media", "other media"} & set(meanings):
+    is_note = shows or meanings[-1] not in ("file", "part")
+    if is_note and not {"media", "other media"} & set(meanings):
         return False
+    if named == "media" and value.split() == [value]:  # one word is no description
+        return True
     return PurePath(value).suffix.lower() in _FILES or value.startswith("data:")
 
 
@@ -208,8 +208,6 @@ def _unread(
                 yield f"{key!r} is not used beside {conversation.head!r}: make it the last message"
     if not is_nothing(row.get("objects")) and re.search("<bbox>|<ref-object>", text):
         yield "'objects' are not put in the places of <bbox> and <ref-object>: write them out"
-    if named := re.search(r"<img>[^<]+</img>", text):
-        yield f"a picture is named within the text: {excerpt(repr(named[0]))}; list it in 'images'"
 
 
 def _is_said(value: Any, text: str, names: Sequence[str]) -> bool:

@@ -1,0 +1,232 @@
+"""A checkpoint's tokenizer, image and video processor, checked against its model.
+
+Code of the checkpoint runs only where the caller allows it, and nobody is ever asked. What does not
+fit the model is refused here, before any sample is made: an id without an embedding, placeholders
+that the model does not know, patches of another size.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prismquant.errors import DataError, PrismQuantError
+from prismquant.models.config import (
+    brief,
+    config_value,
+    identify,
+    import_transformers,
+    native_config,
+)
+from prismquant.opening import MAX_JSON_BYTES, require_regular
+from prismquant.storage import read_json
+
+if TYPE_CHECKING:
+    from prismquant.models.arch import ArchSpec, ProcessorMap
+
+__all__ = ["load_processor"]
+
+_SETTINGS = ("processor_config.json", "preprocessor_config.json")
+# What a processor says of itself -> what the vision part of the config calls it.
+_SIZES = {
+    "patch_size": "patch_size",
+    "temporal_patch_size": "temporal_patch_size",
+    "merge_size": "spatial_merge_size",
+}
+
+
+def load_processor(folder: Path | str, *, trust_remote_code: bool = False) -> Any:
+    """Load tokenizer, image and video processor of a checkpoint.
+
+    Where the checkpoint's own processor is remote code, the native one is built from its settings,
+    with a chat template that writes one placeholder for each image or video.
+
+    Args:
+        folder: The checkpoint.
+        trust_remote_code: Let transformers run Python files of the folder.
+
+    Raises:
+        DataError: Files are missing or broken, do not fit the model, or torchvision is missing,
+            which video processors need.
+        ModelError: The folder is not a checkpoint of a known architecture.
+    """
+    folder = Path(folder)
+    arch = identify(folder)
+    if importlib.util.find_spec("torchvision") is None:
+        raise DataError(
+            "the video processors of transformers need torchvision, which is not installed",
+            where=str(folder),
+            remedy="pip install 'prismquant[vision]'",
+        )
+    _check_files(folder)
+    config = native_config(arch, folder)
+    try:
+        processor = _load(arch, folder, config, trust_remote_code)
+        findings = [*_strange_ids(processor, config), *_other_sizes(arch, processor, config)]
+    except PrismQuantError:
+        raise
+    except Exception as error:
+        raise _no_processor(folder, error) from error
+    if findings:
+        raise DataError(
+            "the checkpoint's processor is not of this model: " + "; ".join(findings),
+            where=str(folder),
+            remedy="copy tokenizer, processor and config.json of the original checkpoint into the "
+            "folder",
+        )
+    return processor
+
+
+def _load(arch: ArchSpec, folder: Path, config: Any, trust_remote_code: bool) -> Any:
+    transformers = import_transformers()
+    if arch.processor_map is not None and not trust_remote_code:
+        return _native_processor(arch.processor_map, folder, config, transformers)
+    return transformers.AutoProcessor.from_pretrained(
+        str(folder), trust_remote_code=trust_remote_code, local_files_only=True
+    )
+
+
+def _native_processor(table: ProcessorMap, folder: Path, config: Any, transformers: Any) -> Any:
+    settings = read_json(folder / "preprocessor_config.json")
+    common = {key: settings[key] for key in table.keys if key in settings}
+    patch = int(config_value(config, "vision_config.patch_size"))
+    # With the native config: the folder's own may be described by code only.
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        str(folder), config=config, trust_remote_code=False, local_files_only=True
+    )
+
+    def build(name: str) -> Any:
+        kind = getattr(transformers, name)
+        # Sizes are given in visual tokens; the native processors count pixels.
+        pixels = (patch * int(kind.merge_size)) ** 2
+        size = {
+            edge: int(settings[key]) * pixels
+            for edge, key in (
+                ("shortest_edge", table.min_tokens),
+                ("longest_edge", table.max_tokens),
+            )
+            if key in settings
+        }
+        return kind(**common, **({"size": size} if len(size) == 2 else {}))
+
+    return getattr(transformers, table.hf_class)(
+        image_processor=build(table.image_class),
+        tokenizer=tokenizer,
+        video_processor=build(table.video_class),
+        chat_template=table.chat_template,
+    )
+
+
+# ----------------------------------------------------------------------------------------- checks
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse a folder that lacks a file, or has something that must not be opened as one.
+
+    transformers opens files by their names, whatever they are.
+    """
+    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
+        raise _missing(folder, "it has neither tokenizer.json nor vocab.json")
+    if not any((folder / name).exists() for name in _SETTINGS):
+        raise _missing(folder, f"it has neither {_SETTINGS[0]} nor {_SETTINGS[1]}")
+    for path in sorted(folder.iterdir()):
+        try:
+            status = os.stat(path)
+            if stat.S_ISDIR(status.st_mode):
+                continue
+            require_regular(status, path)
+        except FileNotFoundError:
+            continue  # a link to nothing
+        except OSError as error:
+            raise DataError(
+                f"{path.name} cannot be read: {error.strerror or error}",
+                where=str(path),
+                remedy="remove it from the folder",
+            ) from error
+        if path.suffix in (".json", ".txt", ".jinja") and status.st_size > MAX_JSON_BYTES:
+            raise DataError(
+                f"{path.name} has {status.st_size} bytes; at most {MAX_JSON_BYTES} are read",
+                where=str(path),
+                remedy="restore the file from the original checkpoint",
+            )
+
+
+def _strange_ids(processor: Any, config: Any) -> list[str]:
+    """Findings on tokens that the model has no embedding for."""
+    size = int(config.get_text_config().vocab_size)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", 0))
+    # What is put around a text has ids of its own in some tokenizers.
+    around = max(tokenizer("a")["input_ids"], default=0)
+    if around > largest:
+        token, largest = "put around each text", around
+    if largest < size:
+        return []
+    return [f"token {token!r} has the id {largest}, but text_config.vocab_size is {size}"]
+
+
+def _other_sizes(arch: ArchSpec, processor: Any, config: Any) -> list[str]:
+    """Findings on what processor and model call differently, or cut into other pieces."""
+    findings = [
+        f"it marks media by the id {said}, but {key} is {config_value(config, key)}"
+        for key in arch.vision_token_ids
+        if (said := getattr(processor, key, None)) not in (None, config_value(config, key))
+    ]
+    for part in ("image_processor", "video_processor"):
+        for name, key in _SIZES.items():
+            ours = getattr(getattr(processor, part, None), name, None)
+            theirs = getattr(config.vision_config, key, None)
+            if ours is not None and theirs is not None and ours != theirs:
+                findings.append(f"{part}.{name} is {ours}, but vision_config.{key} is {theirs}")
+    return findings
+
+
+# ----------------------------------------------------------------------------------------- errors
+
+
+def _missing(folder: Path, why: str) -> DataError:
+    return DataError(
+        f"the checkpoint's processor cannot be loaded: {why}",
+        where=str(folder),
+        remedy="copy the tokenizer and processor files of the original checkpoint into the folder",
+    )
+
+
+def _no_processor(folder: Path, error: Exception) -> DataError:
+    """What to say when transformers could not build the processor."""
+    if "trust_remote_code" in str(error):
+        return DataError(
+            "the checkpoint's processor is Python code in its folder, which is not run",
+            where=str(folder),
+            remedy="read the code; if you trust it, allow it with --trust-remote-code",
+        )
+    if (said := _unreadable_tokenizer(folder)) is not None:
+        return DataError(
+            f"tokenizer.json is not what tokenizers {_version('tokenizers')} reads: {said}",
+            where=str(folder / "tokenizer.json"),
+            remedy="install the release of tokenizers that wrote it, or restore the original file",
+        )
+    return _missing(folder, brief(error))
+
+
+def _unreadable_tokenizer(folder: Path) -> str | None:
+    """Why the tokenizers library cannot read tokenizer.json; None: it can."""
+    if not (folder / "tokenizer.json").exists():
+        return None
+    try:
+        importlib.import_module("tokenizers").Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:
+        return brief(error)
+    return None
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
