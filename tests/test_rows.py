@@ -18,6 +18,7 @@ from prismquant.pipeline.data import Sample, fingerprint, located, media_of, rea
 from prismquant.pipeline.data.findings import Findings
 from prismquant.pipeline.data.read import sample_of
 from prismquant.pipeline.data.rows import Row
+from prismquant.pipeline.pictures import read_picture
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -448,7 +449,7 @@ def test_pictures_of_a_dataset_are_kept_as_their_files(dataset: Callable[..., Pa
         file_name=text,
     )
     (sample,) = read_samples(folder, limit=1)
-    pictures = [located(shown["image"], sample) for _, shown in media_of(sample)]
+    pictures = [read_picture(located(shown["image"], sample)) for _, shown in media_of(sample)]
     assert [picture.size for picture in pictures] == [(8, 4), (4, 8)]
     assert fingerprint([sample]) == fingerprint(read_samples(folder))
     row["images"][1]["bytes"] = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
@@ -459,7 +460,7 @@ def test_pictures_of_a_dataset_are_kept_as_their_files(dataset: Callable[..., Pa
         messages=[{"role": text, "content": [item]}],
         file_name=text,
     )
-    with pytest.raises(DataError, match="row 1: picture in the row cannot be read"):
+    with pytest.raises(DataError, match="row 1: picture in the row is of no format that is read"):
         read_samples(folder)
 
 
