@@ -52,7 +52,7 @@ from prismquant.models.processor import load_processor
 from prismquant.modes import default_modes
 from prismquant.pipeline.batches import Batch, Batches, by_length, make_batches
 from prismquant.pipeline.budget import WAYS, Forecast, choose_way, count_tokens, forecast
-from prismquant.pipeline.checkpoint import RunDirectory, RunRecord, StepRecord, environment
+from prismquant.pipeline.checkpoint import RunDirectory, environment
 from prismquant.pipeline.data import Sample, read_samples, require_modalities
 from prismquant.pipeline.engine import run
 from prismquant.pipeline.exchange import require_sharable, share_of
@@ -69,6 +69,7 @@ from prismquant.pipeline.identity import (
 from prismquant.pipeline.job import Reporter, Run, Silent
 from prismquant.pipeline.media import Limits
 from prismquant.pipeline.plan import Plan, make_plan
+from prismquant.pipeline.record import RunRecord, StepRecord
 from prismquant.pipeline.seen import unseen_vision
 from prismquant.pipeline.stream import stream, streams
 from prismquant.pipeline.survey import Survey, let_go, position_limit, survey

@@ -16,9 +16,11 @@ import itertools
 import json
 import math
 import os
+import re
 import reprlib
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,21 +40,26 @@ SINGLE_NAME = "model.safetensors"
 
 # An index of 100,000 tensors has ten megabytes.
 _MAX_INDEX_BYTES = 32 << 20
-_TEMPORARY = ".tmp"
+# Unmistakably ours, so that only what was left by a killed run is ever deleted; and no longer than
+# a name may be, however long that of the file is.
+_HALVES = re.compile("[\ud800-\udfff]")
+_TEMPORARY = re.compile(r"[.].{1,40}[.][0-9a-f]{16}[.]prismquant-tmp", re.DOTALL)
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path that becomes ``path`` when the block ends without an error.
 
-    When the block has ended, the file and its name are on the disk: a power cut takes neither.
+    When the block has ended, the file and its name are on the disk: a power cut takes neither. A
+    link in the file's place is replaced, and never followed.
 
     Raises:
         StorageError: The disk is full, or the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY}")
+    temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.prismquant-tmp")
     try:
         make_folder(path.parent)
+        _require_no_folder(path)
         # Made only within the block that removes it: an interruption may come at any line.
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield temporary
@@ -65,6 +72,33 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _require_no_folder(path: Path) -> None:
+    """Refuse a folder in the place of a file, and a name that no file can have, before writing."""
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISDIR(os.lstat(path).st_mode):
+            raise StorageError(
+                f"a folder lies in the place of {path.name}",
+                where=str(path),
+                remedy="delete it or move it away, then run again",
+            )
+
+
+def require_writable(path: Path) -> None:
+    """Make sure that a file can be written, before the work that its contents take.
+
+    What is there stays as it is.
+
+    Raises:
+        StorageError: It cannot; says why.
+    """
+    with contextlib.suppress(_Tried), atomic_path(path):
+        raise _Tried
+
+
+class _Tried(Exception):  # noqa: N818 - nothing is wrong
+    """Ends an attempt to write that was only made to see whether it can be."""
 
 
 def make_folder(folder: Path) -> None:
@@ -105,8 +139,12 @@ def remove_temporaries(folder: Path) -> None:
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether :func:`atomic_path` would name a temporary file like this."""
-    return path.name.startswith(".") and path.name.endswith(_TEMPORARY)
+    """Whether this is a file that :func:`atomic_path` has made: by its whole name, and no link."""
+    if not _TEMPORARY.fullmatch(path.name):
+        return False
+    with contextlib.suppress(OSError):
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    return False
 
 
 def file_digest(path: Path) -> str:
@@ -126,16 +164,25 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` in UTF-8, whole or not at all.
-
-    Halves of characters, as the names of files may hold, are escaped: in JSON they come back.
-    """
-    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
+    """Write ``text`` in UTF-8, whole or not at all; see :func:`utf8`."""
+    write_bytes(path, utf8(text))
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """The text that :func:`write_json` writes."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    # What cannot be encoded is told in letters, which no reader takes for a broken character.
+    return _HALVES.sub(lambda found: f"\\\\u{ord(found[0]):04x}", text)
+
+
+def utf8(text: str) -> bytes:
+    """A text in UTF-8. Halves of characters, as names of files may hold, are told in letters."""
+    return text.encode(errors="backslashreplace")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -153,9 +200,21 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file byte for byte, whole or not at all."""
-    with atomic_path(target) as temporary:
-        shutil.copyfile(source, temporary)
+    """Copy a file byte for byte, whole or not at all.
+
+    Raises:
+        StorageError: It cannot be read, is no regular file, or cannot be written.
+    """
+    try:
+        content = open_regular(source)
+    except OSError as error:
+        raise StorageError(
+            f"{source.name} cannot be read: {error.strerror or error}",
+            where=str(source),
+            remedy="check what it is and who may read it",
+        ) from error
+    with content, atomic_path(target) as temporary, temporary.open("wb") as copy:
+        shutil.copyfileobj(content, copy, 1 << 20)
 
 
 def read_json(path: Path, most: int = MAX_JSON_BYTES) -> Any:
@@ -412,14 +471,20 @@ def _twice(folder: Path, name: str, first: str, second: str) -> StorageError:
 
 def storage_error(error: OSError, path: Path) -> StorageError:
     """What to tell a user of a failure to write ``path``."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return StorageError(
-            f"the disk is full: {path.name} was not written",
-            where=str(path.parent),
-            remedy="free space or choose another output folder, then run again with --resume",
-        )
-    return StorageError(
-        f"cannot write {path.name}: {error.strerror or error}",
-        where=str(path.parent),
-        remedy="check that the folder exists and can be written",
-    )
+    number, reason = error.errno, error.strerror or error
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        what = f"the disk is full: {path.name} was not written"
+        remedy = "free space or choose another output folder, then run again"
+    elif number == errno.EFBIG:
+        what = f"{path.name} was not written: {reason}"
+        remedy = "choose a file system that takes larger files, or raise the limit (ulimit -f)"
+    elif number == errno.ENAMETOOLONG:
+        what = f"{path.name[:40]}.. cannot be written: {len(os.fsencode(path.name))} bytes of name"
+        remedy = "choose a shorter name: most file systems take 255 bytes"
+    elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        what = f"cannot write {path.name}: {reason}"
+        remedy = "choose another output folder, or ask for the right to write to this one"
+    else:
+        what = f"cannot write {path.name}: {reason}"
+        remedy = "check that the folder exists and can be written"
+    return StorageError(what, where=str(path.parent), remedy=remedy)

@@ -366,8 +366,9 @@ def test_a_disk_that_fills_up_during_the_run(
         message = refused(
             StorageError, "the disk is full", str(out), model=model, recipe=recipe, out=out
         )
-    assert "free space or choose another output folder, then run again with --resume" in message
-    assert not list(out.rglob("*.tmp"))
+    assert "free space or choose another output folder, then run again" in message
+    assert "with --resume, a run in this folder goes on after the last finished step" in message
+    assert not list(out.rglob("*tmp"))
     assert not (out / "config.json").exists()
     assert len(RunDirectory(out).load().steps) > 0
     pq.quantize(model, recipe, out, resume=True)

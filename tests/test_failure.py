@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from prismquant.pipeline.checkpoint import LayerRecord, StepRecord
+    from prismquant.pipeline.record import LayerRecord, StepRecord
 
 LLM = "model.language_model.layers"
 UP = f"{LLM}.0.mlp.up_proj"

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
     from prismquant.models.bind import BoundModel
     from prismquant.pipeline.batches import Batch
-    from prismquant.pipeline.checkpoint import StepRecord
     from prismquant.pipeline.data import Sample
+    from prismquant.pipeline.record import StepRecord
 
 LAYERS = "model.language_model.layers"
 # Little to quantize, and no search for ranges.

@@ -189,6 +189,62 @@ def test_a_file_where_a_folder_should_be(tmp_path: Path, tiny: Callable[..., Pat
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.parametrize("place", ["lock", "prismquant"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_link_is_neither_followed_nor_cut_short(
+    tmp_path: Path, tiny: Callable[..., Path], place: str, resume: bool
+) -> None:
+    """In the place of the lock, or of its folder; to a file of the user's, or to nothing."""
+    theirs, out = tmp_path / "theirs", tmp_path / "out"
+    theirs.mkdir()
+    (theirs / "lock").write_text('{"pid": mine}')
+    (out / "prismquant").mkdir(parents=True)
+    link = out / "prismquant" / ("lock" if place == "lock" else "")
+    for target in (theirs / place.removeprefix("prismquant"), tmp_path / "nothing"):
+        if place == "prismquant":
+            link.unlink() if link.is_symlink() else link.rmdir()
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+        with pytest.raises(StorageError) as caught:
+            pq.quantize(tiny("qwen2_vl"), RTN, out, resume=resume)
+        assert place in caught.value.what
+        assert "delete it" in str(caught.value.remedy)
+        with pytest.raises(StorageError, match="in the output folder is not a run's") as caught:
+            take(out / "prismquant" / "lock")
+        assert caught.value.where == str(link)
+        assert "delete it" in str(caught.value.remedy)
+    assert (theirs / "lock").read_text() == '{"pid": mine}'
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "theirs"]
+
+
+@pytest.mark.parametrize("kind", ["text", "long", "hard link", "folder", "pipe"])
+def test_what_is_no_lock_is_left_as_it_is(tmp_path: Path, kind: str) -> None:
+    path, text = tmp_path / "lock", "mine"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        text = '{"pid": 1}' + " " * (1 << 10) if kind == "long" else text
+        (tmp_path / "other").write_text("" if kind == "hard link" else text)
+        os.link(tmp_path / "other", path)
+        if kind != "hard link":
+            (tmp_path / "other").unlink()
+    with pytest.raises(StorageError, match="lock in the output folder is not a run's"):
+        take(path)
+    if kind in ("text", "long"):
+        assert path.read_text() == text
+    assert path.exists()
+
+
+@pytest.mark.parametrize("text", ["", '{"pi', '{"pid": 7, "host": "x", "si'])
+def test_a_lock_that_was_begun_is_one(tmp_path: Path, text: str) -> None:
+    """A process that is killed while it writes it."""
+    (tmp_path / "lock").write_text(text)
+    take(tmp_path / "lock")
+    assert not (tmp_path / "lock").exists()
+
+
 # Two runs
 
 
@@ -239,7 +295,7 @@ def test_a_stale_lock_file_alone_does_not_make_a_folder_used(
 ) -> None:
     """A run that was killed before it wrote anything else."""
     RunDirectory(tmp_path).lock_path.parent.mkdir()
-    RunDirectory(tmp_path).lock_path.write_text('{"pid": 1}')
+    RunDirectory(tmp_path).lock_path.write_text('{"pid": 1, "host": "a", "since": "b"}')
     assert pq.quantize(tiny("qwen2_vl"), RTN, tmp_path).record.finished
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -22,23 +23,23 @@ import torch
 import prismquant as pq
 from prismquant.errors import StorageError
 from prismquant.models.bind import bind
-from prismquant.pipeline.checkpoint import (
+from prismquant.pipeline.checkpoint import RunDirectory
+from prismquant.pipeline.identity import FileStamp, Identity
+from prismquant.pipeline.job import Silent
+from prismquant.pipeline.plan import Plan, make_plan
+from prismquant.pipeline.record import (
     RECORD_VERSION,
     EdgeRecord,
     LayerRecord,
     RestartRecord,
-    RunDirectory,
     RunRecord,
     StepRecord,
 )
-from prismquant.pipeline.identity import FileStamp, Identity
-from prismquant.pipeline.job import Silent
-from prismquant.pipeline.plan import Plan, make_plan
 from prismquant.recipe.schema import Recipe, load_recipe
 from prismquant.storage import ShardReader, read_json, write_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 IDENTITY = Identity(
     plan="p",
@@ -55,6 +56,8 @@ RECORD = RunRecord(
     samples={"text": 1, "image": 2},
     environment={"torch": "2"},
 )
+SHARDS = ("a.safetensors", "b.safetensors", "c.safetensors")
+LEFTOVER = ".model-00001.0123456789abcdef.prismquant-tmp"
 STEP = StepRecord(
     "model.layers.0",
     "model-00001-of-00002.safetensors",
@@ -91,7 +94,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def assert_unfinished_and_clean(folder: Path) -> None:
     """No temporary file, no config.json, and every step that is claimed has its whole shard."""
     names = [path.name for path in folder.rglob("*")]
-    assert not [name for name in names if name.endswith(".tmp")]
+    assert not [name for name in names if name.endswith("tmp")]
     assert "config.json" not in names
     record = RunDirectory(folder).load()
     assert not record.finished
@@ -131,17 +134,19 @@ def test_an_empty_folder_is_taken(tmp_path: Path, plan: Plan, recipe: Recipe) ->
 
 
 @pytest.mark.parametrize("resume", [False, True])
-@pytest.mark.parametrize("name", ["notes.txt", "deep/model.safetensors", ".hidden"])
+@pytest.mark.parametrize(
+    "name", ["notes.txt", "deep/model.safetensors", ".hidden", ".notes.tmp", "prismquant/plan.json"]
+)
 def test_a_folder_that_holds_files_is_refused_and_left_as_it_is(
     tmp_path: Path, plan: Plan, recipe: Recipe, name: str, resume: bool
 ) -> None:
     """Also with --resume: there is nothing to go on with."""
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine")
-    with pytest.raises(StorageError, match="exists and is not empty") as caught:
+    with pytest.raises(StorageError, match=f"is not empty: it holds {name}") as caught:
         RunDirectory(tmp_path).begin(RECORD, plan, recipe, resume=resume)
     assert caught.value.where == str(tmp_path)
-    assert "--resume" in str(caught.value.remedy)
+    assert "--resume" not in str(caught.value.remedy)
     assert files_of(tmp_path) == {name: b"mine"}
 
 
@@ -156,9 +161,33 @@ def test_a_file_in_the_place_of_the_folder_is_refused(
 def test_an_earlier_run_is_not_overwritten_without_resume(
     tmp_path: Path, plan: Plan, recipe: Recipe
 ) -> None:
-    RunDirectory(tmp_path).begin(RECORD, plan, recipe, resume=False)
-    with pytest.raises(StorageError, match="not empty"):
+    begun(tmp_path, plan, recipe, "a.safetensors")
+    with pytest.raises(StorageError, match="not empty") as caught:
         RunDirectory(tmp_path).begin(RECORD, plan, recipe, resume=False)
+    assert "--resume" in str(caught.value.remedy)
+
+
+def test_a_run_that_finished_no_step_does_not_block_the_next(
+    tmp_path: Path, plan: Plan, recipe: Recipe
+) -> None:
+    """Of another recipe, say, as the first one took too much memory; what waited on disk goes."""
+    begun(tmp_path, plan, recipe)
+    with RunDirectory(tmp_path).states(0, on_disk=True) as states:
+        held = states.keep(torch.ones(1 << 16))
+        (tmp_path / "prismquant" / LEFTOVER).write_text("half")
+        changed = replace(RECORD, identity=replace(IDENTITY, plan="q"))
+        with pytest.raises(StorageError, match="differs"):
+            RunDirectory(tmp_path).begin(changed, plan, recipe, resume=True)
+        with RunDirectory(tmp_path).claimed(resume=False):
+            RunDirectory(tmp_path).begin(changed, plan, recipe, resume=False)
+    del held
+    assert RunDirectory(tmp_path).load() == changed
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [
+        *("plan.json", "recipe.yaml", "record.json")
+    ]
+    (tmp_path / "model.safetensors").write_text("not ours")
+    with pytest.raises(StorageError, match=r"not empty: it holds model\.safetensors"):
+        RunDirectory(tmp_path).require_free(resume=False)
 
 
 def begun(folder: Path, plan: Plan, recipe: Recipe, *shards: str) -> RunRecord:
@@ -184,7 +213,7 @@ def test_resuming_goes_on_with_the_earlier_record(
     tmp_path: Path, plan: Plan, recipe: Recipe
 ) -> None:
     earlier = begun(tmp_path, plan, recipe, STEP.shard)
-    leftover = tmp_path / f".{STEP.shard}.abc.tmp"
+    leftover = tmp_path / LEFTOVER
     leftover.write_text("a killed process left this")
     again = replace(RECORD, model="moved", environment={"torch": "3"})
     resumed = RunDirectory(tmp_path).begin(again, plan, recipe, resume=True)
@@ -227,9 +256,6 @@ def test_threads_that_changed_on_the_way_are_told_of(
     again = replace(RECORD, environment={"threads": str(now)})
     (restart,) = directory.begin(again, plan, recipe, resume=True).restarts
     assert [note.startswith(told or "?") for note in restart.notes] == ([True] if told else [])
-
-
-SHARDS = ("a.safetensors", "b.safetensors", "c.safetensors")
 
 
 @pytest.mark.parametrize("damage", ["is gone", "bytes instead of", "has changed"])
@@ -294,7 +320,7 @@ def test_a_run_that_was_killed_at_its_very_start_can_be_resumed(
     out, whole = tmp_path / "out", tmp_path / "whole"
     RunDirectory(whole).begin(RECORD, plan, recipe, resume=False)
     (out / "prismquant").mkdir(parents=True)
-    (out / "prismquant" / ".plan.json.xyz.tmp").write_text("{")
+    (out / "prismquant" / LEFTOVER).write_text("{")
     for name in left:
         shutil.copy(whole / "prismquant" / name, out / "prismquant")
     record = RunDirectory(out).begin(RECORD, plan, recipe, resume=True)
@@ -340,14 +366,9 @@ def test_a_run_of_something_else_is_not_resumed(
         ("[]", "version None cannot be read"),
         ("{}", "version None cannot be read"),
         ('{"version": 99}', "version 99 cannot be read"),
-        ('{"version": 2}', "version 2 cannot be read"),
-        ('{"version": 3}', "the run record is damaged"),
-        ('{"version": 3, "identity": 5}', "the run record is damaged"),
-        ('{"version": 3, "identity": {"files": 1, "samples": []}}', "damaged"),
-        (record_text(steps=5), "the run record is damaged"),
-        (record_text(steps=[{"name": "a"}]), "damaged"),
-        (record_text(restarts=[{}]), "damaged"),
-        (record_text(x=1), "damaged"),
+        ('{"version": 3}', "version 3 cannot be read"),
+        ('{"version": true}', "version True cannot be read"),
+        (record_text(x=1), "the run record is damaged: x: "),
     ],
 )
 def test_a_damaged_record_is_an_error(
@@ -360,6 +381,110 @@ def test_a_damaged_record_is_an_error(
         directory.begin(RECORD, plan, recipe, resume=True)
     assert str(directory.record_path) in str(caught.value)
     assert "start again without --resume" in str(caught.value.remedy)
+
+
+FULL = replace(
+    RECORD,
+    steps=(STEP,),
+    memory={"budget_bytes": 5, "way": "halted"},
+    restarts=(RestartRecord("2026-01-01T00:00:00Z", 1, ("damaged",)),),
+    files={"config.json": "00"},
+)
+
+
+def mutations(value: Any) -> Iterator[Any]:
+    """A JSON value with one thing in it replaced by one of another type, left out, or added."""
+    yield from (other for other in (None, True, 5, 1.5, "x", [], {}, [5], {"a": 5}, {"a": None}))
+    if isinstance(value, dict):
+        yield value | {"unknown": 1}
+        for key, inner in value.items():
+            yield {k: v for k, v in value.items() if k != key}
+            yield from (value | {key: changed} for changed in mutations(inner))
+    if isinstance(value, list):
+        for place, inner in enumerate(value):
+            yield from ([*value[:place], c, *value[place + 1 :]] for c in mutations(inner))
+
+
+def holds(whole: Any, part: Any) -> bool:
+    """Whether a JSON value is another, but for entries of objects that it lacks."""
+    if isinstance(part, dict) and isinstance(whole, dict):
+        return all(key in whole and holds(whole[key], value) for key, value in part.items())
+    if isinstance(part, list) and isinstance(whole, list):
+        return len(whole) == len(part) and all(map(holds, whole, part))
+    return bool(whole == part) and isinstance(whole, bool) == isinstance(part, bool)
+
+
+def test_a_record_is_read_exactly_or_refused() -> None:
+    """No mutation raises anything but an error that says where, or is read as another value."""
+    refused, read = [], 0
+    for content in mutations(json.loads(json.dumps(FULL.to_dict()))):
+        try:
+            record = RunRecord.from_dict(content)
+        except StorageError as error:
+            refused.append(error.what)
+        else:
+            assert holds(json.loads(json.dumps(record.to_dict())), content)
+            read += 1
+    assert len(refused) > 5 * read > 0
+    kinds = "the run record is damaged: ", "run record of version"
+    assert [what for what in refused if not what.startswith(kinds)] == []
+
+
+@pytest.mark.parametrize("name", ["../a.safetensors", "/a", "", "a/../../b", "a\0b"])
+def test_a_record_claims_no_file_outside_of_its_folder(name: str) -> None:
+    for changed in (
+        replace(FULL, steps=(replace(STEP, shard=name),)),
+        replace(FULL, files={name: "00"}),
+    ):
+        with pytest.raises(StorageError, match="is no file of the folder"):
+            RunRecord.from_dict(changed.to_dict())
+
+
+INSIDE = ("prismquant/record.json", "prismquant/plan.json", "prismquant/recipe.yaml")
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+@pytest.mark.parametrize("name", [*INSIDE, SHARDS[1], ".hidden"])
+def test_what_no_run_has_written_is_refused_with_what_to_delete(
+    tmp_path: Path, plan: Plan, recipe: Recipe, name: str, kind: str
+) -> None:
+    """In the place of a file of the run, or beside it; nothing is read through it or deleted."""
+    out, theirs = tmp_path / "out", tmp_path / "theirs"
+    begun(out, plan, recipe, *SHARDS)
+    path = out / name
+    theirs.write_bytes(path.read_bytes() if path.exists() else b"theirs")
+    path.unlink(missing_ok=True)
+    if kind == "link":
+        path.symlink_to(theirs)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    if (name, kind) == (".hidden", "folder"):
+        RunDirectory(out).begin(RECORD, plan, recipe, resume=True)
+        return
+    before = theirs.read_bytes()
+    with pytest.raises(StorageError) as caught, RunDirectory(out).claimed(resume=True):
+        RunDirectory(out).begin(RECORD, plan, recipe, resume=True)
+    assert Path(name).name in caught.value.what
+    assert re.search("delete (it|the folder)", str(caught.value.remedy))
+    assert os.path.lexists(path)
+    assert theirs.read_bytes() == before
+
+
+def test_provenance_is_that_of_the_run(tmp_path: Path, plan: Plan, recipe: Recipe) -> None:
+    """A stranger's recipe and plan, each whole in itself, do not stay in a resumed folder."""
+    begun(tmp_path, plan, recipe, *SHARDS)
+    whole = files_of(tmp_path)
+    (tmp_path / "prismquant" / "recipe.yaml").write_text(load_recipe("w4a16").to_yaml())
+    other = json.dumps(plan.to_dict() | {"architecture": "another"})
+    (tmp_path / "prismquant" / "plan.json").write_text(other)
+    changed = replace(RECORD, identity=replace(IDENTITY, plan="q"))
+    with pytest.raises(StorageError) as caught:
+        RunDirectory(tmp_path).begin(changed, plan, recipe, resume=True)
+    assert "plan.json of the earlier run cannot be read" in caught.value.what
+    RunDirectory(tmp_path).begin(RECORD, plan, recipe, resume=True)
+    assert files_of(tmp_path) == whole
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -666,7 +791,7 @@ def test_a_process_that_is_stopped_can_be_resumed(
         assert re.search("stopped; finished steps are kept.*--resume", stderr.replace("\n", " "))
         assert "Traceback" not in stderr
         assert_unfinished_and_clean(out)
-    (out / ".model-00009-of-00014.safetensors.k.tmp").write_text("half a shard")
+    (out / LEFTOVER).write_text("half a shard")
     assert 0 < len(RunDirectory(out).load().steps) < 13
     result = pq.quantize(deep, signalled_recipe, out, calibration_file, resume=True)
     assert result.record.finished

@@ -34,6 +34,7 @@ from prismquant.storage import (
     is_temporary,
     read_json,
     remove_temporaries,
+    require_writable,
     weight_bytes,
     write_bytes,
     write_json,
@@ -98,8 +99,8 @@ def test_what_is_written_reaches_the_disk_in_order(
     fsync, replace = os.fsync, os.replace
 
     def flushed(handle: int) -> None:
-        name = Path(f"/proc/self/fd/{handle}").readlink().name
-        calls.append(("flush", "temporary" if is_temporary(Path(name)) else name))
+        file = Path(f"/proc/self/fd/{handle}").readlink()
+        calls.append(("flush", "temporary" if is_temporary(file) else file.name))
         fsync(handle)
 
     def renamed(source: Any, target: Any) -> None:
@@ -217,7 +218,7 @@ def test_a_full_disk_is_named_with_its_remedy(
     with pytest.raises(StorageError, match=r"disk is full: config\.json") as caught:
         write_text(tmp_path / "config.json", "new")
     assert caught.value.where == str(tmp_path)
-    assert "--resume" in str(caught.value.remedy)
+    assert "free space" in str(caught.value.remedy)
     assert (tmp_path / "config.json").read_text() == "old"
     assert names_in(tmp_path) == ["config.json"]
 
@@ -241,8 +242,8 @@ except StorageError as error:
     done = subprocess.run(
         [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
     )
-    assert "the disk is full: model.safetensors was not written" in done.stdout
-    assert "remedy: free space" in done.stdout
+    assert "model.safetensors was not written: File too large" in done.stdout
+    assert "ulimit -f" in done.stdout
     assert names_in(tmp_path) == []
 
 
@@ -254,12 +255,91 @@ def test_a_folder_that_cannot_be_made_is_an_error_with_its_place(tmp_path: Path)
 
 
 def test_leftovers_of_a_killed_process_are_found_and_nothing_else(tmp_path: Path) -> None:
-    keep = [".hidden", "notes.tmp", "model.safetensors"]
-    for name in [*keep, ".model.safetensors.x1.tmp", "inside/.record.json.y2.tmp"]:
+    """By the whole of the name, and only regular files: a user's are never deleted."""
+    digits = "0123456789abcdef"
+    ours = [f".a.{digits}.prismquant-tmp", f"inside/.record.json.{digits}.prismquant-tmp"]
+    keep = [
+        *(".hidden", "notes.tmp", ".notes.tmp", ".model.safetensors.x1.tmp", "a.safetensors"),
+        *(f".a.{digits[1:]}.prismquant-tmp", f"a.{digits}.prismquant-tmp"),
+        f".a.{digits}.prismquant-tmp~",
+    ]
+    for name in [*keep, *ours]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
+    (tmp_path / f".link.{digits}.prismquant-tmp").symlink_to(tmp_path / ".hidden")
+    (tmp_path / f".folder.{digits}.prismquant-tmp").mkdir()
     remove_temporaries(tmp_path)
-    assert names_in(tmp_path) == sorted([*keep, "inside"])
+    kept = [f".{name}.{digits}.prismquant-tmp" for name in ("link", "folder")]
+    assert names_in(tmp_path) == sorted([*keep, *kept, "inside"])
+
+
+def test_a_link_is_replaced_and_never_written_through(tmp_path: Path) -> None:
+    (tmp_path / "theirs").write_text("theirs")
+    (tmp_path / "source").write_text("new")
+    for write in (write_text, lambda path, _: copy_file(tmp_path / "source", path)):
+        (tmp_path / "ours").unlink(missing_ok=True)
+        (tmp_path / "ours").symlink_to("theirs")
+        write(tmp_path / "ours", "new")
+        assert not (tmp_path / "ours").is_symlink()
+        assert [(tmp_path / name).read_text() for name in ("theirs", "ours")] == ["theirs", "new"]
+
+
+def test_a_folder_in_the_place_of_a_file_is_told_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "a" / "kept").mkdir(parents=True)
+    with pytest.raises(StorageError, match="a folder lies in the place of a") as caught:
+        require_writable(tmp_path / "a")
+    assert caught.value.where == str(tmp_path / "a")
+    assert "delete it" in str(caught.value.remedy)
+    assert names_in(tmp_path) == ["a", "kept"]
+
+
+@pytest.mark.parametrize("length", [200, 255])
+def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path: Path, length: int) -> None:
+    """The temporary name is no longer for it."""
+    name = "é" * (length // 2) + "x" * (length % 2)
+    write_text(tmp_path / name, "text")
+    assert names_in(tmp_path) == [name]
+
+
+def test_a_name_that_is_too_long_is_told(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="cannot be written: 256 bytes of name") as caught:
+        require_writable(tmp_path / ("é" * 128))
+    assert "shorter" in str(caught.value.remedy)
+
+
+def test_whether_a_file_can_be_written_is_tried_without_touching_it(tmp_path: Path) -> None:
+    write_text(tmp_path / "a", "old")
+    require_writable(tmp_path / "a")
+    require_writable(tmp_path / "new" / "b")
+    assert (tmp_path / "a").read_text() == "old"
+    assert names_in(tmp_path) == ["a", "new"]
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
+def test_a_folder_that_may_not_be_written_is_told_with_another_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refused(*_: Any, **__: Any) -> int:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "open", refused)
+    with pytest.raises(StorageError, match=f"cannot write a: {os.strerror(code)}") as caught:
+        write_text(tmp_path / "a", "text")
+    assert "right to write" in str(caught.value.remedy)
+
+
+def test_what_cannot_be_read_is_not_blamed_on_what_is_written(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name, said in (("gone", "No such file"), ("pipe", "named pipe"), ("", "a folder")):
+        with pytest.raises(StorageError, match=f"cannot be read: .*{said}") as caught:
+            copy_file(tmp_path / name, tmp_path / "copy")
+        assert caught.value.where == str(tmp_path / name)
+
+
+def test_names_that_are_no_text_survive_json(tmp_path: Path) -> None:
+    name = os.fsdecode(b"out-\xff")
+    write_json(tmp_path / "a", {"model": name})
+    assert read_json(tmp_path / "a") == {"model": r"out-\udcff"}
 
 
 @settings(max_examples=60)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from prismquant.pipeline.checkpoint import StepRecord
+    from prismquant.pipeline.record import StepRecord
 
 
 def rounding(preset: str) -> pq.Recipe:

@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from prismquant.models.bind import BoundModel, BoundStep
-    from prismquant.pipeline.checkpoint import EdgeRecord
     from prismquant.pipeline.group import SolvedLayer
     from prismquant.pipeline.plan import Plan
+    from prismquant.pipeline.record import EdgeRecord
 
 EVERYTHING = {"weights": "int4-g16", "solver": "rtn", "weight_range": "minmax"}
 SMOOTH = {"name": "smoothquant", "options": {"alpha": 0.6, "search": False}}

@@ -15,7 +15,7 @@ from typing import Any
 from prismquant.api import measure, quantize
 from prismquant.arguments import as_path
 from prismquant.demo.scenes import write_dataset
-from prismquant.pipeline.checkpoint import RunDirectory
+from prismquant.outputs import require_empty
 from prismquant.recipe.schema import load_recipe
 from prismquant.report.tables import Variant, reference_variant, variant
 from prismquant.storage import write_json
@@ -58,7 +58,7 @@ def run_demo(out: str | Path, say: Callable[[str], None]) -> DemoReport:
         StorageError: The folder is in use or cannot be written.
     """
     folder = as_path(out, "out")
-    RunDirectory(folder).require_free(resume=False)
+    require_empty(folder)
     try:
         return _run(folder, say)
     except BaseException:

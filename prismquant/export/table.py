@@ -17,7 +17,8 @@ from prismquant import __version__
 from prismquant.errors import FormatError, StorageError, suggest
 from prismquant.export.exporter import Exporter, Progress, Refusal, check
 from prismquant.export.stored import StoredCheckpoint, open_checkpoint
-from prismquant.storage import is_temporary, write_json
+from prismquant.outputs import require_empty
+from prismquant.storage import write_json
 
 # Name -> module and class; a module is imported only when its format is asked for.
 EXPORTERS: Mapping[str, str] = MappingProxyType(
@@ -167,13 +168,4 @@ def _check_folder(source: StoredCheckpoint, out: Path) -> None:
             where=str(out),
             remedy="choose another --out",
         )
-    used = out.exists() and (
-        not out.is_dir()
-        or any(not path.is_dir() and not is_temporary(path) for path in out.rglob("*"))
-    )
-    if used:
-        raise StorageError(
-            "the output folder exists and is not empty",
-            where=str(out),
-            remedy="choose another --out, or delete it",
-        )
+    require_empty(out)

@@ -19,191 +19,38 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from prismquant.errors import PrismQuantError, StorageError
+from prismquant.errors import StorageError
 from prismquant.memory import readable_bytes
-from prismquant.pipeline.identity import Identity, differences
+from prismquant.outputs import require_empty, require_regular_files
+from prismquant.pipeline.identity import differences
 from prismquant.pipeline.lock import locked
-from prismquant.pipeline.plan import Plan
+from prismquant.pipeline.plan import Plan, plan_fingerprint
+from prismquant.pipeline.record import RestartRecord, RunRecord, StepRecord
 from prismquant.pipeline.states import InMemory, OnDisk, States
-from prismquant.recipe.schema import Recipe, load_recipe
+from prismquant.recipe.schema import Recipe
 from prismquant.storage import (
     file_digest,
     is_temporary,
+    json_text,
     read_json,
     remove_temporaries,
+    storage_error,
+    utf8,
+    write_bytes,
     write_json,
-    write_text,
 )
 
-RECORD_VERSION = 3
 _STATES = "states-of-rank-"
+_PROVENANCE = ("record.json", "plan.json", "recipe.yaml")
 # Facts of a machine that may change how sums are rounded, but that a user cannot always have again.
 _ROUNDING = ("threads", "machine", "cpu", "gpu")
-
-
-@dataclass(frozen=True)
-class LayerRecord:
-    """What became of one layer.
-
-    Attributes:
-        name: Module path.
-        solver: The method that chose the codes.
-        loss: The method's objective: mean squared output error summed over outputs, or the squared
-            weight error where no statistics were needed.
-        baseline_loss: The same for rounding to nearest with the same scales.
-        notes: Damping, fallbacks, input range and other facts worth keeping.
-    """
-
-    name: str
-    solver: str
-    loss: float
-    baseline_loss: float
-    notes: Mapping[str, float | int | str]
-
-
-@dataclass(frozen=True)
-class EdgeRecord:
-    """What became of one edge.
-
-    Attributes:
-        source: Module path of its upper end.
-        readers: Module paths of the layers that read it.
-        equalizer: The method that chose the scale.
-        notes: What it chose and gained, or why it left the edge alone.
-    """
-
-    source: str
-    readers: tuple[str, ...]
-    equalizer: str
-    notes: Mapping[str, float | int | str]
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What became of one step.
-
-    Attributes:
-        name: Module path of the step.
-        shard: File that holds its tensors.
-        seconds: Wall time.
-        layers: Its quantized layers.
-        edges: Edges along which scale was moved, or was not worth moving.
-        kv_cache: Ranges of the keys and values of its attention, where their cache is quantized.
-        threads: Threads that torch computed with; 0 where they change nothing.
-        size: Bytes of the shard, once it is claimed.
-        sha256: Its checksum.
-    """
-
-    name: str
-    shard: str
-    seconds: float
-    layers: tuple[LayerRecord, ...]
-    edges: tuple[EdgeRecord, ...] = ()
-    kv_cache: Mapping[str, float | int | str] = field(default_factory=dict)
-    threads: int = 0
-    size: int = 0
-    sha256: str = ""
-
-
-@dataclass(frozen=True)
-class RestartRecord:
-    """One time that a run was taken up again.
-
-    Attributes:
-        started: When, in UTC.
-        kept: Finished steps that were kept.
-        notes: What was found damaged and is done again, and what differs that may change rounding.
-    """
-
-    started: str
-    kept: int
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """What was done, and how well.
-
-    Attributes:
-        identity: What decides the bytes of the result; a run is only resumed when it agrees.
-        model: Folder of the source.
-        calibration: Name of the calibration source; empty when none was needed.
-        samples: Number of calibration samples by kind.
-        environment: Versions and thread count.
-        memory: What was predicted of the peak, the budget if there was one, and how it was kept to.
-        steps: Finished steps in order.
-        finished: Whether the checkpoint is complete.
-        seconds: Wall time of all finished steps.
-        peak_memory_bytes: Largest resident set seen, 0 where the system does not tell.
-        restarts: Each time that the run was taken up again.
-        files: Checksums of the other files of the finished checkpoint, by their path in the folder.
-    """
-
-    identity: Identity
-    model: str
-    calibration: str = ""
-    samples: Mapping[str, int] = field(default_factory=dict)
-    environment: Mapping[str, str] = field(default_factory=dict)
-    memory: Mapping[str, int | str] = field(default_factory=dict)
-    steps: tuple[StepRecord, ...] = ()
-    finished: bool = False
-    seconds: float = 0.0
-    peak_memory_bytes: int = 0
-    restarts: tuple[RestartRecord, ...] = ()
-    files: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def threads(self) -> tuple[int, ...]:
-        """Numbers of threads that its steps had, each change a new entry; or what it began with."""
-        had = [step.threads for step in self.steps if step.threads]
-        began = self.environment.get("threads", "")
-        if not had and began.isdecimal():
-            had = [int(began)]
-        return tuple(number for number, _ in itertools.groupby(had))
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
-        return {"version": RECORD_VERSION, **asdict(self)}
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> RunRecord:
-        """Read back what :meth:`to_dict` gave.
-
-        Raises:
-            StorageError: The content was written by another version or is damaged.
-        """
-        version = content.get("version") if isinstance(content, Mapping) else None
-        if version != RECORD_VERSION:
-            raise StorageError(f"run record of version {version!r} cannot be read")
-        try:
-            plain = {key: value for key, value in content.items() if key != "version"}
-            built: dict[str, Any] = {
-                "identity": Identity.from_dict(content["identity"]),
-                "steps": tuple(_step_record(step) for step in content["steps"]),
-                "restarts": tuple(_restart_record(restart) for restart in content["restarts"]),
-            }
-            return cls(**plain | built)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise StorageError(f"the run record is damaged: {error}") from error
-
-
-def _step_record(content: Mapping[str, Any]) -> StepRecord:
-    layers = tuple(LayerRecord(**layer) for layer in content["layers"])
-    edges = tuple(
-        EdgeRecord(**{**edge, "readers": tuple(edge["readers"])}) for edge in content["edges"]
-    )
-    return StepRecord(**{**content, "layers": layers, "edges": edges})
-
-
-def _restart_record(content: Mapping[str, Any]) -> RestartRecord:
-    return RestartRecord(**{**content, "notes": tuple(content["notes"])})
 
 
 class RunDirectory:
@@ -241,12 +88,17 @@ class RunDirectory:
             StorageError: Another run is at work in it, it holds other files, or it cannot be
             written.
         """
-        # Nothing is put into a folder that is not ours, not even for a moment.
-        if not self.lock_path.exists():
-            self.require_free(resume=resume)
+        try:
+            # Nothing is put into a folder that is not ours, not even for a moment.
+            if not self.lock_path.is_file():
+                self.require_free(resume=resume)
+        except OSError as error:
+            raise storage_error(error, self.folder) from error
         with locked(self.lock_path) as held:
-            self.require_free(resume=resume)
-            yield held
+            # Without locks, a run may be at work that has not finished its first step.
+            self.require_free(resume=resume, anew=held)
+            with self._resumable():
+                yield held
 
     def begin(self, record: RunRecord, plan: Plan, recipe: Recipe, *, resume: bool) -> RunRecord:
         """Make the folder ready and say what is already done.
@@ -267,40 +119,66 @@ class RunDirectory:
         """
         self.require_free(resume=resume)
         content = json.loads(json.dumps(plan.to_dict()))
-        if self.record_path.exists():
+        if resume and self.record_path.exists():
             record = self._earlier(record, content)
         else:
             self.save(record)
         remove_temporaries(self.folder)
         for left in self._inside.glob(f"{_STATES}*"):
             shutil.rmtree(left)
-        # A run that was killed at its very start has a record and may lack the other two.
-        if _without_name(self._earlier_plan()) != _without_name(content):
-            write_json(self._inside / "plan.json", content)
-        if not self._has_recipe():
-            write_text(self._inside / "recipe.yaml", recipe.to_yaml())
+        # Always this run's own, whatever lies there: nothing, half of it, or a stranger's.
+        self._provide("plan.json", json_text(content))
+        self._provide("recipe.yaml", recipe.to_yaml())
         return record
 
-    def require_free(self, *, resume: bool) -> None:
+    def require_free(self, *, resume: bool, anew: bool = True) -> None:
         """Refuse a folder that holds files, unless they are of a run that is to be resumed.
 
+        Args:
+            resume: Whether it is.
+            anew: Accept what a run has left that ended before its first step was finished.
+
         Raises:
-            StorageError: The folder is in use.
+            StorageError: The folder is in use, or what an earlier run has left is not what it
+            wrote.
         """
         if resume and self.record_path.exists():
+            require_regular_files(self.folder)
+            for name in ("plan.json", "recipe.yaml"):
+                _require_no_folder(self._inside / name)
             return
-        if self.folder.is_dir():
-            files = (path for path in self.folder.rglob("*") if not path.is_dir())
-            used = any(not is_temporary(path) and path != self.lock_path for path in files)
-        else:
-            used = self.folder.exists()
-        if used:
-            raise StorageError(
-                "the output folder exists and is not empty",
-                where=str(self.folder),
-                remedy="choose another --out, delete it, or pass --resume to go on "
-                "with a run that was cut off",
-            )
+        remedy = "choose another --out, or delete it"
+        if self.record_path.is_file():
+            remedy += ", or pass --resume to go on with the run that it holds"
+        require_empty(self.folder, ours=self._leftovers(anew=anew), remedy=remedy)
+
+    def _leftovers(self, *, anew: bool) -> Callable[[Path], bool]:
+        """What an earlier run may have left without there being anything to go on with."""
+        known = {self.lock_path}
+        states = ""
+        record = self._readable_record()
+        if anew and record and not record.steps and not record.finished:
+            known |= {self._inside / name for name in _PROVENANCE}
+            states = str(self._inside / _STATES)
+
+        def ours(path: Path) -> bool:
+            waiting = bool(states) and str(path).startswith(states)
+            return path in known or waiting or is_temporary(path)
+
+        return ours
+
+    @contextlib.contextmanager
+    def _resumable(self) -> Iterator[None]:
+        """Within, say of a file that could not be read or written how to go on from there."""
+        try:
+            yield
+        except StorageError as error:
+            earlier = self._readable_record()
+            if not isinstance(error.__cause__, OSError) or not (earlier and earlier.steps):
+                raise
+            again = "with --resume, a run in this folder goes on after the last finished step"
+            remedy = f"{error.remedy}; {again}" if error.remedy else again
+            raise StorageError(error.what, where=error.where, remedy=remedy) from error
 
     def require_space(self, needed: int) -> None:
         """Refuse a disk that is too full for the result.
@@ -311,8 +189,11 @@ class RunDirectory:
         Raises:
             StorageError: Less is free.
         """
-        there = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
-        free = shutil.disk_usage(self.folder).free
+        try:
+            there = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+            free = shutil.disk_usage(self.folder).free
+        except OSError as error:
+            raise storage_error(error, self.folder) from error
         if needed - there > free:
             raise StorageError(
                 f"the result takes another {readable_bytes(needed - there)}, but only "
@@ -405,10 +286,16 @@ class RunDirectory:
                 "delete the folder, and start again without --resume",
             ) from error
 
+    def _readable_record(self) -> RunRecord | None:
+        with contextlib.suppress(StorageError):
+            return self.load()
+        return None
+
     def _earlier(self, record: RunRecord, plan: Mapping[str, Any]) -> RunRecord:
         """The record of the run that is resumed, with what is whole of it."""
         earlier = self.load()
-        found = differences(earlier.identity, record.identity, self._earlier_plan(), plan)
+        earlier_plan = self._earlier_plan(earlier.identity.plan)
+        found = differences(earlier.identity, record.identity, earlier_plan, plan)
         if found:
             if earlier.calibration != record.calibration:
                 found.append(f"calibration is {record.calibration}, was {earlier.calibration}")
@@ -416,7 +303,8 @@ class RunDirectory:
                 "cannot resume: the earlier run differs\n"
                 + "\n".join(f"  - {line}" for line in found),
                 where=str(self.folder),
-                remedy="repeat what the earlier run was given, or choose another --out",
+                remedy="repeat what the earlier run was given, choose another --out, or delete the "
+                f"folder, of which {len(earlier.steps)} steps are finished",
             )
         steps, damage = self._whole(earlier)
         if earlier.finished and not damage:
@@ -452,6 +340,7 @@ class RunDirectory:
     def _damage(self, name: str, checksum: str, size: int | None = None) -> str:
         """What has become of a file since it was claimed; empty if it is whole."""
         path = self.folder / name
+        _require_no_folder(path)
         if not path.is_file():
             return f"{name} is gone"
         now = path.stat().st_size
@@ -459,24 +348,29 @@ class RunDirectory:
             return f"{name} has {now} bytes instead of {size}"
         return "" if file_digest(path) == checksum else f"{name} has changed"
 
-    def _earlier_plan(self) -> Any:
-        """The content of plan.json; None if it is missing or damaged."""
+    def _provide(self, name: str, text: str) -> None:
+        """Write a file of the provenance, unless it is there."""
+        path, data = self._inside / name, utf8(text)
+        if not path.is_file() or path.stat().st_size != len(data) or path.read_bytes() != data:
+            write_bytes(path, data)
+
+    def _earlier_plan(self, fingerprint: str) -> Any:
+        """The content of plan.json; None if it is missing, damaged or not this run's."""
         try:
-            return read_json(self._inside / "plan.json")
+            content = read_json(self._inside / "plan.json")
         except StorageError:
             return None
-
-    def _has_recipe(self) -> bool:
-        path = self._inside / "recipe.yaml"
-        try:
-            return path.is_file() and load_recipe(path) is not None
-        except PrismQuantError:
-            return False
+        ours = isinstance(content, dict) and plan_fingerprint(content) == fingerprint
+        return content if ours else None
 
 
-def _without_name(plan: Any) -> Any:
-    """A plan without its recipe's name, which changes nothing."""
-    return {**plan, "recipe": ""} if isinstance(plan, dict) else plan
+def _require_no_folder(path: Path) -> None:
+    if path.is_dir():
+        raise StorageError(
+            f"a folder lies in the place of {path.name}",
+            where=str(path),
+            remedy="delete it or move it away, then run again with --resume",
+        )
 
 
 def _rounding_notes(record: RunRecord, now: Mapping[str, str]) -> list[str]:

@@ -28,7 +28,6 @@ from prismquant.models.arch import Modality
 from prismquant.models.bind import BoundStep
 from prismquant.pipeline.budget import weight_dtype
 from prismquant.pipeline.chain import Chain, source_reader
-from prismquant.pipeline.checkpoint import EdgeRecord, LayerRecord, StepRecord
 from prismquant.pipeline.equalize import edge_problem, move_scale
 from prismquant.pipeline.exchange import Task, all_channels, solve_all
 from prismquant.pipeline.failure import failed_layers
@@ -39,6 +38,7 @@ from prismquant.pipeline.kv_plan import KVLayer
 from prismquant.pipeline.layout import DENSE
 from prismquant.pipeline.passes import Output, Passes
 from prismquant.pipeline.plan import PlanEdge, PlanRow, problem_groups
+from prismquant.pipeline.record import EdgeRecord, LayerRecord, StepRecord
 from prismquant.pipeline.tune import TunedBlock, tune
 from prismquant.runtime.quant_linear import quantize_inputs, quantize_outputs
 

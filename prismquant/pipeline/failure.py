@@ -21,7 +21,7 @@ from prismquant.algorithms.rtn import RTN
 from prismquant.errors import NumericsError
 
 if TYPE_CHECKING:
-    from prismquant.pipeline.checkpoint import LayerRecord, StepRecord
+    from prismquant.pipeline.record import LayerRecord, StepRecord
     from prismquant.recipe.schema import OnFailure
 
 FAILED = "failed"

@@ -22,10 +22,10 @@ from prismquant.numerics.affine import all_finite, finiteness
 from prismquant.numerics.records import RangeRecord, static_scale_zero_point
 from prismquant.numerics.rules import RangeRule
 from prismquant.pipeline.capture import StepCall
-from prismquant.pipeline.checkpoint import LayerRecord
 from prismquant.pipeline.exchange import all_ranges, largest
 from prismquant.pipeline.failure import FAILED, Guarded, failure_notes, with_way_out
 from prismquant.pipeline.plan import PlanRow
+from prismquant.pipeline.record import LayerRecord
 from prismquant.runtime.quant_linear import ActivationQuantizer, QuantLinear
 
 What = Literal["columns", "ranges", "moments"]

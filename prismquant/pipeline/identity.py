@@ -24,12 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ConfigDict
 from torch import Tensor
 
 import prismquant
 from prismquant.errors import StorageError
 from prismquant.pipeline.batches import Batch
 from prismquant.pipeline.data import Sample, fingerprint
+
+EXACT = ConfigDict(extra="forbid")
+"""How dataclasses of a record are read back: no field more."""
 
 # A shard is looked at in so many places, of so many bytes each: every tensor of some size is hit,
 # and a checkpoint of any size is stamped within a second.
@@ -53,6 +57,8 @@ class FileStamp:
             4 KiB that are spread evenly.
     """
 
+    __pydantic_config__ = EXACT
+
     size: int
     modified: int
     inode: int
@@ -72,22 +78,14 @@ class Identity:
         versions: Of the code that computes; ``sources`` is a fingerprint of PrismQuant's own.
     """
 
+    __pydantic_config__ = EXACT
+
     plan: str
     files: Mapping[str, FileStamp]
     samples: tuple[str, ...]
     inputs: str
     arithmetic: str
     versions: Mapping[str, str]
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Identity:
-        """Read back what ``dataclasses.asdict`` gave.
-
-        Raises:
-            KeyError, TypeError, AttributeError: Something else was given.
-        """
-        files = {name: FileStamp(**stamp) for name, stamp in content["files"].items()}
-        return cls(**{**content, "files": files, "samples": tuple(content["samples"])})
 
 
 def stamp_files(folder: Path, files: Sequence[Path]) -> dict[str, FileStamp]:

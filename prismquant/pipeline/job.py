@@ -13,11 +13,11 @@ from prismquant.distributed import Alone, Ranks
 from prismquant.models.bind import BoundModel, BoundStep
 from prismquant.pipeline.batches import Batch
 from prismquant.pipeline.budget import Way
-from prismquant.pipeline.checkpoint import StepRecord
 from prismquant.pipeline.group import SolvedLayer
 from prismquant.pipeline.kv import KVScales
 from prismquant.pipeline.kv_plan import KVLayer
 from prismquant.pipeline.plan import Plan, PlanRow
+from prismquant.pipeline.record import StepRecord
 from prismquant.pipeline.states import InMemory, States
 from prismquant.runtime.mixed import Precision
 

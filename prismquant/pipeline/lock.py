@@ -4,6 +4,9 @@ Two runs that write to one folder would mix their files and their records. The l
 kernel's, on a small file in the folder: it is gone with the process that held it, however that
 ended, so there is never a stale lock to remove by hand. The file says who holds it, for the message
 that the other run ends with, and is deleted when the lock is given back.
+
+What lies in the file's place may be somebody else's: a link to a file elsewhere, or another file of
+this name. It is opened without following a link, and written to only if it is a lock.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import errno
 import json
 import os
 import platform
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -28,9 +32,15 @@ else:
 
 # What a file system answers that has no locks, as some network file systems.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
+# What opening a link, a folder or a socket answers.
+_NO_FILE = {errno.ELOOP, errno.EISDIR, errno.ENXIO}
 _HELD = {errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN, errno.EDEADLK}
 # Windows locks bytes of a file for readers too: one far behind what the file says of its holder.
 _LOCKED_BYTE = 1 << 30
+# A lock that a run has written, or begun to, begins like this; its holder has no longer name.
+_BEGINNING, _LONGEST = b'{"pid": ', 1 << 10
+# A link is an error, and a named pipe is not waited for.
+_OPENED = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 # The file, or its folder, may be deleted between making and locking it, by a run that ends.
 _TRIES = 100
 
@@ -48,7 +58,8 @@ def locked(path: Path) -> Iterator[bool]:
         Whether there is a lock; False on a file system that has none.
 
     Raises:
-        StorageError: Another process, or another thread, holds it; or the file cannot be written.
+        StorageError: Another process, or another thread, holds it; or the file is no lock, or
+            cannot be written.
     """
     made = [folder for folder in path.parents if not folder.exists()]
     try:
@@ -67,13 +78,19 @@ def _take(path: Path) -> tuple[int, bool]:
     """Open and lock the file, and write into it who holds it."""
     for _ in range(_TRIES):
         try:
+            if path.parent.is_symlink():
+                raise _no_lock(path.parent)
             make_folder(path.parent)
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            handle = os.open(path, _OPENED, 0o666)
         except FileNotFoundError:
             continue
         except OSError as error:
+            if error.errno in _NO_FILE:
+                raise _no_lock(path) from error
             raise storage_error(error, path) from error
         try:
+            if not _is_lock(handle):
+                raise _no_lock(path)
             held = _lock(handle, path)
             if _is_at(path, handle):
                 os.truncate(handle, 0)
@@ -113,10 +130,29 @@ def _lock(handle: int, path: Path) -> bool:
     return True
 
 
+def _is_lock(handle: int) -> bool:
+    """Whether an open file is a lock, or new: nothing else is ever written over."""
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1 or status.st_size > _LONGEST:
+        return False
+    content = os.read(handle, _LONGEST)
+    os.lseek(handle, 0, os.SEEK_SET)
+    return content.startswith(_BEGINNING) or _BEGINNING.startswith(content)
+
+
+def _no_lock(path: Path) -> StorageError:
+    return StorageError(
+        f"{path.name} in the output folder is not a run's",
+        where=str(path),
+        remedy="delete it or move it away, or choose another --out: it is neither followed, if it "
+        "is a link, nor written over",
+    )
+
+
 def _is_at(path: Path, handle: int) -> bool:
     """Whether an open file still has its name: the run that held it may have deleted it."""
     try:
-        return os.path.samestat(path.stat(), os.fstat(handle))
+        return os.path.samestat(path.lstat(), os.fstat(handle))
     except FileNotFoundError:
         return False
 

@@ -31,10 +31,10 @@ from prismquant.memory import keep_heap_compact
 from prismquant.models.bind import BoundStep
 from prismquant.numerics.affine import check_finite
 from prismquant.pipeline.chain import source_reader
-from prismquant.pipeline.checkpoint import LayerRecord, StepRecord
 from prismquant.pipeline.group import SolvedLayer, require_finite
 from prismquant.pipeline.job import Run
 from prismquant.pipeline.plan import Plan, PlanRow, problem_groups
+from prismquant.pipeline.record import LayerRecord, StepRecord
 
 DEFAULT_MEMORY = 2 << 30
 """Bytes of weights, codes and packed tensors that are in flight at a time."""

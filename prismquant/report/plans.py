@@ -9,9 +9,9 @@ from typing import Any
 
 from rich.table import Table
 
-from prismquant.pipeline.checkpoint import RunRecord, StepRecord
 from prismquant.pipeline.failure import failed_layers
 from prismquant.pipeline.plan import Plan, PlanEdge, PlanRow
+from prismquant.pipeline.record import RunRecord, StepRecord
 from prismquant.report.tables import format_bytes, format_figure, rich_table
 
 _FLOAT = "float"

@@ -16,8 +16,8 @@ from rich.progress import (
 )
 
 from prismquant.memory import peak_memory_bytes
-from prismquant.pipeline.checkpoint import StepRecord
 from prismquant.pipeline.failure import failed_layers
+from prismquant.pipeline.record import StepRecord
 from prismquant.report.tables import as_text
 from prismquant.threads import Pace
 

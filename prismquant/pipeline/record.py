@@ -1,0 +1,190 @@
+"""What a run writes down of itself: what was done to each layer, and how well.
+
+A record is read back strictly: a file that was damaged or edited is an error that says where, never
+a surprise later.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import PurePosixPath
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from prismquant.errors import StorageError
+from prismquant.pipeline.identity import EXACT, Identity
+
+RECORD_VERSION = 4
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What became of one layer.
+
+    Attributes:
+        name: Module path.
+        solver: The method that chose the codes.
+        loss: The method's objective: mean squared output error summed over outputs, or the squared
+            weight error where no statistics were needed.
+        baseline_loss: The same for rounding to nearest with the same scales.
+        notes: Damping, fallbacks, input range and other facts worth keeping.
+    """
+
+    __pydantic_config__ = EXACT
+
+    name: str
+    solver: str
+    loss: float
+    baseline_loss: float
+    notes: Mapping[str, float | int | str]
+
+
+@dataclass(frozen=True)
+class EdgeRecord:
+    """What became of one edge.
+
+    Attributes:
+        source: Module path of its upper end.
+        readers: Module paths of the layers that read it.
+        equalizer: The method that chose the scale.
+        notes: What it chose and gained, or why it left the edge alone.
+    """
+
+    __pydantic_config__ = EXACT
+
+    source: str
+    readers: tuple[str, ...]
+    equalizer: str
+    notes: Mapping[str, float | int | str]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What became of one step.
+
+    Attributes:
+        name: Module path of the step.
+        shard: File that holds its tensors.
+        seconds: Wall time.
+        layers: Its quantized layers.
+        edges: Edges along which scale was moved, or was not worth moving.
+        kv_cache: Ranges of the keys and values of its attention, where their cache is quantized.
+        threads: Threads that torch computed with; 0 where they change nothing.
+        size: Bytes of the shard, once it is claimed.
+        sha256: Its checksum.
+    """
+
+    __pydantic_config__ = EXACT
+
+    name: str
+    shard: str
+    seconds: float
+    layers: tuple[LayerRecord, ...]
+    edges: tuple[EdgeRecord, ...] = ()
+    kv_cache: Mapping[str, float | int | str] = field(default_factory=dict)
+    threads: int = 0
+    size: int = 0
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class RestartRecord:
+    """One time that a run was taken up again.
+
+    Attributes:
+        started: When, in UTC.
+        kept: Finished steps that were kept.
+        notes: What was found damaged and is done again, and what differs that may change rounding.
+    """
+
+    __pydantic_config__ = EXACT
+
+    started: str
+    kept: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What was done, and how well.
+
+    Attributes:
+        identity: What decides the bytes of the result; a run is only resumed when it agrees.
+        model: Folder of the source.
+        calibration: Name of the calibration source; empty when none was needed.
+        samples: Number of calibration samples by kind.
+        environment: Versions and thread count.
+        memory: What was predicted of the peak, the budget if there was one, and how it was kept to.
+        steps: Finished steps in order.
+        finished: Whether the checkpoint is complete.
+        seconds: Wall time of all finished steps.
+        peak_memory_bytes: Largest resident set seen, 0 where the system does not tell.
+        restarts: Each time that the run was taken up again.
+        files: Checksums of the other files of the finished checkpoint, by their path in the folder.
+    """
+
+    __pydantic_config__ = EXACT
+
+    identity: Identity
+    model: str
+    calibration: str = ""
+    samples: Mapping[str, int] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    memory: Mapping[str, int | str] = field(default_factory=dict)
+    steps: tuple[StepRecord, ...] = ()
+    finished: bool = False
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    restarts: tuple[RestartRecord, ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def threads(self) -> tuple[int, ...]:
+        """Numbers of threads that its steps had, each change a new entry; or what it began with."""
+        had = [step.threads for step in self.steps if step.threads]
+        began = self.environment.get("threads", "")
+        if not had and began.isdecimal():
+            had = [int(began)]
+        return tuple(number for number, _ in itertools.groupby(had))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {"version": RECORD_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, content: Any) -> RunRecord:
+        """Read back what :meth:`to_dict` gave.
+
+        Raises:
+            StorageError: The content was written by another version or is damaged; says where.
+        """
+        version = content.get("version") if isinstance(content, Mapping) else None
+        if version != RECORD_VERSION:
+            raise StorageError(f"run record of version {version!r} cannot be read")
+        plain = {key: value for key, value in content.items() if key != "version"}
+        try:
+            record: RunRecord = _reader().validate_json(json.dumps(plain), strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise StorageError(f"the run record is damaged: {place}: {first['msg']}") from error
+        for name in [*(step.shard for step in record.steps), *record.files]:
+            _require_inside(name)
+        return record
+
+
+@cache
+def _reader() -> TypeAdapter[RunRecord]:
+    return TypeAdapter(RunRecord)
+
+
+def _require_inside(name: str) -> None:
+    """Refuse the name of a file that a run cannot have written: it would lie elsewhere."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or {"..", ""} & {*path.parts, name} or "\0" in name:
+        raise StorageError(f"the run record is damaged: {name!r} is no file of the folder")
