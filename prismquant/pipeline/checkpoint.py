@@ -14,7 +14,6 @@ checksum: a shard that was damaged since is found, and done again with all that 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import platform
 import shutil
