@@ -443,6 +443,9 @@ def test_the_nearest_known_architecture_is_suggested(tmp_path: Path):
     assert "did you mean 'qwen2_5_vl'" in str(caught.value)
 
 
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
+
 @pytest.mark.parametrize(
     ("part", "key", "value", "message"),
     [
@@ -463,6 +466,21 @@ def test_the_nearest_known_architecture_is_suggested(tmp_path: Path):
         ("text_config", "hidden_act", "mish9", "cannot build this Qwen2-VL: KeyError 'mish9'"),
         ("text_config", "rms_norm_eps", "x", "transformers refuses the config of this Qwen2-VL"),
         ("text_config", "rope_parameters", 3, "transformers refuses the config of this Qwen2-VL"),
+        (
+            "vision_config",
+            "num_heads",
+            3,
+            r"visual.blocks.\*.attn.qkv: 128 value channels do not fit",
+        ),
+        *(
+            (
+                "text_config",
+                "rope_parameters",
+                {**_ROPE, "mrope_section": sections},
+                "mrope_section",
+            )
+            for sections in ([4, 6, 7], [16], [4, 6, "6"], None, [-4, 14, 6])
+        ),
         ("text_config", "sub_config", [1], "text_config.sub_config holds a list, not an object"),
     ],
 )

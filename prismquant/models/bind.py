@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import re
+import reprlib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -281,6 +282,7 @@ def bind(
     left_alone = _bind_left_alone(arch, modules, {site.name for site in sites}, findings)
     edges = _bind_edges(arch, config, modules, steps, findings)
     streams = _bind_streams(arch, modules, edges, findings)
+    findings += _rotary_findings(config.get_text_config())
     notes: list[str] = []
     if says_tied and not tied:
         notes.append(
@@ -488,8 +490,13 @@ def _bind_edge(
     rows = weight.shape[0]
     size = rows // 3 if edge.part == "v" else rows
     is_value = edge.kind is EdgeKind.VALUE
+    if is_value and (not kv_heads or size % kv_heads):
+        findings.append(
+            f"{prefix + edge.source}: {size} value channels do not fit {kv_heads} heads"
+        )
+        return []
     # Grouped heads: a value channel is read by several heads, so the input is wider by their ratio.
-    width = size if not is_value else size * heads // max(kv_heads, 1)
+    width = size if not is_value else size * heads // kv_heads
     if not width or any(linear.in_features % width for linear in linears):
         findings.append(
             f"{prefix + edge.source}: {size} channels do not divide the inputs of {list(consumers)}"
@@ -598,6 +605,21 @@ def _is_centred(module: nn.Module) -> bool | None:
     if isinstance(module, nn.LayerNorm):
         return True
     return False if _kind(module).endswith("RMSNorm") else None
+
+
+def _rotary_findings(text: Any) -> list[str]:
+    """Findings on the share of each head that times, rows and columns of a position turn."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    if "mrope_section" not in rope:
+        return []
+    sections, width = rope["mrope_section"], getattr(text, "head_dim", None)
+    width = width or text.hidden_size // text.num_attention_heads
+    half = int(width * (rope.get("partial_rotary_factor") or 1)) // 2
+    counts = isinstance(sections, list) and all(type(item) is int and item > 0 for item in sections)
+    if counts and len(sections) == 3 and sum(sections) == half:
+        return []
+    said = reprlib.repr(sections)
+    return [f"mrope_section of text_config is {said}, not three numbers that add up to {half}"]
 
 
 # ---------------------------------------------------------------------------------------- headers
