@@ -84,6 +84,8 @@ _CPU_TOKENS = 640
 # No picture, clip or sample has more of anything.
 _MOST = 2**31 - 1
 
+_UNREAD = "the recipe needs no calibration data: those that were given were not read"
+
 RecipeSource = str | Path | Mapping[str, Any] | Recipe
 
 
@@ -257,6 +259,8 @@ def _quantize(
     """Do what :func:`quantize` says, its arguments checked."""
     bound = bind(model)
     plan = make_plan(recipe, bound)
+    if calibration is not None and not plan.needs_data:
+        plan, calibration = replace(plan, remarks=(*plan.remarks, _UNREAD)), None
     if ranks.size > 1:
         require_sharable(plan)
     precision = Precision.chosen(wanted, target, bound.dtype, runs=plan.needs_data)

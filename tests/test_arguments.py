@@ -276,6 +276,7 @@ def test_the_words_of_the_command_line_are_taken(
     assert result.record.identity.arithmetic == "cpu torch.bfloat16"
     assert result.record.memory["budget_bytes"] == 64 << 30
     assert sum(result.record.samples.values()) == 2
+    assert "the recipe needs no calibration data" not in " ".join(result.plan.remarks)
     recipe = pq.load_recipe(tmp_path / "out" / "prismquant" / "recipe.yaml")
     assert recipe.name == "mine-rtn"
     assert (recipe.tensor_parallel, recipe.calibration.batch_size) == (2, 1)
@@ -284,3 +285,11 @@ def test_the_words_of_the_command_line_are_taken(
     assert loaded.dtype is torch.float32
     changes = {"kv_cache": "fp8", "fallback": True, "on_failure": "rtn", "tensor_parallel": 2}
     assert pq.inspect(model, RTN, **changes).total_bytes == result.plan.total_bytes
+
+
+def test_data_that_no_layer_needs_are_not_claimed(
+    tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path
+) -> None:
+    result = pq.quantize(tiny("qwen2_vl"), RTN, tmp_path / "out", calibration_file)
+    assert result.record.calibration == ""
+    assert any("needs no calibration data" in remark for remark in result.plan.remarks)

@@ -562,6 +562,26 @@ def test_eval_without_a_reference(
     one_object(out)
 
 
+def test_a_demonstration_that_fails_can_be_repeated(
+    run: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it had written is gone, and nothing else."""
+    from prismquant.demo import run as demo
+
+    def fail(model: Any, recipe: Any, out: Path, *_: Any) -> None:
+        (out / "x").mkdir(parents=True)
+        raise OSError(28, "No space left on device", str(out))
+
+    monkeypatch.setattr(demo, "quantize", fail)
+    monkeypatch.setattr(demo, "CALIBRATION_SAMPLES", 3)
+    monkeypatch.setattr(demo, "EVALUATION_SAMPLES", 3)
+    for _ in range(2):
+        status, _, err = run("demo", "--out", tmp_path / "out")
+        assert status == 1
+        assert "error: the disk is full" in err
+        assert not list((tmp_path / "out").iterdir())
+
+
 def test_recipes_are_listed_shown_and_checked(run: Cli, tmp_path: Path) -> None:
     status, out, _ = run("recipe", "list")
     assert (status, out.split()) == (0, list(PRESETS))

@@ -485,6 +485,15 @@ def test_words_of_a_list_that_mean_no_layer_are_told(tiny: Callable[..., Path]) 
     assert plan_of(tiny("qwen2_vl"), rule).remarks == ()
 
 
+def test_a_head_says_that_no_tuner_reaches_it(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tiny_vlm.build("qwen2_vl", tmp_path, tie=False)
+    tuned = {"match": {"modality": "llm"}, "weights": "int8-channel", "tuner": "autoround"}
+    head, layer = (plan_of(folder, tuned).rows[i] for i in (-1, -2))
+    assert (head.site.role, head.tuner) == ("lm_head", None)
+    assert head.note == "autoround tunes blocks, not the head"
+    assert (layer.tuner, layer.note) == ("autoround", "")
+
+
 def test_a_pattern_that_runs_away_is_stopped(tiny: Callable[..., Path]) -> None:
     names = {"name": "re:([a-z_.0-9]|[a-z_.0-9][a-z_.0-9])+[A-C]"}
     with pytest.raises(PrismQuantError, match="takes too long"):

@@ -502,7 +502,7 @@ def _row(
         layout=DENSE,
         stored_bytes=dense_bytes if site.tied else float_bytes,
         float_bytes=float_bytes,
-        note="" if setting.weights else "no rule gives it a weight format",
+        note=_unused(setting, head=head),
     )
     if fitted is None:
         return row
@@ -512,7 +512,8 @@ def _row(
             remedy="leave it alone with `skip: true`",
         )
     weights = fitted.weights
-    row = replace(row, weights=weights, activations=fitted.activations, note=fitted.note)
+    note = "; ".join(filter(None, [row.note, fitted.note]))
+    row = replace(row, weights=weights, activations=fitted.activations, note=note)
     if site.kind is SiteKind.PATCH_CONV:
         return _dense_row(row, dtype)
     layout = layout_of(weights, row.activations)
@@ -521,6 +522,13 @@ def _row(
     size = stored_bytes((site.out_features, site.in_features), weights, layout, dtype)
     size += input_bytes(row.activations, dtype) + input_bytes(row.outputs, dtype)
     return replace(row, layout=layout, stored_bytes=size)
+
+
+def _unused(setting: Setting, *, head: bool) -> str:
+    """Why a layer is left alone, or what of the recipe does not reach it."""
+    if setting.weights is None:
+        return "no rule gives it a weight format"
+    return f"{setting.tuner} tunes blocks, not the head" if head and setting.tuner else ""
 
 
 def _with_input(row: PlanRow, online: OnlineRotation | None, split: Split | None) -> PlanRow:
