@@ -195,8 +195,8 @@ def quantize(
         trust_remote_code: Allow code in the checkpoint's folder to build the processor.
         reporter: Is told how far the run is.
         memory_budget: Bytes that the process may take on a CPU, or a size such as ``4GiB``; by
-            default what the system can
-            spare. What does not fit waits on disk, in the output folder, or is computed again.
+            default what the system can spare. What does not fit waits on disk, in the output
+            folder, or is computed again.
         ranks: The processes that share the work, from :func:`prismquant.distributed.joined`; all
             of them call this alike. The first one writes, and returns the record.
         strict: Refuse what is only told otherwise: statistics of the language model that no picture

@@ -221,6 +221,7 @@ def quantize(
         body = {
             "out": str(out),
             "failed": [name for step in result.record.steps for name in failed_layers(step.layers)],
+            "notes": [*result.plan.remarks, *result.notes],
             "record": result.record.to_dict(),
             "check": report.to_dict(),
         }
@@ -444,4 +445,4 @@ def validate_recipe(
     from prismquant.recipe.schema import load_recipe
 
     loaded = load_recipe(recipe)
-    say(f"{loaded.name}: {len(loaded.rules)} rules, valid")
+    show(as_text(f"{loaded.name}: {len(loaded.rules)} rules, valid"), soft_wrap=True)
