@@ -189,7 +189,7 @@ def test_paragraphs_of_a_text_file_are_samples_without_answers(tmp_path: Path) -
     [
         ('{"messages": [', "line 2: no valid JSON"),
         ("[1, 2]", "line 2: a sample is an object, not [1, 2]"),
-        ({"text": "x"}, "line 2: no conversation: none of 'messages', 'conversations'"),
+        ({"caption": "x"}, "line 2: no conversation: none of 'messages', 'conversations'"),
         ({"messages": []}, "line 2: the conversation is empty"),
         ({"messages": [{"content": "x"}]}, "line 2: message 1: no role"),
         ({"messages": [{"role": "user", "content": None}]}, "message 1: no content"),

@@ -111,6 +111,14 @@ def test_roles_have_many_names(names: tuple[str, ...], role: str) -> None:
         assert [message["role"] for message in parsed(row).messages] == [role, role]
 
 
+def test_instructions_with_an_input_plain_texts_and_counts_are_read() -> None:
+    asked = parsed({"instruction": "add", "input": "1 1", "output": "2"})
+    assert [text_of(message) for message in asked.messages] == ["add\n1 1", "2"]
+    assert parsed({"text": "a <b> c", "source": "wiki"}).messages[0]["role"] == "user"
+    assert text_of(parsed({"text": "a <b> c"}).messages[0]) == "a <b> c"
+    assert parsed({"question": "how many ?", "answer": 2}).answer == "2"
+
+
 def test_system_prompts_and_history_come_before_the_question() -> None:
     row = {"query": "c", "response": "d", "history": [["a", "b"]], "system": "be brief"}
     said = [(message["role"], text_of(message)) for message in parsed(row).messages]
@@ -206,7 +214,10 @@ def test_markers_in_answers_and_plain_texts_are_words(tmp_path: Path) -> None:
         ({"question": ["a"]}, "'question' is not text, but ['a']"),
         ({"question": "x", "answer": []}, "'answer' is an empty list"),
         ({"question": "x", "answer": [["a"]]}, "'answer' is not text, but ['a']"),
-        ({"question": "x", "answer": 2}, "'answer' is not text, but 2"),
+        ({"question": "x", "answer": 2.5}, "'answer' is not text, but 2.5"),
+        ({"question": "x", "answer": True}, "'answer' is not text, but True"),
+        ({"text": ["x"]}, "'text' is not text, but ['x']"),
+        ({"instruction": "x", "input": 3, "output": "y"}, "'input' is not text, but 3"),
         ({"question": "x", "answers": {"text": ["y"]}}, "'answers' is not text"),
         ({"query": "x", "history": [["a"]]}, "'history' holds pairs of texts"),
         (chat(id=["a"]), "an id is a text or a number, not ['a']"),

@@ -19,8 +19,14 @@ from prismquant.pipeline.data.samples import excerpt
 
 CONVERSATIONS = ("messages", "conversations")
 # A question's key, and the key of the answer that goes with it.
-PAIRS = {"question": "answer", "prompt": "completion", "query": "response"}
-ANSWERS = ("answer", "answers", "completion", "response")
+PAIRS = {
+    "question": "answer",
+    "prompt": "completion",
+    "query": "response",
+    "instruction": "output",
+}
+ANSWERS = ("answer", "answers", "completion", "response", "output")
+PLAIN = "text"
 SYSTEM = ("system", "system_prompt")
 
 
@@ -50,9 +56,9 @@ def conversation_of(row: Mapping[str, Any]) -> Conversation:
     Raises:
         Findings: None is there, or what there is has the wrong form.
     """
-    head = next((key for key in (*CONVERSATIONS, *PAIRS) if row.get(key) is not None), None)
+    known = (*CONVERSATIONS, *PAIRS, PLAIN)
+    head = next((key for key in known if row.get(key) is not None), None)
     if head is None:
-        known = (*CONVERSATIONS, *PAIRS)
         near = [f": did you mean {meant!r}?" for key in row if (meant := near_key(str(key), known))]
         keys = excerpt(", ".join(map(repr, sorted(row))) or "nothing")
         raise Findings(
@@ -61,6 +67,8 @@ def conversation_of(row: Mapping[str, Any]) -> Conversation:
         )
     if head in CONVERSATIONS:
         used, messages = {head}, _list(row[head], head)
+    elif head == PLAIN:
+        used, messages = {head}, [_question(require_text(row[head], repr(head)))]
     else:
         used, messages = _pair(row, head)
     used |= set(SYSTEM)
@@ -108,12 +116,19 @@ def _pair(row: Mapping[str, Any], head: str) -> tuple[set[str], list[Any]]:
         messages = list(question)  # TRL's conversations of two parts
     else:
         text = require_text(question, repr(head))
-        # As a list, since there may be pictures before it.
-        messages = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+        if head == "instruction" and row.get("input"):
+            text += "\n" + require_text(row["input"], "'input'")
+            used |= {"input"}
+        messages = [_question(text)]
     messages = _history(row.get("history")) + messages
     if answer is not None:
         messages += _answer(row[answer], answer)
     return used, messages
+
+
+def _question(text: str) -> dict[str, Any]:
+    # As a list, since there may be pictures before it.
+    return {"role": "user", "content": [{"type": "text", "text": text}]}
 
 
 def _answer_key(row: Mapping[str, Any], head: str) -> str | None:
@@ -133,6 +148,8 @@ def _answer(value: Any, key: str) -> list[Any]:
             return value
         # Questions about pictures come with all the answers that count as right.
         value = value[0]
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)  # a count, which is written in one way alone
     return [{"role": "assistant", "content": require_text(value, repr(key))}]
 
 

@@ -203,7 +203,7 @@ def _unread(
         if not all(_is_said(value, text, names) for _, value in leaves(row[key])):
             yield f"{conversation.head!r} and {key!r} say different things: keep one of them"
     if messages[-1]["role"] != "assistant":
-        for key in (*ANSWERS, "chosen", "output"):
+        for key in (*ANSWERS, "chosen"):
             if key not in conversation.used and not is_nothing(row.get(key)):
                 yield f"{key!r} is not used beside {conversation.head!r}: make it the last message"
     if not is_nothing(row.get("objects")) and re.search("<bbox>|<ref-object>", text):
