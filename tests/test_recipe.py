@@ -563,6 +563,11 @@ def test_recipes_are_frozen_and_changed_by_copies() -> None:
         ),
         ({"transforms": [{"name": "awq", "match": {"role": "attn.qk"}}]}, "no layer has the role"),
         ({"rules": [{"match": {"name": "a*" * 3000}, "skip": True}]}, "6000 characters is too"),
+        (
+            {"rules": [{"match": {"name": [f"re:{i}" for i in range(1001)]}, "skip": True}]},
+            "rules: there are 1001 regular expressions, more than 1000",
+        ),
+        ({"name": "x" * 501}, "name: String should have at most 500 characters"),
         # Types: no text and no truth values for numbers, no numbers for truth values.
         ({"calibration": {"samples": True}}, "calibration.samples: Input should be a valid int"),
         ({"calibration": {"samples": "8"}}, "calibration.samples: Input should be a valid int"),

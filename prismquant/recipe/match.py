@@ -15,6 +15,8 @@ from prismquant.patterns import Pattern, compile_pattern, shortened
 
 _LM_HEAD = "lm_head"
 _MAX_GLOB = 4000
+# As many as are kept compiled: with more, each would be compiled anew for every layer.
+MAX_EXPRESSIONS = 1000
 
 
 class Strict(BaseModel):

@@ -66,7 +66,7 @@ from prismquant.numerics.rules import SEARCHES, RangeRule
 from prismquant.opening import read_bounded
 from prismquant.patterns import shortened
 from prismquant.recipe.aliases import translated
-from prismquant.recipe.match import Match, Strict
+from prismquant.recipe.match import MAX_EXPRESSIONS, Match, Strict
 from prismquant.recipe.plain_yaml import MAX_BYTES, read_yaml, write_yaml
 
 if TYPE_CHECKING:
@@ -323,7 +323,7 @@ class Recipe(Strict):
     """
 
     version: Literal[1] = 1
-    name: str = "custom"
+    name: Annotated[str, Field(max_length=500)] = "custom"
     # Before the rules, which ask whether there is one.
     kv_cache: Fields | None = None
     rules: tuple[Rule, ...]
@@ -352,6 +352,12 @@ class Recipe(Strict):
     def _some_rules(cls, rules: tuple[Rule, ...], info: ValidationInfo) -> tuple[Rule, ...]:
         if not rules and info.data.get("kv_cache") is None:
             raise ValueError("there is no rule")
+        expressions = [name for rule in rules for name in rule.match.name if name.startswith("re:")]
+        if len(expressions) > MAX_EXPRESSIONS:
+            raise ValueError(
+                f"there are {len(expressions)} regular expressions, more than {MAX_EXPRESSIONS}: "
+                "join them with |, or use globs"
+            )
         if any(rule.tuner_options for rule in rules) and not any(rule.tuner for rule in rules):
             raise ValueError("`tuner_options` but no rule names a tuner")
         return rules
