@@ -250,8 +250,15 @@ def test_a_mixture_of_layouts_translates_there_and_back(data):
     names = choose_layout(known_archs()["qwen2_vl"].layouts, disk.values(), {*modules})
     assert {name: names.to_disk(name) for name in disk} == disk
     assert {names.to_module(name) for name in disk.values()} == disk.keys()
+    # Of the quantized checkpoint, too, whose tensors are called after their module.
+    stored = {disk[f"{module}.weight"] + "_scale" for module in modules}
+    stored |= {disk[f"{module}.bias"] for module in modules}
+    again = choose_layout(known_archs()["qwen2_vl"].layouts, stored, {*modules})
     for module in modules:
         assert names.to_disk(f"{module}.weight") == f"{names.to_disk(module)}.weight"
+        assert again.to_disk(module) == names.to_disk(module)
+        assert again.to_disk(f"{module}.bias") == disk[f"{module}.bias"]
+        assert names.to_module(f"{names.to_disk(f'{module}.bias')}.x") == f"{module}.bias.x"
 
 
 def test_a_tensor_with_two_names_is_refused():

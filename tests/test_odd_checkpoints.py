@@ -26,6 +26,15 @@ def _prefixes_of_two_releases(tensors: Tensors, config: dict[str, Any]) -> None:
         tensors[f"model.{name}"] = tensors.pop(name)
 
 
+def _prefixes_of_any_release(tensors: Tensors, config: dict[str, Any]) -> None:
+    for index, name in enumerate(sorted(tensors)):
+        prefix, _, rest = name.partition(".")
+        if prefix in ("visual", "model"):
+            others = {"visual": "model.visual", "model": "model.language_model"}
+            new = others[prefix] if index % 3 else prefix
+            tensors[f"{new}.{rest}"] = tensors.pop(name)
+
+
 def _tower_in_float32(tensors: Tensors, config: dict[str, Any]) -> None:
     for name in tensors:
         if not name.startswith("visual."):
@@ -42,6 +51,7 @@ def _section_of_its_training(tensors: Tensors, config: dict[str, Any]) -> None:
 
 CHANGES = [
     _prefixes_of_two_releases,
+    _prefixes_of_any_release,
     _tower_in_float32,
     _head_of_a_tied_model,
     _section_of_its_training,

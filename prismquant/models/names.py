@@ -30,14 +30,16 @@ class NameMap:
         layout: Name of the layout; ``mixed`` where a checkpoint has names of several.
         rewrites: ``(disk prefix, module prefix)`` of whole dotted parts, of which the longest that
             fits counts; empty is the identity.
+        others: More of them that are read, and never written.
     """
 
     layout: str
     rewrites: tuple[tuple[str, str], ...] = ()
+    others: tuple[tuple[str, str], ...] = ()
 
     @functools.cached_property
     def _modules(self) -> dict[str, str]:
-        return dict(self.rewrites)
+        return dict((*self.others, *self.rewrites))
 
     @functools.cached_property
     def _disk(self) -> dict[str, str]:
@@ -138,17 +140,17 @@ def _mixed(main: NameMap, reads: NameMap, meant: Mapping[str, str]) -> NameMap:
             )
     prefixes = Counter(_pair(disk, reads.rewrites) for disk in meant)
     usual = {module: disk for (disk, module), _ in reversed(prefixes.most_common())}
-    pairs = {usual.get(name) or main.to_disk(name): name for _, name in reads.rewrites}
-    # A module's name on disk is that of its weight.
+    written = {name: usual.get(name) or main.to_disk(name) for _, name in reads.rewrites}
+    # A module's name on disk is that of its weight, whose tensors have many suffixes.
     homes: dict[str, str] = {}
-    for disk, module in sorted(meant.items(), key=lambda item: not item[1].endswith(".weight")):
+    for disk, module in sorted(meant.items(), key=lambda item: item[1].endswith(".bias")):
         homes.setdefault(_owner(module), _owner(disk))
-    back = {module: disk for disk, module in pairs.items()}
     # Modules first, from the outside in; then tensors that are called otherwise than their module.
     for module, disk in (*sorted(homes.items()), *((m, d) for d, m in meant.items())):
-        if _rewrite(disk, pairs) != module or _rewrite(module, back) != disk:
-            pairs[disk], back[module] = module, disk
-    return NameMap("mixed", tuple(pairs.items()))
+        if _rewrite(module, written) != disk:
+            written[module] = disk
+    pairs = tuple((disk, module) for module, disk in written.items())
+    return NameMap("mixed", pairs, reads.rewrites)
 
 
 def _pair(name: str, pairs: Iterable[tuple[str, str]]) -> tuple[str, str]:
