@@ -9,6 +9,8 @@ import tiny_vlm
 import torch
 from hypothesis import HealthCheck, settings
 
+from prismquant.models.processor import load_processor
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
@@ -54,3 +56,22 @@ def tiny_folder(family: str, tiny: Callable[..., Path]) -> Path:
 def calibration_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A JSONL file of two texts, two pictures and two clips."""
     return tiny_vlm.samples(tmp_path_factory.mktemp("calibration"))
+
+
+@pytest.fixture(scope="session")
+def processors(tiny: Callable[..., Path]) -> Callable[[str], Any]:
+    """``processors(family)``: the one of a small checkpoint. Tests must not change it."""
+    loaded: dict[str, Any] = {}
+
+    def get(family: str) -> Any:
+        if family not in loaded:
+            loaded[family] = load_processor(tiny(family))
+        return loaded[family]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def processor(family: str, processors: Callable[[str], Any]) -> Any:
+    """The processor of every family in turn."""
+    return processors(family)

@@ -40,7 +40,7 @@ class Batch:
         types: Type of task of each row's sample; empty where its metadata name none.
         cut: Ids of rows that were cut to the greatest length.
         unknown: Why a row's answer could not be told apart, by the sample's id.
-        again: Makes the batch once more, where ``inputs`` hold only the shape of its pixels.
+        again: Makes its pixels, by their names, where ``inputs`` hold only their shapes.
     """
 
     inputs: dict[str, Tensor]
@@ -51,7 +51,7 @@ class Batch:
     types: tuple[str, ...] = ()
     cut: tuple[str, ...] = ()
     unknown: Mapping[str, str] = field(default_factory=dict)
-    again: Callable[[], Batch] | None = None
+    again: Callable[[], Mapping[str, Tensor]] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -62,29 +62,30 @@ class Batch:
         return self.inputs["attention_mask"].bool()
 
     @property
+    def pixels(self) -> dict[str, Tensor]:
+        """Patches of pictures and clips, all that is large, or their shapes."""
+        # Times of frames are numbers in a row.
+        return {k: v for k, v in self.inputs.items() if v.is_floating_point() and v.dim() > 1}
+
+    @property
     def pixel_bytes(self) -> int:
         """Bytes of the pixels that the batch holds, or would hold."""
-        return sum(
-            value.numel() * value.element_size()
-            for value in self.inputs.values()
-            if _are_pixels(value)
-        )
+        return sum(value.numel() * value.element_size() for value in self.pixels.values())
 
     def whole(self) -> Batch:
         """The batch with its pixels."""
-        return self if self.again is None else self.again()
+        if self.again is None:
+            return self
+        return replace(self, inputs=self.inputs | dict(self.again()), again=None)
 
-    def hollow(self, again: Callable[[], Batch]) -> Batch:
-        """The batch with no more than the shape of its pixels.
+    def hollow(self, again: Callable[[], Mapping[str, Tensor]]) -> Batch:
+        """The batch with no more than the shapes of its pixels, which take no memory.
 
         Args:
-            again: Makes the batch with its pixels.
+            again: Makes them, by their names.
         """
-        inputs = {
-            name: value.new_zeros(1).expand(value.shape) if _are_pixels(value) else value
-            for name, value in self.inputs.items()
-        }
-        return replace(self, inputs=inputs, again=again)
+        shapes = {name: v.new_zeros(1).expand(v.shape) for name, v in self.pixels.items()}
+        return replace(self, inputs=self.inputs | shapes, again=again)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -296,11 +297,6 @@ def _joined(rows: Sequence[dict[str, Tensor]], padding: int) -> dict[str, Tensor
             parts = [_padded(part, length, fill) for part in parts]
         joined[name] = torch.cat(parts)
     return joined
-
-
-def _are_pixels(value: Tensor) -> bool:
-    """Patches of pictures and clips, all that is large; times of frames are numbers in a row."""
-    return value.is_floating_point() and value.dim() > 1
 
 
 def _padded(row: Tensor, length: int, fill: int) -> Tensor:

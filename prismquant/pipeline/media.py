@@ -179,10 +179,10 @@ class _Pictures:
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
     def pixel_bytes(self, size: Size, item: Mapping[str, Any]) -> int:
-        target, count = self.target(size, item), None
+        target, patches = self.target(size, item), None
         if not self.explicit:
-            count = getattr(self.processor, "get_number_of_image_patches", None)
-        return _encoded_bytes(self.processor, target, 1, count and count(*target, {}))
+            patches = _told(self.processor, "get_number_of_image_patches", *target)
+        return _encoded_bytes(self.processor, target, 1, patches)
 
 
 @dataclass(frozen=True)
@@ -212,6 +212,11 @@ class _Clips:
         """Keyword arguments of the video processor."""
         return {"do_resize": False} if self.explicit else {}
 
+    @property
+    def _together(self) -> int:
+        """Frames that become one."""
+        return int(getattr(self.processor, "temporal_patch_size", 1) or 1)
+
     def target(self, size: Size, frames: int, item: Mapping[str, Any]) -> Size:
         """Height and width at which the processor gets a clip's frames."""
         most = self.limits.max_pixels
@@ -232,7 +237,7 @@ class _Clips:
             clip = read_frames(frames, item, sampling, scaling)
         else:
             clip = read_video(sample.folder / file, sampling, item, scaling)
-        return clip.lengthened(int(getattr(self.processor, "temporal_patch_size", 1) or 1))
+        return clip.lengthened(self._together)
 
     def outline(self, item: Mapping[str, Any], sample: Sample) -> Outline:
         """Size and number of the frames that will be held."""
@@ -248,11 +253,20 @@ class _Clips:
         return Outline(self.target(found.size, found.frames, item), found.frames)
 
     def pixel_bytes(self, outline: Outline, item: Mapping[str, Any]) -> int:
-        count = None
+        patches, frames = None, max(outline.frames, self._together)
         if not self.explicit and all(outline.size):
-            count = getattr(self.processor, "get_num_of_video_patches", None)
-        patches = count and count(outline.frames, *outline.size, {})
-        return _encoded_bytes(self.processor, outline.size, outline.frames, patches)
+            patches = _told(self.processor, "get_num_of_video_patches", frames, *outline.size)
+        return _encoded_bytes(self.processor, outline.size, frames, patches)
+
+
+def _told(processor: Any, name: str, *sizes: int) -> int | None:
+    """How many patches a processor makes of something; None where it does not say."""
+    count = getattr(processor, name, None)
+    try:
+        return None if count is None else int(count(*sizes, {}))
+    # What displeases it is told when it is at work.
+    except Exception:
+        return None
 
 
 def _encoded_bytes(processor: Any, size: Size, frames: int, patches: int | None) -> int:

@@ -70,10 +70,8 @@ def fitted(size: Size, factor: int, least: float, most: float, *, thin: bool = F
             is then enlarged, as the processors of transformers do; else that side alone is.
 
     Raises:
-        DataError: One side is more than two hundred times the other, or the bounds are none.
+        DataError: One side is more than two hundred times the other.
     """
-    if least > most:
-        raise DataError(f"at least {least:.0f} and at most {most:.0f} pixels cannot be had")
     if max(size) > _STEEPEST * min(size):
         raise DataError(
             f"{size[1]} x {size[0]} pixels: one side is more than {_STEEPEST} times the other",
@@ -148,18 +146,18 @@ def _asked(
     options: Mapping[str, Any], least: float, most: float, cap: float = math.inf
 ) -> tuple[float, float]:
     """Bounds as the item gives them; one that it does not give makes room for the other."""
-    least, most = options.get("min_pixels", least), min(options.get("max_pixels", most), cap)
-    if "min_pixels" not in options:
-        least = min(least, most)
-    elif "max_pixels" not in options:
-        most = max(least, most)
-    return least, most
+    if "min_pixels" in options and "max_pixels" not in options:
+        most = max(options["min_pixels"], most)
+    most = min(options.get("max_pixels", most), cap)
+    if "min_pixels" in options:
+        return options["min_pixels"], most
+    return _limited(least, most, None)
 
 
 def _limited(least: float, most: float, max_pixels: int | None) -> tuple[float, float]:
-    if max_pixels is None:
-        return least, most
-    return min(least, max_pixels), min(most, max_pixels)
+    """Bounds of which the upper one holds, if need be for any small picture."""
+    most = most if max_pixels is None else min(most, max_pixels)
+    return (least if least <= most else 0), most
 
 
 def _resized(options: Mapping[str, Any]) -> Size | None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # In place of an answer, to see what a template writes around it.
-_STAND_IN = "ANSWER-OF-THE-SAMPLE"
+_STAND_IN = "Answer-of-the-Sample"
 
 
 class NoSpan(Exception):  # noqa: N818 - nothing is wrong with the sample

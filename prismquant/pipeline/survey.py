@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from prismquant.errors import DataError
 from prismquant.memory import resident_bytes
@@ -19,6 +20,8 @@ from prismquant.pipeline.identity import fingerprint_batch
 from prismquant.pipeline.media import Cost
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from prismquant.pipeline.batches import Batch, Batches
 
 # Pixels of small sets stay, as it takes time to make them: so many bytes, and no more than this
@@ -142,24 +145,31 @@ def position_limit(config: Any) -> int | None:
     return limit
 
 
-@dataclass(frozen=True)
 class _Again:
-    """Makes a batch once more, and sees to it that it is the same."""
+    """Makes the pixels of a batch once more, and sees to it that they are the same.
 
-    batches: Batches
-    index: int
-    print: str
+    Two chains of steps look at a batch together: the second one gets what the first still holds.
+    """
 
-    def __call__(self) -> Batch:
-        batch = self.batches[self.index]
-        if fingerprint_batch(batch) != self.print:
+    def __init__(self, batches: Batches, index: int, digest: str) -> None:
+        self._batches, self._index, self._digest = batches, index, digest
+        self._held: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
+        self._names: frozenset[str] = frozenset()
+
+    def __call__(self) -> dict[str, Tensor]:
+        held = dict(self._held)
+        if held and held.keys() == self._names:
+            return held
+        batch = self._batches[self._index]
+        if fingerprint_batch(batch) != self._digest:
             raise DataError(
                 "pictures or clips have changed since the run began",
                 where=_listed(batch.ids),
                 remedy="bring back the files as they were and run again with --resume: finished "
                 "steps are kept",
             )
-        return batch
+        self._held, self._names = WeakValueDictionary(batch.pixels), frozenset(batch.pixels)
+        return batch.pixels
 
 
 class _Findings:
