@@ -260,7 +260,11 @@ class _Outline:
         flow = self._flow_itemsize(step)
         sites = [site for site in step.sites if site.role != "lm_head"]
         widest = max((site.out_features * flow[site.name] for site in sites), default=self.itemsize)
-        return self._tokens(step).largest * widest * _ALIVE
+        rows = self._tokens(step).largest
+        if step.kind == "projector" and sites:
+            # It joins the hidden states of several patches in each of its rows.
+            rows = math.ceil(rows * self._hidden(step) / min(site.in_features for site in sites))
+        return rows * widest * _ALIVE
 
     def _flow_itemsize(self, step: BoundStep) -> dict[str, int]:
         """Bytes of a number that a layer is given or gives, by layer."""
@@ -288,11 +292,14 @@ class _Outline:
         return moments + peak_solve_bytes(columns, count) + own
 
     def _tokens(self, step: BoundStep) -> Tokens:
-        modality = step.modality if step.modality is Modality.LLM else Modality.VISION
-        return self.tokens[modality]
+        return self.tokens[self._tower(step)]
+
+    def _tower(self, step: BoundStep) -> Modality:
+        return Modality.LLM if step.modality is Modality.LLM else Modality.VISION
 
     def _hidden(self, step: BoundStep) -> int:
-        blocks = [s for s in self.bound.steps if s.modality is step.modality and s.kind == "block"]
+        tower = self._tower(step)
+        blocks = [s for s in self.bound.steps if s.modality is tower and s.kind == "block"]
         sites = (blocks[0] if blocks else step).sites
         return min((site.in_features for site in sites), default=1)
 
