@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import reprlib
 import struct
@@ -75,10 +76,7 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor's data."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -185,13 +183,14 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, tuple[int, in
             remedy="use the original, unquantized checkpoint",
         )
     info = TensorInfo(_DTYPES[kind], tuple(shape), path.name)
-    said = f"tensor {name!r} of {kind} {reprlib.repr(shape)}"
-    # Empty tensors too: torch counts their strides.
-    if TensorInfo(info.dtype, tuple(max(1, side) for side in shape), "").nbytes > _MAX_COUNT:
-        raise _invalid(path, f"{said} is too large")
     start, stop = offsets
-    if stop - start != info.nbytes:
-        raise _invalid(path, f"{said} needs {info.nbytes} bytes, not {stop - start}")
+    needed = info.nbytes
+    # Empty tensors too: torch counts their strides.
+    if not needed and math.prod(side or 1 for side in shape) > _MAX_COUNT // info.dtype.itemsize:
+        raise _invalid(path, f"tensor {name!r} of {kind} {reprlib.repr(shape)} is too large")
+    if stop - start != needed:
+        said = f"tensor {name!r} of {kind} {reprlib.repr(shape)}"
+        raise _invalid(path, f"{said} needs {needed} bytes, not {stop - start}")
     return info, (start, stop)
 
 

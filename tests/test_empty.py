@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import prismquant as pq
 from prismquant.errors import ModelError
 from prismquant.models.arch import known_archs
 from prismquant.models.bind import bind
@@ -106,6 +107,38 @@ def test_threads_build_models_at_one_time_and_change_nothing(tiny_folder: Path):
     bystander.join()
     assert failures == []
     assert _state() == before
+
+
+def test_threads_quantize_and_load_at_one_time(tiny: Callable[..., Path], tmp_path: Path):
+    """Each gives the bytes that it gives alone."""
+    recipe, before = pq.load_recipe("w8a8").with_rules({"solver": "rtn"}), _state()
+    failures: list[BaseException] = []
+
+    def work(family: str, out: Path) -> None:
+        try:
+            pq.quantize(tiny(family), recipe, out)
+            assert isinstance(pq.load(out)[0], nn.Module)
+        except BaseException as error:
+            failures.append(error)
+
+    families = ("qwen2_vl", "video_llama_3")
+    for family in families:
+        work(family, tmp_path / "alone" / family)
+    threads = [
+        threading.Thread(target=work, args=(family, tmp_path / folder / family))
+        for family in families
+        for folder in ("together", "too")
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert _state() == before
+    for path in (tmp_path / "alone").rglob("*.safetensors"):
+        for folder in ("together", "too"):
+            together = tmp_path / folder / path.relative_to(tmp_path / "alone")
+            assert together.read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize("part", [None, "text_config", "vision_config"])

@@ -266,7 +266,7 @@ def bind(
             where=str(folder),
             remedy="complete the download; pickle files are never read",
         )
-    config = native_config(arch, folder)
+    config = native_config(arch, folder, infos)
     model = empty_model(config, arch)
     modules = dict(model.named_modules(remove_duplicate=False))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

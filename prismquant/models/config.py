@@ -1,4 +1,4 @@
-"""From a checkpoint folder to a configuration, and to a model without weights.
+"""From a checkpoint folder to its architecture and its configuration.
 
 :func:`identify` says which architecture a folder holds, :func:`native_config` reads or converts its
 configuration, and refuses one that describes no model or not this one. transformers is imported
@@ -100,10 +100,17 @@ def identify(folder: Path | str) -> ArchSpec:
     )
 
 
-def native_config(arch: ArchSpec, folder: Path | str) -> Any:
+def native_config(
+    arch: ArchSpec, folder: Path | str, infos: Mapping[str, TensorInfo] | None = None
+) -> Any:
     """The native transformers config of a folder; a remote-code config is converted.
 
     No code of the folder runs, whatever its ``auto_map`` says.
+
+    Args:
+        arch: The architecture.
+        folder: The checkpoint.
+        infos: What :func:`header_infos` says of it, where that is at hand.
 
     Raises:
         ModelError: The config has values that the native classes do not implement, lacks some,
@@ -112,8 +119,9 @@ def native_config(arch: ArchSpec, folder: Path | str) -> Any:
     """
     folder = Path(folder)
     _check_counts(read_config(folder), folder)
+    infos = header_infos(folder) if infos is None else infos
     if arch.config_map is not None:
-        config = _converted(arch, arch.config_map, folder)
+        config = _converted(arch, arch.config_map, folder, infos)
     else:
         transformers = import_transformers()
         try:
@@ -122,7 +130,7 @@ def native_config(arch: ArchSpec, folder: Path | str) -> Any:
             )
         except Exception as error:
             raise _bad_config(arch, folder, error) from error
-    _check_depth(arch, config, folder)
+    _check_depth(arch, config, folder, infos)
     return config
 
 
@@ -155,12 +163,14 @@ def _is_count(value: Any, most: int) -> bool:
     return all(type(item) is int and 1 <= item <= most for item in values)
 
 
-def _check_depth(arch: ArchSpec, config: Any, folder: Path) -> None:
+def _check_depth(
+    arch: ArchSpec, config: Any, folder: Path, infos: Mapping[str, TensorInfo]
+) -> None:
     """Refuse a number of blocks that the shards do not hold: they are the truth."""
     names = any_layout(arch.layouts)
     stored = [
         names.to_module(name)
-        for name in header_infos(folder).keys() or read_index(folder) or {}
+        for name in infos.keys() or read_index(folder) or {}
         if names.knows(name) and not is_ignored(arch, name)
     ]
     findings: list[str] = []
@@ -262,7 +272,9 @@ def _bad_config(arch: ArchSpec, folder: Path, error: Exception) -> ModelError:
 # ------------------------------------------------------------------------------- config conversion
 
 
-def _converted(arch: ArchSpec, table: ConfigMap, folder: Path) -> Any:
+def _converted(
+    arch: ArchSpec, table: ConfigMap, folder: Path, infos: Mapping[str, TensorInfo]
+) -> Any:
     raw = read_config(folder)
     where = str(folder / "config.json")
     for key, expected in table.require.items():
@@ -274,7 +286,7 @@ def _converted(arch: ArchSpec, table: ConfigMap, folder: Path) -> Any:
             )
     native: dict[str, Any] = {key: raw[key] for key in table.keys if key in raw}
     for section in table.sections:
-        native[section.target] = _converted_section(raw, section, folder)
+        native[section.target] = _converted_section(raw, section, folder, infos)
     tokens = added_tokens(folder)
     native |= {key: tokens[text] for key, text in table.tokens.items() if text in tokens}
     transformers = import_transformers()
@@ -285,13 +297,15 @@ def _converted(arch: ArchSpec, table: ConfigMap, folder: Path) -> Any:
 
 
 def _converted_section(
-    raw: Mapping[str, Any], section: ConfigSection, folder: Path
+    raw: Mapping[str, Any],
+    section: ConfigSection,
+    folder: Path,
+    infos: Mapping[str, TensorInfo],
 ) -> dict[str, Any]:
     source = raw.get(section.source) if section.source else raw
     result: dict[str, Any] = dict(section.values)
     if isinstance(source, dict) and source:
         return result | {key: source[key] for key in section.keys if key in source}
-    infos = header_infos(folder)
     for key, rule in section.infer.items():
         value = _inferred(rule, infos, result)
         if value is None:
