@@ -260,7 +260,7 @@ def test_gradients_are_wanted_only_where_statistics_are(tiny: Callable[..., Path
     assert not wanted(recipe())
     assert not wanted(recipe(GRADIENT, solver="rtn"))
     assert wanted(recipe(GRADIENT, solver="rtn").with_transforms(awq))
-    tower = {"match": {"modality": "vision"}, "vision_weight": "gradient"}
+    tower = {"match": {"name": "*visual*"}, "vision_weight": "gradient"}
     assert not wanted(recipe(tower, preset="w4a16-all"))
 
 

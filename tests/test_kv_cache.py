@@ -802,7 +802,7 @@ def test_a_recipe_says_the_cache_by_name_or_by_fields(
         (8, "kv_cache: expected a name or a mapping"),
         ({"format": "fp8", "granularty": "head"}, "kv_cache: .*no field 'granularty'"),
         ({"granularity": "head"}, "kv_cache: .*is missing"),
-        ({"format": "fp8", "range": "widest"}, "kv_cache: there is no range rule 'widest'"),
+        ({"format": "fp8", "range": "widest"}, "kv_cache: 'widest' is not a choice"),
     ],
 )
 def test_a_recipe_with_another_cache_is_refused(said: Any, what: str) -> None:
