@@ -144,7 +144,7 @@ def inspect(
 
 
 @default_modes()
-@memory_told("--memory-budget", "--batch-size")
+@memory_told("--memory-budget", "--batch-size", "--max-pixels")
 def quantize(
     model: str | Path,
     recipe: RecipeSource,
@@ -521,7 +521,7 @@ def export(
 
 
 @default_modes()
-@memory_told("--batch-size", "--limit")
+@memory_told("--batch-size", "--max-pixels", "--limit")
 def measure(
     model: str | Path,
     data: str | Path,

@@ -191,8 +191,9 @@ def test_the_same_has_no_differences() -> None:
         (
             {"inputs": "j"},
             [
-                "calibration: the same samples become other tokens or pixels: a library that the "
-                "processor uses has changed"
+                "calibration: the same samples become other tokens or pixels: --max-pixels, "
+                "--max-frames or --max-length differ, or a library that the processor uses has "
+                "changed"
             ],
         ),
         (

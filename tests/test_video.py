@@ -225,6 +225,8 @@ def test_the_turn_is_the_one_that_pyav_names(tmp_path: Path) -> None:
     path = turned(tmp_path / "a.mp4", (0, 1, -1, 0))
     with av.open(str(path)) as container:
         frame = next(container.decode(video=0))
+    if not hasattr(frame, "rotation"):
+        pytest.skip("this version of PyAV does not tell")
     pixels = frame.to_ndarray(format="rgb24")
     np.testing.assert_array_equal(
         read_video(path, DEFAULT).frames[0], np.rot90(pixels, frame.rotation // 90)
@@ -232,7 +234,7 @@ def test_the_turn_is_the_one_that_pyav_names(tmp_path: Path) -> None:
 
 
 def test_other_turns_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="is turned by -30 degrees"):
+    with pytest.raises(DataError, match="is turned by 30 degrees"):
         read_video(turned(tmp_path / "a.mp4", (0.866, 0.5, -0.5, 0.866)), DEFAULT)  # type: ignore[arg-type]
 
 

@@ -178,8 +178,8 @@ def choose_way(forecasts: Sequence[Forecast], budget: int | None) -> Forecast:
         f"a memory budget of {_gib(budget or 0)} is too small: {_gib(least.peak_bytes)} are needed "
         f"({least.way.describe()})",
         where=least.where,
-        remedy=f"allow {_gib(least.peak_bytes)}; a smaller --batch-size, fewer --samples, or "
-        "another method for the widest layers need less",
+        remedy=f"allow {_gib(least.peak_bytes)}; a smaller --batch-size, fewer --samples, smaller "
+        "--max-pixels, or another method for the widest layers need less",
     )
 
 

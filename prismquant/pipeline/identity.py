@@ -336,8 +336,8 @@ def _sample_differences(earlier: Identity, now: Identity, *, explained: bool) ->
         if earlier.inputs == now.inputs or explained:
             return []
         return [
-            "calibration: the same samples become other tokens or pixels: a library that the "
-            "processor uses has changed"
+            "calibration: the same samples become other tokens or pixels: --max-pixels, "
+            "--max-frames or --max-length differ, or a library that the processor uses has changed"
         ]
     before, after = len(earlier.samples), len(now.samples)
     kept = (Counter(earlier.samples) & Counter(now.samples)).total()

@@ -58,8 +58,9 @@ def read_picture(source: Source) -> Image.Image:
     if isinstance(source, Image.Image):
         return _rgb(ImageOps.exif_transpose(source))
     with _opened(source) as picture:
-        picture.load()
+        # Before anything is loaded: some versions of Pillow cannot read tags after that.
         ImageOps.exif_transpose(picture, in_place=True)
+        picture.load()
         return _rgb(picture)
 
 
@@ -94,10 +95,11 @@ def check_picture(source: Source, most_bytes: int | None = None) -> tuple[int, i
         width, height = picture.size
         needed = width * height * DECODING_BYTES
         require_room(f"picture {_named(source)}", needed, most_bytes, (width, height))
+        size = _upright((width, height), picture)
         # Of a JPEG all is read, but only an eighth of the pixels on each side is made.
         picture.draft(None, (1, 1))
         picture.load()
-        return _upright((width, height), picture)
+        return size
 
 
 def require_room(what: str, needed: int, most_bytes: int | None, size: tuple[int, int]) -> None:

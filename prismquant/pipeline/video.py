@@ -354,7 +354,7 @@ def _opened(path: Path) -> Iterator[Any]:
         raise DataError(f"video {path} cannot be read: {error.strerror}") from error
     with file:
         try:
-            container = av.open(file, options=dict(_OPEN_OPTIONS), io_open=_refuse)
+            container = av.open(file, container_options=dict(_OPEN_OPTIONS), io_open=_refuse)
         except (av.FFmpegError, ValueError, OSError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise DataError(
@@ -404,7 +404,7 @@ def _upright(frame: Any, path: Path) -> Frames:
         return pixels
     else:
         raise DataError(
-            f"video {path} is turned by {frame.rotation} degrees",
+            f"video {path} is turned by {math.degrees(math.atan2(b, a)):.0f} degrees",
             remedy="turn it upright with a video editor; quarter turns and flips alone are known",
         )
     return pixels[:: 1 if down > 0 else -1, :: 1 if across > 0 else -1]
