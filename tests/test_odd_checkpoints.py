@@ -102,9 +102,10 @@ def test_the_result_is_what_readers_make_of_it(
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_what_was_passed_over_is_told(odd: Path) -> None:
+def test_what_was_passed_over_is_told_and_the_rest_is_read(odd: Path) -> None:
     """Where the folder contradicts itself; other names and dtypes contradict nothing."""
     remarks = pq.inspect(odd, "w8a8").remarks
+    assert isinstance(pq.load(odd)[0], torch.nn.Module)
     told = [word for word in ("quantization_config", "ties the head") if word in " ".join(remarks)]
     config = json.loads((odd / "config.json").read_text())
     assert ("quantization_config" in told) == ("quantization_config" in config)

@@ -19,6 +19,7 @@ from prismquant.errors import FormatError, ModelError, StorageError
 from prismquant.export.arguments import PRIVATE_KEY, read_private
 from prismquant.export.compressed_tensors import (
     CONFIG_KEY,
+    METHOD,
     SIGNS,
     DequantizingReader,
     StoredScheme,
@@ -28,6 +29,7 @@ from prismquant.export.compressed_tensors import (
 from prismquant.formats.packed import QuantizedTensor
 from prismquant.formats.spec import NumberSpec
 from prismquant.models.arch import ArchSpec
+from prismquant.models.bind import bind
 from prismquant.models.config import identify, native_config
 from prismquant.models.empty import empty_model
 from prismquant.models.names import NameMap, choose_layout
@@ -207,7 +209,7 @@ def open_checkpoint(folder: Path) -> StoredCheckpoint:
     shards = ShardReader(folder)
     names = choose_layout(arch.layouts, shards.names, dict(model.named_modules()))
     called = _config_names(model, names, remote=arch.config_map is not None)
-    config = read_json(folder / "config.json")
+    config = _without_leftovers(folder, read_json(folder / "config.json"))
     aliases = _other_names(called, arch)
     schemes = read_schemes(config, list(called), aliases)
     rotations = read_rotations(config, _widths(model, called), aliases)
@@ -230,6 +232,16 @@ def open_checkpoint(folder: Path) -> StoredCheckpoint:
     stored = {layer.prefix: layer.scheme for layer in layers if layer.scheme is not None}
     reader = DequantizingReader(folder, stored)
     return StoredCheckpoint(folder, arch, config, names, layers, shards, reader)
+
+
+def _without_leftovers(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without the section of another method beside weights in floating point."""
+    section = config.get(CONFIG_KEY)
+    if isinstance(section, dict) and section.get("quant_method") != METHOD:
+        with contextlib.suppress(ModelError):
+            bind(folder)
+            return {key: value for key, value in config.items() if key != CONFIG_KEY}
+    return config
 
 
 def _config_names(model: nn.Module, names: NameMap, *, remote: bool) -> dict[str, str]:
