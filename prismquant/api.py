@@ -33,7 +33,8 @@ from prismquant.distributed import Alone, Ranks
 from prismquant.errors import DataError, PlanError, StorageError
 from prismquant.evaluate.fidelity import Fidelity, evaluate_model
 from prismquant.evaluate.vocabulary import require_same_vocabulary
-from prismquant.export.compressed_tensors import CheckpointWriter, files_to_copy
+from prismquant.export.companions import files_to_copy, links_outside, links_remark
+from prismquant.export.compressed_tensors import CheckpointWriter
 from prismquant.export.exporter import Progress
 from prismquant.export.load import load_model
 from prismquant.export.table import EXPORTERS, Exported, build_exporter, export_checkpoint
@@ -295,7 +296,7 @@ def _quantize(
             model=str(model),
             calibration=str(calibration or ""),
             samples=dict(Counter(sample.kind for sample in samples)),
-            environment=environment(target) | _unusual(ranks, locked=locked),
+            environment=environment(target) | _unusual(bound, ranks, locked=locked),
             memory=_told(memory, memory_budget),
         )
         if first:
@@ -329,7 +330,8 @@ def _quantize(
                 else:
                     deque(steps, maxlen=0)
         notes = record.restarts[-1].notes if record.restarts else ()
-        return Result(out, plan, record, (*notes, *failure_lines(record.steps)))
+        told = (*notes, *failure_lines(record.steps), *links_remark(bound.folder))
+        return Result(out, plan, record, told)
 
 
 def _recorded(
@@ -348,9 +350,11 @@ def _recorded(
     return directory.finish(record)
 
 
-def _unusual(ranks: Ranks, *, locked: bool) -> dict[str, str]:
+def _unusual(bound: BoundModel, ranks: Ranks, *, locked: bool) -> dict[str, str]:
     """What else to tell of the surroundings."""
     told = {} if locked else {"lock": "none"}
+    if left := links_outside(bound.folder):
+        told["links_outside"] = ", ".join(left)
     return told | ({"ranks": str(ranks.size)} if ranks.size > 1 else {})
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +13,7 @@ from checkpoint_drafts import (
     GATE,
     QUERY,
     TOKEN,
+    Draft,
     Edit,
     as_mixed,
     both,
@@ -48,7 +51,27 @@ class Case:
 INT8_TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 TOKEN_OUT = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 INT4_TOKEN = INT8_TOKEN | {"num_bits": 4}
-WEIGHTS_AT_RUN_TIME = of_args(dynamic=True)
+
+
+def damaged(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A tensor whose first element has another value."""
+
+    def change(x: torch.Tensor) -> torch.Tensor:
+        flat = x.to(torch.float32).flatten()
+        flat[0] = value
+        return flat.reshape(x.shape).to(x.dtype)
+
+    return change
+
+
+def tied(draft: Draft) -> None:
+    """Say that the head is the embedding, although it is stored."""
+    draft.config["tie_word_embeddings"] = True
+    draft.config["text_config"]["tie_word_embeddings"] = True
+
+
+# Weights that are quantized at run time, which no server runs; texts for flags; any number of bits.
+TAKEN_BY_THE_LIBRARY = (of_args(dynamic=True), of_args(symmetric="no"), of_args(num_bits=10**30))
 
 CASES = [
     # files, on top of the folder as it was written: see test_what_is_wrong_with_files_is_told
@@ -59,11 +82,17 @@ CASES = [
     Case("config.unknown-key", "w4a16", of_args(calibrated=True)),
     Case("config.group-key", "w4a16", of_group(note="mine"), "transformers"),
     Case("config.top-key", "w4a16", setting(made_by="me")),
+    Case("config.type", "w4a16", setting(global_compression_ratio="much")),
+    Case("config.type", "w4a16", setting(ignore="lm_head")),
+    Case("config.misspelt", "w4a16", setting(ignored=["lm_head"])),
     Case("config.arguments", "w4a16", of_args(group_size=None)),
     Case("config.arguments", "w4a16", of_args(strategy="channel")),
     Case("config.arguments", "w4a16", of_args(strategy="rows", group_size=None)),
-    Case("config.arguments", "w4a16", of_args(actorder="group")),
-    Case("config.arguments", "w4a16", WEIGHTS_AT_RUN_TIME),
+    Case("config.arguments", "w4a16", of_args(actorder="sideways")),
+    *(Case("config.arguments", "w4a16", edit) for edit in TAKEN_BY_THE_LIBRARY[1:]),
+    Case("config.arguments", "w4a16", of_args(scale_dtype="torch.float8_x")),
+    Case("config.actorder", "w4a16", of_args(actorder="group"), "vllm"),
+    Case("config.arguments", "w4a16", TAKEN_BY_THE_LIBRARY[0]),
     Case("config.arguments", "w4a16", of_args(type="complex")),
     Case("config.arguments", "w4a16", of_args(num_bits="four")),
     Case("config.arguments", "w8a8-all", of_args("input_activations", dynamic=False)),
@@ -82,6 +111,7 @@ CASES = [
     Case("config.status", "w4a16", setting(quantization_status="frozen"), "transformers"),
     Case("config.sparsity", "w4a16", setting(sparsity_config={"targets": ["Linear"]}), "vllm"),
     Case("config.pattern", "w4a16", ignoring("re:(")),
+    Case("config.pattern", "w4a16", ignoring(r"re:([^/]|[^/][^/])+[!?]")),
     Case(
         "names.overlap",
         "w4a16",
@@ -114,8 +144,44 @@ CASES = [
     Case("tensors.dtype", "mxfp8", tensor(f"{QUERY}.weight_scale", lambda t: t.float())),
     Case("tensors.old-packing", "w5a16", unpack_words),
     Case("tensors.extra", "w4a16", tensor(f"{QUERY}.weight_zero_point", torch.zeros(1)), "vllm"),
-    Case("tensors.extra", "w4a16", tensor(f"{QUERY}.weight_g_idx", torch.zeros(1)), "vllm"),
-    Case("tensors.extra", "w8a8-all", tensor(f"{QUERY}.input_scale", torch.ones(1)), "vllm"),
+    Case("tensors.extra", "w4a16", tensor(f"{QUERY}.weight_g_idx", torch.zeros(1))),
+    Case("tensors.extra", "w4a16", tensor(f"{QUERY}.weight", torch.ones(128, 128))),
+    Case("tensors.extra", "w8a8-all", tensor(f"{QUERY}.input_scale", torch.ones(1))),
+    Case(
+        "tensors.vllm-extra",
+        "w8a8-static",
+        tensor(f"{QUERY}.input_zero_point", torch.zeros(1, dtype=torch.int8)),
+        "vllm",
+    ),
+    *(
+        Case("tensors.scale", base, tensor(f"{QUERY}.weight_scale", damaged(value)))
+        for base in ("w4a16", "fp8", "nvfp4")
+        for value in (math.nan, 0.0)
+    ),
+    Case("tensors.scale", "fp8", tensor(f"{QUERY}.weight_scale", damaged(-1.0))),
+    Case("tensors.scale", "w5a16", tensor(f"{QUERY}.weight_scale", damaged(math.inf))),
+    Case("tensors.scale", "mxfp4", tensor(f"{QUERY}.weight_scale", damaged(255))),
+    Case("tensors.told-shape", "w4a16", tensor(f"{QUERY}.weight_shape", torch.tensor([128, 96]))),
+    Case(
+        "tensors.told-shape",
+        "w4a16",
+        both(
+            of_args(actorder="group"),
+            tensor(f"{QUERY}.weight_g_idx", torch.ones(128, dtype=torch.int32)),
+        ),
+    ),
+    Case(
+        "tensors.tied-codes",
+        "w4a16",
+        both(tied, tensor("lm_head.weight_scale", torch.ones(1))),
+        "transformers",
+    ),
+    Case("tensors.tied-head", "w4a16", tied, "vllm"),
+    Case("tensors.finite", "w4a16", tensor("model.norm.weight", damaged(math.nan))),
+    Case("tensors.finite", "float", tensor(f"{QUERY}.bias", damaged(-math.inf))),
+    Case("tensors.finite", "gptq", tensor(f"{QUERY}.scales", damaged(math.inf))),
+    Case("tensors.finite", "modelopt-nvfp4", tensor(f"{QUERY}.weight_scale", damaged(math.nan))),
+    Case("tensors.unread", "w4a16", tensor("model.norm.weight", torch.ones((1 << 22) + 1))),
     Case("tensors.prismquant-only", "w4a16", tensor(f"{DOWN}.split_index", torch.zeros(1)), "vllm"),
     Case("tensors.ungrouped", "w4a16", untarget(called(QUERY))),
     Case("tensors.plain", "w4a16", without("model.norm.weight")),
@@ -124,6 +190,11 @@ CASES = [
     Case("tensors.unknown", "w4a16", tensor("model.layers.7.mlp.extra", torch.ones(1)), "vllm"),
     Case("tensors.scalar", "w8a8-static", every(".input_scale", 0.0)),
     Case("tensors.scalar", "nvfp4", every(".weight_global_scale", float("inf"))),
+    Case(
+        "tensors.scalar",
+        "w8a8-static",
+        tensor(f"{QUERY}.input_zero_point", torch.tensor([3], dtype=torch.int8)),
+    ),
     Case("tensors.uncalibrated", "w8a8-static", every(".input_scale", 1.0)),
     Case("tensors.scale-rounded", "w5a16", lambda d: None, "vllm"),
     Case("fused.scheme", "w4a16", split_group(num_bits=8), "vllm"),
@@ -165,6 +236,17 @@ CASES = [
     Case("sglang.kernels", "w4a16", lambda d: None, "sglang"),
     Case("model.vllm", "w4a16", lambda d: None, "vllm", "video_llama_3"),
     Case("model.unknown", "w4a16", lambda d: d.config.update(model_type="other_vl")),
+    Case("model.config", "w4a16", lambda d: d.config["text_config"].update(hidden_size="wide")),
+    Case("model.config", "w4a16", lambda d: d.config.pop("model_type")),
+    Case("prismquant.reads", "fp8-block", of_args(block_structure=[64, 128])),
+    Case("prismquant.reads", "w4a16", setting(kv_cache_scheme={**ARGS, "strategy": "channel"})),
+    Case("prismquant.reads", "w4a16", lambda d: d.config.update(prismquant={"activation": {}})),
+    Case(
+        "prismquant.reads",
+        "w4a16",
+        lambda d: d.config.update(prismquant={"activations": {"x": {"input": {"bits": 4}}}}),
+    ),
+    Case("prismquant.method", "gptq", lambda d: None, "prismquant"),
     Case("config.none", "float", lambda d: None),
     Case(
         "kv.arguments",
@@ -229,6 +311,12 @@ CASES = [
         ),
         "vllm",
     ),
+    Case(
+        "modelopt.types",
+        "modelopt-nvfp4",
+        both(setting(quant_algo=None), in_file(lambda q: q.pop("quant_algo"))),
+    ),
+    Case("modelopt.types", "modelopt-nvfp4", setting(ignore="lm_head")),
     Case("modelopt.mixed", "modelopt-nvfp4", setting(quant_algo="MIXED_PRECISION")),
     Case("modelopt.agreement", "modelopt-nvfp4", in_file(lambda q: q.update(quant_algo="FP8"))),
     Case("modelopt.agreement", "modelopt-nvfp4", in_file(lambda q: q["exclude_modules"].pop())),
@@ -246,6 +334,8 @@ CASES = [
     Case("modelopt.transformers", "modelopt-fp8", lambda d: None, "transformers"),
     Case("packed.keys", "gptq", lambda d: d.section.pop("desc_act")),
     Case("packed.keys", "awq", lambda d: d.section.pop("zero_point")),
+    Case("packed.keys", "gptq", setting(bits="4")),
+    Case("packed.keys", "gptq", setting(dynamic={"-:(": {}})),
     Case("packed.bits", "gptq", setting(sym=False), "vllm"),
     Case("packed.bits", "awq", setting(bits=8), "vllm"),
     Case(

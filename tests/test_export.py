@@ -11,8 +11,9 @@ import torch
 
 import prismquant as pq
 from prismquant.errors import FormatError
-from prismquant.export.compressed_tensors import read_schemes
 from prismquant.export.load import load_model
+from prismquant.export.reader import read_schemes
+from prismquant.export.section import read_section
 from prismquant.models.bind import bind
 from prismquant.models.config import import_transformers
 from prismquant.models.load import load_float
@@ -293,7 +294,7 @@ def test_checkpoints_of_other_writers_are_understood() -> None:
         }
     }
     names = ["model.layers.0.mlp.up_proj", "model.visual.blocks.0.attn.qkv", "lm_head"]
-    schemes = read_schemes(config, names)
+    schemes = read_schemes(read_section(config), names)
     assert list(schemes) == names[:1]
     assert schemes[names[0]].weights.name == "int4-g128"
     assert schemes[names[0]].layout == "pack-quantized"
@@ -313,7 +314,7 @@ def test_the_most_exact_target_decides() -> None:
     }
     section = {"quant_method": "compressed-tensors", "config_groups": groups}
     names = [f"model.layers.{i}.mlp.{role}_proj" for i in (0, 1) for role in ("up", "down")]
-    schemes = read_schemes({"quantization_config": section}, names)
+    schemes = read_schemes(read_section({"quantization_config": section}), names)
     assert [schemes[name].weights.bits for name in names] == [4, 8, 4, 3]
 
 
@@ -327,9 +328,9 @@ def test_layers_are_known_by_their_names_on_disk_too() -> None:
     }
     config = {"quantization_config": section}
     names = ["model.language_model.a", "model.visual.b", "lm_head"]
-    assert read_schemes(config, names).keys() == {*names[:2]}
+    assert read_schemes(read_section(config), names).keys() == {*names[:2]}
     aliases = {names[0]: ("model.a",), names[1]: ("visual.b",)}
-    schemes = read_schemes(config, names, aliases)
+    schemes = read_schemes(read_section(config), names, aliases)
     assert {name: scheme.weights.bits for name, scheme in schemes.items()} == {names[0]: 8}
 
 
@@ -341,11 +342,11 @@ def test_groups_without_weights_are_about_attention() -> None:
         "config_groups": {"group_0": weights_only(4, ["Linear"]), "group_1": without},
     }
     config = {"quantization_config": section}
-    assert read_schemes(config, ["a.mlp.up_proj"]).keys() == {"a.mlp.up_proj"}
+    assert read_schemes(read_section(config), ["a.mlp.up_proj"]).keys() == {"a.mlp.up_proj"}
     with pytest.raises(FormatError, match="whose weight is not"):
-        read_schemes(config, ["a.self_attn.q_proj"])
+        read_schemes(read_section(config), ["a.self_attn.q_proj"])
     without["input_activations"] = None
-    assert read_schemes(config, ["a.self_attn.q_proj"]) == {}
+    assert read_schemes(read_section(config), ["a.self_attn.q_proj"]) == {}
 
 
 def test_a_layout_must_be_said() -> None:
@@ -353,7 +354,7 @@ def test_a_layout_must_be_said() -> None:
     del group["format"]
     section = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
     with pytest.raises(FormatError, match="laid out"):
-        read_schemes({"quantization_config": section}, ["a"])
+        read_schemes(read_section({"quantization_config": section}), ["a"])
 
 
 @pytest.mark.parametrize(
@@ -366,7 +367,7 @@ def test_a_layout_must_be_said() -> None:
 def test_what_cannot_be_read_is_refused(change: dict[str, Any], message: str) -> None:
     section = {"quant_method": "compressed-tensors", "format": "pack-quantized"} | change
     with pytest.raises(FormatError, match=message):
-        read_schemes({"quantization_config": section}, ["a"])
+        read_schemes(read_section({"quantization_config": section}), ["a"])
 
 
 def test_an_unfinished_folder_is_no_model(

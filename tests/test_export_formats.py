@@ -549,26 +549,21 @@ def test_a_folder_is_complete(
     assert result.bytes == sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
 
 
-def test_a_killed_export_leaves_no_model(run: Callable[..., Path], tmp_path: Path) -> None:
-    """config.json comes last, and nothing is half written."""
-
+@pytest.mark.parametrize("share", [0.5, 1])
+def test_an_export_that_is_interrupted_leaves_nothing(
+    run: Callable[..., Path], tmp_path: Path, share: float
+) -> None:
     def stop(done: int, total: int, name: str) -> None:
-        if done == total:
+        if done == int(total * share):
             raise KeyboardInterrupt
 
-    config = tmp_path / "out" / "config.json"
+    out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        export(run("qwen2_vl"), "gptq", tmp_path / "out", progress=stop)
-    assert config.exists()
-
-    def stop_early(done: int, total: int, name: str) -> None:
-        if done == total // 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        export(run("qwen2_vl"), "gptq", tmp_path / "early", progress=stop_early)
-    assert not (tmp_path / "early" / "config.json").exists()
-    assert not [p for p in (tmp_path / "early").rglob("*") if p.name.endswith(".tmp")]
+        export(run("qwen2_vl"), "gptq", out, progress=stop)
+    assert not out.exists()
+    export(run("qwen2_vl"), "gptq", out)
+    assert (out / "config.json").exists()
+    assert (out / "prismquant" / "export.json").exists()
 
 
 def test_shards_are_bounded_and_numbered(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import prismquant as pq
 from prismquant.errors import FormatError, PlanError
 from prismquant.export.arguments import arguments, read_private, specification
 from prismquant.export.load import load_model
+from prismquant.export.section import read_args
 from prismquant.formats.spec import PRESETS as FORMATS
 from prismquant.formats.spec import spec
 from prismquant.models.bind import bind
@@ -110,7 +111,8 @@ def test_what_no_configuration_declares_is_simulated_by_our_loader(
         logits(load_model(tmp_path / name), folder, calibration_file) for name in ("a", "b")
     )
     assert 1e-4 < (both - alone).norm() / alone.norm() < 1
-    private = read_private(read_json(tmp_path / "a" / "config.json"))
+    layers = {site.name for site in bind(folder).sites}
+    private = read_private(read_json(tmp_path / "a" / "config.json"), layers)
     assert len(private) == 14
     assert {inputs for inputs, _ in private.values()} == {spec(activations)}
     check_bytes(result.plan, tmp_path / "a")
@@ -132,7 +134,8 @@ def test_the_words_of_the_configuration_mean_the_format(name: str) -> None:
         return
     said = arguments(number)
     layout = "" if number.dynamic else layout_of(number, None)
-    back = specification(said, layout)
+    args = read_args(said, "input_activations" if number.dynamic else "weights")
+    back = specification(args, layout)
     plain = spec(name.replace("-floor", "").replace("-ceil", ""))
     assert back == plain or number.narrow
 

@@ -20,8 +20,9 @@ from prismquant import cli
 from prismquant.api import export
 from prismquant.errors import FormatError
 from prismquant.export.check import Reader, Severity, check
-from prismquant.export.compressed_tensors import CONFIG_KEY, read_rotations
 from prismquant.export.load import load_model
+from prismquant.export.reader import read_rotations
+from prismquant.export.section import CONFIG_KEY, read_section
 from prismquant.export.stored import open_checkpoint
 from prismquant.models.config import import_transformers
 from prismquant.numerics.kinds import Granularity
@@ -203,16 +204,17 @@ def test_check_tells_the_two_readers_apart(name: str) -> None:
 def test_a_rotation_across_a_width_is_read_where_its_matrix_is_known() -> None:
     """Of a width that is no power of two, compressed-tensors has matrices of its own."""
     config = dict(read_json(GOLDEN / "w4a16-rotated" / "config.json"))
-    assert read_rotations(config, {"a.gate_proj": 64, "a.down_proj": 96}) == {"a.gate_proj": 64}
+    found = read_rotations(read_section(config), {"a.gate_proj": 64, "a.down_proj": 96})
+    assert found == {"a.gate_proj": 64}
     with pytest.raises(FormatError, match=r"transform 'v' .* cannot be read"):
-        read_rotations(config, {"a.gate_proj": 96})
+        read_rotations(read_section(config), {"a.gate_proj": 96})
     (group,) = config[CONFIG_KEY]["transform_config"]["config_groups"].values()
     # What was done to weights before they were stored needs nothing of a reader.
     group |= {"type": "random-hadamard", "apply": [a for a in group["apply"] if a["inverse"]]}
-    assert read_rotations(config, {"a.gate_proj": 64}) == {}
+    assert read_rotations(read_section(config), {"a.gate_proj": 64}) == {}
     group["apply"][0]["location"] = "input"
     with pytest.raises(FormatError, match="random-hadamard at input"):
-        read_rotations(config, {"a.gate_proj": 64})
+        read_rotations(read_section(config), {"a.gate_proj": 64})
 
 
 @pytest.mark.parametrize("name", ["w4a16-asym", "nvfp4", "fp8-block", "fp8-kv"])

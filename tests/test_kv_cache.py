@@ -24,6 +24,7 @@ import prismquant as pq
 from prismquant.errors import FormatError, NumericsError, PrismQuantError, RecipeError
 from prismquant.export.kv_cache import kv_cache_scheme, read_kv_cache_scheme
 from prismquant.export.load import load_model
+from prismquant.export.section import Section, read_section
 from prismquant.formats.kv import KV_PRESETS, KVCacheSpec, kv_cache_spec
 from prismquant.models.attention import attention_hooked, hook_attention, hooked, unhook_attention
 from prismquant.models.bind import bind
@@ -127,12 +128,17 @@ def by_hand(x: Tensor, scale: Tensor, number: str) -> Tensor:
 # The numbers
 
 
+def declared(scheme: dict[str, Any] | None) -> Section:
+    section = {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": scheme}
+    return read_section({"quantization_config": section})
+
+
 @pytest.mark.parametrize("name", KV_PRESETS)
 def test_a_format_is_made_again_from_its_name_its_fields_and_its_declaration(name: str) -> None:
     spec = kv_cache_spec(name)
     assert spec.name == name
     assert KVCacheSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
-    read = read_kv_cache_scheme({"kv_cache_scheme": kv_cache_scheme(spec)})
+    read = read_kv_cache_scheme(declared(kv_cache_scheme(spec)))
     assert read == replace(spec, rotated=False)
     assert spec.scale_shape(3) == ((3, 1, 1) if "-head" in name else (1,))
 
@@ -168,7 +174,7 @@ def test_other_formats_are_refused(make: Callable[[], KVCacheSpec], what: str) -
 def test_other_declarations_are_refused(change: dict[str, Any]) -> None:
     scheme = kv_cache_scheme(kv_cache_spec("fp8")) or {}
     with pytest.raises(FormatError, match="cannot be read"):
-        read_kv_cache_scheme({"kv_cache_scheme": scheme | change})
+        read_kv_cache_scheme(declared(scheme | change))
 
 
 @given(

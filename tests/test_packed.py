@@ -397,7 +397,7 @@ def test_the_shape_may_come_from_the_caller_but_must_agree_with_the_checkpoint()
     q = quantized(weight(3, 4, 16), spec("int4-g8"))
     tensors = pack(q, "pack-quantized")
     assert unpack(tensors, q.spec, "pack-quantized", (4, 16)).shape == (4, 16)
-    with pytest.raises(FormatError, match=r"\(4, 16\), expected \(4, 8\)"):
+    with pytest.raises(FormatError, match=r"\[4, 16\], the weight is \[4, 8\]"):
         unpack(tensors, q.spec, "pack-quantized", (4, 8))
     del tensors["weight_shape"]
     assert torch.equal(unpack(tensors, q.spec, "pack-quantized", (4, 16)).codes, q.codes)

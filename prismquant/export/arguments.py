@@ -10,17 +10,21 @@ lose a detail (how an E8M0 scale is rounded). Those are told in a section of our
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from prismquant.errors import FormatError
+from prismquant.export.section import Args
 from prismquant.formats.packed import check_declarable, declared_kind
 from prismquant.formats.spec import NumberSpec
-from prismquant.numerics.kinds import Granularity
+from prismquant.numerics.kinds import Granularity, ScaleKind
+from prismquant.patterns import shortened
 from prismquant.pipeline.layout import is_declarable
 from prismquant.pipeline.plan import PlanRow
 
 PRIVATE_KEY = "prismquant"
 _INPUT, _OUTPUT = "input", "output"
+_MOST_TOLD = 5
 
 _SCALE_DTYPES = {"e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}
 
@@ -54,52 +58,51 @@ def arguments(spec: NumberSpec | None) -> dict[str, Any] | None:
     return said
 
 
-def specification(said: Mapping[str, Any], layout: str = "") -> NumberSpec:
+def specification(args: Args, layout: str = "") -> NumberSpec:
     """The number format that ``QuantizationArgs`` declare.
 
     Args:
-        said: The mapping; keys that are left out have the library's defaults.
+        args: As they were read.
         layout: Of the weight, where this is about one: it tells MX formats from others even where
             the dtype of the scales is not declared.
 
     Raises:
         FormatError: It is none that PrismQuant has.
     """
-    bits, number = said.get("num_bits"), said.get("type", "int")
-    granularity, size = _unit(said)
-    scale = _scale(said, layout)
-    return NumberSpec.from_dict(
-        {
-            "bits": bits,
-            "granularity": granularity,
-            "group_size": size,
-            "symmetric": said.get("symmetric", True),
-            "dynamic": bool(said.get("dynamic", False)),
-            "kind": declared_kind(number, bits),
-            "scale": scale,
-        }
+    granularity, size = _unit(args)
+    return NumberSpec(
+        bits=args.bits,
+        granularity=Granularity(granularity),
+        group_size=size,
+        symmetric=args.symmetric,
+        dynamic=bool(args.dynamic),
+        kind=declared_kind(args.type, args.bits),
+        scale=_scale(args, layout),
     )
 
 
-def _unit(said: Mapping[str, Any]) -> tuple[str, int | None]:
-    """Granularity and group size, also where only one of them is declared."""
-    size = said.get("group_size")
-    inferred = "group" if size and size > 0 else "channel" if size == -1 else "tensor"
-    strategy = said.get("strategy") or inferred
-    if strategy == "block":
-        structure = said.get("block_structure") or [128, 128]
-        return Granularity.BLOCK, int(structure[-1])
-    if strategy in ("group", "tensor_group"):
-        return Granularity.GROUP, size
-    return strategy, None
+def _unit(args: Args) -> tuple[str, int | None]:
+    """Granularity and group size."""
+    if args.strategy == "attn_head":
+        raise FormatError(
+            "numbers with a scale an attention head cannot be read",
+            remedy="only caches of keys and values have them",
+        )
+    if args.block is not None:
+        rows, columns = args.block
+        if rows != columns:
+            raise FormatError(
+                f"blocks of {rows} x {columns} cannot be read",
+                remedy="only square blocks can, e.g. block_structure [128, 128]",
+            )
+        return Granularity.BLOCK, columns
+    return (Granularity.GROUP, args.group_size) if args.per_block else (args.strategy, None)
 
 
-def _scale(said: Mapping[str, Any], layout: str) -> str:
-    if said.get("strategy") == "tensor_group":
+def _scale(args: Args, layout: str) -> ScaleKind:
+    if args.strategy == "tensor_group":
         return "e4m3"
-    if "uint8" in str(said.get("scale_dtype")) or layout.startswith("mxfp"):
-        return "e8m0"
-    return "float"
+    return "e8m0" if args.scale_dtype == "uint8" or layout.startswith("mxfp") else "float"
 
 
 def private_section(rows: Iterable[tuple[str, PlanRow]]) -> dict[str, Any]:
@@ -117,22 +120,60 @@ def private_section(rows: Iterable[tuple[str, PlanRow]]) -> dict[str, Any]:
 
 
 def read_private(
-    config: Mapping[str, Any],
+    config: Mapping[str, Any], layers: Collection[str]
 ) -> dict[str, tuple[NumberSpec | None, NumberSpec | None]]:
     """Formats of inputs and outputs that only our section declares, by the layer's name.
 
     Args:
         config: The content of ``config.json``.
+        layers: What the configuration calls the model's layers.
 
     Raises:
-        FormatError: An entry is no number format.
+        FormatError: Lists the entries that are no number format or are about no layer.
     """
-    section = (config.get(PRIVATE_KEY) or {}).get("activations") or {}
+    faults: list[str] = []
+    found: dict[str, tuple[NumberSpec | None, NumberSpec | None]] = {}
+    section = _object(config.get(PRIVATE_KEY), PRIVATE_KEY, ("activations",), faults)
+    entries = _object(section.get("activations"), "activations", None, faults)
+    for name, raw in entries.items():
+        entry = _object(raw, name, (_INPUT, _OUTPUT), faults)
+        if name not in layers:
+            faults.append(f"there is no layer {shortened(name)}")
+        try:
+            found[name] = (_format(entry.get(_INPUT)), _format(entry.get(_OUTPUT)))
+        except FormatError as error:
+            faults.append(f"{name}: {error.what}")
+    if faults:
+        told = faults[:_MOST_TOLD] + [f"and {len(faults) - _MOST_TOLD} more"] * (
+            len(faults) > _MOST_TOLD
+        )
+        raise FormatError(
+            f"our own section of config.json cannot be read: {'; '.join(told)}",
+            where=PRIVATE_KEY,
+            remedy="restore the file from the finished run, or delete the section: inputs and "
+            "outputs that it is about are then in floating point",
+        )
+    return found
 
-    def side(entry: Mapping[str, Any], key: str) -> NumberSpec | None:
-        return NumberSpec.from_dict(entry[key]) if key in entry else None
 
-    return {name: (side(entry, _INPUT), side(entry, _OUTPUT)) for name, entry in section.items()}
+def _object(
+    raw: Any, name: str, known: tuple[str, ...] | None, faults: list[str]
+) -> Mapping[str, Any]:
+    """An object with these keys; an empty one where it is none, or null."""
+    if raw is None:
+        return {}
+    if not isinstance(raw, Mapping):
+        faults.append(f"{name} is no object")
+        return {}
+    if known is not None and (unknown := sorted(set(raw) - set(known))):
+        faults.append(f"{name} has the unknown key {shortened(unknown[0])}")
+    return raw
+
+
+def _format(raw: Any) -> NumberSpec | None:
+    if raw is not None and not isinstance(raw, Mapping):
+        raise FormatError(f"{shortened(str(raw))} is no number format")
+    return None if raw is None else NumberSpec.from_dict(raw)
 
 
 def _says_all(spec: NumberSpec) -> bool:

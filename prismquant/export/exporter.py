@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor
 
 from prismquant.errors import FormatError
-from prismquant.export.compressed_tensors import files_to_copy
+from prismquant.export.companions import files_to_copy
 from prismquant.export.stored import StoredCheckpoint, StoredLayer
 from prismquant.headers import read_header
 from prismquant.storage import INDEX_NAME, copy_file, write_json, write_tensors

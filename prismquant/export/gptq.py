@@ -12,7 +12,7 @@ For a weight of N outputs and K inputs in groups of g, with codes of b bits:
     as they are.
 ``scales`` float16 ``[K / g, N]``
 ``g_idx`` int32 ``[K]``
-    The group of each input feature, in order.
+    The group of each input feature: in order, unless the checkpoint says otherwise (``desc_act``).
 
 Which layers are quantized is said twice, because readers look in different places: vLLM and optimum
 in ``modules_in_block_to_quantize``, GPTQModel in ``dynamic``, where a pattern that begins with
@@ -126,12 +126,13 @@ def tensors(q: QuantizedTensor, *, less_one: bool) -> dict[str, Tensor]:
     columns = q.shape[1]
     zero = zero_points_by_group(q)
     size = q.spec.group_size or columns
+    index = torch.arange(columns) // size if q.group_index is None else q.group_index
     return {
         # Offset binary along the input is what both layouts mean: only the axes differ.
         "qweight": pack_bits(q.codes, q.spec.bits).T.contiguous(),
         "qzeros": pack_bits(zero - 1 if less_one else zero, q.spec.bits),
         "scales": scales_by_group(q),
-        "g_idx": torch.arange(columns, dtype=torch.int32) // size,
+        "g_idx": index.to(torch.int32),
     }
 
 
@@ -154,7 +155,7 @@ def quantization_config(source: StoredCheckpoint) -> dict[str, Any]:
         "bits": bits,
         "group_size": size,
         "sym": sym,
-        "desc_act": False,
+        "desc_act": any(source.reorders(layer) for layer in source.quantized),
         "lm_head": any(name.rpartition(".")[2] == "lm_head" for name in schemes),
         "checkpoint_format": "gptq" if symmetric else "gptq_v2",
         "pack_dtype": "int32",
@@ -171,11 +172,11 @@ def _scheme(layer: StoredLayer) -> tuple[int, int, bool]:
 
 def _refusal(source: StoredCheckpoint, layer: StoredLayer) -> Refusal | None:
     if layer.scheme is None:
-        return refusal(source, layer, BITS, 1)
+        return refusal(source, layer, BITS, 1, indexed=True)
     bits = layer.scheme.weights.bits
     # So many codes fill whole words: 32 of three bits, 8 of four.
     filling = _WORD // math.gcd(_WORD, bits)
-    found = refusal(source, layer, BITS, filling)
+    found = refusal(source, layer, BITS, filling, indexed=True)
     if found is None and layer.shape[1] % filling:
         why = f"the input features must divide by {filling} to pack codes of {bits} bits"
         found = Refusal(layer.name, why, f"{layer.shape[1]}")

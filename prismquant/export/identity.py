@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from prismquant.export.compressed_tensors import files_to_copy
+from prismquant.export.companions import files_to_copy
 from prismquant.export.exporter import Progress, Refusal
 from prismquant.export.stored import StoredCheckpoint
 from prismquant.storage import INDEX_NAME, copy_file
@@ -36,7 +36,13 @@ class CompressedTensors:
         return [f"{len(split)} layers keep single columns in floating point: only prismquant reads"]
 
     def write(self, source: StoredCheckpoint, out: Path, progress: Progress) -> None:
-        """Copy every file."""
+        """Copy every file; before that, all that they hold is looked at."""
+        for layer, name in source.walk():
+            if layer is not None and layer.scheme is not None:
+                source.codes(layer)
+                source.columns(layer)
+            else:
+                source.shards.read(name)
         shards = sorted({source.shards.info(name).file for name in source.shards.names})
         files = [source.folder / shard for shard in shards]
         files += [source.folder / INDEX_NAME] * (source.folder / INDEX_NAME).is_file()

@@ -60,7 +60,12 @@ def zero_points_by_group(q: QuantizedTensor) -> Tensor:
 
 
 def refusal(
-    source: StoredCheckpoint, layer: StoredLayer, bits: Collection[int], packed_out: int
+    source: StoredCheckpoint,
+    layer: StoredLayer,
+    bits: Collection[int],
+    packed_out: int,
+    *,
+    indexed: bool = False,
 ) -> Refusal | None:
     """Why a layer cannot be held by either format, if it cannot.
 
@@ -69,6 +74,7 @@ def refusal(
         layer: One of its layers that is quantized or rotated.
         bits: Widths of a code that the format defines.
         packed_out: A number that must divide the output features.
+        indexed: Whether the format says the group of each input feature.
     """
     if layer.rotation is not None:
         return Refusal(layer.name, "its input is rotated at run time, which the format cannot say")
@@ -93,6 +99,8 @@ def refusal(
         return Refusal(
             layer.name, "single columns of it stay in floating point, which the format cannot say"
         )
+    if not indexed and source.reorders(layer):
+        return Refusal(layer.name, "its groups are of columns that are no neighbours")
     return scale_refusal(source, layer)
 
 

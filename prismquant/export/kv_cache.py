@@ -8,14 +8,15 @@ language model has tensors ``k_scale`` and ``v_scale``, [1] or [kv_heads, 1, 1].
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from prismquant.errors import FormatError
+from prismquant.export.section import Section
 from prismquant.formats.kv import KVCacheSpec
+from prismquant.formats.packed import scale_fault
 from prismquant.models.arch import ArchSpec, Modality
 from prismquant.models.config import config_value
 from prismquant.models.names import NameMap
@@ -28,6 +29,7 @@ _STRATEGIES = {"tensor": "tensor", "head": "attn_head"}
 _TYPES = {"fp8": ("float", 8), "int8": ("int", 8), "int4": ("int", 4)}
 _ROTATION = "key_rotation"
 ROTATED_AT = ("q_attn", "k_cache")
+_CALIBRATE = "quantize again with kv_cache in the recipe, or drop kv_cache_scheme from config.json"
 
 
 def kv_cache_scheme(spec: KVCacheSpec | None) -> dict[str, Any] | None:
@@ -72,32 +74,31 @@ def _pattern(path: str) -> str:
     return f"re:(.*[.])?{tower}[.](.*[.])?{'[.]'.join(block)}$"
 
 
-def _rotates_keys(section: Mapping[str, Any]) -> bool:
-    groups = ((section.get("transform_config") or {}).get("config_groups") or {}).values()
-    return any(apply["location"] == "k_cache" for group in groups for apply in group["apply"])
-
-
-def read_kv_cache_scheme(section: Mapping[str, Any]) -> KVCacheSpec | None:
-    """The format that a ``quantization_config`` declares.
+def read_kv_cache_scheme(section: Section) -> KVCacheSpec | None:
+    """The format that a configuration declares.
 
     Raises:
         FormatError: It is one that PrismQuant does not have.
     """
-    scheme = section.get("kv_cache_scheme")
-    if not scheme:
+    section.require()
+    said = section.cache
+    if said is None:
         return None
     formats = {value: key for key, value in _TYPES.items()}
     units = {value: key for key, value in _STRATEGIES.items()}
-    number = formats.get((scheme.get("type", "int"), scheme.get("num_bits")))
-    unit = units.get(scheme.get("strategy") or "tensor")
-    symmetric, dynamic = scheme.get("symmetric", True), scheme.get("dynamic", False)
-    if number is None or unit is None or not symmetric or dynamic:
+    number, unit = formats.get((said.type, said.bits)), units.get(said.strategy)
+    if number is None or unit is None or not said.symmetric or said.dynamic:
         raise FormatError(
-            f"a key-value cache of {dict(scheme)} cannot be read",
+            f"a key-value cache of {said.describe()} cannot be read",
+            where="kv_cache_scheme",
             remedy="float of 8 or int of 8 or 4 bits, symmetric, static, of strategy tensor or "
             "attn_head can",
         )
-    rotates = _rotates_keys(section)
+    rotates = any(
+        apply.location == "k_cache"
+        for transform in section.transforms
+        for apply in transform.applies
+    )
     return KVCacheSpec.from_dict({"format": number, "granularity": unit, "rotated": rotates})
 
 
@@ -107,7 +108,9 @@ def read_kv_scales(
     """The scales of the attention module whose tensors begin with ``prefix``; None: it has none.
 
     Raises:
-        FormatError: Only one of the two is there, or it has another number of elements.
+        FormatError: Only one of the two is there, it has another number of elements, or is no
+            positive number.
+        NumericsError: It is NaN or infinite.
     """
     names = [f"{prefix}.k_scale", f"{prefix}.v_scale"]
     present = [name for name in names if name in reader.names]
@@ -123,6 +126,9 @@ def read_kv_scales(
             f"not fit a cache of {spec.describe()} with {kv_heads} key-value heads",
             where=prefix,
         )
+    for name, scale in zip(names, (key, value), strict=True):
+        if fault := scale_fault(scale, signed=False):
+            raise FormatError(f"a scale of the cache {fault}", where=name, remedy=_CALIBRATE)
     return KVScales(key.reshape(shape), value.reshape(shape))
 
 
@@ -160,6 +166,5 @@ def _uncalibrated(attention: str, spec: KVCacheSpec) -> FormatError:
         f"the key-value cache of {spec.name} has no scales, and the key projection has a bias: "
         "with the scale 1 that servers assume, keys may be clipped beyond use",
         where=attention,
-        remedy="quantize again with kv_cache in the recipe, or drop kv_cache_scheme from "
-        "config.json",
+        remedy=_CALIBRATE,
     )

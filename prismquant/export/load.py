@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from prismquant.export.compressed_tensors import CONFIG_KEY
 from prismquant.export.kv_cache import quantize_kv_cache, read_kv_cache_scheme
 from prismquant.export.stored import StoredCheckpoint, StoredLayer, open_checkpoint
 from prismquant.models.config import native_config
@@ -43,7 +42,7 @@ def load_model(
         if layer.rotation is not None:
             rotate_inputs(model, layer.name, layer.rotation, source.signs(layer))
         _quantize_activations(model, source, layer)
-    kv_cache = read_kv_cache_scheme(source.config.get(CONFIG_KEY) or {})
+    kv_cache = read_kv_cache_scheme(source.section)
     if kv_cache is not None:
         quantize_kv_cache(model, source.arch, source.names, source.shards, kv_cache)
     return model
@@ -52,7 +51,7 @@ def load_model(
 def _quantize_activations(model: nn.Module, source: StoredCheckpoint, layer: StoredLayer) -> None:
     """Put quantizers before and behind a layer, as the checkpoint says."""
     if layer.inputs is not None:
-        columns = source.reader.split_columns(layer.prefix)
+        columns = source.columns(layer)
         scale, zero_point = parameters(source.static_scale(layer, "input"))
         index = columns.index if columns else None
         quantize_inputs(model, layer.name, layer.inputs, scale, zero_point, index)

@@ -77,7 +77,7 @@ class ModelOpt:
         """Layers in formats that no algorithm has, rotated inputs, split columns; caches that are
         not FP8 of one scale."""
         found = [_refusal(source, layer) for layer in source.layers]
-        cache = read_kv_cache_scheme(source.config.get("quantization_config") or {})
+        cache = read_kv_cache_scheme(source.section)
         if cache is not None and (cache.format, cache.granularity) != ("fp8", "tensor"):
             why = f"the key-value cache is {cache.format} with a scale a {cache.granularity}"
             found.append(Refusal("kv_cache_scheme", f"{why}: only fp8 with one scale is known"))
@@ -207,7 +207,7 @@ def _refusal(source: StoredCheckpoint, layer: StoredLayer) -> Refusal | None:
 
 
 def _tensors(source: StoredCheckpoint, layer: StoredLayer) -> dict[str, Tensor]:
-    static = source.reader.static_scale(layer.prefix, "input")
+    static = source.static_scale(layer, "input")
     return tensors(source.codes(layer), None if static is None else static.scale)
 
 

@@ -7,7 +7,7 @@ and from headers. Tensors are read one layer at a time, whichever shards they li
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,28 +15,42 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prismquant.errors import FormatError, ModelError, StorageError
+from prismquant.errors import FormatError, ModelError, StorageError, grouped
 from prismquant.export.arguments import PRIVATE_KEY, read_private
-from prismquant.export.compressed_tensors import (
-    CONFIG_KEY,
-    METHOD,
+from prismquant.export.companions import untied_config
+from prismquant.export.expected import (
     SIGNS,
+    VLLM_EXTRA,
+    by_layer,
+    is_stored_packed,
+    layer_faults,
+    plain_faults,
+    ungrouped_fault,
+)
+from prismquant.export.kv_cache import read_kv_cache_scheme
+from prismquant.export.reader import (
     DequantizingReader,
+    FiniteReader,
     StoredScheme,
     read_rotations,
     read_schemes,
+    split_columns,
+    static_scale,
 )
+from prismquant.export.section import CONFIG_KEY, METHOD, Fault, Section, read_section
 from prismquant.formats.packed import QuantizedTensor
 from prismquant.formats.spec import NumberSpec
+from prismquant.headers import TensorInfo
 from prismquant.models.arch import ArchSpec
 from prismquant.models.bind import bind
-from prismquant.models.config import identify, native_config
+from prismquant.models.config import identify, native_config, read_config
 from prismquant.models.empty import empty_model
 from prismquant.models.names import NameMap, choose_layout
 from prismquant.numerics.hadamard import block_hadamard
-from prismquant.pipeline.group import StaticScale
-from prismquant.storage import ShardReader, read_json
+from prismquant.pipeline.group import SplitColumns, StaticScale
+from prismquant.storage import ShardReader
 
+_MOST_TOLD = 10
 _CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale", ".k_zero_point", ".v_zero_point")
 
 
@@ -79,19 +93,23 @@ class StoredCheckpoint:
         folder: Where it is.
         arch: Its architecture.
         config: The content of ``config.json``.
+        section: Its ``quantization_config``, read.
         names: Between names on disk and module paths.
         layers: All linear layers, in the order of the modules.
-        shards: Its tensors as they are stored.
+        shards: Its tensors as they are stored; what is in floating point is finite.
         reader: Its tensors in floating point.
+        says_tied: Whether its configuration calls the head the embedding.
     """
 
     folder: Path
     arch: ArchSpec
     config: Mapping[str, Any]
+    section: Section
     names: NameMap
     layers: tuple[StoredLayer, ...]
-    shards: ShardReader
+    shards: FiniteReader
     reader: DequantizingReader
+    says_tied: bool = False
 
     @property
     def quantized(self) -> tuple[StoredLayer, ...]:
@@ -111,7 +129,7 @@ class StoredCheckpoint:
     @property
     def has_cache_scales(self) -> bool:
         """Whether the configuration asks for a quantized key-value cache."""
-        return bool((self.config.get(CONFIG_KEY) or {}).get("kv_cache_scheme"))
+        return self.section.cache is not None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -120,9 +138,17 @@ class StoredCheckpoint:
 
     @property
     def plain_config(self) -> dict[str, Any]:
-        """``config.json`` without what it says of quantization."""
+        """``config.json`` without what it says of quantization, and of a tie that is none."""
         said = (CONFIG_KEY, PRIVATE_KEY)
-        return {key: value for key, value in self.config.items() if key not in said}
+        config = {key: value for key, value in self.config.items() if key not in said}
+        return config if self.tied == self.says_tied else untied_config(config)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding: what is stored counts more than what is said."""
+        return self.says_tied and self.names.to_disk(f"{self.arch.head}.weight") not in (
+            self.reader.names
+        )
 
     def codes(self, layer: StoredLayer) -> QuantizedTensor:
         """A quantized layer's codes and scales, as they are stored."""
@@ -136,16 +162,39 @@ class StoredCheckpoint:
 
     def static_scale(self, layer: StoredLayer, side: str) -> StaticScale | None:
         """The static scale of a layer's ``input`` or ``output``, if there is one."""
-        return self.reader.static_scale(layer.prefix, side)
+        spec = layer.inputs if side == "input" else layer.outputs
+        return None if spec is None else static_scale(self.shards, layer.prefix, side, spec)
 
     def signs(self, layer: StoredLayer) -> Tensor | None:
-        """What a layer's input is multiplied by before its rotation, int8 ``[in]``; None: ones."""
+        """What a layer's input is multiplied by before its rotation, int8 ``[in]``; None: ones.
+
+        Raises:
+            FormatError: They are none.
+        """
         name = f"{layer.prefix}.{SIGNS}"
-        return self.shards.read(name) if name in self.shards.names else None
+        if name not in self.shards.names:
+            return None
+        signs = self.shards.read(name)
+        if tuple(signs.shape) != (layer.shape[1],) or not bool((signs.abs() == 1).all()):
+            raise FormatError(
+                f"{SIGNS} are not {layer.shape[1]} numbers of 1 and -1",
+                where=layer.prefix,
+                remedy="copy the checkpoint again",
+            )
+        return signs
+
+    def columns(self, layer: StoredLayer) -> SplitColumns | None:
+        """The columns of a layer that stay in floating point, if there are any."""
+        return split_columns(self.shards, layer.prefix, layer.shape)
 
     def splits(self, layer: StoredLayer) -> bool:
         """Whether single columns of a layer stay in floating point."""
-        return self.reader.split_columns(layer.prefix) is not None
+        return self.columns(layer) is not None
+
+    def reorders(self, layer: StoredLayer) -> bool:
+        """Whether groups of a layer are of columns that are no neighbours."""
+        reordered = layer.scheme is not None and layer.scheme.reordered
+        return reordered and self.codes(layer).group_index is not None
 
     def values(self, layer: StoredLayer) -> Tensor:
         """The weight that gives a layer's output from its input as the model has it.
@@ -195,8 +244,8 @@ def open_checkpoint(folder: Path) -> StoredCheckpoint:
     """Open a finished checkpoint, quantized or not.
 
     Raises:
-        ModelError, FormatError, StorageError: It cannot be read, or a run that writes it has not
-            finished.
+        ModelError, FormatError, StorageError: It cannot be read, its tensors are not what its
+            configuration says, or a run that writes it has not finished.
     """
     if not (folder / "config.json").is_file() and (folder / "prismquant" / "record.json").is_file():
         raise StorageError(
@@ -205,33 +254,148 @@ def open_checkpoint(folder: Path) -> StoredCheckpoint:
             remedy="finish it with `prismquant quantize .. --resume`",
         )
     arch = identify(folder)
+    config = _without_leftovers(folder, read_config(folder))
+    section = read_section(config)
+    section.require()
     model = empty_model(native_config(arch, folder), arch)
-    shards = ShardReader(folder)
+    shards = FiniteReader(folder)
     names = choose_layout(arch.layouts, shards.names, dict(model.named_modules()))
     called = _config_names(model, names, remote=arch.config_map is not None)
-    config = _without_leftovers(folder, read_json(folder / "config.json"))
-    aliases = _other_names(called, arch)
-    schemes = read_schemes(config, list(called), aliases)
-    rotations = read_rotations(config, _widths(model, called), aliases)
+    linears = {
+        said: Linear(
+            name, names.to_disk(f"{name}.weight").removesuffix(".weight"), _shape(model, name)
+        )
+        for said, name in called.items()
+    }
+    layers = read_layers(config, section, linears, arch)
+    tensors = {name: shards.info(name) for name in shards.names}
+    faults = [*layer_faults_of(layers, tensors), *_plain_faults(model, names, layers, tensors)]
+    _require_tensors(folder, faults)
+    _embedding_dtype(shards, names, arch)
+    stored = {x.prefix: (x.scheme, x.shape) for x in layers if x.scheme is not None}
+    reader = DequantizingReader(folder, stored)
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    return StoredCheckpoint(folder, arch, config, section, names, layers, shards, reader, tied)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer of a model.
+
+    Attributes:
+        name: Its module path.
+        prefix: What its tensors' names begin with on disk.
+        shape: ``(out, in)``.
+    """
+
+    name: str
+    prefix: str
+    shape: tuple[int, int]
+
+
+def read_layers(
+    config: Mapping[str, Any], section: Section, linears: Mapping[str, Linear], arch: ArchSpec
+) -> tuple[StoredLayer, ...]:
+    """How each linear layer of a model is stored.
+
+    Args:
+        config: The content of ``config.json``.
+        section: Its ``quantization_config``, read.
+        linears: The model's linear layers, by what the configuration calls them.
+        arch: The architecture.
+
+    Raises:
+        FormatError: The configuration says something that PrismQuant does not read.
+    """
+    aliases = other_names({said: linear.name for said, linear in linears.items()}, arch)
+    schemes = read_schemes(section, list(linears), aliases)
+    widths = {said: linear.shape[1] for said, linear in linears.items()}
+    rotations = read_rotations(section, widths, aliases)
+    read_kv_cache_scheme(section)
     sides = {name: (scheme.activations, scheme.outputs) for name, scheme in schemes.items()}
     # What our own section says is more exact.
-    sides |= read_private(config)
-    layers = tuple(
+    sides |= read_private(config, linears)
+    return tuple(
         StoredLayer(
-            name,
+            linear.name,
             called=said,
-            prefix=names.to_disk(f"{name}.weight").removesuffix(".weight"),
-            shape=_shape(model, name),
+            prefix=linear.prefix,
+            shape=linear.shape,
             scheme=schemes.get(said),
             rotation=rotations.get(said),
             inputs=sides.get(said, (None, None))[0],
             outputs=sides.get(said, (None, None))[1],
         )
-        for said, name in called.items()
+        for said, linear in linears.items()
     )
-    stored = {layer.prefix: layer.scheme for layer in layers if layer.scheme is not None}
-    reader = DequantizingReader(folder, stored)
-    return StoredCheckpoint(folder, arch, config, names, layers, shards, reader)
+
+
+def layer_faults_of(
+    layers: Iterable[StoredLayer], tensors: Mapping[str, TensorInfo]
+) -> Iterator[Fault]:
+    """What is wrong with the tensors of linear layers, from their headers."""
+    held = by_layer(tensors)
+    for layer in layers:
+        own, sides = (
+            held.get(layer.prefix, {}),
+            (("input", layer.inputs), ("output", layer.outputs)),
+        )
+        if layer.scheme is None or layer.scheme.group is None:
+            if is_stored_packed(layer.prefix, tensors):
+                yield ungrouped_fault(layer.prefix)
+        else:
+            private = [side for side, spec in sides if spec is not None]
+            found = layer_faults(layer.prefix, layer.scheme.group, layer.shape, own, private)
+            yield from (fault for fault in found if fault.rule != VLLM_EXTRA)
+            try:
+                layer.scheme.weights.scale_shape(*layer.shape)
+            except FormatError as error:
+                yield Fault("shapes.group", error.what, layer.prefix, error.remedy or "")
+        for side, spec in sides:
+            suffix = f"{side}_global_scale" if spec and spec.scale == "e4m3" else f"{side}_scale"
+            if spec is not None and spec.calibrated and suffix not in own:
+                what = f"{side}s of {spec.describe()} have no {suffix}"
+                yield Fault("tensors.missing", what, layer.prefix, "calibrate again")
+
+
+def _plain_faults(
+    model: nn.Module,
+    names: NameMap,
+    layers: Iterable[StoredLayer],
+    tensors: Mapping[str, TensorInfo],
+) -> Iterator[Fault]:
+    """What is wrong with everything that is not in codes."""
+    coded = {f"{layer.name}.weight" for layer in layers if layer.scheme is not None}
+    tied: dict[str, str] = {}
+    if getattr(model.config, "tie_word_embeddings", False):
+        keys: dict[str, str] = getattr(model, "_tied_weights_keys", None) or {}
+        tied = keys | {source: target for target, source in keys.items()}
+    wanted = (
+        (names.to_disk(name), tuple(value.shape))
+        for name, value in model.state_dict().items()
+        if name not in coded
+        # Of two tied tensors one is enough.
+        and not (name in tied and names.to_disk(tied[name]) in tensors)
+    )
+    return plain_faults(wanted, tensors)
+
+
+def _require_tensors(folder: Path, faults: Sequence[Fault]) -> None:
+    """Refuse tensors that are not what the configuration says.
+
+    Raises:
+        FormatError: Lists what is wrong, each once, with the layers that it concerns.
+    """
+    if not faults:
+        return
+    told = grouped(f"{fault.where}: {fault.what}" for fault in faults)
+    lines = [f"  - {one}" for one in told[:_MOST_TOLD]]
+    lines += [f"  - and {len(told) - _MOST_TOLD} more"] * (len(told) > _MOST_TOLD)
+    raise FormatError(
+        "\n".join(["tensors are not what the configuration says:", *lines]),
+        where=str(folder),
+        remedy=faults[0].remedy,
+    )
 
 
 def _without_leftovers(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -252,11 +416,11 @@ def _config_names(model: nn.Module, names: NameMap, *, remote: bool) -> dict[str
     return {names.to_disk(f"{name}.weight").removesuffix(".weight"): name for name in linears}
 
 
-def _other_names(called: Mapping[str, str], arch: ArchSpec) -> dict[str, tuple[str, ...]]:
+def other_names(called: Mapping[str, str], arch: ArchSpec) -> dict[str, tuple[str, ...]]:
     """What else a configuration may call each layer: its module path, its names on disk.
 
     Args:
-        called: From :func:`_config_names`.
+        called: What the configuration calls each layer -> its module path.
         arch: The architecture.
     """
     layouts = [NameMap(layout.name, layout.rewrites) for layout in arch.layouts]
@@ -269,11 +433,6 @@ def _other_names(called: Mapping[str, str], arch: ArchSpec) -> dict[str, tuple[s
                 yield layout.to_disk(f"{module}.weight").removesuffix(".weight")
 
     return {said: tuple(dict.fromkeys(names(module))) for said, module in called.items()}
-
-
-def _widths(model: nn.Module, called: Mapping[str, str]) -> dict[str, int]:
-    """Input features of each linear layer, by what the configuration calls it."""
-    return {said: _shape(model, name)[1] for said, name in called.items()}
 
 
 def _embedding_dtype(shards: ShardReader, names: NameMap, arch: ArchSpec) -> torch.dtype:

@@ -15,9 +15,10 @@ from typing import Any
 
 from prismquant import __version__
 from prismquant.errors import FormatError, StorageError, suggest
+from prismquant.export.companions import links_remark
 from prismquant.export.exporter import Exporter, Progress, Refusal, check
+from prismquant.export.staging import staged
 from prismquant.export.stored import StoredCheckpoint, open_checkpoint
-from prismquant.outputs import require_empty
 from prismquant.storage import write_json
 
 # Name -> module and class; a module is imported only when its format is asked for.
@@ -113,7 +114,7 @@ def export_checkpoint(
             hold a layer; the message lists all such layers. Nothing was written then.
     """
     source = open_checkpoint(folder)
-    _check_folder(source, out)
+    _refuse_inside(source, out)
     something = any(not layer.is_plain for layer in source.layers) or source.has_cache_scales
     if exporter.needs_quantized and not something:
         raise FormatError(
@@ -122,19 +123,21 @@ def export_checkpoint(
             remedy="export a folder that `prismquant quantize` wrote; gguf takes float models too",
         )
     check(exporter.name, source, _refusals(source, exporter, weights_only=weights_only))
-    remarks = (*_dropped(source, exporter), *exporter.remarks(source))
-    write_json(
-        out / RECORD,
-        {
-            "format": exporter.name,
-            "prismquant": __version__,
-            "source": str(folder),
-            "source_quantization": source.config.get("quantization_config"),
-            "quantized_layers": len(source.quantized),
-            "remarks": list(remarks),
-        },
-    )
-    exporter.write(source, out, progress or (lambda done, total, name: None))
+    links = links_remark(source.folder)
+    remarks = (*_dropped(source, exporter), *exporter.remarks(source), *links)
+    with staged(out) as place:
+        write_json(
+            place / RECORD,
+            {
+                "format": exporter.name,
+                "prismquant": __version__,
+                "source": str(folder),
+                "source_quantization": source.config.get("quantization_config"),
+                "quantized_layers": len(source.quantized),
+                "remarks": list(remarks),
+            },
+        )
+        exporter.write(source, place, progress or (lambda done, total, name: None))
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return Exported(out, exporter.name, len(source.quantized), size, remarks)
 
@@ -161,11 +164,10 @@ def _dropped(source: StoredCheckpoint, exporter: Exporter) -> list[str]:
     return told + ["the key-value cache is quantized no more"] * source.has_cache_scales
 
 
-def _check_folder(source: StoredCheckpoint, out: Path) -> None:
+def _refuse_inside(source: StoredCheckpoint, out: Path) -> None:
     if out.resolve().is_relative_to(source.folder.resolve()):
         raise StorageError(
             "the output folder is the source's, or lies in it",
             where=str(out),
             remedy="choose another --out",
         )
-    require_empty(out)

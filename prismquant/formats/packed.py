@@ -42,7 +42,7 @@ from prismquant.formats.layouts import (
     PACK_QUANTIZED,
     TABLE,
 )
-from prismquant.formats.layouts.base import check_codes
+from prismquant.formats.layouts.base import check_codes, finite_fault, scale_fault
 from prismquant.formats.quantized import QuantizedTensor
 from prismquant.numerics.kinds import FloatKind
 
@@ -66,10 +66,12 @@ __all__ = [
     "check_declarable",
     "check_layout",
     "declared_kind",
+    "finite_fault",
     "layout_scale",
     "layouts_for",
     "pack",
     "pack_bits",
+    "scale_fault",
     "stored_bytes",
     "unpack",
     "unpack_bits",
@@ -120,10 +122,17 @@ def unpack(
 
     Raises:
         FormatError: A tensor is missing, unexpected, or not of the dtype or shape that the format
-            and the layout demand.
+            and the layout demand; a code is none of the format's, or a scale is NaN, infinite or
+            zero, or negative where the format is not of symmetric integers.
     """
     check_layout(spec, layout)
-    return TABLE[layout].unpack(tensors, spec, shape)
+    q = TABLE[layout].unpack(tensors, spec, shape)
+    check_codes(q.codes, spec, "a code")
+    if fault := scale_fault(q.scale, signed=spec.kind == "int" and spec.symmetric):
+        raise FormatError(
+            f"the scale of a weight {fault}", remedy="quantize again, or copy the file again"
+        )
+    return q
 
 
 def stored_bytes(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from prismquant.errors import FormatError
 from prismquant.numerics.affine import dequantize
+from prismquant.numerics.kinds import Granularity
 from prismquant.numerics.scales import ScaleFormat, check_global_scale
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ class QuantizedTensor:
         zero_point: int8, shaped like the scale; ``None`` exactly when the format is symmetric.
         spec: The format.
         global_scale: float32 ``[1]``, a divisor; ``None`` exactly when scales are not E4M3.
+        group_index: int64 ``[in]``, the group of each input feature; ``None`` where neighbours
+            share one.
 
     Raises:
         FormatError: The parts do not fit one another.
@@ -38,6 +41,7 @@ class QuantizedTensor:
     zero_point: Tensor | None
     spec: NumberSpec
     global_scale: Tensor | None = None
+    group_index: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.codes.dtype != torch.int8 or self.codes.ndim != 2:
@@ -70,6 +74,8 @@ class QuantizedTensor:
                     "the global scale must be float32 [1], "
                     f"not {self.global_scale.dtype} {list(self.global_scale.shape)}"
                 )
+        if self.group_index is not None:
+            self._check_index(self.group_index)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -90,8 +96,10 @@ class QuantizedTensor:
         Returns:
             ``[out, in]``.
         """
-        return dequantize(
-            self.codes,
+        # Columns of one group side by side.
+        order = None if self.group_index is None else self.group_index.argsort(stable=True)
+        values = dequantize(
+            self.codes if order is None else self.codes[:, order],
             self.scale,
             self.zero_point,
             self.spec.granularity,
@@ -99,6 +107,24 @@ class QuantizedTensor:
             dtype,
             self.spec.grid,
         )
+        return values if order is None else torch.empty_like(values).index_copy_(1, order, values)
+
+    def _check_index(self, index: Tensor) -> None:
+        """Refuse groups that are not as many, and as large, as the format's."""
+        columns, size = self.shape[1], self.spec.group_size
+        groups = self.scale.shape[-1]
+        fits = tuple(index.shape) == (columns,) and index.dtype == torch.int64
+        if self.spec.granularity != Granularity.GROUP or not fits:
+            raise FormatError(
+                f"a group of each of {columns} columns is int64 [{columns}], of a format in "
+                f"groups, not {index.dtype} {list(index.shape)} of {self.spec.describe()}"
+            )
+        inside = bool(((index >= 0) & (index < groups)).all())
+        counts = index.clamp(0, max(0, groups - 1)).bincount(minlength=groups)
+        if not inside or bool(counts.ne(size or columns).any()):
+            raise FormatError(
+                f"the index of groups does not give each of {groups} groups {size} columns"
+            )
 
     @property
     def _wanted(self) -> str:

@@ -8,29 +8,61 @@ it still is.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from prismquant.errors import ModelError, PrismQuantError, StorageError
+from prismquant.errors import FormatError, ModelError, PrismQuantError, StorageError
+from prismquant.export.arguments import read_private
 from prismquant.export.check import vllm
 from prismquant.export.check.findings import Reader
-from prismquant.export.check.scheme import Group, group_in_transformers, read_groups
+from prismquant.export.expected import (
+    by_layer,
+    is_stored_packed,
+    layer_faults,
+    plain_faults,
+    ungrouped_fault,
+)
+from prismquant.export.section import (
+    CONFIG_KEY,
+    DENSE,
+    METHOD,
+    Fault,
+    Group,
+    Matcher,
+    Section,
+    Targets,
+    group_in_prismquant,
+    group_in_transformers,
+    read_section,
+)
+from prismquant.export.stored import other_names
 from prismquant.headers import TensorInfo, read_header
-from prismquant.models.arch import Modality, SiteKind
+from prismquant.models.arch import Modality, SiteKind, known_archs
 from prismquant.models.bind import BoundModel, BoundSite, bind
-from prismquant.storage import INDEX_NAME, read_json
+from prismquant.storage import INDEX_NAME, ShardReader, read_json
 
-CONFIG_KEY = "quantization_config"
-COMPRESSED_TENSORS = "compressed-tensors"
+COMPRESSED_TENSORS = METHOD
 GGUF = "gguf"
 MODELOPT_FILE = "hf_quant_config.json"
-# Larger tensors are never read.
+# Tensors of which the values are told, such as static scales.
 _SCALAR_BYTES = 1024
+# What else is read of scales and norms: of a tensor, and in all.
+_MOST_BYTES, _MOST_BYTES_IN_ALL = 16 << 20, 256 << 20
+SCALE_SUFFIXES = frozenset(
+    {
+        *("weight_scale", "weight_scale_2", "weight_global_scale", "k_scale", "v_scale", "scales"),
+        *("input_scale", "output_scale", "input_global_scale", "output_global_scale"),
+    }
+)
+_VALUES = SCALE_SUFFIXES | {"weight_shape", "weight_g_idx", "input_zero_point"}
+# Far more shards than any real checkpoint has.
+_MOST_SHARDS = 10_000
 
 
 @dataclass(frozen=True)
@@ -82,14 +114,15 @@ class Checkpoint:
         folder: Where it is.
         target: The reader in question.
         config: ``config.json``; empty for GGUF files, which have none.
-        section: Its ``quantization_config``; empty where there is none.
+        section: Its ``quantization_config`` as it stands; empty where there is none.
+        read: What is read of it.
         headers: Shard -> what its header says.
         unreadable: Shard -> why its header cannot be read.
         index: The index file's content; None where there is none.
         modelopt_file: ModelOpt's own file; None where there is none.
-        groups: The groups of a compressed-tensors configuration.
         model: The model as its architecture describes it; None where it is not known.
         model_fault: Why not.
+        model_known: Whether its architecture is one that PrismQuant knows.
         layers: Its linear layers.
     """
 
@@ -97,24 +130,34 @@ class Checkpoint:
     target: Reader | None
     config: Mapping[str, Any]
     section: Mapping[str, Any]
+    read: Section
     headers: Mapping[str, Mapping[str, TensorInfo]]
     unreadable: Mapping[str, str]
     index: Mapping[str, Any] | None
     modelopt_file: Mapping[str, Any] | None
-    groups: tuple[Group, ...]
     model: BoundModel | None
     model_fault: str
+    model_known: bool
     layers: tuple[Layer, ...] = ()
     _values: dict[str, tuple[float, ...] | None] = field(
         default_factory=dict, repr=False, compare=False
     )
+    _readers: dict[str, ShardReader] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def method(self) -> str:
         """The quantization method in lower case; empty where there is none."""
-        if not self.section:
-            return ""
-        return str(self.section.get("quant_method") or COMPRESSED_TENSORS).lower()
+        return self.read.method
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups of a compressed-tensors configuration."""
+        return self.read.groups
+
+    @property
+    def matcher(self) -> Matcher:
+        """Compares names with the configuration's targets."""
+        return self.read.matcher
 
     @functools.cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -122,10 +165,9 @@ class Checkpoint:
         return {name: info for header in self.headers.values() for name, info in header.items()}
 
     @property
-    def ignore(self) -> tuple[str, ...]:
+    def ignore(self) -> Targets:
         """What a compressed-tensors configuration leaves alone."""
-        listed = self.section.get("ignore") or []
-        return tuple(str(item) for item in listed) if isinstance(listed, list) else ()
+        return self.read.ignore
 
     @property
     def quantized(self) -> tuple[Layer, ...]:
@@ -157,22 +199,105 @@ class Checkpoint:
             and layer.role == "attn.qkv.k"
         }
 
+    @functools.cached_property
+    def faults(self) -> tuple[Fault, ...]:
+        """What loading refuses of the configuration and of the tensors, from their headers."""
+        return (*self.read.faults, *_header_faults(self))
+
+    @functools.cached_property
+    def private(self) -> Mapping[str, tuple[str, ...]]:
+        """Layer -> sides (``input``, ``output``) of which our own section tells the format."""
+        try:
+            found = read_private(self.config, {layer.called for layer in self.layers})
+        except FormatError:
+            return {}  # another rule tells
+        sides = ("input", "output")
+        return {
+            name: tuple(side for side, spec in zip(sides, specs, strict=True) if spec is not None)
+            for name, specs in found.items()
+        }
+
+    @functools.cached_property
+    def of_values(self) -> frozenset[str]:
+        """Scales, norms, biases, and what else is small beside a weight."""
+        return frozenset(
+            name
+            for name, info in self.tensors.items()
+            if name.rpartition(".")[2] in _VALUES
+            or (len(info.shape) < 2 and info.dtype.is_floating_point)
+        )
+
+    @functools.cached_property
+    def small(self) -> frozenset[str]:
+        """Those of them that may be read: the smallest ones, all together in moments."""
+        sizes = sorted((self.tensors[name].nbytes, name) for name in self.of_values)
+        held = itertools.accumulate(size for size, _ in sizes)
+        return frozenset(
+            name
+            for (size, name), total in zip(sizes, held, strict=True)
+            if size <= _MOST_BYTES and total <= _MOST_BYTES_IN_ALL
+        )
+
     def scalar(self, name: str) -> tuple[float, ...] | None:
         """The values of a small tensor; None where it is missing, large or not readable."""
         if name not in self._values:
-            self._values[name] = self._read(name)
+            info = self.tensors.get(name)
+            small = info is not None and info.nbytes <= _SCALAR_BYTES
+            tensor = self.read_tensor(name) if small else None
+            values = None if tensor is None else tensor.to(torch.float64).flatten().tolist()
+            self._values[name] = None if values is None else tuple(values)
         return self._values[name]
 
-    def _read(self, name: str) -> tuple[float, ...] | None:
+    def read_tensor(self, name: str) -> Tensor | None:
+        """A tensor of any size; None where it is missing or not readable."""
         info = self.tensors.get(name)
-        if info is None or info.nbytes > _SCALAR_BYTES:
+        if info is None:
             return None
         try:
-            with safe_open(self.folder / info.file, framework="pt") as shard:
-                tensor = shard.get_tensor(name)
-        except (OSError, SafetensorError):
+            return self._reader(info.file).read(name)
+        except PrismQuantError:
             return None
-        return tuple(tensor.to(torch.float64).flatten().tolist())
+
+    def _reader(self, file: str) -> ShardReader:
+        if file not in self._readers:
+            self._readers[file] = ShardReader(self.folder, [file])
+        return self._readers[file]
+
+
+def _header_faults(checkpoint: Checkpoint) -> Iterator[Fault]:
+    """What loading refuses of the tensors, from their headers."""
+    held, coded = by_layer(checkpoint.tensors), checkpoint.method in ("", METHOD)
+    for layer in checkpoint.layers:
+        group = layer.group
+        if group is not None and group.well_formed:
+            shape = (layer.out_features, layer.in_features)
+            own = held.get(layer.disk, {})
+            private = checkpoint.private.get(layer.called, ())
+            yield from layer_faults(layer.disk, group, shape, own, private)
+        elif group is None and coded and is_stored_packed(layer.disk, checkpoint.tensors):
+            yield ungrouped_fault(layer.disk)
+    yield from plain_faults(_plain(checkpoint), checkpoint.tensors)
+
+
+def _plain(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names on disk and shapes of what is not quantized."""
+    model = checkpoint.model
+    if model is None:
+        return
+    packed = {
+        f"{layer.name}.weight" for layer in checkpoint.layers if _has_codes(checkpoint, layer)
+    }
+    tied = f"{model.arch.head}.weight" if model.tied else None
+    for name, shape in model.shapes.items():
+        if name not in packed and name != tied:
+            yield model.names.to_disk(name), shape
+
+
+def _has_codes(checkpoint: Checkpoint, layer: Layer) -> bool:
+    """Whether a layer's weight is another rule's matter: quantized, or of another method."""
+    if checkpoint.method not in ("", METHOD):
+        return True
+    return layer.group is not None and layer.group.layout != DENSE
 
 
 def open_checkpoint(folder: Path, target: Reader | None) -> Checkpoint:
@@ -182,17 +307,18 @@ def open_checkpoint(folder: Path, target: Reader | None) -> Checkpoint:
         ModelError: There is no folder, or no readable ``config.json`` in it.
     """
     config = _config(folder)
-    section = config.get(CONFIG_KEY)
     modelopt_file = _modelopt_file(folder)
-    if not isinstance(section, Mapping):
+    read, section = read_section(config), config.get(CONFIG_KEY)
+    section = section if isinstance(section, Mapping) else {}
+    if not section and modelopt_file and not read.faults:
         # Older exports of ModelOpt say how they are quantized in a file of their own only.
-        section = {"quant_method": "modelopt"} if modelopt_file else {}
+        read, section = Section("modelopt"), {"quant_method": "modelopt"}
     if not config:
-        section = {"quant_method": GGUF}
+        read, section = Section(GGUF), {"quant_method": GGUF}
     headers: dict[str, Mapping[str, TensorInfo]] = {}
     unreadable: dict[str, str] = {}
     index = _index(folder, unreadable)
-    for name in _shards(folder, index):
+    for name in _shards(folder, index, unreadable):
         try:
             headers[name] = read_header(folder / name)
         except StorageError as error:
@@ -203,15 +329,29 @@ def open_checkpoint(folder: Path, target: Reader | None) -> Checkpoint:
         target=target,
         config=config,
         section=section,
+        read=read,
         headers=headers,
         unreadable=unreadable,
         index=index,
         modelopt_file=modelopt_file,
-        groups=read_groups(section),
         model=model,
         model_fault=fault,
+        model_known=_is_known(config),
     )
-    return replace(checkpoint, layers=tuple(_layers(checkpoint, model))) if model else checkpoint
+    if model is None:
+        return checkpoint
+    try:
+        return replace(checkpoint, layers=tuple(_layers(checkpoint, model)))
+    except PrismQuantError as error:
+        # Its patterns take too long: the grammar is told, and nothing about layers.
+        faults = (*read.faults, Fault("config.pattern", error.what, CONFIG_KEY, error.remedy or ""))
+        return replace(
+            checkpoint,
+            read=replace(read, faults=faults),
+            model=None,
+            model_fault=error.what,
+            model_known=False,
+        )
 
 
 def _config(folder: Path) -> Mapping[str, Any]:
@@ -260,10 +400,18 @@ def _index(folder: Path, unreadable: dict[str, str]) -> Mapping[str, Any] | None
     return None
 
 
-def _shards(folder: Path, index: Mapping[str, Any] | None) -> list[str]:
+def _shards(folder: Path, index: Mapping[str, Any] | None, unreadable: dict[str, str]) -> list[str]:
+    """Names of shards: those that lie there and those of the index that lie in the folder."""
     named = set(map(str, index["weight_map"].values())) if index else set()
+    if len(named) > _MOST_SHARDS:
+        unreadable[INDEX_NAME] = f"the index names {len(named)} shards"
+        named = set()
+    for name in sorted(named):
+        # A path would lead out of the folder.
+        if Path(name).name != name or "\\" in name or "\0" in name:
+            unreadable[name] = "the index names a shard that is no file of the folder"
     lying = {path.name for path in folder.glob("*.safetensors") if not path.name.startswith(".")}
-    return sorted(named | lying)
+    return sorted((named | lying) - unreadable.keys())
 
 
 def _model(folder: Path) -> tuple[BoundModel | None, str]:
@@ -271,6 +419,14 @@ def _model(folder: Path) -> tuple[BoundModel | None, str]:
         return bind(folder, headers_required=False, quantized=True), ""
     except PrismQuantError as error:
         return None, error.what
+
+
+def _is_known(config: Mapping[str, Any]) -> bool:
+    """Whether the folder claims to be a model that PrismQuant knows, or claims nothing."""
+    kind = config.get("model_type")
+    return not isinstance(kind, str) or any(
+        kind in arch.model_types for arch in known_archs().values()
+    )
 
 
 def _layers(checkpoint: Checkpoint, model: BoundModel) -> Iterator[Layer]:
@@ -282,10 +438,13 @@ def _layers(checkpoint: Checkpoint, model: BoundModel) -> Iterator[Layer]:
         disk = _disk(model, name)
         called = disk if model.arch.config_map is not None else name
         out_features, in_features = model.shapes[f"{name}.weight"]
-        in_transformers = group_in_transformers(called, checkpoint.groups, checkpoint.ignore)
-        in_vllm = found.get(name)
-        serves = checkpoint.target in (Reader.VLLM, Reader.SGLANG) and in_vllm is not None
-        group = in_vllm.group if serves and in_vllm is not None else in_transformers
+        in_transformers = group_in_transformers(called, checkpoint.read)
+        in_vllm, group = found.get(name), in_transformers
+        if checkpoint.target in (Reader.VLLM, Reader.SGLANG) and in_vllm is not None:
+            group = in_vllm.group
+        elif checkpoint.target is Reader.PRISMQUANT:
+            (names,) = other_names({called: name}, model.arch).values()
+            group = group_in_prismquant((called, *names), checkpoint.read)
         yield Layer(
             name=name,
             called=called,
@@ -309,13 +468,13 @@ def _found_in_vllm(
     for name in names:
         parts.setdefault(keys.get(name) or name, []).append(name)
     found: dict[str, vllm.Found] = {}
+    section = vllm.renamed(checkpoint.read, naming)
     for key, members in parts.items():
         label = key.rpartition(":")[2] if keys.get(members[0]) else None
         one = vllm.find_group(
             members,
             label,
-            checkpoint.groups,
-            checkpoint.ignore,
+            section,
             naming,
             head=members[0] == model.arch.head,
         )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from prismquant.export.check.checkpoint import Checkpoint, Layer
 from prismquant.export.check.findings import Problem, gathered
-from prismquant.export.check.scheme import Group, groups_by_name, matches
+from prismquant.export.section import Group, Targets, groups_by_name
 
 # Classes that a target may name although no linear layer has one.
 _OTHER_CLASSES = ("Attention", "Embedding")
@@ -16,7 +16,7 @@ def overlap(checkpoint: Checkpoint) -> list[Problem]:
     """Layers that several groups with different schemes name."""
     found = []
     for layer in checkpoint.layers:
-        groups = groups_by_name(layer.called, checkpoint.groups)
+        groups = groups_by_name(layer.called, checkpoint.read)
         if len({group.scheme for group in groups}) > 1:
             names = " and ".join(group.name for group in groups)
             remedy = "name each layer in one group: readers break ties differently"
@@ -27,11 +27,11 @@ def overlap(checkpoint: Checkpoint) -> list[Problem]:
 def unmatched_targets(checkpoint: Checkpoint) -> list[Problem]:
     """Targets that match no layer."""
     remedy = "use the module paths of transformers, e.g. model.language_model.layers.0.mlp.up_proj"
+    names = {layer.called for layer in checkpoint.layers}
     return gathered(
         (f"targets of {group.name} match no layer", target, remedy)
         for group in checkpoint.groups
-        for target in group.targets
-        if not _hits(checkpoint, target)
+        for target in _unmet(checkpoint, group.targets, names)
     )
 
 
@@ -43,8 +43,7 @@ def unmatched_ignores(checkpoint: Checkpoint) -> list[Problem]:
             pattern,
             "use the module paths of transformers, e.g. model.visual.blocks.0.attn.qkv",
         )
-        for pattern in checkpoint.ignore
-        if not _hits(checkpoint, pattern, any_module=True)
+        for pattern in _unmet(checkpoint, checkpoint.ignore, _modules(checkpoint))
     )
 
 
@@ -52,14 +51,14 @@ def uncovered(checkpoint: Checkpoint) -> list[Problem]:
     """Linear layers of which the configuration does not speak."""
     if not checkpoint.groups:
         return []
-    by_class = any("Linear" in group.targets for group in checkpoint.groups)
+    by_class = any("Linear" in group.targets.names for group in checkpoint.groups)
     remedy = "list it in ignore, so that no reader takes it for quantized"
     return gathered(
         ("layers are neither targeted nor ignored", layer.called, remedy)
         for layer in checkpoint.layers
         if not by_class
-        and not groups_by_name(layer.called, checkpoint.groups)
-        and not any(matches(layer.called, pattern) for pattern in checkpoint.ignore)
+        and not groups_by_name(layer.called, checkpoint.read)
+        and not checkpoint.ignore.meets(layer.called, checkpoint.matcher)
     )
 
 
@@ -110,21 +109,25 @@ def _in_codes(checkpoint: Checkpoint, layer: Layer) -> bool:
     return any(f"{layer.disk}.{suffix}" in checkpoint.tensors for suffix in suffixes)
 
 
-def _hits(checkpoint: Checkpoint, pattern: str, *, any_module: bool = False) -> bool:
-    if pattern == "Linear" or pattern.endswith(_OTHER_CLASSES):
-        return True
-    if any(matches(layer.called, pattern) for layer in checkpoint.layers):
-        return True
-    return any_module and any(matches(name, pattern) for name in _modules(checkpoint))
+def _unmet(checkpoint: Checkpoint, targets: Targets, names: set[str]) -> list[str]:
+    """Entries that are none of these names, and fit none."""
+    return [
+        target
+        for target in targets
+        if target != "Linear" and not target.endswith(_OTHER_CLASSES) and target not in names
+        if not target.startswith("re:")
+        or not any(checkpoint.matcher.matches(name, target) for name in names)
+    ]
 
 
 def _modules(checkpoint: Checkpoint) -> set[str]:
-    """All modules with a parameter, by both of their names."""
+    """All layers and all modules with a parameter, by both of their names."""
     model = checkpoint.model
     if model is None:
         return set()
     names = {*model.shapes, *(model.names.to_disk(name) for name in model.shapes)}
-    return {name.rpartition(".")[0] for name in names}
+    called = {layer.called for layer in checkpoint.layers}
+    return called | {name.rpartition(".")[0] for name in names}
 
 
 def _named(group: Group | None) -> str:

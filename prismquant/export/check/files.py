@@ -97,12 +97,20 @@ def companions(checkpoint: Checkpoint) -> Iterator[Problem]:
 
 def unknown_model(checkpoint: Checkpoint) -> Iterator[Problem]:
     """Why rules about layers were left out."""
-    if checkpoint.model is None and not checkpoint.unreadable:
+    if checkpoint.model is None and not (checkpoint.unreadable or checkpoint.model_known):
         yield Problem(
             f"layers were not compared with the model: {checkpoint.model_fault.splitlines()[0]}",
             ("config.json",),
             "rules about files and the configuration's grammar were checked all the same",
         )
+
+
+def broken_model(checkpoint: Checkpoint) -> Iterator[Problem]:
+    """A configuration that does not describe the model that it names."""
+    if checkpoint.model is None and checkpoint.model_known and not checkpoint.unreadable:
+        what, *more = checkpoint.model_fault.splitlines()
+        remedy = "restore config.json from the original checkpoint"
+        yield Problem(" ".join([what, *more[:1]]), ("config.json",), remedy)
 
 
 def unread_gguf(checkpoint: Checkpoint) -> Iterator[Problem]:

@@ -2,7 +2,7 @@
 
 A rule has one severity. Where it concerns only some readers (vLLM, say), it is an error for those:
 a report that is not made for a certain reader shows it as a warning, because another one may well
-load the checkpoint.
+load the checkpoint. What PrismQuant itself cannot read stays an error there.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ class Reader(StrEnum):
     VLLM = "vllm"
     TRANSFORMERS = "transformers"
     SGLANG = "sglang"
+    # prismquant.load, and so eval and export
+    PRISMQUANT = "prismquant"
 
 
 _ORDER = tuple(Severity)
@@ -171,10 +173,21 @@ def gathered(found: Iterable[tuple[str, str, str]]) -> list[Problem]:
     return [Problem(what, tuple(where), remedy) for (what, remedy), where in places.items()]
 
 
+def told(rule: str) -> Callable[[Checkpoint], list[Problem]]:
+    """What finds the faults that are told under a rule's name."""
+
+    def find(checkpoint: Checkpoint) -> list[Problem]:
+        return gathered((f.what, f.where, f.remedy) for f in checkpoint.faults if f.rule == rule)
+
+    return find
+
+
 def findings_of(rule: Rule, problems: Iterable[Problem], target: Reader | None) -> list[Finding]:
     """What a rule found, as findings for a reader."""
     severity = rule.severity
-    if target is None and rule.readers and severity is Severity.ERROR:
+    # What we ourselves refuse is never called fine.
+    others = rule.readers and Reader.PRISMQUANT not in rule.readers
+    if target is None and others and severity is Severity.ERROR:
         severity = Severity.WARNING
     return [Finding(severity, rule.name, p.what, p.where, p.remedy, rule.readers) for p in problems]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from prismquant.export.check.checkpoint import Checkpoint, Layer
 from prismquant.export.check.findings import Problem, gathered
-from prismquant.export.check.scheme import FLOAT, NAIVE, PACK, Group, groups_by_name, matches
+from prismquant.export.section import FLOAT, NAIVE, PACK, Group, groups_by_name
 from prismquant.models.arch import Modality
 
 _SIZES = (2, 4, 8)
@@ -157,9 +157,9 @@ def _block(layer: Layer) -> tuple[int, int] | None:
 
 def _first(checkpoint: Checkpoint, layer: Layer) -> Group | None:
     """The first group that names a layer, as servers look for the parts of a fused one."""
-    if any(matches(layer.called, pattern) for pattern in checkpoint.ignore):
+    if checkpoint.ignore.meets(layer.called, checkpoint.matcher):
         return None
-    named = groups_by_name(layer.called, checkpoint.groups)
+    named = groups_by_name(layer.called, checkpoint.read)
     return named[0] if named else layer.in_transformers
 
 

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from prismquant.export.check import modelopt, packed_int
 from prismquant.export.check.checkpoint import COMPRESSED_TENSORS, Checkpoint
-from prismquant.export.check.findings import Problem, gathered
-from prismquant.export.check.scheme import (
-    ARGS_KEYS,
+from prismquant.export.check.findings import Problem, gathered, told
+from prismquant.export.section import (
     DENSE,
     FLOAT,
-    GROUP_KEYS,
     INT,
-    LAYOUTS,
     MIXED,
     MXFP4,
     MXFP6,
@@ -22,16 +18,14 @@ from prismquant.export.check.scheme import (
     NAIVE,
     NVFP4,
     PACK,
-    ROLES,
     TOP_KEYS,
     Args,
     Group,
-    args_faults,
-    broken_pattern,
 )
+from prismquant.formats.packed import LAYOUTS
+from prismquant.patterns import shortened
 
 _METHODS = (COMPRESSED_TENSORS, *modelopt.METHODS, *packed_int.METHODS)
-_SPELLING = "known keys: " + ", ".join(sorted(ARGS_KEYS))
 # layout -> (type, bits) of the weights that it holds; bits None for any.
 _HOLDS: Mapping[str, tuple[str, tuple[int, ...]]] = {
     PACK: ("int", (2, 3, 4, 5, 6, 7, 8)),
@@ -57,12 +51,6 @@ _STRATEGIES: Mapping[str, tuple[str, ...]] = {
 _SIZES = {NVFP4: 16, MXFP4: 32, MXFP6: 32, MXFP8: 32}
 
 
-def raw_groups(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """``config_groups`` as it stands, or nothing where it has another shape."""
-    groups = checkpoint.section.get("config_groups")
-    return groups if isinstance(groups, Mapping) else {}
-
-
 def not_quantized(checkpoint: Checkpoint) -> Iterator[Problem]:
     """A checkpoint in floating point."""
     if not checkpoint.section:
@@ -80,77 +68,33 @@ def method(checkpoint: Checkpoint) -> Iterator[Problem]:
         )
 
 
-def missing_method(checkpoint: Checkpoint) -> Iterator[Problem]:
-    """A section that does not say what it is."""
-    if checkpoint.section and not checkpoint.section.get("quant_method"):
-        what = "quantization_config has no quant_method"
-        yield Problem(what, ("quant_method",), f"write quant_method: {COMPRESSED_TENSORS}")
-
-
-def group_shape(checkpoint: Checkpoint) -> Iterator[Problem]:
-    """Groups that are no objects, or whose targets are no list of names."""
-    groups = checkpoint.section.get("config_groups")
-    if groups is not None and not isinstance(groups, Mapping):
-        yield Problem("config_groups is not an object", ("config_groups",), "name each group")
-    for name, group in raw_groups(checkpoint).items():
-        if not isinstance(group, Mapping):
-            what = "a group is not an object with targets and weights"
-            yield Problem(what, (name,), "write its targets and arguments out")
-            continue
-        targets = group.get("targets")
-        if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
-            yield Problem("a group's targets are not a list of names", (name,), "list its layers")
-
-
-def unknown_keys(checkpoint: Checkpoint) -> list[Problem]:
-    """Keys of arguments that no reader knows: all of them refuse the checkpoint."""
-    return gathered(
-        (f"{role} has the unknown key {key!r}", name, f"delete it; {_SPELLING}")
-        for name, group in raw_groups(checkpoint).items()
-        if isinstance(group, Mapping)
-        for role in ROLES
-        if isinstance(group.get(role), Mapping)
-        for key in sorted(set(group[role]) - ARGS_KEYS)
-    )
-
-
-def unknown_group_keys(checkpoint: Checkpoint) -> list[Problem]:
-    """Keys of groups that the compressed-tensors library refuses and vLLM passes over."""
-    remedy = f"delete it; keys of a group: {', '.join(sorted(GROUP_KEYS))}"
-    return gathered(
-        (f"a group has the unknown key {key!r}", name, remedy)
-        for name, group in raw_groups(checkpoint).items()
-        if isinstance(group, Mapping)
-        for key in sorted(set(group) - GROUP_KEYS)
-    )
-
-
 def unknown_top_keys(checkpoint: Checkpoint) -> Iterator[Problem]:
     """Keys of the section itself, which readers pass over."""
-    keys = tuple(sorted(set(checkpoint.section) - TOP_KEYS))
+    near = {fault.remedy for fault in checkpoint.faults if fault.rule == "config.misspelt"}
+    keys = tuple(sorted(set(checkpoint.section) - TOP_KEYS)) if not near else ()
     if keys:
         remedy = "harmless; keep what is yours in a file of its own"
         yield Problem("quantization_config has keys that readers pass over", keys, remedy)
 
 
-def arguments(checkpoint: Checkpoint) -> list[Problem]:
-    """Arguments that contradict each other."""
-    found = []
-    for name, group in raw_groups(checkpoint).items():
-        if isinstance(group, Mapping):
-            for role in ROLES:
-                faults = [f for f in args_faults(group.get(role), role) if "unknown key" not in f]
-                found += [(f"{role} {fault}", name, _remedy(fault)) for fault in faults]
-    return gathered(found)
-
-
 def missing_weights(checkpoint: Checkpoint) -> list[Problem]:
     """Groups without weights: vLLM reads them of every group but those of attention."""
     remedy = "give the group weights, or leave its layers out of all groups"
+    said = checkpoint.section.get("config_groups") or {}
     return gathered(
-        ("a group has no weights", name, remedy)
-        for name, group in raw_groups(checkpoint).items()
-        if isinstance(group, Mapping) and not group.get("weights") and not _of_attention(group)
+        ("a group has no weights", group.name, remedy)
+        for group in checkpoint.groups
+        if said[group.name].get("weights") is None and not _of_attention(group)
+    )
+
+
+def reordered(checkpoint: Checkpoint) -> list[Problem]:
+    """Groups of columns that are no neighbours, which readers gave up in 2026."""
+    remedy = "export it as dense and quantize again; a static activation order needs no index"
+    return gathered(
+        ("weights have groups of columns of their own (actorder: group)", group.name, remedy)
+        for group in checkpoint.groups
+        if group.weights is not None and group.weights.reordered
     )
 
 
@@ -167,11 +111,12 @@ def own_format(checkpoint: Checkpoint) -> list[Problem]:
 def format_name(checkpoint: Checkpoint) -> list[Problem]:
     """Formats that are none, or that a group cannot have."""
     known = f"formats of a group: {', '.join(LAYOUTS)}, {DENSE}"
-    return gathered(
-        (f"{group.layout!r} is no format of a group", group.name, known)
+    found = [
+        (f"{shortened(group.layout)} is no format of a group", group.name, known)
         for group in checkpoint.groups
         if group.layout not in (*LAYOUTS, DENSE)
-    )
+    ]
+    return told("config.format-name")(checkpoint) or gathered(found)
 
 
 def top_format(checkpoint: Checkpoint) -> Iterator[Problem]:
@@ -213,17 +158,6 @@ def sparsity(checkpoint: Checkpoint) -> Iterator[Problem]:
         yield Problem(what, ("sparsity_config",), "store the weights dense and write {}")
 
 
-def patterns(checkpoint: Checkpoint) -> list[Problem]:
-    """``re:`` patterns that do not compile."""
-    listed = [(t, group.name) for group in checkpoint.groups for t in group.targets]
-    listed += [(pattern, "ignore") for pattern in checkpoint.ignore]
-    return gathered(
-        (f"{pattern!r} is no regular expression", where, "correct the pattern")
-        for pattern, where in listed
-        if broken_pattern(pattern)
-    )
-
-
 def no_inputs(checkpoint: Checkpoint) -> list[Problem]:
     """Plain int8 weights without quantized inputs."""
     remedy = "store weight-only integers as pack-quantized"
@@ -261,18 +195,5 @@ def _fitting(weights: Args) -> str:
     return f"{weights.describe()} fits {', '.join(fitting) or 'no format'}"
 
 
-def _of_attention(group: Mapping[str, Any]) -> bool:
-    targets = group.get("targets")
-    return isinstance(targets, list) and len(targets) == 1 and str(targets[0]).endswith("Attention")
-
-
-def _remedy(fault: str) -> str:
-    if "group_size" in fault:
-        return "strategies group and tensor_group need group_size > 0, others need none"
-    if "dynamic" in fault:
-        return "inputs per token are dynamic: true, weights dynamic: false"
-    if "block" in fault:
-        return "strategy block needs block_structure [rows, columns], others need none"
-    if "actorder" in fault:
-        return "write actorder: null; a static order needs nothing in the checkpoint"
-    return "correct the arguments; `prismquant quantize` writes legal ones"
+def _of_attention(group: Group) -> bool:
+    return len(group.targets.entries) == 1 and group.targets.entries[0].endswith("Attention")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from prismquant.export.check import vllm
 from prismquant.export.check.checkpoint import Checkpoint
 from prismquant.export.check.findings import Problem, Reader, gathered
-from prismquant.export.check.scheme import MXFP4, MXFP6, MXFP8, NVFP4, PACK, Group
+from prismquant.export.section import MXFP4, MXFP6, MXFP8, NVFP4, PACK, Group
 from prismquant.models.arch import Modality
 
 _ODD_BITS = (2, 3, 5, 6, 7)

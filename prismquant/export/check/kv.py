@@ -11,7 +11,7 @@ from typing import Any
 
 from prismquant.export.check.checkpoint import COMPRESSED_TENSORS, Checkpoint
 from prismquant.export.check.findings import Problem, gathered
-from prismquant.export.check.scheme import Args, args_faults, read_args
+from prismquant.export.section import Args, read_args
 
 _KEY = "kv_cache_scheme"
 _SIDES = ("k_scale", "v_scale")
@@ -62,15 +62,6 @@ def passed_over(checkpoint: Checkpoint) -> Iterator[Problem]:
         f"{known[False]} leaves keys and values in floating point",
         (_KEY,),
         f"use {known[True]}, prismquant.load, or vLLM: they round them",
-    )
-
-
-def arguments(checkpoint: Checkpoint) -> list[Problem]:
-    """Its arguments, of the same grammar as weights'."""
-    raw = _raw(checkpoint)
-    remedy = "write num_bits 8, type float, symmetric true, dynamic false, strategy tensor"
-    return gathered(
-        (f"{_KEY} {fault}", _KEY, remedy) for fault in args_faults(raw, "output_activations")
     )
 
 
@@ -197,7 +188,10 @@ def _raw(checkpoint: Checkpoint) -> Any:
 
 
 def _args(checkpoint: Checkpoint) -> Args | None:
-    return read_args(_raw(checkpoint), "output_activations")
+    raw = _raw(checkpoint)
+    if checkpoint.method == COMPRESSED_TENSORS:
+        return checkpoint.read.cache
+    return read_args(raw, "output_activations") if isinstance(raw, Mapping) else None
 
 
 def _static(checkpoint: Checkpoint) -> bool:

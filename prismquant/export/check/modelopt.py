@@ -9,12 +9,21 @@ from typing import Any
 import torch
 
 from prismquant.export.check.checkpoint import MODELOPT_FILE, Checkpoint, Layer
-from prismquant.export.check.expected import REAL, SCALES, Expected
 from prismquant.export.check.findings import Problem, gathered
+from prismquant.export.expected import REAL, SCALES, Expected
+from prismquant.export.section import shown
 
 METHODS = ("modelopt", "modelopt_fp4", "modelopt_mixed")
 MIXED = "MIXED_PRECISION"
 ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_NVFP4", "MXFP8")
+_TYPES: Mapping[str, tuple[type, str]] = {
+    "quant_algo": (str, "a name"),
+    "kv_cache_quant_algo": (str, "a name"),
+    "group_size": (int, "a number of columns"),
+    "exclude_modules": (list, "a list of names"),
+    "ignore": (list, "a list of names"),
+    "quantized_layers": (Mapping, "an object"),
+}
 _FP4 = ("NVFP4", "W4A16_NVFP4")
 _FP4_FIELDS = ("group_size", "kv_cache_quant_algo", "exclude_modules")
 _DIVISORS = {"NVFP4": 16, "W4A16_NVFP4": 16, "MXFP8": 32, "FP8_PB_WO": 128}
@@ -28,9 +37,7 @@ def algorithm(checkpoint: Checkpoint) -> Iterator[Problem]:
     if not _is_modelopt(checkpoint):
         return
     algo = _algo(checkpoint)
-    if not algo:
-        yield Problem("there is no quant_algo", ("quantization_config",), _one_of())
-    elif algo not in (*ALGORITHMS, MIXED):
+    if algo and algo not in (*ALGORITHMS, MIXED):
         yield Problem(f"vLLM has no ModelOpt algorithm {algo!r}", ("quant_algo",), _one_of())
     unknown: dict[str, list[str]] = {}
     for name, entry in _layers_of_mixed(checkpoint).items():
@@ -40,6 +47,20 @@ def algorithm(checkpoint: Checkpoint) -> Iterator[Problem]:
     for said, names in unknown.items():
         what = f"layers have the algorithm {said!r}, which vLLM leaves in floating point"
         yield Problem(what, tuple(names), _one_of())
+
+
+def types(checkpoint: Checkpoint) -> list[Problem]:
+    """Values of other types than readers expect."""
+    said = _described(checkpoint)
+    found = []
+    for key, (kinds, kind) in _TYPES.items():
+        value = said.get(key)
+        wrong = not isinstance(value, kinds) or isinstance(value, bool)
+        if value is not None and (wrong or (kinds is list and not _are_names(value))):
+            found.append((f"{key} is {shown(value)}, not {kind}", key, f"write {kind}"))
+    if not _algo(checkpoint):
+        found.append(("there is no quant_algo", "quantization_config", _one_of()))
+    return gathered(found)
 
 
 def fields(checkpoint: Checkpoint) -> Iterator[Problem]:
@@ -69,7 +90,7 @@ def agreement(checkpoint: Checkpoint) -> Iterator[Problem]:
     for key, other in (("quant_algo", "quant_algo"), ("exclude_modules", "ignore")):
         ours, theirs = own.get(key), checkpoint.section.get(other)
         if isinstance(ours, list):
-            ours, theirs = sorted(ours), sorted(theirs or [])
+            ours, theirs = sorted(map(str, ours)), sorted(map(str, _listed(theirs)))
         # Mixed precision has no use for the list.
         if ours is not None and ours != theirs and not (key != "quant_algo" and theirs == []):
             yield Problem(
@@ -230,12 +251,20 @@ def _quantized(checkpoint: Checkpoint) -> Iterator[tuple[Layer, str]]:
 def _is_excluded(checkpoint: Checkpoint, layer: Layer) -> bool:
     patterns = _described(checkpoint).get("exclude_modules")
     if patterns is None:
-        patterns = _described(checkpoint).get("ignore") or []
+        patterns = _described(checkpoint).get("ignore")
     return any(
         fnmatch(name, str(pattern)) or str(pattern) in name
-        for pattern in patterns
+        for pattern in _listed(patterns)
         for name in (layer.called, layer.disk)
     )
+
+
+def _are_names(value: Any) -> bool:
+    return all(isinstance(one, str) for one in value)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _is_modelopt(checkpoint: Checkpoint) -> bool:

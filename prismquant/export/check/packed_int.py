@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from prismquant.export.check.checkpoint import Checkpoint, Layer
-from prismquant.export.check.expected import REAL, Expected
 from prismquant.export.check.findings import Problem, gathered
+from prismquant.export.expected import REAL, Expected
+from prismquant.export.section import is_broken, is_count, shown
 
 GPTQ, AWQ = "gptq", "awq"
 METHODS = (GPTQ, AWQ)
 _KEYS = {GPTQ: ("bits", "group_size", "desc_act", "sym"), AWQ: ("bits", "group_size", "zero_point")}
 _WORD = 32
+_TYPES: Mapping[str, tuple[type | tuple[type, ...], str]] = {
+    "bits": (int, "a number of bits"),
+    "group_size": (int, "a number of columns, or -1"),
+    "desc_act": (bool, "true or false"),
+    "sym": (bool, "true or false"),
+    "zero_point": (bool, "true or false"),
+    "dynamic": (Mapping, "an object"),
+    "modules_to_not_convert": (list, "a list of names"),
+    "modules_in_block_to_quantize": (list, "a list of names"),
+}
 
 
 def keys(checkpoint: Checkpoint) -> Iterator[Problem]:
@@ -25,6 +35,18 @@ def keys(checkpoint: Checkpoint) -> Iterator[Problem]:
     )
     if lacking:
         yield Problem("quantization_config lacks keys of its method", lacking, "write them")
+    if checkpoint.method not in METHODS:
+        return
+    for key, (kinds, kind) in _TYPES.items():
+        value = checkpoint.section.get(key)
+        flag = isinstance(value, bool) != (kinds is bool)
+        if value is not None and (not isinstance(value, kinds) or flag):
+            yield Problem(f"{key} is {shown(value)}, not {kind}", (key,), f"write {kind}")
+    for pattern in _dynamic(checkpoint):
+        expression = pattern.removeprefix("-:").removeprefix("+:")
+        if is_broken(expression):
+            what = f"{shown(expression)} is no regular expression"
+            yield Problem(what, ("dynamic",), "correct the pattern")
 
 
 def widths(checkpoint: Checkpoint) -> Iterator[Problem]:
@@ -32,12 +54,12 @@ def widths(checkpoint: Checkpoint) -> Iterator[Problem]:
     if checkpoint.method not in METHODS:
         return
     symmetric = checkpoint.section.get("sym", True)
-    odd: dict[Any, list[str]] = {}
+    odd: dict[str, list[str]] = {}
     for layer in _packed(checkpoint):
         bits = _setting(checkpoint, layer, "bits")
         fits = bits == 4 if checkpoint.method == AWQ else bits in (4, 8) and symmetric
         if not fits:
-            odd.setdefault(bits, []).append(layer.called)
+            odd.setdefault(shown(bits), []).append(layer.called)
     for bits, names in odd.items():
         kind = "" if symmetric or checkpoint.method == AWQ else " asymmetric"
         legal = "4 bits" if checkpoint.method == AWQ else "symmetric 4 and 8 bits"
@@ -88,7 +110,7 @@ def divisible(checkpoint: Checkpoint) -> list[Problem]:
     found = []
     for layer in _packed(checkpoint):
         size, bits = _size(checkpoint, layer), _setting(checkpoint, layer, "bits")
-        if not isinstance(bits, int) or bits <= 0:
+        if not is_count(bits):
             continue
         if layer.in_features % size:
             what = f"groups of {size} do not divide {layer.in_features} input features"
@@ -107,7 +129,11 @@ def fused(checkpoint: Checkpoint) -> list[Problem]:
     found = []
     for members in checkpoint.fused():
         said = {
-            (layer.name in packed, _setting(checkpoint, layer, "bits"), _size(checkpoint, layer))
+            (
+                layer.name in packed,
+                shown(_setting(checkpoint, layer, "bits")),
+                _size(checkpoint, layer),
+            )
             for layer in members
         }
         if len({entry[0] for entry in said}) > 1 or (members[0].name in packed and len(said) > 1):
@@ -147,7 +173,7 @@ def _packed(checkpoint: Checkpoint) -> Iterator[Layer]:
 def _wanted(checkpoint: Checkpoint) -> Iterator[tuple[Layer, str, Expected]]:
     for layer in _packed(checkpoint):
         bits = _setting(checkpoint, layer, "bits")
-        if not isinstance(bits, int) or not 1 < bits <= 8:
+        if not is_count(bits) or not 1 < bits <= 8:
             continue
         groups = -(-layer.in_features // _size(checkpoint, layer))
         for suffix, one in _expected(checkpoint.method, layer, bits, groups).items():
@@ -170,7 +196,7 @@ def _expected(method: str, layer: Layer, bits: int, groups: int) -> dict[str, Ex
 
 def _size(checkpoint: Checkpoint, layer: Layer) -> int:
     size = _setting(checkpoint, layer, "group_size")
-    return size if isinstance(size, int) and size > 0 else layer.in_features
+    return size if is_count(size) else layer.in_features
 
 
 def _setting(checkpoint: Checkpoint, layer: Layer, key: str) -> Any:
@@ -178,21 +204,26 @@ def _setting(checkpoint: Checkpoint, layer: Layer, key: str) -> Any:
     for pattern, override in _dynamic(checkpoint).items():
         sign, _, rest = pattern.partition(":")
         body = rest if sign in ("+", "-") else pattern
-        if sign != "-" and isinstance(override, Mapping) and _fits(body, layer):
+        if sign != "-" and isinstance(override, Mapping) and _fits(checkpoint, body, layer):
             return override.get(key, checkpoint.section.get(key))
     return checkpoint.section.get(key)
 
 
 def _left_out(checkpoint: Checkpoint, layer: Layer) -> bool:
     if checkpoint.method == AWQ:
-        listed = checkpoint.section.get("modules_to_not_convert") or []
+        listed = _listed(checkpoint, "modules_to_not_convert")
         return any(str(one) in name for one in listed for name in (layer.called, layer.disk))
-    named = checkpoint.section.get("modules_in_block_to_quantize")
+    named = _listed(checkpoint, "modules_in_block_to_quantize")
     if named:
         flat = [one for entry in named for one in (entry if isinstance(entry, list) else [entry])]
         return not any(str(one) in layer.called for one in flat)
     negative = (p.removeprefix("-:") for p in _dynamic(checkpoint) if p.startswith("-:"))
-    return any(_fits(pattern, layer) for pattern in negative)
+    return any(_fits(checkpoint, pattern, layer) for pattern in negative)
+
+
+def _listed(checkpoint: Checkpoint, key: str) -> list[Any]:
+    value = checkpoint.section.get(key)
+    return value if isinstance(value, list) else []
 
 
 def _dynamic(checkpoint: Checkpoint) -> Mapping[str, Any]:
@@ -200,8 +231,6 @@ def _dynamic(checkpoint: Checkpoint) -> Mapping[str, Any]:
     return dynamic if isinstance(dynamic, Mapping) else {}
 
 
-def _fits(pattern: str, layer: Layer) -> bool:
-    try:
-        return any(re.match(pattern, name) for name in (layer.called, layer.disk))
-    except re.error:
-        return False
+def _fits(checkpoint: Checkpoint, pattern: str, layer: Layer) -> bool:
+    names = (layer.called, layer.disk)
+    return any(checkpoint.matcher.matches(name, f"re:{pattern}") for name in names)

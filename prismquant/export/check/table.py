@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from prismquant.errors import PrismQuantError
 from prismquant.export.check import (
     coverage,
     files,
@@ -13,6 +14,7 @@ from prismquant.export.check import (
     kernels,
     kv,
     modelopt,
+    ours,
     packed_int,
     tensors,
     transforms,
@@ -31,12 +33,20 @@ from prismquant.export.check.findings import (
     Severity,
     by_severity,
     findings_of,
+    told,
 )
+from prismquant.export.expected import VLLM_EXTRA
 
 _Find = Callable[[Checkpoint], Iterable[Problem]]
 _E, _W, _N = Severity.ERROR, Severity.WARNING, Severity.NOTE
 _VLLM, _HF, _SGL = Reader.VLLM, Reader.TRANSFORMERS, Reader.SGLANG
 _SERVERS = (_VLLM, _SGL)
+
+
+def _told(name: str, says: str, *, layered: bool = False) -> Rule:
+    """A rule that loading holds as well."""
+    return Rule(name, _E, says, told(name), layered=layered)
+
 
 _FILES = (
     Rule("files.shards", _E, "every shard is there and whole", files.broken_shards),
@@ -47,6 +57,7 @@ _FILES = (
     Rule("files.leftovers", _W, "nothing is left of an unfinished run", files.leftovers),
     Rule("files.companions", _W, "tokenizer and image processor are there", files.companions),
     Rule("model.unknown", _N, "the architecture is known", files.unknown_model),
+    Rule("model.config", _E, "the configuration describes it", files.broken_model),
     Rule(
         "model.vllm",
         _E,
@@ -59,17 +70,24 @@ _FILES = (
 _SECTION = (
     Rule("config.none", _N, "there is a quantization_config", grammar.not_quantized),
     Rule("config.method", _W, "there are rules for its method", grammar.method),
-    Rule(
-        "config.method-missing", _E, "quantization_config names its method", grammar.missing_method
-    ),
+    _told("config.method-missing", "quantization_config names its method"),
     Rule("sglang.kernels", _N, "kernels of SGLang are known", kernels.unread_sglang, (_SGL,)),
 )
 _CONFIG = (
-    Rule("config.group-shape", _E, "groups have a list of targets", grammar.group_shape),
-    Rule("config.unknown-key", _E, "arguments have no unknown key", grammar.unknown_keys),
-    Rule("config.group-key", _E, "neither have groups", grammar.unknown_group_keys, (_HF,)),
-    Rule("config.top-key", _N, "neither has the section", grammar.unknown_top_keys),
-    Rule("config.arguments", _E, "arguments agree with each other", grammar.arguments),
+    _told("config.type", "values are of the types that readers expect"),
+    _told("config.group-shape", "groups have a list of targets"),
+    _told("config.unknown-key", "arguments have no unknown key"),
+    _told("config.group-key", "neither have groups"),
+    _told("config.misspelt", "no key is all but one that readers know"),
+    Rule("config.top-key", _N, "the section has no key of others", grammar.unknown_top_keys),
+    _told("config.arguments", "arguments agree with each other"),
+    Rule(
+        "config.actorder",
+        _E,
+        "groups are of neighbouring columns",
+        grammar.reordered,
+        (_VLLM, _HF, _SGL),
+    ),
     Rule("config.weights", _E, "every group has weights", grammar.missing_weights, (_VLLM,)),
     Rule("config.inputs", _E, "plain integers have inputs", grammar.no_inputs, _SERVERS),
     Rule("config.format-missing", _W, "every group says its format", grammar.own_format, (_HF,)),
@@ -78,7 +96,7 @@ _CONFIG = (
     Rule("config.format-fits", _E, "formats hold their weights", grammar.format_holds),
     Rule("config.status", _E, "quantization_status is compressed", grammar.status, (_HF,)),
     Rule("config.sparsity", _E, "there is no sparsity", grammar.sparsity, _SERVERS),
-    Rule("config.pattern", _E, "patterns compile", grammar.patterns),
+    _told("config.pattern", "patterns compile, and match in moments"),
 )
 _NAMES = (
     Rule("names.overlap", _W, "each layer is in one group", coverage.overlap, layered=True),
@@ -105,11 +123,27 @@ _NAMES = (
     ),
 )
 _TENSORS = (
-    Rule("tensors.missing", _E, "quantized layers are complete", tensors.missing, layered=True),
-    Rule("tensors.shape", _E, "their tensors have their shapes", tensors.shapes, layered=True),
-    Rule("tensors.dtype", _E, "their tensors have their dtypes", tensors.dtypes, layered=True),
-    Rule("tensors.old-packing", _E, "codes are a dense stream", tensors.old_packing, layered=True),
-    Rule("tensors.extra", _E, "they have no other tensor", tensors.extra, (_VLLM,), layered=True),
+    _told("tensors.missing", "quantized layers are complete", layered=True),
+    _told("tensors.shape", "their tensors have their shapes", layered=True),
+    _told("tensors.dtype", "their tensors have their dtypes", layered=True),
+    _told("tensors.old-packing", "codes are a dense stream", layered=True),
+    _told("tensors.extra", "they have no other tensor", layered=True),
+    Rule(
+        VLLM_EXTRA,
+        _E,
+        "nor one that only vLLM stops at",
+        told(VLLM_EXTRA),
+        (_VLLM,),
+        layered=True,
+    ),
+    Rule("tensors.scale", _E, "scales of weights are scales", tensors.bad_scales, layered=True),
+    Rule(
+        "tensors.told-shape",
+        _E,
+        "shapes and orders told in tensors are the layers'",
+        tensors.wrong_shapes,
+        layered=True,
+    ),
     Rule(
         "tensors.prismquant-only",
         _E,
@@ -117,19 +151,29 @@ _TENSORS = (
         tensors.only_ours,
         (_VLLM, _HF, _SGL),
     ),
-    Rule(
-        "tensors.ungrouped",
-        _E,
-        "stored codes belong to a group",
-        tensors.float_layers,
-        layered=True,
-    ),
 )
 _PLAIN = (
-    Rule("tensors.plain", _E, "other tensors are complete", tensors.plain_missing, layered=True),
+    _told("tensors.ungrouped", "stored codes belong to a group", layered=True),
+    _told("tensors.plain", "other tensors are complete", layered=True),
+    _told("tensors.plain-shape", "and as the model has them", layered=True),
     Rule(
-        "tensors.plain-shape", _E, "and as the model has them", tensors.plain_shapes, layered=True
+        "tensors.tied-codes",
+        _E,
+        "a head in codes is not tied to the embedding",
+        tensors.tied_codes,
+        (_VLLM, _HF, _SGL),
+        layered=True,
     ),
+    Rule(
+        "tensors.tied-head",
+        _W,
+        "neither is one with values of its own",
+        tensors.tied_values,
+        (_VLLM,),
+        layered=True,
+    ),
+    Rule("tensors.finite", _E, "norms, biases and scales are finite", tensors.not_finite),
+    Rule("tensors.unread", _N, "they are small enough to be looked at", tensors.unread),
     Rule(
         "tensors.unknown", _E, "each belongs to the model", tensors.unknown, (_VLLM,), layered=True
     ),
@@ -224,7 +268,7 @@ _KERNELS = (
     ),
 )
 _CACHE = (
-    Rule("kv.arguments", _E, "kv_cache_scheme is well formed", kv.arguments, (_HF,)),
+    _told("kv.arguments", "kv_cache_scheme is well formed"),
     Rule("kv.kind", _E, "the KV cache is one of vLLM's", kv.kind, _SERVERS),
     Rule("kv.passed-over", _W, "every transformers rounds the cache", kv.passed_over, (_HF,)),
     Rule("kv.missing", _W, "its scales are there", kv.missing, layered=True),
@@ -244,7 +288,7 @@ _CACHE = (
     Rule("kv.unused", _N, "they are declared", kv.unused, layered=True),
 )
 _TRANSFORMS = (
-    Rule("transforms.grammar", _E, "transform_config is well formed", transforms.grammar),
+    _told("transforms.grammar", "transform_config is well formed"),
     Rule("transforms.size", _E, "blocks divide the input", transforms.sizes, layered=True),
     Rule(
         "transforms.kernel",
@@ -281,6 +325,7 @@ _TRANSFORMS = (
     ),
 )
 _MODELOPT = (
+    Rule("modelopt.types", _E, "the configuration says what it must", modelopt.types),
     Rule("modelopt.algorithm", _E, "servers have the algorithm", modelopt.algorithm, _SERVERS),
     Rule("modelopt.fields", _E, "NVFP4 says what it must", modelopt.fields, (_VLLM,)),
     Rule("modelopt.mixed", _E, "mixed precision lists its layers", modelopt.mixed),
@@ -302,6 +347,23 @@ _PACKED = (
     Rule("packed.group", _E, "groups and words divide", packed_int.divisible, layered=True),
     Rule("packed.fused", _E, "fused layers are alike", packed_int.fused, _SERVERS, layered=True),
     Rule("packed.excluded", _W, "other layers are left out", packed_int.excluded, layered=True),
+)
+_OURS = (
+    Rule(
+        "prismquant.reads",
+        _E,
+        "prismquant.load reads what the configuration says",
+        ours.unread,
+        (Reader.PRISMQUANT,),
+        layered=True,
+    ),
+    Rule(
+        "prismquant.method",
+        _E,
+        "prismquant.load reads the method",
+        ours.other_method,
+        (Reader.PRISMQUANT,),
+    ),
 )
 _GGUF = (Rule("gguf.unread", _N, "there are rules for the format", files.unread_gguf),)
 # Whose configurations rules read.
@@ -327,6 +389,7 @@ RULES = (
     *_TRANSFORMS,
     *_MODELOPT,
     *_PACKED,
+    *_OURS,
     *_GGUF,
 )
 
@@ -334,12 +397,12 @@ RULES = (
 def check(folder: str | Path, target: Reader | str | None = None) -> Report:
     """Hold a checkpoint against the rules of those who are to read it.
 
-    Reads ``config.json``, headers and scalars of a few bytes; no weight.
+    Reads ``config.json``, headers, and scales, norms and biases of some MB; no weight.
 
     Args:
         folder: The checkpoint.
-        target: Who is to load it: ``vllm``, ``transformers`` or ``sglang``. Without one, what
-            only some reader refuses is a warning.
+        target: Who is to load it: ``vllm``, ``transformers``, ``sglang`` or ``prismquant``. Without
+            one, what only some reader refuses is a warning, unless it is PrismQuant itself.
 
     Returns:
         All findings, the worst first.
@@ -351,7 +414,7 @@ def check(folder: str | Path, target: Reader | str | None = None) -> Report:
     reader = Reader(target) if target is not None else None
     checkpoint = open_checkpoint(Path(folder), reader)
     rules = [rule for rule in RULES if rule.concerns(reader) and _applies(rule, checkpoint)]
-    found = [one for rule in rules for one in findings_of(rule, rule.find(checkpoint), reader)]
+    found = [one for rule in rules for one in findings_of(rule, _found(rule, checkpoint), reader)]
     return Report(
         folder=str(folder),
         target=reader,
@@ -360,6 +423,14 @@ def check(folder: str | Path, target: Reader | str | None = None) -> Report:
         rules=len(rules),
         findings=by_severity(found),
     )
+
+
+def _found(rule: Rule, checkpoint: Checkpoint) -> list[Problem]:
+    """What a rule finds; what keeps it from looking counts as well."""
+    try:
+        return list(rule.find(checkpoint))
+    except PrismQuantError as error:
+        return [Problem(error.what, (error.where or str(checkpoint.folder),), error.remedy or "")]
 
 
 def _applies(rule: Rule, checkpoint: Checkpoint) -> bool:

@@ -1,4 +1,4 @@
-"""Rules about tensors: missing ones, extra ones, and their shapes and dtypes."""
+"""Rules about tensors: missing ones, extra ones, their shapes, dtypes and values."""
 
 from __future__ import annotations
 
@@ -6,77 +6,34 @@ import math
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
-from prismquant.export.check.checkpoint import COMPRESSED_TENSORS, Checkpoint, Layer
-from prismquant.export.check.expected import (
-    REAL,
+from prismquant.export.check.checkpoint import SCALE_SUFFIXES, Checkpoint, Layer
+from prismquant.export.check.findings import Problem, gathered
+from prismquant.export.expected import (
+    OURS,
     SCALES,
     Expected,
     expected_tensors,
-    padded_words,
+    is_stored_packed,
+    short,
 )
-from prismquant.export.check.findings import Problem, gathered
-from prismquant.export.check.scheme import DENSE, PACK, Group
-from prismquant.headers import TensorInfo
+from prismquant.export.section import METHOD, PACK, Group
+from prismquant.formats.packed import finite_fault, scale_fault
 
-_AGAIN = "export the layer again"
-_OURS = {
-    "input_signs": "the signs before a rotation at run time",
-    "split_index": "columns that stay in floating point",
-    "split_weight": "columns that stay in floating point",
-}
-_PACKED_SUFFIXES = ("weight_packed", "weight_scale", "weight_global_scale", "qweight")
+_DAMAGED = "copy the file again, or quantize again: what is computed with it is no number"
+_UNTIE = "set tie_word_embeddings to false, also in text_config"
 # Of attention modules, of no linear layer.
 _CACHE_SUFFIXES = ("k_scale", "v_scale", "q_scale", "k_zero_point", "v_zero_point", "q_zero_point")
-
-
-def missing(checkpoint: Checkpoint) -> list[Problem]:
-    """Tensors that a quantized layer must have."""
-    return gathered(
-        (
-            f"quantized layers have no {suffix}",
-            layer.disk,
-            f"their group says {group.describe()}; correct the group, or {_AGAIN}",
-        )
-        for group, layer, suffix, wanted in _wanted(checkpoint)
-        if wanted.required and f"{layer.disk}.{suffix}" not in checkpoint.tensors
-    )
-
-
-def shapes(checkpoint: Checkpoint) -> list[Problem]:
-    """Tensors of another shape than the model and the group give them."""
-    found = []
-    for group, layer, suffix, wanted in _wanted(checkpoint):
-        info = checkpoint.tensors.get(f"{layer.disk}.{suffix}")
-        if info is None or info.shape in wanted.shapes or _is_old_packing(group, layer, info):
-            continue
-        what = (
-            f"{suffix} is {list(info.shape)} where {group.describe()} of a "
-            f"{layer.out_features} x {layer.in_features} layer makes it {list(wanted.shapes[0])}"
-        )
-        found.append((what, layer.disk, f"correct the group's arguments, or {_AGAIN}"))
-    return gathered(found)
-
-
-def dtypes(checkpoint: Checkpoint) -> list[Problem]:
-    """Tensors of a dtype that their layout does not have."""
-    found = []
-    for group, layer, suffix, wanted in _wanted(checkpoint):
-        info = checkpoint.tensors.get(f"{layer.disk}.{suffix}")
-        if info is not None and info.dtype not in wanted.dtypes:
-            names = " or ".join(_short(dtype) for dtype in wanted.dtypes)
-            what = f"{suffix} is {_short(info.dtype)}, {group.layout} has {names}"
-            found.append((what, layer.disk, _AGAIN))
-    return gathered(found)
 
 
 def rounded_scales(checkpoint: Checkpoint) -> list[Problem]:
     """Scales wider than the model's dtype, in which vLLM keeps those of packed integers."""
     dtype = checkpoint.model.dtype if checkpoint.model is not None else None
-    remedy = f"store them as {_short(dtype)}" if dtype is not None else ""
+    remedy = f"store them as {short(dtype)}" if dtype is not None else ""
     return gathered(
         (
-            f"vLLM rounds {_short(info.dtype)} scales to the model's {_short(dtype)}",
+            f"vLLM rounds {short(info.dtype)} scales to the model's {short(dtype)}",
             layer.disk,
             remedy,
         )
@@ -89,82 +46,49 @@ def rounded_scales(checkpoint: Checkpoint) -> list[Problem]:
     )
 
 
-def old_packing(checkpoint: Checkpoint) -> list[Problem]:
-    """Codes of 3, 5, 6 or 7 bits as libraries before 0.18 packed them."""
-    remedy = "export it again with compressed-tensors >= 0.18: newer readers take a dense stream"
-    return gathered(
-        ("codes are padded to whole words, as compressed-tensors before 0.18 did", name, remedy)
-        for group, layer, suffix, _ in _wanted(checkpoint)
-        if suffix == "weight_packed"
-        and (info := checkpoint.tensors.get(name := f"{layer.disk}.{suffix}")) is not None
-        and _is_old_packing(group, layer, info)
-    )
-
-
-def extra(checkpoint: Checkpoint) -> list[Problem]:
-    """Tensors of a quantized layer that its group does not speak of."""
-    found = []
-    for layer, suffix in _surplus(checkpoint):
-        if suffix == "weight_zero_point":
-            what = "symmetric layers have a weight_zero_point"
-            remedy = "delete it: vLLM fails with a KeyError; or declare the weights asymmetric"
-        elif suffix == "weight_g_idx":
-            what = "layers have a weight_g_idx, which readers no longer know"
-            remedy = "delete it; a static activation order needs none"
-        else:
-            what = f"quantized layers have an extra {suffix}"
-            remedy = "delete it, or declare in the group what it is for"
-        found.append((what, layer.disk, remedy))
-    return gathered(found)
-
-
 def only_ours(checkpoint: Checkpoint) -> list[Problem]:
     """What PrismQuant alone reads."""
     remedy = "serve it with prismquant.load, or quantize again without (see the plan's remarks)"
     pairs = (name.rpartition(".")[::2] for name in sorted(checkpoint.tensors))
     found = {
-        (f"only prismquant.load reads {_OURS[suffix]}", prefix, remedy): None
+        (f"only prismquant.load reads {OURS[suffix]}", prefix, remedy): None
         for prefix, suffix in pairs
-        if suffix in _OURS
+        if suffix in OURS
     }
     return gathered(found)
 
 
-def float_layers(checkpoint: Checkpoint) -> list[Problem]:
-    """Layers that are stored quantized although no group has them."""
-    grouped = {layer.disk for layer in checkpoint.layers if layer.group is not None}
-    remedy = "add the layer to the group whose scheme it has"
-    return gathered(
-        ("layers are stored quantized, but no group has them", layer.disk, remedy)
-        for layer in checkpoint.layers
-        if layer.disk not in grouped
-        and any(f"{layer.disk}.{suffix}" in checkpoint.tensors for suffix in _PACKED_SUFFIXES)
+def tied_codes(checkpoint: Checkpoint) -> Iterator[Problem]:
+    """A head in codes that the configuration calls the embedding, of which readers make neither."""
+    if (head := _untied_head(checkpoint)) and is_stored_packed(head, checkpoint.tensors):
+        yield Problem(
+            "the head is stored quantized, but tie_word_embeddings says that it is the embedding: "
+            "readers stop at its tensors, or use them without a weight",
+            (head,),
+            _UNTIE,
+        )
+
+
+def tied_values(checkpoint: Checkpoint) -> Iterator[Problem]:
+    """A head with values of its own that vLLM passes over."""
+    if (head := _untied_head(checkpoint)) and not is_stored_packed(head, checkpoint.tensors):
+        yield Problem(
+            "vLLM takes the embedding for the head, as tie_word_embeddings says, and passes over "
+            "the head that is stored",
+            (head,),
+            _UNTIE,
+        )
+
+
+def _untied_head(checkpoint: Checkpoint) -> str | None:
+    """Name on disk of a head that is stored although the configuration ties it."""
+    model = checkpoint.model
+    if model is None or not getattr(model.config, "tie_word_embeddings", False):
+        return None
+    prefix = model.names.to_disk(f"{model.arch.head}.weight").removesuffix(".weight")
+    return (
+        prefix if any(name.startswith(f"{prefix}.weight") for name in checkpoint.tensors) else None
     )
-
-
-def plain_missing(checkpoint: Checkpoint) -> list[Problem]:
-    """Parameters in floating point that are not there."""
-    return gathered(
-        ("the model's tensors are missing", name, "copy them from the original checkpoint")
-        for name, _ in _plain(checkpoint)
-        if name not in checkpoint.tensors and not _stored_packed(checkpoint, name)
-    )
-
-
-def plain_shapes(checkpoint: Checkpoint) -> list[Problem]:
-    """Parameters in floating point of another shape or kind."""
-    found = []
-    for name, shape in _plain(checkpoint):
-        info = checkpoint.tensors.get(name)
-        if info is None:
-            continue
-        if info.shape != shape:
-            what = f"a tensor is {list(info.shape)}, the model has {list(shape)}"
-            found.append((what, name, "correct config.json, or copy the original tensor"))
-        elif info.dtype not in REAL:
-            what = f"a tensor is {_short(info.dtype)}, but nothing says that it is quantized"
-            found.append((what, name, "add its layer to a group, or store it in floating point"))
-    return gathered(found)
 
 
 def unknown(checkpoint: Checkpoint) -> list[Problem]:
@@ -186,13 +110,90 @@ def unknown(checkpoint: Checkpoint) -> list[Problem]:
     return gathered(found)
 
 
-def bad_scalars(checkpoint: Checkpoint) -> list[Problem]:
-    """Scales of inputs that no calibration can have given."""
+def not_finite(checkpoint: Checkpoint) -> list[Problem]:
+    """NaN and infinities in norms, biases and scales: in large tensors nobody looks for them."""
     found = []
+    for name in sorted(checkpoint.small):
+        # What groups speak of, other rules look at.
+        if checkpoint.method == METHOD and name.rpartition(".")[2] in SCALE_SUFFIXES:
+            continue
+        tensor = checkpoint.read_tensor(name)
+        if tensor is None:
+            continue
+        if tensor.dtype.itemsize == 1:
+            fault = scale_fault(tensor, signed=True) if name.endswith("_scale") else None
+        else:
+            fault = finite_fault(tensor)
+        if fault:
+            found.append((f"a tensor {fault}", name, _DAMAGED))
+    return gathered(found)
+
+
+def bad_scales(checkpoint: Checkpoint) -> list[Problem]:
+    """Scales of weights that are none: zero, or negative where they may have no sign."""
+    found = []
+    for group, layer, suffix, _ in _wanted(checkpoint):
+        name = f"{layer.disk}.{suffix}"
+        if suffix not in ("weight_scale", "weight_global_scale") or name not in checkpoint.small:
+            continue
+        weights, tensor = group.weights, checkpoint.read_tensor(name)
+        signed = weights is not None and weights.type == "int" and weights.symmetric
+        signed = signed and suffix == "weight_scale"
+        if tensor is not None and (fault := scale_fault(tensor, signed=signed)):
+            found.append((f"the {suffix} {fault}", layer.disk, _DAMAGED))
+    return gathered(found)
+
+
+def wrong_shapes(checkpoint: Checkpoint) -> list[Problem]:
+    """Shapes and orders of columns, told in tensors, that are not those of the layer."""
+    found = []
+    for group, layer, suffix, wanted in _wanted(checkpoint):
+        if suffix not in ("weight_shape", "weight_g_idx"):
+            continue
+        info = checkpoint.tensors.get(name := f"{layer.disk}.{suffix}")
+        tensor = checkpoint.read_tensor(name) if name in checkpoint.small else None
+        if tensor is None or info is None or info.shape not in wanted.shapes:
+            continue
+        shape = [layer.out_features, layer.in_features]
+        if suffix == "weight_shape" and tensor.tolist() != shape:
+            what = f"weight_shape is {tensor.tolist()}, the layer is {shape}"
+            found.append((what, layer.disk, "correct weight_shape, or export the layer again"))
+        elif suffix == "weight_g_idx" and not _are_even(tensor, group):
+            size = group.weights.group_size if group.weights else None
+            what = f"weight_g_idx does not give each group {size} columns"
+            found.append((what, layer.disk, "export the layer again"))
+    return gathered(found)
+
+
+def unread(checkpoint: Checkpoint) -> Iterator[Problem]:
+    """Small tensors that are too many, or too large, to be read."""
+    left = tuple(sorted(checkpoint.of_values - checkpoint.small))
+    if left:
+        yield Problem(
+            f"{len(left)} scales, norms or biases are large: their values were not looked at",
+            left,
+            "prismquant.load and export read everything",
+        )
+
+
+def bad_scalars(checkpoint: Checkpoint) -> list[Problem]:
+    """Scales and zero points of inputs and outputs that no calibration can have given."""
+    found = []
+    again = "calibrate again; see the run's record of this layer"
     for layer, suffix, values in _static_scales(checkpoint):
         if any(not math.isfinite(value) or value <= 0 for value in values):
             what = f"{suffix} is {values[0]:g}: not a positive number"
-            found.append((what, layer.disk, "calibrate again; see the run's record of this layer"))
+            found.append((what, layer.disk, again))
+    for group, members in checkpoint.of_group():
+        for side, args in (("input", group.inputs), ("output", group.outputs)):
+            if args is None or args.dynamic or args.type != "int":
+                continue
+            most = 0 if args.symmetric else 1 << (args.bits - 1)
+            for layer in members:
+                values = checkpoint.scalar(f"{layer.disk}.{side}_zero_point") or ()
+                if any(not -most <= value <= max(0, most - 1) for value in values):
+                    what = f"{side}_zero_point is {values[0]:g}, which {args.describe()} has not"
+                    found.append((what, layer.disk, again))
     return gathered(found)
 
 
@@ -218,17 +219,14 @@ def _wanted(checkpoint: Checkpoint) -> Iterator[tuple[Group, Layer, str, Expecte
                 yield group, layer, suffix, one
 
 
-def _surplus(checkpoint: Checkpoint) -> Iterator[tuple[Layer, str]]:
-    stored: dict[str, list[str]] = {}
-    for name in sorted(checkpoint.tensors):
-        prefix, _, suffix = name.rpartition(".")
-        stored.setdefault(prefix, []).append(suffix)
-    for group, members in checkpoint.of_group():
-        for layer in members:
-            wanted = expected_tensors(group, layer.out_features, layer.in_features)
-            for suffix in stored.get(layer.disk, []):
-                if wanted and suffix not in wanted and suffix != "bias" and suffix not in _OURS:
-                    yield layer, suffix
+def _are_even(index: Tensor, group: Group) -> bool:
+    """Whether every group has as many columns as it should, or none has one (-1)."""
+    size = group.weights.group_size if group.weights else None
+    if size is None or index.is_floating_point() or bool((index == -1).all()):
+        return size is not None and not index.is_floating_point()
+    groups = len(index) // size
+    inside = bool(((index >= 0) & (index < groups)).all())
+    return inside and bool((index.long().bincount(minlength=groups) == size).all())
 
 
 def _static_scales(checkpoint: Checkpoint) -> Iterator[tuple[Layer, str, tuple[float, ...]]]:
@@ -239,47 +237,5 @@ def _static_scales(checkpoint: Checkpoint) -> Iterator[tuple[Layer, str, tuple[f
                 yield layer, suffix, values
 
 
-def _plain(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names on disk and shapes of what is not quantized."""
-    model = checkpoint.model
-    if model is None:
-        return
-    packed = {
-        f"{layer.name}.weight" for layer in checkpoint.layers if _has_codes(checkpoint, layer)
-    }
-    tied = f"{model.arch.head}.weight" if model.tied else None
-    for name, shape in model.shapes.items():
-        if name not in packed and name != tied:
-            yield model.names.to_disk(name), shape
-
-
-def _has_codes(checkpoint: Checkpoint, layer: Layer) -> bool:
-    """Whether a layer's weight is another rule's matter: quantized, or of another method."""
-    if checkpoint.method not in ("", COMPRESSED_TENSORS):
-        return True
-    return layer.group is not None and layer.group.layout != DENSE
-
-
-def _stored_packed(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether a layer lies there in another form, which another rule tells."""
-    prefix = name.removesuffix(".weight")
-    return any(f"{prefix}.{suffix}" in checkpoint.tensors for suffix in _PACKED_SUFFIXES)
-
-
-def _is_old_packing(group: Group, layer: Layer, info: TensorInfo) -> bool:
-    weights = group.weights
-    if weights is None or group.layout != PACK or weights.bits not in (3, 5, 6, 7):
-        return False
-    if info.dtype != torch.int32 or len(info.shape) != 2:
-        return False
-    words = padded_words(layer.in_features, weights.bits)
-    dense = -(-layer.in_features * weights.bits // 32)
-    return words != dense and info.shape == (layer.out_features, words)
-
-
 def _is_transform(prefix: str) -> bool:
     return prefix.rpartition(".")[2].endswith(("_input", "_output"))
-
-
-def _short(dtype: torch.dtype | None) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -14,14 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prismquant.export.check.scheme import (
-    INT,
-    PACK,
-    WITH_INPUTS,
-    Args,
-    Group,
-    matches,
-)
+from prismquant.export.section import INT, PACK, WITH_INPUTS, Args, Group, Matcher, Section, Targets
 
 VERSION = "0.33"
 _HEAD_CLASS, _OTHER_CLASS = "ParallelLMHead", "ParallelLinear"
@@ -35,10 +28,12 @@ class Naming:
     Attributes:
         prefixes: ``(on disk or in transformers, in vLLM)``.
         fused: Label of fused sites -> name and class of the fused layer.
+        head: What it calls the language model's head, if not by renaming.
     """
 
     prefixes: tuple[tuple[str, str], ...]
     fused: Mapping[str, Mapping[str, str]]
+    head: str | None = None
 
     def rename(self, name: str) -> str:
         """The path in vLLM of a tensor or module."""
@@ -58,12 +53,34 @@ def naming(arch: str) -> Naming | None:
     if arch not in table["archs"]:
         return None
     pairs = tuple((old, new) for old, new in table["archs"][arch]["prefixes"])
-    return Naming(pairs, table["fused"])
+    return Naming(pairs, table["fused"], table["archs"][arch].get("head"))
 
 
 @functools.cache
 def _table() -> dict[str, Any]:
     return tomllib.loads((Path(__file__).parent / "vllm.toml").read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """What a configuration names, as vLLM compares it with its own paths.
+
+    Attributes:
+        ignore: What is left alone.
+        owners: Target -> group, in the order of the configuration.
+        matcher: Compares paths with both.
+    """
+
+    ignore: Targets
+    owners: Mapping[str, Group]
+    matcher: Matcher
+
+
+def renamed(section: Section, naming: Naming) -> Renamed:
+    """A configuration's names in vLLM."""
+    ignore = Targets(tuple(naming.rename_target(pattern) for pattern in section.ignore))
+    owners = {naming.rename_target(t): group for t, group in section.owners.items()}
+    return Renamed(ignore, owners, section.matcher)
 
 
 @dataclass(frozen=True)
@@ -82,8 +99,7 @@ class Found:
 def find_group(
     parts: Sequence[str],
     label: str | None,
-    groups: Sequence[Group],
-    ignore: Sequence[str],
+    section: Renamed,
     naming: Naming,
     *,
     head: bool = False,
@@ -93,34 +109,41 @@ def find_group(
     Args:
         parts: What the configuration calls them, in the order in which they are fused.
         label: Label of the fused sites; None for a layer by itself.
-        groups: The configuration's groups, in order.
-        ignore: The configuration's ignores.
+        section: The configuration with names of its own.
         naming: The architecture's names.
         head: Whether it is the language model's head.
     """
     paths = [naming.rename(f"{part}.").removesuffix(".") for part in parts]
+    if head and naming.head is not None:
+        paths = [naming.head]
     fused = naming.fused.get(label or "")
     whole = f"{paths[0].rpartition('.')[0]}.{fused['name']}" if fused else paths[0]
     kind = fused["class"] if fused else _HEAD_CLASS if head else _OTHER_CLASS
-    skipped = [naming.rename_target(pattern) for pattern in ignore]
-    if any(matches(whole, pattern) for pattern in skipped):
+    matcher, owner = section.matcher, section.owners
+    if section.ignore.meets(whole, matcher):
         return Found(None)
-    hits = [any(matches(path, pattern) for pattern in skipped) for path in paths]
+    hits = [section.ignore.meets(path, matcher) for path in paths]
     if any(hits):
         return Found(None, torn=not all(hits))
-    owner = {naming.rename_target(t): group for group in groups for t in group.targets}
-    for target, group in owner.items():
-        if matches(whole, target):
-            return Found(group)
-    firsts = [next((t for t in owner if matches(path, t)), None) for path in paths]
-    if firsts[0] is not None and None not in firsts:
+    firsts = [_first(path, owner, matcher) for path in (whole, *paths)]
+    if firsts[0] is not None:
         return Found(owner[firsts[0]])
-    by_class = next((t for t in owner if _names_class(t, kind)), None)
+    if firsts[1] is not None and None not in firsts[1:]:
+        return Found(owner[firsts[1]])
+    by_class = next((t for t in owner if _names_class(t, kind, matcher)), None)
     return Found(owner[by_class] if by_class else None)
 
 
-def _names_class(target: str, kind: str) -> bool:
-    return matches(kind, target) if target.startswith("re:") else target.lower() in kind.lower()
+def _first(path: str, owner: Mapping[str, Group], matcher: Matcher) -> str | None:
+    """The first target, in their order, that means a path."""
+    patterns = (t for t in owner if t == path or t.startswith("re:"))
+    return next((t for t in patterns if matcher.matches(path, t)), None)
+
+
+def _names_class(target: str, kind: str, matcher: Matcher) -> bool:
+    if target.startswith("re:"):
+        return matcher.matches(kind, target)
+    return target.lower() in kind.lower()
 
 
 # ---------------------------------------------------------------------------------------- schemes

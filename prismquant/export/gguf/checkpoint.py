@@ -149,6 +149,8 @@ def _refusal(source: StoredCheckpoint, layer: StoredLayer) -> Refusal | None:
         return Refusal(layer.name, why)
     if source.splits(layer):
         return Refusal(layer.name, "single columns of it stay in floating point")
+    if source.reorders(layer):
+        return Refusal(layer.name, "its groups are of columns that are no neighbours")
     # Exponents of MXFP4 are stored as they are.
     return scale_refusal(source, layer) if layer.scheme.weights.kind == "int" else None
 
@@ -186,7 +188,7 @@ def _parts(source: StoredCheckpoint, config: Any, name: str) -> tuple[bool, list
 def _pieces(source: StoredCheckpoint, config: Any) -> tuple[list[_Piece], list[_Piece]]:
     """The tensors of the language model's file, and of the vision tower's."""
     files: tuple[list[_Piece], list[_Piece]] = ([], [])
-    tied = bool(config.tie_word_embeddings)
+    tied = source.tied
     for layer, name in source.walk():
         found = _parts(source, config, name)
         if found is None or (tied and found[1][0].tensor == "OUTPUT"):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from prismquant import __version__
 from prismquant.errors import FormatError
+from prismquant.export.companions import own_file
 from prismquant.export.gguf.vocabulary import Vocabulary
 from prismquant.storage import read_json
 
@@ -154,9 +155,21 @@ def _image_size(vision: Any) -> int:
 
 def _normalization(folder: Path) -> tuple[list[float], list[float]]:
     for name in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / name).is_file():
-            content = read_json(folder / name)
-            content = content.get("image_processor") or content
-            if "image_mean" in content and "image_std" in content:
-                return list(content["image_mean"]), list(content["image_std"])
+        if (path := own_file(folder, name)) is None:
+            continue
+        content = read_json(path)
+        content = content.get("image_processor") or content if isinstance(content, dict) else {}
+        found: list[Any] = [content.get(key) for key in ("image_mean", "image_std")]
+        if all(_are_three(values) for values in found):
+            mean, std = found
+            return list(mean), list(std)
     return list(_MEAN), list(_STD)
+
+
+def _are_three(values: Any) -> bool:
+    """Whether a value is one finite number a colour."""
+    return (
+        isinstance(values, list)
+        and len(values) == 3
+        and all(isinstance(x, (int, float)) and math.isfinite(x) for x in values)
+    )

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prismquant.errors import StorageError
+from prismquant.export.companions import own_file
+from prismquant.opening import MAX_JSON_BYTES, read_bounded
 from prismquant.storage import read_json
 
 # How Qwen2's tokenizer, and those of all later Qwen models here, cuts text into words.
@@ -51,11 +54,24 @@ def read_vocabulary(folder: Path, size: int, config: Any) -> Vocabulary | None:
 
     Returns:
         The vocabulary; None if it is no byte-level BPE that cuts words as Qwen2 does.
+
+    Raises:
+        StorageError: It is no tokenizer at all.
     """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
+    path = own_file(folder, "tokenizer.json")
+    if path is None:
         return None
-    content = read_json(path)
+    try:
+        return _read(folder, read_json(path), size, config)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise StorageError(
+            f"tokenizer.json is none that can be read: {type(error).__name__}: {error}",
+            where=str(path),
+            remedy="restore it from the original checkpoint, or choose another --format",
+        ) from error
+
+
+def _read(folder: Path, content: Any, size: int, config: Any) -> Vocabulary | None:
     model = content.get("model") or {}
     if model.get("type") != "BPE" or QWEN2_WORDS not in _patterns(content.get("pre_tokenizer")):
         return None
@@ -91,8 +107,8 @@ def _kind(entry: Mapping[str, Any]) -> int:
 
 
 def _special_ids(folder: Path, by_text: Mapping[str, int], config: Any) -> dict[str, int]:
-    path = folder / "tokenizer_config.json"
-    said = read_json(path) if path.is_file() else {}
+    path = own_file(folder, "tokenizer_config.json")
+    said = read_json(path) if path is not None else {}
     ids: dict[str, int] = {}
     for role in ("bos", "eos", "pad"):
         entry = said.get(f"{role}_token")
@@ -104,11 +120,11 @@ def _special_ids(folder: Path, by_text: Mapping[str, int], config: Any) -> dict[
 
 
 def _template(folder: Path) -> str | None:
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if (path := own_file(folder, "chat_template.jinja")) is not None:
+        return read_bounded(path, MAX_JSON_BYTES).decode("utf-8")
     for name in ("chat_template.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            template = read_json(folder / name).get("chat_template")
+        if (path := own_file(folder, name)) is not None:
+            template = read_json(path).get("chat_template")
             if isinstance(template, str):
                 return template
     return None

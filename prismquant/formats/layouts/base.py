@@ -109,6 +109,43 @@ def check_codes(codes: Tensor, spec: NumberSpec, what: str) -> None:
         raise FormatError(f"{what} is {wrong}, outside [{least}, {most}] of {spec.describe()}")
 
 
+def finite_fault(x: Tensor) -> str | None:
+    """What to say of a tensor that holds NaN or an infinity; None: it is finite.
+
+    Args:
+        x: Any shape and dtype; what is not in 16 bits or more of floating point passes.
+    """
+    if not x.is_floating_point() or x.dtype.itemsize < 2 or x.numel() == 0:
+        return None
+    # One pass without a copy; NaN comes through.
+    if all(bool(end.isfinite()) for end in x.aminmax()):
+        return None
+    nan, infinite = int(x.isnan().sum()), int(x.isinf().sum())
+    told = [f"{nan} NaN"] * bool(nan) + [f"{infinite} infinite"] * bool(infinite)
+    return f"holds {' and '.join(told)} of {x.numel()} values"
+
+
+def scale_fault(scale: Tensor, *, signed: bool) -> str | None:
+    """What to say of a scale that no writer means; None: it is one.
+
+    Args:
+        scale: Any shape; E8M0 in either of its dtypes.
+        signed: Whether a scale may be negative, as those of symmetric integers.
+    """
+    if scale.dtype == torch.uint8:
+        scale = scale.view(torch.float8_e8m0fnu)
+    if scale.dtype.itemsize == 1:
+        scale = scale.to(torch.float32)
+    if fault := finite_fault(scale):
+        return fault
+    if scale.numel() == 0:
+        return None
+    zeros, below = int((scale == 0).sum()), int((scale < 0).sum())
+    if zeros:
+        return f"is zero in {zeros} of {scale.numel()} places"
+    return f"is negative in {below} of {scale.numel()} places" if below and not signed else None
+
+
 def check_shape(shape: tuple[int, int], wanted: Sequence[int] | None) -> None:
     """Refuse a weight of another shape than is known from elsewhere."""
     if wanted is not None and tuple(wanted) != shape:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 class PackedIntegers(Layout):
     """``weight_packed`` int32 ``[N, ceil(K b / 32)]``, ``weight_scale``, ``weight_shape`` int64
     ``[N, K]``, and for asymmetric formats ``weight_zero_point``, packed alike but down the rows:
-    int32 ``[ceil(N b / 32), G]``.
+    int32 ``[ceil(N b / 32), G]``. Where groups are of columns that are no neighbours,
+    ``weight_g_idx`` int32 ``[K]`` says the group of each column.
     """
 
     @property
@@ -57,6 +58,8 @@ class PackedIntegers(Layout):
         if q.zero_point is not None:
             check_codes(q.zero_point, q.spec, "a zero point")
             tensors["weight_zero_point"] = pack_bits(q.zero_point.T, q.spec.bits).T.contiguous()
+        if q.group_index is not None:
+            tensors["weight_g_idx"] = q.group_index.to(torch.int32)
         return tensors
 
     def unpack(
@@ -65,7 +68,7 @@ class PackedIntegers(Layout):
         """The shape comes from ``weight_shape`` or the caller, who must agree."""
         required = {"weight_packed", "weight_scale"}
         required |= set() if spec.symmetric else {"weight_zero_point"}
-        self.check_names(tensors, required, {"weight_shape"}, spec)
+        self.check_names(tensors, required, {"weight_shape", "weight_g_idx"}, spec)
         rows, columns = _true_shape(tensors.get("weight_shape"), shape)
         codes = unpack_bits(tensors["weight_packed"], spec.bits, rows, columns)
         zero = None
@@ -73,7 +76,8 @@ class PackedIntegers(Layout):
             groups = spec.scale_shape(rows, columns)[-1]
             packed = tensors["weight_zero_point"]
             zero = unpack_bits(packed.T, spec.bits, groups, rows).T.contiguous()
-        return QuantizedTensor(codes, tensors["weight_scale"], zero, spec)
+        index = _group_index(tensors.get("weight_g_idx"), spec)
+        return QuantizedTensor(codes, tensors["weight_scale"], zero, spec, group_index=index)
 
     def stored_bytes(
         self, rows: int, columns: int, spec: NumberSpec, scale_dtype: torch.dtype
@@ -87,6 +91,15 @@ class PackedIntegers(Layout):
         return size
 
 
+def _group_index(stored: Tensor | None, spec: NumberSpec) -> Tensor | None:
+    """The group of each column; None where neighbours share one, as an index of -1 means too."""
+    if stored is None or (stored.numel() and bool((stored == -1).all())):
+        return None
+    index = stored.to(torch.int64)
+    in_order = torch.arange(len(index)) // (spec.group_size or max(1, len(index)))
+    return None if torch.equal(index, in_order) else index
+
+
 def _true_shape(stored: Tensor | None, given: Sequence[int] | None) -> tuple[int, int]:
     """The weight's shape, from the checkpoint or the caller, who must agree."""
     if stored is None and given is None:
@@ -96,5 +109,9 @@ def _true_shape(stored: Tensor | None, given: Sequence[int] | None) -> tuple[int
     known = None if stored is None else tuple(int(n) for n in stored)
     wanted = known if given is None else tuple(given)
     if wanted is None or len(wanted) != 2 or known not in (None, wanted):
-        raise FormatError(f"weight_shape is {known}, expected {wanted} of two axes")
+        raise FormatError(
+            f"weight_shape is {None if known is None else list(known)}, the weight is "
+            f"{None if wanted is None else list(wanted)}",
+            remedy="correct weight_shape, or export the layer again",
+        )
     return (wanted[0], wanted[1])

@@ -72,11 +72,14 @@ class PlainBytes(Layout):
         if stored.dtype != self.dtype:
             raise FormatError(f"{self.name} weights are {self.dtype}, not {stored.dtype}")
         scale = tensors["weight_scale"]
-        # Some tools write the scale of a tensor without an axis.
-        scale = scale.reshape(1) if scale.ndim == 0 else scale
-        q = QuantizedTensor(stored.view(torch.int8), scale, None, spec)
-        check_shape(q.shape, shape)
-        return q
+        if stored.ndim == 2:
+            check_shape((stored.shape[0], stored.shape[1]), shape)
+            # Some tools write the scale of a tensor, or of rows, with an axis less or more.
+            wanted = spec.scale_shape(stored.shape[0], stored.shape[1])
+            unit = spec.granularity in (Granularity.TENSOR, Granularity.CHANNEL)
+            if unit and scale.numel() == math.prod(wanted):
+                scale = scale.reshape(wanted)
+        return QuantizedTensor(stored.view(torch.int8), scale, None, spec)
 
     def stored_bytes(
         self, rows: int, columns: int, spec: NumberSpec, scale_dtype: torch.dtype
