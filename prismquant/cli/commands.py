@@ -57,7 +57,9 @@ def demo(
     """Quantize the embedded model with W4A16 and W4A8 and show float, RTN and GPTQ side by side."""
     from prismquant.demo.run import run_demo
     from prismquant.report.tables import comparison_table
+    from prismquant.threads import use_threads
 
+    use_threads(None)
     report = run_demo(out, say=make_console(stderr=True).print if as_json else show)
     if as_json:
         say_json(report.to_dict())
@@ -364,8 +366,10 @@ def evaluate(
     from prismquant.api import measure
     from prismquant.report.tables import comparison_table, detail_table, reference_variant, variant
     from prismquant.storage import weight_bytes, write_json
+    from prismquant.threads import use_threads
 
     target = None if out is None else _writable(out)
+    use_threads(None)
     result = measure(
         model,
         data,
