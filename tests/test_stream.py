@@ -48,7 +48,8 @@ def job_of(folder: Path, recipe: pq.Recipe, out: Path, **fields: Any) -> Run:
 
 def told(records: Sequence[StepRecord]) -> list[dict[str, Any]]:
     """Records without what differs from one run to the next."""
-    return [{k: v for k, v in asdict(record).items() if k != "seconds"} for record in records]
+    apart = ("seconds", "threads")  # without data, threads change nothing and are not noted
+    return [{k: v for k, v in asdict(record).items() if k not in apart} for record in records]
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
