@@ -70,7 +70,7 @@ from prismquant.pipeline.identity import (
 from prismquant.pipeline.job import Reporter, Run, Silent
 from prismquant.pipeline.media import Limits
 from prismquant.pipeline.plan import Plan, make_plan
-from prismquant.pipeline.record import RunRecord, StepRecord
+from prismquant.pipeline.record import RunRecord, StepRecord, refuse_nonfinite, told_of
 from prismquant.pipeline.seen import unseen_vision
 from prismquant.pipeline.stream import stream, streams
 from prismquant.pipeline.survey import Survey, let_go, position_limit, survey
@@ -98,8 +98,9 @@ class Result:
         folder: The checkpoint.
         plan: What was done.
         record: How well.
-        notes: What was damaged, or differs, of the earlier run that this one went on with; and
-            which layers were rounded to nearest because their solver failed.
+        notes: What was damaged, or differs, of the earlier run that this one went on with; which
+            layers were rounded to nearest because their solver failed; and which tensors that stay
+            in floating point hold NaN or infinities.
     """
 
     folder: Path
@@ -302,9 +303,11 @@ def _quantize(
         if first:
             record = directory.begin(record, plan, recipe, resume=resume)
         record = RunRecord.from_dict(ranks.gather_json(record.to_dict())[0])
+        if strict:
+            refuse_nonfinite(record.damaged, bound.folder)
         if record.finished:
-            return Result(out, plan, record, failure_lines(record.steps))
-        way, writer = memory.way, CheckpointWriter(out, bound, plan)
+            return Result(out, plan, record, _notes(record))
+        way, writer = memory.way, CheckpointWriter(out, bound, plan, strict=strict)
         surveyed = list(found.batches)
         del found
         waiting = directory.states(ranks.rank, on_disk=way.on_disk)
@@ -326,11 +329,11 @@ def _quantize(
             # Closed before anything else: the workers of a stream must not outlive the run.
             with contextlib.closing(_remaining(job, gradients)) as steps:
                 if first:
-                    record = _recorded(steps, record, directory, writer)
+                    record = _recorded(steps, record, directory, writer, reporter)
                 else:
                     deque(steps, maxlen=0)
-        notes = record.restarts[-1].notes if record.restarts else ()
-        told = (*notes, *failure_lines(record.steps), *links_remark(bound.folder))
+        earlier = record.restarts[-1].notes if record.restarts else ()
+        told = (*earlier, *_notes(record), *links_remark(bound.folder))
         return Result(out, plan, record, told)
 
 
@@ -339,15 +342,28 @@ def _recorded(
     record: RunRecord,
     directory: RunDirectory,
     writer: CheckpointWriter,
+    reporter: Reporter,
 ) -> RunRecord:
     """Note every step when its shard is durable, then finish the checkpoint."""
     source, files = writer.bound.folder, record.identity.files
     with directory.unpublished_on_error(), unchanged(source, files) as look:
         for step in steps:
             look()
+            step = replace(step, nonfinite=writer.nonfinite.get(step.shard, {}))
+            for line in _damage(step.nonfinite):
+                reporter.remark(line)
             record = directory.add(record, step, peak_memory_bytes())
-        writer.finish()
-    return directory.finish(record)
+        loose = writer.finish()
+    return directory.finish(replace(record, nonfinite=loose))
+
+
+def _notes(record: RunRecord) -> tuple[str, ...]:
+    """What did not go as a user may expect."""
+    return (*failure_lines(record.steps), *_damage(record.damaged))
+
+
+def _damage(nonfinite: Mapping[str, str]) -> list[str]:
+    return [f"kept damaged, as it is in the source: {line}" for line in told_of(nonfinite)]
 
 
 def _unusual(bound: BoundModel, ranks: Ranks, *, locked: bool) -> dict[str, str]:

@@ -38,6 +38,7 @@ from prismquant.headers import read_header
 from prismquant.models.arch import SiteKind
 from prismquant.models.bind import BoundModel, BoundSite, BoundStep
 from prismquant.models.rotation import untied
+from prismquant.numerics.affine import nonfinite
 from prismquant.numerics.hadamard import hadamard_matrix
 from prismquant.pipeline.chain import source_reader
 from prismquant.pipeline.group import SolvedLayer
@@ -45,6 +46,7 @@ from prismquant.pipeline.kv import KVScales
 from prismquant.pipeline.kv_plan import KVLayer
 from prismquant.pipeline.layout import DENSE, is_declarable
 from prismquant.pipeline.plan import Plan, PlanRow
+from prismquant.pipeline.record import refuse_nonfinite
 from prismquant.storage import (
     INDEX_NAME,
     ShardReader,
@@ -65,12 +67,20 @@ class CheckpointWriter:
         folder: The output folder.
         bound: The source model.
         plan: What is quantized, and in which layout.
+        strict: Refuse tensors that stay in floating point and hold NaN or infinities.
+
+    Attributes:
+        nonfinite: Those that were written all the same, by shard and name, with how many.
     """
 
-    def __init__(self, folder: Path, bound: BoundModel, plan: Plan) -> None:
+    def __init__(
+        self, folder: Path, bound: BoundModel, plan: Plan, *, strict: bool = False
+    ) -> None:
         self.folder = folder
         self.bound = bound
         self.plan = plan
+        self.strict = strict
+        self.nonfinite: dict[str, dict[str, str]] = {}
         self._reader = source_reader(plan, bound)
 
     def write_step(
@@ -78,18 +88,19 @@ class CheckpointWriter:
     ) -> str:
         """Write one step's shard: its quantized layers, what was changed, the rest as it is."""
         solved = {f"{layer.row.site.disk_name}.weight": layer for layer in layers}
-        tensors = {self.bound.names.to_disk(name): tensor for name, tensor in changed.items()}
+        shard = self._shard_name(self.bound.steps.index(step) + 1)
+        plain = {self.bound.names.to_disk(name): tensor for name, tensor in changed.items()}
+        tensors = self._rotations(step)
         for name in self._names_of(step):
             layer = solved.pop(name, None)
             if layer is not None:
                 tensors |= _layer_tensors(layer)
-            elif name not in tensors:
-                tensors[name] = self._reader.read(name)
+            elif name not in plain:
+                plain[name] = self._reader.read(name)
         if solved:
             raise StorageError(f"the source has no tensor {next(iter(solved))!r}", where=step.name)
-        tensors |= self._rotations(step)
-        shard = self._shard_name(self.bound.steps.index(step) + 1)
-        write_tensors(self.folder / shard, tensors)
+        self.nonfinite[shard] = self._nonfinite(plain)
+        write_tensors(self.folder / shard, tensors | plain)
         return shard
 
     def read_step(self, shard: str, rows: Sequence[PlanRow]) -> list[SolvedLayer]:
@@ -111,9 +122,14 @@ class CheckpointWriter:
         key, value = (reader.read(self.bound.names.to_disk(name)) for name in layer.tensors)
         return KVScales(key, value)
 
-    def finish(self) -> None:
-        """Write what belongs to no step, the index, the copied files, and ``config.json`` last."""
+    def finish(self) -> dict[str, str]:
+        """Write what belongs to no step, the index, the copied files, and ``config.json`` last.
+
+        Returns:
+            Tensors of no step that hold NaN or infinities, and how many.
+        """
         loose = {name: self._reader.read(name) for name in self._loose_names()}
+        found = self._nonfinite(loose)
         write_tensors(self.folder / self._shard_name(len(self.bound.steps) + 1), loose)
         write_json(self.folder / INDEX_NAME, self._index())
         for source in files_to_copy(self.bound.folder):
@@ -128,6 +144,14 @@ class CheckpointWriter:
             config |= {CONFIG_KEY: groups}
         rows = ((_config_name(self.bound, row.site.name), row) for row in self.plan.quantized)
         write_json(self.folder / "config.json", config | private_section(rows))
+        return found
+
+    def _nonfinite(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """Which tensors hold NaN or infinities, and how many; an error if that is not to be."""
+        found = {name: said for name, tensor in tensors.items() if (said := nonfinite(tensor))}
+        if self.strict:
+            refuse_nonfinite(found, self.bound.folder)
+        return found
 
     def _read_layer(self, reader: ShardReader, row: PlanRow) -> SolvedLayer:
         prefix, weights = row.site.disk_name, row.weights

@@ -416,12 +416,28 @@ def finiteness(x: Tensor) -> str:
         E.g. ``2 NaN and 1 infinite of 4096 values, the finite ones from -3.1 to 2.7``.
     """
     finite = x[torch.isfinite(x)]
-    nans = int(torch.isnan(x).sum())
-    infinite = x.numel() - finite.numel() - nans
-    said = f"{nans} NaN and {infinite} infinite of {x.numel()} values"
+    said = _counted(x)
     if not finite.numel():
         return said
     return f"{said}, the finite ones from {float(finite.min()):.4g} to {float(finite.max()):.4g}"
+
+
+def nonfinite(x: Tensor) -> str:
+    """The values of a tensor of any dtype that are not finite, counted.
+
+    Returns:
+        E.g. ``2 NaN and 1 infinite of 4096 values``; empty where all are finite, as integers are.
+    """
+    if not x.is_floating_point():
+        return ""
+    # Of single bytes there is no arithmetic, and bfloat16 holds them all.
+    values = x.to(torch.bfloat16) if x.itemsize == 1 else x
+    return "" if all_finite(values) else _counted(values)
+
+
+def _counted(x: Tensor) -> str:
+    nans, infinite = int(torch.isnan(x).sum()), int(torch.isinf(x).sum())
+    return f"{nans} NaN and {infinite} infinite of {x.numel()} values"
 
 
 def all_finite(x: Tensor) -> bool:

@@ -11,12 +11,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from prismquant.errors import StorageError
+from prismquant.errors import NumericsError, StorageError, grouped, listed
 from prismquant.pipeline.identity import EXACT, Identity
 
 RECORD_VERSION = 4
@@ -75,6 +75,8 @@ class StepRecord:
         edges: Edges along which scale was moved, or was not worth moving.
         kv_cache: Ranges of the keys and values of its attention, where their cache is quantized.
         threads: Threads that torch computed with; 0 where they change nothing.
+        nonfinite: Tensors of the shard that stay in floating point and hold NaN or infinities, with
+            how many of them.
         size: Bytes of the shard, once it is claimed.
         sha256: Its checksum.
     """
@@ -88,6 +90,7 @@ class StepRecord:
     edges: tuple[EdgeRecord, ...] = ()
     kv_cache: Mapping[str, float | int | str] = field(default_factory=dict)
     threads: int = 0
+    nonfinite: Mapping[str, str] = field(default_factory=dict)
     size: int = 0
     sha256: str = ""
 
@@ -126,6 +129,7 @@ class RunRecord:
         peak_memory_bytes: Largest resident set seen, 0 where the system does not tell.
         restarts: Each time that the run was taken up again.
         files: Checksums of the other files of the finished checkpoint, by their path in the folder.
+        nonfinite: As that of a step, of tensors that belong to none.
     """
 
     __pydantic_config__ = EXACT
@@ -142,6 +146,7 @@ class RunRecord:
     peak_memory_bytes: int = 0
     restarts: tuple[RestartRecord, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
+    nonfinite: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def threads(self) -> tuple[int, ...]:
@@ -151,6 +156,12 @@ class RunRecord:
         if not had and began.isdecimal():
             had = [int(began)]
         return tuple(number for number, _ in itertools.groupby(had))
+
+    @property
+    def damaged(self) -> dict[str, str]:
+        """All tensors that stay in floating point and hold NaN or infinities, with how many."""
+        parts = [step.nonfinite for step in self.steps]
+        return {name: said for part in (*parts, self.nonfinite) for name, said in part.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
@@ -176,6 +187,25 @@ class RunRecord:
         for name in [*(step.shard for step in record.steps), *record.files]:
             _require_inside(name)
         return record
+
+
+def told_of(nonfinite: Mapping[str, str]) -> list[str]:
+    """What is said of tensors with NaN or infinities, a line each; of many layers in one."""
+    return grouped(f"{name} holds {said}" for name, said in nonfinite.items())
+
+
+def refuse_nonfinite(nonfinite: Mapping[str, str], source: Path) -> None:
+    """Refuse tensors that stay in floating point and hold NaN or infinities.
+
+    Raises:
+        NumericsError: There are such; names them all.
+    """
+    if nonfinite:
+        raise NumericsError(
+            f"tensors that stay in floating point are damaged:{listed(told_of(nonfinite))}",
+            where=str(source),
+            remedy="download or convert the model again, or leave out --strict",
+        )
 
 
 @cache
