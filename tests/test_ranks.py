@@ -86,7 +86,8 @@ def test_several_ranks_give_the_codes_of_one(
     assert record.identity == expected.identity
     for step, other in zip(record.steps, expected.steps, strict=True):
         for layer, twin in zip(step.layers, other.layers, strict=True):
-            assert layer.name == twin.name
+            assert (layer.name, layer.tokens) == (twin.name, twin.tokens)
+            assert layer.tokens
             assert layer.loss == pytest.approx(twin.loss, rel=1e-5)
 
 

@@ -181,7 +181,7 @@ def quantize(
     from prismquant.distributed import joined
     from prismquant.export.check import check
     from prismquant.pipeline.failure import failed_layers
-    from prismquant.report.plans import memory_line, run_table
+    from prismquant.report.plans import memory_line, run_table, token_lines
     from prismquant.report.progress import ProgressReporter
     from prismquant.threads import use_threads
 
@@ -231,6 +231,8 @@ def quantize(
     else:
         console.print(run_table(result.plan, result.record))
         console.print(memory_line(result.record))
+        for line in token_lines(result.plan, result.record):
+            console.print(as_text(line))
         _print_remarks(console, [*result.plan.remarks, *result.notes])
         _print_findings(console, report)
         console.print(as_text(f"written: {out}"), soft_wrap=True)

@@ -29,6 +29,8 @@ from prismquant.models.arch import Modality
 from prismquant.models.bind import BoundModel, BoundStep
 from prismquant.numerics.affine import all_finite, finiteness
 from prismquant.pipeline.batches import Batch
+from prismquant.pipeline.data import Kind
+from prismquant.pipeline.seen import Tokens
 from prismquant.pipeline.states import InMemory, States
 
 
@@ -54,6 +56,8 @@ class _Pass:
             pixels they have the shape.
         row_weights: [tokens] float32, 0 for padding; None: every row counts.
         vision: [tokens] bool, rows of images and videos in the language model; None elsewhere.
+        tokens: How many rows of each modality count in the language model; None elsewhere.
+        kind: What a pass of the vision tower is of.
         latest: Name of the last finished step of the chain.
         hidden: Gives its output.
         entry_shape: Shape of the entry step's output, for a stand-in that costs nothing.
@@ -64,6 +68,8 @@ class _Pass:
     inputs: Callable[[], dict[str, Any]]
     row_weights: Tensor | None
     vision: Tensor | None = None
+    tokens: Tokens | None = None
+    kind: Kind = "text"
     latest: str = ""
     hidden: Callable[[], Any] = lambda: None
     entry_shape: torch.Size = field(default_factory=torch.Size)
@@ -86,6 +92,8 @@ class StepCall:
         vision: [tokens] bool, which rows are of an image or video, in the language model; else
             None.
         keep: Stores the step's output, which later steps will see.
+        tokens: How many rows of each modality count in the language model; None elsewhere.
+        kind: What all rows are of elsewhere.
     """
 
     args: tuple[Any, ...]
@@ -93,6 +101,15 @@ class StepCall:
     row_weights: Tensor | None
     vision: Tensor | None
     keep: Callable[[Any], None]
+    tokens: Tokens | None = None
+    kind: Kind = "text"
+
+    def seen(self, rows: int) -> Tokens:
+        """How many of a layer's rows are of each modality; padding is of none."""
+        if self.tokens is not None:
+            return self.tokens
+        counted = rows if self.row_weights is None else int((self.row_weights > 0).sum())
+        return Tokens(**{self.kind: counted})
 
     def token_weights(self, vision_weight: float) -> Tensor | None:
         """``row_weights`` with rows of images and videos counted ``vision_weight`` times."""
@@ -188,14 +205,25 @@ class Replay:
             captured = self._capture(inputs, self._vision_stand_ins(passes) | known)
             mask = inputs.get("attention_mask")
             weights = None if mask is None else mask.reshape(-1).to(torch.float32)
+            tokens = self._count(inputs["input_ids"].reshape(-1), weights, vision)
             if captured.args_of_step:
                 raise ModelError(
                     "the language model is called with positional arguments",
                     where=self.bound.arch.name,
                 )
-            self._llm.append(_Pass(self._states.keep(captured.kwargs_of_step), weights, vision))
+            kept = self._states.keep(captured.kwargs_of_step)
+            self._llm.append(_Pass(kept, weights, vision, tokens))
         self._vision.clear()
         self._batches.clear()
+
+    def _count(self, ids: Tensor, weights: Tensor | None, vision: Tensor) -> Tokens:
+        """How many tokens of each modality count."""
+        keys = zip(self.bound.arch.vision_token_ids, self.bound.vision_token_ids, strict=True)
+        videos = torch.tensor([i for key, i in keys if "video" in key], device=ids.device)
+        counted = torch.ones_like(vision) if weights is None else weights > 0
+        video = torch.isin(ids, videos) & vision
+        parts = (~vision, vision & ~video, video)
+        return Tokens(*(int((part & counted).sum()) for part in parts))
 
     def calls(self, step: BoundStep) -> Iterator[StepCall]:
         """How the model calls ``step``, pass by pass; all steps before it must be finished."""
@@ -238,7 +266,12 @@ class Replay:
             return {key: _moved(batch.whole().inputs[key], self._device, self._dtype)}
 
         return [
-            _Pass(partial(of_group, group), None, pixels=partial(pixels, group[0]))
+            _Pass(
+                partial(of_group, group),
+                None,
+                kind="video" if "video" in group[0] else "image",
+                pixels=partial(pixels, group[0]),
+            )
             for group in groups
             if inputs.get(group[0]) is not None
         ]
@@ -249,7 +282,12 @@ class Replay:
             with replaced_forwards(self.model, self._chain_stand_ins(state, Modality.LLM)):
                 output = root(**state.inputs())
             yield StepCall(
-                (output.last_hidden_state,), {}, state.row_weights, state.vision, lambda _: None
+                (output.last_hidden_state,),
+                {},
+                state.row_weights,
+                state.vision,
+                lambda _: None,
+                state.tokens,
             )
 
     def _step_call(self, step: BoundStep, state: _Pass, captured: _Captured) -> StepCall:
@@ -276,7 +314,13 @@ class Replay:
             state.latest, state.hidden = step.name, self._states.keep(output)
 
         return StepCall(
-            captured.args_of_step, captured.kwargs_of_step, state.row_weights, state.vision, keep
+            captured.args_of_step,
+            captured.kwargs_of_step,
+            state.row_weights,
+            state.vision,
+            keep,
+            state.tokens,
+            state.kind,
         )
 
     def _vision_stand_ins(self, passes: Sequence[_Pass]) -> dict[str, Callable[..., Any]]:

@@ -39,6 +39,7 @@ from prismquant.pipeline.layout import DENSE
 from prismquant.pipeline.passes import Output, Passes
 from prismquant.pipeline.plan import PlanEdge, PlanRow, problem_groups
 from prismquant.pipeline.record import EdgeRecord, LayerRecord, StepRecord
+from prismquant.pipeline.seen import Tokens, summed
 from prismquant.pipeline.tune import TunedBlock, tune
 from prismquant.runtime.quant_linear import quantize_inputs, quantize_outputs
 
@@ -326,12 +327,17 @@ class _Engine:
         for method in dict.fromkeys(edge.equalizer for edge in planned):
             edges = [edge for edge in planned if edge.equalizer == method]
             self.job.reporter.stage(work.step.name, method)
-            records = self._channels(work.step, edges)
+            records, seen = self._channels(work.step, edges)
             for edge in reversed(edges):
-                self._equalize_edge(edge, records[edge.edge.consumers[0]], work)
+                first = edge.edge.consumers[0]
+                self._equalize_edge(edge, records[first], seen.get(first, Tokens()), work)
 
-    def _channels(self, step: BoundStep, edges: Sequence[PlanEdge]) -> dict[str, ChannelRecord]:
-        """What calibration sees of the input of each edge's readers, by the first reader's name."""
+    def _channels(
+        self, step: BoundStep, edges: Sequence[PlanEdge]
+    ) -> tuple[dict[str, ChannelRecord], dict[str, Tokens]]:
+        """What calibration sees of the input of each edge's readers, by the first reader's name;
+        and of how many tokens.
+        """
         names = list(dict.fromkeys(edge.edge.consumers[0] for edge in edges))
         records = {
             name: ChannelRecord(
@@ -339,19 +345,23 @@ class _Engine:
             )
             for name in names
         }
+        seen: dict[str, Tokens] = {}
         for call, inputs in self.main.passes(step).inputs(names):
             for name, x in inputs.items():
                 rows = x.reshape(-1, records[name].in_features)
                 records[name].update(rows, call.row_weights, call.vision)
-        return all_channels(records, self.job.ranks)
+                seen[name] = seen.get(name, Tokens()) + call.seen(len(rows))
+        return all_channels(records, self.job.ranks), summed(seen, self.job.ranks)
 
-    def _equalize_edge(self, planned: PlanEdge, record: ChannelRecord, work: _Work) -> None:
+    def _equalize_edge(
+        self, planned: PlanEdge, record: ChannelRecord, seen: Tokens, work: _Work
+    ) -> None:
         edge = planned.edge
         weight = self._vision_weight(self.all_rows[edge.consumers[0]])
         problem = edge_problem(self.main.model, edge, self.all_rows, record, weight)
         result = build_equalizer(planned.equalizer, planned.options).equalize(problem)
         notes = dict(result.notes)
-        work.edges.append(EdgeRecord(edge.source, edge.consumers, planned.equalizer, notes))
+        work.edges.append(EdgeRecord(edge.source, edge.consumers, planned.equalizer, notes, seen))
         if result.scale is None:
             return
         stored = self._stored_dtype(f"{edge.source}.weight")

@@ -26,9 +26,16 @@ from prismquant.pipeline.exchange import all_ranges, largest
 from prismquant.pipeline.failure import FAILED, Guarded, failure_notes, with_way_out
 from prismquant.pipeline.plan import PlanRow
 from prismquant.pipeline.record import LayerRecord
+from prismquant.pipeline.seen import Tokens, summed
 from prismquant.runtime.quant_linear import ActivationQuantizer, QuantLinear
 
 What = Literal["columns", "ranges", "moments"]
+# What the record is told the tokens of, by what they are taken in for.
+_STATISTICS: dict[What, tuple[str, ...]] = {
+    "columns": (),
+    "ranges": ("input_range", "output_range"),
+    "moments": ("hessian",),
+}
 
 _UNSEEN = "no calibration token reached this layer"
 _MORE_SAMPLES = "add samples of the modality that passes it"
@@ -147,6 +154,7 @@ class Group:
         self._ranges: dict[str, RangeRecord] = {}
         self._outputs: dict[str, RangeRecord] = {}
         self._magnitudes: Tensor | None = None
+        self._seen: dict[str, Tokens] = {}
         self._input: StaticScale | None = None
         self._kept: list[SplitColumns | None] = [None] * len(rows)
         self._notes: dict[str, Note] = {}
@@ -185,6 +193,7 @@ class Group:
             elif what == "ranges":
                 if self.rows[0].static_input:
                     self._observe_range(self._ranges, self._without_columns(rows), call)
+                    self._count("input_range", call.seen(len(rows)))
             elif self._failed is None:
                 self._observe_moments(rows, call, wanted)
         except NumericsError as error:
@@ -196,6 +205,9 @@ class Group:
                 error.what, where=f"input of {self.name}", remedy=error.remedy
             ) from error
 
+    def _count(self, statistic: str, tokens: Tokens) -> None:
+        self._seen[statistic] = self._seen.get(statistic, Tokens()) + tokens
+
     def observe_outputs(self, x: Tensor, call: StepCall) -> None:
         """Take in one call's outputs of the layers that have a static range for them."""
         for row, module in self._pairs():
@@ -204,6 +216,8 @@ class Group:
                 counted = rows if call.row_weights is None else rows[call.row_weights > 0]
                 momentum = row.activation_range.momentum
                 self._outputs.setdefault(row.site.name, RangeRecord(momentum)).update(counted)
+        if any(row.static_output for row in self.rows):
+            self._count("output_range", call.seen(x.shape[:-1].numel()))
 
     def split_columns(self) -> None:
         """Decide which columns stay in floating point, once their magnitudes are known."""
@@ -218,6 +232,8 @@ class Group:
         """Let the group know what all ranks have seen."""
         if ranks.size == 1:
             return
+        names = _STATISTICS[what]
+        self._seen |= summed({n: t for n, t in self._seen.items() if n in names}, ranks)
         width = self.rows[0].site.in_features
         if what == "columns":
             self._magnitudes = largest(self._magnitudes, width, ranks)
@@ -290,10 +306,15 @@ class Group:
         return [
             (
                 SolvedLayer(row, weight, self._input_scale(), self._output_scale(row), kept),
-                LayerRecord(row.site.name, method, loss, baseline, facts),
+                LayerRecord(row.site.name, method, loss, baseline, facts, self._seen_by(row)),
             )
             for row, weight, kept, loss, baseline in outcomes
         ]
+
+    def _seen_by(self, row: PlanRow) -> dict[str, Tokens]:
+        """How many tokens each of a layer's statistics has seen; outputs are each layer's own."""
+        own = row.static_output
+        return {name: seen for name, seen in self._seen.items() if own or name != "output_range"}
 
     def _pairs(self) -> list[tuple[PlanRow, nn.Module]]:
         return list(zip(self.rows, self.modules, strict=True))
@@ -337,6 +358,10 @@ class Group:
                 self._hessian = HessianRecord(rows.shape[1], rows.device, self.name)
             # What is rounded for the layer's product can be rounded here, where it saves time.
             self._hessian.update(seen.to(self.settings.products), weights)
+        tokens = call.seen(len(rows))
+        # Where vision tokens count for nothing, none of them has been seen.
+        unseen = call.vision is not None and self.settings.vision_weight == 0
+        self._count("hessian", tokens.without_vision if unseen else tokens)
 
     def _quantized(self, rows: Tensor) -> Tensor:
         """The input as the layer will really see it."""
@@ -375,6 +400,7 @@ class Group:
     def _give_up(self, why: str) -> None:
         """Do without moments."""
         self._failed, self._hessian, self._drift = why, None, None
+        self._seen.pop("hessian", None)
 
     def _failed_on_any(self, ranks: Ranks) -> bool:
         """Whether the moments are lost; every rank then does without, for the same reason."""

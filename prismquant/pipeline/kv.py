@@ -27,6 +27,7 @@ from prismquant.numerics.ranges import RangeRecord, RangeRule
 from prismquant.pipeline.capture import Enough, StepCall
 from prismquant.pipeline.exchange import all_ranges
 from prismquant.pipeline.kv_plan import KVLayer, KVPlan
+from prismquant.pipeline.seen import Tokens, summed
 from prismquant.runtime.kv_cache import KVQuantizer, KVWatch, rotated
 
 Notes = dict[str, float | int | str]
@@ -133,6 +134,7 @@ class KVObservation:
     _keys: KVRecord = field(init=False)
     _values: KVRecord = field(init=False)
     _constant: _Constant | None = field(init=False)
+    _seen: Tokens = field(init=False, default_factory=Tokens)
 
     def __post_init__(self) -> None:
         heads = self.layer.kv_heads if self.plan.spec.per_head else 1
@@ -159,6 +161,7 @@ class KVObservation:
         for call in calls:
             keys, values = _keys_and_values(attention, block, call)
             keys = self._as_stored(keys)
+            self._seen += call.seen(len(keys))
             try:
                 self._keys.update(keys)
                 self._values.update(values)
@@ -180,6 +183,7 @@ class KVObservation:
             return
         self._keys.share(ranks)
         self._values.share(ranks)
+        self._seen = summed({"": self._seen}, ranks)[""]
         if self._constant is not None:
             parts = ranks.gather_json(asdict(self._constant))
             self._constant = _Constant(
@@ -210,14 +214,16 @@ class KVObservation:
     def notes(self) -> Notes:
         """What to keep of it in the record.
 
-        ``key_amax`` and ``value_amax`` are the largest magnitudes of what is rounded. Where the
+        ``text_tokens``, ``image_tokens`` and ``video_tokens`` are how many of each were looked at,
+        ``key_amax`` and ``value_amax`` the largest magnitudes of what is rounded. Where the
         projection has a bias: ``key_bias_energy`` is the rotated bias's sum of squares relative to
         the keys' (1: the keys are little else), ``key_bias_range`` its largest magnitude relative
         to theirs, and ``key_amax_without_bias`` the largest magnitude that is left when it is
         subtracted.
         """
         amax = self._keys.amax
-        notes: Notes = {"key_amax": amax, "value_amax": self._values.amax}
+        notes: Notes = {f"{kind}_tokens": count for kind, count in asdict(self._seen).items()}
+        notes |= {"key_amax": amax, "value_amax": self._values.amax}
         return notes | ({} if self._constant is None else self._constant.notes(amax))
 
 

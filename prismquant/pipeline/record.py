@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from prismquant.errors import NumericsError, StorageError, grouped, listed
 from prismquant.pipeline.identity import EXACT, Identity
+from prismquant.pipeline.seen import Tokens
 
 RECORD_VERSION = 4
 
@@ -33,6 +34,8 @@ class LayerRecord:
             weight error where no statistics were needed.
         baseline_loss: The same for rounding to nearest with the same scales.
         notes: Damping, fallbacks, input range and other facts worth keeping.
+        tokens: How many tokens each of its statistics has seen, by its name: ``input_range``,
+            ``output_range`` and ``hessian``.
     """
 
     __pydantic_config__ = EXACT
@@ -42,6 +45,7 @@ class LayerRecord:
     loss: float
     baseline_loss: float
     notes: Mapping[str, float | int | str]
+    tokens: Mapping[str, Tokens] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class EdgeRecord:
         readers: Module paths of the layers that read it.
         equalizer: The method that chose the scale.
         notes: What it chose and gained, or why it left the edge alone.
+        tokens: How many tokens its readers' input was looked at of.
     """
 
     __pydantic_config__ = EXACT
@@ -61,6 +66,7 @@ class EdgeRecord:
     readers: tuple[str, ...]
     equalizer: str
     notes: Mapping[str, float | int | str]
+    tokens: Tokens = field(default_factory=Tokens)
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,13 @@ and no clip at all is told before any long work.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from prismquant.distributed import Ranks
 from prismquant.models.arch import Modality
 from prismquant.pipeline.data import Sample, media_of
+from prismquant.pipeline.identity import EXACT
 from prismquant.pipeline.plan import Plan
 
 
@@ -26,6 +28,8 @@ class Tokens:
         video: Of videos.
     """
 
+    __pydantic_config__ = EXACT
+
     text: int = 0
     image: int = 0
     video: int = 0
@@ -33,10 +37,24 @@ class Tokens:
     def __add__(self, other: Tokens) -> Tokens:
         return Tokens(self.text + other.text, self.image + other.image, self.video + other.video)
 
+    @property
+    def without_vision(self) -> Tokens:
+        """Those of text alone."""
+        return Tokens(text=self.text)
+
     def describe(self) -> str:
-        """E.g. ``120 text, 64 image and 0 video tokens``."""
-        counts = [f"{count} {name}" for name, count in asdict(self).items()]
+        """E.g. ``120 text, 64 image and 0 video tokens``; of text only where there is any."""
+        counts = [f"{n} {name}" for name, n in asdict(self).items() if n or name != "text"]
         return f"{', '.join(counts[:-1])} and {counts[-1]} tokens"
+
+
+def summed(seen: Mapping[str, Tokens], ranks: Ranks) -> dict[str, Tokens]:
+    """What all ranks have seen, by the same names."""
+    total: dict[str, Tokens] = {}
+    for part in ranks.gather_json({name: asdict(tokens) for name, tokens in seen.items()}):
+        for name, counts in part.items():
+            total[name] = total.get(name, Tokens()) + Tokens(**counts)
+    return total
 
 
 def unseen_vision(plan: Plan, samples: Sequence[Sample]) -> tuple[str, ...]:

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
 
+from prismquant.models.arch import Modality
 from prismquant.pipeline.failure import failed_layers
 from prismquant.pipeline.plan import Plan, PlanEdge, PlanRow
 from prismquant.pipeline.record import RunRecord, StepRecord
+from prismquant.pipeline.seen import Tokens
 from prismquant.report.tables import format_bytes, format_figure, rich_table
 
 _FLOAT = "float"
+_TOWERS = {
+    Modality.VISION: "vision tower",
+    Modality.PROJECTOR: "projector",
+    Modality.LLM: "language model",
+}
 
 
 def layer_table(plan: Plan) -> Table:
@@ -113,6 +121,24 @@ def memory_line(record: RunRecord) -> str:
     budget = f", budget {format_bytes(int(told['budget_bytes']))}" if "budget_bytes" in told else ""
     measured = format_bytes(record.peak_memory_bytes)
     return f"peak memory {measured}, predicted {predicted}{budget}; {told.get('way', '')}"
+
+
+def token_lines(plan: Plan, record: RunRecord) -> list[str]:
+    """How many tokens of each modality the statistics have seen, a line for each tower; more where
+    layers of one tower differ.
+    """
+    towers = {row.site.name: row.site.modality for row in plan.rows}
+    found: dict[tuple[Modality, Tokens], list[str]] = {}
+    for layer in (layer for step in record.steps for layer in step.layers):
+        for statistic, tokens in layer.tokens.items():
+            found.setdefault((towers[layer.name], tokens), []).append(statistic)
+    alike = Counter(tower for tower, _ in found)
+    return [
+        f"statistics of the {_TOWERS[tower]}"
+        + (f" ({', '.join(sorted(set(names)))})" if alike[tower] > 1 else "")
+        + f" have seen {tokens.describe()}"
+        for (tower, tokens), names in found.items()
+    ]
 
 
 def _remark(step: StepRecord) -> str:
