@@ -85,22 +85,6 @@ def _require_no_folder(path: Path) -> None:
             )
 
 
-def require_writable(path: Path) -> None:
-    """Make sure that a file can be written, before the work that its contents take.
-
-    What is there stays as it is.
-
-    Raises:
-        StorageError: It cannot; says why.
-    """
-    with contextlib.suppress(_Tried), atomic_path(path):
-        raise _Tried
-
-
-class _Tried(Exception):  # noqa: N818 - nothing is wrong
-    """Ends an attempt to write that was only made to see whether it can be."""
-
-
 def make_folder(folder: Path) -> None:
     """Make a folder, and what is missing above it, so that a power cut does not take it.
 

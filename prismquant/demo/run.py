@@ -18,7 +18,7 @@ from prismquant.demo.scenes import write_dataset
 from prismquant.outputs import require_empty
 from prismquant.recipe.schema import load_recipe
 from prismquant.report.tables import Variant, reference_variant, variant
-from prismquant.storage import write_json
+from prismquant.storage import storage_error, write_json
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 RECIPES = ("w4a16", "w4a8")
@@ -61,9 +61,11 @@ def run_demo(out: str | Path, say: Callable[[str], None]) -> DemoReport:
     require_empty(folder)
     try:
         return _run(folder, say)
-    except BaseException:
+    except BaseException as error:
         for name in ("calibration", "evaluation", *(f"{r}-{s}" for r in RECIPES for s in SOLVERS)):
             shutil.rmtree(folder / name, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise storage_error(error, folder) from error
         raise
 
 
