@@ -158,13 +158,12 @@ def test_pixels_count_in_the_forecast_where_they_are_made(tiny: Callable[..., Pa
     given: dict[str, Any] = {"resident": 0, "way": WAYS[-1]}
     for recipe, held in (("w4a16", 0), ("w4a16-all", 1)):
         plan = make_plan(pq.load_recipe(recipe), bound)
-        without = forecast(plan, bound, tokens, **given)
         making = Cost(peak=3 << 30, pixels=1 << 30)
         found = forecast(plan, bound, tokens, making=making, **given)
         assert found.where == "model.visual.patch_embed"
         # Statistics hold a batch while the next one is made.
         expected = making.peak + held * making.pixels
-        assert 0 <= found.peak_bytes - expected - without.peak_bytes + (64 << 20) < 128 << 20
+        assert expected < found.peak_bytes < expected + (512 << 20)
     plan = make_plan(pq.load_recipe("w4a16").with_rules({"solver": "rtn"}), bound)
     assert forecast(plan, bound, tokens, making=making, **given).peak_bytes < 1 << 30
 

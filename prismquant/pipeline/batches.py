@@ -317,7 +317,7 @@ def _cut(batch: Batch, length: int) -> Batch:
             )
     whole = ~batch.answer_mask[:, length:].any(dim=1, keepdim=True)
     inputs = {
-        name: value[:, :length] if value.shape[:2] == shape else value
+        name: value[:, :length].contiguous() if value.shape[:2] == shape else value
         for name, value in batch.inputs.items()
     }
     longer = batch.attended[:, length:].any(dim=1).tolist()

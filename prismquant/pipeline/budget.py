@@ -29,9 +29,10 @@ _FLOAT32 = 4
 _HELD = 5
 # Intermediate tensors of one call that are alive at once, in units of its widest layer.
 _ALIVE = 4
-# What libraries load when they are first used, a compiler among them that takes 130 MiB, and what
-# the allocator and large pages round up.
-_SLACK = 352 << 20
+# What libraries load when they are first used, and what the allocator and large pages round up.
+_SLACK = 222 << 20
+# One of them is a compiler, which the first layer that is solved calls for.
+_COMPILER = 130 << 20
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,12 @@ def forecast(
         making: What making the pixels of a batch takes, where they do not stay in memory.
     """
     outline = _Outline(plan, bound, tokens, way, precision or Precision(), making or Cost())
-    peaks = {step.name: outline.step(step) for step in bound.steps}
-    peaks["embeddings"] = outline.embeddings()
+    first = min((row.site.step for row in plan.quantized), default=len(bound.steps))
+    peaks = {
+        step.name: outline.step(step) + (_COMPILER if step.index >= first else 0)
+        for step in bound.steps
+    }
+    peaks["embeddings"] = outline.embeddings() + _COMPILER
     where = max(peaks, key=lambda name: peaks[name])
     return Forecast(way, resident + peaks[where] + _SLACK, where)
 
