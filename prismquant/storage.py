@@ -242,8 +242,10 @@ class ShardReader:
         self._infos: dict[str, TensorInfo] = {}
         self._starts: dict[str, int] = {}
         index = read_index(self.folder) if files is None else None
-        shards = [self.folder / name for name in files or ()] or _shard_files(self.folder, index)
-        for file in shards:
+        own = (
+            _shard_files(self.folder, index) if files is None else map(self.folder.joinpath, files)
+        )
+        for file in own:
             for name, (info, start) in read_places(file).items():
                 if name in self._infos:
                     raise _twice(self.folder, name, self._infos[name].file, info.file)

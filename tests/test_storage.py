@@ -577,6 +577,7 @@ def test_a_tensor_that_is_not_there_is_named(tmp_path: Path) -> None:
         ShardReader(tmp_path).read("b.weight")
     with pytest.raises(StorageError, match="is missing"):
         ShardReader(tmp_path, files=["other.safetensors"])
+    assert ShardReader(tmp_path, files=[]).names == frozenset()
 
 
 @pytest.mark.parametrize("rows", [[], [0], [6, 2, 2, 0], list(range(7))])

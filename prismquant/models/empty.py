@@ -79,7 +79,7 @@ class _OnMeta(TorchFunctionMode):
     _MAKERS = frozenset(
         [
             *(torch.empty, torch.zeros, torch.ones, torch.full, torch.eye, torch.tensor),
-            *(torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal),
+            *(torch.rand, torch.randn, torch.randint, torch.randperm),
             *(torch.arange, torch.linspace, torch.logspace),
         ]
     )

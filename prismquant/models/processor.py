@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["load_processor"]
 
 _SETTINGS = ("processor_config.json", "preprocessor_config.json")
+# The only folder that transformers looks into.
+_TEMPLATES = "additional_chat_templates"
 # What a processor says of itself -> what the vision part of the config calls it.
 _SIZES = {
     "patch_size": "patch_size",
@@ -134,7 +136,7 @@ def _check_files(folder: Path) -> None:
         raise _missing(folder, "it has neither tokenizer.json nor vocab.json")
     if not any((folder / name).exists() for name in _SETTINGS):
         raise _missing(folder, f"it has neither {_SETTINGS[0]} nor {_SETTINGS[1]}")
-    for path in sorted(folder.iterdir()):
+    for path in sorted((*folder.iterdir(), *(folder / _TEMPLATES).glob("*"))):
         try:
             status = os.stat(path)
             if stat.S_ISDIR(status.st_mode):
