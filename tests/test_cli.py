@@ -606,3 +606,22 @@ def test_the_module_runs_as_a_program() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert (done.returncode, done.stdout) == (1, "")
     assert "did you mean 'w4a16'?" in done.stderr
+
+
+def test_samples_are_limited_by_flags(run: Cli, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """What is cut is told in a run and in an evaluation; what is too small a limit is a usage."""
+    folder = tiny("qwen2_vl")
+    user = {"role": "user", "content": "what is it ? " * 20}
+    line = {"id": "long", "messages": [user, {"role": "assistant", "content": "red"}]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(line))
+    limits = ("--max-length", 40, "--max-pixels", 3000, "--max-frames", 4)
+    given = ("--calib", tmp_path / "data.jsonl", "--out", tmp_path / "out", "--threads", 1)
+    code, _, err = run("quantize", folder, "--recipe", "w4a16", *given, *limits)
+    assert code == 0, err
+    assert "1 sample (long) is cut to the greatest length" in err
+    evaluated = ("eval", folder, "--data", tmp_path / "data.jsonl", "--reference", folder)
+    code, out, err = run(*evaluated, *limits)
+    assert code == 0, err
+    assert "1 sample (long) is cut to the greatest length" in out
+    for flag in ("--max-length", "--max-pixels", "--max-frames"):
+        assert run(*evaluated, flag, 0)[0] == 2

@@ -16,6 +16,7 @@ from PIL import Image
 from tiny_data import save_picture, save_video, turns, write_lines
 
 from prismquant.errors import DataError
+from prismquant.pipeline import video
 from prismquant.pipeline.data import read_samples
 from prismquant.pipeline.video import (
     Clip,
@@ -303,3 +304,13 @@ def test_clips_that_are_no_regular_file_are_refused_at_once(tmp_path: Path) -> N
     for name, words in (("a.mp4", "named pipe"), ("b.mp4", "a folder"), ("c.mp4", "missing")):
         with pytest.raises(DataError, match=words):
             probe_video(tmp_path / name)
+
+
+def test_frames_of_more_pixels_than_are_decoded_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the header says: the decoder itself is told."""
+    path = save_video(tmp_path / "a.mp4", size=(64, 48))
+    monkeypatch.setattr(video, "MAX_PIXELS", 64 * 48 // 2)
+    with pytest.raises(DataError, match="cannot be decoded"):
+        read_video(path, DEFAULT)
