@@ -130,6 +130,17 @@ def test_layouts_made_by_their_definition_have_no_error(
     assert warned == expected.get(name, fallback)
 
 
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_a_quantized_head_is_found_by_vllm_under_its_own_name(
+    tiny: Callable[..., Path], tmp_path: Path, family: str
+) -> None:
+    """Its classes of Qwen3-VL call it ``lm_head``; of the others it lies in the language model."""
+    rule = {"match": {"modality": "llm"}, "weights": "int8-channel", "solver": "rtn"}
+    pq.quantize(tiny(family, dtype=torch.bfloat16), {"rules": [rule]}, tmp_path / "out")
+    assert check(tmp_path / "out", "transformers").ok
+    assert ("names.vllm" in rules_of(check(tmp_path / "out", "vllm"))) == (family == "qwen2_vl")
+
+
 def test_a_float_checkpoint_is_told_to_be_one(made: Callable[..., Path]) -> None:
     report = check(made("float"))
     assert report.ok

@@ -323,11 +323,12 @@ def export(
 def check_folder(
     folder: Model,
     target: Annotated[
-        str | None, typer.Option("--for", help="Who loads it: vllm, transformers or sglang.")
+        str | None,
+        typer.Option("--for", help="Who loads it: vllm, transformers, sglang or prismquant."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say whether a checkpoint will load, and as it is meant. Reads config and headers only."""
+    """Say whether a checkpoint will load, and as it is meant. Reads no weight."""
     from prismquant.export.check import Reader
     from prismquant.export.check import check as look
     from prismquant.report.checks import findings_table, verdict

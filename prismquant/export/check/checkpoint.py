@@ -45,7 +45,7 @@ from prismquant.export.stored import other_names
 from prismquant.headers import TensorInfo, read_header
 from prismquant.models.arch import Modality, SiteKind, known_archs
 from prismquant.models.bind import BoundModel, BoundSite, bind
-from prismquant.storage import INDEX_NAME, ShardReader, read_json
+from prismquant.storage import INDEX_NAME, ShardReader, read_index, read_json
 
 COMPRESSED_TENSORS = METHOD
 GGUF = "gguf"
@@ -386,32 +386,24 @@ def _modelopt_file(folder: Path) -> Mapping[str, Any] | None:
 
 
 def _index(folder: Path, unreadable: dict[str, str]) -> Mapping[str, Any] | None:
-    path = folder / INDEX_NAME
-    if not path.exists():
-        return None
     try:
-        content = read_json(path)
+        if (weight_map := read_index(folder)) is None:
+            return None
+        metadata = read_json(folder / INDEX_NAME).get("metadata")
     except StorageError as error:
         unreadable[INDEX_NAME] = error.what
         return None
-    if isinstance(content, Mapping) and isinstance(content.get("weight_map"), Mapping):
-        return content
-    unreadable[INDEX_NAME] = "the index has no weight_map"
-    return None
+    return {"weight_map": weight_map, "metadata": metadata}
 
 
 def _shards(folder: Path, index: Mapping[str, Any] | None, unreadable: dict[str, str]) -> list[str]:
-    """Names of shards: those that lie there and those of the index that lie in the folder."""
-    named = set(map(str, index["weight_map"].values())) if index else set()
+    """Names of shards: those of the index, and those that lie there besides."""
+    named = set(index["weight_map"].values()) if index else set()
     if len(named) > _MOST_SHARDS:
         unreadable[INDEX_NAME] = f"the index names {len(named)} shards"
         named = set()
-    for name in sorted(named):
-        # A path would lead out of the folder.
-        if Path(name).name != name or "\\" in name or "\0" in name:
-            unreadable[name] = "the index names a shard that is no file of the folder"
     lying = {path.name for path in folder.glob("*.safetensors") if not path.name.startswith(".")}
-    return sorted((named | lying) - unreadable.keys())
+    return sorted(named | lying)
 
 
 def _model(folder: Path) -> tuple[BoundModel | None, str]:
