@@ -127,9 +127,18 @@ def read_kv_scales(
             where=prefix,
         )
     for name, scale in zip(names, (key, value), strict=True):
-        if fault := scale_fault(scale, signed=False):
-            raise FormatError(f"a scale of the cache {fault}", where=name, remedy=_CALIBRATE)
+        require_cache_scale(name, scale)
     return KVScales(key.reshape(shape), value.reshape(shape))
+
+
+def require_cache_scale(name: str, scale: torch.Tensor) -> None:
+    """Refuse a scale of keys or values that is no positive number.
+
+    Raises:
+        FormatError: It is none.
+    """
+    if fault := scale_fault(scale, signed=False):
+        raise FormatError(f"a scale of the cache {fault}", where=name, remedy=_CALIBRATE)
 
 
 def quantize_kv_cache(

@@ -27,7 +27,7 @@ from prismquant.export.expected import (
     plain_faults,
     ungrouped_fault,
 )
-from prismquant.export.kv_cache import read_kv_cache_scheme
+from prismquant.export.kv_cache import read_kv_cache_scheme, require_cache_scale
 from prismquant.export.reader import (
     DequantizingReader,
     FiniteReader,
@@ -164,6 +164,19 @@ class StoredCheckpoint:
         """The static scale of a layer's ``input`` or ``output``, if there is one."""
         spec = layer.inputs if side == "input" else layer.outputs
         return None if spec is None else static_scale(self.shards, layer.prefix, side, spec)
+
+    def require_static_scales(self) -> None:
+        """Make sure that what calibration found is numbers, also where a format has no use for it.
+
+        Raises:
+            FormatError, NumericsError: A scale or a zero point is none.
+        """
+        for layer in self.simulated:
+            for side in ("input", "output"):
+                self.static_scale(layer, side)
+        for name in sorted(self.shards.names) if self.has_cache_scales else ():
+            if name.endswith((".k_scale", ".v_scale")):
+                require_cache_scale(name, self.shards.read(name))
 
     def signs(self, layer: StoredLayer) -> Tensor | None:
         """What a layer's input is multiplied by before its rotation, int8 ``[in]``; None: ones.

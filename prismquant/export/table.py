@@ -123,6 +123,7 @@ def export_checkpoint(
             remedy="export a folder that `prismquant quantize` wrote; gguf takes float models too",
         )
     check(exporter.name, source, _refusals(source, exporter, weights_only=weights_only))
+    source.require_static_scales()
     links = links_remark(source.folder)
     remarks = (*_dropped(source, exporter), *exporter.remarks(source), *links)
     with staged(out) as place:
