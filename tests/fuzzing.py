@@ -31,6 +31,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 import prismquant as pq
+from prismquant.api import export
 from prismquant.errors import PrismQuantError
 from prismquant.export.check import check
 from prismquant.memory import peak_memory_bytes, resident_bytes
@@ -55,9 +56,12 @@ class Violation(BaseException):
 # ---------------------------------------------------------------------------------- what is watched
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+# With the place of the folder that a path starts at among the arguments, where there may be one.
 _CHANGES = {
-    *("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate"),
-    *("os.chmod", "os.chown", "shutil.rmtree", "shutil.move"),
+    **dict.fromkeys(("os.remove", "os.rmdir"), 1),
+    **dict.fromkeys(("os.rename", "os.mkdir", "os.link", "os.symlink", "os.chmod"), 2),
+    "os.chown": 3,
+    **dict.fromkeys(("os.truncate", "shutil.rmtree", "shutil.move"), None),
 }
 _FORBIDDEN = {
     *("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.startfile"),
@@ -85,11 +89,13 @@ class Guard:
             self.seen.append(f"{event} {args!r:.200}")
         writes = event == "open" and isinstance(args[2], int) and args[2] & _WRITES
         if writes or event in _CHANGES:
-            self._inside(event, args[0])
+            place = _CHANGES.get(event)
+            self._inside(event, args[0], -1 if place is None else args[place])
 
-    def _inside(self, event: str, path: Any) -> None:
+    def _inside(self, event: str, path: Any, start: int) -> None:
         if isinstance(path, str | bytes | os.PathLike):
-            real = os.path.realpath(os.fsdecode(path))
+            folder = "" if start < 0 else os.readlink(f"/proc/self/fd/{start}")
+            real = os.path.realpath(os.path.join(folder, os.fsdecode(path)))
             if real != os.devnull and not real.startswith(self.folder + os.sep):
                 self.seen.append(f"{event} {real}")
 
@@ -428,7 +434,7 @@ def quantized(folder: Path) -> Target:
         with guard.watching():
             pq.load(broken)
         with guard.watching():
-            pq.export(broken, draw(st.sampled_from(("dense", "gptq", "gguf"))), exported)
+            export(broken, draw(st.sampled_from(("dense", "gptq", "gguf"))), exported)
 
     return run
 
