@@ -17,6 +17,10 @@ from prismquant.errors import StorageError
 from prismquant.storage import is_temporary, storage_error
 
 _SHOWN = 3
+# What names of files end with that are written into a result: no folder may have such a name.
+_WRITTEN = frozenset(
+    [".safetensors", ".gguf", ".json", ".yaml", ".jinja", ".txt", ".model", ".tiktoken", ".py"]
+)
 
 
 def require_empty(
@@ -59,7 +63,7 @@ def require_regular_files(folder: Path) -> None:
     """Refuse a folder in which anything is neither a regular file nor a folder.
 
     Raises:
-        StorageError: There is a link, a named pipe or the like; names it.
+        StorageError: There is a link, a named pipe, or a folder in a file's place; names it.
     """
     try:
         odd = [f"{name} ({kind})" for name, kind in _entries(folder) if kind]
@@ -75,17 +79,28 @@ def require_regular_files(folder: Path) -> None:
 
 
 def _entries(folder: Path) -> Iterator[tuple[str, str]]:
-    """All in a folder and below it but folders: the name from there, and what it is if no file."""
+    """All in a folder and below it but folders: the name from there, and what it is if no file.
+
+    A folder is told only where a file belongs. One that may not be looked into is passed over, as
+    nothing can be written there.
+    """
     left = [""]
     while left:
         inside = left.pop()
-        with os.scandir(folder / inside) as entries:
-            found = sorted(entries, key=lambda entry: entry.name)
+        try:
+            with os.scandir(folder / inside) as entries:
+                found = sorted(entries, key=lambda entry: entry.name)
+        except PermissionError:
+            if inside:
+                continue
+            raise
         for entry in found:
             name = f"{inside}{entry.name}"
             if entry.is_dir(follow_symlinks=False):
                 left.append(f"{name}/")
+                if Path(name).suffix in _WRITTEN:
+                    yield name, "a folder"
+            elif stat.S_ISREG(entry.stat(follow_symlinks=False).st_mode):
+                yield name, ""
             else:
-                regular = stat.S_ISREG(entry.stat(follow_symlinks=False).st_mode)
-                kind = "a link" if entry.is_symlink() else "no regular file"
-                yield name, "" if regular else kind
+                yield name, "a link" if entry.is_symlink() else "no regular file"

@@ -464,10 +464,13 @@ def test_what_no_run_has_written_is_refused_with_what_to_delete(
         RunDirectory(out).begin(RECORD, plan, recipe, resume=True)
         return
     before = theirs.read_bytes()
-    with pytest.raises(StorageError) as caught, RunDirectory(out).claimed(resume=True):
-        RunDirectory(out).begin(RECORD, plan, recipe, resume=True)
-    assert Path(name).name in caught.value.what
-    assert re.search("delete (it|the folder)", str(caught.value.remedy))
+    what = {"link": "a link", "pipe": "no regular file", "folder": "a folder"}[kind]
+    with (
+        pytest.raises(StorageError, match=rf"{name} \({what}\)") as caught,
+        RunDirectory(out).claimed(resume=True),
+    ):
+        pass
+    assert "delete it" in str(caught.value.remedy)
     assert os.path.lexists(path)
     assert theirs.read_bytes() == before
 
@@ -485,6 +488,15 @@ def test_provenance_is_that_of_the_run(tmp_path: Path, plan: Plan, recipe: Recip
     assert "plan.json of the earlier run cannot be read" in caught.value.what
     RunDirectory(tmp_path).begin(RECORD, plan, recipe, resume=True)
     assert files_of(tmp_path) == whole
+
+
+def test_a_folder_in_the_place_of_a_last_file_is_told_before_any_work(tmp_path: Path) -> None:
+    """Other folders do not count as long as they hold nothing."""
+    (tmp_path / "lost+found").mkdir()
+    RunDirectory(tmp_path).require_free(resume=False)
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(StorageError, match=r"it holds config\.json \(a folder\)"):
+        RunDirectory(tmp_path).require_free(resume=False)
 
 
 @pytest.mark.parametrize("resume", [False, True])

@@ -143,8 +143,6 @@ class RunDirectory:
         """
         if resume and self.record_path.exists():
             require_regular_files(self.folder)
-            for name in ("plan.json", "recipe.yaml"):
-                _require_no_folder(self._inside / name)
             return
         remedy = "choose another --out, or delete it"
         if self.record_path.is_file():
@@ -339,7 +337,6 @@ class RunDirectory:
     def _damage(self, name: str, checksum: str, size: int | None = None) -> str:
         """What has become of a file since it was claimed; empty if it is whole."""
         path = self.folder / name
-        _require_no_folder(path)
         if not path.is_file():
             return f"{name} is gone"
         now = path.stat().st_size
@@ -361,15 +358,6 @@ class RunDirectory:
             return None
         ours = isinstance(content, dict) and plan_fingerprint(content) == fingerprint
         return content if ours else None
-
-
-def _require_no_folder(path: Path) -> None:
-    if path.is_dir():
-        raise StorageError(
-            f"a folder lies in the place of {path.name}",
-            where=str(path),
-            remedy="delete it or move it away, then run again with --resume",
-        )
 
 
 def _rounding_notes(record: RunRecord, now: Mapping[str, str]) -> list[str]:
