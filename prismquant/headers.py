@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from prismquant.errors import StorageError
-from prismquant.opening import open_regular, parse_json
+from prismquant.opening import open_regular, parse_json, unreadable
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -155,14 +155,8 @@ def _header_text(path: Path) -> tuple[bytes, int]:
                     path, f"its header has {length} bytes; at most {_MAX_HEADER_BYTES} are read"
                 )
             return file.read(length), size
-    except FileNotFoundError as error:
-        raise StorageError(f"{path.name} is missing", where=str(path)) from error
     except OSError as error:
-        raise StorageError(
-            f"{path.name} cannot be read: {error.strerror or error}",
-            where=str(path),
-            remedy="check what it is and who may read it",
-        ) from error
+        raise unreadable(error, path) from error
 
 
 def _entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:

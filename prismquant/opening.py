@@ -15,6 +15,8 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from prismquant.errors import StorageError
+
 # Far above any real one: the tokenizer and the index of the largest models have some 40 MB.
 MAX_JSON_BYTES = 256 << 20
 _KINDS = (
@@ -74,6 +76,17 @@ def read_bounded(path: Path, most: int) -> bytes:
         if size > most:
             raise OSError(errno.EFBIG, f"it has {size} bytes; at most {most} are read", str(path))
         return file.read(most)
+
+
+def unreadable(error: OSError, path: Path) -> StorageError:
+    """What to tell a user of a failure to open or read ``path``."""
+    if isinstance(error, FileNotFoundError):
+        return StorageError(f"{path.name} is missing", where=str(path))
+    return StorageError(
+        f"{path.name} cannot be read: {error.strerror or error}",
+        where=str(path),
+        remedy="check what it is and who may read it",
+    )
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -32,7 +32,13 @@ import torch
 
 from prismquant.errors import StorageError
 from prismquant.headers import TensorInfo, header_bytes, in_file_order, read_places
-from prismquant.opening import MAX_JSON_BYTES, open_regular, parse_json, read_bounded
+from prismquant.opening import (
+    MAX_JSON_BYTES,
+    open_regular,
+    parse_json,
+    read_bounded,
+    unreadable,
+)
 
 INDEX_NAME = "model.safetensors.index.json"
 # The name of the only shard; transformers reads it before any index.
@@ -192,11 +198,7 @@ def copy_file(source: Path, target: Path) -> None:
     try:
         content = open_regular(source)
     except OSError as error:
-        raise StorageError(
-            f"{source.name} cannot be read: {error.strerror or error}",
-            where=str(source),
-            remedy="check what it is and who may read it",
-        ) from error
+        raise unreadable(error, source) from error
     with content, atomic_path(target) as temporary, temporary.open("wb") as copy:
         shutil.copyfileobj(content, copy, 1 << 20)
 
@@ -210,14 +212,8 @@ def read_json(path: Path, most: int = MAX_JSON_BYTES) -> Any:
     """
     try:
         return parse_json(read_bounded(path, most))
-    except FileNotFoundError as error:
-        raise StorageError(f"{path.name} is missing", where=str(path)) from error
     except OSError as error:
-        raise StorageError(
-            f"{path.name} cannot be read: {error.strerror or error}",
-            where=str(path),
-            remedy="check what it is and who may read it",
-        ) from error
+        raise unreadable(error, path) from error
     except ValueError as error:
         raise StorageError(
             f"{path.name} is not valid JSON: {error}",
