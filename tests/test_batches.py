@@ -228,6 +228,24 @@ def test_what_the_processor_refuses_names_the_samples(tmp_path: Path, processors
     assert "thin" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "ran_out",
+    [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ..")],
+    ids=["python", "torch"],
+)
+def test_memory_that_runs_out_is_no_fault_of_the_sample(
+    tmp_path: Path, processors: Any, monkeypatch: pytest.MonkeyPatch, ran_out: Exception
+) -> None:
+    def run_out(*_: Any, **__: Any) -> None:
+        raise ran_out
+
+    processor = processors("qwen2_vl")
+    monkeypatch.setattr(type(processor), "__call__", run_out)
+    samples = read_samples(write_lines(tmp_path / "data.jsonl", [turns()]))
+    with pytest.raises(type(ran_out)):
+        only(samples, processor)
+
+
 def test_a_file_that_vanished_names_the_sample(tmp_path: Path, processors: Any) -> None:
     save_picture(tmp_path / "a.png")
     lines = [{"id": "ghost", **turns([image("a.png")])}]

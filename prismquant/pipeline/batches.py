@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from prismquant.errors import DataError
+from prismquant.memory import memory_error
 from prismquant.pipeline.data import Sample, located, media_of, text_of
 from prismquant.pipeline.media import Cost, Limits, media_cost, processor_inputs
 from prismquant.pipeline.pictures import Source, header_size
@@ -273,11 +274,11 @@ def _processed(sample: Sample, text: str, processor: Any, limits: Limits) -> dic
             text_kwargs={"add_special_tokens": False},
             **media,
         )
-    except MemoryError:
-        raise
     # A processor is third-party code over user data: sizes, ratios, tokens, anything may displease
     # it.
     except Exception as error:
+        if memory_error(error) is not None:
+            raise
         raise DataError(
             f"the model's processor refuses the data: {error}", where=f"sample {sample.id}"
         ) from error
