@@ -750,3 +750,33 @@ def test_importing_the_package_does_not_import_transformers():
     """In a fresh interpreter, as the command line starts."""
     code = "import sys, prismquant.models.load; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("family", tiny_vlm.FAMILIES)
+def test_a_key_of_the_config_that_nobody_reads_is_told(
+    family: str, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny(family), tmp_path / "model")
+    assert bind(folder).notes == ()
+    config = json.loads((folder / "config.json").read_text())
+    text = config["text_config"]
+    text["rms_norm_ep"] = text.pop("rms_norm_eps")
+    text["a_note_of_the_trainer"] = 1
+    (folder / "config.json").write_text(json.dumps(config))
+    told = "config.json: text_config.rms_norm_ep (did you mean 'rms_norm_eps'?) is not used"
+    assert bind(folder).notes == (told,)
+    text["num_key_value_head"] = text.pop("num_key_value_heads")
+    text["num_attention_heads"] *= 2
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="did you mean 'num_key_value_heads'"):
+        bind(folder)
+
+
+def test_of_a_config_that_is_converted_every_key_has_its_place(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny("video_llama_3", layout="remote"), tmp_path / "model")
+    assert bind(folder).notes == ()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"memory_bank": True}))
+    assert bind(folder).notes == ("config.json: memory_bank is not used",)

@@ -212,6 +212,7 @@ class ConfigMap:
         hf_class: Native config class.
         keys: Top-level keys that are copied when present.
         require: Top-level key -> the only value that the native class implements.
+        unused: Top-level keys of released checkpoints that change nothing here.
         tokens: Native key -> text of the added token whose id it takes.
         sections: Sub-configs.
     """
@@ -219,6 +220,7 @@ class ConfigMap:
     hf_class: str
     keys: tuple[str, ...]
     require: Mapping[str, str]
+    unused: tuple[str, ...]
     tokens: Mapping[str, str]
     sections: tuple[ConfigSection, ...]
 
@@ -552,6 +554,7 @@ def _config_map(table: _Table) -> ConfigMap:
         hf_class=table.text("hf_class"),
         keys=table.texts("keys"),
         require=table.strings("require"),
+        unused=table.texts("unused", ()),
         tokens=table.strings("tokens"),
         sections=tuple(_section(item) for item in table.tables("sections")),
     )

@@ -39,6 +39,7 @@ from prismquant.models.config import (
     is_ignored,
     native_config,
     read_config,
+    unused_keys,
 )
 from prismquant.models.empty import empty_model
 from prismquant.models.names import NameMap, choose_layout
@@ -283,7 +284,8 @@ def bind(
     edges = _bind_edges(arch, config, modules, steps, findings)
     streams = _bind_streams(arch, modules, edges, findings)
     findings += _rotary_findings(config.get_text_config())
-    notes: list[str] = []
+    unused = [f"config.json: {key} is not used" for key in unused_keys(arch, folder, config)]
+    notes = list(unused)
     if says_tied and not tied:
         notes.append(
             f"config.json ties the head to the embeddings, but {names.to_disk(head_weight)} is "
@@ -295,7 +297,8 @@ def bind(
             notes.append(_leftover(section, folder, is_float=bool(infos) and not strange))
         findings += strange if infos else []
     if findings:
-        raise _report(arch, folder, findings)
+        # What is not used may be why the rest does not fit.
+        raise _report(arch, folder, [*unused, *findings])
     return BoundModel(
         arch=arch,
         folder=folder,

@@ -7,6 +7,7 @@ here, and only when it is needed.
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import functools
 import importlib
@@ -62,6 +63,16 @@ _MOST = {
     "max_position_embeddings": 2**31,
 }
 _LONGEST_LIST = 1000
+# What any config may say of itself.
+_ANY_CONFIG = frozenset(
+    [
+        *("architectures", "auto_map", "model_type", "transformers_version", "_name_or_path"),
+        *("dtype", "torch_dtype", "use_cache", "_attn_implementation", "attn_implementation"),
+        "quantization_config",
+    ]
+)
+# How near an unknown key is to the one that was probably meant.
+_LIKE = 0.85
 _IMPORTING = threading.Lock()
 
 
@@ -189,6 +200,36 @@ def _check_depth(
             where=str(folder / "config.json"),
             remedy="restore config.json, or the shards, from the original checkpoint",
         )
+
+
+def unused_keys(arch: ArchSpec, folder: Path, config: Any) -> list[str]:
+    """Keys of config.json that nobody reads, although they seem to be meant for somebody.
+
+    Args:
+        arch: The architecture.
+        folder: The checkpoint.
+        config: Its native config.
+
+    Returns:
+        Of a config that was converted, all that have no place in it; else those that look like a
+        misspelt one. A few words each.
+    """
+    raw, table = read_config(folder), arch.config_map
+    if table is not None:
+        known = {*vars(config), *table.keys, *table.require, *table.unused, *_ANY_CONFIG}
+        for section in table.sections:
+            known |= {section.source} if section.source else set(section.keys)
+        return sorted(raw.keys() - known)
+    parts = {"": config} | {name: getattr(config, name, None) for name in config.sub_configs}
+    found = []
+    for name, part in parts.items():
+        given = raw.get(name, {}) if name else raw
+        fields = vars(type(part)()).keys() if part is not None else set()
+        for key in sorted(given.keys() - fields - _ANY_CONFIG):
+            near = difflib.get_close_matches(key, fields - given.keys(), n=1, cutoff=_LIKE)
+            if near:
+                found.append(f"{name}.{key}".lstrip(".") + f" (did you mean {near[0]!r}?)")
+    return found
 
 
 def is_ignored(arch: ArchSpec, disk_name: str) -> bool:
