@@ -306,7 +306,7 @@ def _quantize(
         if strict:
             refuse_nonfinite(record.damaged, bound.folder)
         if record.finished:
-            return Result(out, plan, record, _notes(record))
+            return Result(out, plan, record, _notes(record, bound))
         way, writer = memory.way, CheckpointWriter(out, bound, plan, strict=strict)
         surveyed = list(found.batches)
         del found
@@ -333,8 +333,7 @@ def _quantize(
                 else:
                     deque(steps, maxlen=0)
         earlier = record.restarts[-1].notes if record.restarts else ()
-        told = (*earlier, *_notes(record), *links_remark(bound.folder))
-        return Result(out, plan, record, told)
+        return Result(out, plan, record, (*earlier, *_notes(record, bound)))
 
 
 def _recorded(
@@ -357,9 +356,10 @@ def _recorded(
     return directory.finish(replace(record, nonfinite=loose))
 
 
-def _notes(record: RunRecord) -> tuple[str, ...]:
+def _notes(record: RunRecord, bound: BoundModel) -> tuple[str, ...]:
     """What did not go as a user may expect."""
-    return (*failure_lines(record.steps), *_damage(record.damaged))
+    failed, damaged = failure_lines(record.steps), _damage(record.damaged)
+    return (*failed, *damaged, *links_remark(bound.folder))
 
 
 def _damage(nonfinite: Mapping[str, str]) -> list[str]:

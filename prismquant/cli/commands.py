@@ -236,20 +236,25 @@ def quantize(
         _print_remarks(console, [*result.plan.remarks, *result.notes])
         _print_findings(console, report)
         console.print(as_text(f"written: {out}"), soft_wrap=True)
-    _require_sound(report)
+    _require_sound(report, damaged=bool(result.record.damaged))
 
 
-def _require_sound(report: Any) -> None:
+def _require_sound(report: Any, *, damaged: bool = False) -> None:
     """End with an error where the check of what was written has found one.
+
+    Args:
+        report: Of the check.
+        damaged: Whether the source holds NaN or infinities, which the result has kept.
 
     Raises:
         StorageError: It has.
     """
     if not report.ok:
+        why = "the source model is damaged itself" if damaged else "please report it"
         raise StorageError(
             "the files were written, but the check of them found errors: see above",
             where=str(report.folder),
-            remedy="do not serve them; `prismquant check` tells all there is, and please report it",
+            remedy=f"do not serve them; `prismquant check` tells all there is; {why}",
         )
 
 
