@@ -175,11 +175,20 @@ def test_all_that_is_wrong_is_told_at_once_with_what_was_meant() -> None:
     assert {"did you mean 'group_size'?", "did you mean 'format'?"} <= remedies
 
 
-def test_a_method_that_cannot_be_read_may_be_left_over() -> None:
+def test_a_method_that_cannot_be_read_may_be_left_over(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     """Of merged weights: they are in floating point, and only the section says otherwise."""
+    section = {CONFIG_KEY: {"quant_method": "bitsandbytes"}}
     with pytest.raises(FormatError, match="'bitsandbytes' cannot be read") as caught:
-        read_section({CONFIG_KEY: {"quant_method": "bitsandbytes"}}).require()
+        read_section(section).require()
     assert "delete quantization_config" in str(caught.value.remedy)
+    folder = Path(shutil.copytree(tiny("qwen2_vl"), tmp_path / "merged"))
+    write_json(folder / "config.json", read_json(folder / "config.json") | section)
+    load_model(folder)
+    report = check(folder)
+    assert report.ok
+    assert [finding.rule for finding in report.findings] == ["config.method"]
 
 
 @pytest.mark.parametrize("where", ["ignore", "targets"])

@@ -267,7 +267,9 @@ def open_checkpoint(folder: Path) -> StoredCheckpoint:
             remedy="finish it with `prismquant quantize .. --resume`",
         )
     arch = identify(folder)
-    config = _without_leftovers(folder, read_config(folder))
+    config = read_config(folder)
+    if is_leftover(folder, config):
+        del config[CONFIG_KEY]
     section = read_section(config)
     section.require()
     model = empty_model(native_config(arch, folder), arch)
@@ -411,14 +413,20 @@ def _require_tensors(folder: Path, faults: Sequence[Fault]) -> None:
     )
 
 
-def _without_leftovers(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration without the section of another method beside weights in floating point."""
+def is_leftover(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a configuration has the section of another method beside weights in floating point.
+
+    Args:
+        folder: The checkpoint.
+        config: The content of its ``config.json``.
+    """
     section = config.get(CONFIG_KEY)
-    if isinstance(section, dict) and section.get("quant_method") != METHOD:
-        with contextlib.suppress(ModelError):
-            bind(folder)
-            return {key: value for key, value in config.items() if key != CONFIG_KEY}
-    return config
+    if not isinstance(section, Mapping) or section.get("quant_method") == METHOD:
+        return False
+    with contextlib.suppress(ModelError, StorageError):
+        bind(folder)
+        return True
+    return False
 
 
 def _config_names(model: nn.Module, names: NameMap, *, remote: bool) -> dict[str, str]:

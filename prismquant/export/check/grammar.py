@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from prismquant.export.check import modelopt, packed_int
 from prismquant.export.check.checkpoint import COMPRESSED_TENSORS, Checkpoint
 from prismquant.export.check.findings import Problem, gathered, told
+from prismquant.export.quantization_args import Args
 from prismquant.export.section import (
     DENSE,
     FLOAT,
@@ -19,7 +20,6 @@ from prismquant.export.section import (
     NVFP4,
     PACK,
     TOP_KEYS,
-    Args,
     Group,
 )
 from prismquant.formats.packed import LAYOUTS
@@ -64,7 +64,8 @@ def method(checkpoint: Checkpoint) -> Iterator[Problem]:
         yield Problem(
             f"there are no rules for quant_method {checkpoint.method!r}",
             ("quant_method",),
-            f"known methods: {', '.join(_METHODS)}",
+            f"known methods: {', '.join(_METHODS)}; delete quantization_config if the weights are "
+            "in floating point",
         )
 
 

@@ -8,7 +8,7 @@ from prismquant.errors import FormatError
 from prismquant.export.check import modelopt, packed_int
 from prismquant.export.check.checkpoint import COMPRESSED_TENSORS, GGUF, Checkpoint
 from prismquant.export.check.findings import Problem, Reader, gathered
-from prismquant.export.stored import Linear, layer_faults_of, read_layers
+from prismquant.export.stored import Linear, is_leftover, layer_faults_of, read_layers
 from prismquant.patterns import shortened
 
 
@@ -38,7 +38,7 @@ def other_method(checkpoint: Checkpoint) -> Iterator[Problem]:
     fine = {"", COMPRESSED_TENSORS, GGUF}
     if checkpoint.target is not Reader.PRISMQUANT:
         fine |= {*modelopt.METHODS, *packed_int.METHODS}
-    if checkpoint.method not in fine:
+    if checkpoint.method not in fine and not is_leftover(checkpoint.folder, checkpoint.config):
         yield Problem(
             f"prismquant.load does not read quant_method {shortened(checkpoint.method)}",
             ("quant_method",),
