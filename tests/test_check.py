@@ -22,7 +22,9 @@ from prismquant.errors import ArgumentError, ModelError
 from prismquant.export.check import RULES, Reader, Report, Severity, check, checkpoint
 from prismquant.export.check.findings import Problem, Rule, findings_of, folded
 from prismquant.export.check.vllm import scheme_class
-from prismquant.export.section import Args, Group, Targets, args_faults
+from prismquant.export.quantization_args import Args, args_faults
+from prismquant.export.section import Group
+from prismquant.export.targets import Targets
 from prismquant.models.bind import BoundModel, bind
 from prismquant.recipe.schema import load_recipe
 from prismquant.report.checks import finding_lines, findings_table, verdict

@@ -15,7 +15,7 @@ import prismquant as pq
 from prismquant.errors import FormatError, PlanError
 from prismquant.export.arguments import arguments, read_private, specification
 from prismquant.export.load import load_model
-from prismquant.export.section import read_args
+from prismquant.export.quantization_args import read_args
 from prismquant.formats.spec import PRESETS as FORMATS
 from prismquant.formats.spec import spec
 from prismquant.models.bind import bind

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from prismquant.errors import FormatError
-from prismquant.export.section import Args
+from prismquant.export.quantization_args import Args
 from prismquant.formats.packed import check_declarable, declared_kind
 from prismquant.formats.spec import NumberSpec
 from prismquant.numerics.kinds import Granularity, ScaleKind

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from prismquant.export.quantization_args import Args
 from prismquant.export.section import (
     FLOAT,
     INT,
@@ -19,7 +20,6 @@ from prismquant.export.section import (
     NAIVE,
     NVFP4,
     PACK,
-    Args,
     Fault,
     Group,
 )

@@ -14,14 +14,24 @@ from __future__ import annotations
 
 import difflib
 import functools
-import math
-import re
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from prismquant.errors import FormatError, PrismQuantError, grouped
+from prismquant.errors import FormatError, grouped
+from prismquant.export.quantization_args import (
+    ARGS_KEYS,
+    Args,
+    args_faults,
+    args_remedy,
+    is_count,
+    is_dtype,
+    is_number,
+    kind_of,
+    read_args,
+    shown,
+)
+from prismquant.export.targets import LINEAR, MOST_PATTERNS, Matcher, Targets, is_broken
 from prismquant.formats.packed import (
     FLOAT_QUANTIZED,
     INT_QUANTIZED,
@@ -33,17 +43,11 @@ from prismquant.formats.packed import (
     NVFP4_PACK_QUANTIZED,
     PACK_QUANTIZED,
 )
-from prismquant.patterns import Pattern, compile_pattern, shortened
+from prismquant.patterns import shortened
 
 CONFIG_KEY = "quantization_config"
 METHOD = "compressed-tensors"
 
-ARGS_KEYS = frozenset(
-    {
-        *("num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic"),
-        *("actorder", "scale_dtype", "zp_dtype", "observer", "observer_kwargs"),
-    }
-)
 GROUP_KEYS = frozenset({"targets", "weights", "input_activations", "output_activations", "format"})
 ROLES = ("weights", "input_activations", "output_activations")
 TOP_KEYS = frozenset(
@@ -53,13 +57,6 @@ TOP_KEYS = frozenset(
         *("moe_sparsity_config", "total_num_heads", "total_num_kv_heads", "run_compressed"),
     }
 )
-STRATEGIES = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
-_GROUPED = ("group", "tensor_group")
-_DYNAMIC = ("token", "tensor", "tensor_group", "group")
-_INPUTS = ("token", "tensor", "group", "tensor_group", "attn_head")
-# Of each input feature there is a group, rather than of neighbours: readers dropped it in 2026.
-_REORDERED = ("group", "dynamic")
-
 TRANSFORM_KEYS = frozenset({"type", "apply", "randomize", "requires_grad", "head_dim", "precision"})
 APPLY_KEYS = frozenset({"targets", "location", "inverse", "ignore"})
 LOCATIONS = ("input", "weight_input", "weight_output", "output", "k_cache", "q_attn")
@@ -72,19 +69,9 @@ DENSE, MIXED = "dense", "mixed-precision"
 # Formats of which a reader takes it that inputs are quantized too.
 WITH_INPUTS = (NAIVE, INT, FLOAT, NVFP4)
 
-_LINEAR = "Linear"
-_DTYPE = re.compile(r"(?:torch\.)?(?:bfloat16|u?int(?:8|16|32|64)|float(?:16|32|64|8_e\w{3,9}))")
-_MOST_BITS = 32
-# Far above any real layer's width, and small enough for arithmetic on it to stay quick.
-_MOST_COUNT = 1 << 24
-# What real configurations have: some ten patterns, and every expert's path at most.
+# What real configurations have: every expert's path at most.
 _MOST_NAMES = 200_000
-_MOST_PATTERNS = 2_000
-# For all patterns of a configuration on all layers of a model; honest ones take milliseconds.
-_MOST_SECONDS = 3.0
 _MOST_TOLD = 10
-# What a target is, the most exact first.
-NAME, PATTERN, CLASS = 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -102,134 +89,6 @@ class Fault:
     what: str
     where: str
     remedy: str = ""
-
-
-class Matcher:
-    """Compares names with targets: each pair once, all together in a limited time."""
-
-    def __init__(self) -> None:
-        self._found: dict[tuple[str, str], bool] = {}
-        self._spent = 0.0
-
-    def matches(self, name: str, target: str) -> bool:
-        """Whether a module path is the one named, or fits a ``re:`` pattern from its start.
-
-        What is no regular expression fits nothing: that it is none, reading the section tells.
-
-        Raises:
-            FormatError: The patterns of the configuration take too long.
-        """
-        if not target.startswith("re:"):
-            return name == target
-        if (found := self._found.get((name, target))) is None:
-            found = self._found[name, target] = self._tried(name, target[3:])
-        return found
-
-    def _tried(self, name: str, expression: str) -> bool:
-        pattern = _compiled(expression)
-        if pattern is None:
-            return False
-        begun = time.process_time()
-        try:
-            if self._spent > _MOST_SECONDS:
-                raise PrismQuantError("all patterns together take too long")
-            return pattern.match(name)
-        except PrismQuantError as error:
-            self._spent = math.inf
-            raise FormatError(
-                error.what,
-                where=CONFIG_KEY,
-                remedy="name layers by their paths, or by patterns without repeats inside repeats",
-            ) from error
-        finally:
-            self._spent += time.process_time() - begun
-
-
-def is_broken(expression: str) -> bool:
-    """Whether a text is no regular expression, or one that is too large."""
-    return _compiled(expression) is None
-
-
-@functools.lru_cache(maxsize=_MOST_PATTERNS)
-def _compiled(expression: str) -> Pattern | None:
-    try:
-        return compile_pattern(expression)
-    except ValueError:
-        return None
-
-
-@dataclass(frozen=True)
-class Targets:
-    """Layers as a configuration names them: module paths, ``re:`` patterns, names of classes."""
-
-    entries: tuple[str, ...] = ()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
-
-    def __bool__(self) -> bool:
-        return bool(self.entries)
-
-    @functools.cached_property
-    def names(self) -> frozenset[str]:
-        """What is no pattern."""
-        return frozenset(entry for entry in self.entries if not entry.startswith("re:"))
-
-    @functools.cached_property
-    def patterns(self) -> tuple[str, ...]:
-        """What is one, with its ``re:``."""
-        return tuple(entry for entry in self.entries if entry.startswith("re:"))
-
-    def meets(self, name: str, matcher: Matcher) -> bool:
-        """Whether a layer is meant by its name, rather than by its class."""
-        return name in self.names or any(matcher.matches(name, p) for p in self.patterns)
-
-    def hit(self, names: Collection[str], matcher: Matcher) -> int | None:
-        """How exactly the linear layer of these names is meant; None: it is not."""
-        if not self.names.isdisjoint(names):
-            return NAME
-        if any(matcher.matches(name, p) for p in self.patterns for name in names):
-            return PATTERN
-        return CLASS if _LINEAR in self.names else None
-
-
-@dataclass(frozen=True)
-class Args:
-    """How numbers are quantized.
-
-    Attributes:
-        bits: Width of a code.
-        type: ``int`` or ``float``.
-        symmetric: Whether zero is its own zero point.
-        strategy: What shares a scale.
-        group_size: Elements that share one, for the grouped strategies.
-        block: Rows and columns of a block, for strategy ``block``.
-        dynamic: Whether scales are found at run time; ``local`` for those of blocks only.
-        scale_dtype: Dtype of the stored scale, as far as it is declared.
-        reordered: Whether each input feature has a group of its own choice (``weight_g_idx``).
-    """
-
-    bits: int
-    type: str
-    symmetric: bool
-    strategy: str
-    group_size: int | None = None
-    block: tuple[int, int] | None = None
-    dynamic: bool | str = False
-    scale_dtype: str | None = None
-    reordered: bool = False
-
-    @property
-    def per_block(self) -> bool:
-        """Whether groups of input features have scales of their own."""
-        return self.strategy in _GROUPED
-
-    def describe(self) -> str:
-        """In a few words, e.g. ``int4 group 128``."""
-        size = f" {self.group_size}" if self.per_block else ""
-        kind = "" if self.symmetric else " asymmetric"
-        when = " dynamic" if self.dynamic else ""
-        return f"{self.type}{self.bits} {self.strategy}{size}{kind}{when}"
 
 
 @dataclass(frozen=True)
@@ -318,7 +177,7 @@ class Section:
 
     method: str = ""
     groups: tuple[Group, ...] = ()
-    ignore: Targets = Targets()
+    ignore: Targets = field(default_factory=Targets)
     cache: Args | None = None
     transforms: tuple[Transform, ...] = ()
     faults: tuple[Fault, ...] = ()
@@ -368,7 +227,9 @@ def read_section(config: Mapping[str, Any]) -> Section:
     if raw is None or raw == {}:
         return Section()
     if not isinstance(raw, Mapping):
-        fault = Fault("config.type", f"it is {_a(raw)}, not an object", CONFIG_KEY, "delete it")
+        fault = Fault(
+            "config.type", f"it is {kind_of(raw)}, not an object", CONFIG_KEY, "delete it"
+        )
         return Section(METHOD, faults=(fault,))
     named = raw.get("quant_method")
     faults: list[Fault] = []
@@ -403,7 +264,7 @@ def _top_faults(raw: Mapping[str, Any]) -> Iterator[Fault]:
     wanted: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         ("format", lambda v: isinstance(v, str), "a name"),
         ("quantization_status", lambda v: isinstance(v, str), "a name"),
-        ("global_compression_ratio", _is_number, "a number"),
+        ("global_compression_ratio", is_number, "a number"),
         ("sparsity_config", lambda v: isinstance(v, Mapping), "an object"),
     )
     for key, fits, kind in wanted:
@@ -416,7 +277,7 @@ def _top_faults(raw: Mapping[str, Any]) -> Iterator[Fault]:
 def _read_groups(raw: Mapping[str, Any], faults: list[Fault]) -> tuple[Group, ...]:
     groups = raw.get("config_groups")
     if not isinstance(groups, Mapping):
-        what = "it is missing" if groups is None else f"it is {_a(groups)}, not an object"
+        what = "it is missing" if groups is None else f"it is {kind_of(groups)}, not an object"
         faults.append(Fault("config.group-shape", what, "config_groups", "name each group"))
         return ()
     default = raw.get("format")
@@ -429,7 +290,7 @@ def _read_groups(raw: Mapping[str, Any], faults: list[Fault]) -> tuple[Group, ..
 
 def _read_group(name: str, raw: Any, default: Any, faults: list[Fault]) -> Group | None:
     if not isinstance(raw, Mapping):
-        what = f"a group is {_a(raw)}, not an object with targets and weights"
+        what = f"a group is {kind_of(raw)}, not an object with targets and weights"
         remedy = "write its targets and arguments out"
         faults.append(Fault("config.group-shape", what, _place(name), remedy))
         return None
@@ -462,7 +323,7 @@ def _read_role(raw: Any, role: str, name: str, faults: list[Fault]) -> Args | No
     if isinstance(raw, Mapping):
         faults += _unknown(raw, ARGS_KEYS, role, "config.unknown-key", _place(name))
     faults += [
-        Fault("config.arguments", f"{role} {fault}", _place(name), _remedy(fault))
+        Fault("config.arguments", f"{role} {fault}", _place(name), args_remedy(fault))
         for fault in args_faults(raw, role)
     ]
     return read_args(raw, role)
@@ -494,7 +355,7 @@ def _read_transforms(raw: Any, faults: list[Fault]) -> tuple[Transform, ...]:
 def _read_transform(name: str, raw: Any, rule: str, faults: list[Fault]) -> Transform | None:
     before, place = len(faults), _place(name)
     if not isinstance(raw, Mapping):
-        what = f"a transform is {_a(raw)}, not an object"
+        what = f"a transform is {kind_of(raw)}, not an object"
         faults.append(Fault(rule, what, place, "write its type and targets out"))
         return None
     faults += _unknown(raw, TRANSFORM_KEYS, "a transform", rule, place)
@@ -509,12 +370,12 @@ def _read_transform(name: str, raw: Any, rule: str, faults: list[Fault]) -> Tran
         if not isinstance(raw.get(flag, False), bool):
             what = f"a transform has {flag} {shown(raw[flag])}"
             faults.append(Fault(rule, what, place, "write true or false"))
-    if (dtype := raw.get("precision")) is not None and not _is_dtype(dtype):
+    if (dtype := raw.get("precision")) is not None and not is_dtype(dtype):
         what = f"a transform has precision {shown(dtype)}"
         faults.append(Fault(rule, what, place, "name a dtype, e.g. torch.float32"))
     listed = raw.get("apply", [])
     if not isinstance(listed, list):
-        what = f"a transform's apply is {_a(listed)}, not a list"
+        what = f"a transform's apply is {kind_of(listed)}, not a list"
         faults.append(Fault(rule, what, place, "list where it is applied"))
         listed = []
     applies = [_read_apply(name, one, rule, faults) for one in listed]
@@ -527,7 +388,7 @@ def _read_transform(name: str, raw: Any, rule: str, faults: list[Fault]) -> Tran
 def _read_apply(name: str, raw: Any, rule: str, faults: list[Fault]) -> Apply | None:
     place = _place(name)
     if not isinstance(raw, Mapping):
-        what = f"a transform is applied to {_a(raw)}, not an object"
+        what = f"a transform is applied to {kind_of(raw)}, not an object"
         faults.append(Fault(rule, what, place, "write targets and location"))
         return None
     faults += _unknown(raw, APPLY_KEYS, "a transform", rule, place)
@@ -560,9 +421,9 @@ def _targets(
         faults.append(Fault(rule, what, place, "list its layers"))
         return Targets()
     found = Targets(tuple(raw))
-    if len(raw) > _MOST_NAMES or len(found.patterns) > _MOST_PATTERNS:
+    if len(raw) > _MOST_NAMES or len(found.patterns) > MOST_PATTERNS:
         what = f"{key} has {len(raw)} entries, {len(found.patterns)} of them patterns"
-        remedy = f"write at most {_MOST_NAMES} names and {_MOST_PATTERNS} patterns"
+        remedy = f"write at most {_MOST_NAMES} names and {MOST_PATTERNS} patterns"
         faults.append(Fault(rule, what, place, remedy))
         return Targets()
     return found
@@ -599,185 +460,8 @@ def _did_you_mean(key: str, known: str) -> str:
     return f"did you mean {near[0]!r}?" if near else f"delete it; known keys: {known}"
 
 
-# -------------------------------------------------------------------------------------- arguments
-
-
-def args_faults(raw: Any, role: str) -> list[str]:
-    """What is wrong with the arguments of ``weights``, ``input_activations`` and so on.
-
-    Args:
-        raw: What the configuration says; null is no fault, nor are unknown keys.
-        role: Which of a group's entries it is.
-
-    Returns:
-        A phrase a fault.
-    """
-    if raw is None:
-        return []
-    if not isinstance(raw, Mapping):
-        return [f"is {_a(raw)}, not an object"]
-    bits, kind = raw.get("num_bits", 8), _lower(raw.get("type", "int"))
-    faults = []
-    if not is_count(bits) or bits > _MOST_BITS:
-        faults.append(f"has num_bits {shown(bits)}")
-    if kind not in ("int", "float"):
-        faults.append(f"has type {shown(kind)}, neither int nor float")
-    elif kind == "float" and bits not in (4, 6, 8):
-        faults.append(f"has floating-point numbers of {shown(bits)} bits")
-    if not isinstance(raw.get("symmetric", True), bool):
-        faults.append(f"has symmetric {shown(raw['symmetric'])}, neither true nor false")
-    size = raw.get("group_size")
-    if size is not None and not (is_count(size) or _is_whole(size, -1)):
-        faults.append(f"has group_size {shown(size)}")
-    elif (strategy := _strategy(raw)) not in STRATEGIES:
-        faults.append(f"has strategy {shown(strategy)}")
-    else:
-        faults += _strategy_faults(strategy, size, raw, role)
-    faults += _order_faults(raw.get("actorder"), _strategy(raw), role)
-    for key in ("scale_dtype", "zp_dtype"):
-        if raw.get(key) is not None and not _is_dtype(raw[key]):
-            faults.append(f"has {key} {shown(raw[key])}, which is no dtype")
-    if not isinstance(raw.get("observer", ""), (str, type(None))):
-        faults.append(f"has observer {shown(raw['observer'])}, not a name")
-    if not isinstance(raw.get("observer_kwargs", {}), (Mapping, type(None))):
-        faults.append(f"has observer_kwargs {shown(raw['observer_kwargs'])}, not an object")
-    return faults
-
-
-def _strategy_faults(
-    strategy: str, size: int | None, raw: Mapping[str, Any], role: str
-) -> list[str]:
-    faults = []
-    block, dynamic = raw.get("block_structure"), _lower(raw.get("dynamic", False))
-    if strategy in _GROUPED and not is_count(size):
-        faults.append(f"has strategy {strategy} without a positive group_size")
-    if strategy not in _GROUPED and is_count(size):
-        faults.append(f"has group_size {size} with strategy {strategy}")
-    if strategy == "block" and _block(block) is None:
-        faults.append(f"has strategy block with block_structure {shown(block)}")
-    if strategy != "block" and block is not None:
-        faults.append(f"has a block_structure with strategy {strategy}")
-    if strategy == "token" and not dynamic:
-        faults.append("has strategy token without dynamic: true")
-    if not isinstance(dynamic, bool) and dynamic not in (None, "local"):
-        faults.append(f"has dynamic {shown(dynamic)}")
-    elif dynamic and strategy not in _DYNAMIC:
-        faults.append(f"has dynamic {dynamic!r} with strategy {strategy}")
-    elif dynamic == "local" and strategy != "tensor_group":
-        faults.append(f"has dynamic 'local' with strategy {strategy}, not tensor_group")
-    if role == "weights" and dynamic:
-        faults.append(f"has dynamic {shown(dynamic)}: weights are static")
-    if role == "input_activations" and strategy not in _INPUTS:
-        faults.append(f"has strategy {strategy}, which inputs cannot have")
-    return faults
-
-
-def _order_faults(order: Any, strategy: Any, role: str) -> list[str]:
-    if order is None or order is False:
-        return []
-    if order is not True and _lower(order) not in ("weight", "static", *_REORDERED):
-        return [f"has actorder {shown(order)}"]
-    if _lower(order) in (True, *_REORDERED) and strategy != "group":
-        return [f"has actorder {shown(order)} with strategy {shown(strategy)}, not group"]
-    return ["has an actorder, which only weights may have"] if role != "weights" else []
-
-
-def read_args(raw: Any, role: str) -> Args | None:
-    """The arguments of one role, or None where there are none or they are ill-formed."""
-    if raw is None or args_faults(raw, role):
-        return None
-    size, order, scale_dtype = raw.get("group_size"), raw.get("actorder"), raw.get("scale_dtype")
-    return Args(
-        bits=raw.get("num_bits", 8),
-        type=_lower(raw.get("type", "int")),
-        symmetric=raw.get("symmetric", True),
-        strategy=_strategy(raw),
-        group_size=size if is_count(size) else None,
-        block=_block(raw.get("block_structure")),
-        dynamic=_lower(raw.get("dynamic")) or False,
-        scale_dtype=scale_dtype.removeprefix("torch.") if scale_dtype else None,
-        # Once `true` meant the same.
-        reordered=order is True or _lower(order) in _REORDERED,
-    )
-
-
-def _remedy(fault: str) -> str:
-    if "group_size" in fault:
-        return "strategies group and tensor_group need group_size > 0, others need none"
-    if "dynamic" in fault:
-        return "inputs per token are dynamic: true, weights dynamic: false"
-    if "block" in fault:
-        return "strategy block needs block_structure [rows, columns], others need none"
-    if "actorder" in fault:
-        return "write actorder: null; a static order needs nothing in the checkpoint"
-    return "correct the arguments; `prismquant quantize` writes legal ones"
-
-
-def _strategy(raw: Mapping[str, Any]) -> Any:
-    strategy = raw.get("strategy")
-    if strategy is not None:
-        return _lower(strategy)
-    size = raw.get("group_size")
-    return "tensor" if size is None else "channel" if size == -1 else "group"
-
-
-def _block(value: Any) -> tuple[int, int] | None:
-    """Rows and columns; older libraries also wrote ``128x128``."""
-    if isinstance(value, str):
-        parts = value.split("x")
-        value = [int(part) for part in parts] if all(_is_digits(part) for part in parts) else None
-    if isinstance(value, list) and len(value) == 2 and all(is_count(item) for item in value):
-        return (value[0], value[1])
-    return None
-
-
-def _is_digits(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) < 9
-
-
-def is_count(value: Any) -> bool:
-    """Whether a value of JSON is a positive whole number, of a size that layers have."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    return whole and 0 < value <= _MOST_COUNT
-
-
-def _is_whole(value: Any, wanted: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value == wanted
-
-
-def _is_number(value: Any) -> bool:
-    real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return real and (isinstance(value, int) or math.isfinite(value))
-
-
-def _is_dtype(value: Any) -> bool:
-    return isinstance(value, str) and _DTYPE.fullmatch(value) is not None
-
-
-def _lower(value: Any) -> Any:
-    return value.lower() if isinstance(value, str) else value
-
-
 def _place(name: str) -> str:
     return name if len(name) <= 80 else name[:78] + ".."
-
-
-def shown(value: Any) -> str:
-    """A value of a stranger, short enough for a line."""
-    if isinstance(value, (list, Mapping)) and len(value) > 8:
-        return f"{_a(value)} of {len(value)} entries"
-    if isinstance(value, int) and value.bit_length() > 200:
-        return "an enormous number"
-    text = repr(value)
-    return text if len(text) <= 60 else text[:58] + ".."
-
-
-def _a(value: Any) -> str:
-    """What a value of JSON is, e.g. ``a list``."""
-    if isinstance(value, Mapping):
-        return "an object"
-    names = {list: "a list", str: "a text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
 
 
 # --------------------------------------------------------------------------------------- matching
@@ -789,14 +473,14 @@ def group_in_transformers(name: str, section: Section) -> Group | None:
     Exact names come before patterns and those before the class; ties go by the alphabet.
     """
     matcher = section.matcher
-    if _LINEAR in section.ignore.names or section.ignore.meets(name, matcher):
+    if LINEAR in section.ignore.names or section.ignore.meets(name, matcher):
         return None
     owners = section.owners
     if name in owners:
         return owners[name]
     patterns = sorted(target for target in owners if target.startswith("re:"))
     named = next((target for target in patterns if matcher.matches(name, target)), None)
-    return owners.get(named or _LINEAR)
+    return owners.get(named or LINEAR)
 
 
 def group_in_prismquant(names: Collection[str], section: Section) -> Group | None:

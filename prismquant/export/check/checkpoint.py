@@ -34,14 +34,13 @@ from prismquant.export.section import (
     METHOD,
     Fault,
     Group,
-    Matcher,
     Section,
-    Targets,
     group_in_prismquant,
     group_in_transformers,
     read_section,
 )
 from prismquant.export.stored import other_names
+from prismquant.export.targets import Matcher, Targets
 from prismquant.headers import TensorInfo, read_header
 from prismquant.models.arch import Modality, SiteKind, known_archs
 from prismquant.models.bind import BoundModel, BoundSite, bind

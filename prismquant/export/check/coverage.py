@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from prismquant.export.check.checkpoint import Checkpoint, Layer
 from prismquant.export.check.findings import Problem, gathered
-from prismquant.export.section import Group, Targets, groups_by_name
+from prismquant.export.section import Group, groups_by_name
+from prismquant.export.targets import Targets
 
 # Classes that a target may name although no linear layer has one.
 _OTHER_CLASSES = ("Attention", "Embedding")

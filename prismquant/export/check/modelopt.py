@@ -11,7 +11,7 @@ import torch
 from prismquant.export.check.checkpoint import MODELOPT_FILE, Checkpoint, Layer
 from prismquant.export.check.findings import Problem, gathered
 from prismquant.export.expected import REAL, SCALES, Expected
-from prismquant.export.section import shown
+from prismquant.export.quantization_args import shown
 
 METHODS = ("modelopt", "modelopt_fp4", "modelopt_mixed")
 MIXED = "MIXED_PRECISION"

@@ -10,7 +10,8 @@ import torch
 from prismquant.export.check.checkpoint import Checkpoint, Layer
 from prismquant.export.check.findings import Problem, gathered
 from prismquant.export.expected import REAL, Expected
-from prismquant.export.section import is_broken, is_count, shown
+from prismquant.export.quantization_args import is_count, shown
+from prismquant.export.targets import is_broken
 
 GPTQ, AWQ = "gptq", "awq"
 METHODS = (GPTQ, AWQ)

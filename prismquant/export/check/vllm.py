@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prismquant.export.section import INT, PACK, WITH_INPUTS, Args, Group, Matcher, Section, Targets
+from prismquant.export.quantization_args import Args
+from prismquant.export.section import INT, PACK, WITH_INPUTS, Group, Section
+from prismquant.export.targets import Matcher, Targets
 
 VERSION = "0.33"
 _HEAD_CLASS, _OTHER_CLASS = "ParallelLMHead", "ParallelLinear"
