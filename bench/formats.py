@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from bench.methods import CALIBRATION_SAMPLES, Cells, cell, facts_of, subjects_of
-from prismquant.demo.run import CHECKPOINT
+from prismquant.demo.main_job import CHECKPOINT
 from prismquant.demo.scenes import write_dataset
 from prismquant.recipe.schema import Recipe, parse_recipe
 from prismquant.report.tables import markdown_table, rich_table

@@ -31,10 +31,10 @@ from bench.matrix import outside, readers, table
 from bench.matrix.cases import Case, cases
 from bench.matrix.cells import Cell, foretold, refused, stopped
 from prismquant.api import export, quantize
+from prismquant.check import Severity, check
 from prismquant.errors import PrismQuantError
-from prismquant.export.check import Severity, check
 from prismquant.export.stored import open_checkpoint
-from prismquant.pipeline.layout import DENSE
+from prismquant.plan.bit_layout import DENSE
 
 sys.path.append("tests")
 import tiny_vlm

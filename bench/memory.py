@@ -24,7 +24,7 @@ from rich.console import Console
 
 from bench.engine.models import copy_companions, write_weights
 from bench.engine.process import measure, thread_environment
-from prismquant.demo.run import CHECKPOINT
+from prismquant.demo.main_job import CHECKPOINT
 from prismquant.demo.scenes import write_dataset
 from prismquant.models.config import import_transformers
 from prismquant.report.tables import format_bytes, rich_table

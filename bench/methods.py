@@ -28,15 +28,15 @@ from torch import Tensor, nn
 
 from prismquant import __version__
 from prismquant.api import quantize
-from prismquant.demo.run import CHECKPOINT
+from prismquant.data import read_samples
+from prismquant.data.batches import Batch, make_batches
+from prismquant.demo.main_job import CHECKPOINT
 from prismquant.demo.scenes import write_dataset
 from prismquant.evaluate.fidelity import evaluate_model
-from prismquant.export.load import load_model
+from prismquant.export.load_quantized import load_model
 from prismquant.models.bind import bind
 from prismquant.models.outliers import add_outliers
 from prismquant.models.processor import load_processor
-from prismquant.pipeline.batches import Batch, make_batches
-from prismquant.pipeline.data import read_samples
 from prismquant.recipe.schema import Recipe, parse_recipe
 from prismquant.report.tables import markdown_table, rich_table
 

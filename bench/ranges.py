@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from prismquant.kernels import search as compiled
+from prismquant.kernels import range_search as compiled
 from prismquant.numerics import ranges
 from prismquant.numerics.grids import FloatGrid, Grid, IntGrid
 from prismquant.numerics.kinds import Granularity, ScaleKind

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from bench.methods import CALIBRATION_SAMPLES, SETTINGS, cell, subject
 from prismquant import __version__
-from prismquant.demo.run import CHECKPOINT
+from prismquant.demo.main_job import CHECKPOINT
 from prismquant.demo.scenes import write_dataset
 from prismquant.recipe.schema import Recipe, parse_recipe
 from prismquant.report.tables import markdown_table, rich_table

@@ -26,13 +26,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from prismquant.algorithms.base import LayerProblem
 from prismquant.algorithms.gptq import GPTQ
-from prismquant.algorithms.statistics import HessianRecord
+from prismquant.algorithms.solver import LayerProblem
 from prismquant.formats.spec import spec
 from prismquant.numerics.ranges import RangeRule
 from prismquant.report.tables import markdown_table, rich_table
 from prismquant.runtime.mixed import Precision
+from prismquant.statistics.hessian import HessianRecord
 from prismquant.storage import write_bytes, write_text
 
 HEADERS = (

@@ -26,10 +26,10 @@ import torch
 from rich.console import Console
 
 from bench.engine.process import measure
-from prismquant.demo.run import CHECKPOINT
+from prismquant.demo.main_job import CHECKPOINT
 from prismquant.demo.scenes import write_dataset
-from prismquant.pipeline.checkpoint import RunDirectory
 from prismquant.report.tables import rich_table
+from prismquant.run.directory import RunDirectory
 
 _OF_OPENMP = ("OMP_", "GOMP_", "KMP_", "MKL_")
 # Spins from when a file is there, which may be at once.

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import prismquant as pq
-from prismquant.demo.run import CHECKPOINT
+from prismquant.demo.main_job import CHECKPOINT
 from prismquant.demo.scenes import write_dataset
 
 out = Path(sys.argv[1])

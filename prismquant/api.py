@@ -29,15 +29,27 @@ from prismquant.arguments import (
     as_path,
     as_source,
 )
+from prismquant.data import Sample, read_samples, require_modalities
+from prismquant.data.batches import Batch, Batches, by_length, make_batches
+from prismquant.data.media import Limits
+from prismquant.data.survey import Survey, let_go, position_limit, survey
 from prismquant.distributed import Alone, Ranks
+from prismquant.engine.collectives import require_sharable, share_of
+from prismquant.engine.data_free import stream, streams
+from prismquant.engine.failure import failure_lines
+from prismquant.engine.gradients import gradient_samples, vision_weights, wants_gradients
+from prismquant.engine.job import Reporter, Run, Silent
+from prismquant.engine.memory_forecast import WAYS, Forecast, choose_way, count_tokens, forecast
+from prismquant.engine.run import run
+from prismquant.engine.step_record import StepRecord
 from prismquant.errors import DataError, PlanError, StorageError
 from prismquant.evaluate.fidelity import Fidelity, evaluate_model
-from prismquant.evaluate.vocabulary import require_same_vocabulary
+from prismquant.evaluate.shared_vocabulary import require_same_vocabulary
 from prismquant.export.companions import files_to_copy, links_outside, links_remark
 from prismquant.export.compressed_tensors import CheckpointWriter
 from prismquant.export.exporter import Progress
-from prismquant.export.load import load_model
-from prismquant.export.table import EXPORTERS, Exported, build_exporter, export_checkpoint
+from prismquant.export.exporters import EXPORTERS, Exported, build_exporter, export_checkpoint
+from prismquant.export.load_quantized import load_model
 from prismquant.memory import (
     available_bytes,
     give_back_freed,
@@ -51,15 +63,12 @@ from prismquant.models.bind import BoundModel, bind
 from prismquant.models.config import config_value, identify, native_config
 from prismquant.models.processor import load_processor
 from prismquant.modes import default_modes
-from prismquant.pipeline.batches import Batch, Batches, by_length, make_batches
-from prismquant.pipeline.budget import WAYS, Forecast, choose_way, count_tokens, forecast
-from prismquant.pipeline.checkpoint import RunDirectory, environment
-from prismquant.pipeline.data import Sample, read_samples, require_modalities
-from prismquant.pipeline.engine import run
-from prismquant.pipeline.exchange import require_sharable, share_of
-from prismquant.pipeline.failure import failure_lines
-from prismquant.pipeline.gradients import gradient_samples, vision_weights, wants_gradients
-from prismquant.pipeline.identity import (
+from prismquant.plan.plan import Plan, make_plan
+from prismquant.plan.unseen import unseen_vision
+from prismquant.recipe.adapt import adapted
+from prismquant.recipe.schema import Recipe, load_recipe
+from prismquant.run.directory import RunDirectory, environment
+from prismquant.run.fingerprint import (
     Identity,
     code_versions,
     fingerprint_batches,
@@ -67,15 +76,7 @@ from prismquant.pipeline.identity import (
     stamp_files,
     unchanged,
 )
-from prismquant.pipeline.job import Reporter, Run, Silent
-from prismquant.pipeline.media import Limits
-from prismquant.pipeline.plan import Plan, make_plan
-from prismquant.pipeline.record import RunRecord, StepRecord, refuse_nonfinite, told_of
-from prismquant.pipeline.seen import unseen_vision
-from prismquant.pipeline.stream import stream, streams
-from prismquant.pipeline.survey import Survey, let_go, position_limit, survey
-from prismquant.recipe.adapt import adapted
-from prismquant.recipe.schema import Recipe, load_recipe
+from prismquant.run.record import RunRecord, refuse_nonfinite, told_of
 from prismquant.runtime.mixed import Precision, Wanted
 from prismquant.storage import ShardReader
 
@@ -517,7 +518,7 @@ def export(
     Args:
         folder: A finished run, or another checkpoint in compressed-tensors format.
         format: ``dense``, ``compressed-tensors``, ``gptq``, ``awq`` ..; the keys of
-            :data:`prismquant.export.table.EXPORTERS`.
+            :data:`prismquant.export.exporters.EXPORTERS`.
         out: Folder of the result; must not exist or be empty.
         weights_only: Drop quantized inputs, outputs and caches where the format cannot say them.
         options: Of the format, such as ``{"dtype": "float32"}`` of ``dense``.

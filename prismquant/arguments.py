@@ -19,6 +19,10 @@ from prismquant.errors import ArgumentError, PrismQuantError, suggest
 
 if TYPE_CHECKING:
     import torch
+    from pydantic import ConfigDict
+
+EXACT: ConfigDict = {"extra": "forbid"}
+"""How dataclasses of a record are read back: no field more."""
 
 FLOATS = ("float32", "bfloat16", "float16")
 MAX_SAMPLES = 1_000_000

@@ -9,7 +9,7 @@ import pytest
 import torch
 from packaging.version import Version
 
-from prismquant.export.check.kv import TriedReaders, tried_readers
+from prismquant.check.kv_rules import TriedReaders, tried_readers
 from prismquant.runtime.kv_cache import cache_in_float
 
 if TYPE_CHECKING:

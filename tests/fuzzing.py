@@ -32,11 +32,11 @@ from hypothesis import strategies as st
 
 import prismquant as pq
 from prismquant.api import export
+from prismquant.check import check
+from prismquant.data import read_samples
 from prismquant.errors import PrismQuantError
-from prismquant.export.check import check
 from prismquant.memory import peak_memory_bytes, resident_bytes
 from prismquant.models.processor import load_processor
-from prismquant.pipeline.data import read_samples
 from prismquant.recipe.presets import PRESETS
 from prismquant.recipe.schema import load_recipe
 from prismquant.storage import ShardReader

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from prismquant.algorithms.base import LayerProblem
-from prismquant.algorithms.blocks import BlockLayer, BlockProblem
+from prismquant.algorithms.block_tuner import BlockLayer, BlockProblem
 from prismquant.algorithms.gptq import GPTQ
 from prismquant.algorithms.rtn import RTN
-from prismquant.algorithms.statistics import HessianRecord
+from prismquant.algorithms.solver import LayerProblem
 from prismquant.formats.spec import spec
 from prismquant.numerics.ranges import RangeRule
+from prismquant.statistics.hessian import HessianRecord
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -10,7 +10,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from prismquant.pipeline.data import Sample, read_samples
+from prismquant.data import Sample, read_samples
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -113,7 +113,7 @@ def main() -> None:
     import torch
 
     import prismquant.api
-    import prismquant.export.check
+    import prismquant.check
     from prismquant.models.config import import_transformers
 
     torch.set_num_threads(1)

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from prismquant.demo.run import CHECKPOINT
+from prismquant.demo.main_job import CHECKPOINT
 from prismquant.demo.scenes import write_dataset
 from prismquant.headers import read_header
 from prismquant.models.arch import known_archs

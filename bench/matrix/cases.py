@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from prismquant.formats.kv import KV_PRESETS
+from prismquant.formats.kv_formats import KV_PRESETS
 from prismquant.formats.spec import PRESETS as FORMATS
 from prismquant.formats.spec import spec
 from prismquant.recipe.presets import PRESETS as RECIPES

@@ -14,18 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from bench.matrix.cells import TOLERANCE, Cell, compared, stopped
-from prismquant.algorithms.base import LayerProblem
 from prismquant.algorithms.rtn import RTN
-from prismquant.export.load import load_model
+from prismquant.algorithms.solver import LayerProblem
+from prismquant.data import read_samples
+from prismquant.data.batches import Batch, make_batches
+from prismquant.engine.kv_observation import KVScales, quantize_cache
+from prismquant.export.load_quantized import load_model
 from prismquant.models.bind import BoundModel, bind
 from prismquant.models.config import import_transformers
 from prismquant.models.load import load_float
 from prismquant.models.processor import load_processor
-from prismquant.pipeline.batches import Batch, make_batches
-from prismquant.pipeline.data import read_samples
-from prismquant.pipeline.kv import KVScales, quantize_cache
-from prismquant.pipeline.layout import DENSE
-from prismquant.pipeline.plan import Plan, PlanRow, problem_groups
+from prismquant.plan.bit_layout import DENSE
+from prismquant.plan.plan import Plan, PlanRow, problem_groups
 from prismquant.runtime.quant_linear import quantize_inputs
 from prismquant.storage import INDEX_NAME, ShardReader, read_json
 

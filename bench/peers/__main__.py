@@ -37,16 +37,16 @@ from torch import Tensor, nn
 
 from bench.peers.worker import REPORT, stopwatch
 from prismquant.api import load, quantize
-from prismquant.demo.run import CHECKPOINT
+from prismquant.data import read_samples
+from prismquant.data.batches import make_batches
+from prismquant.demo.main_job import CHECKPOINT
 from prismquant.demo.scenes import write_dataset
 from prismquant.errors import PlanError, PrismQuantError
 from prismquant.evaluate.fidelity import evaluate_model
-from prismquant.export.load import load_model
+from prismquant.export.load_quantized import load_model
 from prismquant.models.bind import bind
 from prismquant.models.outliers import add_outliers
-from prismquant.pipeline.batches import make_batches
-from prismquant.pipeline.data import read_samples
-from prismquant.pipeline.plan import Plan, PlanRow, make_plan
+from prismquant.plan.plan import Plan, PlanRow, make_plan
 from prismquant.recipe.presets import PRESETS
 from prismquant.recipe.schema import Recipe, load_recipe
 from prismquant.report.tables import markdown_table, rich_table

@@ -35,13 +35,13 @@ from torch import Tensor
 
 from bench.solver.worker import timed
 from prismquant import __version__
-from prismquant.algorithms.base import LayerProblem, LayerResult, row_losses
 from prismquant.algorithms.gptq import GPTQ
 from prismquant.algorithms.portions import peak_solve_bytes
-from prismquant.algorithms.statistics import HessianRecord
+from prismquant.algorithms.solver import LayerProblem, LayerResult, row_losses
 from prismquant.formats.spec import spec
 from prismquant.numerics.ranges import RangeRule
 from prismquant.report.tables import format_bytes, markdown_table, rich_table
+from prismquant.statistics.hessian import HessianRecord
 
 ROWS: dict[int, tuple[tuple[int, ...], ...]] = {
     1536: ((8960, 8960), (1536,)),

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from prismquant.algorithms.edges import (
+from prismquant.algorithms.equalizer import (
     EdgeProblem,
     EdgeResult,
     Reader,
@@ -34,7 +34,7 @@ from prismquant.numerics.kinds import Granularity
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from prismquant.algorithms.base import Note
+    from prismquant.algorithms.solver import Note
 
 # Weights looked at in one pass: bounds the temporary memory.
 _PIECE = 1 << 24

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from prismquant.algorithms.statistics import HessianRecord
 from prismquant.errors import DataError, NumericsError, check_bounds
+from prismquant.statistics.hessian import HessianRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -27,13 +27,6 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from prismquant.algorithms.base import (
-    LayerProblem,
-    LayerResult,
-    Note,
-    Scales,
-    choose_scales,
-)
 from prismquant.algorithms.factor import (
     can_round,
     factorize_in_place,
@@ -45,6 +38,13 @@ from prismquant.algorithms.portions import (
     portion_size,
     portions,
     scale_lines,
+)
+from prismquant.algorithms.solver import (
+    LayerProblem,
+    LayerResult,
+    Note,
+    Scales,
+    choose_scales,
 )
 from prismquant.algorithms.triangles import Attempt, Factor, Triangles, divide_lines
 from prismquant.errors import NumericsError, check_bounds

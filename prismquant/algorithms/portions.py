@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from prismquant.algorithms.base import LayerProblem, Scales, row_losses, scales_by_column
 from prismquant.algorithms.factor import blocks
+from prismquant.algorithms.solver import LayerProblem, Scales, row_losses, scales_by_column
 from prismquant.kernels import descent, products, transpose
 from prismquant.kernels import sweep as sweep_kernels
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from prismquant.algorithms.base import (
+from prismquant.algorithms.solver import (
     LayerProblem,
     LayerResult,
     Note,
@@ -24,7 +24,7 @@ from prismquant.algorithms.base import (
 )
 from prismquant.errors import NumericsError
 from prismquant.formats.quantized import QuantizedTensor
-from prismquant.kernels.search import weight_scales
+from prismquant.kernels.range_search import weight_scales
 from prismquant.numerics.affine import quantize_with_values
 from prismquant.numerics.kinds import Granularity, block_rows
 from prismquant.numerics.ranges import RangeRule, coupled_weight_scales

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from prismquant.algorithms.edges import (
+from prismquant.algorithms.equalizer import (
     EdgeProblem,
     EdgeResult,
     best_scale,
@@ -30,8 +30,8 @@ from prismquant.errors import RecipeError, check_bounds
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from prismquant.algorithms.base import Note
-    from prismquant.algorithms.statistics import ChannelRecord
+    from prismquant.algorithms.solver import Note
+    from prismquant.statistics.channels import ChannelRecord
 
 _TEXT, _VISION = 0, 1
 

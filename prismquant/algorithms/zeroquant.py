@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from prismquant.algorithms.base import Note
-from prismquant.algorithms.blocks import (
+from prismquant.algorithms.block_tuner import (
     ADAM_EPSILON,
     BlockProblem,
     BlockResult,
@@ -28,6 +27,7 @@ from prismquant.algorithms.blocks import (
     refine,
     schedule_bounds,
 )
+from prismquant.algorithms.solver import Note
 from prismquant.errors import check_bounds
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class ZeroQuant:
         Returns:
             Codes and scales, never worse than the start over all calls. Notes: ``iterations``
             done (fewer when the output stops being finite), ``batch``, ``learning_rate``, and those
-            of :func:`prismquant.algorithms.blocks.conclude`.
+            of :func:`prismquant.algorithms.block_tuner.conclude`.
 
         Raises:
             NumericsError: The start's loss is not finite.

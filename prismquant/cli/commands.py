@@ -55,7 +55,7 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Quantize the embedded model with W4A16 and W4A8 and show float, RTN and GPTQ side by side."""
-    from prismquant.demo.run import run_demo
+    from prismquant.demo.main_job import run_demo
     from prismquant.report.tables import comparison_table
     from prismquant.threads import use_threads
 
@@ -178,9 +178,9 @@ def quantize(
 ) -> None:
     """Quantize a checkpoint into a folder that transformers and vLLM load."""
     from prismquant.api import quantize as run
+    from prismquant.check import check
     from prismquant.distributed import joined
-    from prismquant.export.check import check
-    from prismquant.pipeline.failure import failed_layers
+    from prismquant.engine.failure import failed_layers
     from prismquant.report.plans import memory_line, run_table, token_lines
     from prismquant.report.progress import ProgressReporter
     from prismquant.threads import use_threads
@@ -260,7 +260,7 @@ def _require_sound(report: Any, *, damaged: bool = False) -> None:
 
 def _earlier_threads(out: str) -> int | None:
     """With how many threads a run went on last: others may round sums in another order."""
-    from prismquant.pipeline.checkpoint import RunDirectory
+    from prismquant.run.directory import RunDirectory
 
     try:
         return RunDirectory(Path(out)).load().threads[-1]
@@ -303,7 +303,7 @@ def export(
 ) -> None:
     """Write a quantized checkpoint in another format, or say which layers it cannot hold."""
     from prismquant.api import export as run
-    from prismquant.export.check import check
+    from prismquant.check import check
     from prismquant.report.progress import ExportProgress
 
     console = make_console(stderr=True)
@@ -334,8 +334,8 @@ def check_folder(
     as_json: AsJson = False,
 ) -> None:
     """Say whether a checkpoint will load, and as it is meant. Reads no weight."""
-    from prismquant.export.check import Reader
-    from prismquant.export.check import check as look
+    from prismquant.check import Reader
+    from prismquant.check import check as look
     from prismquant.report.checks import findings_table, verdict
 
     reader = None if target is None else as_choice(target, "reader", Reader)

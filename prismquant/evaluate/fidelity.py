@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from prismquant.pipeline.batches import Batch
+    from prismquant.data.batches import Batch
 
 TOKEN_CLASSES = ("answer", "text", "vision")
 _ANSWER, _TEXT, _VISION = range(3)
@@ -213,7 +213,7 @@ def evaluate_model(
     Args:
         model: Takes a batch's inputs and returns ``.logits`` [B, T, V], as models of transformers
             do.
-        batches: From :func:`prismquant.pipeline.data.make_batches`.
+        batches: From :func:`prismquant.data.make_batches`.
         reference: The model to compare with, over the same vocabulary.
         generated: Also decode greedily with ``model.generate`` and compare the text with the
             answer, both stripped, case-folded and without a final period.

@@ -19,8 +19,8 @@ from prismquant.formats.packed import check_declarable, declared_kind
 from prismquant.formats.spec import NumberSpec
 from prismquant.numerics.kinds import Granularity, ScaleKind
 from prismquant.patterns import shortened
-from prismquant.pipeline.layout import is_declarable
-from prismquant.pipeline.plan import PlanRow
+from prismquant.plan.bit_layout import is_declarable
+from prismquant.plan.plan import PlanRow
 
 PRIVATE_KEY = "prismquant"
 _INPUT, _OUTPUT = "input", "output"

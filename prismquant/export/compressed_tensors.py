@@ -25,11 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prismquant.engine.chain import source_reader
+from prismquant.engine.group import SolvedLayer
+from prismquant.engine.kv_observation import KVScales
 from prismquant.errors import FormatError, StorageError
 from prismquant.export.arguments import arguments, private_section
 from prismquant.export.companions import files_to_copy, untied_config
 from prismquant.export.expected import SIGNS, SPLIT_INDEX, SPLIT_WEIGHT
-from prismquant.export.kv_cache import key_rotation, kv_cache_scheme
+from prismquant.export.kv_section import key_rotation, kv_cache_scheme
 from prismquant.export.reader import StoredScheme, read_weight, split_columns, static_scale
 from prismquant.export.section import CONFIG_KEY, METHOD
 from prismquant.formats.packed import QuantizedTensor, pack
@@ -40,13 +43,10 @@ from prismquant.models.bind import BoundModel, BoundSite, BoundStep
 from prismquant.models.rotation import untied
 from prismquant.numerics.affine import nonfinite
 from prismquant.numerics.hadamard import hadamard_matrix
-from prismquant.pipeline.chain import source_reader
-from prismquant.pipeline.group import SolvedLayer
-from prismquant.pipeline.kv import KVScales
-from prismquant.pipeline.kv_plan import KVLayer
-from prismquant.pipeline.layout import DENSE, is_declarable
-from prismquant.pipeline.plan import Plan, PlanRow
-from prismquant.pipeline.record import refuse_nonfinite
+from prismquant.plan.bit_layout import DENSE, is_declarable
+from prismquant.plan.kv_plan import KVLayer
+from prismquant.plan.plan import Plan, PlanRow
+from prismquant.run.record import refuse_nonfinite
 from prismquant.storage import (
     INDEX_NAME,
     ShardReader,

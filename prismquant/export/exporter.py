@@ -47,7 +47,7 @@ class Exporter(Protocol):
     """One format that a checkpoint can be exported to.
 
     A frozen dataclass whose fields, if it has any, are its options. To add a format, write such a
-    class in a module of its own and name it in :data:`prismquant.export.table.EXPORTERS`.
+    class in a module of its own and name it in :data:`prismquant.export.exporters.EXPORTERS`.
 
     Attributes:
         name: What ``--format`` calls it.

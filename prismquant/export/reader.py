@@ -15,10 +15,11 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from prismquant.engine.group import SplitColumns, StaticScale
 from prismquant.errors import FormatError, NumericsError
 from prismquant.export.arguments import specification
 from prismquant.export.expected import SPLIT_INDEX, SPLIT_WEIGHT
-from prismquant.export.kv_cache import ROTATED_AT
+from prismquant.export.kv_section import ROTATED_AT
 from prismquant.export.section import PACK, Group, Section, Transform, group_in_prismquant
 from prismquant.formats.packed import (
     QuantizedTensor,
@@ -29,7 +30,6 @@ from prismquant.formats.packed import (
 )
 from prismquant.formats.spec import NumberSpec
 from prismquant.headers import TensorInfo
-from prismquant.pipeline.group import SplitColumns, StaticScale
 from prismquant.storage import ShardReader
 
 _NO_ALIASES: Mapping[str, Collection[str]] = MappingProxyType({})

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from prismquant.errors import StorageError
 from prismquant.outputs import require_empty
-from prismquant.pipeline.lock import locked
+from prismquant.run.lock import locked
 from prismquant.storage import storage_error
 
 _NAME = ".prismquant-export"

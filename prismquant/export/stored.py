@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prismquant.engine.group import SplitColumns, StaticScale
 from prismquant.errors import FormatError, ModelError, StorageError, grouped
 from prismquant.export.arguments import PRIVATE_KEY, read_private
 from prismquant.export.companions import untied_config
@@ -27,7 +28,7 @@ from prismquant.export.expected import (
     plain_faults,
     ungrouped_fault,
 )
-from prismquant.export.kv_cache import read_kv_cache_scheme, require_cache_scale
+from prismquant.export.kv_section import read_kv_cache_scheme, require_cache_scale
 from prismquant.export.reader import (
     DequantizingReader,
     FiniteReader,
@@ -47,7 +48,6 @@ from prismquant.models.config import identify, native_config, read_config
 from prismquant.models.empty import empty_model
 from prismquant.models.names import NameMap, choose_layout
 from prismquant.numerics.hadamard import block_hadamard
-from prismquant.pipeline.group import SplitColumns, StaticScale
 from prismquant.storage import ShardReader
 
 _MOST_TOLD = 10

@@ -42,7 +42,7 @@ from prismquant.formats.layouts import (
     PACK_QUANTIZED,
     TABLE,
 )
-from prismquant.formats.layouts.base import check_codes, finite_fault, scale_fault
+from prismquant.formats.layouts.layout import check_codes, finite_fault, scale_fault
 from prismquant.formats.quantized import QuantizedTensor
 from prismquant.numerics.kinds import FloatKind
 

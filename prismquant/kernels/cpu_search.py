@@ -1,4 +1,4 @@
-"""The first look of :mod:`prismquant.kernels.search` on a CPU, compiled by numba.
+"""The first look of :mod:`prismquant.kernels.range_search` on a CPU, compiled by numba.
 
 Sixteen units at a time, one to a lane of a vector: no sum runs across lanes, groups of any size do,
 and all trials of a tile run over the same values in the innermost cache. In each unit the values
@@ -8,8 +8,8 @@ is mostly after these few.
 Sums are of float32 numbers whose powers are polynomials, good to some 6e-6; ``slack`` has to cover
 that, see there.
 
-Only :mod:`prismquant.kernels.search` imports this file, which needs the package ``numba``. The
-kernel is compiled when it is imported, and kept in numba's cache where there is a place for it.
+Only :mod:`prismquant.kernels.range_search` imports this file, which needs the package ``numba``.
+The kernel is compiled when it is imported, and kept in numba's cache where there is a place for it.
 """
 
 from __future__ import annotations

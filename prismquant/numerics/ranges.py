@@ -1,7 +1,7 @@
 """How the ranges of weights are chosen: which values a scale must hold, and which it may clip.
 
 Weights are at hand whole, so :func:`weight_scales` reads them directly. Activations pass by in
-batches: see :mod:`prismquant.numerics.records`.
+batches: see :mod:`prismquant.statistics.input_range`.
 """
 
 from __future__ import annotations
@@ -16,25 +16,22 @@ from torch import Tensor
 from prismquant.errors import NumericsError, RecipeError
 from prismquant.numerics.affine import check_finite, extremes, scale_zero_point, simulate, to_groups
 from prismquant.numerics.kinds import Granularity, block_rows, check_group_size
-from prismquant.numerics.records import RangeRecord, rank_of, static_scale_zero_point
-from prismquant.numerics.rules import SEARCHES, RangeRule, RuleKind, check_rule, measured
+from prismquant.numerics.rules import SEARCHES, RangeRule, RuleKind, check_rule, measured, rank_of
+from prismquant.numerics.scale_search import Search, after_a_look, losses_in_steps
 from prismquant.numerics.scales import AnyScale, as_scale_format
-from prismquant.numerics.search import Search, after_a_look, losses_in_steps
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from prismquant.numerics.grids import Grid
-    from prismquant.numerics.search import Look
+    from prismquant.numerics.scale_search import Look
 
 __all__ = [
     "SEARCHES",
-    "RangeRecord",
     "RangeRule",
     "RuleKind",
     "check_rule",
     "coupled_weight_scales",
-    "static_scale_zero_point",
     "weight_scales",
 ]
 
@@ -86,7 +83,7 @@ def weight_scales(
         importance: ``[in]``, not negative: how much an error in each input feature matters, e.g.
             the diagonal of the Hessian. Only the rules that search use it.
         look: Rules out trials before the others are weighed, see
-            :func:`prismquant.kernels.search.weight_scales`; what is chosen is the same.
+            :func:`prismquant.kernels.range_search.weight_scales`; what is chosen is the same.
 
     Returns:
         Scale and zero point as :func:`prismquant.numerics.affine.scale_zero_point` gives them.

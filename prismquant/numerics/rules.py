@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -101,3 +102,8 @@ def check_rule(rule: RangeRule, grid: Grid) -> None:
 def measured(rule: RangeRule) -> RangeRule:
     """The rule with the norm that its kind goes by: two, except for ``mse``."""
     return rule if rule.kind == "mse" else replace(rule, norm=2.0)
+
+
+def rank_of(percentile: float, count: int) -> int:
+    """The rank, from 1, of the last value to be held."""
+    return min(max(math.ceil(percentile * count), 1), count)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from prismquant.algorithms.table import SOLVERS
+from prismquant.algorithms.methods import SOLVERS
 from prismquant.arguments import MAX_BATCH, MAX_SAMPLES, as_choice, as_count, as_flag
 from prismquant.recipe.schema import MAX_DEVICES, OnFailure, Recipe
 

@@ -24,7 +24,7 @@ They are applied in order: rotations first of all, then scales along edges.
 ``kv_cache`` says in what numbers a server keeps keys and values: ``fp8``, ``fp8-head``, ``int8``,
 ``int4-head-rotated`` and so on, or a mapping: ``{format: fp8, granularity: head, range: mse}``.
 
-The recipe knows nothing of a particular model: :mod:`prismquant.pipeline.plan` lays it over one.
+The recipe knows nothing of a particular model: :mod:`prismquant.plan.plan` lays it over one.
 It is words: a method, and torch with it, is loaded only to check options that are given for it.
 """
 
@@ -46,8 +46,7 @@ from pydantic import (
     model_validator,
 )
 
-from prismquant.algorithms.split import Split
-from prismquant.algorithms.table import (
+from prismquant.algorithms.methods import (
     EQUALIZERS,
     SOLVERS,
     TUNERS,
@@ -57,9 +56,10 @@ from prismquant.algorithms.table import (
     checked_options,
     refuse_idle,
 )
+from prismquant.algorithms.split import Split
 from prismquant.arguments import MAX_BATCH, MAX_SAMPLES
 from prismquant.errors import PrismQuantError, RecipeError, listed, suggest
-from prismquant.formats.kv import KVCacheSpec, kv_cache_spec
+from prismquant.formats.kv_formats import KVCacheSpec, kv_cache_spec
 from prismquant.formats.spec import NumberSpec, spec
 from prismquant.models.arch import Modality
 from prismquant.numerics.rules import SEARCHES, RangeRule

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rich.table import Table
 from rich.text import Text
 
-from prismquant.export.check import Report, Severity
+from prismquant.check import Report, Severity
 from prismquant.report.tables import as_text, rich_table
 
 _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.NOTE: "dim"}

@@ -10,12 +10,13 @@ from typing import Any
 
 from rich.table import Table
 
+from prismquant.engine.failure import failed_layers
+from prismquant.engine.step_record import StepRecord
 from prismquant.models.arch import Modality
-from prismquant.pipeline.failure import failed_layers
-from prismquant.pipeline.plan import Plan, PlanEdge, PlanRow
-from prismquant.pipeline.record import RunRecord, StepRecord
-from prismquant.pipeline.seen import Tokens
+from prismquant.plan.plan import Plan, PlanEdge, PlanRow
 from prismquant.report.tables import format_bytes, format_figure, rich_table
+from prismquant.run.record import RunRecord
+from prismquant.statistics.tokens import Tokens
 
 _FLOAT = "float"
 _TOWERS = {

@@ -15,9 +15,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from prismquant.engine.failure import failed_layers
+from prismquant.engine.step_record import StepRecord
 from prismquant.memory import peak_memory_bytes
-from prismquant.pipeline.failure import failed_layers
-from prismquant.pipeline.record import StepRecord
 from prismquant.report.tables import as_text
 from prismquant.threads import Pace
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from prismquant.errors import FormatError
-from prismquant.formats.kv import KVCacheSpec
+from prismquant.formats.kv_formats import KVCacheSpec
 from prismquant.numerics.affine import simulate
 from prismquant.numerics.hadamard import block_hadamard, power_of_two_block
 from prismquant.numerics.kinds import Granularity

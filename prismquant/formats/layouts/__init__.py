@@ -7,8 +7,8 @@ from types import MappingProxyType
 
 import torch
 
-from prismquant.formats.layouts.base import Layout
 from prismquant.formats.layouts.integers import PackedIntegers
+from prismquant.formats.layouts.layout import Layout
 from prismquant.formats.layouts.micro import MicroScaled
 from prismquant.formats.layouts.plain import PlainBytes
 

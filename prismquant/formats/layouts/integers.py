@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prismquant.errors import FormatError
 from prismquant.formats.bits import WORD_BYTES, pack_bits, unpack_bits, words
-from prismquant.formats.layouts.base import Layout, check_codes
+from prismquant.formats.layouts.layout import Layout, check_codes
 from prismquant.formats.quantized import QuantizedTensor
 from prismquant.numerics.kinds import Granularity
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prismquant.errors import FormatError
 from prismquant.formats.bits import pack_patterns, pattern_bytes, unpack_patterns
-from prismquant.formats.layouts.base import Layout, check_shape
+from prismquant.formats.layouts.layout import Layout, check_shape
 from prismquant.formats.quantized import QuantizedTensor
 from prismquant.numerics.kinds import ScaleKind
 from prismquant.numerics.scales import check_global_scale

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prismquant.errors import FormatError
-from prismquant.formats.layouts.base import Layout, check_shape
+from prismquant.formats.layouts.layout import Layout, check_shape
 from prismquant.formats.quantized import QuantizedTensor
 from prismquant.numerics.kinds import Granularity
 

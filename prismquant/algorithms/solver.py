@@ -1,0 +1,358 @@
+"""What a solver is given, what it returns, and what all solvers share.
+
+A problem is one input and all the layers that read it (the query, key and value projections; gate
+and up): they have one Hessian, so a solver factorizes it once. The measure of success is the same
+for every method and does not depend on how the codes were chosen:
+
+    loss = trace((W - Q) H (W - Q)^T),    H = mean of x x^T over the calibration tokens
+
+which is the mean squared error of the layer's output, summed over output features; without a
+Hessian it is the squared error of the weight. Rows of a weight never interact, so it is a sum over
+rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from prismquant.errors import FormatError, NumericsError, PrismQuantError
+from prismquant.formats.quantized import QuantizedTensor
+from prismquant.kernels.range_search import weight_scales
+from prismquant.numerics.affine import check_finite, dequantize, quantize
+from prismquant.numerics.kinds import Granularity
+from prismquant.numerics.ranges import RangeRule
+from prismquant.numerics.scales import (
+    E4M3_MOST,
+    E4M3_MOST_4_OVER_6,
+    AnyScale,
+    ScaleFormat,
+    global_scale,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from prismquant.formats.spec import NumberSpec
+
+Note = float | int | str
+
+# Columns of a Hessian multiplied at once where its symmetry is used.
+LOSS_BLOCK = 512
+
+
+@dataclass(frozen=True, eq=False)
+class LayerProblem:
+    """Layers to quantize that are all fed by the same input.
+
+    Attributes:
+        names: What errors call the layers.
+        weights: float32 ``[out_i, in]``, one for each name.
+        spec: The format of all of them: static, tensor, channel, group or block granularity.
+        range_rule: How scales are chosen.
+        scale_dtype: How scales are stored; they are rounded to that before codes are chosen. A
+            dtype is that of float scales; for scales of 8 bits, what else it takes follows from the
+            format and the weights.
+        hessian: Mean of ``x x^T`` over the counted tokens, float32 ``[in, in]``, symmetric;
+            ``None`` when nothing was calibrated. A solver may work in its memory, and leaves it as
+            it was; so it is one solver's at a time.
+        tokens: How many tokens, each by its weight, the Hessian is the mean over; ``None`` when
+            that is not known. Only errors tell it.
+        products: To what solvers may round factors of large products: float32 leaves them as they
+            are; bfloat16 is what layers that multiply in it give away anyway.
+
+    Raises:
+        FormatError: The parts do not fit one another, or the format is one of activations.
+        NumericsError: A weight or the Hessian holds NaN or an infinity, or the Hessian's diagonal a
+            negative number.
+    """
+
+    names: tuple[str, ...]
+    weights: tuple[Tensor, ...]
+    spec: NumberSpec
+    range_rule: RangeRule
+    scale_dtype: AnyScale
+    hessian: Tensor | None = None
+    tokens: float | None = None
+    products: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        if not self.names or len(self.names) != len(self.weights):
+            raise FormatError(
+                f"{len(self.names)} names cannot stand for {len(self.weights)} weights",
+                where=self.title,
+            )
+        shapes = [tuple(weight.shape) for weight in self.weights]
+        if any(len(s) != 2 or s[1] != self.in_features or 0 in s for s in shapes):
+            raise FormatError(
+                f"weights that share an input must be [out, in] with one in, not {shapes}",
+                where=self.title,
+            )
+        if any(weight.dtype != torch.float32 for weight in self.weights):
+            raise FormatError(
+                f"solvers work on float32, not {[weight.dtype for weight in self.weights]}",
+                where=self.title,
+            )
+        if self.spec.dynamic:
+            raise FormatError(
+                f"{self.spec.describe()} is a format of activations",
+                where=self.title,
+                remedy="use a static format for weights",
+            )
+        for name, weight in zip(self.names, self.weights, strict=True):
+            try:
+                self.spec.scale_shape(*weight.shape)
+                check_finite(weight, "the weight")
+            except PrismQuantError as error:
+                raise type(error)(error.what, where=name, remedy=error.remedy) from error
+        if self.hessian is not None:
+            self._check_hessian(self.hessian)
+
+    @property
+    def in_features(self) -> int:
+        """Columns of every weight."""
+        return int(self.weights[0].shape[-1])
+
+    @property
+    def scale_format(self) -> ScaleFormat:
+        """How scales are stored; one global scale serves all layers, as servers fuse them."""
+        largest = (weight.abs().amax() for weight in self.weights)
+        return scale_format(self.spec, self.range_rule, self.scale_dtype, largest)
+
+    @property
+    def title(self) -> str:
+        """The names, for an error."""
+        return ", ".join(self.names)
+
+    @property
+    def seen(self) -> str:
+        """Of how many tokens the Hessian is, for an error; empty where that is not known."""
+        return "" if self.tokens is None else f" over {self.tokens:g} tokens"
+
+    def _check_hessian(self, hessian: Tensor) -> None:
+        expected = (self.in_features, self.in_features)
+        if tuple(hessian.shape) != expected:
+            raise FormatError(
+                f"the Hessian of {self.in_features} input features must be {list(expected)}, "
+                f"not {list(hessian.shape)}",
+                where=self.title,
+            )
+        try:
+            check_finite(hessian, f"the Hessian{self.seen}")
+        except NumericsError as error:
+            raise NumericsError(error.what, where=self.title, remedy=error.remedy) from error
+        lowest = float(hessian.diagonal().min())
+        if lowest < 0:
+            raise NumericsError(
+                f"the diagonal of the Hessian{self.seen} holds {lowest:.4g}, a mean of squares is "
+                f"never negative; its largest entry is {float(hessian.diagonal().max()):.4g}",
+                where=self.title,
+                remedy="check the calibration data, or use solver: rtn for this layer",
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class LayerResult:
+    """What a solver chose, and what it costs.
+
+    Attributes:
+        weights: One for each layer of the problem, in its order.
+        losses: The module's loss of each layer.
+        baseline_losses: The loss of rounding to nearest with the same scales.
+        notes: Facts for the record, about all the layers together: damping, fallbacks and such.
+    """
+
+    weights: tuple[QuantizedTensor, ...]
+    losses: tuple[float, ...]
+    baseline_losses: tuple[float, ...]
+    notes: Mapping[str, Note] = field(default_factory=dict)
+
+
+class Solver(Protocol):
+    """A method that chooses codes: a frozen dataclass whose fields are its options.
+
+    Every field has a default; ``__post_init__`` raises RecipeError on a value out of bounds. A
+    property ``idle`` may name options that change nothing as the others stand, and why.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether a problem without a Hessian is refused."""
+        ...
+
+    def solve(self, problem: LayerProblem) -> LayerResult:
+        """Choose the codes of every layer of a problem."""
+        ...
+
+
+def scale_format(
+    spec: NumberSpec, rule: RangeRule, scale_dtype: AnyScale, magnitudes: Iterable[Tensor]
+) -> ScaleFormat:
+    """How the scales of weights that are served as one are stored.
+
+    Args:
+        spec: Their format.
+        rule: How their scales are chosen.
+        scale_dtype: Dtype of float scales, or the whole format where it is known already.
+        magnitudes: The largest magnitude of each weight, a scalar; E4M3 scales need it, of which
+            all the weights have one global scale.
+
+    Returns:
+        The format.
+
+    Raises:
+        FormatError: ``scale_dtype`` is a format of another kind.
+    """
+    if isinstance(scale_dtype, ScaleFormat):
+        if scale_dtype.kind != spec.scale:
+            raise FormatError(
+                f"scales of the kind {scale_dtype.kind} are not those of {spec.describe()}"
+            )
+        return scale_dtype
+    if spec.scale != "e4m3":
+        return ScaleFormat(scale_dtype, spec.scale)
+    most = E4M3_MOST_4_OVER_6 if rule.kind == "four_over_six" else E4M3_MOST
+    largest = torch.stack(list(magnitudes)).amax()
+    return ScaleFormat(scale_dtype, spec.scale, global_scale(largest, spec.grid, most))
+
+
+@dataclass(frozen=True, eq=False)
+class Scales:
+    """The stored scale, and zero point, of one layer.
+
+    Attributes:
+        scale: As kept in memory: ``[1]``, ``[out, 1]``, ``[out, G]`` or ``[R, G]``.
+        zero_point: int8 of the same shape, or ``None``.
+        global_scale: float32 ``[1]`` beside E4M3 scales, else ``None``.
+    """
+
+    scale: Tensor
+    zero_point: Tensor | None
+    global_scale: Tensor | None = None
+
+    def quantized(self, codes: Tensor, spec: NumberSpec) -> QuantizedTensor:
+        """The weight that codes make with these scales."""
+        return QuantizedTensor(codes, self.scale, self.zero_point, spec, self.global_scale)
+
+
+def choose_scales(problem: LayerProblem, importance: Tensor | None = None) -> tuple[Scales, ...]:
+    """Choose the scales of every layer by the problem's range rule.
+
+    Args:
+        problem: The layers.
+        importance: ``[in]``, not negative: what an error in each column costs. Only rules that
+            search use it.
+
+    Returns:
+        One for each layer.
+
+    Raises:
+        RecipeError: The rule is not one for weights.
+    """
+    spec, form = problem.spec, problem.scale_format
+    if importance is not None:
+        # Only ratios matter; as they are, the numbers could overflow when they weigh errors.
+        importance = importance.to(problem.weights[0].device, torch.float32)
+        importance = importance / importance.max().clamp_min(torch.finfo(importance.dtype).tiny)
+    return tuple(
+        Scales(
+            *weight_scales(
+                weight,
+                spec.grid,
+                spec.symmetric,
+                spec.granularity,
+                spec.group_size,
+                problem.range_rule,
+                form,
+                importance,
+            ),
+            form.global_scale,
+        )
+        for weight in problem.weights
+    )
+
+
+def nearest_codes(weight: Tensor, scales: Scales, spec: NumberSpec) -> Tensor:
+    """Round every weight to the nearest code.
+
+    Args:
+        weight: ``[out, in]``.
+        scales: Its scales.
+        spec: The format.
+
+    Returns:
+        int8 ``[out, in]``.
+    """
+    return quantize(
+        weight, scales.scale, scales.zero_point, spec.grid, spec.granularity, spec.group_size
+    )
+
+
+def decode(codes: Tensor, scales: Scales, spec: NumberSpec) -> Tensor:
+    """The values that codes stand for, float32 ``[out, in]``."""
+    unit = (spec.granularity, spec.group_size)
+    return dequantize(codes, scales.scale, scales.zero_point, *unit, torch.float32, spec.grid)
+
+
+def row_losses(error: Tensor, hessian: Tensor | None) -> Tensor:
+    """The loss of each row.
+
+    Args:
+        error: ``W - Q``, float32 ``[out, in]``.
+        hessian: Symmetric ``[in, in]``, of which the upper triangle is read; or ``None`` for the
+            squared error of the weight.
+
+    Returns:
+        float64 ``[out]``, never negative.
+    """
+    if hessian is None:
+        return error.square().sum(dim=1, dtype=torch.float64)
+    hessian = hessian.to(error.device, error.dtype)
+    losses = torch.zeros(len(error), dtype=torch.float64, device=error.device)
+    for start in range(0, len(hessian), LOSS_BLOCK):
+        stop = start + LOSS_BLOCK
+        lines, own = hessian[start:stop], error[:, start:stop]
+        corner = lines[:, start:stop]
+        # A pair of columns counts twice, but is multiplied only once.
+        image = own @ (corner.triu() + corner.triu(1).T)
+        image.addmm_(error[:, stop:], lines[:, stop:].T, alpha=2)
+        losses += image.mul_(own).sum(dim=1, dtype=torch.float64)
+    # A positive semidefinite form can only come out negative by rounding.
+    return losses.clamp_min_(0.0)
+
+
+def scales_by_column(
+    scales: Sequence[Scales], rows: Sequence[int], spec: NumberSpec
+) -> tuple[Tensor, Tensor | None]:
+    """Bring the scales of several layers into the form that a loop over columns reads.
+
+    Args:
+        scales: One for each layer.
+        rows: Output features of each layer.
+        spec: The format.
+
+    Returns:
+        Scale and zero point in float32, contiguous ``[G, sum of rows]``; ``G`` is 1 unless the
+        granularity is the group or the block. Column ``j`` of a weight belongs to line
+        ``j // group_size``.
+    """
+
+    def line(part: Tensor, count: int) -> Tensor:
+        wide = part.to(torch.float32)
+        if spec.granularity == Granularity.TENSOR:
+            return wide.expand(1, count)
+        if spec.granularity == Granularity.BLOCK and spec.group_size is not None:
+            return wide.repeat_interleave(spec.group_size, dim=0)[:count].T
+        return wide.T
+
+    def lines(parts: Sequence[Tensor]) -> Tensor:
+        wide = [line(part, count) for part, count in zip(parts, rows, strict=True)]
+        return torch.cat(wide, dim=1).contiguous()
+
+    zeros = [s.zero_point for s in scales if s.zero_point is not None]
+    return lines([s.scale for s in scales]), lines(zeros) if zeros else None

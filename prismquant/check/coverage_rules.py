@@ -1,0 +1,147 @@
+"""Rules about names: which layers a configuration speaks of, and who understands it alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prismquant.check.checkpoint import Checkpoint, Layer
+from prismquant.check.findings import Problem, gathered
+from prismquant.export.section import Group, groups_by_name
+from prismquant.export.targets import Targets
+
+# Classes that a target may name although no linear layer has one.
+_OTHER_CLASSES = ("Attention", "Embedding")
+
+
+def overlap(checkpoint: Checkpoint) -> list[Problem]:
+    """Layers that several groups with different schemes name."""
+    found = []
+    for layer in checkpoint.layers:
+        groups = groups_by_name(layer.called, checkpoint.read)
+        if len({group.scheme for group in groups}) > 1:
+            names = " and ".join(group.name for group in groups)
+            remedy = "name each layer in one group: readers break ties differently"
+            found.append((f"{names} both target the same layer", layer.called, remedy))
+    return gathered(found)
+
+
+def unmatched_targets(checkpoint: Checkpoint) -> list[Problem]:
+    """Targets that match no layer."""
+    remedy = "use the module paths of transformers, e.g. model.language_model.layers.0.mlp.up_proj"
+    names = {layer.called for layer in checkpoint.layers}
+    return gathered(
+        (f"targets of {group.name} match no layer", target, remedy)
+        for group in checkpoint.groups
+        for target in _unmet(checkpoint, group.targets, names)
+    )
+
+
+def unmatched_ignores(checkpoint: Checkpoint) -> list[Problem]:
+    """Ignores that match no layer: often one under a name of another version."""
+    return gathered(
+        (
+            "entries of ignore match nothing in the model",
+            pattern,
+            "use the module paths of transformers, e.g. model.visual.blocks.0.attn.qkv",
+        )
+        for pattern in _unmet(checkpoint, checkpoint.ignore, _modules(checkpoint))
+    )
+
+
+def uncovered(checkpoint: Checkpoint) -> list[Problem]:
+    """Linear layers of which the configuration does not speak."""
+    if not checkpoint.groups:
+        return []
+    by_class = any("Linear" in group.targets.names for group in checkpoint.groups)
+    remedy = "list it in ignore, so that no reader takes it for quantized"
+    return gathered(
+        ("layers are neither targeted nor ignored", layer.called, remedy)
+        for layer in checkpoint.layers
+        if not by_class
+        and not groups_by_name(layer.called, checkpoint.read)
+        and not checkpoint.ignore.meets(layer.called, checkpoint.matcher)
+    )
+
+
+def misread_by_vllm(checkpoint: Checkpoint) -> list[Problem]:
+    """Layers whose group vLLM does not find, or finds another one for."""
+    found = []
+    for layer in checkpoint.layers:
+        if layer.in_vllm is None or layer.in_vllm.torn:
+            continue
+        ours, theirs = _named(layer.in_transformers), _named(layer.in_vllm.group)
+        # Where the layer is in floating point indeed, transformers is the one that misreads.
+        right = layer.in_vllm.group is None and not _in_codes(checkpoint, layer)
+        if ours != theirs and not right and not _torn_by_schemes(checkpoint, layer):
+            remedy = (
+                "vLLM renames plain paths, not patterns: list explicit paths, or write a pattern "
+                "that fits both names, e.g. re:.*visual.*"
+            )
+            what = f"vLLM finds {theirs} where transformers finds {ours}"
+            found.append((what, layer.called, remedy))
+    return gathered(found)
+
+
+def misread_by_transformers(checkpoint: Checkpoint) -> list[Problem]:
+    """The same, for whom transformers is the one that misreads what is stored."""
+    found = []
+    for layer in checkpoint.layers:
+        if layer.in_transformers is not None and not _in_codes(checkpoint, layer):
+            what = "transformers takes layers for quantized that are stored in floating point"
+            remedy = "ignore them by the module paths of transformers (model.visual..., lm_head)"
+            found.append((what, layer.called, remedy))
+    return gathered(found)
+
+
+def unknown_to_vllm(checkpoint: Checkpoint) -> Iterator[Problem]:
+    """Architectures that vLLM does not have."""
+    model = checkpoint.model
+    if model is not None and all(layer.in_vllm is None for layer in checkpoint.layers):
+        yield Problem(
+            f"vLLM 0.33 has no model class for {model.arch.title}",
+            ("config.json",),
+            "serve it with transformers or prismquant.load",
+        )
+
+
+def _in_codes(checkpoint: Checkpoint, layer: Layer) -> bool:
+    """Whether the tensors of a layer are those of a quantized one."""
+    suffixes = ("weight_packed", "weight_scale")
+    return any(f"{layer.disk}.{suffix}" in checkpoint.tensors for suffix in suffixes)
+
+
+def _unmet(checkpoint: Checkpoint, targets: Targets, names: set[str]) -> list[str]:
+    """Entries that are none of these names, and fit none."""
+    return [
+        target
+        for target in targets
+        if target != "Linear" and not target.endswith(_OTHER_CLASSES) and target not in names
+        if not target.startswith("re:")
+        or not any(checkpoint.matcher.matches(name, target) for name in names)
+    ]
+
+
+def _modules(checkpoint: Checkpoint) -> set[str]:
+    """All layers and all modules with a parameter, by both of their names."""
+    model = checkpoint.model
+    if model is None:
+        return set()
+    names = {*model.shapes, *(model.names.to_disk(name) for name in model.shapes)}
+    called = {layer.called for layer in checkpoint.layers}
+    return called | {name.rpartition(".")[0] for name in names}
+
+
+def _named(group: Group | None) -> str:
+    return group.name if group else "floating point"
+
+
+def _torn_by_schemes(checkpoint: Checkpoint, layer: Layer) -> bool:
+    """Whether the fused neighbours disagree already, which another rule tells."""
+    if layer.fuse_key is None:
+        return False
+    groups = {
+        one.in_transformers and one.in_transformers.name
+        for one in checkpoint.layers
+        if one.fuse_key == layer.fuse_key
+    }
+    return len(groups) > 1

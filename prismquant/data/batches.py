@@ -1,0 +1,364 @@
+"""From samples to batches that a model takes as they are.
+
+:func:`make_batches` renders samples with the processor's own chat template and tells the tokens
+apart: answers, placeholders of pictures and clips, padding. The same sample always gives the same
+tensors, whatever stands beside it in its batch.
+
+A batch is made when it is asked for and not kept: pixels are larger than all else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from prismquant.data import Sample, located, media_of, text_of
+from prismquant.data.media import Cost, Limits, media_cost, processor_inputs
+from prismquant.data.pictures import Source, header_size
+from prismquant.data.spans import NoSpan, answer_span, render
+from prismquant.errors import DataError
+from prismquant.memory import memory_error
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Several samples as tensors, padded on the right.
+
+    Attributes:
+        inputs: Keyword arguments of the model: ``input_ids`` and ``attention_mask`` [B, T],
+            pixels, grids.
+        answer_mask: Bool [B, T]: tokens of the assistant message that ends the conversation, with
+            its end-of-turn token. A row without one, or whose answer was cut, has none.
+        vision_mask: Bool [B, T]: placeholders of pictures and clips.
+        ids: Id of each row's sample.
+        kinds: Kind of each row's sample.
+        types: Type of task of each row's sample; empty where its metadata name none.
+        cut: Ids of rows that were cut to the greatest length.
+        unknown: Why a row's answer could not be told apart, by the sample's id.
+        again: Makes its pixels, by their names, where ``inputs`` hold only their shapes.
+    """
+
+    inputs: dict[str, Tensor]
+    answer_mask: Tensor
+    vision_mask: Tensor
+    ids: tuple[str, ...]
+    kinds: tuple[str, ...]
+    types: tuple[str, ...] = ()
+    cut: tuple[str, ...] = ()
+    unknown: Mapping[str, str] = field(default_factory=dict)
+    again: Callable[[], Mapping[str, Tensor]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def attended(self) -> Tensor:
+        """Bool [B, T]: tokens that are not padding."""
+        return self.inputs["attention_mask"].bool()
+
+    @property
+    def pixels(self) -> dict[str, Tensor]:
+        """Patches of pictures and clips, all that is large, or their shapes."""
+        # Times of frames are numbers in a row.
+        return {k: v for k, v in self.inputs.items() if v.is_floating_point() and v.dim() > 1}
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes of the pixels that the batch holds, or would hold."""
+        return sum(value.numel() * value.element_size() for value in self.pixels.values())
+
+    def whole(self) -> Batch:
+        """The batch with its pixels."""
+        if self.again is None:
+            return self
+        return replace(self, inputs=self.inputs | dict(self.again()), again=None)
+
+    def hollow(self, again: Callable[[], Mapping[str, Tensor]]) -> Batch:
+        """The batch with no more than the shapes of its pixels, which take no memory.
+
+        Args:
+            again: Makes them, by their names.
+        """
+        shapes = {name: v.new_zeros(1).expand(v.shape) for name, v in self.pixels.items()}
+        return replace(self, inputs=self.inputs | shapes, again=again)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        return replace(
+            self,
+            inputs={name: value.to(device) for name, value in self.inputs.items()},
+            answer_mask=self.answer_mask.to(device),
+            vision_mask=self.vision_mask.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class Batches(Sequence[Batch]):
+    """Batches that are made anew each time that they are asked for.
+
+    Attributes:
+        parts: Samples of each batch.
+        processor: Of the model.
+        vision_ids: Placeholder tokens of pictures and clips.
+        limits: What samples have at most.
+    """
+
+    parts: tuple[tuple[Sample, ...], ...]
+    processor: Any
+    vision_ids: frozenset[int]
+    limits: Limits
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> Batches: ...
+    def __getitem__(self, index: int | slice) -> Batch | Batches:
+        if isinstance(index, slice):
+            return replace(self, parts=self.parts[index])
+        return self._made(self.parts[index])
+
+    def cost(self, index: int) -> Cost:
+        """Memory that making a batch takes, from the headers of its files.
+
+        Raises:
+            DataError: A file cannot be opened, or a size cannot be had.
+        """
+        costs = []
+        for sample in self.parts[index]:
+            with _naming(sample):
+                costs.append(media_cost(sample, self.processor, self.limits))
+        pixels = sum(cost.pixels for cost in costs)
+        joined = 2 * pixels if sum(1 for cost in costs if cost.pixels) > 1 else pixels
+        return Cost(max([joined, *(pixels - cost.pixels + cost.peak for cost in costs)]), pixels)
+
+    def _made(self, samples: Sequence[Sample]) -> Batch:
+        rows = [self._row(sample) for sample in samples]
+        inputs = _joined([row.inputs for row in rows], self._padding)
+        shape = inputs["input_ids"].shape
+        answers = torch.zeros(shape, dtype=torch.bool)
+        for number, row in enumerate(rows):
+            answers[number, slice(*row.answer)] = True
+        wanted = torch.tensor(sorted(self.vision_ids), dtype=inputs["input_ids"].dtype)
+        vision = torch.isin(inputs["input_ids"], wanted)
+        batch = Batch(
+            inputs=inputs,
+            answer_mask=answers,
+            vision_mask=vision & inputs["attention_mask"].bool(),
+            ids=tuple(sample.id for sample in samples),
+            kinds=tuple(sample.kind for sample in samples),
+            types=tuple(sample.type for sample in samples),
+            unknown={
+                s.id: row.unknown for s, row in zip(samples, rows, strict=True) if row.unknown
+            },
+        )
+        return batch if self.limits.max_length is None else _cut(batch, self.limits.max_length)
+
+    def _row(self, sample: Sample) -> _Row:
+        rendered = render(sample, self.processor)
+        inputs = _processed(sample, rendered.text, self.processor, self.limits)
+        answer, unknown = (0, 0), rendered.unknown
+        if rendered.start is not None:
+            try:
+                answer = answer_span(inputs["input_ids"][0].tolist(), rendered, self.processor)
+            except NoSpan as reason:
+                unknown = str(reason)
+        return _Row(inputs, answer, unknown)
+
+    @property
+    def _padding(self) -> int:
+        """Any token can pad, as padding never counts, but a placeholder."""
+        own = getattr(self.processor.tokenizer, "pad_token_id", None)
+        if own is not None:
+            return int(own)
+        return next(
+            index for index in range(len(self.vision_ids) + 1) if index not in self.vision_ids
+        )
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A sample as tensors.
+
+    Attributes:
+        inputs: Keyword arguments of the model, for a batch of one.
+        answer: First token of its answer and the one after its end.
+        unknown: Why that cannot be told.
+    """
+
+    inputs: dict[str, Tensor]
+    answer: tuple[int, int]
+    unknown: str
+
+
+def make_batches(
+    samples: Sequence[Sample],
+    processor: Any,
+    *,
+    batch_size: int,
+    vision_token_ids: Collection[int],
+    limits: Limits | None = None,
+    most_tokens: int | None = None,
+) -> Batches:
+    """Render, tokenize and pad samples, a batch at a time. Kinds mix freely within a batch.
+
+    Args:
+        samples: What was read.
+        processor: A processor of transformers with a chat template.
+        batch_size: Rows of a batch; the last one may have fewer.
+        vision_token_ids: Ids of the placeholder tokens of pictures and clips.
+        limits: What samples have at most. An answer that was cut is no answer: its mask is empty.
+        most_tokens: Samples that together have more tokens than this, by a rough estimate, are cut
+            into even parts that have not, down to single samples.
+
+    Returns:
+        Batches on the CPU. Pictures and clips are read when their batch is asked for; a file that
+        cannot be read, or a sample that the processor refuses, is a :class:`DataError` by then.
+
+    Raises:
+        DataError: The batch size leaves nothing.
+    """
+    if batch_size < 1:
+        raise DataError(
+            f"a batch of {batch_size} samples is impossible", remedy="a batch size of 1 or more"
+        )
+    limits = limits or Limits()
+    parts = [
+        tuple(part)
+        for start in range(0, len(samples), batch_size)
+        for part in _parts(samples[start : start + batch_size], most_tokens, limits)
+    ]
+    return Batches(tuple(parts), processor, frozenset(vision_token_ids), limits)
+
+
+def by_length(samples: Sequence[Sample]) -> list[Sample]:
+    """Samples of similar length next to one another, so that batches waste less on padding.
+
+    The order follows from the samples alone. Lengths are estimated from texts and picture sizes.
+
+    Raises:
+        DataError: A file cannot be found.
+    """
+    return sorted(samples, key=_length_estimate)
+
+
+def _parts(
+    samples: Sequence[Sample], most_tokens: int | None, limits: Limits
+) -> Iterator[Sequence[Sample]]:
+    """Samples of a batch in even parts; how many follows from these samples alone."""
+    count = 1
+    if most_tokens is not None:
+        tokens = sum(_length_estimate(sample, limits.max_pixels) for sample in samples)
+        count = min(max(math.ceil(tokens / most_tokens), 1), len(samples))
+    for number in range(count):
+        yield samples[len(samples) * number // count : len(samples) * (number + 1) // count]
+
+
+def _processed(sample: Sample, text: str, processor: Any, limits: Limits) -> dict[str, Tensor]:
+    """What the processor makes of a sample, as a batch of one."""
+    with _naming(sample):
+        media = processor_inputs(sample, processor, limits)
+    try:
+        encoded = processor(
+            text=[text],
+            return_tensors="pt",
+            # Templates write the special tokens themselves.
+            text_kwargs={"add_special_tokens": False},
+            **media,
+        )
+    # A processor is third-party code over user data: sizes, ratios, tokens, anything may displease
+    # it.
+    except Exception as error:
+        if memory_error(error) is not None:
+            raise
+        raise DataError(
+            f"the model's processor refuses the data: {error}", where=f"sample {sample.id}"
+        ) from error
+    return {name: value for name, value in encoded.items() if isinstance(value, Tensor)}
+
+
+def _joined(rows: Sequence[dict[str, Tensor]], padding: int) -> dict[str, Tensor]:
+    """Rows as one batch: what has a value for each token is padded, the rest is put in a row."""
+    if len(rows) == 1:
+        return dict(rows[0])
+    length = max(row["input_ids"].shape[1] for row in rows)
+    joined = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        parts = [row[name] for row in rows if name in row]
+        if all(row[name].shape == row["input_ids"].shape for row in rows if name in row):
+            fill = padding if name == "input_ids" else 0
+            parts = [_padded(part, length, fill) for part in parts]
+        joined[name] = torch.cat(parts)
+    return joined
+
+
+def _padded(row: Tensor, length: int, fill: int) -> Tensor:
+    return torch.nn.functional.pad(row, (0, length - row.shape[1]), value=fill)
+
+
+def _cut(batch: Batch, length: int) -> Batch:
+    """Rows of at most ``length`` tokens."""
+    shape = batch.inputs["input_ids"].shape
+    if shape[1] <= length:
+        return batch
+    for row in range(shape[0]):
+        if bool(batch.vision_mask[row, length:].any()):
+            raise DataError(
+                f"a picture or a clip does not fit into {length} tokens",
+                where=f"sample {batch.ids[row]}",
+                remedy="raise the maximum length, use smaller pictures or fewer frames",
+            )
+    whole = ~batch.answer_mask[:, length:].any(dim=1, keepdim=True)
+    inputs = {
+        name: value[:, :length].contiguous() if value.shape[:2] == shape else value
+        for name, value in batch.inputs.items()
+    }
+    longer = batch.attended[:, length:].any(dim=1).tolist()
+    return replace(
+        batch,
+        cut=tuple(sample for sample, cut in zip(batch.ids, longer, strict=True) if cut),
+        inputs=inputs,
+        answer_mask=batch.answer_mask[:, :length] & whole,
+        vision_mask=batch.vision_mask[:, :length],
+    )
+
+
+def _length_estimate(sample: Sample, max_pixels: int | None = None) -> float:
+    """Roughly the tokens of a sample: four characters, or 28 x 28 pixels, each."""
+    tokens = sum(len(text_of(message)) for message in sample.messages) / 4
+    for kind, item in media_of(sample):
+        file = item[kind]
+        frames = file if isinstance(file, list) else [file]
+        if kind == "image" or isinstance(file, list):
+            pixels = _stored_pixels(located(frames[0], sample))
+        else:
+            pixels = 640 * 480
+        asked = item.get("resized_height", 0) * item.get("resized_width", 0)
+        most = min(item.get("max_pixels", pixels), max_pixels or pixels)
+        tokens += min(asked or pixels, most) / 28**2 * len(frames)
+    return tokens
+
+
+def _stored_pixels(source: Source) -> int:
+    try:
+        width, height = header_size(source)
+    except DataError:  # explained when the picture itself is read
+        return 0
+    return width * height
+
+
+@contextlib.contextmanager
+def _naming(sample: Sample) -> Iterator[None]:
+    """Say of what is wrong with a file to which sample it belongs."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(error.what, where=f"sample {sample.id}", remedy=error.remedy) from error

@@ -1,0 +1,194 @@
+"""From a source to samples that are known to be whole, or one error that names all that is not."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prismquant.data.dialects import conversation_of
+from prismquant.data.items import MEDIA, parse_message
+from prismquant.data.pictures import check_picture
+from prismquant.data.places import listed, place_files
+from prismquant.data.row_findings import Finding, Findings, collect, findings_error
+from prismquant.data.rows import Row, read_rows
+from prismquant.data.samples import (
+    Message,
+    Sample,
+    balanced_subset,
+    excerpt,
+    kind_of,
+    located,
+    media_of,
+)
+from prismquant.data.unused import leaves, misspelt, require_nothing_lost
+from prismquant.data.video import probe_video
+from prismquant.errors import DataError
+
+# Read by nobody: what a sample shows says what kind it is.
+_OWN_KEYS = ("id", "kind")
+
+
+def read_samples(
+    source: str | Path,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    require_answers: bool = False,
+    most_bytes: int | None = None,
+) -> tuple[Sample, ...]:
+    """Read samples and check them completely.
+
+    Args:
+        source: A ``.jsonl`` file with a conversation on each line, a ``.json`` file with a list of
+            them, a ``.txt`` file whose paragraphs become text samples, or the name of a Hugging
+            Face dataset (``name`` or ``name:split``, or a folder that ``datasets`` reads).
+            docs/data.md says how conversations are written.
+        limit: At most this many samples, spread evenly over the kinds that are there; chosen by
+            ``seed`` and the ids alone, in the order of the source.
+        seed: Chooses among the possible subsets.
+        require_answers: Every sample must end with an assistant message that says something.
+        most_bytes: Memory that reading a picture may take, which is known before any is decoded.
+
+    Raises:
+        DataError: The source is missing, empty or broken; names up to ten findings, each with its
+        row, and counts the rest.
+    """
+    if limit is not None and limit < 1:
+        raise DataError(f"a limit of {limit} samples leaves nothing", remedy="a limit of 1 or more")
+    name = str(source)
+    rows, folder = read_rows(source, limit, seed)
+    findings: list[Finding] = []
+    found: list[tuple[str, Sample]] = []
+    for row in rows:
+        if isinstance(row, Finding):
+            findings.append(row)
+            continue
+        try:
+            found.append((row.where, sample_of(row, folder, Path(name).stem)))
+        except Findings as wrong:
+            findings += [Finding(row.where, line) for line in wrong.lines]
+    findings += _duplicate_ids(found)
+    if not found and not findings:
+        raise DataError(
+            f"{name} holds no samples",
+            where=name,
+            remedy="one JSON object with 'messages' on each line of a .jsonl file",
+        )
+    keep = {sample.id for sample in balanced_subset([sample for _, sample in found], limit, seed)}
+    chosen = [(where, sample) for where, sample in found if sample.id in keep]
+    findings += _check(chosen, require_answers, most_bytes)
+    if findings:
+        raise findings_error(name, findings)
+    return tuple(sample for _, sample in chosen)
+
+
+def sample_of(row: Row, folder: Path, stem: str) -> Sample:
+    """The sample that a row holds; its files are not looked at.
+
+    Args:
+        row: A row of any dialect.
+        folder: Where its relative paths start.
+        stem: Begins the ids of rows without one.
+
+    Raises:
+        Findings: All that is wrong with it.
+    """
+    value = row.value
+    if not isinstance(value, dict):
+        raise Findings(f"a sample is an object, not {excerpt(repr(value))}")
+    found = leaves(value)
+    conversation = conversation_of(value)
+    if not conversation.messages:
+        raise Findings("the conversation is empty")
+    lists = {kind: listing for kind in ("image", "video") if (listing := listed(value, kind))}
+    lines = misspelt(value, conversation.head)
+    messages: tuple[Message, ...] = ()
+    try:
+        messages = _messages(conversation.messages, lists, () if row.plain else MEDIA)
+        require_nothing_lost(value, found, conversation, messages)
+    except Findings as wrong:
+        lines += wrong.lines
+    if lines:
+        raise Findings(*lines)
+    used = {*conversation.used, *_OWN_KEYS, *(key for key, _ in lists.values())}
+    return Sample(
+        id=f"{stem}-{row.number}" if value.get("id") is None else _identity(value["id"]),
+        kind=kind_of(messages),
+        messages=messages,
+        folder=folder,
+        meta={str(key): part for key, part in value.items() if key not in used},
+    )
+
+
+def _messages(
+    values: Sequence[Any], lists: Mapping[str, tuple[str, Any]], markers: Collection[str]
+) -> tuple[Message, ...]:
+    parsed = collect(
+        lambda value: parse_message(value, markers, tuple(lists)),
+        values,
+        lambda number: f"message {number}: ",
+    )
+    return place_files(parsed, lists)
+
+
+def _identity(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise Findings(f"an id is a text or a number, not {excerpt(repr(value))}")
+    return str(value)
+
+
+def _duplicate_ids(found: Sequence[tuple[str, Sample]]) -> list[Finding]:
+    first: dict[str, str] = {}
+    findings = []
+    for where, sample in found:
+        if sample.id in first:
+            what = f"id {sample.id!r} is already taken by {first[sample.id]}"
+            findings.append(Finding(where, what))
+        first.setdefault(sample.id, where)
+    return findings
+
+
+def _check(
+    chosen: Sequence[tuple[str, Sample]], require_answers: bool, most_bytes: int | None
+) -> list[Finding]:
+    """Findings about answers and files; a file that many samples share is read once."""
+    findings: list[Finding] = []
+    seen: dict[Path, tuple[int, int]] = {}
+    for where, sample in chosen:
+        if require_answers and not sample.answer:
+            what = "the conversation does not end with an answer of the assistant"
+            findings.append(Finding(where, what))
+        for kind, item in media_of(sample):
+            files = item[kind] if isinstance(item[kind], list) else [item[kind]]
+            is_clip_file = kind == "video" and not isinstance(item[kind], list)
+            try:
+                sizes = {_size(file, sample, is_clip_file, seen, most_bytes) for file in files}
+            except DataError as error:
+                remedy = f" ({error.remedy})" if error.remedy else ""
+                findings.append(Finding(where, f"{error.what}{remedy}"))
+                continue
+            if len(sizes) > 1:
+                listed_sizes = ", ".join(f"{width}x{height}" for width, height in sorted(sizes))
+                findings.append(
+                    Finding(where, f"frames of one clip differ in size: {listed_sizes}")
+                )
+    return findings
+
+
+def _size(
+    file: Any,
+    sample: Sample,
+    is_clip_file: bool,
+    seen: dict[Path, tuple[int, int]],
+    most_bytes: int | None,
+) -> tuple[int, int]:
+    """Width and height of a picture that is whole; a clip is only opened."""
+    place = located(file, sample)
+    if not isinstance(place, Path):
+        return check_picture(place, most_bytes)
+    if place not in seen:
+        if is_clip_file:
+            probe_video(place)
+        seen[place] = (0, 0) if is_clip_file else check_picture(place, most_bytes)
+    return seen[place]

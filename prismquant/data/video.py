@@ -1,0 +1,410 @@
+"""Clips from files, as arrays.
+
+A clip is a list of frame pictures or a video file. Either way the result is one uint8 array with
+the times of its frames, so that the processors of all families get clips in one form and never
+sample again by rules of their own. Frames are chosen here: evenly spaced, about ``Sampling.fps`` of
+them for each second of a file, or as the clip's item in the data says. PyAV is needed for video
+files only and is imported only then.
+
+A video file comes from a stranger. Only containers that hold their own data are opened, not
+playlists that name other files, and the reader is handed an open file instead of a path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from prismquant.data.pictures import MAX_PIXELS, Source, read_picture
+from prismquant.errors import DataError
+from prismquant.opening import open_regular
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from prismquant.data.sizes import Size
+
+# Of the frames before they are made: (height, width) and number of frames; gives another height and
+# width.
+Scaling = Callable[["Size", int], "Size"]
+Frames = npt.NDArray[np.uint8]
+
+FRAME_KEYS = ("nframes", "min_frames", "max_frames", "video_start", "video_end")
+# As FFmpeg names what reads them. Playlists (hls, dash, concat ..) would open other files.
+_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,flv,gif,ogg,asf"
+_OPEN_OPTIONS = {
+    "format_whitelist": _CONTAINERS,
+    "protocol_whitelist": "",
+    "enable_drefs": "0",
+    "use_absolute_path": "0",
+}
+_INSTALL_VIDEO = (
+    "pip install 'prismquant[video]' (PyAV), or give the clip as a list of frame pictures"
+)
+# qwen-vl-utils: numbers of frames are even, and these unless the item says other.
+_PAIR = 2
+_FRAMES = (4, 768)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How frames of a video file are chosen, and the rate of clips that do not say theirs.
+
+    Attributes:
+        fps: Frames for each second of video; also the rate assumed for a list of frames without
+            one.
+        min_frames: The least number of frames, as far as the file has them.
+        max_frames: The greatest number; longer files are sampled more thinly.
+        limit: The greatest number whatever a clip's item says, and for lists of frames too.
+    """
+
+    fps: float = 2.0
+    min_frames: int = 4
+    max_frames: int = 64
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.fps <= 0 or not 1 <= self.min_frames <= self.max_frames:
+            raise DataError(
+                f"frames cannot be sampled with fps={self.fps}, min_frames={self.min_frames}, "
+                f"max_frames={self.max_frames}",
+                remedy="fps above 0 and 1 <= min_frames <= max_frames",
+            )
+
+    @classmethod
+    def limited(cls, limit: int | None) -> Sampling:
+        """The default, with at most so many frames for any clip."""
+        if limit is None:
+            return cls()
+        return cls(min_frames=min(cls.min_frames, limit), max_frames=limit, limit=limit)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Frames and their times.
+
+    Attributes:
+        frames: uint8 of shape [frames, height, width, 3].
+        indices: Number of each frame in its source; its time is ``index / fps`` seconds.
+        fps: Frames per second of the source.
+        total: Number of frames of the source.
+    """
+
+    frames: Frames
+    indices: tuple[int, ...]
+    fps: float
+    total: int
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What the processors of transformers want to know of a clip that is already sampled."""
+        height, width = self.frames.shape[1:3]
+        return {
+            "total_num_frames": self.total,
+            "fps": self.fps,
+            "width": width,
+            "height": height,
+            "duration": self.total / self.fps,
+            "video_backend": "pyav",
+            "frames_indices": list(self.indices),
+        }
+
+    def lengthened(self, multiple: int) -> Clip:
+        """The clip with its last frame repeated until ``multiple`` frames are there at least."""
+        missing = multiple - len(self.frames)
+        if missing <= 0:
+            return self
+        frames = np.concatenate([self.frames, np.repeat(self.frames[-1:], missing, axis=0)])
+        return Clip(frames, self.indices + self.indices[-1:] * missing, self.fps, self.total)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What the header of a clip says, which may be wrong.
+
+    Attributes:
+        size: Height and width of its frames.
+        frames: How many frames would be kept.
+    """
+
+    size: Size
+    frames: int
+
+
+def read_frames(
+    sources: Sequence[Source],
+    options: Mapping[str, Any],
+    sampling: Sampling,
+    scaling: Scaling | None = None,
+) -> Clip:
+    """A clip from pictures of equal size.
+
+    Args:
+        sources: The pictures, in order.
+        options: Of the clip's item; ``fps`` is the rate at which the pictures were taken.
+        sampling: Gives the rate of clips without one, and a limit.
+        scaling: Gives the size of the frames; by default they stay as they are.
+
+    Raises:
+        DataError: A frame is missing or broken, or the sizes differ.
+    """
+    fps = float(options.get("fps", sampling.fps))
+    total = len(sources)
+    indices = _spread(total, min(total, sampling.limit or total))
+    frames = _Stack(len(indices), scaling)
+    for number in indices:
+        frames.add(np.asarray(read_picture(sources[number]), dtype=np.uint8))
+    return Clip(frames.array, indices, fps, total)
+
+
+def choose_frames(total: int, fps: float, sampling: Sampling) -> tuple[int, ...]:
+    """Numbers of the frames to keep of ``total`` that were taken ``fps`` times a second.
+
+    The first and the last frame are among them, the others evenly between.
+    """
+    wanted = round(total / fps * sampling.fps)
+    return _spread(total, min(max(wanted, sampling.min_frames), sampling.max_frames, total))
+
+
+def asked_frames(
+    total: int, fps: float, options: Mapping[str, Any], sampling: Sampling
+) -> tuple[int, ...]:
+    """Numbers of the frames to keep of a file, as qwen-vl-utils chooses them by an item's options.
+
+    Raises:
+        DataError: The options ask for more frames than there are, or for none.
+    """
+    first, last = _cut_out(total, fps, options)
+    there = last - first + 1
+    if "nframes" in options:
+        count = round(options["nframes"] / _PAIR) * _PAIR
+        if not _PAIR <= count <= there:
+            raise DataError(
+                f"{options['nframes']} frames (nframes) of a clip that has {there}",
+                remedy=f"nframes from {_PAIR} to {there}, or max_frames",
+            )
+    else:
+        least = math.ceil(options.get("min_frames", _FRAMES[0]) / _PAIR) * _PAIR
+        most = options.get("max_frames", min(_FRAMES[1], there)) // _PAIR * _PAIR
+        wanted = there / fps * options.get("fps", sampling.fps)
+        count = int(min(max(wanted, least), most, there)) // _PAIR * _PAIR
+    count = max(min(count, sampling.limit or count), 1)
+    return tuple(first + number for number in _spread(there, count))
+
+
+def probe_video(path: Path) -> None:
+    """Make sure that a video file can be read, without decoding it.
+
+    Raises:
+        DataError: PyAV is not installed, or the file is missing, broken or without pictures.
+    """
+    with _opened(path) as container:
+        _stream(container, path)
+
+
+def outline_video(path: Path, options: Mapping[str, Any], sampling: Sampling) -> Outline:
+    """How large the frames of a file are and how many would be kept, without decoding any.
+
+    Args:
+        path: The file.
+        options: Of the clip's item.
+        sampling: How frames are chosen.
+
+    Raises:
+        DataError: PyAV is not installed, or the file is missing, broken or without pictures.
+    """
+    with _opened(path) as container:
+        stream = _stream(container, path)
+        rate = float(stream.average_rate or stream.guessed_rate or sampling.fps)
+        total = stream.frames or round((container.duration or 0) / 1e6 * rate)
+        context = stream.codec_context
+        size = context.height or 0, context.width or 0
+    with contextlib.suppress(DataError):
+        if total:
+            return Outline(size, len(_chosen(total, rate, options, sampling)))
+    return Outline(size, sampling.limit or max(options.get("nframes", 0), sampling.max_frames))
+
+
+def read_video(
+    path: Path,
+    sampling: Sampling,
+    options: Mapping[str, Any] | None = None,
+    scaling: Scaling | None = None,
+) -> Clip:
+    """Chosen frames of a video file, upright. Only the frames that are kept are held in memory.
+
+    Args:
+        path: The file.
+        sampling: How frames are chosen.
+        options: Of the clip's item, which may say other.
+        scaling: Gives the size of the frames; by default they stay as they are.
+
+    Raises:
+        DataError: PyAV is not installed, or the file is missing, broken or without pictures.
+    """
+    total, rate = _count_frames(path)
+    indices = _chosen(total, float(rate), options or {}, sampling)
+    kept = set(indices)
+    frames = _Stack(len(indices), scaling)
+    with _opened(path) as container:
+        stream = _stream(container, path)
+        for number, frame in enumerate(_decode(container, stream, path)):
+            if number in kept:
+                frames.add(_upright(frame, path))
+            if number == indices[-1]:
+                break
+    return Clip(frames.array, indices, float(rate), total)
+
+
+class _Stack:
+    """Frames of equal size in one array, scaled as they come."""
+
+    def __init__(self, count: int, scaling: Scaling | None) -> None:
+        self._count, self._filled, self._scaling = count, 0, scaling
+        self._given: tuple[int, ...] = ()
+        self.array: Frames = np.empty(0, np.uint8)
+
+    def add(self, frame: Frames) -> None:
+        if not self._given:
+            self._given = frame.shape
+            size = frame.shape[0], frame.shape[1]
+            target = size if self._scaling is None else self._scaling(size, self._count)
+            self.array = np.empty((self._count, *target, 3), np.uint8)
+        if frame.shape != self._given:
+            sizes = sorted((shape[1], shape[0]) for shape in (self._given, frame.shape))
+            listed = ", ".join(f"{width}x{height}" for width, height in sizes)
+            raise DataError(f"frames of one clip differ in size: {listed}")
+        height, width = self.array.shape[1:3]
+        if frame.shape[:2] != (height, width):
+            frame = np.asarray(Image.fromarray(frame).resize((width, height)))
+        self.array[self._filled] = frame
+        self._filled += 1
+
+
+# Frames
+
+
+def _chosen(
+    total: int, fps: float, options: Mapping[str, Any], sampling: Sampling
+) -> tuple[int, ...]:
+    if any(key in options for key in ("fps", *FRAME_KEYS)):
+        return asked_frames(total, fps, options, sampling)
+    return choose_frames(total, fps, sampling)
+
+
+def _cut_out(total: int, fps: float, options: Mapping[str, Any]) -> tuple[int, int]:
+    """First and last frame between ``video_start`` and ``video_end``, in seconds."""
+    seconds = total / fps
+    start = min(max(options.get("video_start", 0.0), 0.0), seconds)
+    end = min(max(options.get("video_end", seconds), 0.0), seconds)
+    first, last = math.ceil(start * fps), min(math.floor(end * fps), total - 1)
+    if first > last or (first == last and total > 1):
+        raise DataError(
+            f"no frames between {start:g} and {end:g} s of a clip of {seconds:g} s",
+            remedy="another video_start and video_end",
+        )
+    return first, last
+
+
+def _spread(total: int, count: int) -> tuple[int, ...]:
+    if count == 1:
+        return (0,)
+    # Whole numbers only: a float grid would round differently from one machine to the next.
+    return tuple((2 * step * (total - 1) + count - 1) // (2 * (count - 1)) for step in range(count))
+
+
+# Files
+
+
+def _count_frames(path: Path) -> tuple[int, Fraction]:
+    """Number of frames, counted because headers may be wrong, and frames per second."""
+    with _opened(path) as container:
+        stream = _stream(container, path)
+        total = sum(1 for _ in _decode(container, stream, path))
+        rate = stream.average_rate or stream.guessed_rate
+    if not total or not rate:
+        raise DataError(f"video {path} holds no frames")
+    return total, Fraction(rate)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        import av
+    except ImportError as error:
+        raise DataError(
+            f"video file {path.name} needs PyAV, which is not installed",
+            where=str(path),
+            remedy=_INSTALL_VIDEO,
+        ) from error
+    try:
+        file = open_regular(path)
+    except FileNotFoundError as error:
+        raise DataError(f"video {path} is missing") from error
+    except OSError as error:
+        raise DataError(f"video {path} cannot be read: {error.strerror}") from error
+    with file:
+        try:
+            container = av.open(file, container_options=dict(_OPEN_OPTIONS), io_open=_refuse)
+        except (av.FFmpegError, ValueError, OSError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise DataError(
+                f"video {path} cannot be read: {reason}",
+                remedy="video files are MP4, MOV, MKV, WebM, AVI, MPEG, FLV, Ogg, WMV or GIF; "
+                "playlists and streams are not followed",
+            ) from error
+        with container:
+            yield container
+
+
+def _refuse(url: str, *_: Any) -> None:
+    raise OSError(f"a clip names another file, {url}")
+
+
+def _stream(container: Any, path: Path) -> Any:
+    if not container.streams.video:
+        raise DataError(f"video {path} has no picture stream")
+    stream = container.streams.video[0]
+    # Frames of a broken or hostile stream may be larger than its header says.
+    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+    return stream
+
+
+def _decode(container: Any, stream: Any, path: Path) -> Iterator[Any]:
+    import av
+
+    try:
+        yield from container.decode(stream)
+    except av.FFmpegError as error:
+        raise DataError(f"video {path} cannot be decoded: {error.strerror}") from error
+
+
+def _upright(frame: Any, path: Path) -> Frames:
+    """A frame as players show it: turned and flipped by its track's display matrix."""
+    pixels: Frames = frame.to_ndarray(format="rgb24")
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return pixels
+    # Where x and y of the frame go: x' = a x + c y, y' = b x + d y.
+    a, b, _, c, d = (int(value) for value in np.frombuffer(bytes(matrix), np.int32)[:5])
+    if a == d == 0 and b and c:
+        pixels, across, down = pixels.transpose(1, 0, 2), c, b
+    elif b == c == 0 and a and d:
+        across, down = a, d
+    elif not (a or b or c or d):
+        return pixels
+    else:
+        raise DataError(
+            f"video {path} is turned by {math.degrees(math.atan2(b, a)):.0f} degrees",
+            remedy="turn it upright with a video editor; quarter turns and flips alone are known",
+        )
+    return pixels[:: 1 if down > 0 else -1, :: 1 if across > 0 else -1]

@@ -1,0 +1,1 @@
+"""The engine: a model streamed unit by unit, observed, quantized and handed on."""

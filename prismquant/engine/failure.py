@@ -1,0 +1,136 @@
+"""What becomes of layers that their solver cannot solve: the run stops, or they are rounded.
+
+A solver can fail where rounding to nearest cannot: its Hessian has no factorization, or is not
+finite, or no calibration token reached the layer. A recipe's ``on_failure`` says what then.
+``stop`` ends the run with the layer's name and figures; ``rtn`` rounds the layer to nearest with
+the same format and range rule. The invariant: no layer is silently another than the plan says. One
+that fell back carries the reason in its notes, where the record, the table and the command line
+find it.
+
+What rounding shares stops in any case: a damaged weight, a static range that has seen nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from prismquant.algorithms.rtn import RTN
+from prismquant.algorithms.solver import LayerProblem, LayerResult, Note, Solver
+from prismquant.errors import NumericsError
+
+if TYPE_CHECKING:
+    from prismquant.engine.step_record import LayerRecord, StepRecord
+    from prismquant.recipe.schema import OnFailure
+
+FAILED = "failed"
+"""The note that says why a layer could not be solved."""
+WANTED = "wanted"
+"""The note that says by which method it was to be solved."""
+
+_REMEDY = "on_failure: rtn (--on-failure rtn) rounds such layers to nearest"
+_NAMES = 3
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """A solver whose failures are dealt with as the plan says.
+
+    Attributes:
+        solver: Who is asked first.
+        on_failure: ``stop``: its error ends the run and names the way out. ``rtn``: what it cannot
+            solve is rounded to nearest.
+    """
+
+    name: ClassVar[str] = "guarded"
+
+    solver: Solver
+    on_failure: OnFailure
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether the solver does."""
+        return self.solver.needs_hessian
+
+    def solve(self, problem: LayerProblem) -> LayerResult:
+        """Solve a problem, or round it to nearest where that is what the plan says.
+
+        Args:
+            problem: The layers, with whatever statistics there are.
+
+        Returns:
+            The solver's result, or one whose notes say what failed (``failed``) and what was to be
+            done (``wanted``).
+
+        Raises:
+            NumericsError: The solver failed and the plan says ``stop``, or rounding fails as well.
+        """
+        try:
+            return self.solver.solve(problem)
+        except NumericsError as error:
+            if self.on_failure == "stop":
+                raise with_way_out(error) from error
+            return rounded(problem, failure_notes(error.what, self.solver.name))
+
+
+def rounded(problem: LayerProblem, notes: Mapping[str, Note]) -> LayerResult:
+    """Round to nearest what could not be solved.
+
+    The Hessian, if there is one, is not to be trusted: neither scales nor losses look at it, so the
+    losses are squared errors of the weight.
+
+    Args:
+        problem: The layers.
+        notes: From :func:`failure_notes`.
+
+    Raises:
+        NumericsError: Rounding fails too.
+    """
+    result = RTN().solve(replace(problem, hessian=None))
+    return replace(result, notes={**result.notes, **notes})
+
+
+def failure_notes(why: str, wanted: str) -> dict[str, Note]:
+    """What the record is told of a layer that could not be solved.
+
+    Args:
+        why: What the solver, or what gathers its statistics, said.
+        wanted: The method that the plan names.
+    """
+    return {FAILED: why, WANTED: wanted}
+
+
+def with_way_out(error: NumericsError) -> NumericsError:
+    """An error that the option would have averted, with a remedy that says so."""
+    remedy = f"{error.remedy}; {_REMEDY}" if error.remedy else _REMEDY
+    return NumericsError(error.what, where=error.where, remedy=remedy)
+
+
+def failed_layers(layers: Iterable[LayerRecord]) -> dict[str, str]:
+    """Why layers were rounded to nearest in place of being solved, by their names."""
+    return {layer.name: str(layer.notes[FAILED]) for layer in layers if FAILED in layer.notes}
+
+
+def failure_lines(steps: Iterable[StepRecord]) -> tuple[str, ...]:
+    """One line for all layers of a run that failed for one reason; none where all went as planned.
+
+    Reasons that differ in their figures alone are told once, with those of the first layer.
+    """
+    alike: dict[str, list[tuple[str, str]]] = {}
+    for step in steps:
+        for name, why in failed_layers(step.layers).items():
+            alike.setdefault(_kind(why), []).append((name, why))
+    return tuple(_line(found) for found in alike.values())
+
+
+def _line(found: list[tuple[str, str]]) -> str:
+    names, more = [name for name, _ in found[:_NAMES]], len(found) - _NAMES
+    listed = ", ".join(names) + (f" and {more} more" if more > 0 else "")
+    layers = "1 layer" if len(found) == 1 else f"{len(found)} layers"
+    return f"{layers} rounded to nearest in place of being solved: {listed}: {found[0][1]}"
+
+
+def _kind(why: str) -> str:
+    """A reason without its figures."""
+    return "".join(letter for letter in why if letter.isalpha())

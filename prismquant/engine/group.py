@@ -1,0 +1,504 @@
+"""Layers that share an input: what is gathered for them, and how they are solved together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from prismquant.algorithms.correction import DriftRecord
+from prismquant.algorithms.methods import build_solver
+from prismquant.algorithms.rtn import RTN
+from prismquant.algorithms.solver import LayerProblem, LayerResult, Note, Solver
+from prismquant.algorithms.split import outlying_columns
+from prismquant.distributed import Ranks
+from prismquant.engine.collectives import all_ranges, largest
+from prismquant.engine.failure import FAILED, Guarded, failure_notes, with_way_out
+from prismquant.engine.replay import StepCall
+from prismquant.engine.step_record import LayerRecord
+from prismquant.errors import NumericsError
+from prismquant.formats.spec import NumberSpec
+from prismquant.numerics.affine import all_finite, finiteness
+from prismquant.numerics.rules import RangeRule
+from prismquant.plan.plan import PlanRow
+from prismquant.runtime.quant_linear import ActivationQuantizer, QuantLinear
+from prismquant.statistics.hessian import HessianRecord
+from prismquant.statistics.input_range import RangeRecord, static_scale_zero_point
+from prismquant.statistics.tokens import Tokens, summed
+
+What = Literal["columns", "ranges", "moments"]
+# What the record is told the tokens of, by what they are taken in for.
+_STATISTICS: dict[What, tuple[str, ...]] = {
+    "columns": (),
+    "ranges": ("input_range", "output_range"),
+    "moments": ("hessian",),
+}
+
+_UNSEEN = "no calibration token reached this layer"
+_MORE_SAMPLES = "add samples of the modality that passes it"
+
+
+class StoredWeight(Protocol):
+    """A weight as the checkpoint holds it."""
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The values that it stands for, [out, in]."""
+
+
+@dataclass(frozen=True, eq=False)
+class StaticScale:
+    """A scale that calibration found for an input or an output.
+
+    Attributes:
+        scale: [1] in the stored dtype; of two-level scales the global one, float32.
+        zero_point: int8 [1], or None.
+        low, high: The range that was chosen.
+    """
+
+    scale: Tensor
+    zero_point: Tensor | None
+    low: float = 0.0
+    high: float = 0.0
+
+
+def parameters(static: StaticScale | None) -> tuple[Tensor | None, Tensor | None]:
+    """Scale and zero point, as the runtime takes them."""
+    return (None, None) if static is None else (static.scale, static.zero_point)
+
+
+@dataclass(frozen=True, eq=False)
+class SplitColumns:
+    """Columns of a weight, and of its input, that stay in floating point.
+
+    Attributes:
+        index: int64 [k].
+        weight: [out, k], in the stored dtype.
+    """
+
+    index: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class SolvedLayer:
+    """A layer's numbers.
+
+    Attributes:
+        row: Its row of the plan.
+        weight: Codes and scales, or the dequantized values of a layer that is stored dense.
+        input: The static scale of its input, or None.
+        output: The static scale of its output, or None.
+        columns: What stays in floating point, or None.
+    """
+
+    row: PlanRow
+    weight: StoredWeight
+    input: StaticScale | None = None
+    output: StaticScale | None = None
+    columns: SplitColumns | None = None
+
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """What the layer multiplies with, [out, in]."""
+        values = self.weight.dequantize(dtype)
+        if self.columns is None:
+            return values
+        return values.index_copy(1, self.columns.index, self.columns.weight.to(values))
+
+
+@dataclass(frozen=True)
+class GroupSettings:
+    """What a group needs to know of the run.
+
+    Attributes:
+        device: Where the arithmetic happens.
+        stored_dtype: Of scales and of what stays in floating point.
+        quantized_inputs: Whether moments are of the inputs as they will be served.
+        vision_weight: What a vision token counts for, a text token counting one.
+        products: In which dtype the layers multiply.
+    """
+
+    device: torch.device
+    stored_dtype: torch.dtype
+    quantized_inputs: bool
+    vision_weight: float
+    products: torch.dtype = torch.float32
+
+
+class Group:
+    """Layers that share an input and a scheme.
+
+    Args:
+        rows: Their rows of the plan, all alike but for the layer.
+        modules: The layers.
+        settings: What to know of the run.
+    """
+
+    def __init__(
+        self, rows: Sequence[PlanRow], modules: Sequence[nn.Module], settings: GroupSettings
+    ) -> None:
+        self.rows = rows
+        self.modules = modules
+        self.settings = settings
+        solver = build_solver(rows[0].solver, rows[0].options)
+        # Plain rounding has nothing to fall back to.
+        self.solver: Solver = (
+            Guarded(solver, rows[0].on_failure) if solver.needs_hessian else solver
+        )
+        self._failed: str | None = None
+        self.columns: Tensor | None = None
+        self._hessian: HessianRecord | None = None
+        self._drift: DriftRecord | None = None
+        self._ranges: dict[str, RangeRecord] = {}
+        self._outputs: dict[str, RangeRecord] = {}
+        self._magnitudes: Tensor | None = None
+        self._seen: dict[str, Tokens] = {}
+        self._input: StaticScale | None = None
+        self._kept: list[SplitColumns | None] = [None] * len(rows)
+        self._notes: dict[str, Note] = {}
+
+    @property
+    def name(self) -> str:
+        """Of its first layer."""
+        return self.rows[0].site.name
+
+    def wants(self, what: What) -> bool:
+        """Whether a pass over the data is needed for this."""
+        row = self.rows[0]
+        if what == "columns":
+            return row.split is not None
+        if what == "ranges":
+            return row.static_input or any(row.static_output for row in self.rows)
+        return self.solver.needs_hessian or row.correction is not None
+
+    def observe(self, x: Tensor, call: StepCall, what: What, wanted: Tensor | None = None) -> None:
+        """Take in one call's input of the layers, any shape that reshapes to [rows, in].
+
+        Args:
+            x: The input.
+            call: Which rows count, and which are of images and videos.
+            what: What it is taken in for.
+            wanted: What the float model has in its place, where a correction needs it.
+        """
+        rows = self._rows(x)
+        try:
+            if what == "columns":
+                counted = rows if call.row_weights is None else rows[call.row_weights > 0]
+                if len(counted):
+                    seen = counted.abs().amax(0)
+                    known = self._magnitudes
+                    self._magnitudes = seen if known is None else torch.maximum(known, seen)
+            elif what == "ranges":
+                if self.rows[0].static_input:
+                    self._observe_range(self._ranges, self._without_columns(rows), call)
+                    self._count("input_range", call.seen(len(rows)))
+            elif self._failed is None:
+                self._observe_moments(rows, call, wanted)
+        except NumericsError as error:
+            # A static range cannot be had without these values; moments can be done without.
+            if what == "moments" and self.rows[0].on_failure == "rtn":
+                self._give_up(f"input: {error.what}")
+                return
+            raise NumericsError(
+                error.what, where=f"input of {self.name}", remedy=error.remedy
+            ) from error
+
+    def _count(self, statistic: str, tokens: Tokens) -> None:
+        self._seen[statistic] = self._seen.get(statistic, Tokens()) + tokens
+
+    def observe_outputs(self, x: Tensor, call: StepCall) -> None:
+        """Take in one call's outputs of the layers that have a static range for them."""
+        for row, module in self._pairs():
+            if row.static_output:
+                rows = module(x).detach().reshape(-1, row.site.out_features)
+                counted = rows if call.row_weights is None else rows[call.row_weights > 0]
+                momentum = row.activation_range.momentum
+                self._outputs.setdefault(row.site.name, RangeRecord(momentum)).update(counted)
+        if any(row.static_output for row in self.rows):
+            self._count("output_range", call.seen(x.shape[:-1].numel()))
+
+    def split_columns(self) -> None:
+        """Decide which columns stay in floating point, once their magnitudes are known."""
+        split = self.rows[0].split
+        if split is None or self._magnitudes is None:
+            return
+        found = outlying_columns(self._magnitudes, split)
+        if found:
+            self.columns = torch.tensor(found, device=self.settings.device)
+
+    def share(self, what: What, ranks: Ranks) -> None:
+        """Let the group know what all ranks have seen."""
+        if ranks.size == 1:
+            return
+        names = _STATISTICS[what]
+        self._seen |= summed({n: t for n, t in self._seen.items() if n in names}, ranks)
+        width = self.rows[0].site.in_features
+        if what == "columns":
+            self._magnitudes = largest(self._magnitudes, width, ranks)
+        elif what == "ranges":
+            self._ranges = all_ranges(self._ranges, ranks)
+            self._outputs = all_ranges(self._outputs, ranks)
+        elif self._failed_on_any(ranks):
+            return
+        elif self.rows[0].correction is not None:
+            self._drift = self._drift or DriftRecord(width, self.settings.device, self.name)
+            self._drift.sum_over(ranks.sum_)
+        else:
+            self._hessian = self._hessian or HessianRecord(width, self.settings.device, self.name)
+            self._hessian.sum_over(ranks.sum_)
+
+    def problem(self) -> LayerProblem:
+        """What the solver is given, once everything was observed.
+
+        Raises:
+            NumericsError: A weight is not finite, or no calibration token has reached layers that
+                cannot do without.
+        """
+        row = self.rows[0]
+        weights = [self._weight(row, module) for row, module in self._pairs()]
+        self._require_ranges()
+        notes = self._input_notes()
+        if self.settings.vision_weight != 1:
+            notes["vision_weight"] = self.settings.vision_weight
+        tokens, hessian, told = self._tokens(), None, notes
+        if self._failed is None:
+            try:
+                hessian = self._moments()
+                weights, told = self._corrected(weights)
+            except NumericsError as error:
+                if row.on_failure == "stop":
+                    raise with_way_out(error) from error
+                self._give_up(error.what)
+        if self._failed is not None:
+            # The solver refuses a problem without a Hessian, and its guard rounds it.
+            hessian, told = None, failure_notes(self._failed, row.solver)
+        notes = notes | told
+        self._hessian, self._drift = None, None
+        self._kept = self._take_columns(weights)
+        if self.columns is not None:
+            notes["split_columns"] = ", ".join(str(int(c)) for c in self.columns)
+        self._notes = notes
+        return LayerProblem(
+            names=tuple(row.site.name for row in self.rows),
+            weights=tuple(weights),
+            spec=_required(row),
+            range_rule=row.weight_range,
+            scale_dtype=self.settings.stored_dtype,
+            hessian=hessian,
+            tokens=tokens,
+            products=self.settings.products,
+        )
+
+    def solved(self, result: LayerResult) -> list[tuple[SolvedLayer, LayerRecord]]:
+        """The layers, with what to tell of each."""
+        outcomes = zip(
+            self.rows,
+            result.weights,
+            self._kept,
+            result.losses,
+            result.baseline_losses,
+            strict=True,
+        )
+        facts = dict(result.notes) | self._notes
+        method = RTN.name if FAILED in facts else self.rows[0].solver
+        return [
+            (
+                SolvedLayer(row, weight, self._input_scale(), self._output_scale(row), kept),
+                LayerRecord(row.site.name, method, loss, baseline, facts, self._seen_by(row)),
+            )
+            for row, weight, kept, loss, baseline in outcomes
+        ]
+
+    def _seen_by(self, row: PlanRow) -> dict[str, Tokens]:
+        """How many tokens each of a layer's statistics has seen; outputs are each layer's own."""
+        own = row.static_output
+        return {name: seen for name, seen in self._seen.items() if own or name != "output_range"}
+
+    def _pairs(self) -> list[tuple[PlanRow, nn.Module]]:
+        return list(zip(self.rows, self.modules, strict=True))
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """An input as the layer's quantizer sees it, [rows, in]."""
+        module = self.modules[0]
+        x = x.detach()
+        seen = module.rotated(x) if isinstance(module, QuantLinear) else x
+        return seen.reshape(-1, self.rows[0].site.in_features)
+
+    def _without_columns(self, rows: Tensor) -> Tensor:
+        return rows if self.columns is None else rows.index_fill(1, self.columns, 0.0)
+
+    def _observe_range(self, records: dict[str, RangeRecord], rows: Tensor, call: StepCall) -> None:
+        """Text and vision tokens apart, so that the record can tell them apart.
+
+        A moving average is one of all tokens, batch after batch.
+        """
+        vision = None if self.rows[0].activation_range.kind == "ema" else call.vision
+        counted = None if call.row_weights is None else call.row_weights > 0
+        parts = {"text": None if vision is None else ~vision}
+        if vision is not None:
+            parts["vision"] = vision
+        for name, part in parts.items():
+            mask = part if counted is None else counted if part is None else part & counted
+            seen = rows if mask is None else rows[mask]
+            if len(seen):
+                momentum = self.rows[0].activation_range.momentum
+                records.setdefault(name, RangeRecord(momentum)).update(seen)
+
+    def _observe_moments(self, rows: Tensor, call: StepCall, wanted: Tensor | None) -> None:
+        weights = call.token_weights(self.settings.vision_weight)
+        seen = self._quantized(rows)
+        if self.rows[0].correction is not None and wanted is not None:
+            if self._drift is None:
+                self._drift = DriftRecord(rows.shape[1], rows.device, self.name)
+            self._drift.update(seen, self._rows(wanted), weights)
+        else:
+            if self._hessian is None:
+                self._hessian = HessianRecord(rows.shape[1], rows.device, self.name)
+            # What is rounded for the layer's product can be rounded here, where it saves time.
+            self._hessian.update(seen.to(self.settings.products), weights)
+        tokens = call.seen(len(rows))
+        # Where vision tokens count for nothing, none of them has been seen.
+        unseen = call.vision is not None and self.settings.vision_weight == 0
+        self._count("hessian", tokens.without_vision if unseen else tokens)
+
+    def _quantized(self, rows: Tensor) -> Tensor:
+        """The input as the layer will really see it."""
+        spec = self.rows[0].activations
+        if spec is None or not self.settings.quantized_inputs:
+            return rows
+        scale, zero_point = parameters(self._input_scale())
+        seen: Tensor = ActivationQuantizer(spec, scale, zero_point, self.columns)(rows)
+        return seen
+
+    def _moments(self) -> Tensor | None:
+        """The Hessian, if it was gathered; the split columns are no longer in it."""
+        record = self._drift or self._hessian
+        if record is None:
+            if self.solver.needs_hessian or self.rows[0].correction is not None:
+                raise NumericsError(_UNSEEN, where=self.name, remedy=_MORE_SAMPLES)
+            return None
+        hessian = record.hessian() if isinstance(record, DriftRecord) else record.mean(consume=True)
+        if self.columns is None:
+            return hessian
+        return hessian.index_fill(0, self.columns, 0.0).index_fill(1, self.columns, 0.0)
+
+    def _corrected(self, weights: list[Tensor]) -> tuple[list[Tensor], dict[str, Note]]:
+        """The weights that are to be approached, and what to tell of them."""
+        correction = self.rows[0].correction
+        if self._drift is None or correction is None:
+            return weights, {}
+        corrected, told = self._drift.correct(weights, correction)
+        return list(corrected), told
+
+    def _tokens(self) -> float | None:
+        """How many tokens the moments are of."""
+        record = self._drift or self._hessian
+        return None if record is None else record.count
+
+    def _give_up(self, why: str) -> None:
+        """Do without moments."""
+        self._failed, self._hessian, self._drift = why, None, None
+        self._seen.pop("hessian", None)
+
+    def _failed_on_any(self, ranks: Ranks) -> bool:
+        """Whether the moments are lost; every rank then does without, for the same reason."""
+        if self.rows[0].on_failure == "stop":
+            return False
+        told = [why for why in ranks.gather_json(self._failed) if why is not None]
+        if told:
+            self._give_up(told[0])
+        return bool(told)
+
+    def _require_ranges(self) -> None:
+        """Refuse a static range that has seen nothing: it has no scale, and rounding needs one."""
+        sides = [("input", row) for row in self.rows if row.static_input and not self._ranges]
+        sides += [
+            ("output", row)
+            for row in self.rows
+            if row.static_output and row.site.name not in self._outputs
+        ]
+        for side, row in sides:
+            raise NumericsError(
+                f"{_UNSEEN}, so its static {side} has no scale",
+                where=row.site.name,
+                remedy=f"{_MORE_SAMPLES}, or use dynamic activations; `on_failure: rtn` cannot "
+                "help a static range",
+            )
+
+    def _take_columns(self, weights: list[Tensor]) -> list[SplitColumns | None]:
+        """Take the split columns out of the weights, in place of the list's entries."""
+        if self.columns is None:
+            return [None] * len(weights)
+        kept: list[SplitColumns | None] = []
+        for index, weight in enumerate(weights):
+            values = weight[:, self.columns].to(self.settings.stored_dtype)
+            kept.append(SplitColumns(self.columns, values))
+            weights[index] = weight.index_fill(1, self.columns, 0.0)
+        return kept
+
+    def _input_scale(self) -> StaticScale | None:
+        row = self.rows[0]
+        if row.activations is None or not row.activations.calibrated or not self._ranges:
+            return None
+        if self._input is None:
+            merged = RangeRecord(row.activation_range.momentum)
+            for record in self._ranges.values():
+                merged.merge(record)
+            self._input = self._static(merged, row.activations, row.activation_range)
+        return self._input
+
+    def _output_scale(self, row: PlanRow) -> StaticScale | None:
+        if row.outputs is None or row.site.name not in self._outputs:
+            return None
+        return self._static(self._outputs[row.site.name], row.outputs, row.activation_range)
+
+    def _static(self, record: RangeRecord, spec: NumberSpec, rule: RangeRule) -> StaticScale:
+        device, dtype = self.settings.device, self.settings.stored_dtype
+        scale, zero_point, low, high = static_scale_zero_point(
+            record, rule, spec.grid, spec.symmetric, dtype, spec.scale
+        )
+        zero_point = None if zero_point is None else zero_point.to(device)
+        return StaticScale(scale.to(device), zero_point, low, high)
+
+    def _input_notes(self) -> dict[str, float | int | str]:
+        """The static input range for the record, of the modalities together and apart."""
+        static = self._input_scale()
+        if static is None:
+            return {}
+        notes: dict[str, float | int | str] = {"input_low": static.low, "input_high": static.high}
+        if len(self._ranges) > 1:
+            for name, record in self._ranges.items():
+                spec, rule = self.rows[0].activations, RangeRule("minmax")
+                if spec is not None:
+                    low, high = record.low_high(rule, spec.grid, spec.symmetric)
+                    notes |= {f"input_low_{name}": low, f"input_high_{name}": high}
+        return notes
+
+    def _weight(self, row: PlanRow, module: nn.Module) -> Tensor:
+        shape = (row.site.out_features, row.site.in_features)
+        matrix = module.get_parameter("weight").detach().to(torch.float32).reshape(shape)
+        require_finite(matrix, row.site.name)
+        return matrix
+
+
+def require_finite(weight: Tensor, name: str) -> None:
+    """Refuse a damaged weight.
+
+    Raises:
+        NumericsError: It holds NaN or infinities; names the layer and says how many.
+    """
+    if not all_finite(weight):
+        bad = int((~torch.isfinite(weight)).sum())
+        raise NumericsError(
+            f"the weight holds {bad} values that are NaN or infinite: {finiteness(weight)}",
+            where=name,
+            remedy="the source checkpoint is damaged: download or convert it again",
+        )
+
+
+def _required(row: PlanRow) -> Any:
+    if row.weights is None:
+        raise NumericsError("a layer without a weight format reached a solver", where=row.site.name)
+    return row.weights

@@ -1,0 +1,317 @@
+"""How much memory a run takes at its peak, told before it begins, and how it keeps to a budget.
+
+What a run holds at a time is known from shapes: one step's weights, the calibration set's hidden
+states, what halted passes hold, one stage's second moments and what the solver makes of them. Two
+of these can be done without, at a price: passes can start from the beginning for every stage (up to
+twice the forward passes), and hidden states can wait on disk. The first way of running whose peak
+fits the budget is taken, fastest first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from prismquant.algorithms.portions import peak_solve_bytes
+from prismquant.data.batches import Batch
+from prismquant.data.media import Cost
+from prismquant.errors import PlanError
+from prismquant.models.arch import Modality
+from prismquant.models.bind import BoundModel, BoundStep
+from prismquant.plan.plan import Plan, PlanRow, problem_groups
+from prismquant.runtime.mixed import Precision
+
+_FLOAT32 = 4
+# Hidden-wide tensors that a halted pass holds: the stream, what is normed, queries, keys, values.
+_HELD = 5
+# Intermediate tensors of one call that are alive at once, in units of its widest layer.
+_ALIVE = 4
+# What libraries load when they are first used, and what the allocator and large pages round up.
+_SLACK = 222 << 20
+# One of them is a compiler, which the first layer that is solved calls for.
+_COMPILER = 130 << 20
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a run goes about it.
+
+    Attributes:
+        paused: Passes halt at each stage and go on; else they start from the beginning.
+        on_disk: Hidden states wait on disk; else in memory.
+    """
+
+    paused: bool = True
+    on_disk: bool = False
+
+    def describe(self) -> str:
+        """In words."""
+        passes = "halted" if self.paused else "repeated"
+        return f"passes {passes}, hidden states {'on disk' if self.on_disk else 'in memory'}"
+
+
+# Fastest first.
+WAYS = (Way(), Way(paused=False), Way(paused=False, on_disk=True))
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """How many rows pass a tower.
+
+    Attributes:
+        total: In all calls.
+        largest: In the largest call.
+    """
+
+    total: int = 0
+    largest: int = 0
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A predicted peak.
+
+    Attributes:
+        way: How the run goes about it.
+        peak_bytes: Largest resident set, what the process has already included.
+        where: The step in which it is reached.
+    """
+
+    way: Way
+    peak_bytes: int
+    where: str
+
+
+def count_tokens(bound: BoundModel, batches: Sequence[Batch]) -> dict[Modality, Tokens]:
+    """Patches in the vision tower, and tokens in the language model; padding included."""
+    patches = next((s.in_features for s in bound.sites if s.role == "patch_embed"), 1)
+    keys = [group[0] for group in bound.arch.input_groups]
+    vision = [
+        batch.inputs[key].numel() // patches
+        for batch in batches
+        for key in keys
+        if key in batch.inputs
+    ]
+    text = [batch.inputs["input_ids"].numel() for batch in batches]
+    return {
+        Modality.VISION: Tokens(sum(vision), max(vision, default=0)),
+        Modality.LLM: Tokens(sum(text), max(text, default=0)),
+    }
+
+
+def forecast(
+    plan: Plan,
+    bound: BoundModel,
+    tokens: dict[Modality, Tokens],
+    *,
+    resident: int,
+    way: Way,
+    precision: Precision | None = None,
+    making: Cost | None = None,
+) -> Forecast:
+    """The peak of a run.
+
+    Args:
+        plan: What is done.
+        bound: To which model.
+        tokens: From :func:`count_tokens`.
+        resident: Bytes that the process has before it begins.
+        way: How it goes about it.
+        precision: In which dtypes blocks are run; by default float32.
+        making: What making the pixels of a batch takes, where they do not stay in memory.
+    """
+    outline = _Outline(plan, bound, tokens, way, precision or Precision(), making or Cost())
+    first = min((row.site.step for row in plan.quantized), default=len(bound.steps))
+    peaks = {
+        step.name: outline.step(step) + (_COMPILER if step.index >= first else 0)
+        for step in bound.steps
+    }
+    peaks["embeddings"] = outline.embeddings() + _COMPILER
+    where = max(peaks, key=lambda name: peaks[name])
+    return Forecast(way, resident + peaks[where] + _SLACK, where)
+
+
+def weight_dtype(plan: Plan, step: BoundStep, precision: Precision) -> torch.dtype:
+    """In which dtype weights of a step's linear layers are held, where that loses nothing of them.
+
+    Args:
+        plan: What is done.
+        step: The step.
+        precision: In which dtypes blocks are run.
+    """
+    tuned = any(row.tuner for row in plan.quantized if row.site.step == step.index)
+    moved = any(edge.edge.step == step.index for edge in plan.edges)
+    # Tuners run blocks in their own precision, and moved scale is rounded as it is stored.
+    if tuned or moved or step.kind != "block":
+        return precision.dtype
+    return precision.products or precision.dtype
+
+
+def narrow_modules(bound: BoundModel, step: BoundStep) -> list[str]:
+    """Modules in which all that flows can be held as linear layers multiply it: a block's MLPs.
+
+    Args:
+        bound: The model.
+        step: The step.
+
+    Returns:
+        Paths of those in which nothing has parameters but an MLP's layers.
+    """
+    layers = {site.name for site in step.sites if site.role.startswith("mlp.")}
+    found = []
+    for name in dict.fromkeys(layer.rpartition(".")[0] for layer in sorted(layers)):
+        inside = {path.rpartition(".")[0] for path in bound.shapes if path.startswith(f"{name}.")}
+        if name != step.name and inside <= layers:
+            found.append(name)
+    return found
+
+
+def choose_way(forecasts: Sequence[Forecast], budget: int | None) -> Forecast:
+    """The first that fits the budget; without one, the first.
+
+    Raises:
+        PlanError: None fits.
+    """
+    for one in forecasts:
+        if budget is None or one.peak_bytes <= budget:
+            return one
+    least = min(forecasts, key=lambda one: one.peak_bytes)
+    raise PlanError(
+        f"a memory budget of {_gib(budget or 0)} is too small: {_gib(least.peak_bytes)} are needed "
+        f"({least.way.describe()})",
+        where=least.where,
+        remedy=f"allow {_gib(least.peak_bytes)}; a smaller --batch-size, fewer --samples, smaller "
+        "--max-pixels, or another method for the widest layers need less",
+    )
+
+
+@dataclass(frozen=True)
+class _Outline:
+    """Bytes by step, beyond what the process has already."""
+
+    plan: Plan
+    bound: BoundModel
+    tokens: dict[Modality, Tokens]
+    way: Way
+    precision: Precision
+    making: Cost
+
+    @property
+    def itemsize(self) -> int:
+        return self.precision.dtype.itemsize
+
+    @property
+    def chains(self) -> int:
+        return 2 if self.plan.needs_float_chain else 1
+
+    def step(self, step: BoundStep) -> int:
+        rows = [row for row in self.plan.quantized if row.site.step == step.index]
+        flows = self.plan.needs_data and step.kind != "head"
+        if not rows and not flows:
+            return 0
+        # Solved layers wait for the end of the step, a byte a weight.
+        codes = sum(row.site.in_features * row.site.out_features for row in rows)
+        loaded = self._parameters(step) * self.itemsize * self.chains
+        size = self._weight_itemsize(step)
+        weights = self._parameters(step) * size * self.chains + codes
+        solving = max((self._solving(group, size) for group in _groups(rows)), default=0)
+        if not self.plan.needs_data:
+            return max(loaded, weights + solving)
+        states, held = self._states(step), self._held(step, rows)
+        flowing = max(solving, self._call(step), self._pixels(step, rows))
+        return states + max(loaded, weights + held + flowing)
+
+    def embeddings(self) -> int:
+        """The rows of the table that are used, as they are on disk and in the arithmetic."""
+        if not self.plan.needs_data:
+            return 0
+        rows, hidden = self.bound.shapes[f"{self.bound.arch.embeddings}.weight"]
+        used = min(rows, self.tokens[Modality.LLM].total)
+        last = next(s for s in reversed(self.bound.steps) if s.kind == "block")
+        return used * hidden * (self.bound.dtype.itemsize + self.itemsize) + self._states(last)
+
+    def _parameters(self, step: BoundStep) -> int:
+        prefix = f"{step.name}."
+        return sum(math.prod(s) for n, s in self.bound.shapes.items() if n.startswith(prefix))
+
+    def _states(self, step: BoundStep) -> int:
+        """Hidden states of the step's tower; in the language model also those that are about it."""
+        count = self._tokens(step)
+        number = count.largest if self.way.on_disk else count.total
+        return number * self._hidden(step) * self.itemsize * self.chains
+
+    def _pixels(self, step: BoundStep, rows: Sequence[PlanRow]) -> int:
+        """Of a batch at the entry step: while they are made, or while they pass it."""
+        if step.kind != "entry":
+            return 0
+        pixels = self.making.pixels
+        cast = pixels * self.itemsize // _FLOAT32 if self.itemsize != _FLOAT32 else 0
+        # Statistics look at one batch while the next one is made.
+        before = pixels if rows else 0
+        return max(self.making.peak + before, pixels + cast + self._call(step))
+
+    def _held(self, step: BoundStep, rows: Sequence[PlanRow]) -> int:
+        if step.kind == "entry" or not self.way.paused or not any(row.needs_data for row in rows):
+            return 0
+        flow = self._flow_itemsize(step)
+        widest = max(row.site.in_features * flow[row.site.name] for row in rows)
+        width = _HELD * self._hidden(step) * self.itemsize + widest
+        return self._tokens(step).total * width * self.chains
+
+    def _call(self, step: BoundStep) -> int:
+        flow = self._flow_itemsize(step)
+        sites = [site for site in step.sites if site.role != "lm_head"]
+        widest = max((site.out_features * flow[site.name] for site in sites), default=self.itemsize)
+        rows = self._tokens(step).largest
+        if step.kind == "projector" and sites:
+            # It joins the hidden states of several patches in each of its rows.
+            rows = math.ceil(rows * self._hidden(step) / min(site.in_features for site in sites))
+        return rows * widest * _ALIVE
+
+    def _flow_itemsize(self, step: BoundStep) -> dict[str, int]:
+        """Bytes of a number that a layer is given or gives, by layer."""
+        narrow = tuple(f"{name}." for name in narrow_modules(self.bound, step))
+        products = self.precision.products or self.precision.dtype
+        return {
+            site.name: (products if site.name.startswith(narrow) else self.precision.dtype).itemsize
+            for site in step.sites
+        }
+
+    def _weight_itemsize(self, step: BoundStep) -> int:
+        """Bytes of a weight while the step is run."""
+        dtype = weight_dtype(self.plan, step, self.precision)
+        exact = dtype == self.bound.dtype and not self.plan.rotations
+        return dtype.itemsize if exact else self.itemsize
+
+    def _solving(self, rows: Sequence[PlanRow], itemsize: int) -> int:
+        columns, count = rows[0].site.in_features, sum(row.site.out_features for row in rows)
+        if not rows[0].needs_hessian:
+            # The weight, its codes, and what is made of both on the way.
+            return 3 * columns * count * _FLOAT32
+        moments = _FLOAT32 * columns**2
+        # Solvers work on float32: weights in another dtype are converted.
+        own = _FLOAT32 * columns * count if itemsize < _FLOAT32 else 0
+        return moments + peak_solve_bytes(columns, count) + own
+
+    def _tokens(self, step: BoundStep) -> Tokens:
+        return self.tokens[self._tower(step)]
+
+    def _tower(self, step: BoundStep) -> Modality:
+        return Modality.LLM if step.modality is Modality.LLM else Modality.VISION
+
+    def _hidden(self, step: BoundStep) -> int:
+        tower = self._tower(step)
+        blocks = [s for s in self.bound.steps if s.modality is tower and s.kind == "block"]
+        sites = (blocks[0] if blocks else step).sites
+        return min((site.in_features for site in sites), default=1)
+
+
+def _groups(rows: Sequence[PlanRow]) -> Iterator[list[PlanRow]]:
+    yield from problem_groups(rows)
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"

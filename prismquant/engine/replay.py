@@ -1,0 +1,437 @@
+"""Running a model one step at a time, with the model's own code in between.
+
+The engine holds one step (patch embedding, block, projector, head) in memory at a time, yet every
+step must see exactly what the whole model would pass it: rotary embeddings, attention masks,
+cu_seqlens, windows, deepstack features. Instead of knowing how each family computes those,
+:class:`Replay` lets the model's own ``forward`` run with its finished steps replaced by stand-ins:
+the last finished step returns its stored output, earlier blocks hand their input through, finished
+projectors return their stored features, and the step in question records how it was called and
+stops the run. What is stored per batch is one hidden state and the projectors' outputs, whatever
+the number of blocks.
+
+A *call* is one pass of one batch through a tower. A batch passes the vision tower once for its
+images and once for its videos, and the language model once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prismquant.data import Kind
+from prismquant.data.batches import Batch
+from prismquant.engine.activation_store import InMemory, States
+from prismquant.errors import ModelError, NumericsError
+from prismquant.models.arch import Modality
+from prismquant.models.bind import BoundModel, BoundStep
+from prismquant.numerics.affine import all_finite, finiteness
+from prismquant.statistics.tokens import Tokens
+
+
+class _Captured(Exception):  # noqa: N818 - it ends a pass, nothing is wrong
+    """Ends a forward pass at the step in question; carries how the step was called."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.args_of_step = args
+        self.kwargs_of_step = kwargs
+
+
+class Enough(Exception):  # noqa: N818 - likewise
+    """Raised by a hook that has seen all that it needs; ends a step's forward pass early."""
+
+
+@dataclass
+class _Pass:
+    """What is kept of one call between steps.
+
+    Attributes:
+        inputs: Gives the keyword arguments of the model (vision) or of the language model (llm); of
+            pixels they have the shape.
+        row_weights: [tokens] float32, 0 for padding; None: every row counts.
+        vision: [tokens] bool, rows of images and videos in the language model; None elsewhere.
+        tokens: How many rows of each modality count in the language model; None elsewhere.
+        kind: What a pass of the vision tower is of.
+        latest: Name of the last finished step of the chain.
+        hidden: Gives its output.
+        entry_shape: Shape of the entry step's output, for a stand-in that costs nothing.
+        features: Give the outputs of finished projector steps, by name.
+        pixels: Makes the pixels, by their key, until the entry step has read them.
+    """
+
+    inputs: Callable[[], dict[str, Any]]
+    row_weights: Tensor | None
+    vision: Tensor | None = None
+    tokens: Tokens | None = None
+    kind: Kind = "text"
+    latest: str = ""
+    hidden: Callable[[], Any] = lambda: None
+    entry_shape: torch.Size = field(default_factory=torch.Size)
+    features: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    pixels: Callable[[], dict[str, Tensor]] | None = None
+
+    def whole_inputs(self) -> dict[str, Any]:
+        """The keyword arguments with pixels, as long as these are needed."""
+        return self.inputs() | (self.pixels() if self.pixels else {})
+
+
+@dataclass(frozen=True)
+class StepCall:
+    """How the model calls a step.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        row_weights: [tokens] float32 weights of the rows for statistics, or None: all count alike.
+        vision: [tokens] bool, which rows are of an image or video, in the language model; else
+            None.
+        keep: Stores the step's output, which later steps will see.
+        tokens: How many rows of each modality count in the language model; None elsewhere.
+        kind: What all rows are of elsewhere.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    row_weights: Tensor | None
+    vision: Tensor | None
+    keep: Callable[[Any], None]
+    tokens: Tokens | None = None
+    kind: Kind = "text"
+
+    def seen(self, rows: int) -> Tokens:
+        """How many of a layer's rows are of each modality; padding is of none."""
+        if self.tokens is not None:
+            return self.tokens
+        counted = rows if self.row_weights is None else int((self.row_weights > 0).sum())
+        return Tokens(**{self.kind: counted})
+
+    def token_weights(self, vision_weight: float) -> Tensor | None:
+        """``row_weights`` with rows of images and videos counted ``vision_weight`` times."""
+        if self.vision is None or vision_weight == 1:
+            return self.row_weights
+        weights = torch.where(self.vision, vision_weight, 1.0)
+        return weights if self.row_weights is None else weights * self.row_weights
+
+
+class Replay:
+    """Feeds the steps of a model, in the order in which the model runs them.
+
+    Args:
+        model: Parameters may be on the meta device; those of the step that is run, and of the
+            modules between the steps, must be real by then.
+        bound: Its description.
+        batches: Calibration batches. Pixels of each are asked for when it passes the entry step,
+            and let go as soon as it has.
+        device: Where steps run.
+        dtype: Floating-point inputs are cast to it.
+        states: Where states wait between steps; on the device by default.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        bound: BoundModel,
+        batches: Sequence[Batch],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        states: States | None = None,
+    ) -> None:
+        self.model = model
+        self.bound = bound
+        self._states = states or InMemory()
+        self._device, self._dtype = device, dtype
+        self._batches = [self._without_pixels(batch) for batch in batches]
+        self._vision_tokens = [batch.vision_mask.reshape(-1).to(device) for batch in batches]
+        self._vision = [
+            self._vision_passes(inputs, batch)
+            for inputs, batch in zip(self._batches, batches, strict=True)
+        ]
+        self._llm: list[_Pass] = []
+        self._steps = {step.name: step for step in bound.steps}
+
+    def vision_steps(self) -> list[BoundStep]:
+        """Steps of the vision tower and the projectors in the order in which the model runs them.
+
+        Empty without any image or video among the batches. The entry step and the modules between
+        the steps must be real.
+        """
+        first = next((p for passes in self._vision for p in passes), None)
+        if first is None:
+            return []
+        steps = [s for s in self.bound.steps if s.modality is not Modality.LLM]
+        order: list[BoundStep] = []
+
+        def visit(step: BoundStep) -> Callable[..., Any]:
+            module = self.model.get_submodule(step.name)
+            forward = module.forward
+
+            def stand_in(*args: Any, **kwargs: Any) -> Any:
+                order.append(step)
+                if len(order) == len(steps):
+                    raise _Captured(args, kwargs)
+                return forward(*args, **kwargs) if step.kind == "entry" else args[0]
+
+            return stand_in
+
+        self._capture(first.whole_inputs(), {s.name: visit(s) for s in steps})
+        return order
+
+    def token_ids(self) -> Tensor:
+        """All token ids among the batches, sorted, int64 [n]."""
+        ids = torch.cat([inputs["input_ids"].flatten() for inputs in self._batches])
+        unique: Tensor = ids.unique()
+        return unique
+
+    def begin_llm(self, embed: Callable[[Tensor], Tensor]) -> None:
+        """Compute what the language model is given, and forget the vision tower's states.
+
+        All vision steps must be finished.
+
+        Args:
+            embed: In place of the model's embeddings, from ids [B, T] to [B, T, hidden].
+        """
+        root = self._llm_root()
+        known = {self.bound.arch.embeddings: embed, root: _capture_here}
+        for inputs, passes, vision in zip(
+            self._batches, self._vision, self._vision_tokens, strict=True
+        ):
+            captured = self._capture(inputs, self._vision_stand_ins(passes) | known)
+            mask = inputs.get("attention_mask")
+            weights = None if mask is None else mask.reshape(-1).to(torch.float32)
+            tokens = self._count(inputs["input_ids"].reshape(-1), weights, vision)
+            if captured.args_of_step:
+                raise ModelError(
+                    "the language model is called with positional arguments",
+                    where=self.bound.arch.name,
+                )
+            kept = self._states.keep(captured.kwargs_of_step)
+            self._llm.append(_Pass(kept, weights, vision, tokens))
+        self._vision.clear()
+        self._batches.clear()
+
+    def _count(self, ids: Tensor, weights: Tensor | None, vision: Tensor) -> Tokens:
+        """How many tokens of each modality count."""
+        keys = zip(self.bound.arch.vision_token_ids, self.bound.vision_token_ids, strict=True)
+        videos = torch.tensor([i for key, i in keys if "video" in key], device=ids.device)
+        counted = torch.ones_like(vision) if weights is None else weights > 0
+        video = torch.isin(ids, videos) & vision
+        parts = (~vision, vision & ~video, video)
+        return Tokens(*(int((part & counted).sum()) for part in parts))
+
+    def calls(self, step: BoundStep) -> Iterator[StepCall]:
+        """How the model calls ``step``, pass by pass; all steps before it must be finished."""
+        if step.kind == "head":
+            yield from self._head_calls()
+        elif step.modality is Modality.LLM:
+            root = self.model.get_submodule(self._llm_root())
+            for state in self._llm:
+                stand_ins = self._chain_stand_ins(state, Modality.LLM) | {step.name: _capture_here}
+                captured = self._capture(state.inputs(), stand_ins, root)
+                yield self._step_call(step, state, captured)
+        else:
+            for passes in self._vision:
+                for state in passes:
+                    stand_ins = self._vision_stand_ins([state]) | {step.name: _capture_here}
+                    captured = self._capture(state.whole_inputs(), stand_ins)
+                    yield self._step_call(step, state, captured)
+                    # Its pixels must be gone before the next ones are made.
+                    del captured
+
+    def _without_pixels(self, batch: Batch) -> dict[str, Any]:
+        """A batch's inputs on the device; of pixels only the shape, which takes no memory."""
+        pixels = {group[0] for group in self.bound.arch.input_groups}
+        return {
+            key: _moved(value.new_zeros(1), self._device, self._dtype).expand(value.shape)
+            if key in pixels
+            else _moved(value, self._device, self._dtype)
+            for key, value in batch.inputs.items()
+        }
+
+    def _vision_passes(self, inputs: dict[str, Any], batch: Batch) -> list[_Pass]:
+        """One pass for each group of vision inputs that the batch has, e.g. images, then videos."""
+        groups = self.bound.arch.input_groups
+        vision_keys = {key for group in groups for key in group}
+
+        def of_group(group: Sequence[str]) -> dict[str, Any]:
+            return {k: v for k, v in inputs.items() if k not in vision_keys or k in group}
+
+        def pixels(key: str) -> dict[str, Tensor]:
+            return {key: _moved(batch.whole().inputs[key], self._device, self._dtype)}
+
+        return [
+            _Pass(
+                partial(of_group, group),
+                None,
+                kind="video" if "video" in group[0] else "image",
+                pixels=partial(pixels, group[0]),
+            )
+            for group in groups
+            if inputs.get(group[0]) is not None
+        ]
+
+    def _head_calls(self) -> Iterator[StepCall]:
+        root = self.model.get_submodule(self._llm_root())
+        for state in self._llm:
+            with replaced_forwards(self.model, self._chain_stand_ins(state, Modality.LLM)):
+                output = root(**state.inputs())
+            yield StepCall(
+                (output.last_hidden_state,),
+                {},
+                state.row_weights,
+                state.vision,
+                lambda _: None,
+                state.tokens,
+            )
+
+    def _step_call(self, step: BoundStep, state: _Pass, captured: _Captured) -> StepCall:
+        def keep(output: Any) -> None:
+            values = output if isinstance(output, Tensor) else output[0]
+            if not all_finite(values):
+                raise NumericsError(
+                    f"the output holds {finiteness(values)}",
+                    where=step.name,
+                    remedy="check the source weights and the calibration samples; "
+                    "float16 overflow is cured by running in float32",
+                )
+            if step.kind == "projector":
+                state.features[step.name] = self._states.keep(output)
+                return
+            if step.kind == "entry":
+                state.entry_shape = values.shape
+                state.pixels = None
+            if step.modality is Modality.LLM and not state.latest:
+                # From now on only its shape is looked at.
+                inputs = state.inputs()
+                hollow = {"inputs_embeds": _hollow(inputs["inputs_embeds"])}
+                state.inputs = self._states.keep(inputs | hollow)
+            state.latest, state.hidden = step.name, self._states.keep(output)
+
+        return StepCall(
+            captured.args_of_step,
+            captured.kwargs_of_step,
+            state.row_weights,
+            state.vision,
+            keep,
+            state.tokens,
+            state.kind,
+        )
+
+    def _vision_stand_ins(self, passes: Sequence[_Pass]) -> dict[str, Callable[..., Any]]:
+        """Stand-ins for finished vision steps; the passes follow each other within one forward."""
+        queue = list(passes)
+        current: list[_Pass] = queue[:1]
+
+        def entry(*args: Any, **_: Any) -> Any:
+            state = queue.pop(0)
+            current[:] = [state]
+            if state.latest in self._steps and self._steps[state.latest].kind == "entry":
+                return state.hidden()
+            return _first_tensor(args).new_zeros(1).expand(state.entry_shape)
+
+        stand_ins: dict[str, Callable[..., Any]] = {}
+        for step in self.bound.steps:
+            if step.modality is Modality.LLM or not queue:
+                continue
+            if step.kind == "projector":
+                if all(step.name in state.features for state in passes):
+                    stand_ins[step.name] = lambda *_, _n=step.name, **__: current[0].features[_n]()
+            elif step.kind == "entry":
+                if all(state.latest for state in passes):
+                    stand_ins[step.name] = entry
+            else:
+                stand_ins[step.name] = _chain_link(step.name, lambda: current[0])
+        return stand_ins
+
+    def _chain_stand_ins(self, state: _Pass, modality: Modality) -> dict[str, Callable[..., Any]]:
+        return {
+            step.name: _chain_link(step.name, lambda: state)
+            for step in self.bound.steps
+            if step.modality is modality and step.kind == "block"
+        }
+
+    def _capture(
+        self,
+        inputs: dict[str, Any],
+        stand_ins: dict[str, Callable[..., Any]],
+        root: nn.Module | None = None,
+    ) -> _Captured:
+        name = self.bound.arch.embeddings
+        table = self.model.get_parameter(f"{name}.weight")
+        if table.is_meta:
+            # In the vision tower's turn, text embeddings are computed first and then not used.
+            stand_ins = {name: _no_embedding(table)} | stand_ins
+        try:
+            with replaced_forwards(self.model, stand_ins):
+                if root is None:
+                    self.model(**inputs, use_cache=False)
+                else:
+                    root(**inputs)
+        except _Captured as captured:
+            return captured
+        raise ModelError(
+            "the model's forward pass ended without running the expected step",
+            where=self.bound.arch.name,
+            remedy="the architecture file names a module that this model does not call",
+        )
+
+    def _llm_root(self) -> str:
+        return next(t.root for t in self.bound.arch.towers if t.modality is Modality.LLM)
+
+
+def _capture_here(*args: Any, **kwargs: Any) -> Any:
+    raise _Captured(args, kwargs)
+
+
+def _chain_link(name: str, state: Callable[[], _Pass]) -> Callable[..., Any]:
+    """The last finished step gives its output; every other hands its input through."""
+
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        now = state()
+        return now.hidden() if now.latest == name else _first_tensor(args or tuple(kwargs.values()))
+
+    return stand_in
+
+
+@contextlib.contextmanager
+def replaced_forwards(model: nn.Module, forwards: dict[str, Callable[..., Any]]) -> Iterator[None]:
+    """Within the block, the modules named run other functions in place of their ``forward``."""
+    modules = {model.get_submodule(name): forward for name, forward in forwards.items()}
+    for module, forward in modules.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def _no_embedding(table: Tensor) -> Callable[..., Any]:
+    """Zeros for every token, which take no memory."""
+
+    def embed(ids: Tensor) -> Tensor:
+        zero = torch.zeros(1, dtype=table.dtype, device=ids.device)
+        return zero.expand(*ids.shape, table.shape[1])
+
+    return embed
+
+
+def _first_tensor(args: tuple[Any, ...]) -> Tensor:
+    return next(value for value in args if isinstance(value, Tensor))
+
+
+def _hollow(x: Tensor) -> Tensor:
+    """Zeros of the same shape that take no memory."""
+    return x.new_zeros(1).expand(x.shape)
+
+
+def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(device, dtype) if value.is_floating_point() else value.to(device)

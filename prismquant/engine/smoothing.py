@@ -1,0 +1,114 @@
+"""Moving scale along the edges of a step, in the modules that are loaded.
+
+An equalizer says by how much; here the upper end is divided and its readers are multiplied, so that
+the function stays as it is. A norm is stored in the checkpoint's dtype and not quantized: its new
+values are rounded to that dtype first, and the readers take what was really divided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from prismquant.algorithms.equalizer import EdgeProblem, Reader
+from prismquant.models.arch import EdgeKind
+from prismquant.models.bind import BoundEdge
+from prismquant.plan.plan import PlanRow
+from prismquant.statistics.channels import ChannelRecord
+
+# Trials of a range search inside a search for scales: the ranking of scales needs no more.
+_RANGE_STEPS = 20
+
+
+def channel_of_column(edge: BoundEdge, in_features: int) -> Tensor:
+    """Which channel of an edge's upper end feeds each column of its readers, int64 ``[in]``."""
+    columns = torch.arange(in_features)
+    if edge.kind is not EdgeKind.VALUE:
+        return columns % edge.size
+    # Grouped heads: several query heads read one value head.
+    width = edge.size // edge.kv_heads
+    head, within = columns // width, columns % width
+    return head // (edge.heads // edge.kv_heads) * width + within
+
+
+def edge_problem(
+    model: nn.Module,
+    edge: BoundEdge,
+    rows: Mapping[str, PlanRow],
+    record: ChannelRecord,
+    vision_weight: float,
+) -> EdgeProblem:
+    """What an equalizer is given of an edge.
+
+    Args:
+        model: Its readers must be loaded.
+        edge: The edge.
+        rows: Rows of the plan by the layer's name.
+        record: What calibration saw of the readers' input.
+        vision_weight: What a vision token counts for.
+    """
+    readers = []
+    for name in edge.consumers:
+        row, weight = rows[name], model.get_submodule(name).get_parameter("weight")
+        rule = row.weight_range
+        if rule.kind == "mse":
+            rule = replace(rule, steps=min(rule.steps, _RANGE_STEPS))
+        readers.append(Reader(name, weight.detach().to(torch.float32), row.weights, rule))
+    first = next(rows[name] for name in edge.consumers if rows[name].weights is not None)
+    return EdgeProblem(
+        name=edge.source,
+        size=edge.size,
+        columns=channel_of_column(edge, record.in_features).to(readers[0].weight.device),
+        readers=tuple(readers),
+        activations=first.activations,
+        activation_range=first.activation_range,
+        scale_dtype=first.site.dtype,
+        record=record,
+        vision_weight=vision_weight,
+    )
+
+
+def move_scale(
+    model: nn.Module, edge: BoundEdge, scale: Tensor, stored_dtype: torch.dtype
+) -> list[str]:
+    """Divide an edge's upper end by a scale and multiply its readers by it, in place.
+
+    Args:
+        model: Both ends must be loaded.
+        edge: The edge.
+        scale: float32 ``[size]``, positive.
+        stored_dtype: Of a norm in the checkpoint.
+
+    Returns:
+        Names of the tensors that changed.
+    """
+    upper = model.get_submodule(edge.source)
+    rows = slice(edge.first_row, edge.first_row + edge.size)
+    weight = upper.get_parameter("weight")
+    scale = scale.to(weight.device, torch.float32)
+    if edge.norm is not None:
+        stored = (weight[rows].float() / scale).to(stored_dtype).float()
+        # Where the norm is zero nothing passes, and any scale is as good.
+        moved = (weight[rows].float() / stored).isfinite() & (stored != 0)
+        scale = torch.where(moved, weight[rows].float() / stored, scale)
+    changed = []
+    for leaf in ("weight", "bias"):
+        parameter = getattr(upper, leaf, None)
+        if parameter is None:
+            continue
+        parts = parameter.detach().clone()
+        divisor = scale.reshape(-1, *[1] * (parts.ndim - 1))
+        parts[rows] = (parts[rows].float() / divisor).to(parts.dtype)
+        setattr(upper, leaf, nn.Parameter(parts, requires_grad=False))
+        changed.append(f"{edge.source}.{leaf}")
+    for name in edge.consumers:
+        reader = model.get_submodule(name)
+        old = reader.get_parameter("weight")
+        columns = channel_of_column(edge, old.shape[1]).to(old.device)
+        values = (old.float() * scale[columns]).to(old.dtype)
+        reader.weight = nn.Parameter(values, requires_grad=False)
+        changed.append(f"{name}.weight")
+    return changed

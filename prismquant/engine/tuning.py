@@ -1,0 +1,141 @@
+"""Handing a solved step to a tuner: how to run it with other weights, and what it should give."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from prismquant.algorithms.block_tuner import BlockLayer, BlockProblem, Tuner
+from prismquant.algorithms.methods import build_tuner
+from prismquant.engine.group import SolvedLayer
+from prismquant.engine.replay import StepCall
+from prismquant.formats.packed import QuantizedTensor
+
+Notes = dict[str, float | int | str]
+
+
+@dataclass(frozen=True, eq=False)
+class TunedBlock:
+    """A step to tune.
+
+    Attributes:
+        name: Module path of the step.
+        module: With quantized weights and inputs.
+        teacher: The same step in floating point, or None.
+        calls: How the quantized model calls the step.
+        wanted: The float model's outputs, call by call.
+        vision_weight: What an error at a vision token costs, where one at a text token costs 1.
+    """
+
+    name: str
+    module: nn.Module
+    teacher: nn.Module | None
+    calls: Sequence[StepCall]
+    wanted: Sequence[Any]
+    vision_weight: float = 1.0
+
+    def token_weights(self, call: int) -> Tensor | None:
+        """What each token of a call counts for."""
+        return self.calls[call].token_weights(self.vision_weight)
+
+
+def tune(
+    block: TunedBlock,
+    layers: Sequence[SolvedLayer],
+    floats: Mapping[str, Tensor],
+) -> Iterator[tuple[list[SolvedLayer], Notes]]:
+    """Tune the layers that ask for it.
+
+    Args:
+        block: The step.
+        layers: Its solved layers.
+        floats: Float weights ``[out, in]`` of those that are to be tuned, by name.
+
+    Yields:
+        For each tuner that layers ask for, the layers with their new codes, and notes for each.
+    """
+    groups: dict[str, list[SolvedLayer]] = {}
+    for layer in layers:
+        if layer.row.tuner is not None:
+            key = json.dumps([layer.row.tuner, dict(layer.row.tuner_options)], sort_keys=True)
+            groups.setdefault(key, []).append(layer)
+    for members in groups.values():
+        row = members[0].row
+        tuner = build_tuner(str(row.tuner), row.tuner_options)
+        result = tuner.tune(_problem(block, members, floats, tuner))
+        notes: Notes = {
+            "tuner": tuner.name,
+            "block_loss_before": result.start_loss,
+            "block_loss": result.loss,
+        }
+        tuned = [
+            replace(layer, weight=weight)
+            for layer, weight in zip(members, result.weights, strict=True)
+        ]
+        yield tuned, notes | dict(result.notes)
+
+
+def _problem(
+    block: TunedBlock,
+    layers: Sequence[SolvedLayer],
+    floats: Mapping[str, Tensor],
+    tuner: Tuner,
+) -> BlockProblem:
+    targets = _targets(block, tuner)
+
+    def output(call: int, weights: Mapping[str, Tensor]) -> Tensor:
+        parameters = {
+            _inside(block, layer): _overlaid(layer, weights[layer.row.site.name])
+            for layer in layers
+        }
+        args, kwargs = block.calls[call].args, block.calls[call].kwargs
+        return _rows(functional_call(block.module, parameters, args, kwargs))
+
+    return BlockProblem(
+        name=block.name,
+        layers=tuple(_block_layer(layer, floats) for layer in layers),
+        calls=len(block.calls),
+        output=output,
+        target=targets.__getitem__,
+        token_weights=block.token_weights,
+    )
+
+
+def _targets(block: TunedBlock, tuner: Tuner) -> list[Tensor]:
+    """What the step should put out, call by call."""
+    if tuner.same_inputs and block.teacher is not None:
+        return [_rows(block.teacher(*call.args, **call.kwargs)) for call in block.calls]
+    return [_rows(output) for output in block.wanted]
+
+
+def _block_layer(layer: SolvedLayer, floats: Mapping[str, Tensor]) -> BlockLayer:
+    if not isinstance(layer.weight, QuantizedTensor):  # what a solver returned always is
+        raise TypeError(f"{layer.row.site.name} has no codes to tune")
+    weight = floats[layer.row.site.name]
+    if layer.columns is not None:
+        weight = weight.index_fill(1, layer.columns.index, 0.0)
+    site, rule = layer.row.site, layer.row.weight_range
+    return BlockLayer(site.name, weight, rule, site.dtype, layer.weight)
+
+
+def _inside(block: TunedBlock, layer: SolvedLayer) -> str:
+    """The weight's name within the step."""
+    return f"{layer.row.site.name.removeprefix(block.name).removeprefix('.')}.weight"
+
+
+def _overlaid(layer: SolvedLayer, weight: Tensor) -> Tensor:
+    """The weight as the module has it: its shape, and split columns in floating point."""
+    if layer.columns is not None:
+        columns = layer.columns.weight.to(weight)
+        weight = weight.index_copy(1, layer.columns.index, columns)
+    return weight.reshape(layer.row.site.weight_shape)
+
+
+def _rows(output: Any) -> Tensor:
+    values = output if isinstance(output, Tensor) else output[0]
+    return values.reshape(-1, values.shape[-1])

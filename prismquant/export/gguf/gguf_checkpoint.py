@@ -1,0 +1,289 @@
+"""A checkpoint as two GGUF files: the language model in GGML's block types, and the vision tower.
+
+Codes stay as they are (:mod:`.blocks` says how that is possible). Of what is not quantized, the
+language model keeps the source's dtype; the tower's matrices are float16, as llama.cpp wants them;
+norms and biases are float32 in both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+import numpy
+import torch
+from torch import Tensor
+
+from prismquant.errors import FormatError, ModelError, NumericsError
+from prismquant.export.exporter import Progress, Refusal
+from prismquant.export.gguf import metadata
+from prismquant.export.gguf.ggml_blocks import BLOCK, BYTES, block_type, pack, why_not
+from prismquant.export.gguf.llama_cpp_names import ARCHITECTURES, Part, parts
+from prismquant.export.gguf.vocabulary import read_vocabulary
+from prismquant.export.packed_integers import scale_refusal
+from prismquant.export.stored import StoredCheckpoint, StoredLayer
+from prismquant.formats.packed import QuantizedTensor
+from prismquant.models.config import native_config
+from prismquant.storage import atomic_path
+
+_FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
+_FILE_TYPES = {
+    "F32": "ALL_F32",
+    "F16": "MOSTLY_F16",
+    "BF16": "MOSTLY_BF16",
+    "MXFP4": "MOSTLY_MXFP4_MOE",
+}
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One tensor of a file: what it is called there, its type, and where it comes from."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    layer: StoredLayer | None
+    source: str
+    part: Part
+
+
+@dataclass(frozen=True)
+class GGUF:
+    """Write GGUF files."""
+
+    name: ClassVar[str] = "gguf"
+    drops_inputs: ClassVar[str] = "asked"
+    needs_quantized: ClassVar[bool] = False
+
+    def refusals(self, source: StoredCheckpoint) -> list[Refusal]:
+        """Layers that no block type holds, and tensors that llama.cpp has no place for.
+
+        Raises:
+            FormatError: llama.cpp has no such architecture, or the tower has a shape that it cannot
+                be told.
+            ModelError: The gguf package is missing.
+        """
+        _gguf()
+        config = _config(source)
+        if ARCHITECTURES[config.model_type][1] == "QWEN25VL":
+            metadata.window_pattern(config.vision_config)
+        refused = [_refusal(source, layer) for layer in source.layers]
+        unknown = [
+            Refusal(name, "llama.cpp has no place for this tensor")
+            for layer, name in source.walk()
+            if _parts(source, config, name) is None
+        ]
+        return [item for item in refused if item is not None] + unknown
+
+    def remarks(self, source: StoredCheckpoint) -> list[str]:
+        """What the files lack."""
+        config = _config(source)
+        remarks = []
+        size = config.text_config.vocab_size
+        if read_vocabulary(source.folder, size, config.text_config) is None:
+            remarks.append(
+                "the tokenizer is none that llama.cpp has: the file has no vocabulary and takes "
+                "token ids only"
+            )
+        window = getattr(config.vision_config, "window_size", metadata.WINDOW)
+        if window != metadata.WINDOW:
+            remarks.append(
+                f"llama.cpp assumes windows of {metadata.WINDOW} pixels in the vision tower, not "
+                f"{window}"
+            )
+        return remarks
+
+    def write(self, source: StoredCheckpoint, out: Path, progress: Progress) -> None:
+        """Write ``mmproj-F16.gguf`` and ``model-TYPE.gguf``, in this order."""
+        config = _config(source)
+        architecture, projector = ARCHITECTURES[config.model_type]
+        library = _gguf()
+        text, vision = _pieces(source, config)
+        name = source.folder.resolve().name
+        count = _Counter(progress, len(text) + len(vision))
+        writer = library.GGUFWriter(None, "clip")
+        kind = getattr(library.VisionProjectorType, projector)
+        file_type = int(library.LlamaFileType.MOSTLY_F16)
+        metadata.write_vision(writer, config, source.folder, kind, name, file_type)
+        _write_file(writer, out / "mmproj-F16.gguf", vision, source, count)
+
+        names = {tensor.name: title for tensor, title in library.MODEL_ARCH_NAMES.items()}
+        writer = library.GGUFWriter(None, names[architecture])
+        common = _common_type(text)
+        told = _FILE_TYPES.get(common, f"MOSTLY_{common}")
+        file_type = int(getattr(library.LlamaFileType, told))
+        size = config.text_config.vocab_size
+        metadata.write_text(writer, config, name, file_type)
+        vocabulary = read_vocabulary(source.folder, size, config.text_config)
+        metadata.write_vocabulary(writer, vocabulary, size)
+        _write_file(writer, out / f"model-{common}.gguf", text, source, count)
+
+
+class _Counter:
+    """Counts tensors over both files."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress = progress
+        self._total = total
+        self._done = 0
+
+    def __call__(self, name: str) -> None:
+        self._progress(self._done, self._total, name)
+        self._done += 1
+
+
+def _refusal(source: StoredCheckpoint, layer: StoredLayer) -> Refusal | None:
+    if layer.rotation is not None:
+        return Refusal(layer.name, "its input is rotated at run time, which llama.cpp cannot do")
+    if layer.scheme is None:
+        return None
+    why = why_not(layer.scheme.weights, layer.shape[1])
+    if why is not None:
+        return Refusal(layer.name, why)
+    if source.splits(layer):
+        return Refusal(layer.name, "single columns of it stay in floating point")
+    if source.reorders(layer):
+        return Refusal(layer.name, "its groups are of columns that are no neighbours")
+    # Exponents of MXFP4 are stored as they are.
+    return scale_refusal(source, layer) if layer.scheme.weights.kind == "int" else None
+
+
+def _config(source: StoredCheckpoint) -> Any:
+    config = native_config(source.arch, source.folder)
+    if config.model_type not in ARCHITECTURES or source.arch.config_map is not None:
+        raise FormatError(
+            f"llama.cpp has no architecture for {source.arch.title}",
+            where=str(source.folder),
+            remedy="choose another --format, such as dense; GGUF files are written for Qwen2-VL, "
+            "Qwen2.5-VL and Qwen3-VL",
+        )
+    return config
+
+
+def _gguf() -> ModuleType:
+    try:
+        import gguf
+    except ImportError as error:
+        raise ModelError(
+            "the gguf package is missing", remedy="pip install 'prismquant[gguf]'"
+        ) from error
+    module: ModuleType = gguf
+    return module
+
+
+def _parts(source: StoredCheckpoint, config: Any, name: str) -> tuple[bool, list[Part]] | None:
+    if not source.names.knows(name):
+        return None
+    levels = tuple(getattr(config.vision_config, "deepstack_visual_indexes", ()))
+    return parts(config.model_type, source.names.to_module(name), levels)
+
+
+def _pieces(source: StoredCheckpoint, config: Any) -> tuple[list[_Piece], list[_Piece]]:
+    """The tensors of the language model's file, and of the vision tower's."""
+    files: tuple[list[_Piece], list[_Piece]] = ([], [])
+    tied = source.tied
+    for layer, name in source.walk():
+        found = _parts(source, config, name)
+        if found is None or (tied and found[1][0].tensor == "OUTPUT"):
+            continue
+        vision, own = found
+        shape = layer.shape if layer is not None else source.shards.info(name).shape
+        kind = _type(source, layer, name, own[0], vision=vision)
+        for part in own:
+            cut = _cut_shape(shape, part)
+            files[vision].append(_Piece(_title(part), cut, kind, layer, name, part))
+    return files
+
+
+def _title(part: Part) -> str:
+    library = _gguf()
+    base: str = library.TENSOR_NAMES[library.MODEL_TENSOR[part.tensor]]
+    return f"{base.format(bid=part.block)}.{part.suffix}"
+
+
+def _type(
+    source: StoredCheckpoint, layer: StoredLayer | None, name: str, part: Part, *, vision: bool
+) -> str:
+    if layer is not None and layer.scheme is not None:
+        return block_type(layer.scheme.weights, partial(source.codes, layer))
+    info = source.shards.info(name)
+    if len(info.shape) < 2 or part.tensor == "V_ENC_EMBD_POS" or info.dtype not in _FLOATS:
+        return "F32"
+    return "F16" if vision else _FLOATS[info.dtype]
+
+
+def _cut_shape(shape: Sequence[int], part: Part) -> tuple[int, ...]:
+    if part.tensor == "V_ENC_EMBD_PATCH" and part.suffix.startswith("weight"):
+        # A convolution over two frames is one over each, added up.
+        return (*shape[:2], *shape[3:])
+    return (shape[0] // part.count, *shape[1:])
+
+
+def _common_type(pieces: Sequence[_Piece]) -> str:
+    quantized = Counter(piece.type for piece in pieces if piece.type in BYTES)
+    floats = Counter(piece.type for piece in pieces if len(piece.shape) > 1)
+    return (quantized or floats).most_common(1)[0][0]
+
+
+def _write_file(
+    writer: Any, path: Path, pieces: Sequence[_Piece], source: StoredCheckpoint, count: _Counter
+) -> None:
+    library = _gguf()
+    for piece in pieces:
+        shape = (*piece.shape[:-1], _bytes_of_row(piece))
+        kind = library.GGMLQuantizationType[piece.type]
+        dtype = numpy.dtype(numpy.uint8)
+        writer.add_tensor_info(piece.name, shape, dtype, math.prod(shape), raw_dtype=kind)
+    with atomic_path(path) as temporary:
+        writer.write_header_to_file(temporary)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for piece, data in _data(pieces, source, count):
+            if data.numel() != math.prod(piece.shape[:-1]) * _bytes_of_row(piece):
+                raise FormatError(f"{piece.name} has another size than announced")
+            writer.write_tensor_data(data.contiguous().view(-1).numpy())
+        writer.close()
+
+
+def _data(
+    pieces: Sequence[_Piece], source: StoredCheckpoint, count: _Counter
+) -> Iterator[tuple[_Piece, Tensor]]:
+    """The bytes of every tensor, in order; what several are cut from is read once."""
+    last, whole = "", None
+    for piece in pieces:
+        count(piece.name)
+        if piece.source != last or whole is None:
+            last = piece.source
+            layer = piece.layer
+            coded = layer if layer is not None and layer.scheme is not None else None
+            whole = source.codes(coded) if coded else source.shards.read(piece.source)
+        yield piece, _bytes(piece, whole)
+
+
+def _bytes(piece: _Piece, whole: QuantizedTensor | Tensor) -> Tensor:
+    """One piece, as uint8."""
+    if isinstance(whole, QuantizedTensor):
+        packed = pack(whole, piece.type)
+        return packed.chunk(piece.part.count)[piece.part.index]
+    if len(piece.shape) == whole.ndim - 1:
+        cut = whole[:, :, piece.part.index]
+    else:
+        cut = whole.chunk(piece.part.count)[piece.part.index]
+    dtype = next(dtype for dtype, name in _FLOATS.items() if name == piece.type)
+    values = cut.to(dtype).contiguous()
+    if not bool(values.isfinite().all()):
+        raise NumericsError(f"a value does not fit {piece.type}", where=piece.source)
+    return values.view(torch.uint8)
+
+
+def _bytes_of_row(piece: _Piece) -> int:
+    if piece.type in BYTES:
+        return piece.shape[-1] // BLOCK * BYTES[piece.type]
+    return piece.shape[-1] * _SIZES[piece.type]

@@ -1,1 +1,0 @@
-"""The engine: plan, data, capture, block by block, and the run directory."""

@@ -1,0 +1,395 @@
+"""The run directory: what was done, and how well, written as the run goes.
+
+    out/prismquant/plan.json      the plan, before any computing
+    out/prismquant/recipe.yaml    the recipe as it was resolved
+    out/prismquant/record.json    one entry per finished step; the last one says "finished"
+    out/prismquant/lock           while a run is at work: who it is
+
+A step's shard is on the disk before its entry. A run that is killed therefore never claims a step
+whose shard is not whole, and ``--resume`` goes on after the last entry. The entry holds the shard's
+checksum: a shard that was damaged since is found, and done again with all that follow it.
+``config.json`` comes last of all, so an unfinished folder cannot be mistaken for a model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prismquant.engine.activation_store import InMemory, OnDisk, States
+from prismquant.engine.step_record import StepRecord
+from prismquant.errors import StorageError
+from prismquant.memory import readable_bytes
+from prismquant.outputs import require_empty, require_regular_files
+from prismquant.plan.plan import Plan, plan_fingerprint
+from prismquant.recipe.schema import Recipe
+from prismquant.run.fingerprint import differences
+from prismquant.run.lock import locked
+from prismquant.run.record import RestartRecord, RunRecord
+from prismquant.storage import (
+    file_digest,
+    is_temporary,
+    json_text,
+    read_json,
+    remove_temporaries,
+    storage_error,
+    utf8,
+    write_bytes,
+    write_json,
+)
+
+_STATES = "states-of-rank-"
+_PROVENANCE = ("record.json", "plan.json", "recipe.yaml")
+# Facts of a machine that may change how sums are rounded, but that a user cannot always have again.
+_ROUNDING = ("threads", "machine", "cpu", "gpu")
+
+
+class RunDirectory:
+    """The provenance files of one run.
+
+    Args:
+        folder: The output folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._inside = folder / "prismquant"
+
+    @property
+    def record_path(self) -> Path:
+        """Where the record is."""
+        return self._inside / "record.json"
+
+    @property
+    def lock_path(self) -> Path:
+        """Where the lock is, while a run is at work."""
+        return self._inside / "lock"
+
+    @contextlib.contextmanager
+    def claimed(self, *, resume: bool) -> Iterator[bool]:
+        """Keep other runs out of the folder for the length of a block.
+
+        Args:
+            resume: Whether an earlier run may be in it.
+
+        Yields:
+            Whether the file system knows locks.
+
+        Raises:
+            StorageError: Another run is at work in it, it holds other files, or it cannot be
+            written.
+        """
+        try:
+            # Nothing is put into a folder that is not ours, not even for a moment.
+            if not self.lock_path.is_file():
+                self.require_free(resume=resume)
+        except OSError as error:
+            raise storage_error(error, self.folder) from error
+        with locked(self.lock_path) as held:
+            # Without locks, a run may be at work that has not finished its first step.
+            self.require_free(resume=resume, anew=held)
+            with self._resumable():
+                yield held
+
+    def begin(self, record: RunRecord, plan: Plan, recipe: Recipe, *, resume: bool) -> RunRecord:
+        """Make the folder ready and say what is already done.
+
+        Args:
+            record: The new run, with no step finished.
+            plan: Written to plan.json.
+            recipe: Written to recipe.yaml.
+            resume: Go on with an earlier run of the same plan, model and data.
+
+        Returns:
+            The earlier run's record when it is resumed, with the steps that are still whole; else
+            ``record``.
+
+        Raises:
+            StorageError: The folder is in use, or the earlier run differs; the message says in
+            what.
+        """
+        self.require_free(resume=resume)
+        content = json.loads(json.dumps(plan.to_dict()))
+        if resume and self.record_path.exists():
+            record = self._earlier(record, content)
+        else:
+            self.save(record)
+        remove_temporaries(self.folder)
+        for left in self._inside.glob(f"{_STATES}*"):
+            shutil.rmtree(left)
+        # Always this run's own, whatever lies there: nothing, half of it, or a stranger's.
+        self._provide("plan.json", json_text(content))
+        self._provide("recipe.yaml", recipe.to_yaml())
+        return record
+
+    def require_free(self, *, resume: bool, anew: bool = True) -> None:
+        """Refuse a folder that holds files, unless they are of a run that is to be resumed.
+
+        Args:
+            resume: Whether it is.
+            anew: Accept what a run has left that ended before its first step was finished.
+
+        Raises:
+            StorageError: The folder is in use, or what an earlier run has left is not what it
+            wrote.
+        """
+        if resume and self.record_path.exists():
+            require_regular_files(self.folder)
+            return
+        remedy = "choose another --out, or delete it"
+        if self.record_path.is_file():
+            remedy += ", or pass --resume to go on with the run that it holds"
+        require_empty(self.folder, ours=self._leftovers(anew=anew), remedy=remedy)
+
+    def _leftovers(self, *, anew: bool) -> Callable[[Path], bool]:
+        """What an earlier run may have left without there being anything to go on with."""
+        known = {self.lock_path}
+        states = ""
+        record = self._readable_record()
+        if anew and record and not record.steps and not record.finished:
+            known |= {self._inside / name for name in _PROVENANCE}
+            states = str(self._inside / _STATES)
+
+        def ours(path: Path) -> bool:
+            waiting = bool(states) and str(path).startswith(states)
+            return path in known or waiting or is_temporary(path)
+
+        return ours
+
+    @contextlib.contextmanager
+    def _resumable(self) -> Iterator[None]:
+        """Within, say of a file that could not be read or written how to go on from there."""
+        try:
+            yield
+        except StorageError as error:
+            earlier = self._readable_record()
+            if not isinstance(error.__cause__, OSError) or not (earlier and earlier.steps):
+                raise
+            again = "with --resume, a run in this folder goes on after the last finished step"
+            remedy = f"{error.remedy}; {again}" if error.remedy else again
+            raise StorageError(error.what, where=error.where, remedy=remedy) from error
+
+    def require_space(self, needed: int) -> None:
+        """Refuse a disk that is too full for the result.
+
+        Args:
+            needed: Bytes of the finished checkpoint; shards that are there already count.
+
+        Raises:
+            StorageError: Less is free.
+        """
+        try:
+            there = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+            free = shutil.disk_usage(self.folder).free
+        except OSError as error:
+            raise storage_error(error, self.folder) from error
+        if needed - there > free:
+            raise StorageError(
+                f"the result takes another {readable_bytes(needed - there)}, but only "
+                f"{readable_bytes(free)} are free",
+                where=str(self.folder),
+                remedy="free space or choose another --out",
+            )
+
+    @contextlib.contextmanager
+    def states(self, rank: int, *, on_disk: bool) -> Iterator[States]:
+        """Where hidden states wait for the length of the block."""
+        if not on_disk:
+            yield InMemory()
+            return
+        states = OnDisk(self._inside / f"{_STATES}{rank}")
+        try:
+            yield states
+        finally:
+            states.close()
+
+    def save(self, record: RunRecord) -> None:
+        """Write the record."""
+        write_json(self.record_path, record.to_dict())
+
+    def add(self, record: RunRecord, step: StepRecord, peak_memory_bytes: int) -> RunRecord:
+        """Claim a step whose shard is on the disk.
+
+        Args:
+            record: The run so far.
+            step: What was done.
+            peak_memory_bytes: Largest resident set so far.
+
+        Returns:
+            The record with the step, as it was saved.
+        """
+        shard = self.folder / step.shard
+        step = replace(step, size=shard.stat().st_size, sha256=file_digest(shard))
+        record = replace(
+            record,
+            steps=(*record.steps, step),
+            seconds=record.seconds + step.seconds,
+            peak_memory_bytes=max(record.peak_memory_bytes, peak_memory_bytes),
+        )
+        self.save(record)
+        return record
+
+    def finish(self, record: RunRecord) -> RunRecord:
+        """Claim that the checkpoint is complete.
+
+        Returns:
+            The record, as it was saved.
+        """
+        shards = {step.shard for step in record.steps}
+        files = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        names = [path.relative_to(self.folder).as_posix() for path in files]
+        ours = f"{self._inside.name}/"
+        last = [name for name in names if name not in shards and not name.startswith(ours)]
+        digests = {name: file_digest(self.folder / name) for name in last}
+        record = replace(record, finished=True, files=digests)
+        self.save(record)
+        return record
+
+    @contextlib.contextmanager
+    def unpublished_on_error(self) -> Iterator[None]:
+        """Leave no ``config.json`` behind a block that does not end: something is to be done."""
+        try:
+            yield
+        except BaseException:
+            self._unpublish()
+            raise
+
+    def _unpublish(self) -> None:
+        """Make sure that no reader takes the folder for a model."""
+        with contextlib.suppress(OSError):
+            (self.folder / "config.json").unlink(missing_ok=True)
+
+    def load(self) -> RunRecord:
+        """Read the record.
+
+        Raises:
+            StorageError: It is missing or damaged.
+        """
+        try:
+            return RunRecord.from_dict(read_json(self.record_path))
+        except StorageError as error:
+            raise StorageError(
+                error.what,
+                where=str(self.record_path),
+                remedy="without it nothing tells which shards are whole: choose another --out, or "
+                "delete the folder, and start again without --resume",
+            ) from error
+
+    def _readable_record(self) -> RunRecord | None:
+        with contextlib.suppress(StorageError):
+            return self.load()
+        return None
+
+    def _earlier(self, record: RunRecord, plan: Mapping[str, Any]) -> RunRecord:
+        """The record of the run that is resumed, with what is whole of it."""
+        earlier = self.load()
+        earlier_plan = self._earlier_plan(earlier.identity.plan)
+        found = differences(earlier.identity, record.identity, earlier_plan, plan)
+        if found:
+            if earlier.calibration != record.calibration:
+                found.append(f"calibration is {record.calibration}, was {earlier.calibration}")
+            raise StorageError(
+                "cannot resume: the earlier run differs\n"
+                + "\n".join(f"  - {line}" for line in found),
+                where=str(self.folder),
+                remedy="repeat what the earlier run was given, choose another --out, or delete the "
+                f"folder, of which {len(earlier.steps)} steps are finished",
+            )
+        steps, damage = self._whole(earlier)
+        if earlier.finished and not damage:
+            return earlier
+        notes = (*damage, *_rounding_notes(earlier, record.environment))
+        if damage:
+            self._unpublish()
+        resumed = replace(
+            earlier,
+            # Times of files may be new where their contents are not.
+            identity=record.identity,
+            steps=steps,
+            finished=False,
+            files={},
+            seconds=sum(step.seconds for step in steps),
+            restarts=(*earlier.restarts, RestartRecord(_now(), len(steps), notes)),
+        )
+        self.save(resumed)
+        return resumed
+
+    def _whole(self, record: RunRecord) -> tuple[tuple[StepRecord, ...], list[str]]:
+        """The steps before the first one that is damaged, and what is damaged."""
+        for number, step in enumerate(record.steps):
+            if damage := self._damage(step.shard, step.sha256, step.size):
+                again = len(record.steps) - number - 1
+                also = f", with the {again} after it" if again else ""
+                return record.steps[:number], [f"{damage}: {step.name} is done again{also}"]
+        for name, checksum in record.files.items():
+            if damage := self._damage(name, checksum):
+                return record.steps, [f"{damage}: the last files are written again"]
+        return record.steps, []
+
+    def _damage(self, name: str, checksum: str, size: int | None = None) -> str:
+        """What has become of a file since it was claimed; empty if it is whole."""
+        path = self.folder / name
+        if not path.is_file():
+            return f"{name} is gone"
+        now = path.stat().st_size
+        if size is not None and now != size:
+            return f"{name} has {now} bytes instead of {size}"
+        return "" if file_digest(path) == checksum else f"{name} has changed"
+
+    def _provide(self, name: str, text: str) -> None:
+        """Write a file of the provenance, unless it is there."""
+        path, data = self._inside / name, utf8(text)
+        if not path.is_file() or path.stat().st_size != len(data) or path.read_bytes() != data:
+            write_bytes(path, data)
+
+    def _earlier_plan(self, fingerprint: str) -> Any:
+        """The content of plan.json; None if it is missing, damaged or not this run's."""
+        try:
+            content = read_json(self._inside / "plan.json")
+        except StorageError:
+            return None
+        ours = isinstance(content, dict) and plan_fingerprint(content) == fingerprint
+        return content if ours else None
+
+
+def _rounding_notes(record: RunRecord, now: Mapping[str, str]) -> list[str]:
+    earlier = dict(record.environment)
+    if record.threads:
+        earlier["threads"] = ", ".join(map(str, record.threads))
+    changed = [key for key in _ROUNDING if earlier.get(key) != now.get(key)]
+    return [
+        f"{key} {earlier.get(key, 'unknown')} -> {now.get(key, 'unknown')}: sums may be rounded "
+        "otherwise, so the last bits may differ from those of a run without a break"
+        for key in changed
+    ]
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Versions, the thread count and the processors, for the record."""
+    from prismquant import __version__
+
+    facts = {
+        "prismquant": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+        "started": _now(),
+    }
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+    return facts

@@ -1,0 +1,1 @@
+"""Statistics that calibration gathers of a layer's input."""

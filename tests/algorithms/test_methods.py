@@ -1,0 +1,146 @@
+"""Solvers by name, options checked strictly, and problems that are refused before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from prismquant.algorithms.gptq import GPTQ
+from prismquant.algorithms.methods import SOLVERS, build_solver
+from prismquant.algorithms.rtn import RTN
+from prismquant.algorithms.solver import LayerProblem, choose_scales, decode, row_losses
+from prismquant.errors import FormatError, NumericsError, RecipeError
+from prismquant.formats.spec import spec
+from prismquant.numerics.ranges import RangeRule
+
+
+def problem(**changes):
+    torch.manual_seed(0)
+    parts = {
+        "names": ("q", "k"),
+        "weights": (torch.randn(6, 8), torch.randn(4, 8)),
+        "spec": spec("int4-channel"),
+        "range_rule": RangeRule(),
+        "scale_dtype": torch.float32,
+        "hessian": torch.eye(8),
+    }
+    return LayerProblem(**(parts | changes))
+
+
+@pytest.mark.parametrize("name", sorted(SOLVERS))
+def test_every_name_builds_a_frozen_solver_that_solves(name):
+    solver = build_solver(name)
+    assert solver.name == name
+    assert dataclasses.is_dataclass(solver)
+    first = dataclasses.fields(solver)[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(solver, first, getattr(solver, first))
+    result = solver.solve(problem())
+    assert [tuple(w.shape) for w in result.weights] == [(6, 8), (4, 8)]
+    assert len(result.losses) == len(result.baseline_losses) == 2
+
+
+def test_options_reach_the_fields():
+    assert build_solver("gptq", {"damping": 1, "order": "activation"}) == GPTQ(
+        damping=1.0, order="activation"
+    )
+    assert build_solver("rtn", {"scale_weighting": "diagonal"}) == RTN("diagonal")
+    assert isinstance(build_solver("gptq", {"damping": 1}).damping, float)
+
+
+def test_an_unknown_name_is_refused_with_a_suggestion():
+    with pytest.raises(RecipeError, match="did you mean 'gptq'"):
+        build_solver("gtpq")
+
+
+def test_an_unknown_option_is_refused_with_a_suggestion():
+    with pytest.raises(RecipeError, match="did you mean 'damping'"):
+        build_solver("gptq", {"dampening": 0.1})
+    with pytest.raises(RecipeError, match="no option 'name'"):
+        build_solver("gptq", {"name": "rtn"})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"block_size": 12.5},
+        {"block_size": True},
+        {"block_size": 0},
+        {"damping": "much"},
+        {"damping": -0.1},
+        {"damping": float("nan")},
+        {"damping": 11.0},
+        {"order": "random"},
+        {"damping_basis": None},
+        {"refine_passes": -1},
+    ],
+)
+def test_a_value_of_the_wrong_type_or_out_of_bounds_is_refused(options):
+    with pytest.raises(RecipeError) as caught:
+        build_solver("gptq", options)
+    assert next(iter(options)) in str(caught.value)
+
+
+def test_only_a_solver_that_reads_the_hessian_asks_for_it():
+    assert build_solver("gptq").needs_hessian
+    assert not build_solver("rtn").needs_hessian
+    assert build_solver("rtn", {"scale_weighting": "diagonal"}).needs_hessian
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"names": ("q",)}, "1 names"),
+        ({"names": (), "weights": ()}, "0 names"),
+        ({"weights": (torch.ones(6, 8), torch.ones(4, 9))}, "one in"),
+        ({"weights": (torch.ones(6, 8), torch.ones(8))}, "one in"),
+        ({"weights": (torch.ones(6, 8), torch.ones(0, 8))}, "one in"),
+        ({"weights": (torch.ones(6, 8), torch.ones(4, 8).bfloat16())}, "float32"),
+        ({"spec": spec("int8-token")}, "activations"),
+        ({"spec": spec("int4-g3")}, "group size 3"),
+        ({"hessian": torch.eye(7)}, "Hessian"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(changes, word):
+    with pytest.raises(FormatError, match=word):
+        problem(**changes)
+
+
+def test_numbers_that_are_not_finite_are_refused_by_layer():
+    weights = (torch.ones(6, 8), torch.ones(4, 8))
+    weights[1][2, 3] = float("nan")
+    with pytest.raises(NumericsError) as caught:
+        problem(weights=weights)
+    assert caught.value.where == "k"
+    hessian = torch.eye(8)
+    hessian[0, 1] = float("inf")
+    with pytest.raises(NumericsError) as caught:
+        problem(hessian=hessian)
+    assert caught.value.where == "q, k"
+    with pytest.raises(NumericsError, match="never negative"):
+        problem(hessian=-torch.eye(8))
+
+
+def test_the_loss_is_the_error_of_the_layers_output():
+    """trace(E H E^T) is the mean over tokens of |E x|^2."""
+    torch.manual_seed(1)
+    x, error = torch.randn(100, 8).double(), torch.randn(5, 8).double()
+    losses = row_losses(error.float(), (x.T @ x / 100).float())
+    direct = (x @ error.T).square().mean(0)
+    torch.testing.assert_close(losses, direct, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        row_losses(error.float(), None), error.square().sum(1), rtol=1e-6, atol=0
+    )
+
+
+def test_importance_of_any_magnitude_gives_the_same_scales():
+    """Only its ratios count, also where squares of it would leave float32."""
+    importance = torch.rand(8)
+    one = problem(range_rule=RangeRule("mse"))
+    expected = choose_scales(one, importance)
+    for factor in (2.0**-100, 2.0**100):
+        for scales, same in zip(choose_scales(one, importance * factor), expected, strict=True):
+            assert torch.equal(scales.scale, same.scale)
+    assert decode(torch.ones(6, 8, dtype=torch.int8), expected[0], one.spec).dtype == torch.float32

@@ -1,0 +1,314 @@
+"""Streaming: the engine's bytes and records, in order, within memory, and stopped at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors.torch import save
+
+import prismquant as pq
+from prismquant.engine import data_free as streaming
+from prismquant.engine.data_free import stream, streams
+from prismquant.engine.job import Run
+from prismquant.engine.run import run
+from prismquant.errors import NumericsError, PlanError, StorageError
+from prismquant.export.compressed_tensors import CheckpointWriter
+from prismquant.models.bind import bind
+from prismquant.plan.plan import make_plan
+from prismquant.recipe.presets import PRESETS
+from prismquant.runtime.mixed import Precision
+from prismquant.storage import ShardReader, write_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from prismquant.engine.step_record import StepRecord
+
+
+def rounding(preset: str) -> pq.Recipe:
+    """A preset with rounding to nearest in place of all that needs data."""
+    return pq.load_recipe(preset).without_transforms().with_rules({"solver": "rtn"})
+
+
+def job_of(folder: Path, recipe: pq.Recipe, out: Path, **fields: Any) -> Run:
+    bound = bind(folder)
+    plan = make_plan(recipe, bound)
+    out.mkdir(parents=True, exist_ok=True)
+    job = Run(plan=plan, bound=bound, batches=(), sink=CheckpointWriter(out, bound, plan))
+    return replace(job, **fields)
+
+
+def told(records: Sequence[StepRecord]) -> list[dict[str, Any]]:
+    """Records without what differs from one run to the next."""
+    apart = ("seconds", "threads")  # without data, threads change nothing and are not noted
+    return [{k: v for k, v in asdict(record).items() if k not in apart} for record in records]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def compare(folder: Path, recipe: pq.Recipe, work: Path, **fields: Any) -> None:
+    """Engine and stream, side by side."""
+    reference = job_of(folder, recipe, work / "engine", **fields)
+    assert streams(reference.plan)
+    expected = told(list(run(reference)))
+    found = told(list(stream(job_of(folder, recipe, work / "stream", **fields), workers=3)))
+    assert found == expected
+    assert files_of(work / "stream") == files_of(work / "engine")
+
+
+@pytest.fixture(autouse=True)
+def no_flushing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flushing to the disk is what takes longest here, and changes no byte."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+# One of each kind of format and layout: the rest differ in widths only.
+KINDS = ("w4a16-all", "fp8-all", "nvfp4a16", "mxfp4-all")
+
+
+@pytest.mark.parametrize("preset", KINDS)
+def test_every_family_gives_the_bytes_and_records_of_the_engine(
+    tiny_folder: Path, tmp_path: Path, preset: str
+) -> None:
+    compare(tiny_folder, rounding(preset), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", [name for name in PRESETS if "-static" not in name])
+def test_every_preset_without_data_gives_the_bytes_and_records_of_the_engine(
+    tiny_folder: Path, tmp_path: Path, preset: str
+) -> None:
+    recipe = rounding(preset)
+    if make_plan(recipe, bind(tiny_folder)).needs_data:
+        pytest.skip("needs data even with rounding to nearest")
+    compare(tiny_folder, recipe, tmp_path)
+
+
+def test_rules_of_one_group_are_followed_layer_by_layer(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Different formats in one block, a tensor's scale, a note, a head with a weight of its own."""
+    recipe = rounding("w4a16").with_rules(
+        {"match": {"role": "mlp"}, "weights": "fp8-tensor", "weight_range": "mse"},
+        {"match": {"name": "*.layers.0.*"}, "vision_weight": 2.0},
+        {"match": {"role": "lm_head"}, "weights": "fp8-b128", "fallback": "nearest"},
+    )
+    compare(tiny("qwen2_vl"), recipe, tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["native", "old"])
+def test_rotated_checkpoints_stream(tiny: Callable[..., Path], tmp_path: Path, layout: str) -> None:
+    """Also one whose tied head gets a weight of its own."""
+    rotation = {"name": "rotation", "match": {"modality": "llm"}, "options": {"online": True}}
+    rule = {"match": {"modality": "llm", "role": ["attn", "mlp"]}, "weights": "int4-g128"}
+    recipe = pq.load_recipe({"rules": [rule | {"solver": "rtn"}], "transforms": [rotation]})
+    compare(tiny("qwen2_vl", layout=layout, tie=True), recipe, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stored", "arithmetic"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.bfloat16),
+        (torch.float32, torch.bfloat16),
+    ],
+)
+def test_dtypes_on_disk_and_of_the_arithmetic_round_alike(
+    tiny: Callable[..., Path], tmp_path: Path, stored: torch.dtype, arithmetic: torch.dtype
+) -> None:
+    compare(
+        tiny("qwen2_vl", dtype=stored), rounding("w4a16"), tmp_path, precision=Precision(arithmetic)
+    )
+
+
+def test_recipes_that_need_data_do_not_stream(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    for preset in ("w4a16", "w8a8-static", "fp8-kv", "smoothquant-w8a8"):
+        job = job_of(tiny("qwen2_vl"), pq.load_recipe(preset), tmp_path)
+        assert not streams(job.plan)
+        with pytest.raises(PlanError, match="no data"):
+            stream(job)
+    with pytest.raises(PlanError, match="0 workers"):
+        stream(job_of(tiny("qwen2_vl"), rounding("w8a8"), tmp_path), workers=0)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_steps_come_in_the_models_order_and_finished_ones_are_left_out(
+    tiny: Callable[..., Path], tmp_path: Path, workers: int
+) -> None:
+    folder = tiny("qwen3_vl")
+    steps = list(stream(job_of(folder, rounding("w8a8-all"), tmp_path / "whole"), workers=workers))
+    names = [step.name for step in bind(folder).steps]
+    assert [step.name for step in steps] == names
+    done = {step.name: step for step in (steps[0], steps[3], steps[-1])}
+    job = job_of(folder, rounding("w8a8-all"), tmp_path / "rest", done=done)
+    left = [step.name for step in stream(job, workers=workers)]
+    assert left == [name for name in names if name not in done]
+    for name, data in files_of(tmp_path / "rest").items():
+        assert data == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_the_number_of_threads_is_given_back(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        list(stream(job_of(tiny("qwen2_vl"), rounding("w8a8"), tmp_path), workers=2))
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+
+
+class Gate:
+    """A sink whose steps wait until so many are under way; tells how many were at most."""
+
+    def __init__(self, sink: Any, wanted: int) -> None:
+        self.sink = sink
+        self.wanted = wanted
+        self.reached = threading.Event()
+        self.lock = threading.Lock()
+        self.inside = self.most = 0
+
+    def write_step(self, step: Any, layers: Any, changed: Any) -> str:
+        with self.lock:
+            self.inside += 1
+            self.most = max(self.most, self.inside)
+            if self.inside >= self.wanted:
+                self.reached.set()
+        self.reached.wait(timeout=300)
+        self.reached.set()
+        shard: str = self.sink.write_step(step, layers, changed)
+        with self.lock:
+            self.inside -= 1
+        return shard
+
+
+@pytest.mark.parametrize(("memory", "most"), [(1 << 40, 3), (1, 1)])
+def test_memory_bounds_the_steps_in_flight(
+    tiny: Callable[..., Path], tmp_path: Path, memory: int, most: int
+) -> None:
+    job = job_of(tiny("qwen2_vl"), rounding("w8a8-all"), tmp_path)
+    gate = Gate(job.sink, most)
+    list(stream(replace(job, sink=gate), workers=3, memory=memory))
+    assert gate.most == most
+
+
+def damaged(folder: Path, target: Path, name: str) -> Path:
+    """A copy of a checkpoint with a NaN in one tensor."""
+    shutil.copytree(folder, target)
+    reader = ShardReader(target)
+    tensors = {key: reader.read(key) for key in reader.names}
+    tensors[name].view(-1)[7] = float("nan")
+    write_tensors(target / "model.safetensors", tensors)
+    return target
+
+
+@pytest.mark.parametrize("preset", ["w4a16", "nvfp4a16", "fp8"])
+def test_a_damaged_weight_is_named_as_by_the_engine(
+    tiny: Callable[..., Path], tmp_path: Path, preset: str
+) -> None:
+    """The second of a group, in the second block: what is before it is yielded first."""
+    folder = tiny("qwen2_vl")
+    site = "model.language_model.layers.1.mlp.up_proj"
+    disk = bind(folder).names.to_disk(f"{site}.weight")
+    broken = damaged(folder, tmp_path / "broken", disk)
+    found = []
+    for name, go in (("engine", run), ("stream", lambda job: stream(job, workers=4))):
+        steps = go(job_of(broken, rounding(preset), tmp_path / name))  # type: ignore[operator]
+        names = []
+        with pytest.raises(NumericsError) as caught:  # noqa: PT012
+            for step in steps:
+                names.append(step.name)  # noqa: PERF401 - what came before the error counts
+        found.append((names, caught.value.what, caught.value.where, caught.value.remedy))
+    assert found[0] == found[1]
+    assert found[1][2] == site
+
+
+def test_closing_stops_the_workers_and_leaves_whole_files_only(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As Ctrl-C does: no thread is left, no temporary file, and a resumed run ends the same."""
+    folder, recipe = tiny("qwen3_vl"), rounding("w4a16-all")
+    list(stream(job_of(folder, recipe, tmp_path / "whole")))
+    job = job_of(folder, recipe, tmp_path / "cut")
+    steps = stream(job, workers=2)
+    first = next(steps)
+    steps.close()  # type: ignore[attr-defined]
+    assert not [t for t in threading.enumerate() if t.name.startswith("prismquant")]
+    assert not [name for name in files_of(tmp_path / "cut") if name.endswith(".tmp")]
+    assert len(files_of(tmp_path / "cut")) < len(files_of(tmp_path / "whole"))
+    job = replace(job, done={first.name: first})
+    list(stream(job, workers=2))
+    assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
+
+
+def test_a_stopped_worker_ends_between_two_blocks_of_rows(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    job = job_of(tiny("qwen2_vl"), rounding("w4a16"), tmp_path)
+    task = streaming._Task(job)
+    task.stopped.set()
+    with pytest.raises(streaming._Stopped):
+        task(job.bound.steps[-2])
+    assert not files_of(tmp_path)
+
+
+def test_the_main_function_streams_and_resumes_to_the_same_bytes(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interruption in the middle, then --resume; the engine is never asked."""
+    folder = tiny("qwen2_5_vl")
+    monkeypatch.setattr("prismquant.api.run", None)
+    pq.quantize(folder, rounding("w4a16-all"), tmp_path / "whole")
+
+    class Interrupt:
+        def begin(self, steps: int) -> None: ...
+        def stage(self, step: str, what: str) -> None: ...
+        def finish(self, record: StepRecord) -> None:
+            if record.name.endswith("layers.0"):
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pq.quantize(folder, rounding("w4a16-all"), tmp_path / "cut", reporter=Interrupt())
+    record = json.loads((tmp_path / "cut" / "prismquant" / "record.json").read_text())
+    assert 0 < len(record["steps"]) < len(bind(folder).steps)
+    pq.quantize(folder, rounding("w4a16-all"), tmp_path / "cut", resume=True)
+    for path in (tmp_path / "whole").glob("*.*"):
+        assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes(), path.name
+
+
+def test_shards_are_byte_for_byte_those_of_the_safetensors_library(tmp_path: Path) -> None:
+    """Every width, no elements, no axes, names that must be escaped, strides."""
+    torch.manual_seed(0)
+    kinds = [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e8m0fnu]
+    kinds += [torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool, torch.float16]
+    tensors = {
+        f'{number}.{place}é"': torch.randint(0, 2, shape).to(kind)
+        for number, kind in enumerate(kinds)
+        for place, shape in enumerate([(3, 4), (), (0, 2), (5,)])
+    }
+    tensors["strided"] = torch.randn(4, 6).T
+    write_tensors(tmp_path / "ours.safetensors", tensors)
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    assert (tmp_path / "ours.safetensors").read_bytes() == save(whole, metadata={"format": "pt"})
+    reader = ShardReader(tmp_path)
+    for name, tensor in tensors.items():
+        assert reader.read(name).dtype == tensor.dtype
+        assert torch.equal(reader.read(name).float(), tensor.float())
+
+
+def test_a_shard_that_shrinks_after_its_header_was_read_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    write_tensors(path, {"weight": torch.ones(64)})
+    reader = ShardReader(tmp_path)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(StorageError, match="shorter than its header says"):
+        reader.read("weight")
