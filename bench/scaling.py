@@ -27,7 +27,7 @@ import torch
 from rich.console import Console
 
 from prismquant.algorithms.gptq import GPTQ
-from prismquant.algorithms.solver import LayerProblem
+from prismquant.algorithms.problem import LayerProblem
 from prismquant.formats.spec import spec
 from prismquant.numerics.ranges import RangeRule
 from prismquant.report.tables import markdown_table, rich_table

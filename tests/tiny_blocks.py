@@ -10,8 +10,8 @@ from torch import Tensor
 
 from prismquant.algorithms.block_tuner import BlockLayer, BlockProblem
 from prismquant.algorithms.gptq import GPTQ
+from prismquant.algorithms.problem import LayerProblem
 from prismquant.algorithms.rtn import RTN
-from prismquant.algorithms.solver import LayerProblem
 from prismquant.formats.spec import spec
 from prismquant.numerics.ranges import RangeRule
 from prismquant.statistics.hessian import HessianRecord

@@ -39,7 +39,7 @@ PHASES: tuple[tuple[str, str, str], ...] = (
     ("round inputs", "prismquant.runtime.quant_linear", "ActivationQuantizer.forward"),
     ("Hessian", "prismquant.statistics.hessian", "HessianRecord.update"),
     ("Hessian", "prismquant.statistics.hessian", "HessianRecord.mean"),
-    ("scales", "prismquant.algorithms.solver", "choose_scales"),
+    ("scales", "prismquant.algorithms.layer_scales", "choose_scales"),
     ("factorization", "prismquant.algorithms.gptq", "GPTQ._factorize"),
     ("sweep", "prismquant.algorithms.portions", "Sweep.run"),
     ("baseline", "prismquant.algorithms.portions", "Sweep.nearest"),

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.matrix.cells import TOLERANCE, Cell, compared, stopped
+from prismquant.algorithms.problem import LayerProblem
 from prismquant.algorithms.rtn import RTN
-from prismquant.algorithms.solver import LayerProblem
 from prismquant.data import read_samples
 from prismquant.data.batches import Batch, make_batches
 from prismquant.engine.kv_observation import KVScales, quantize_cache

@@ -37,7 +37,7 @@ from bench.solver.worker import timed
 from prismquant import __version__
 from prismquant.algorithms.gptq import GPTQ
 from prismquant.algorithms.portions import peak_solve_bytes
-from prismquant.algorithms.solver import LayerProblem, LayerResult, row_losses
+from prismquant.algorithms.problem import LayerProblem, LayerResult, row_losses
 from prismquant.formats.spec import spec
 from prismquant.numerics.ranges import RangeRule
 from prismquant.report.tables import format_bytes, markdown_table, rich_table

@@ -34,7 +34,7 @@ from prismquant.numerics.kinds import Granularity
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from prismquant.algorithms.solver import Note
+    from prismquant.algorithms.problem import Note
 
 # Weights looked at in one pass: bounds the temporary memory.
 _PIECE = 1 << 24

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from prismquant.algorithms.solver import Note
+from prismquant.algorithms.problem import Note
 from prismquant.errors import FormatError, NumericsError, PrismQuantError
 from prismquant.formats.quantized import QuantizedTensor
 from prismquant.numerics.affine import check_finite, from_groups, quantize, simulate, to_groups

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from prismquant.algorithms.solver import scale_format
+from prismquant.algorithms.problem import scale_format
 from prismquant.errors import FormatError, NumericsError, PrismQuantError
 from prismquant.kernels.range_search import weight_scales
 from prismquant.numerics.affine import (
@@ -39,7 +39,7 @@ from prismquant.statistics.input_range import RangeRecord
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from prismquant.algorithms.solver import Note
+    from prismquant.algorithms.problem import Note
     from prismquant.formats.spec import NumberSpec
     from prismquant.statistics.channels import ChannelRecord
 

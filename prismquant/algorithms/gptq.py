@@ -32,6 +32,7 @@ from prismquant.algorithms.factor import (
     factorize_in_place,
     factorize_smallest_last,
 )
+from prismquant.algorithms.layer_scales import Scales, choose_scales
 from prismquant.algorithms.portions import (
     ScaleTable,
     Sweep,
@@ -39,13 +40,7 @@ from prismquant.algorithms.portions import (
     portions,
     scale_lines,
 )
-from prismquant.algorithms.solver import (
-    LayerProblem,
-    LayerResult,
-    Note,
-    Scales,
-    choose_scales,
-)
+from prismquant.algorithms.problem import LayerProblem, LayerResult, Note
 from prismquant.algorithms.triangles import Attempt, Factor, Triangles, divide_lines
 from prismquant.errors import NumericsError, check_bounds
 from prismquant.kernels import descent

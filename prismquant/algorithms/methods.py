@@ -19,7 +19,7 @@ if typing.TYPE_CHECKING:
 
     from prismquant.algorithms.block_tuner import Tuner
     from prismquant.algorithms.equalizer import Equalizer
-    from prismquant.algorithms.solver import Solver
+    from prismquant.algorithms.protocols import Solver
 
 SOLVERS: Mapping[str, str] = {
     "gptq": "prismquant.algorithms.gptq:GPTQ",

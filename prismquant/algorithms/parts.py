@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from prismquant.algorithms.solver import LayerProblem, LayerResult, Note
+from prismquant.algorithms.problem import LayerProblem, LayerResult, Note
 from prismquant.formats.quantized import QuantizedTensor
 from prismquant.numerics.kinds import Granularity
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from prismquant.algorithms.factor import blocks
-from prismquant.algorithms.solver import LayerProblem, Scales, row_losses, scales_by_column
+from prismquant.algorithms.layer_scales import Scales, scales_by_column
+from prismquant.algorithms.problem import LayerProblem, row_losses
 from prismquant.kernels import descent, products, transpose
 from prismquant.kernels import sweep as sweep_kernels
 

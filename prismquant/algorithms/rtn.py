@@ -12,16 +12,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from prismquant.algorithms.solver import (
-    LayerProblem,
-    LayerResult,
-    Note,
-    Scales,
-    choose_scales,
-    decode,
-    nearest_codes,
-    row_losses,
-)
+from prismquant.algorithms.layer_scales import Scales, choose_scales, decode, nearest_codes
+from prismquant.algorithms.problem import LayerProblem, LayerResult, Note, row_losses
 from prismquant.errors import NumericsError
 from prismquant.formats.quantized import QuantizedTensor
 from prismquant.kernels.range_search import weight_scales

@@ -30,7 +30,7 @@ from prismquant.errors import RecipeError, check_bounds
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from prismquant.algorithms.solver import Note
+    from prismquant.algorithms.problem import Note
     from prismquant.statistics.channels import ChannelRecord
 
 _TEXT, _VISION = 0, 1

@@ -27,7 +27,7 @@ from prismquant.algorithms.block_tuner import (
     refine,
     schedule_bounds,
 )
-from prismquant.algorithms.solver import Note
+from prismquant.algorithms.problem import Note
 from prismquant.errors import check_bounds
 
 if TYPE_CHECKING:

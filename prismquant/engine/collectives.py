@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from prismquant.algorithms.parts import cuts, joined, part_of
-from prismquant.algorithms.solver import LayerProblem, LayerResult, Solver
+from prismquant.algorithms.problem import LayerProblem, LayerResult
+from prismquant.algorithms.protocols import Solver
 from prismquant.data import Sample
 from prismquant.distributed import Ranks
 from prismquant.engine.failure import FAILED, rounded

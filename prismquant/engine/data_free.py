@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from prismquant.algorithms.methods import build_solver
+from prismquant.algorithms.problem import Note, scale_format
 from prismquant.algorithms.rtn import RTN, round_weight
-from prismquant.algorithms.solver import Note, scale_format
 from prismquant.engine.chain import source_reader
 from prismquant.engine.group import SolvedLayer, require_finite
 from prismquant.engine.job import Run

@@ -16,8 +16,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
+from prismquant.algorithms.problem import LayerProblem, LayerResult, Note
+from prismquant.algorithms.protocols import Solver
 from prismquant.algorithms.rtn import RTN
-from prismquant.algorithms.solver import LayerProblem, LayerResult, Note, Solver
 from prismquant.errors import NumericsError
 
 if TYPE_CHECKING:

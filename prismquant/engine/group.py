@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from prismquant.algorithms.correction import DriftRecord
 from prismquant.algorithms.methods import build_solver
+from prismquant.algorithms.problem import LayerProblem, LayerResult, Note
+from prismquant.algorithms.protocols import Solver
 from prismquant.algorithms.rtn import RTN
-from prismquant.algorithms.solver import LayerProblem, LayerResult, Note, Solver
 from prismquant.algorithms.split import outlying_columns
 from prismquant.distributed import Ranks
 from prismquant.engine.collectives import all_ranges, largest

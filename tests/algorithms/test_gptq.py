@@ -18,8 +18,8 @@ from torch import Tensor
 from prismquant.algorithms import factor, portions
 from prismquant.algorithms.gptq import GPTQ
 from prismquant.algorithms.portions import peak_solve_bytes
+from prismquant.algorithms.problem import LOSS_BLOCK, LayerProblem, LayerResult, row_losses
 from prismquant.algorithms.rtn import RTN
-from prismquant.algorithms.solver import LOSS_BLOCK, LayerProblem, LayerResult, row_losses
 from prismquant.errors import NumericsError
 from prismquant.formats.spec import NumberSpec, spec
 from prismquant.kernels import products
@@ -617,7 +617,7 @@ _PEAKS = """
 import sys, torch
 from pathlib import Path
 from prismquant.algorithms import factor
-from prismquant.algorithms.solver import LayerProblem
+from prismquant.algorithms.problem import LayerProblem
 from prismquant.algorithms.gptq import GPTQ
 from prismquant.formats.spec import spec
 from prismquant.memory import keep_heap_compact

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from prismquant.algorithms.gptq import GPTQ
+from prismquant.algorithms.layer_scales import choose_scales, decode
 from prismquant.algorithms.methods import SOLVERS, build_solver
+from prismquant.algorithms.problem import LayerProblem, row_losses
 from prismquant.algorithms.rtn import RTN
-from prismquant.algorithms.solver import LayerProblem, choose_scales, decode, row_losses
 from prismquant.errors import FormatError, NumericsError, RecipeError
 from prismquant.formats.spec import spec
 from prismquant.numerics.ranges import RangeRule

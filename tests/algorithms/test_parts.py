@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from prismquant.algorithms.methods import build_solver
 from prismquant.algorithms.parts import cuts, joined, part_of
-from prismquant.algorithms.solver import LayerProblem
+from prismquant.algorithms.problem import LayerProblem
 from prismquant.distributed import Alone
 from prismquant.engine.collectives import Task, _owners, _packed, _unpacked, solve_all
 from prismquant.formats.spec import spec

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from prismquant.algorithms import rtn
+from prismquant.algorithms.problem import LayerProblem
 from prismquant.algorithms.rtn import RTN, round_weight
-from prismquant.algorithms.solver import LayerProblem
 from prismquant.errors import NumericsError, RecipeError
 from prismquant.formats.spec import spec
 from prismquant.numerics import ranges

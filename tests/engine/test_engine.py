@@ -11,8 +11,8 @@ import torch
 
 import prismquant as pq
 from prismquant.algorithms.methods import build_solver
+from prismquant.algorithms.problem import LayerProblem
 from prismquant.algorithms.rtn import RTN
-from prismquant.algorithms.solver import LayerProblem
 from prismquant.data import read_samples
 from prismquant.data.batches import make_batches
 from prismquant.export.load_quantized import load_model

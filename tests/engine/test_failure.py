@@ -22,8 +22,8 @@ from torch import nn
 import prismquant as pq
 from prismquant import cli
 from prismquant.algorithms.gptq import GPTQ
+from prismquant.algorithms.problem import LayerProblem, LayerResult
 from prismquant.algorithms.rtn import RTN
-from prismquant.algorithms.solver import LayerProblem, LayerResult
 from prismquant.engine.collectives import Task, solve_all
 from prismquant.engine.failure import (
     FAILED,

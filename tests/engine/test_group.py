@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prismquant.algorithms.solver import LayerResult
+from prismquant.algorithms.problem import LayerResult
 from prismquant.algorithms.split import Split
 from prismquant.engine.group import Group, GroupSettings, SolvedLayer, parameters
 from prismquant.engine.replay import StepCall

@@ -14,7 +14,7 @@ import torch
 
 import prismquant as pq
 from prismquant.algorithms.methods import build_solver
-from prismquant.algorithms.solver import LayerProblem, LayerResult
+from prismquant.algorithms.problem import LayerProblem, LayerResult
 from prismquant.data import read_samples
 from prismquant.data.batches import Batch, make_batches
 from prismquant.engine import group

@@ -16,8 +16,9 @@ from prismquant.algorithms.awq import AWQ
 from prismquant.algorithms.block_tuner import BlockLayer, Latent, Scaled, block_loss
 from prismquant.algorithms.equalizer import EdgeProblem, Reader, Trials, output_error
 from prismquant.algorithms.gptq import GPTQ
+from prismquant.algorithms.layer_scales import Scales
+from prismquant.algorithms.problem import LayerProblem, scale_format
 from prismquant.algorithms.rtn import RTN
-from prismquant.algorithms.solver import LayerProblem, Scales, scale_format
 from prismquant.algorithms.zeroquant import ZeroQuant
 from prismquant.errors import FormatError, RecipeError
 from prismquant.formats.packed import QuantizedTensor, layouts_for, pack, unpack

@@ -23,7 +23,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prismquant.algorithms.gptq import GPTQ
-from prismquant.algorithms.solver import LayerProblem
+from prismquant.algorithms.problem import LayerProblem
 from prismquant.errors import FormatError
 from prismquant.formats.spec import spec
 from prismquant.kernels import descent, products, sweep, transpose

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import prismquant as pq
-from prismquant.algorithms.solver import LayerResult
+from prismquant.algorithms.problem import LayerResult
 from prismquant.engine import collectives as exchange
 from prismquant.engine import run as engine
 from prismquant.engine.collectives import Ranks, Task
