@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from prismquant.data import Sample, excerpt
+from prismquant.data.batch_fingerprint import fingerprint_batch
 from prismquant.data.media import Cost
 from prismquant.errors import DataError
 from prismquant.memory import resident_bytes
-from prismquant.run.fingerprint import fingerprint_batch
 
 if TYPE_CHECKING:
     from torch import Tensor

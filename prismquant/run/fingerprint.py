@@ -24,12 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import prismquant
 from prismquant.arguments import EXACT
 from prismquant.data import Sample, fingerprint
-from prismquant.data.batches import Batch
 from prismquant.errors import StorageError
 
 # A shard is looked at in so many places, of so many bytes each: every tensor of some size is hit,
@@ -169,24 +167,6 @@ def fingerprint_samples(samples: Sequence[Sample]) -> tuple[str, ...]:
 def fingerprint_batches(prints: Sequence[str]) -> str:
     """SHA-256 over the fingerprints of all batches, in their order. Empty for no batch."""
     return hashlib.sha256(" ".join(prints).encode()).hexdigest() if prints else ""
-
-
-def fingerprint_batch(batch: Batch) -> str:
-    """SHA-256 over everything that the model sees: tokens, masks, pixels.
-
-    Whatever makes tensors of samples (processor, tokenizer, template, the libraries below them)
-    decides the result through these alone.
-    """
-    digest = hashlib.sha256()
-    tensors = {**batch.inputs, "": batch.answer_mask, " ": batch.vision_mask}
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(_bytes(tensor))
-    return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def code_versions() -> dict[str, str]:

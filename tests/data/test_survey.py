@@ -17,6 +17,7 @@ import prismquant as pq
 from prismquant import api
 from prismquant.data import Sample, read_samples
 from prismquant.data import survey as surveying
+from prismquant.data.batch_fingerprint import fingerprint_batch
 from prismquant.data.batches import Batch, Batches, make_batches
 from prismquant.data.media import Cost, Limits
 from prismquant.data.survey import Survey, let_go, position_limit, survey
@@ -26,7 +27,6 @@ from prismquant.memory import resident_bytes
 from prismquant.models.arch import Modality
 from prismquant.models.bind import bind
 from prismquant.plan.plan import make_plan
-from prismquant.run.fingerprint import fingerprint_batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prismquant as pq
+from prismquant.data.batch_fingerprint import fingerprint_batch
 from prismquant.data.batches import Batch
 from prismquant.engine.job import Silent
 from prismquant.errors import NumericsError, StorageError
@@ -27,7 +28,6 @@ from prismquant.run.fingerprint import (
     Identity,
     code_versions,
     differences,
-    fingerprint_batch,
     fingerprint_batches,
     plan_differences,
     stamp_files,
