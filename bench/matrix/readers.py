@@ -18,8 +18,9 @@ from prismquant.algorithms.problem import LayerProblem
 from prismquant.algorithms.rtn import RTN
 from prismquant.data import read_samples
 from prismquant.data.batches import Batch, make_batches
-from prismquant.engine.kv_observation import KVScales, quantize_cache
 from prismquant.export.load_quantized import load_model
+from prismquant.formats.quantized_layer import KVScales
+from prismquant.models.attention import quantize_cache
 from prismquant.models.bind import BoundModel, bind
 from prismquant.models.config import import_transformers
 from prismquant.models.load import load_float

@@ -27,10 +27,11 @@ from prismquant.algorithms.methods import build_solver
 from prismquant.algorithms.problem import Note, scale_format
 from prismquant.algorithms.rtn import RTN, round_weight
 from prismquant.engine.chain import source_reader
-from prismquant.engine.group import SolvedLayer, require_finite
+from prismquant.engine.group import require_finite
 from prismquant.engine.job import Run
 from prismquant.engine.step_record import LayerRecord, StepRecord
 from prismquant.errors import NumericsError, PlanError
+from prismquant.formats.quantized_layer import QuantizedLayer
 from prismquant.memory import keep_heap_compact
 from prismquant.models.bind import BoundStep
 from prismquant.numerics.affine import check_finite
@@ -107,7 +108,7 @@ class _Task:
     def __call__(self, step: BoundStep) -> StepRecord:
         """Read, round and write a step."""
         started = time.monotonic()
-        layers: list[SolvedLayer] = []
+        layers: list[QuantizedLayer] = []
         records: list[LayerRecord] = []
         for members in self._groups(step):
             for layer, record in self._round(members):
@@ -147,7 +148,7 @@ class _Task:
             for group in problem_groups([row for row in rows if row.site.stage == stage])
         ]
 
-    def _round(self, rows: Sequence[PlanRow]) -> Iterator[tuple[SolvedLayer, LayerRecord]]:
+    def _round(self, rows: Sequence[PlanRow]) -> Iterator[tuple[QuantizedLayer, LayerRecord]]:
         """Layers that share an input, and the global scale where there is one."""
         spec = rows[0].weights
         if spec is None:
@@ -169,7 +170,7 @@ class _Task:
                 raise
             notes = dict(RTN().notes) | self._notes(rows[0])
             record = LayerRecord(row.site.name, row.solver, rounded.loss, rounded.loss, notes)
-            yield SolvedLayer(row, rounded.weight), record
+            yield QuantizedLayer(row.site.name, rounded.weight), record
 
     def _refuse(self, rows: Sequence[PlanRow]) -> None:
         """Say of weights, one of which cannot be rounded, which is damaged and how far."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,12 @@ from prismquant.engine.failure import FAILED, Guarded, failure_notes, with_way_o
 from prismquant.engine.replay import StepCall
 from prismquant.engine.step_record import LayerRecord
 from prismquant.errors import NumericsError
+from prismquant.formats.quantized_layer import (
+    OutlierColumns,
+    QuantizedLayer,
+    StaticScale,
+    scale_and_zero_point,
+)
 from prismquant.formats.spec import NumberSpec
 from prismquant.numerics.affine import all_finite, finiteness
 from prismquant.numerics.rules import RangeRule
@@ -40,73 +46,6 @@ _STATISTICS: dict[What, tuple[str, ...]] = {
 
 _UNSEEN = "no calibration token reached this layer"
 _MORE_SAMPLES = "add samples of the modality that passes it"
-
-
-class StoredWeight(Protocol):
-    """A weight as the checkpoint holds it."""
-
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The values that it stands for, [out, in]."""
-
-
-@dataclass(frozen=True, eq=False)
-class StaticScale:
-    """A scale that calibration found for an input or an output.
-
-    Attributes:
-        scale: [1] in the stored dtype; of two-level scales the global one, float32.
-        zero_point: int8 [1], or None.
-        low, high: The range that was chosen.
-    """
-
-    scale: Tensor
-    zero_point: Tensor | None
-    low: float = 0.0
-    high: float = 0.0
-
-
-def parameters(static: StaticScale | None) -> tuple[Tensor | None, Tensor | None]:
-    """Scale and zero point, as the runtime takes them."""
-    return (None, None) if static is None else (static.scale, static.zero_point)
-
-
-@dataclass(frozen=True, eq=False)
-class SplitColumns:
-    """Columns of a weight, and of its input, that stay in floating point.
-
-    Attributes:
-        index: int64 [k].
-        weight: [out, k], in the stored dtype.
-    """
-
-    index: Tensor
-    weight: Tensor
-
-
-@dataclass(frozen=True)
-class SolvedLayer:
-    """A layer's numbers.
-
-    Attributes:
-        row: Its row of the plan.
-        weight: Codes and scales, or the dequantized values of a layer that is stored dense.
-        input: The static scale of its input, or None.
-        output: The static scale of its output, or None.
-        columns: What stays in floating point, or None.
-    """
-
-    row: PlanRow
-    weight: StoredWeight
-    input: StaticScale | None = None
-    output: StaticScale | None = None
-    columns: SplitColumns | None = None
-
-    def values(self, dtype: torch.dtype) -> Tensor:
-        """What the layer multiplies with, [out, in]."""
-        values = self.weight.dequantize(dtype)
-        if self.columns is None:
-            return values
-        return values.index_copy(1, self.columns.index, self.columns.weight.to(values))
 
 
 @dataclass(frozen=True)
@@ -157,7 +96,7 @@ class Group:
         self._magnitudes: Tensor | None = None
         self._seen: dict[str, Tokens] = {}
         self._input: StaticScale | None = None
-        self._kept: list[SplitColumns | None] = [None] * len(rows)
+        self._kept: list[OutlierColumns | None] = [None] * len(rows)
         self._notes: dict[str, Note] = {}
 
     @property
@@ -292,7 +231,7 @@ class Group:
             products=self.settings.products,
         )
 
-    def solved(self, result: LayerResult) -> list[tuple[SolvedLayer, LayerRecord]]:
+    def solved(self, result: LayerResult) -> list[tuple[QuantizedLayer, LayerRecord]]:
         """The layers, with what to tell of each."""
         outcomes = zip(
             self.rows,
@@ -306,7 +245,9 @@ class Group:
         method = RTN.name if FAILED in facts else self.rows[0].solver
         return [
             (
-                SolvedLayer(row, weight, self._input_scale(), self._output_scale(row), kept),
+                QuantizedLayer(
+                    row.site.name, weight, self._input_scale(), self._output_scale(row), kept
+                ),
                 LayerRecord(row.site.name, method, loss, baseline, facts, self._seen_by(row)),
             )
             for row, weight, kept, loss, baseline in outcomes
@@ -369,7 +310,7 @@ class Group:
         spec = self.rows[0].activations
         if spec is None or not self.settings.quantized_inputs:
             return rows
-        scale, zero_point = parameters(self._input_scale())
+        scale, zero_point = scale_and_zero_point(self._input_scale())
         seen: Tensor = ActivationQuantizer(spec, scale, zero_point, self.columns)(rows)
         return seen
 
@@ -428,14 +369,14 @@ class Group:
                 "help a static range",
             )
 
-    def _take_columns(self, weights: list[Tensor]) -> list[SplitColumns | None]:
+    def _take_columns(self, weights: list[Tensor]) -> list[OutlierColumns | None]:
         """Take the split columns out of the weights, in place of the list's entries."""
         if self.columns is None:
             return [None] * len(weights)
-        kept: list[SplitColumns | None] = []
+        kept: list[OutlierColumns | None] = []
         for index, weight in enumerate(weights):
             values = weight[:, self.columns].to(self.settings.stored_dtype)
-            kept.append(SplitColumns(self.columns, values))
+            kept.append(OutlierColumns(self.columns, values))
             weights[index] = weight.index_fill(1, self.columns, 0.0)
         return kept
 

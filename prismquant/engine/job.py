@@ -12,10 +12,9 @@ from torch import Tensor
 from prismquant.data.batches import Batch
 from prismquant.distributed import Alone, Ranks
 from prismquant.engine.activation_store import InMemory, States
-from prismquant.engine.group import SolvedLayer
-from prismquant.engine.kv_observation import KVScales
 from prismquant.engine.memory_forecast import Way
 from prismquant.engine.step_record import StepRecord
+from prismquant.formats.quantized_layer import KVScales, QuantizedLayer
 from prismquant.models.bind import BoundModel, BoundStep
 from prismquant.plan.kv_plan import KVLayer
 from prismquant.plan.plan import Plan, PlanRow
@@ -26,7 +25,7 @@ class Sink(Protocol):
     """Where finished steps go."""
 
     def write_step(
-        self, step: BoundStep, layers: Sequence[SolvedLayer], changed: Mapping[str, Tensor]
+        self, step: BoundStep, layers: Sequence[QuantizedLayer], changed: Mapping[str, Tensor]
     ) -> str:
         """Make the step durable; returns the shard's name.
 
@@ -36,7 +35,7 @@ class Sink(Protocol):
             changed: Other tensors that differ from the source's, by module tensor name.
         """
 
-    def read_step(self, shard: str, rows: Sequence[PlanRow]) -> list[SolvedLayer]:
+    def read_step(self, shard: str, rows: Sequence[PlanRow]) -> list[QuantizedLayer]:
         """The layers of a step that an earlier run finished."""
 
     def read_plain(self, shard: str, rows: Sequence[PlanRow]) -> dict[str, Tensor]:

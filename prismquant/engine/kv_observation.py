@@ -23,36 +23,16 @@ from prismquant.engine.collectives import all_ranges
 from prismquant.engine.replay import Enough, StepCall
 from prismquant.errors import NumericsError
 from prismquant.formats.kv_formats import KVCacheSpec
-from prismquant.models.attention import attention_hooked, hook_attention
+from prismquant.formats.quantized_layer import KVScales
+from prismquant.models.attention import attention_hooked
 from prismquant.numerics.affine import scale_zero_point
 from prismquant.numerics.ranges import RangeRule
 from prismquant.plan.kv_plan import KVLayer, KVPlan
-from prismquant.runtime.kv_cache import KVQuantizer, KVWatch, rotated
+from prismquant.runtime.kv_cache import KVWatch, rotated
 from prismquant.statistics.input_range import RangeRecord
 from prismquant.statistics.tokens import Tokens, summed
 
 Notes = dict[str, float | int | str]
-
-
-@dataclass(frozen=True, eq=False)
-class KVScales:
-    """The scales of one attention layer, in the dtype in which they are stored.
-
-    Attributes:
-        key: [1], or [kv_heads, 1, 1].
-        value: Alike.
-    """
-
-    key: Tensor
-    value: Tensor
-
-    def to(self, device: torch.device) -> KVScales:
-        """On a device."""
-        return KVScales(self.key.to(device), self.value.to(device))
-
-    def named(self, layer: KVLayer) -> dict[str, Tensor]:
-        """By module tensor name."""
-        return dict(zip(layer.tensors, (self.key, self.value), strict=True))
 
 
 class KVRecord:
@@ -226,11 +206,6 @@ class KVObservation:
         notes: Notes = {f"{kind}_tokens": count for kind, count in asdict(self._seen).items()}
         notes |= {"key_amax": amax, "value_amax": self._values.amax}
         return notes | ({} if self._constant is None else self._constant.notes(amax))
-
-
-def quantize_cache(model: nn.Module, attention: str, spec: KVCacheSpec, scales: KVScales) -> None:
-    """Put a quantizer before the attention module called ``attention`` in ``model``, in place."""
-    hook_attention(model.get_submodule(attention), KVQuantizer(spec, scales.key, scales.value))
 
 
 def _keys_and_values(

@@ -24,17 +24,19 @@ from prismquant.algorithms.methods import build_equalizer
 from prismquant.engine.chain import Chain, source_reader
 from prismquant.engine.collectives import Task, all_channels, solve_all
 from prismquant.engine.failure import failed_layers
-from prismquant.engine.group import Group, GroupSettings, SolvedLayer, What, parameters
+from prismquant.engine.group import Group, GroupSettings, What
 from prismquant.engine.job import Run
-from prismquant.engine.kv_observation import KVObservation, Notes, quantize_cache
+from prismquant.engine.kv_observation import KVObservation, Notes
 from prismquant.engine.memory_forecast import weight_dtype
 from prismquant.engine.passes import Output, Passes
 from prismquant.engine.smoothing import edge_problem, move_scale
 from prismquant.engine.step_record import EdgeRecord, LayerRecord, StepRecord
 from prismquant.engine.tuning import TunedBlock, tune
 from prismquant.errors import NumericsError
+from prismquant.formats.quantized_layer import QuantizedLayer, scale_and_zero_point
 from prismquant.memory import give_back_freed, keep_heap_compact
 from prismquant.models.arch import Modality
+from prismquant.models.attention import quantize_cache
 from prismquant.models.bind import BoundStep
 from prismquant.plan.bit_layout import DENSE
 from prismquant.plan.kv_plan import KVLayer
@@ -85,7 +87,7 @@ class _Work:
     rows: Sequence[PlanRow]
     passes: Passes
     twins: Passes | None
-    layers: list[SolvedLayer] = field(default_factory=list)
+    layers: list[QuantizedLayer] = field(default_factory=list)
     records: list[LayerRecord] = field(default_factory=list)
     edges: list[EdgeRecord] = field(default_factory=list)
     changed: set[str] = field(default_factory=set)
@@ -102,7 +104,7 @@ class _Work:
 
     def unsolved(self, stage: Sequence[str]) -> list[str]:
         """Layers that neither are solved nor belong to this stage."""
-        known = {layer.row.site.name for layer in self.layers} | set(stage)
+        known = {layer.name for layer in self.layers} | set(stage)
         return [row.site.name for row in self.rows if row.site.name not in known]
 
 
@@ -314,7 +316,7 @@ class _Engine:
         observation.share(self.job.ranks)
         scales = observation.scales(layer.key.dtype, self.job.device)
         quantize_cache(self.main.model, layer.attention, plan.spec, scales)
-        work.kv_scales, work.kv_notes = scales.named(layer), observation.notes()
+        work.kv_scales, work.kv_notes = scales.named(layer.tensors), observation.notes()
         work.passes.restart()
 
     def _equalize(self, work: _Work) -> None:
@@ -467,32 +469,34 @@ class _Engine:
             teacher,
             list(self.main.calls(step)),
             [output for _, output in work.wanted],
+            self.all_rows,
             self._vision_weight(next(row for row in work.rows if row.tuner)),
         )
-        solved = [layer for layer in work.layers if layer.row.site.name not in failed]
+        solved = [layer for layer in work.layers if layer.name not in failed]
         for layers, notes in tune(block, solved, floats):
             for layer in layers:
-                index = [old.row.site.name for old in work.layers].index(layer.row.site.name)
+                index = [old.name for old in work.layers].index(layer.name)
                 work.layers[index] = layer
                 work.records[index] = replace(
                     work.records[index], notes=dict(work.records[index].notes) | notes
                 )
                 self._replace(layer)
 
-    def _replace(self, layer: SolvedLayer) -> None:
+    def _replace(self, layer: QuantizedLayer) -> None:
         """Put the dequantized weight, and the activations' quantizers, in the layer's place."""
-        row, site, model = layer.row, layer.row.site, self.main.model
+        row, model = self.all_rows[layer.name], self.main.model
+        site = row.site
         stored = site.dtype if row.layout == DENSE else self.job.precision.dtype
         held = self._weight_dtype(self.job.bound.steps[site.step])
         values = layer.values(stored).to(held).reshape(site.weight_shape)
         module = model.get_submodule(site.name)
         module.weight = nn.Parameter(values.to(self.job.device), requires_grad=False)
         if row.activations is not None:
-            scale, zero_point = parameters(layer.input)
-            columns = layer.columns.index if layer.columns else None
+            scale, zero_point = scale_and_zero_point(layer.input)
+            columns = layer.outlier_columns.index if layer.outlier_columns else None
             quantize_inputs(model, site.name, row.activations, scale, zero_point, columns)
         if row.outputs is not None:
-            quantize_outputs(model, site.name, row.outputs, *parameters(layer.output))
+            quantize_outputs(model, site.name, row.outputs, *scale_and_zero_point(layer.output))
 
     def _restore(
         self, done: StepRecord, step: BoundStep, rows: Sequence[PlanRow], flows: bool
@@ -514,7 +518,7 @@ class _Engine:
 
     def _changed(self, work: _Work) -> dict[str, Tensor]:
         """Tensors in which scale was moved and which no solver stores, as they are to be stored."""
-        solved = {f"{layer.row.site.name}.weight" for layer in work.layers}
+        solved = {f"{layer.name}.weight" for layer in work.layers}
         return {
             name: self.main.model.get_parameter(name).detach().to(self._stored_dtype(name))
             for name in sorted(work.changed - solved)

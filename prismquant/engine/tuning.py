@@ -12,9 +12,10 @@ from torch.func import functional_call
 
 from prismquant.algorithms.block_tuner import BlockLayer, BlockProblem, Tuner
 from prismquant.algorithms.methods import build_tuner
-from prismquant.engine.group import SolvedLayer
 from prismquant.engine.replay import StepCall
 from prismquant.formats.packed import QuantizedTensor
+from prismquant.formats.quantized_layer import QuantizedLayer
+from prismquant.plan.plan import PlanRow
 
 Notes = dict[str, float | int | str]
 
@@ -29,6 +30,7 @@ class TunedBlock:
         teacher: The same step in floating point, or None.
         calls: How the quantized model calls the step.
         wanted: The float model's outputs, call by call.
+        rows: Its layers' rows of the plan, by name.
         vision_weight: What an error at a vision token costs, where one at a text token costs 1.
     """
 
@@ -37,6 +39,7 @@ class TunedBlock:
     teacher: nn.Module | None
     calls: Sequence[StepCall]
     wanted: Sequence[Any]
+    rows: Mapping[str, PlanRow]
     vision_weight: float = 1.0
 
     def token_weights(self, call: int) -> Tensor | None:
@@ -46,9 +49,9 @@ class TunedBlock:
 
 def tune(
     block: TunedBlock,
-    layers: Sequence[SolvedLayer],
+    layers: Sequence[QuantizedLayer],
     floats: Mapping[str, Tensor],
-) -> Iterator[tuple[list[SolvedLayer], Notes]]:
+) -> Iterator[tuple[list[QuantizedLayer], Notes]]:
     """Tune the layers that ask for it.
 
     Args:
@@ -59,13 +62,14 @@ def tune(
     Yields:
         For each tuner that layers ask for, the layers with their new codes, and notes for each.
     """
-    groups: dict[str, list[SolvedLayer]] = {}
+    groups: dict[str, list[QuantizedLayer]] = {}
     for layer in layers:
-        if layer.row.tuner is not None:
-            key = json.dumps([layer.row.tuner, dict(layer.row.tuner_options)], sort_keys=True)
+        row = block.rows[layer.name]
+        if row.tuner is not None:
+            key = json.dumps([row.tuner, dict(row.tuner_options)], sort_keys=True)
             groups.setdefault(key, []).append(layer)
     for members in groups.values():
-        row = members[0].row
+        row = block.rows[members[0].name]
         tuner = build_tuner(str(row.tuner), row.tuner_options)
         result = tuner.tune(_problem(block, members, floats, tuner))
         notes: Notes = {
@@ -82,7 +86,7 @@ def tune(
 
 def _problem(
     block: TunedBlock,
-    layers: Sequence[SolvedLayer],
+    layers: Sequence[QuantizedLayer],
     floats: Mapping[str, Tensor],
     tuner: Tuner,
 ) -> BlockProblem:
@@ -90,15 +94,14 @@ def _problem(
 
     def output(call: int, weights: Mapping[str, Tensor]) -> Tensor:
         parameters = {
-            _inside(block, layer): _overlaid(layer, weights[layer.row.site.name])
-            for layer in layers
+            _inside(block, layer): _overlaid(block, layer, weights[layer.name]) for layer in layers
         }
         args, kwargs = block.calls[call].args, block.calls[call].kwargs
         return _rows(functional_call(block.module, parameters, args, kwargs))
 
     return BlockProblem(
         name=block.name,
-        layers=tuple(_block_layer(layer, floats) for layer in layers),
+        layers=tuple(_block_layer(block, layer, floats) for layer in layers),
         calls=len(block.calls),
         output=output,
         target=targets.__getitem__,
@@ -113,27 +116,28 @@ def _targets(block: TunedBlock, tuner: Tuner) -> list[Tensor]:
     return [_rows(output) for output in block.wanted]
 
 
-def _block_layer(layer: SolvedLayer, floats: Mapping[str, Tensor]) -> BlockLayer:
+def _block_layer(
+    block: TunedBlock, layer: QuantizedLayer, floats: Mapping[str, Tensor]
+) -> BlockLayer:
     if not isinstance(layer.weight, QuantizedTensor):  # what a solver returned always is
-        raise TypeError(f"{layer.row.site.name} has no codes to tune")
-    weight = floats[layer.row.site.name]
-    if layer.columns is not None:
-        weight = weight.index_fill(1, layer.columns.index, 0.0)
-    site, rule = layer.row.site, layer.row.weight_range
-    return BlockLayer(site.name, weight, rule, site.dtype, layer.weight)
+        raise TypeError(f"{layer.name} has no codes to tune")
+    weight = floats[layer.name]
+    if layer.outlier_columns is not None:
+        weight = layer.outlier_columns.cut_from(weight)
+    row = block.rows[layer.name]
+    return BlockLayer(layer.name, weight, row.weight_range, row.site.dtype, layer.weight)
 
 
-def _inside(block: TunedBlock, layer: SolvedLayer) -> str:
+def _inside(block: TunedBlock, layer: QuantizedLayer) -> str:
     """The weight's name within the step."""
-    return f"{layer.row.site.name.removeprefix(block.name).removeprefix('.')}.weight"
+    return f"{layer.name.removeprefix(block.name).removeprefix('.')}.weight"
 
 
-def _overlaid(layer: SolvedLayer, weight: Tensor) -> Tensor:
+def _overlaid(block: TunedBlock, layer: QuantizedLayer, weight: Tensor) -> Tensor:
     """The weight as the module has it: its shape, and split columns in floating point."""
-    if layer.columns is not None:
-        columns = layer.columns.weight.to(weight)
-        weight = weight.index_copy(1, layer.columns.index, columns)
-    return weight.reshape(layer.row.site.weight_shape)
+    if layer.outlier_columns is not None:
+        weight = layer.outlier_columns.put_into(weight)
+    return weight.reshape(block.rows[layer.name].site.weight_shape)
 
 
 def _rows(output: Any) -> Tensor:

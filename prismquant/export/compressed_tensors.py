@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,6 @@ import torch
 from torch import Tensor
 
 from prismquant.engine.chain import source_reader
-from prismquant.engine.group import SolvedLayer
-from prismquant.engine.kv_observation import KVScales
 from prismquant.errors import FormatError, StorageError
 from prismquant.export.arguments import arguments, private_section
 from prismquant.export.companions import files_to_copy, untied_config
@@ -36,6 +33,7 @@ from prismquant.export.kv_section import key_rotation, kv_cache_scheme
 from prismquant.export.reader import StoredScheme, read_weight, split_columns, static_scale
 from prismquant.export.section import CONFIG_KEY, METHOD
 from prismquant.formats.packed import QuantizedTensor, pack
+from prismquant.formats.quantized_layer import DenseWeight, KVScales, QuantizedLayer, StoredWeight
 from prismquant.formats.spec import NumberSpec
 from prismquant.headers import read_header
 from prismquant.models.arch import SiteKind
@@ -82,19 +80,20 @@ class CheckpointWriter:
         self.strict = strict
         self.nonfinite: dict[str, dict[str, str]] = {}
         self._reader = source_reader(plan, bound)
+        self._rows = {row.site.name: row for row in plan.quantized}
 
     def write_step(
-        self, step: BoundStep, layers: Sequence[SolvedLayer], changed: Mapping[str, Tensor]
+        self, step: BoundStep, layers: Sequence[QuantizedLayer], changed: Mapping[str, Tensor]
     ) -> str:
         """Write one step's shard: its quantized layers, what was changed, the rest as it is."""
-        solved = {f"{layer.row.site.disk_name}.weight": layer for layer in layers}
+        solved = {f"{self._rows[layer.name].site.disk_name}.weight": layer for layer in layers}
         shard = self._shard_name(self.bound.steps.index(step) + 1)
         plain = {self.bound.names.to_disk(name): tensor for name, tensor in changed.items()}
         tensors = self._rotations(step)
         for name in self._names_of(step):
             layer = solved.pop(name, None)
             if layer is not None:
-                tensors |= _layer_tensors(layer)
+                tensors |= _layer_tensors(layer, self._rows[layer.name])
             elif name not in plain:
                 plain[name] = self._reader.read(name)
         if solved:
@@ -103,7 +102,7 @@ class CheckpointWriter:
         write_tensors(self.folder / shard, tensors | plain)
         return shard
 
-    def read_step(self, shard: str, rows: Sequence[PlanRow]) -> list[SolvedLayer]:
+    def read_step(self, shard: str, rows: Sequence[PlanRow]) -> list[QuantizedLayer]:
         """The quantized layers of a shard that was written earlier."""
         reader = ShardReader(self.folder, files=[shard])
         return [self._read_layer(reader, row) for row in rows]
@@ -153,12 +152,12 @@ class CheckpointWriter:
             refuse_nonfinite(found, self.bound.folder)
         return found
 
-    def _read_layer(self, reader: ShardReader, row: PlanRow) -> SolvedLayer:
+    def _read_layer(self, reader: ShardReader, row: PlanRow) -> QuantizedLayer:
         prefix, weights = row.site.disk_name, row.weights
         shape = (row.site.out_features, row.site.in_features)
         if weights is None:
             raise StorageError("a layer without a weight format has no codes", where=row.site.name)
-        weight: DenseWeight | QuantizedTensor
+        weight: StoredWeight
         if row.layout == DENSE:
             # A dense layer is stored dequantized: its values stand for themselves.
             values = reader.read(f"{prefix}.weight").reshape(row.site.out_features, -1)
@@ -170,8 +169,8 @@ class CheckpointWriter:
             for side, spec in (("input", row.activations), ("output", row.outputs))
             if spec is not None
         }
-        return SolvedLayer(
-            row,
+        return QuantizedLayer(
+            row.site.name,
             weight,
             scales.get("input"),
             scales.get("output"),
@@ -217,21 +216,6 @@ class CheckpointWriter:
             weight_map |= dict.fromkeys(infos, shard)
             size += sum(info.nbytes for info in infos.values())
         return {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-
-
-@dataclass(frozen=True)
-class DenseWeight:
-    """A weight that is stored as the values it stands for.
-
-    Attributes:
-        values: [out, in] in the checkpoint's dtype.
-    """
-
-    values: Tensor
-
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The values in ``dtype``."""
-        return self.values.to(dtype)
 
 
 _Key = tuple[NumberSpec | None, NumberSpec | None, NumberSpec | None, str]
@@ -292,9 +276,9 @@ def _linears(bound: BoundModel) -> list[str]:
     return [*sites, *(name for name, _ in bound.left_alone)]
 
 
-def _layer_tensors(layer: SolvedLayer) -> dict[str, Tensor]:
+def _layer_tensors(layer: QuantizedLayer, row: PlanRow) -> dict[str, Tensor]:
     """A layer's tensors on disk; what is not in codes in the dtype of its weight."""
-    prefix, dtype, row = layer.row.site.disk_name, layer.row.site.dtype, layer.row
+    prefix, dtype = row.site.disk_name, row.site.dtype
     if not isinstance(layer.weight, QuantizedTensor):
         raise StorageError("the layer's codes are not at hand", where=row.site.name)
     if row.layout == DENSE:
@@ -311,20 +295,19 @@ def _layer_tensors(layer: SolvedLayer) -> dict[str, Tensor]:
             if static.zero_point is not None:
                 tensors[f"{side}_zero_point"] = static.zero_point.clone()
     named = {f"{prefix}.{suffix}": tensor for suffix, tensor in tensors.items()}
-    return named | _split_tensors(layer, dtype)
+    return named | _split_tensors(layer, row)
 
 
-def _split_tensors(layer: SolvedLayer, dtype: torch.dtype) -> dict[str, Tensor]:
+def _split_tensors(layer: QuantizedLayer, row: PlanRow) -> dict[str, Tensor]:
     """Columns in floating point, padded with index -1 to as many as the plan made room for."""
-    row = layer.row
     if row.split is None or not isinstance(layer.weight, QuantizedTensor):
         return {}
     index = torch.full((row.split.columns,), -1, dtype=torch.int32)
-    weight = torch.zeros(row.site.out_features, row.split.columns, dtype=dtype)
-    if layer.columns is not None:
-        count = len(layer.columns.index)
-        index[:count] = layer.columns.index.to(index)
-        weight[:, :count] = layer.columns.weight.to(weight)
+    weight = torch.zeros(row.site.out_features, row.split.columns, dtype=row.site.dtype)
+    if layer.outlier_columns is not None:
+        count = len(layer.outlier_columns.index)
+        index[:count] = layer.outlier_columns.index.to(index)
+        weight[:, :count] = layer.outlier_columns.weight.to(weight)
     prefix = row.site.disk_name
     return {f"{prefix}.{SPLIT_INDEX}": index, f"{prefix}.{SPLIT_WEIGHT}": weight}
 

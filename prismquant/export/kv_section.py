@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from prismquant.engine.kv_observation import KVScales, quantize_cache
 from prismquant.errors import FormatError
 from prismquant.export.section import Section
 from prismquant.formats.kv_formats import KVCacheSpec
 from prismquant.formats.packed import scale_fault
+from prismquant.formats.quantized_layer import KVScales
 from prismquant.models.arch import ArchSpec, Modality
+from prismquant.models.attention import quantize_cache
 from prismquant.models.config import config_value
 from prismquant.models.names import NameMap
 from prismquant.numerics.hadamard import power_of_two_block

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from prismquant.engine.group import parameters
 from prismquant.export.kv_section import quantize_kv_cache, read_kv_cache_scheme
 from prismquant.export.stored import StoredCheckpoint, StoredLayer, open_checkpoint
+from prismquant.formats.quantized_layer import scale_and_zero_point
 from prismquant.models.config import native_config
 from prismquant.models.empty import empty_model
 from prismquant.models.load import materialize
@@ -52,9 +52,9 @@ def _quantize_activations(model: nn.Module, source: StoredCheckpoint, layer: Sto
     """Put quantizers before and behind a layer, as the checkpoint says."""
     if layer.inputs is not None:
         columns = source.columns(layer)
-        scale, zero_point = parameters(source.static_scale(layer, "input"))
+        scale, zero_point = scale_and_zero_point(source.static_scale(layer, "input"))
         index = columns.index if columns else None
         quantize_inputs(model, layer.name, layer.inputs, scale, zero_point, index)
     if layer.outputs is not None:
-        scale, zero_point = parameters(source.static_scale(layer, "output"))
+        scale, zero_point = scale_and_zero_point(source.static_scale(layer, "output"))
         quantize_outputs(model, layer.name, layer.outputs, scale, zero_point)

@@ -15,7 +15,6 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from prismquant.engine.group import SplitColumns, StaticScale
 from prismquant.errors import FormatError, NumericsError
 from prismquant.export.arguments import specification
 from prismquant.export.expected import SPLIT_INDEX, SPLIT_WEIGHT
@@ -28,6 +27,7 @@ from prismquant.formats.packed import (
     scale_fault,
     unpack,
 )
+from prismquant.formats.quantized_layer import OutlierColumns, StaticScale
 from prismquant.formats.spec import NumberSpec
 from prismquant.headers import TensorInfo
 from prismquant.storage import ShardReader
@@ -251,7 +251,7 @@ class DequantizingReader(ShardReader):
         """The static scale of a layer's ``input`` or ``output`` in a format that may have one."""
         return static_scale(self._stored, prefix, side, spec)
 
-    def split_columns(self, prefix: str) -> SplitColumns | None:
+    def split_columns(self, prefix: str) -> OutlierColumns | None:
         """The columns of a layer that stay in floating point, where there are any."""
         return split_columns(self._stored, prefix, self._schemes[prefix][1])
 
@@ -326,7 +326,9 @@ def static_scale(
     return StaticScale(scale.reshape(1), point)
 
 
-def split_columns(reader: ShardReader, prefix: str, shape: tuple[int, int]) -> SplitColumns | None:
+def split_columns(
+    reader: ShardReader, prefix: str, shape: tuple[int, int]
+) -> OutlierColumns | None:
     """The columns of a layer that stay in floating point, where there are any.
 
     Args:
@@ -356,4 +358,4 @@ def split_columns(reader: ShardReader, prefix: str, shape: tuple[int, int]) -> S
             f"{SPLIT_INDEX} names a column twice, or one of {shape[1]} that is not there",
             where=prefix,
         )
-    return SplitColumns(kept, weight[:, used])
+    return OutlierColumns(kept, weight[:, used])

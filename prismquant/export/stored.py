@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prismquant.engine.group import SplitColumns, StaticScale
 from prismquant.errors import FormatError, ModelError, StorageError, grouped
 from prismquant.export.arguments import PRIVATE_KEY, read_private
 from prismquant.export.companions import untied_config
@@ -40,6 +39,7 @@ from prismquant.export.reader import (
 )
 from prismquant.export.section import CONFIG_KEY, METHOD, Fault, Section, read_section
 from prismquant.formats.packed import QuantizedTensor
+from prismquant.formats.quantized_layer import OutlierColumns, StaticScale
 from prismquant.formats.spec import NumberSpec
 from prismquant.headers import TensorInfo
 from prismquant.models.arch import ArchSpec
@@ -196,7 +196,7 @@ class StoredCheckpoint:
             )
         return signs
 
-    def columns(self, layer: StoredLayer) -> SplitColumns | None:
+    def columns(self, layer: StoredLayer) -> OutlierColumns | None:
         """The columns of a layer that stay in floating point, if there are any."""
         return split_columns(self.shards, layer.prefix, layer.shape)
 

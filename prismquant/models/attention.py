@@ -19,8 +19,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from prismquant.errors import ModelError
+from prismquant.formats.kv_formats import KVCacheSpec
+from prismquant.formats.quantized_layer import KVScales
 from prismquant.models.config import import_transformers
-from prismquant.runtime.kv_cache import KVHook
+from prismquant.runtime.kv_cache import KVHook, KVQuantizer
 
 # Name of the entry in the table of attention functions.
 ENTRY = "prismquant_kv"
@@ -50,6 +52,11 @@ def hook_attention(attention: nn.Module, hook: KVHook) -> None:
         setattr(attention, _CONFIG, config)
         attention.config = own
     setattr(attention, _HOOK, hook)
+
+
+def quantize_cache(model: nn.Module, attention: str, spec: KVCacheSpec, scales: KVScales) -> None:
+    """Put a quantizer before the attention module called ``attention`` in ``model``, in place."""
+    hook_attention(model.get_submodule(attention), KVQuantizer(spec, scales.key, scales.value))
 
 
 def unhook_attention(model: nn.Module) -> None:

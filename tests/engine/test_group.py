@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from prismquant.algorithms.problem import LayerResult
 from prismquant.algorithms.split import Split
-from prismquant.engine.group import Group, GroupSettings, SolvedLayer, parameters
+from prismquant.engine.group import Group, GroupSettings
 from prismquant.engine.replay import StepCall
 from prismquant.errors import NumericsError
+from prismquant.formats.quantized_layer import scale_and_zero_point
 from prismquant.formats.spec import spec
 from prismquant.models.bind import bind
 from prismquant.numerics.affine import simulate
@@ -26,6 +27,8 @@ from prismquant.runtime.quant_linear import rotate_inputs
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from prismquant.formats.quantized_layer import QuantizedLayer
 
 UP = "model.language_model.layers.0.mlp.up_proj"
 IN = 128
@@ -70,7 +73,7 @@ def call(weights: Tensor | None = None, vision: Tensor | None = None) -> StepCal
     return StepCall((), {}, weights, vision, lambda _: None)
 
 
-def solve(group: Group) -> tuple[LayerResult, list[SolvedLayer], dict[str, Any]]:
+def solve(group: Group) -> tuple[LayerResult, list[QuantizedLayer], dict[str, Any]]:
     """The solver's result, the layers, and the group's notes."""
     result = group.solver.solve(group.problem())
     pairs = group.solved(result)
@@ -104,7 +107,7 @@ def test_ranges_are_those_of_counted_tokens_together_and_by_modality(
     assert (notes["input_low"], notes["input_high"]) == (-9.0, 11.0)
     assert (notes["input_low_text"], notes["input_high_text"]) == (-9.0, 7.0)
     assert notes["input_high_vision"] == 11.0
-    scale, zero = parameters(layer.input)
+    scale, zero = scale_and_zero_point(layer.input)
     assert scale is not None
     assert zero is not None
     assert float(scale) == pytest.approx(20 / 255)

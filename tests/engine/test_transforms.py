@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from prismquant.engine.group import SolvedLayer
     from prismquant.engine.step_record import EdgeRecord
+    from prismquant.formats.quantized_layer import QuantizedLayer
     from prismquant.models.bind import BoundModel, BoundStep
     from prismquant.plan.plan import Plan
 
@@ -123,11 +123,12 @@ class Memory:
         self.tensors: dict[str, Tensor] = {}
 
     def write_step(
-        self, step: BoundStep, layers: Sequence[SolvedLayer], changed: Mapping[str, Tensor]
+        self, step: BoundStep, layers: Sequence[QuantizedLayer], changed: Mapping[str, Tensor]
     ) -> str:
         for layer in layers:
-            values = layer.values(torch.float32).reshape(layer.row.site.weight_shape)
-            self.tensors[f"{layer.row.site.name}.weight"] = values
+            site = next(site for site in step.sites if site.name == layer.name)
+            values = layer.values(torch.float32).reshape(site.weight_shape)
+            self.tensors[f"{layer.name}.weight"] = values
         self.tensors |= changed
         return step.name
 
