@@ -59,7 +59,8 @@ from prismquant.memory import (
     resident_bytes,
 )
 from prismquant.models.arch import Modality
-from prismquant.models.bind import BoundModel, bind
+from prismquant.models.bind import bind
+from prismquant.models.bound import BoundModel
 from prismquant.models.config import config_value, identify, native_config
 from prismquant.models.processor import load_processor
 from prismquant.modes import default_modes

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import nn
 
-from prismquant.models.arch import known_archs
+from prismquant.models.arch_files import known_archs
 from prismquant.models.config import import_transformers
 from prismquant.models.names import NameMap
 from prismquant.storage import write_json, write_tensors, write_text

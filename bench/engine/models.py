@@ -25,7 +25,7 @@ from torch import Tensor
 from prismquant.demo.main_job import CHECKPOINT
 from prismquant.demo.scenes import write_dataset
 from prismquant.headers import read_header
-from prismquant.models.arch import known_archs
+from prismquant.models.arch_files import known_archs
 from prismquant.models.config import import_transformers
 from prismquant.models.empty import empty_model
 from prismquant.models.names import NameMap

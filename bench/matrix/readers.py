@@ -21,7 +21,8 @@ from prismquant.data.batches import Batch, make_batches
 from prismquant.export.load_quantized import load_model
 from prismquant.formats.quantized_layer import KVScales
 from prismquant.models.attention import quantize_cache
-from prismquant.models.bind import BoundModel, bind
+from prismquant.models.bind import bind
+from prismquant.models.bound import BoundModel
 from prismquant.models.config import import_transformers
 from prismquant.models.load import load_float
 from prismquant.models.processor import load_processor

@@ -42,8 +42,10 @@ from prismquant.export.section import (
 from prismquant.export.stored import other_names
 from prismquant.export.targets import Matcher, Targets
 from prismquant.headers import TensorInfo, read_header
-from prismquant.models.arch import Modality, SiteKind, known_archs
-from prismquant.models.bind import BoundModel, BoundSite, bind
+from prismquant.models.arch import Modality, SiteKind
+from prismquant.models.arch_files import known_archs
+from prismquant.models.bind import bind
+from prismquant.models.bound import BoundModel, BoundSite
 from prismquant.storage import INDEX_NAME, ShardReader, read_index, read_json
 
 COMPRESSED_TENSORS = METHOD

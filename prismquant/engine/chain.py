@@ -17,7 +17,7 @@ from prismquant.engine.replay import Replay, StepCall
 from prismquant.errors import NumericsError
 from prismquant.models.arch import Modality
 from prismquant.models.attention import unhook_attention
-from prismquant.models.bind import BoundModel, BoundStep
+from prismquant.models.bound import BoundModel, BoundStep
 from prismquant.models.empty import empty_model
 from prismquant.models.load import materialize, release
 from prismquant.models.rotation import RotatedReader

@@ -33,7 +33,7 @@ from prismquant.engine.step_record import LayerRecord, StepRecord
 from prismquant.errors import NumericsError, PlanError
 from prismquant.formats.quantized_layer import QuantizedLayer
 from prismquant.memory import keep_heap_compact
-from prismquant.models.bind import BoundStep
+from prismquant.models.bound import BoundStep
 from prismquant.numerics.affine import check_finite
 from prismquant.plan.plan import Plan, PlanRow, problem_groups
 

@@ -39,7 +39,7 @@ from prismquant.data.batches import Batch
 from prismquant.errors import DataError, NumericsError, PrismQuantError
 from prismquant.memory import keep_heap_compact
 from prismquant.models.arch import Modality
-from prismquant.models.bind import BoundModel, BoundSite
+from prismquant.models.bound import BoundModel, BoundSite
 from prismquant.models.load import load_float
 from prismquant.plan.plan import Plan
 

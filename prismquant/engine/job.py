@@ -15,7 +15,7 @@ from prismquant.engine.activation_store import InMemory, States
 from prismquant.engine.memory_forecast import Way
 from prismquant.engine.step_record import StepRecord
 from prismquant.formats.quantized_layer import KVScales, QuantizedLayer
-from prismquant.models.bind import BoundModel, BoundStep
+from prismquant.models.bound import BoundModel, BoundStep
 from prismquant.plan.kv_plan import KVLayer
 from prismquant.plan.plan import Plan, PlanRow
 from prismquant.runtime.mixed import Precision

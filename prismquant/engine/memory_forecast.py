@@ -20,7 +20,7 @@ from prismquant.data.batches import Batch
 from prismquant.data.media import Cost
 from prismquant.errors import PlanError
 from prismquant.models.arch import Modality
-from prismquant.models.bind import BoundModel, BoundStep
+from prismquant.models.bound import BoundModel, BoundStep
 from prismquant.plan.plan import Plan, PlanRow, problem_groups
 from prismquant.runtime.mixed import Precision
 

@@ -29,7 +29,7 @@ from prismquant.data.batches import Batch
 from prismquant.engine.activation_store import InMemory, States
 from prismquant.errors import ModelError, NumericsError
 from prismquant.models.arch import Modality
-from prismquant.models.bind import BoundModel, BoundStep
+from prismquant.models.bound import BoundModel, BoundStep
 from prismquant.numerics.affine import all_finite, finiteness
 from prismquant.statistics.tokens import Tokens
 

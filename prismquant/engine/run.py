@@ -37,7 +37,7 @@ from prismquant.formats.quantized_layer import QuantizedLayer, scale_and_zero_po
 from prismquant.memory import give_back_freed, keep_heap_compact
 from prismquant.models.arch import Modality
 from prismquant.models.attention import quantize_cache
-from prismquant.models.bind import BoundStep
+from prismquant.models.bound import BoundStep
 from prismquant.plan.bit_layout import DENSE
 from prismquant.plan.kv_plan import KVLayer
 from prismquant.plan.plan import PlanEdge, PlanRow, problem_groups

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from prismquant.algorithms.equalizer import EdgeProblem, Reader
 from prismquant.models.arch import EdgeKind
-from prismquant.models.bind import BoundEdge
+from prismquant.models.bound import BoundEdge
 from prismquant.plan.plan import PlanRow
 from prismquant.statistics.channels import ChannelRecord
 

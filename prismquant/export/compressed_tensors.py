@@ -37,7 +37,7 @@ from prismquant.formats.quantized_layer import DenseWeight, KVScales, QuantizedL
 from prismquant.formats.spec import NumberSpec
 from prismquant.headers import read_header
 from prismquant.models.arch import SiteKind
-from prismquant.models.bind import BoundModel, BoundSite, BoundStep
+from prismquant.models.bound import BoundModel, BoundSite, BoundStep
 from prismquant.models.rotation import untied
 from prismquant.numerics.affine import nonfinite
 from prismquant.numerics.hadamard import hadamard_matrix

@@ -10,30 +10,27 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import re
 import reprlib
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from prismquant.errors import ModelError, grouped, suggest
+from prismquant.errors import ModelError, grouped
 from prismquant.headers import TensorInfo
 from prismquant.models.arch import (
     ArchSpec,
-    Edge,
-    EdgeKind,
-    Modality,
     Site,
     SiteKind,
-    Stream,
     Tower,
 )
+from prismquant.models.bind_edges import bind_edges, kind_of
+from prismquant.models.bind_streams import CONVOLUTIONS, bind_streams
+from prismquant.models.bound import BoundModel, BoundSite, BoundStep
 from prismquant.models.config import (
-    config_value,
     header_infos,
     identify,
     is_ignored,
@@ -48,195 +45,11 @@ from prismquant.storage import read_index
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = [
-    "BoundEdge",
-    "BoundModel",
-    "BoundSite",
-    "BoundStep",
-    "BoundStream",
-    "bind",
-]
-
 # An error must fit a screen; the count of the rest is printed.
 _MAX_FINDINGS = 30
 
 # Their sections may also say how inputs or the key-value cache are quantized.
 _SAY_MORE_THAN_WEIGHTS = ("compressed-tensors", "modelopt")
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-@dataclass(frozen=True)
-class BoundSite:
-    """A site of one concrete layer.
-
-    Attributes:
-        name: Module path.
-        disk_name: Prefix of its tensors on disk.
-        role: Its role, e.g. ``mlp.down``.
-        modality: Its tower's modality.
-        kind: Linear layer or patch convolution.
-        step: Index of its step.
-        stage: Order inside the step.
-        input_key: Equal for sites that read the same tensor; unique over the model.
-        fuse_key: Equal for sites that servers fuse; unique over the model; None when not fused.
-        out_features, in_features: Shape of its weight as a matrix.
-        weight_shape: Shape of its weight; five-dimensional for a 3-D convolution.
-        has_bias: Whether it has a bias.
-        dtype: Of its weight on disk; without shards, the config's.
-        tied: Whether its weight is the token embedding.
-    """
-
-    name: str
-    disk_name: str
-    role: str
-    modality: Modality
-    kind: SiteKind
-    step: int
-    stage: int
-    input_key: str
-    fuse_key: str | None
-    out_features: int
-    in_features: int
-    weight_shape: tuple[int, ...]
-    has_bias: bool
-    dtype: torch.dtype
-    tied: bool = False
-
-
-@dataclass(frozen=True)
-class BoundStep:
-    """One unit of calibration: a module that is run, and its sites.
-
-    Attributes:
-        index: Position in calibration order.
-        modality: Its tower's modality.
-        name: Module path.
-        sites: Its sites, in stage order.
-        kind: ``entry``, ``block``, ``projector`` or ``head``.
-    """
-
-    index: int
-    modality: Modality
-    name: str
-    sites: tuple[BoundSite, ...]
-    kind: str
-
-
-@dataclass(frozen=True)
-class BoundEdge:
-    """An edge of one concrete block, with module paths.
-
-    Attributes:
-        kind: Which rescaling it allows.
-        norm: Norm at the upper end, or None.
-        producer: Linear at the upper end, or None.
-        consumers: All readers of the upper end's output.
-        size: Channels at the upper end that can be scaled: of the norm; output rows of the
-            producer.
-        first_row: First row of the producer's weight that counts: two thirds down a fused
-            query-key-value.
-        tile: Times that the channels repeat in a consumer's input: 4 behind a concatenating merger.
-        heads, kv_heads: Attention heads, for kind ``value``; otherwise 0.
-        step: Index of the step of the consumers.
-    """
-
-    kind: EdgeKind
-    norm: str | None
-    producer: str | None
-    consumers: tuple[str, ...]
-    size: int
-    first_row: int
-    tile: int
-    heads: int
-    kv_heads: int
-    step: int
-
-    @property
-    def source(self) -> str:
-        """The upper end: the norm or the producer."""
-        return self.norm or self.producer or ""
-
-
-@dataclass(frozen=True)
-class BoundStream:
-    """The residual stream of one tower, with module paths.
-
-    Attributes:
-        modality: Of the tower.
-        width: Its channels.
-        writers: Linears and convolutions whose output rows are its channels.
-        embeddings: Tables whose rows are vectors of the stream.
-        norms: Norms through which it is read; each is the upper end of an edge, and each is as wide
-            as the stream or as several concatenated vectors of it.
-        centred: Whether a norm subtracts the mean over channels, as LayerNorm does.
-    """
-
-    modality: Modality
-    width: int
-    writers: tuple[str, ...]
-    embeddings: tuple[str, ...]
-    norms: tuple[str, ...]
-    centred: bool
-
-
-@dataclass(frozen=True)
-class BoundModel:
-    """An architecture bound to a folder.
-
-    Attributes:
-        arch: The architecture.
-        folder: The checkpoint.
-        config: Native transformers config.
-        names: Disk names and module paths.
-        steps: In calibration order.
-        sites: All sites, in calibration order.
-        edges: All edges.
-        streams: Residual streams of the towers that have a description of theirs.
-        left_alone: ``(module path, reason)`` of layers that are never quantized.
-        dtype: Most frequent floating dtype on disk, or the config's; each site has its own.
-        shapes: Module tensor name -> shape, for every parameter and stored buffer.
-        tied: Whether the head's weight is the token embedding.
-        has_weights: Whether the folder has readable shards.
-        notes: What the folder says that was passed over, in sentences.
-    """
-
-    arch: ArchSpec
-    folder: Path
-    config: Any
-    names: NameMap
-    steps: tuple[BoundStep, ...]
-    sites: tuple[BoundSite, ...]
-    edges: tuple[BoundEdge, ...]
-    streams: tuple[BoundStream, ...]
-    left_alone: tuple[tuple[str, str], ...]
-    dtype: torch.dtype
-    shapes: Mapping[str, tuple[int, ...]]
-    tied: bool
-    has_weights: bool
-    notes: tuple[str, ...] = ()
-    _by_name: dict[str, BoundSite] = field(default_factory=dict, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        self._by_name.update({site.name: site for site in self.sites})
-
-    def site(self, name: str) -> BoundSite:
-        """The site of a module path.
-
-        Raises:
-            ModelError: There is none.
-        """
-        if name not in self._by_name:
-            raise ModelError(
-                f"{name!r} is no quantizable layer of {self.arch.title}",
-                remedy=suggest(name, self._by_name) if len(self._by_name) < 40 else None,
-            )
-        return self._by_name[name]
-
-    @property
-    def vision_token_ids(self) -> tuple[int, ...]:
-        """Ids of the tokens that stand for image and video features."""
-        return tuple(int(config_value(self.config, key)) for key in self.arch.vision_token_ids)
 
 
 # ------------------------------------------------------------------------------------------- bind
@@ -281,8 +94,8 @@ def bind(
     steps = _bind_steps(arch, names, modules, dtypes, tied, findings)
     sites = tuple(site for step in steps for site in step.sites)
     left_alone = _bind_left_alone(arch, modules, {site.name for site in sites}, findings)
-    edges = _bind_edges(arch, config, modules, steps, findings)
-    streams = _bind_streams(arch, modules, edges, findings)
+    edges = bind_edges(arch, config, modules, steps, findings)
+    streams = bind_streams(arch, modules, edges, findings)
     findings += _rotary_findings(config.get_text_config())
     unused = [f"config.json: {key} is not used" for key in unused_keys(arch, folder, config)]
     notes = list(unused)
@@ -365,7 +178,7 @@ def _tower_steps(
 def _members(path: str, modules: Mapping[str, nn.Module], findings: list[str]) -> list[str]:
     container = modules.get(path)
     if not isinstance(container, nn.ModuleList):
-        findings.append(f"{path}: expected a list of modules, found {_kind(container)}")
+        findings.append(f"{path}: expected a list of modules, found {kind_of(container)}")
         return []
     return [f"{path}.{index}" for index in range(len(container))]
 
@@ -384,14 +197,14 @@ def _bind_site(
     module = modules.get(name)
     if site.kind is SiteKind.LINEAR and isinstance(module, nn.Linear):
         matrix = (module.out_features, module.in_features)
-    elif site.kind is SiteKind.PATCH_CONV and isinstance(module, _CONVOLUTIONS):
+    elif site.kind is SiteKind.PATCH_CONV and isinstance(module, CONVOLUTIONS):
         if problem := _not_a_patch_conv(module):
             findings.append(f"{name}: {problem}")
             return None
         weight = module.weight
         matrix = (weight.shape[0], weight[0].numel())
     else:
-        findings.append(f"{name}: expected a {site.kind} ({site.role}), found {_kind(module)}")
+        findings.append(f"{name}: expected a {site.kind} ({site.role}), found {kind_of(module)}")
         return None
     return BoundSite(
         name=name,
@@ -427,187 +240,14 @@ def _bind_left_alone(
     for name, module in modules.items():
         if isinstance(module, nn.Embedding):
             result.append((name, "embedding: a look-up, not a matrix product"))
-        if not isinstance(module, (nn.Linear, *_CONVOLUTIONS)) or name in claimed:
+        if not isinstance(module, (nn.Linear, *CONVOLUTIONS)) or name in claimed:
             continue
         reason = next((r for p, r in arch.left_alone.items() if fnmatch.fnmatch(name, p)), None)
         if reason is None and not any(finding.startswith(f"{name}:") for finding in findings):
-            findings.append(f"{name}: {_kind(module)} that no site of {arch.name}.toml claims")
+            findings.append(f"{name}: {kind_of(module)} that no site of {arch.name}.toml claims")
         elif reason is not None:
             result.append((name, reason))
     return tuple(result)
-
-
-def _kind(module: nn.Module | None) -> str:
-    return "nothing" if module is None else type(module).__name__
-
-
-# ------------------------------------------------------------------------------------------ edges
-
-
-def _bind_edges(
-    arch: ArchSpec,
-    config: Any,
-    modules: Mapping[str, nn.Module],
-    steps: tuple[BoundStep, ...],
-    findings: list[str],
-) -> tuple[BoundEdge, ...]:
-    result: list[BoundEdge] = []
-    owner = {site.name: step.index for step in steps for site in step.sites}
-    for tower in arch.towers:
-        try:
-            heads = int(config_value(config, tower.heads)) if tower.heads else 0
-            kv_heads = int(config_value(config, tower.kv_heads)) if tower.kv_heads else heads
-        except ModelError as error:
-            findings.append(error.what)
-            continue
-        for step in steps:
-            if step.modality is tower.modality and step.kind in ("block", "projector"):
-                for edge in tower.edges:
-                    bound = _bind_edge(edge, step.name, heads, kv_heads, modules, owner, findings)
-                    result.extend(bound)
-    for edge in arch.edges:
-        result.extend(_bind_edge(edge, "", 0, 0, modules, owner, findings))
-    return tuple(result)
-
-
-def _bind_edge(
-    edge: Edge,
-    parent: str,
-    heads: int,
-    kv_heads: int,
-    modules: Mapping[str, nn.Module],
-    owner: Mapping[str, int],
-    findings: list[str],
-) -> list[BoundEdge]:
-    prefix = f"{parent}." if parent else ""
-    source = modules.get(prefix + edge.source)
-    consumers = tuple(prefix + path for path in edge.consumers)
-    weight = getattr(source, "weight", None)
-    if not isinstance(weight, torch.Tensor):
-        findings.append(f"{prefix + edge.source}: an edge starts here, found {_kind(source)}")
-        return []
-    linears = [module for path in consumers if isinstance(module := modules.get(path), nn.Linear)]
-    if len(linears) != len(consumers) or any(path not in owner for path in consumers):
-        findings.append(f"{prefix + edge.source}: an edge ends in something that is no site")
-        return []
-    rows = weight.shape[0]
-    size = rows // 3 if edge.part == "v" else rows
-    is_value = edge.kind is EdgeKind.VALUE
-    if is_value and (not kv_heads or size % kv_heads):
-        findings.append(
-            f"{prefix + edge.source}: {size} value channels do not fit {kv_heads} heads"
-        )
-        return []
-    # Grouped heads: a value channel is read by several heads, so the input is wider by their ratio.
-    width = size if not is_value else size * heads // kv_heads
-    if not width or any(linear.in_features % width for linear in linears):
-        findings.append(
-            f"{prefix + edge.source}: {size} channels do not divide the inputs of {list(consumers)}"
-        )
-        return []
-    return [
-        BoundEdge(
-            kind=edge.kind,
-            norm=prefix + edge.norm if edge.norm else None,
-            producer=prefix + edge.producer if edge.producer else None,
-            consumers=consumers,
-            size=size,
-            first_row=rows - size,
-            tile=linears[0].in_features // width,
-            heads=heads if is_value else 0,
-            kv_heads=kv_heads if is_value else 0,
-            step=owner[consumers[0]],
-        )
-    ]
-
-
-# ---------------------------------------------------------------------------------------- streams
-
-
-def _bind_streams(
-    arch: ArchSpec,
-    modules: Mapping[str, nn.Module],
-    edges: tuple[BoundEdge, ...],
-    findings: list[str],
-) -> tuple[BoundStream, ...]:
-    streams = [_bind_stream(stream, modules, findings) for stream in arch.streams]
-    bound = tuple(stream for stream in streams if stream is not None)
-    if len(bound) != len(arch.streams):
-        return bound
-    known = Counter(name for stream in bound for name in stream.norms)
-    sources = {edge.norm for edge in edges if edge.norm is not None}
-    findings.extend(
-        f"{name}: read from {known[name] or 'no'} residual streams"
-        for name in sorted(sources | known.keys())
-        if bound and known[name] != 1
-    )
-    findings.extend(
-        f"{name}: no edge starts at this norm of a residual stream"
-        for name in sorted(known.keys() - sources)
-    )
-    return bound
-
-
-def _bind_stream(
-    stream: Stream, modules: Mapping[str, nn.Module], findings: list[str]
-) -> BoundStream | None:
-    writers = _matches(stream.writers, modules, findings)
-    norms = _matches(stream.norms, modules, findings)
-    widths = Counter(
-        width for name in writers if (width := _written(name, modules, findings)) is not None
-    )
-    if not widths or not norms or widths.total() != len(writers):
-        return None
-    width = widths.most_common(1)[0][0]
-    if len(widths) > 1:
-        findings.append(f"the writers of the {stream.modality} stream differ in width: {[*widths]}")
-    centred = {name: _is_centred(modules[name]) for name in norms}
-    for name, kind in centred.items():
-        weight = getattr(modules[name], "weight", None)
-        if kind is None or not isinstance(weight, torch.Tensor) or weight.numel() % width:
-            findings.append(
-                f"{name}: expected a norm of {width} channels, found {_kind(modules[name])}"
-            )
-    return BoundStream(
-        modality=stream.modality,
-        width=width,
-        writers=tuple(name for name in writers if not isinstance(modules[name], nn.Embedding)),
-        embeddings=tuple(name for name in writers if isinstance(modules[name], nn.Embedding)),
-        norms=norms,
-        centred=any(centred.values()),
-    )
-
-
-def _matches(
-    patterns: tuple[str, ...], modules: Mapping[str, nn.Module], findings: list[str]
-) -> tuple[str, ...]:
-    result: list[str] = []
-    for pattern in patterns:
-        regex = re.compile(re.escape(pattern).replace(r"\*", r"[^.]+"))
-        found = [name for name in modules if regex.fullmatch(name)]
-        members = modules.get(pattern.partition(".*")[0])
-        if not found and not (isinstance(members, nn.ModuleList) and len(members) == 0):
-            findings.append(f"{pattern}: a residual stream names it, but no module has this path")
-        result.extend(found)
-    return tuple(result)
-
-
-def _written(name: str, modules: Mapping[str, nn.Module], findings: list[str]) -> int | None:
-    """Channels that a module adds to the stream."""
-    module = modules[name]
-    if isinstance(module, nn.Embedding):
-        return module.embedding_dim
-    if isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
-        return int(module.weight.shape[0])
-    findings.append(f"{name}: expected a writer of a residual stream, found {_kind(module)}")
-    return None
-
-
-def _is_centred(module: nn.Module) -> bool | None:
-    """Whether a norm subtracts the mean; None for a module that is no norm."""
-    if isinstance(module, nn.LayerNorm):
-        return True
-    return False if _kind(module).endswith("RMSNorm") else None
 
 
 def _rotary_findings(text: Any) -> list[str]:

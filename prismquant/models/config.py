@@ -21,13 +21,8 @@ import torch
 
 from prismquant.errors import ModelError, StorageError, suggest
 from prismquant.headers import TensorInfo
-from prismquant.models.arch import (
-    ArchSpec,
-    ConfigMap,
-    ConfigSection,
-    Inference,
-    known_archs,
-)
+from prismquant.models.arch import ArchSpec, ConfigMap, ConfigSection, Inference
+from prismquant.models.arch_files import known_archs
 from prismquant.models.names import any_layout
 from prismquant.storage import ShardReader, read_index, read_json
 

@@ -21,7 +21,8 @@ import torch
 
 from prismquant.errors import ModelError, NumericsError
 from prismquant.models.arch import EdgeKind, Modality
-from prismquant.models.bind import BoundEdge, BoundModel, bind
+from prismquant.models.bind import bind
+from prismquant.models.bound import BoundEdge, BoundModel
 from prismquant.storage import INDEX_NAME, ShardReader, copy_file, write_tensors
 
 # How often a block has a channel of its own in place of a common one.

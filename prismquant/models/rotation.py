@@ -30,7 +30,7 @@ from torch import Tensor
 from prismquant.errors import ModelError, RecipeError, suggest
 from prismquant.headers import TensorInfo
 from prismquant.models.arch import EdgeKind, Modality
-from prismquant.models.bind import BoundEdge, BoundModel, BoundSite, BoundStream
+from prismquant.models.bound import BoundEdge, BoundModel, BoundSite, BoundStream
 from prismquant.numerics.hadamard import (
     KINDS,
     Kind,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from prismquant.errors import PlanError
 from prismquant.formats.spec import NumberSpec, spec
-from prismquant.models.bind import BoundSite
+from prismquant.models.bound import BoundSite
 from prismquant.numerics.kinds import Granularity
 from prismquant.recipe.schema import Fallback
 

@@ -8,7 +8,7 @@ from typing import Any
 from prismquant.errors import PlanError
 from prismquant.formats.kv_formats import KVCacheSpec
 from prismquant.models.arch import Modality
-from prismquant.models.bind import BoundModel, BoundSite
+from prismquant.models.bound import BoundModel, BoundSite
 from prismquant.models.config import config_value
 from prismquant.numerics.ranges import RangeRule
 from prismquant.recipe.schema import Recipe

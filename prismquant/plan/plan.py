@@ -24,7 +24,7 @@ from prismquant.errors import FormatError, ModelError, PlanError, PrismQuantErro
 from prismquant.formats.packed import stored_bytes
 from prismquant.formats.spec import NumberSpec
 from prismquant.models.arch import Modality, SiteKind
-from prismquant.models.bind import BoundEdge, BoundModel, BoundSite
+from prismquant.models.bound import BoundEdge, BoundModel, BoundSite
 from prismquant.models.rotation import OnlineRotation, Rotation, online_rotations, untied
 from prismquant.numerics.ranges import RangeRule
 from prismquant.plan.bit_layout import DENSE, input_bytes, is_declarable, layout_of

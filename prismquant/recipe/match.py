@@ -10,7 +10,8 @@ from typing import Any, Protocol
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from prismquant.errors import suggest
-from prismquant.models.arch import Modality, known_archs
+from prismquant.models.arch import Modality
+from prismquant.models.arch_files import known_archs
 from prismquant.patterns import Pattern, compile_pattern, shortened
 
 _LM_HEAD = "lm_head"

@@ -25,7 +25,8 @@ from prismquant.errors import ArgumentError, ModelError
 from prismquant.export.quantization_args import Args, args_faults
 from prismquant.export.section import Group
 from prismquant.export.targets import Targets
-from prismquant.models.bind import BoundModel, bind
+from prismquant.models.bind import bind
+from prismquant.models.bound import BoundModel
 from prismquant.recipe.schema import load_recipe
 from prismquant.report.checks import finding_lines, findings_table, verdict
 from prismquant.storage import INDEX_NAME, ShardReader, read_json, write_json

@@ -12,7 +12,8 @@ from prismquant.data import read_samples
 from prismquant.data.batches import Batch, make_batches
 from prismquant.engine.replay import Replay
 from prismquant.models.arch import Modality
-from prismquant.models.bind import BoundStep, bind
+from prismquant.models.bind import bind
+from prismquant.models.bound import BoundStep
 from prismquant.models.load import load_float
 from prismquant.models.processor import load_processor
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from prismquant.models.bind import BoundModel
+    from prismquant.models.bound import BoundModel
 
 
 def batches_of(folder: Path, data: Path, batch_size: int) -> list[Batch]:

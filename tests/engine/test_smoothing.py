@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from prismquant.engine.smoothing import channel_of_column, move_scale
 from prismquant.models.arch import EdgeKind
-from prismquant.models.bind import BoundEdge, bind
+from prismquant.models.bind import bind
+from prismquant.models.bound import BoundEdge
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from prismquant.engine.step_record import EdgeRecord
     from prismquant.formats.quantized_layer import QuantizedLayer
-    from prismquant.models.bind import BoundModel, BoundStep
+    from prismquant.models.bound import BoundModel, BoundStep
     from prismquant.plan.plan import Plan
 
 EVERYTHING = {"weights": "int4-g16", "solver": "rtn", "weight_range": "minmax"}

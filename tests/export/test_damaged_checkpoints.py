@@ -25,7 +25,8 @@ from prismquant.export.load_quantized import load_model
 from prismquant.export.section import CONFIG_KEY, read_section
 from prismquant.export.stored import open_checkpoint
 from prismquant.formats.bits import pack_bits
-from prismquant.models.bind import BoundModel, bind
+from prismquant.models.bind import bind
+from prismquant.models.bound import BoundModel
 from prismquant.models.empty import empty_model
 from prismquant.storage import ShardReader, read_json, write_json
 

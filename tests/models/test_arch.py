@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prismquant.errors import ModelError
-from prismquant.models import arch as arch_module
-from prismquant.models.arch import EdgeKind, Layout, Modality, SiteKind, known_archs, load_arch
+from prismquant.models import arch_files
+from prismquant.models.arch import EdgeKind, Layout, Modality, SiteKind
+from prismquant.models.arch_files import known_archs, load_arch
 from prismquant.models.names import NameMap, choose_layout
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def broken(tmp_path: Path):
     """``broken(name, old, new)`` loads a copy of an architecture file with one text replaced."""
 
     def load(name: str, old: str, new: str) -> None:
-        for path in arch_module._FOLDER.glob("*.toml"):
+        for path in arch_files._FOLDER.glob("*.toml"):
             shutil.copy(path, tmp_path / path.name)
         target = tmp_path / f"{name}.toml"
         text = target.read_text()

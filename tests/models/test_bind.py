@@ -19,7 +19,8 @@ from torch import nn
 from prismquant.errors import ModelError, StorageError
 from prismquant.models import bind as bind_module
 from prismquant.models import config as config_module
-from prismquant.models.arch import EdgeKind, Modality, SiteKind, known_archs
+from prismquant.models.arch import EdgeKind, Modality, SiteKind
+from prismquant.models.arch_files import known_archs
 from prismquant.models.bind import bind
 from prismquant.models.config import identify, import_transformers, native_config
 from prismquant.models.empty import empty_model

@@ -12,7 +12,7 @@ from torch import nn
 
 import prismquant as pq
 from prismquant.errors import ModelError
-from prismquant.models.arch import known_archs
+from prismquant.models.arch_files import known_archs
 from prismquant.models.bind import bind
 from prismquant.models.config import identify, import_transformers, native_config
 from prismquant.models.empty import _fill_buffers, empty_model

@@ -16,7 +16,8 @@ from torch import nn
 from prismquant.errors import ModelError, RecipeError
 from prismquant.models import rotation as rotation_module
 from prismquant.models.arch import EdgeKind, Modality
-from prismquant.models.bind import BoundModel, bind
+from prismquant.models.bind import bind
+from prismquant.models.bound import BoundModel
 from prismquant.models.empty import empty_model
 from prismquant.models.load import materialize
 from prismquant.models.processor import load_processor

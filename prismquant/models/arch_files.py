@@ -1,0 +1,290 @@
+"""Architecture files: TOML in ``archs/``, one a model family, read into :class:`ArchSpec`.
+
+Reading is strict. An unknown key, a missing key or a reference to a site that does not exist is a
+:class:`~prismquant.errors.ModelError` that names the file and the key.
+"""
+
+from __future__ import annotations
+
+import functools
+import tomllib
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from prismquant.errors import ModelError, suggest
+from prismquant.models.arch import (
+    ArchSpec,
+    ConfigMap,
+    ConfigSection,
+    Edge,
+    EdgeKind,
+    Inference,
+    Layout,
+    Modality,
+    ProcessorMap,
+    Site,
+    SiteKind,
+    Stream,
+    Tower,
+)
+from prismquant.models.strict_table import StrictTable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_FOLDER = Path(__file__).parent / "archs"
+_E = TypeVar("_E", bound=StrEnum)
+# What a block adds to the residual stream.
+_RESIDUAL_ROLES = ("attn.out", "mlp.down")
+
+
+@functools.cache
+def known_archs() -> Mapping[str, ArchSpec]:
+    """All architectures by name, from the package's TOML files.
+
+    Raises:
+        ModelError: A file is malformed.
+    """
+    return {path.stem: load_arch(path) for path in sorted(_FOLDER.glob("*.toml"))}
+
+
+def load_arch(path: Path) -> ArchSpec:
+    """Read one architecture file.
+
+    Args:
+        path: A TOML file; its stem is the architecture's name. ``extends`` names a sibling file
+            whose keys hold where this one does not set them.
+
+    Raises:
+        ModelError: The file is not TOML, has unknown, missing or mistyped keys, or contradicts
+            itself.
+    """
+    data = _read_toml(path)
+    parent = data.pop("extends", None)
+    if parent is not None:
+        data = {**_read_toml(path.with_name(f"{parent}.toml")), **data}
+    top = StrictTable(data, str(path), "")
+    arch = ArchSpec(
+        name=path.stem,
+        title=top.text("title"),
+        model_types=top.texts("model_types"),
+        hf_class=top.text("hf_class"),
+        towers=tuple(_tower(table) for table in top.tables("towers")),
+        head=top.text("head"),
+        embeddings=top.text("embeddings"),
+        input_groups=top.groups("input_groups"),
+        vision_token_ids=top.texts("vision_token_ids"),
+        layouts=tuple(_layout(table) for table in top.tables("layouts")),
+        edges=tuple(_edge(table) for table in top.tables("edges")),
+        streams=tuple(_stream(table) for table in top.tables("streams")),
+        left_alone=top.strings("left_alone"),
+        ignored_tensors=top.texts("ignored_tensors", ()),
+        config_map=_config_map(table) if (table := top.table("config")) else None,
+        processor_map=_processor_map(table) if (table := top.table("processor")) else None,
+    )
+    top.finish()
+    _check(arch, str(path))
+    return arch
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"there is no architecture file {path.name}", where=str(path)) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"not a TOML file: {error}", where=str(path)) from error
+
+
+def _member(table: StrictTable, kind: type[_E], text: str) -> _E:
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise table.wrong(f"{text!r} is none of {', '.join(kind)}") from error
+
+
+def _tower(table: StrictTable) -> Tower:
+    tower = Tower(
+        modality=_member(table, Modality, table.text("modality")),
+        root=table.text("root"),
+        entry=table.maybe_text("entry"),
+        blocks=table.maybe_text("blocks"),
+        modules=table.texts("modules", ()),
+        entry_sites=tuple(_site(item) for item in table.tables("entry_sites")),
+        sites=tuple(_site(item) for item in table.tables("sites")),
+        edges=tuple(_edge(item) for item in table.tables("edges")),
+        depth=table.maybe_text("depth"),
+        heads=table.maybe_text("heads"),
+        kv_heads=table.maybe_text("kv_heads"),
+    )
+    table.finish()
+    if (tower.blocks is None) == (not tower.modules):
+        raise table.wrong("a tower has either blocks or modules")
+    if (tower.blocks is None) != (tower.depth is None):
+        raise table.wrong("blocks and depth come together")
+    if (tower.entry is None) != (not tower.entry_sites):
+        raise table.wrong("entry and entry_sites come together")
+    return tower
+
+
+def _site(table: StrictTable) -> Site:
+    site = Site(
+        role=table.text("role"),
+        path=table.text("path"),
+        stage=table.number("stage", 0),
+        input=table.text("input"),
+        kind=_member(table, SiteKind, table.maybe_text("kind") or "linear"),
+        fuse=table.maybe_text("fuse"),
+    )
+    table.finish()
+    return site
+
+
+def _edge(table: StrictTable) -> Edge:
+    edge = Edge(
+        kind=_member(table, EdgeKind, table.text("kind")),
+        norm=table.maybe_text("norm"),
+        producer=table.maybe_text("producer"),
+        consumers=table.texts("consumers"),
+        part=table.maybe_text("part"),
+    )
+    table.finish()
+    if (edge.kind is EdgeKind.NORM) != (edge.norm is not None) or (edge.norm and edge.producer):
+        raise table.wrong("kind 'norm' has a norm, the other kinds have a producer")
+    if not edge.source or not edge.consumers:
+        raise table.wrong("an edge needs two ends")
+    if edge.part not in (None, "v"):
+        raise table.wrong(f"part can only be 'v', not {edge.part!r}")
+    return edge
+
+
+def _stream(table: StrictTable) -> Stream:
+    stream = Stream(
+        modality=_member(table, Modality, table.text("modality")),
+        writers=table.texts("writers"),
+        norms=table.texts("norms"),
+    )
+    table.finish()
+    if not stream.writers or not stream.norms:
+        raise table.wrong("a stream has writers and norms")
+    return stream
+
+
+def _layout(table: StrictTable) -> Layout:
+    name, pairs = table.text("name"), table.strings("rewrites")
+    table.finish()
+    if len(set(pairs.values())) != len(pairs):
+        raise table.wrong("two disk prefixes map to one module prefix")
+    return Layout(name, tuple(pairs.items()))
+
+
+def _config_map(table: StrictTable) -> ConfigMap:
+    config = ConfigMap(
+        hf_class=table.text("hf_class"),
+        keys=table.texts("keys"),
+        require=table.strings("require"),
+        unused=table.texts("unused", ()),
+        tokens=table.strings("tokens"),
+        sections=tuple(_section(item) for item in table.tables("sections")),
+    )
+    table.finish()
+    return config
+
+
+def _section(table: StrictTable) -> ConfigSection:
+    section = ConfigSection(
+        target=table.text("target"),
+        source=table.maybe_text("source") or "",
+        values=table.strings("values"),
+        keys=table.texts("keys"),
+        infer=_inferences(table.table("infer")),
+    )
+    table.finish()
+    return section
+
+
+def _inferences(table: StrictTable | None) -> dict[str, Inference]:
+    result: dict[str, Inference] = {}
+    if table is None:
+        return result
+    for key, item in table.children():
+        result[key] = Inference(
+            tensor=item.maybe_text("tensor"),
+            axis=item.number("axis", 0),
+            count=item.maybe_text("count"),
+            divide=item.maybe_text("divide"),
+            by=item.number("by", 1),
+        )
+        item.finish()
+        given = (result[key].tensor, result[key].count, result[key].divide)
+        if sum(value is not None for value in given) != 1:
+            raise item.wrong("give exactly one of tensor, count and divide")
+    return result
+
+
+def _processor_map(table: StrictTable) -> ProcessorMap:
+    processor = ProcessorMap(
+        hf_class=table.text("hf_class"),
+        image_class=table.text("image_class"),
+        video_class=table.text("video_class"),
+        keys=table.texts("keys"),
+        min_tokens=table.text("min_tokens"),
+        max_tokens=table.text("max_tokens"),
+        chat_template=table.text("chat_template"),
+    )
+    table.finish()
+    return processor
+
+
+def _check(arch: ArchSpec, file: str) -> None:
+    """Refuse contradictions that the types cannot show."""
+    if not arch.towers or not arch.layouts:
+        raise ModelError("an architecture needs towers and layouts", where=file)
+    pairs = {pair for layout in arch.layouts for pair in layout.rewrites}
+    if len({disk for disk, _ in pairs}) != len(pairs):
+        raise ModelError("two layouts read one disk prefix as different modules", where=file)
+    for tower in arch.towers:
+        paths = [site.path for site in tower.sites]
+        if len(set(paths)) != len(paths):
+            raise ModelError(f"a site of the {tower.modality} tower is listed twice", where=file)
+        inputs = {site.path: site.input for site in tower.sites}
+        for edge in tower.edges:
+            ends = set(edge.consumers)
+            if edge.kind is not EdgeKind.NORM:
+                ends.add(edge.source)
+            if strange := sorted(ends - inputs.keys()):
+                raise ModelError(
+                    f"an edge of the {tower.modality} tower names {strange[0]!r}, which is no site",
+                    where=file,
+                    remedy=suggest(strange[0], paths),
+                )
+            # A consumer list that leaves out a reader of the same tensor would change the function.
+            labels = {inputs[path] for path in edge.consumers}
+            readers = {site.path for site in tower.sites if site.input in labels}
+            if readers != set(edge.consumers):
+                raise ModelError(
+                    f"the edge from {edge.source!r} must list all readers: {sorted(readers)}",
+                    where=file,
+                )
+    _check_streams(arch, file)
+
+
+def _check_streams(arch: ArchSpec, file: str) -> None:
+    """A tower has one stream at most, and its blocks' own writers and norms are not forgotten."""
+    modalities = [stream.modality for stream in arch.streams]
+    if len(set(modalities)) != len(modalities):
+        raise ModelError("a tower has two residual streams", where=file)
+    for stream in arch.streams:
+        for tower in arch.towers:
+            if tower.blocks is None or tower.modality is not stream.modality:
+                continue
+            writers = {site.path for site in tower.sites if site.role in _RESIDUAL_ROLES}
+            norms = {edge.norm for edge in tower.edges if edge.norm is not None}
+            for paths, listed in ((writers, stream.writers), (norms, stream.norms)):
+                expected = {f"{tower.blocks}.*.{path}" for path in paths}
+                if forgotten := sorted(expected - set(listed)):
+                    raise ModelError(
+                        f"the {stream.modality} tower's residual stream lacks {forgotten[0]!r}",
+                        where=file,
+                    )

@@ -1,0 +1,194 @@
+"""A model bound to its description: sites, steps, edges and streams with paths and shapes.
+
+:func:`~prismquant.models.bind.bind` makes these values; all that plans, runs, writes or checks a
+model reads them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from prismquant.errors import ModelError, suggest
+from prismquant.models.arch import ArchSpec, EdgeKind, Modality, SiteKind
+from prismquant.models.config import config_value
+from prismquant.models.names import NameMap
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@dataclass(frozen=True)
+class BoundSite:
+    """A site of one concrete layer.
+
+    Attributes:
+        name: Module path.
+        disk_name: Prefix of its tensors on disk.
+        role: Its role, e.g. ``mlp.down``.
+        modality: Its tower's modality.
+        kind: Linear layer or patch convolution.
+        step: Index of its step.
+        stage: Order inside the step.
+        input_key: Equal for sites that read the same tensor; unique over the model.
+        fuse_key: Equal for sites that servers fuse; unique over the model; None when not fused.
+        out_features, in_features: Shape of its weight as a matrix.
+        weight_shape: Shape of its weight; five-dimensional for a 3-D convolution.
+        has_bias: Whether it has a bias.
+        dtype: Of its weight on disk; without shards, the config's.
+        tied: Whether its weight is the token embedding.
+    """
+
+    name: str
+    disk_name: str
+    role: str
+    modality: Modality
+    kind: SiteKind
+    step: int
+    stage: int
+    input_key: str
+    fuse_key: str | None
+    out_features: int
+    in_features: int
+    weight_shape: tuple[int, ...]
+    has_bias: bool
+    dtype: torch.dtype
+    tied: bool = False
+
+
+@dataclass(frozen=True)
+class BoundStep:
+    """One unit of calibration: a module that is run, and its sites.
+
+    Attributes:
+        index: Position in calibration order.
+        modality: Its tower's modality.
+        name: Module path.
+        sites: Its sites, in stage order.
+        kind: ``entry``, ``block``, ``projector`` or ``head``.
+    """
+
+    index: int
+    modality: Modality
+    name: str
+    sites: tuple[BoundSite, ...]
+    kind: str
+
+
+@dataclass(frozen=True)
+class BoundEdge:
+    """An edge of one concrete block, with module paths.
+
+    Attributes:
+        kind: Which rescaling it allows.
+        norm: Norm at the upper end, or None.
+        producer: Linear at the upper end, or None.
+        consumers: All readers of the upper end's output.
+        size: Channels at the upper end that can be scaled: of the norm; output rows of the
+            producer.
+        first_row: First row of the producer's weight that counts: two thirds down a fused
+            query-key-value.
+        tile: Times that the channels repeat in a consumer's input: 4 behind a concatenating merger.
+        heads, kv_heads: Attention heads, for kind ``value``; otherwise 0.
+        step: Index of the step of the consumers.
+    """
+
+    kind: EdgeKind
+    norm: str | None
+    producer: str | None
+    consumers: tuple[str, ...]
+    size: int
+    first_row: int
+    tile: int
+    heads: int
+    kv_heads: int
+    step: int
+
+    @property
+    def source(self) -> str:
+        """The upper end: the norm or the producer."""
+        return self.norm or self.producer or ""
+
+
+@dataclass(frozen=True)
+class BoundStream:
+    """The residual stream of one tower, with module paths.
+
+    Attributes:
+        modality: Of the tower.
+        width: Its channels.
+        writers: Linears and convolutions whose output rows are its channels.
+        embeddings: Tables whose rows are vectors of the stream.
+        norms: Norms through which it is read; each is the upper end of an edge, and each is as wide
+            as the stream or as several concatenated vectors of it.
+        centred: Whether a norm subtracts the mean over channels, as LayerNorm does.
+    """
+
+    modality: Modality
+    width: int
+    writers: tuple[str, ...]
+    embeddings: tuple[str, ...]
+    norms: tuple[str, ...]
+    centred: bool
+
+
+@dataclass(frozen=True)
+class BoundModel:
+    """An architecture bound to a folder.
+
+    Attributes:
+        arch: The architecture.
+        folder: The checkpoint.
+        config: Native transformers config.
+        names: Disk names and module paths.
+        steps: In calibration order.
+        sites: All sites, in calibration order.
+        edges: All edges.
+        streams: Residual streams of the towers that have a description of theirs.
+        left_alone: ``(module path, reason)`` of layers that are never quantized.
+        dtype: Most frequent floating dtype on disk, or the config's; each site has its own.
+        shapes: Module tensor name -> shape, for every parameter and stored buffer.
+        tied: Whether the head's weight is the token embedding.
+        has_weights: Whether the folder has readable shards.
+        notes: What the folder says that was passed over, in sentences.
+    """
+
+    arch: ArchSpec
+    folder: Path
+    config: Any
+    names: NameMap
+    steps: tuple[BoundStep, ...]
+    sites: tuple[BoundSite, ...]
+    edges: tuple[BoundEdge, ...]
+    streams: tuple[BoundStream, ...]
+    left_alone: tuple[tuple[str, str], ...]
+    dtype: torch.dtype
+    shapes: Mapping[str, tuple[int, ...]]
+    tied: bool
+    has_weights: bool
+    notes: tuple[str, ...] = ()
+    _by_name: dict[str, BoundSite] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._by_name.update({site.name: site for site in self.sites})
+
+    def site(self, name: str) -> BoundSite:
+        """The site of a module path.
+
+        Raises:
+            ModelError: There is none.
+        """
+        if name not in self._by_name:
+            raise ModelError(
+                f"{name!r} is no quantizable layer of {self.arch.title}",
+                remedy=suggest(name, self._by_name) if len(self._by_name) < 40 else None,
+            )
+        return self._by_name[name]
+
+    @property
+    def vision_token_ids(self) -> tuple[int, ...]:
+        """Ids of the tokens that stand for image and video features."""
+        return tuple(int(config_value(self.config, key)) for key in self.arch.vision_token_ids)
