@@ -36,7 +36,7 @@ from torch import Tensor
 from bench.solver.worker import timed
 from prismquant import __version__
 from prismquant.algorithms.gptq import GPTQ
-from prismquant.algorithms.portions import peak_solve_bytes
+from prismquant.algorithms.gptq.row_chunks import peak_solve_bytes
 from prismquant.algorithms.problem import LayerProblem, LayerResult, row_losses
 from prismquant.formats.spec import spec
 from prismquant.numerics.ranges import RangeRule

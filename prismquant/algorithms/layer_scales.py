@@ -128,3 +128,10 @@ def scales_by_column(
 
     zeros = [s.zero_point for s in scales if s.zero_point is not None]
     return lines([s.scale for s in scales]), lines(zeros) if zeros else None
+
+
+def scale_lines(columns: Tensor, spec: NumberSpec) -> Tensor:
+    """Line of the scales that each column uses: that of its group in the original order."""
+    if not spec.granularity.grouped or spec.group_size is None:
+        return torch.zeros_like(columns)
+    return columns // spec.group_size

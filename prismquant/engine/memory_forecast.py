@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from prismquant.algorithms.portions import peak_solve_bytes
+from prismquant.algorithms.gptq.row_chunks import peak_solve_bytes
 from prismquant.data.batches import Batch
 from prismquant.data.media import Cost
 from prismquant.errors import PlanError

@@ -36,8 +36,8 @@ def _of_pick(real):
     return numba.int64(matrix, lines, left, _NUMBERS)
 
 
-def _of_settle(real):
-    """The signature of :func:`settle` for a type of numbers."""
+def _of_move(real):
+    """The signature of :func:`move_columns` for a type of numbers."""
     matrix, moved = numba.types.Array(real, 2, "A"), numba.types.Array(real, 2, "C")
     return numba.void(matrix, moved, _NUMBERS, numba.int64, numba.int64)
 
@@ -162,9 +162,9 @@ def pick(matrix, lines, left, picked):
     return count
 
 
-@compiled(_of_settle(numba.float32), _of_settle(numba.float64))
-def settle(matrix, moved, free, start, stop):
-    """See :func:`prismquant.kernels.pivots.settle`."""
+@compiled(_of_move(numba.float32), _of_move(numba.float64))
+def move_columns(matrix, moved, free, start, stop):
+    """See :func:`prismquant.kernels.pivots.move_columns`."""
     before = 0
     for row in range(start, stop):
         while before < len(free) and free[before] < row:

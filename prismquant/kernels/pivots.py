@@ -49,7 +49,7 @@ def pick_smallest(matrix: Tensor, lines: Tensor) -> list[int]:
     return [int(place) for place in picked[:found]]
 
 
-def settle(matrix: Tensor, moved: Tensor, free: Tensor, rows: slice) -> None:
+def move_columns(matrix: Tensor, moved: Tensor, free: Tensor, rows: slice) -> None:
     """Put columns in the places of others, in some rows of the lower triangle.
 
     Args:
@@ -63,4 +63,4 @@ def settle(matrix: Tensor, moved: Tensor, free: Tensor, rows: slice) -> None:
     """
     from prismquant.kernels import cpu_pivots
 
-    cpu_pivots.settle(matrix.numpy(), moved.numpy(), free.numpy(), rows.start, rows.stop)
+    cpu_pivots.move_columns(matrix.numpy(), moved.numpy(), free.numpy(), rows.start, rows.stop)

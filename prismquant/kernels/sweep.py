@@ -198,7 +198,7 @@ def round_columns(
 
     The sum is over the columns before k, or all others. All matrices are float32 with rows of the
     weight next to one another in memory. Source of the recurrence: Frantar et al., arXiv
-    2210.17323, in the left-looking form of ``prismquant/algorithms/gptq.py``.
+    2210.17323, in the left-looking form of ``prismquant/algorithms/gptq/reference.py``.
 
     Args:
         kernel: One that :func:`supports`.

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prismquant.algorithms.triangles import Triangles, divide_lines
+from prismquant.algorithms.gptq.cholesky import divide_lines
+from prismquant.algorithms.gptq.shared_hessian import SharedHessian
 from prismquant.formats.spec import spec
 from prismquant.kernels.sweep import Kernel, kernel_for
 
@@ -22,12 +23,12 @@ def symmetric(count: int, seed: int) -> Tensor:
     return x + x.T
 
 
-def spoilt(hessian: Tensor, kernel: Kernel = "torch") -> Triangles:
+def spoilt(hessian: Tensor, kernel: Kernel = "torch") -> SharedHessian:
     """With nothing but NaN where a factor would be, and on the diagonal."""
-    halves = Triangles.of(hessian, kernel)
-    nothing = torch.full_like(halves.matrix, torch.nan)
-    halves.matrix.copy_(torch.where(torch.ones_like(nothing).tril().bool(), nothing, hessian))
-    return halves
+    shared = SharedHessian.of(hessian, kernel)
+    nothing = torch.full_like(shared.matrix, torch.nan)
+    shared.matrix.copy_(torch.where(torch.ones_like(nothing).tril().bool(), nothing, hessian))
+    return shared
 
 
 @settings(max_examples=15)
@@ -36,9 +37,9 @@ def test_what_is_above_the_diagonal_is_enough_to_be_whole_again(
     count: int, seed: int, kernel: Kernel
 ) -> None:
     hessian = symmetric(count, seed)
-    halves = spoilt(hessian.clone(), kernel)
-    halves.restore()
-    assert torch.equal(halves.matrix, hessian)
+    shared = spoilt(hessian.clone(), kernel)
+    shared.restore()
+    assert torch.equal(shared.matrix, hessian)
 
 
 @settings(max_examples=15)
@@ -54,9 +55,9 @@ def test_lines_are_those_of_the_whole(
 ) -> None:
     hessian = symmetric(count, seed)
     block = slice(min(first, count - 1), min(first + size, count))
-    halves = spoilt(hessian.clone(), kernel)
-    assert torch.equal(halves.lines(block), hessian[block])
-    behind = halves.lines(block, whole=False)[:, block.start :]
+    shared = spoilt(hessian.clone(), kernel)
+    assert torch.equal(shared.lines(block), hessian[block])
+    behind = shared.lines(block, whole=False)[:, block.start :]
     assert torch.equal(behind, hessian[block, block.start :])
 
 
@@ -66,11 +67,11 @@ def test_an_order_is_put_below_the_diagonal_and_nowhere_else(
     count: int, seed: int, wide: bool, kernel: Kernel
 ) -> None:
     hessian = symmetric(count, seed)
-    halves = spoilt(hessian.clone(), kernel)
+    shared = spoilt(hessian.clone(), kernel)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    target = torch.zeros(count, count, dtype=torch.float64) if wide else halves.matrix
+    target = torch.zeros(count, count, dtype=torch.float64) if wide else shared.matrix
     above = target.triu().clone()
-    halves.arrange(order, target)
+    shared.arrange(order, target)
     assert torch.equal(target.tril(-1), hessian[order][:, order].tril(-1).to(target.dtype))
     assert torch.equal(target.triu().nan_to_num(), above.nan_to_num())
 

@@ -15,9 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prismquant.algorithms import factor, portions
-from prismquant.algorithms.gptq import GPTQ
-from prismquant.algorithms.portions import peak_solve_bytes
+from prismquant.algorithms.gptq import GPTQ, cholesky, row_chunks
+from prismquant.algorithms.gptq.row_chunks import peak_solve_bytes
 from prismquant.algorithms.problem import LOSS_BLOCK, LayerProblem, LayerResult, row_losses
 from prismquant.algorithms.rtn import RTN
 from prismquant.errors import NumericsError
@@ -499,7 +498,7 @@ def test_a_factorization_that_rounding_spoils_is_made_in_float32(order, monkeypa
     notes = solver.solve(rounded).notes
     assert notes["precision"] == "float32, products of bfloat16"
     assert notes["damping_attempts"] == 1
-    monkeypatch.setattr(factor, "_HEAVY", float("inf"))
+    monkeypatch.setattr(cholesky, "_HEAVY", float("inf"))
     notes = solver.solve(rounded).notes
     assert (notes["precision"], notes["damping"]) == ("float32", solver.damping)
     assert notes["damping_attempts"] == 2
@@ -592,7 +591,7 @@ def test_how_many_rows_are_solved_at_once_changes_no_code(name, passes, monkeypa
     problem = make(name, (20, 3, 14), seed=11)
     problem.hessian[5], problem.hessian[:, 5] = 0.0, 0.0
     whole = GPTQ(refine_passes=passes).solve(problem)
-    monkeypatch.setattr(portions, "CPU_ROWS", 6)
+    monkeypatch.setattr(row_chunks, "CPU_ROWS", 6)
     parts = GPTQ(refine_passes=passes).solve(problem)
     for one, two in zip(whole.weights, parts.weights, strict=True):
         assert torch.equal(one.codes, two.codes)
@@ -616,7 +615,6 @@ def test_the_loss_is_that_of_the_codes_however_it_was_measured(passes, tokens, d
 _PEAKS = """
 import sys, torch
 from pathlib import Path
-from prismquant.algorithms import factor
 from prismquant.algorithms.problem import LayerProblem
 from prismquant.algorithms.gptq import GPTQ
 from prismquant.formats.spec import spec

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prismquant.algorithms import factor
-from prismquant.algorithms.factor import (
+from prismquant.algorithms.gptq import cholesky
+from prismquant.algorithms.gptq.cholesky import (
     blocks,
     can_round,
     factorize_in_place,
@@ -139,7 +139,7 @@ def test_rounded_products_leave_pivots_good_to_a_thousandth_or_so(features, make
 def test_without_the_rule_for_heavy_lines_a_mean_would_drown_the_rest(monkeypatch):
     """So the test above would notice."""
     matrix = moments_about_a_mean(600, 3)
-    monkeypatch.setattr(factor, "_HEAVY", math.inf)
+    monkeypatch.setattr(cholesky, "_HEAVY", math.inf)
     assert factorize_smallest_last(lower_alone(matrix, torch.float32), rounded=True) is None
 
 
@@ -175,9 +175,9 @@ def test_pivots_come_in_the_order_of_their_definition_whatever_the_block(
     matrix = moments(features, seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pivots, "supports", lambda device: compiled)
-        patch.setattr(factor, "_PIVOT_BLOCK", block)
-        patch.setattr(factor, "_PANEL", block + 3)
-        patch.setattr(factor, "_TIP", block // 2 + 1)
+        patch.setattr(cholesky, "_PIVOT_BLOCK", block)
+        patch.setattr(cholesky, "_PANEL", block + 3)
+        patch.setattr(cholesky, "_TIP", block // 2 + 1)
         lines = lower_alone(matrix, torch.float64)
         order = factorize_smallest_last(lines)
     assert order.tolist() == smallest_last(matrix)
@@ -191,7 +191,7 @@ def test_without_pivots_the_root_does_not_depend_on_the_block(features, seed, bl
     matrix = moments(features, seed)
     lines = lower_alone(matrix, torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(factor, "_PLAIN_BLOCK", block)
+        patch.setattr(cholesky, "_PLAIN_BLOCK", block)
         assert factorize_in_place(lines)
     expected = torch.linalg.cholesky(matrix.flip(0, 1)).flip(0, 1)
     torch.testing.assert_close(root_of(lines), expected, rtol=1e-10, atol=1e-10)
@@ -206,7 +206,7 @@ def test_what_is_above_the_diagonal_stays_and_does_not_matter(
     rounded, definite, above, dtype, compiled, monkeypatch
 ):
     monkeypatch.setattr(pivots, "supports", lambda device: compiled)
-    monkeypatch.setattr(factor, "_PANEL", 200)
+    monkeypatch.setattr(cholesky, "_PANEL", 200)
     matrix = moments(600)
     if not definite:
         matrix[3, 3] *= -1

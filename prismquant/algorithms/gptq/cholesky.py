@@ -1,9 +1,10 @@
 """Cholesky factorization from the last column to the first, in place, with or without pivoting.
 
-``H = R R^T`` with R upper triangular, for the sweep of :mod:`prismquant.algorithms.gptq`. Working
-from the end, the column of R that each step finds is just the line of factors that the sweep reads
-at that position, so the lines are stored as rows, and nothing is computed twice. Where the sweep's
-order is chosen by pivots, choosing it *is* the factorization.
+``H = R R^T`` with R upper triangular, for the column loop of
+:mod:`prismquant.algorithms.gptq.column_loop`. Working from the end, the column of R that each step
+finds is just the line of factors that the loop reads at that position, so the lines are stored as
+rows, and nothing is computed twice. Where the order of the loop is chosen by pivots, choosing it
+*is* the factorization.
 
 Most of the work is to subtract from what remains what finished lines explain of it. These products
 may round their factors to bfloat16, which some processors multiply more than twice as fast. The
@@ -40,6 +41,8 @@ _PLAIN_BLOCK = 256
 _PANEL = 512
 # How much of what is left of the diagonal, summed over columns, a line explains that is rounded.
 _HEAVY = 4.0
+# Lines that are divided at once.
+_DIVIDED = 256
 # Of a block on the diagonal both halves are computed where it is no larger than this.
 _TIP = 128
 
@@ -103,7 +106,8 @@ def factorize_smallest_last(matrix: Tensor, *, rounded: bool = False) -> Tensor 
     """
     rounded, end = rounded and can_round(matrix), len(matrix)
     compiled = pivots.supports(matrix.device)
-    pick, settle = (_pick_compiled, pivots.settle) if compiled else (_pick_smallest, _settle)
+    pick = _pick_compiled if compiled else _pick_smallest
+    move_columns = pivots.move_columns if compiled else _move_columns
     moves: list[_Move] = []
     while end:
         rest = matrix[:end, :end]
@@ -116,7 +120,7 @@ def factorize_smallest_last(matrix: Tensor, *, rounded: bool = False) -> Tensor 
         end -= len(picked)
         rest = matrix[:end, :end]
         for rows in blocks(end, _PANEL):
-            settle(rest, moved, move.free, rows)
+            move_columns(rest, moved, move.free, rows)
         _explain(rest, lines[:, :end], rounded=rounded)
         moves.append(move)
     return _follow(matrix, moves)
@@ -135,7 +139,7 @@ def blocks(count: int, size: int, first: int = 0) -> Iterator[slice]:
 
 @dataclass(frozen=True, eq=False)
 class _Move:
-    """What becomes of ``m`` columns when ``b`` of them are eliminated.
+    """Where ``m`` columns go when ``b`` of them are eliminated.
 
     Those of the last ``b`` columns that stay take the places of those further ahead that go. Lines
     and columns of the matrix move alike.
@@ -198,7 +202,7 @@ class _Move:
         _write_lower(matrix[start:, start:], own.flip(0))
 
     def before(self, places: Tensor) -> Tensor:
-        """Which column came to each place.
+        """Column that came to each place.
 
         Args:
             places: Where those that stayed are after later moves, int64 ``[m - b]``: the place
@@ -263,13 +267,13 @@ def _pick_smallest(matrix: Tensor) -> tuple[Tensor, list[int]]:
 
 
 def _pick_compiled(matrix: Tensor) -> tuple[Tensor, list[int]]:
-    """What :func:`_pick_smallest` does, in one kernel."""
+    """Do as :func:`_pick_smallest`, in one kernel."""
     lines = matrix.new_empty(min(_PIVOT_BLOCK, len(matrix)), len(matrix))
     return lines, pivots.pick_smallest(matrix, lines)
 
 
-def _settle(matrix: Tensor, moved: Tensor, free: Tensor, rows: slice) -> None:
-    """See :func:`prismquant.kernels.pivots.settle`."""
+def _move_columns(matrix: Tensor, moved: Tensor, free: Tensor, rows: slice) -> None:
+    """See :func:`prismquant.kernels.pivots.move_columns`."""
     bounds = torch.searchsorted(free, free.new_tensor([rows.start, rows.stop]))
     before, behind = (int(bound) for bound in bounds)
     inside, ahead = slice(before, behind), matrix[rows, : rows.start]
@@ -293,7 +297,7 @@ def _explain(matrix: Tensor, lines: Tensor, *, rounded: bool) -> None:
 
 
 def _heavy(matrix: Tensor, lines: Tensor) -> Tensor:
-    """Which lines explain so much of what is left that they must not be rounded, bool ``[b]``.
+    """Lines that explain so much of what is left that they must not be rounded, bool ``[b]``.
 
     Args:
         matrix: ``[m, m]``, of which nothing was subtracted.
@@ -319,3 +323,22 @@ def _write_lower(target: Tensor, values: Tensor) -> None:
     """Copy the lower triangle, and touch nothing else."""
     places = tuple(torch.tril_indices(*target.shape, device=target.device))
     target[places] = values[places]
+
+
+def divide_lines(matrix: Tensor, divisors: Tensor) -> None:
+    """Divide what is below a diagonal, line by line.
+
+    Args:
+        matrix: ``[n, n]``, changed below its diagonal.
+        divisors: ``[n]``, in its dtype.
+    """
+    for block in blocks(len(matrix), _DIVIDED):
+        below = divisors[block].unsqueeze(1)
+        matrix[block, : block.start] /= below
+        own = matrix[block, block]
+        own.copy_(torch.where(below_diagonal(own), own / below, own))
+
+
+def below_diagonal(matrix: Tensor) -> Tensor:
+    """Mask of the entries of a square matrix below its diagonal, bool."""
+    return torch.ones_like(matrix, dtype=torch.bool).tril_(-1)

@@ -1,21 +1,20 @@
 """A Hessian and its factor in the memory of one matrix.
 
-A symmetric matrix needs one triangle, and so does a factor. Wide layers have matrices of gigabytes,
+A symmetric matrix is known by one half, and so is a factor. Wide layers have matrices of gigabytes,
 so both share one: on and above the diagonal stays the Hessian in its original order, below it the
-factorization works, in the order of the sweep. When the factor is done with, the Hessian's own
+factorization works, in the order of the column loop. When the factor is done with, the Hessian's
 lower half is copied back from the upper one.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from prismquant.algorithms.factor import blocks
+from prismquant.algorithms.gptq.cholesky import below_diagonal, blocks
 from prismquant.kernels import transpose
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ _BLOCK = 256
 
 
 @dataclass(frozen=True, eq=False)
-class Triangles:
+class SharedHessian:
     """A Hessian of which nothing below the diagonal is read.
 
     Attributes:
@@ -40,20 +39,20 @@ class Triangles:
     kernel: Kernel
 
     @staticmethod
-    def of(hessian: Tensor, kernel: Kernel) -> Triangles:
+    def of(hessian: Tensor, kernel: Kernel) -> SharedHessian:
         """Take over the memory of a Hessian; :meth:`restore` gives it back as it was.
 
         Args:
             hessian: Symmetric, float32 ``[n, n]``.
             kernel: One that works where it lies.
         """
-        return Triangles(hessian, hessian.diagonal().clone(), kernel)
+        return SharedHessian(hessian, hessian.diagonal().clone(), kernel)
 
     def restore(self) -> None:
         """Make the matrix the whole Hessian again."""
         self.matrix.diagonal().copy_(self.diagonal)
         for block in blocks(len(self.matrix), _BLOCK):
-            self._turn(block, self.matrix[block])
+            self._fill_before(block, self.matrix[block])
             own = self.matrix[block, block]
             own.copy_(own.triu() + own.triu(1).T)
 
@@ -72,7 +71,7 @@ class Triangles:
         found = torch.empty_like(lines) if memory is None else memory[: len(lines)]
         found[:, block.start :] = lines[:, block.start :]
         if whole:
-            self._turn(block, found)
+            self._fill_before(block, found)
         own = found[:, block]
         own.copy_(own.triu(1) + own.triu(1).T)
         own.diagonal().copy_(self.diagonal[block])
@@ -97,7 +96,7 @@ class Triangles:
             own, found = target[block, block], lines[:, block]
             own.copy_(torch.where(below_diagonal(own), found.to(own.dtype), own))
 
-    def _turn(self, block: slice, lines: Tensor) -> None:
+    def _fill_before(self, block: slice, lines: Tensor) -> None:
         """Put what is above the diagonal in the columns of a block where it is left of it in lines.
 
         Args:
@@ -107,85 +106,3 @@ class Triangles:
         columns = torch.arange(block.start, block.stop, device=lines.device)
         ahead = slice(0, block.start)
         transpose.columns_as_lines(self.kernel, self.matrix[ahead], columns, lines[:, ahead])
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """A way to factorize.
-
-    Attributes:
-        number: How many were tried, this one included.
-        damping: The fraction that is added to the diagonal.
-        dtype: Of the factor.
-        rounded: Whether products round their factors to bfloat16.
-    """
-
-    number: int
-    damping: float
-    dtype: torch.dtype
-    rounded: bool
-
-    @property
-    def precision(self) -> str:
-        """In words."""
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{dtype}, products of bfloat16" if self.rounded else dtype
-
-    def noise(self, count: int) -> float:
-        """How small a pivot, as a fraction of its diagonal entry, is lost in rounding errors.
-
-        A factorization may succeed with such a pivot, but what its column owes to others is noise.
-
-        Args:
-            count: Columns of the matrix.
-        """
-        return 10.0 * math.sqrt(count) * torch.finfo(self.dtype).eps
-
-
-@dataclass(frozen=True, eq=False)
-class Factor:
-    """The factorization ``R R^T`` of a damped Hessian, ``R`` upper triangular, in a sweep's order.
-
-    Attributes:
-        columns: Which column comes at each position, int64 ``[n]``.
-        lines: ``R_jk / R_kk`` at line k, column j below k, anything beyond; in the dtype it was
-            computed in, ``[n, n]``.
-        roots: ``R_kk``, in that dtype, ``[n]``.
-        diagonal: Of the Hessian without damping, in the original order, float32 ``[n]``.
-        damped: Of the damped one, likewise.
-        attempt: How it was found.
-    """
-
-    columns: Tensor
-    lines: Tensor
-    roots: Tensor
-    diagonal: Tensor
-    damped: Tensor
-    attempt: Attempt
-
-    def coefficients(self, block: slice) -> Tensor:
-        """What errors of columns up to the block do to its targets: ``R_jk / R_kk``.
-
-        Returns:
-            float32 ``[block, block.stop]``, undefined on and above the diagonal.
-        """
-        return self.lines[block, : block.stop].to(torch.float32)
-
-
-def divide_lines(matrix: Tensor, divisors: Tensor) -> None:
-    """Divide what is below a diagonal, line by line.
-
-    Args:
-        matrix: ``[n, n]``, changed below its diagonal.
-        divisors: ``[n]``, in its dtype.
-    """
-    for block in blocks(len(matrix), _BLOCK):
-        below = divisors[block].unsqueeze(1)
-        matrix[block, : block.start] /= below
-        own = matrix[block, block]
-        own.copy_(torch.where(below_diagonal(own), own / below, own))
-
-
-def below_diagonal(matrix: Tensor) -> Tensor:
-    """Which entries of a square matrix are below its diagonal, bool."""
-    return torch.ones_like(matrix, dtype=torch.bool).tril_(-1)
