@@ -64,7 +64,8 @@ from prismquant.models.bound import BoundModel
 from prismquant.models.config import config_value, identify, native_config
 from prismquant.models.processor import load_processor
 from prismquant.modes import default_modes
-from prismquant.plan.plan import Plan, make_plan
+from prismquant.plan.make_plan import make_plan
+from prismquant.plan.plan import Plan
 from prismquant.plan.unseen import unseen_vision
 from prismquant.recipe.adapt import adapted
 from prismquant.recipe.schema import Recipe, load_recipe

@@ -207,9 +207,9 @@ class Bench:
 def formats(model: Path, setting: str) -> tuple[tuple[int, int], int]:
     """A preset as others are told it: bits and group size (0: a row) of weights, bits of inputs."""
     row = inspect(model, setting).quantized[0]
-    assert row.weights is not None
-    inputs = row.activations.bits if row.activations is not None else 0
-    return (row.weights.bits, row.weights.group_size or 0), inputs
+    assert row.config.weights is not None
+    inputs = row.config.activations.bits if row.config.activations is not None else 0
+    return (row.config.weights.bits, row.config.weights.group_size or 0), inputs
 
 
 def jobs(options: argparse.Namespace) -> Iterator[Job]:

@@ -92,12 +92,12 @@ def simulated(source: Source, plan: Plan, folder: Path) -> nn.Module:
             target = model.get_submodule(row.site.name).get_parameter("weight")
             target.data.copy_(values.reshape(target.shape))
     for row in plan.quantized:
-        if row.activations is not None:
+        if row.config.activations is not None:
             scales = [f"{row.site.disk_name}.input_{part}" for part in ("scale", "zero_point")]
-            if row.activations.scale == "e4m3":
+            if row.config.activations.scale == "e4m3":
                 scales[0] = f"{row.site.disk_name}.input_global_scale"
             stored = [shards.read(name) if name in shards.names else None for name in scales]
-            quantize_inputs(model, row.site.name, row.activations, *stored)
+            quantize_inputs(model, row.site.name, row.config.activations, *stored)
     if plan.kv_cache is not None:
         for layer in plan.kv_cache.layers:
             names = [source.bound.names.to_disk(name) for name in layer.tensors]

@@ -46,7 +46,8 @@ from prismquant.evaluate.fidelity import evaluate_model
 from prismquant.export.load_quantized import load_model
 from prismquant.models.bind import bind
 from prismquant.models.outliers import add_outliers
-from prismquant.plan.plan import Plan, PlanRow, make_plan
+from prismquant.plan.make_plan import make_plan
+from prismquant.plan.plan import Plan, PlanRow
 from prismquant.recipe.presets import PRESETS
 from prismquant.recipe.schema import Recipe, load_recipe
 from prismquant.report.tables import markdown_table, rich_table
@@ -178,8 +179,8 @@ class Yardstick:
         """Figures of a checkpoint, the inputs of some layers quantized as a plan's rows say."""
         model = load_model(folder, dtype=torch.float32)
         for row in inputs:
-            if row.activations is not None:
-                quantize_inputs(model, row.site.name, row.activations, None, None)
+            if row.config.activations is not None:
+                quantize_inputs(model, row.site.name, row.config.activations, None, None)
         self.reference.place = 0
         result = evaluate_model(model, self.batches, reference=self.reference)
         overall, answers = result.overall, result.overall.divergence["answer"]

@@ -47,10 +47,12 @@ def require_sharable(plan: Plan) -> None:
             remedy="run it in one process, which streams the shards with all cores",
         )
     for row in plan.quantized:
-        ordered = row.activation_range.kind == "ema" and (row.static_input or row.static_output)
+        ordered = row.config.activation_range.kind == "ema" and (
+            row.config.static_input or row.config.static_output
+        )
         why = "a moving average depends on the order of batches" if ordered else ""
-        if row.tuner is not None:
-            why = f"the tuner {row.tuner} descends on all calls of a block in one process"
+        if row.config.tuner is not None:
+            why = f"the tuner {row.config.tuner} descends on all calls of a block in one process"
         if why:
             raise PlanError(
                 f"several ranks cannot do this recipe: {why}",

@@ -47,7 +47,7 @@ class _Stopped(Exception):  # noqa: N818 - the run has ended, nothing is wrong w
 
 def streams(plan: Plan) -> bool:
     """Whether a plan can be carried out tensor by tensor: no data, and a solver that needs none."""
-    solvers = (build_solver(row.solver, row.options) for row in plan.quantized)
+    solvers = (build_solver(row.config.solver, row.config.options) for row in plan.quantized)
     return not plan.needs_data and all(isinstance(solver, RTN) for solver in solvers)
 
 
@@ -150,26 +150,28 @@ class _Task:
 
     def _round(self, rows: Sequence[PlanRow]) -> Iterator[tuple[QuantizedLayer, LayerRecord]]:
         """Layers that share an input, and the global scale where there is one."""
-        spec = rows[0].weights
+        spec = rows[0].config.weights
         if spec is None:
             return
         # Only a global scale needs all the weights at once.
         kept = [self._weight(row) for row in rows] if spec.scale == "e4m3" else []
         try:
             largest = [_magnitude(weight) for weight in kept]
-            form = scale_format(spec, rows[0].weight_range, rows[0].site.dtype, largest)
+            form = scale_format(spec, rows[0].config.weight_range, rows[0].site.dtype, largest)
         except NumericsError:
             self._refuse(rows)
             raise
         for index, row in enumerate(rows):
             weight = kept[index] if kept else self._weight(row)
             try:
-                rounded = round_weight(weight, spec, row.weight_range, form, self.pulse)
+                rounded = round_weight(weight, spec, row.config.weight_range, form, self.pulse)
             except NumericsError:
                 self._refuse(rows)
                 raise
             notes = dict(RTN().notes) | self._notes(rows[0])
-            record = LayerRecord(row.site.name, row.solver, rounded.loss, rounded.loss, notes)
+            record = LayerRecord(
+                row.site.name, row.config.solver, rounded.loss, rounded.loss, notes
+            )
             yield QuantizedLayer(row.site.name, rounded.weight), record
 
     def _refuse(self, rows: Sequence[PlanRow]) -> None:
@@ -191,7 +193,7 @@ class _Task:
 
     def _notes(self, row: PlanRow) -> dict[str, Note]:
         """What the engine tells of a group beside its solver's notes."""
-        asked = row.vision_weight
+        asked = row.config.vision_weight
         weight = self.job.vision_weights.get(row.site.name, 1.0) if asked == "gradient" else asked
         return {} if weight == 1 else {"vision_weight": weight}
 

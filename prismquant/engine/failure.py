@@ -23,7 +23,7 @@ from prismquant.errors import NumericsError
 
 if TYPE_CHECKING:
     from prismquant.engine.step_record import LayerRecord, StepRecord
-    from prismquant.recipe.schema import OnFailure
+    from prismquant.recipe.layer_config import OnFailure
 
 FAILED = "failed"
 """The note that says why a layer could not be solved."""

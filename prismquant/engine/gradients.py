@@ -51,7 +51,9 @@ def wants_gradients(plan: Plan) -> bool:
     """Whether some statistics of the plan weigh vision tokens by gradients."""
     moved = {edge.edge.consumers[0] for edge in plan.edges}
     hungry = {
-        row.site.name for row in plan.quantized if row.needs_hessian or row.correction is not None
+        row.site.name
+        for row in plan.quantized
+        if row.config.needs_hessian or row.config.correction is not None
     }
     return bool(_asking(plan) & (moved | hungry))
 
@@ -297,7 +299,7 @@ def _asking(plan: Plan) -> set[str]:
     return {
         row.site.name
         for row in plan.rows
-        if row.site.modality is Modality.LLM and row.vision_weight == "gradient"
+        if row.site.modality is Modality.LLM and row.config.vision_weight == "gradient"
     }
 
 

@@ -82,10 +82,10 @@ class Group:
         self.rows = rows
         self.modules = modules
         self.settings = settings
-        solver = build_solver(rows[0].solver, rows[0].options)
+        solver = build_solver(rows[0].config.solver, rows[0].config.options)
         # Plain rounding has nothing to fall back to.
         self.solver: Solver = (
-            Guarded(solver, rows[0].on_failure) if solver.needs_hessian else solver
+            Guarded(solver, rows[0].config.on_failure) if solver.needs_hessian else solver
         )
         self._failed: str | None = None
         self.columns: Tensor | None = None
@@ -110,8 +110,8 @@ class Group:
         if what == "columns":
             return row.split is not None
         if what == "ranges":
-            return row.static_input or any(row.static_output for row in self.rows)
-        return self.solver.needs_hessian or row.correction is not None
+            return row.config.static_input or any(row.config.static_output for row in self.rows)
+        return self.solver.needs_hessian or row.config.correction is not None
 
     def observe(self, x: Tensor, call: StepCall, what: What, wanted: Tensor | None = None) -> None:
         """Take in one call's input of the layers, any shape that reshapes to [rows, in].
@@ -131,14 +131,14 @@ class Group:
                     known = self._magnitudes
                     self._magnitudes = seen if known is None else torch.maximum(known, seen)
             elif what == "ranges":
-                if self.rows[0].static_input:
+                if self.rows[0].config.static_input:
                     self._observe_range(self._ranges, self._without_columns(rows), call)
                     self._count("input_range", call.seen(len(rows)))
             elif self._failed is None:
                 self._observe_moments(rows, call, wanted)
         except NumericsError as error:
             # A static range cannot be had without these values; moments can be done without.
-            if what == "moments" and self.rows[0].on_failure == "rtn":
+            if what == "moments" and self.rows[0].config.on_failure == "rtn":
                 self._give_up(f"input: {error.what}")
                 return
             raise NumericsError(
@@ -151,12 +151,12 @@ class Group:
     def observe_outputs(self, x: Tensor, call: StepCall) -> None:
         """Take in one call's outputs of the layers that have a static range for them."""
         for row, module in self._pairs():
-            if row.static_output:
+            if row.config.static_output:
                 rows = module(x).detach().reshape(-1, row.site.out_features)
                 counted = rows if call.row_weights is None else rows[call.row_weights > 0]
-                momentum = row.activation_range.momentum
+                momentum = row.config.activation_range.momentum
                 self._outputs.setdefault(row.site.name, RangeRecord(momentum)).update(counted)
-        if any(row.static_output for row in self.rows):
+        if any(row.config.static_output for row in self.rows):
             self._count("output_range", call.seen(x.shape[:-1].numel()))
 
     def split_columns(self) -> None:
@@ -182,7 +182,7 @@ class Group:
             self._outputs = all_ranges(self._outputs, ranks)
         elif self._failed_on_any(ranks):
             return
-        elif self.rows[0].correction is not None:
+        elif self.rows[0].config.correction is not None:
             self._drift = self._drift or DriftRecord(width, self.settings.device, self.name)
             self._drift.sum_over(ranks.sum_)
         else:
@@ -208,12 +208,12 @@ class Group:
                 hessian = self._moments()
                 weights, told = self._corrected(weights)
             except NumericsError as error:
-                if row.on_failure == "stop":
+                if row.config.on_failure == "stop":
                     raise with_way_out(error) from error
                 self._give_up(error.what)
         if self._failed is not None:
             # The solver refuses a problem without a Hessian, and its guard rounds it.
-            hessian, told = None, failure_notes(self._failed, row.solver)
+            hessian, told = None, failure_notes(self._failed, row.config.solver)
         notes = notes | told
         self._hessian, self._drift = None, None
         self._kept = self._take_columns(weights)
@@ -224,7 +224,7 @@ class Group:
             names=tuple(row.site.name for row in self.rows),
             weights=tuple(weights),
             spec=_required(row),
-            range_rule=row.weight_range,
+            range_rule=row.config.weight_range,
             scale_dtype=self.settings.stored_dtype,
             hessian=hessian,
             tokens=tokens,
@@ -242,7 +242,7 @@ class Group:
             strict=True,
         )
         facts = dict(result.notes) | self._notes
-        method = RTN.name if FAILED in facts else self.rows[0].solver
+        method = RTN.name if FAILED in facts else self.rows[0].config.solver
         return [
             (
                 QuantizedLayer(
@@ -255,7 +255,7 @@ class Group:
 
     def _seen_by(self, row: PlanRow) -> dict[str, Tokens]:
         """How many tokens each of a layer's statistics has seen; outputs are each layer's own."""
-        own = row.static_output
+        own = row.config.static_output
         return {name: seen for name, seen in self._seen.items() if own or name != "output_range"}
 
     def _pairs(self) -> list[tuple[PlanRow, nn.Module]]:
@@ -276,7 +276,7 @@ class Group:
 
         A moving average is one of all tokens, batch after batch.
         """
-        vision = None if self.rows[0].activation_range.kind == "ema" else call.vision
+        vision = None if self.rows[0].config.activation_range.kind == "ema" else call.vision
         counted = None if call.row_weights is None else call.row_weights > 0
         parts = {"text": None if vision is None else ~vision}
         if vision is not None:
@@ -285,13 +285,13 @@ class Group:
             mask = part if counted is None else counted if part is None else part & counted
             seen = rows if mask is None else rows[mask]
             if len(seen):
-                momentum = self.rows[0].activation_range.momentum
+                momentum = self.rows[0].config.activation_range.momentum
                 records.setdefault(name, RangeRecord(momentum)).update(seen)
 
     def _observe_moments(self, rows: Tensor, call: StepCall, wanted: Tensor | None) -> None:
         weights = call.token_weights(self.settings.vision_weight)
         seen = self._quantized(rows)
-        if self.rows[0].correction is not None and wanted is not None:
+        if self.rows[0].config.correction is not None and wanted is not None:
             if self._drift is None:
                 self._drift = DriftRecord(rows.shape[1], rows.device, self.name)
             self._drift.update(seen, self._rows(wanted), weights)
@@ -307,7 +307,7 @@ class Group:
 
     def _quantized(self, rows: Tensor) -> Tensor:
         """The input as the layer will really see it."""
-        spec = self.rows[0].activations
+        spec = self.rows[0].config.activations
         if spec is None or not self.settings.quantized_inputs:
             return rows
         scale, zero_point = scale_and_zero_point(self._input_scale())
@@ -318,7 +318,7 @@ class Group:
         """The Hessian, if it was gathered; the split columns are no longer in it."""
         record = self._drift or self._hessian
         if record is None:
-            if self.solver.needs_hessian or self.rows[0].correction is not None:
+            if self.solver.needs_hessian or self.rows[0].config.correction is not None:
                 raise NumericsError(_UNSEEN, where=self.name, remedy=_MORE_SAMPLES)
             return None
         hessian = record.hessian() if isinstance(record, DriftRecord) else record.mean(consume=True)
@@ -328,7 +328,7 @@ class Group:
 
     def _corrected(self, weights: list[Tensor]) -> tuple[list[Tensor], dict[str, Note]]:
         """The weights that are to be approached, and what to tell of them."""
-        correction = self.rows[0].correction
+        correction = self.rows[0].config.correction
         if self._drift is None or correction is None:
             return weights, {}
         corrected, told = self._drift.correct(weights, correction)
@@ -346,7 +346,7 @@ class Group:
 
     def _failed_on_any(self, ranks: Ranks) -> bool:
         """Whether the moments are lost; every rank then does without, for the same reason."""
-        if self.rows[0].on_failure == "stop":
+        if self.rows[0].config.on_failure == "stop":
             return False
         told = [why for why in ranks.gather_json(self._failed) if why is not None]
         if told:
@@ -355,11 +355,13 @@ class Group:
 
     def _require_ranges(self) -> None:
         """Refuse a static range that has seen nothing: it has no scale, and rounding needs one."""
-        sides = [("input", row) for row in self.rows if row.static_input and not self._ranges]
+        sides = [
+            ("input", row) for row in self.rows if row.config.static_input and not self._ranges
+        ]
         sides += [
             ("output", row)
             for row in self.rows
-            if row.static_output and row.site.name not in self._outputs
+            if row.config.static_output and row.site.name not in self._outputs
         ]
         for side, row in sides:
             raise NumericsError(
@@ -382,19 +384,25 @@ class Group:
 
     def _input_scale(self) -> StaticScale | None:
         row = self.rows[0]
-        if row.activations is None or not row.activations.calibrated or not self._ranges:
+        if (
+            row.config.activations is None
+            or not row.config.activations.calibrated
+            or not self._ranges
+        ):
             return None
         if self._input is None:
-            merged = RangeRecord(row.activation_range.momentum)
+            merged = RangeRecord(row.config.activation_range.momentum)
             for record in self._ranges.values():
                 merged.merge(record)
-            self._input = self._static(merged, row.activations, row.activation_range)
+            self._input = self._static(merged, row.config.activations, row.config.activation_range)
         return self._input
 
     def _output_scale(self, row: PlanRow) -> StaticScale | None:
-        if row.outputs is None or row.site.name not in self._outputs:
+        if row.config.outputs is None or row.site.name not in self._outputs:
             return None
-        return self._static(self._outputs[row.site.name], row.outputs, row.activation_range)
+        return self._static(
+            self._outputs[row.site.name], row.config.outputs, row.config.activation_range
+        )
 
     def _static(self, record: RangeRecord, spec: NumberSpec, rule: RangeRule) -> StaticScale:
         device, dtype = self.settings.device, self.settings.stored_dtype
@@ -412,7 +420,7 @@ class Group:
         notes: dict[str, float | int | str] = {"input_low": static.low, "input_high": static.high}
         if len(self._ranges) > 1:
             for name, record in self._ranges.items():
-                spec, rule = self.rows[0].activations, RangeRule("minmax")
+                spec, rule = self.rows[0].config.activations, RangeRule("minmax")
                 if spec is not None:
                     low, high = record.low_high(rule, spec.grid, spec.symmetric)
                     notes |= {f"input_low_{name}": low, f"input_high_{name}": high}
@@ -441,6 +449,6 @@ def require_finite(weight: Tensor, name: str) -> None:
 
 
 def _required(row: PlanRow) -> Any:
-    if row.weights is None:
+    if row.config.weights is None:
         raise NumericsError("a layer without a weight format reached a solver", where=row.site.name)
-    return row.weights
+    return row.config.weights

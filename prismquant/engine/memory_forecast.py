@@ -142,7 +142,7 @@ def weight_dtype(plan: Plan, step: BoundStep, precision: Precision) -> torch.dty
         step: The step.
         precision: In which dtypes blocks are run.
     """
-    tuned = any(row.tuner for row in plan.quantized if row.site.step == step.index)
+    tuned = any(row.config.tuner for row in plan.quantized if row.site.step == step.index)
     moved = any(edge.edge.step == step.index for edge in plan.edges)
     # Tuners run blocks in their own precision, and moved scale is rounded as it is stored.
     if tuned or moved or step.kind != "block":
@@ -288,7 +288,7 @@ class _Outline:
 
     def _solving(self, rows: Sequence[PlanRow], itemsize: int) -> int:
         columns, count = rows[0].site.in_features, sum(row.site.out_features for row in rows)
-        if not rows[0].needs_hessian:
+        if not rows[0].config.needs_hessian:
             # The weight, its codes, and what is made of both on the way.
             return 3 * columns * count * _FLOAT32
         moments = _FLOAT32 * columns**2

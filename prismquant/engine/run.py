@@ -280,7 +280,7 @@ class _Engine:
         if flows:
             self._equalize(work)
             self._round_moved(work)
-        tuned = [row for row in rows if row.tuner is not None]
+        tuned = [row for row in rows if row.config.tuner is not None]
         floats = {row.site.name: _weight_of(self.main, row) for row in tuned}
         kv = self._kv_layer(step)
         sequential = self.job.plan.calibration.layer_sequential
@@ -385,9 +385,9 @@ class _Engine:
         return self.reader.info(self.job.bound.names.to_disk(name)).dtype
 
     def _vision_weight(self, row: PlanRow) -> float:
-        if row.vision_weight == "gradient":
+        if row.config.vision_weight == "gradient":
             return self.job.vision_weights.get(row.site.name, 1.0)
-        return row.vision_weight
+        return row.config.vision_weight
 
     def _stages(self, rows: Sequence[PlanRow]) -> list[list[PlanRow]]:
         """Rows in the order in which a block runs them; one stage when it is not sequential."""
@@ -413,7 +413,7 @@ class _Engine:
                 if what == "columns":
                     group.split_columns()
         roles = ", ".join(dict.fromkeys(row.site.role for row in rows))
-        self.job.reporter.stage(work.step.name, f"{rows[0].solver} {roles}")
+        self.job.reporter.stage(work.step.name, f"{rows[0].config.solver} {roles}")
         # One at a time where nobody else could solve another meanwhile: each has its own Hessian.
         batches = [[group] for group in groups] if self.job.ranks.size == 1 else [groups]
         for members in batches:
@@ -442,7 +442,7 @@ class _Engine:
     ) -> None:
         """Feed each of a stage's groups the input of its layers, call by call."""
         stage = [row.site.name for row in rows]
-        drifting = [g.name for g in groups if what == "moments" and g.rows[0].correction]
+        drifting = [g.name for g in groups if what == "moments" and g.rows[0].config.correction]
         # Nothing changes in the float model.
         twins = work.twins.inputs(drifting, stage) if work.twins and drifting else None
         names = [group.name for group in groups]
@@ -470,7 +470,7 @@ class _Engine:
             list(self.main.calls(step)),
             [output for _, output in work.wanted],
             self.all_rows,
-            self._vision_weight(next(row for row in work.rows if row.tuner)),
+            self._vision_weight(next(row for row in work.rows if row.config.tuner)),
         )
         solved = [layer for layer in work.layers if layer.name not in failed]
         for layers, notes in tune(block, solved, floats):
@@ -491,12 +491,14 @@ class _Engine:
         values = layer.values(stored).to(held).reshape(site.weight_shape)
         module = model.get_submodule(site.name)
         module.weight = nn.Parameter(values.to(self.job.device), requires_grad=False)
-        if row.activations is not None:
+        if row.config.activations is not None:
             scale, zero_point = scale_and_zero_point(layer.input)
             columns = layer.outlier_columns.index if layer.outlier_columns else None
-            quantize_inputs(model, site.name, row.activations, scale, zero_point, columns)
-        if row.outputs is not None:
-            quantize_outputs(model, site.name, row.outputs, *scale_and_zero_point(layer.output))
+            quantize_inputs(model, site.name, row.config.activations, scale, zero_point, columns)
+        if row.config.outputs is not None:
+            quantize_outputs(
+                model, site.name, row.config.outputs, *scale_and_zero_point(layer.output)
+            )
 
     def _restore(
         self, done: StepRecord, step: BoundStep, rows: Sequence[PlanRow], flows: bool

@@ -53,18 +53,18 @@ def edge_problem(
     readers = []
     for name in edge.consumers:
         row, weight = rows[name], model.get_submodule(name).get_parameter("weight")
-        rule = row.weight_range
+        rule = row.config.weight_range
         if rule.kind == "mse":
             rule = replace(rule, steps=min(rule.steps, _RANGE_STEPS))
-        readers.append(Reader(name, weight.detach().to(torch.float32), row.weights, rule))
-    first = next(rows[name] for name in edge.consumers if rows[name].weights is not None)
+        readers.append(Reader(name, weight.detach().to(torch.float32), row.config.weights, rule))
+    first = next(rows[name] for name in edge.consumers if rows[name].quantized)
     return EdgeProblem(
         name=edge.source,
         size=edge.size,
         columns=channel_of_column(edge, record.in_features).to(readers[0].weight.device),
         readers=tuple(readers),
-        activations=first.activations,
-        activation_range=first.activation_range,
+        activations=first.config.activations,
+        activation_range=first.config.activation_range,
         scale_dtype=first.site.dtype,
         record=record,
         vision_weight=vision_weight,

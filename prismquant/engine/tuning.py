@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -62,15 +61,14 @@ def tune(
     Yields:
         For each tuner that layers ask for, the layers with their new codes, and notes for each.
     """
-    groups: dict[str, list[QuantizedLayer]] = {}
+    groups: dict[object, list[QuantizedLayer]] = {}
     for layer in layers:
-        row = block.rows[layer.name]
-        if row.tuner is not None:
-            key = json.dumps([row.tuner, dict(row.tuner_options)], sort_keys=True)
-            groups.setdefault(key, []).append(layer)
+        config = block.rows[layer.name].config
+        if config.tuner is not None:
+            groups.setdefault((config.tuner, config.tuner_options), []).append(layer)
     for members in groups.values():
         row = block.rows[members[0].name]
-        tuner = build_tuner(str(row.tuner), row.tuner_options)
+        tuner = build_tuner(str(row.config.tuner), row.config.tuner_options)
         result = tuner.tune(_problem(block, members, floats, tuner))
         notes: Notes = {
             "tuner": tuner.name,
@@ -125,7 +123,7 @@ def _block_layer(
     if layer.outlier_columns is not None:
         weight = layer.outlier_columns.cut_from(weight)
     row = block.rows[layer.name]
-    return BlockLayer(layer.name, weight, row.weight_range, row.site.dtype, layer.weight)
+    return BlockLayer(layer.name, weight, row.config.weight_range, row.site.dtype, layer.weight)
 
 
 def _inside(block: TunedBlock, layer: QuantizedLayer) -> str:

@@ -113,7 +113,7 @@ def private_section(rows: Iterable[tuple[str, PlanRow]]) -> dict[str, Any]:
     """
     found: dict[str, dict[str, Any]] = {}
     for name, row in rows:
-        for side, spec in ((_INPUT, row.activations), (_OUTPUT, row.outputs)):
+        for side, spec in ((_INPUT, row.config.activations), (_OUTPUT, row.config.outputs)):
             if spec is not None and (row.stored_dense or not _says_all(spec)):
                 found.setdefault(name, {})[side] = spec.to_dict()
     return {PRIVATE_KEY: {"activations": found}} if found else {}

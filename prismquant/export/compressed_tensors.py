@@ -153,7 +153,7 @@ class CheckpointWriter:
         return found
 
     def _read_layer(self, reader: ShardReader, row: PlanRow) -> QuantizedLayer:
-        prefix, weights = row.site.disk_name, row.weights
+        prefix, weights = row.site.disk_name, row.config.weights
         shape = (row.site.out_features, row.site.in_features)
         if weights is None:
             raise StorageError("a layer without a weight format has no codes", where=row.site.name)
@@ -166,7 +166,7 @@ class CheckpointWriter:
             weight = read_weight(reader, prefix, StoredScheme(weights, row.layout), shape)
         scales = {
             side: static_scale(reader, prefix, side, spec)
-            for side, spec in (("input", row.activations), ("output", row.outputs))
+            for side, spec in (("input", row.config.activations), ("output", row.config.outputs))
             if spec is not None
         }
         return QuantizedLayer(
@@ -230,8 +230,8 @@ def quantization_config(plan: Plan, bound: BoundModel) -> dict[str, Any] | None:
     schemes: dict[_Key, list[str]] = {}
     for row in plan.quantized:
         if row.layout != DENSE:
-            sides = [spec if spec and is_declarable(spec) else None for spec in row.sides]
-            key = (row.weights, sides[0], sides[1], row.layout)
+            sides = [spec if spec and is_declarable(spec) else None for spec in row.config.sides]
+            key = (row.config.weights, sides[0], sides[1], row.layout)
             schemes.setdefault(key, []).append(_config_name(bound, row.site.name))
     transforms = _transform_config(plan, bound)
     kv_cache = plan.kv_cache.spec if plan.kv_cache else None
@@ -285,8 +285,8 @@ def _layer_tensors(layer: QuantizedLayer, row: PlanRow) -> dict[str, Tensor]:
         tensors = {"weight": layer.weight.dequantize(dtype).reshape(row.site.weight_shape)}
     else:
         tensors = pack(layer.weight, row.layout)
-    sides = (("input", row.activations, layer.input), ("output", row.outputs, layer.output))
-    for side, spec, static in sides:
+    statics = (layer.input, layer.output)
+    for side, spec, static in zip(("input", "output"), row.config.sides, statics, strict=True):
         # Layers that share an input share its scale in memory; on disk each has its own.
         if static is not None and spec is not None:
             tensors[f"{side}_global_scale" if spec.scale == "e4m3" else f"{side}_scale"] = (

@@ -113,22 +113,30 @@ class Rotation:
         return {"signs": "a random matrix has none"} if unsigned else {}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class OnlineRotation:
-    """What must be done to a layer's input: ``block_hadamard(x * signs, block)``.
+    """Rotation of a layer's input at run time: ``block_hadamard(x * signs, block)``.
 
     Attributes:
         block: Width of the blocks.
-        signs: int8 ``[in]`` of one and minus one; None where the layer before has them in its
+        features: Features of the input.
+        seed: Decides the signs; None where there are none, or the layer before has them in its
             weights.
     """
 
     block: int
-    signs: Tensor | None = None
+    features: int
+    seed: str | None = None
+
+    @property
+    def signs(self) -> Tensor | None:
+        """int8 ``[in]`` of one and minus one; None: not applied at run time."""
+        return None if self.seed is None else random_signs(self.features, self.seed)
 
     def apply(self, x: Tensor) -> Tensor:
         """The rotated input; ``[..., in]`` of any floating dtype."""
-        return block_hadamard(x if self.signs is None else x * self.signs.to(x), self.block)
+        signs = self.signs
+        return block_hadamard(x if signs is None else x * signs.to(x), self.block)
 
 
 def online_rotations(bound: BoundModel, rotations: Sequence[Rotation]) -> dict[str, OnlineRotation]:
@@ -141,10 +149,10 @@ def online_rotations(bound: BoundModel, rotations: Sequence[Rotation]) -> dict[s
     result: dict[str, OnlineRotation] = {}
     for rotation in _by_modality(rotations).values():
         for site in _online_sites(bound, rotation):
-            signs = _online_signs(rotation, site)
-            foldable = _gated_by(bound, site) is not None
+            folded = not rotation.signs or _gated_by(bound, site) is not None
+            seed = None if folded else _online_seed(rotation, site)
             block = _online_block(rotation, site)
-            result[site.name] = OnlineRotation(block, None if foldable else signs)
+            result[site.name] = OnlineRotation(block, site.in_features, seed)
     return result
 
 
@@ -401,8 +409,12 @@ def _online_block(rotation: Rotation, site: BoundSite) -> int:
 
 
 def _online_signs(rotation: Rotation, site: BoundSite) -> Tensor | None:
-    seed = f"{rotation.seed}:{site.name}"
+    seed = _online_seed(rotation, site)
     return random_signs(site.in_features, seed) if rotation.signs else None
+
+
+def _online_seed(rotation: Rotation, site: BoundSite) -> str:
+    return f"{rotation.seed}:{site.name}"
 
 
 def _gated_by(bound: BoundModel, site: BoundSite) -> str | None:

@@ -15,7 +15,7 @@ from prismquant.errors import PlanError
 from prismquant.formats.spec import NumberSpec, spec
 from prismquant.models.bound import BoundSite
 from prismquant.numerics.kinds import Granularity
-from prismquant.recipe.schema import Fallback
+from prismquant.recipe.rule import Fallback
 
 # Formats of weight and input, and what to do where they do not fit.
 Asked = tuple[NumberSpec, NumberSpec | None, Fallback]

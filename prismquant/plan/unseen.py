@@ -31,10 +31,10 @@ def unseen_vision(plan: Plan, samples: Sequence[Sample]) -> tuple[str, ...]:
     readers = {row.site.name for row in rows}
     counts = {
         "the static ranges of {} layers": sum(
-            row.static_input or row.static_output for row in rows
+            row.config.static_input or row.config.static_output for row in rows
         ),
-        "the Hessians of {} layers": sum(row.can_fail for row in rows),
-        "the codes of {} tuned layers": sum(row.tuner is not None for row in rows),
+        "the Hessians of {} layers": sum(row.config.can_fail for row in rows),
+        "the codes of {} tuned layers": sum(row.config.tuner is not None for row in rows),
         "the scales of {} edges": sum(
             bool(readers.intersection(edge.edge.consumers)) for edge in plan.edges
         ),

@@ -7,7 +7,8 @@ from typing import Any, get_args
 
 from prismquant.algorithms.methods import SOLVERS
 from prismquant.arguments import MAX_BATCH, MAX_SAMPLES, as_choice, as_count, as_flag
-from prismquant.recipe.schema import MAX_DEVICES, OnFailure, Recipe
+from prismquant.recipe.layer_config import OnFailure
+from prismquant.recipe.schema import MAX_DEVICES, Recipe
 
 
 def adapted(

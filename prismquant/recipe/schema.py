@@ -33,258 +33,35 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import (
-    BaseModel,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
 
-from prismquant.algorithms.methods import (
-    EQUALIZERS,
-    SOLVERS,
-    TUNERS,
-    build_equalizer,
-    build_solver,
-    build_tuner,
-    checked_options,
-    refuse_idle,
-)
-from prismquant.algorithms.split import Split
 from prismquant.arguments import MAX_BATCH, MAX_SAMPLES
 from prismquant.errors import PrismQuantError, RecipeError, listed, suggest
 from prismquant.formats.kv_formats import KVCacheSpec, kv_cache_spec
-from prismquant.formats.spec import NumberSpec, spec
-from prismquant.models.arch import Modality
-from prismquant.numerics.rules import SEARCHES, RangeRule
+from prismquant.numerics.rules import RangeRule
 from prismquant.opening import read_bounded
 from prismquant.patterns import shortened
-from prismquant.recipe.aliases import translated
+from prismquant.recipe.field_checks import as_finding, range_fields
 from prismquant.recipe.match import MAX_EXPRESSIONS, Match, Strict
 from prismquant.recipe.plain_yaml import MAX_BYTES, read_yaml, write_yaml
-
-if TYPE_CHECKING:
-    from prismquant.algorithms.correction import Correction
-    from prismquant.models.rotation import Rotation
+from prismquant.recipe.rule import Flag, LayerRule
+from prismquant.recipe.transform_rule import TransformRule
 
 Fields = dict[str, Any]
-Fallback = Literal["error", "channel", "nearest"]
-OnFailure = Literal["stop", "rtn"]
 
-ROTATION, SPLIT = "rotation", "split"
-TRANSFORMS = (ROTATION, SPLIT, *EQUALIZERS)
 MAX_DEVICES = 1024
 # What no file's name has, but a recipe's text.
 _TEXT = re.compile(r"[\n{]|\brules\s*:")
 
 # Numbers as pydantic takes them: no text and no truth values in their place.
-Flag = Annotated[bool, Field(strict=True)]
 Seed = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
 
 
 def _count(most: int) -> Any:
     return Field(strict=True, ge=1, le=most)
-
-
-class Rule(Strict):
-    """One statement of a recipe. Fields left out keep what earlier rules said.
-
-    Attributes:
-        match: Which layers; left out, all.
-        weights: A format's name (``int4-g128``) or fields of one, e.g. ``{bits: 4, group_size:
-        64}``.
-        activations: Likewise for the layer's input; ``none`` keeps it in floating point.
-        outputs: Likewise for the layer's output; by default it stays in floating point.
-        solver: The method that chooses the codes: ``rtn`` or ``gptq``.
-        options: That method's options. A rule that names another solver starts from its defaults.
-        correction: ``auto``, ``none``, or the fields of a :class:`Correction`: aim at the float
-            model's output instead of that of the quantized layers before.
-        tuner: ``none``, or who improves the codes on the output of the whole block: ``autoround``
-            or ``zeroquant``.
-        tuner_options: Its options.
-        vision_weight: What an image or video token counts for in the statistics of the language
-            model, a text token counting one; ``gradient`` takes the ratio of their gradients.
-        weight_range: How a weight's range is chosen: ``minmax``, ``mse``, ``percentile``, or its
-        fields.
-        activation_range: Likewise for static activations, ``ema`` too.
-        fallback: What to do where the format cannot hold the layer's shape: ``error``, ``channel``
-            for one scale a row, or ``nearest`` for a smaller group first.
-        on_failure: What to do where the solver fails for want of usable statistics: ``stop``, or
-            ``rtn`` to round to nearest.
-        skip: ``true`` leaves the layer alone.
-    """
-
-    match: Match = Match()
-    weights: Fields | None = None
-    activations: Fields | Literal["none"] | None = None
-    outputs: Fields | Literal["none"] | None = None
-    solver: str | None = None
-    options: Fields | None = None
-    correction: Fields | Literal["none"] | None = None
-    tuner: str | None = None
-    tuner_options: Fields | None = None
-    vision_weight: float | Literal["gradient"] | None = None
-    weight_range: Fields | None = None
-    activation_range: Fields | None = None
-    fallback: Fallback | None = None
-    on_failure: OnFailure | None = None
-    skip: Flag | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _other_names(cls, content: Any) -> Any:
-        return translated(content) if isinstance(content, Mapping) else content
-
-    @field_validator("weights", "activations", "outputs", mode="before")
-    @classmethod
-    def _format_fields(cls, value: Any, info: ValidationInfo) -> Any:
-        if value == "none" and info.field_name == "weights":
-            raise ValueError("a weight has a format; `skip: true` leaves a layer alone")
-        if value is None or value == "none":
-            return value
-        try:
-            if isinstance(value, str):
-                return spec(value).to_dict()
-            fields = _known_fields(value, NumberSpec, "number format")
-            _check_format_fields(fields)
-        except PrismQuantError as error:
-            raise _with_remedy(error) from error
-        return fields
-
-    @field_validator("weight_range", "activation_range", mode="before")
-    @classmethod
-    def _range_fields(cls, value: Any) -> Any:
-        return None if value is None else _range_rule(value)
-
-    @field_validator("solver")
-    @classmethod
-    def _known_solver(cls, value: str | None) -> str | None:
-        if value is not None and value not in SOLVERS:
-            raise ValueError(f"unknown solver {value!r}; {suggest(value, SOLVERS)}")
-        return value
-
-    @field_validator("correction", mode="before")
-    @classmethod
-    def _correction_fields(cls, value: Any) -> Any:
-        if value is None or value == "none":
-            return value
-        from prismquant.algorithms.correction import Correction
-
-        named = {} if value == "auto" else value
-        fields = _known_fields(named, Correction, "correction")
-        try:
-            made = Correction(**checked_options(Correction, fields, "correction"))
-            refuse_idle(made, fields, "correction")
-        except PrismQuantError as error:
-            raise _with_remedy(error) from error
-        return fields
-
-    @field_validator("tuner")
-    @classmethod
-    def _known_tuner(cls, value: str | None) -> str | None:
-        if value not in (None, "none") and value not in TUNERS:
-            raise ValueError(f"unknown tuner {value!r}; {suggest(str(value), TUNERS)}")
-        return value
-
-    @field_validator("vision_weight", mode="before")
-    @classmethod
-    def _weight_in_bounds(cls, value: Any) -> Any:
-        if isinstance(value, bool):
-            raise ValueError("a token's weight is a number, or `gradient`")
-        if isinstance(value, str) and value != "gradient":
-            raise ValueError(f"a token's weight is a number, or `gradient`, not {value!r}")
-        if isinstance(value, int | float) and not 0 <= value <= 1000:
-            raise ValueError("a token's weight is a number from 0 to 1000")
-        return value
-
-    @model_validator(mode="after")
-    def _says_something(self) -> Rule:
-        if not self.model_fields_set - {"match"}:
-            raise ValueError("the rule sets nothing")
-        return self
-
-    @model_validator(mode="after")
-    def _options_are_of_the_solver(self) -> Rule:
-        # Without a solver's name the options are of whichever solver is in force: see `resolve`.
-        try:
-            if self.solver is not None and self.options:
-                solver = build_solver(self.solver, self.options)
-                refuse_idle(solver, self.options, self.solver)
-            if self.tuner not in (None, "none") and self.tuner_options:
-                tuner = build_tuner(str(self.tuner), self.tuner_options)
-                refuse_idle(tuner, self.tuner_options, str(self.tuner))
-            if self.options and self.weight_range and "kind" in self.weight_range:
-                _check_weighting(self.options, self.weight_range["kind"])
-        except PrismQuantError as error:
-            raise _with_remedy(error) from error
-        return self
-
-    @model_validator(mode="after")
-    def _says_nothing_in_vain(self) -> Rule:
-        towers = self.match.modality
-        if self.vision_weight is not None and towers and Modality.LLM not in towers:
-            raise ValueError("vision_weight has no effect: only the language model mixes tokens")
-        inputs = self.activations if isinstance(self.activations, dict) else {}
-        # The blocks of NVFP4 have dynamic scales, and one static scale above them all.
-        dynamic = inputs.get("dynamic") and inputs.get("scale") != "e4m3"
-        if self.activation_range is not None and dynamic and self.outputs is None:
-            raise ValueError("activation_range has no effect: the input's scales are dynamic")
-        return self
-
-
-class Transform(Strict):
-    """A change of the model that leaves its float function as it is.
-
-    Attributes:
-        name: ``rotation``, ``split``, ``smoothquant`` or ``awq``.
-        match: Where; a rotation takes whole towers, so it only asks for the modality. An edge is
-            meant when any of the layers that read it matches.
-        options: The transform's.
-    """
-
-    name: str
-    match: Match = Match()
-    options: Fields = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _is_known(self) -> Transform:
-        if self.name not in TRANSFORMS:
-            raise ValueError(f"unknown transform {self.name!r}; {suggest(self.name, TRANSFORMS)}")
-        if self.name == ROTATION and (self.match.role or self.match.name):
-            raise ValueError("a rotation takes a whole tower: match it by modality alone")
-        if self.name == ROTATION and "modality" in self.options:
-            raise ValueError("`modality` of a rotation belongs into `match`")
-        if not self.options:
-            return self
-        try:
-            if self.name in EQUALIZERS:
-                refuse_idle(build_equalizer(self.name, self.options), self.options, self.name)
-            elif self.name == SPLIT:
-                self.split()
-            else:
-                for rotation in self.rotations((Modality.VISION, Modality.LLM)):
-                    refuse_idle(rotation, self.options, self.name)
-        except PrismQuantError as error:
-            raise _with_remedy(error) from error
-        return self
-
-    def split(self) -> Split:
-        """The options of a split."""
-        return Split(**checked_options(Split, self.options, SPLIT))
-
-    def rotations(self, towers: Iterable[Modality]) -> tuple[Rotation, ...]:
-        """One rotation for each of ``towers`` that is meant."""
-        from prismquant.models.rotation import Rotation
-
-        options = checked_options(Rotation, self.options, ROTATION)
-        wanted = self.match.modality or tuple(towers)
-        return tuple(Rotation(modality=tower, **options) for tower in towers if tower in wanted)
 
 
 class Calibration(Strict):
@@ -326,8 +103,8 @@ class Recipe(Strict):
     name: Annotated[str, Field(max_length=500)] = "custom"
     # Before the rules, which ask whether there is one.
     kv_cache: Fields | None = None
-    rules: tuple[Rule, ...]
-    transforms: tuple[Transform, ...] = ()
+    rules: tuple[LayerRule, ...]
+    transforms: tuple[TransformRule, ...] = ()
     calibration: Calibration = Calibration()
     tensor_parallel: Annotated[int, _count(MAX_DEVICES)] = 1
 
@@ -344,12 +121,14 @@ class Recipe(Strict):
             spec_fields = {key: field for key, field in value.items() if key != "range"}
             fields = KVCacheSpec.from_dict(spec_fields).to_dict()
         except PrismQuantError as error:
-            raise _with_remedy(error) from error
-        return fields if "range" not in value else fields | {"range": _range_rule(value["range"])}
+            raise as_finding(error) from error
+        return fields if "range" not in value else fields | {"range": range_fields(value["range"])}
 
     @field_validator("rules")
     @classmethod
-    def _some_rules(cls, rules: tuple[Rule, ...], info: ValidationInfo) -> tuple[Rule, ...]:
+    def _some_rules(
+        cls, rules: tuple[LayerRule, ...], info: ValidationInfo
+    ) -> tuple[LayerRule, ...]:
         if not rules and info.data.get("kv_cache") is None:
             raise ValueError("there is no rule")
         expressions = [name for rule in rules for name in rule.match.name if name.startswith("re:")]
@@ -415,76 +194,6 @@ class Recipe(Strict):
     def to_yaml(self) -> str:
         """The recipe as a YAML file."""
         return write_yaml(self.to_dict())
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What the rules, merged, say of one layer.
-
-    Attributes:
-        rules: Indices of the rules that matched, in order.
-        weights: The weight's number format; None leaves the layer alone.
-        activations: The input's number format; None keeps floating point.
-        outputs: The output's number format; None keeps floating point.
-        solver: The method's name.
-        options: Its options.
-        correction: How far weights are corrected for what precedes them; None: not.
-        tuner: Who improves the codes on the block's output; None: nobody.
-        tuner_options: Its options.
-        vision_weight: What a vision token counts for in the language model's statistics.
-        weight_range: How the weight's range is chosen.
-        activation_range: How a static activation's range is chosen.
-        fallback: What to do where the formats cannot hold the layer's shape.
-        on_failure: What to do where the solver fails.
-    """
-
-    rules: tuple[int, ...]
-    weights: NumberSpec | None
-    activations: NumberSpec | None
-    outputs: NumberSpec | None
-    solver: str
-    options: Fields
-    correction: Correction | None
-    tuner: str | None
-    tuner_options: Fields
-    vision_weight: float | Literal["gradient"]
-    weight_range: RangeRule
-    activation_range: RangeRule
-    fallback: Fallback
-    on_failure: OnFailure
-
-
-def resolve(recipe: Recipe, *, modality: str, role: str, name: str) -> Setting:
-    """Merge all the rules that match one layer; later ones win field by field.
-
-    Raises:
-        RecipeError: The merged fields make no number format, range rule or solver; the message
-            names the layer and the rules that took part.
-    """
-    merged: Fields = {
-        "solver": "gptq",
-        "options": {},
-        "fallback": "error",
-        "on_failure": "stop",
-        "skip": False,
-    }
-    matched: list[int] = []
-    for index, rule in enumerate(recipe.rules):
-        if rule.match.matches(modality=modality, role=role, name=name):
-            matched.append(index)
-            _merge(merged, rule)
-    if merged["skip"]:
-        merged["weights"] = None
-    try:
-        return _setting(merged, tuple(matched))
-    except (PrismQuantError, TypeError, ValueError) as error:
-        numbers = ", ".join(f"rules[{i}]" for i in matched)
-        what = error.what if isinstance(error, PrismQuantError) else str(error)
-        raise RecipeError(
-            what,
-            where=f"{name} ({modality}, {role}), set by {numbers} of recipe {recipe.name!r}",
-            remedy=getattr(error, "remedy", None),
-        ) from error
 
 
 def load_recipe(source: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
@@ -555,160 +264,6 @@ def _refuse_missing(name: str) -> NoReturn:
     )
 
 
-_MERGED = (
-    "weights",
-    "activations",
-    "outputs",
-    "weight_range",
-    "activation_range",
-    "options",
-    "correction",
-    "tuner_options",
-)
-
-
-def _merge(merged: Fields, rule: Rule) -> None:
-    if rule.solver is not None and rule.solver != merged["solver"]:
-        merged["solver"] = rule.solver
-        merged["options"] = {}
-    if rule.tuner is not None and rule.tuner != merged.get("tuner"):
-        merged["tuner"] = rule.tuner
-        merged["tuner_options"] = {}
-    if rule.vision_weight is not None:
-        merged["vision_weight"] = rule.vision_weight
-    for key in _MERGED:
-        value = getattr(rule, key)
-        if value == "none":
-            merged[key] = None
-        elif value is not None:
-            merged[key] = {**(merged.get(key) or {}), **value, **_implied(key, value)}
-    if rule.weights is not None:
-        merged["skip"] = False
-    if rule.fallback is not None:
-        merged["fallback"] = rule.fallback
-    if rule.on_failure is not None:
-        merged["on_failure"] = rule.on_failure
-    if rule.skip is not None:
-        merged["skip"] = rule.skip
-
-
-def _setting(merged: Fields, matched: tuple[int, ...]) -> Setting:
-    weights, activations = merged.get("weights"), merged.get("activations")
-    outputs, correction = merged.get("outputs"), merged.get("correction")
-    tuner = None if merged.get("tuner") == "none" else merged.get("tuner")
-    setting = Setting(
-        rules=matched,
-        weights=NumberSpec.from_dict(weights) if weights else None,
-        activations=NumberSpec.from_dict(activations) if weights and activations else None,
-        outputs=NumberSpec.from_dict(outputs) if weights and outputs else None,
-        solver=merged["solver"],
-        options=merged["options"],
-        correction=None if correction is None else _correction(correction),
-        tuner=tuner,
-        tuner_options=merged.get("tuner_options") or {},
-        vision_weight=merged.get("vision_weight", 1.0),
-        weight_range=RangeRule(**(merged.get("weight_range") or {})),
-        activation_range=RangeRule(**(merged.get("activation_range") or {})),
-        fallback=merged["fallback"],
-        on_failure=merged["on_failure"],
-    )
-    if setting.weights is not None:
-        build_solver(setting.solver, setting.options)
-        if setting.tuner is not None:
-            build_tuner(setting.tuner, setting.tuner_options)
-        _check_formats(setting)
-        if "kind" not in (merged.get("weight_range") or {}):
-            _check_weighting(setting.options, setting.weight_range.kind)
-    return setting
-
-
-def _correction(fields: Fields) -> Correction:
-    from prismquant.algorithms.correction import Correction
-
-    return Correction(**fields)
-
-
-def _implied(key: str, value: Fields) -> Fields:
-    """``granularity: channel`` drops an earlier group size; a group size alone says granularity."""
-    if key not in ("weights", "activations", "outputs"):
-        return {}
-    granularity = value.get("granularity")
-    if granularity not in (None, "group", "block"):
-        return {"group_size": None}
-    if granularity is None and value.get("group_size") is not None:
-        return {"granularity": "group"}
-    return {}
-
-
-def _check_formats(setting: Setting) -> None:
-    weights, activations = setting.weights, setting.activations
-    if weights is not None and (weights.dynamic or weights.granularity == "token"):
-        raise RecipeError("weights are neither dynamic nor scaled per token")
-    if weights is not None and setting.weight_range.kind == "ema":
-        raise RecipeError("a weight has no running range: 'ema' is for activations")
-    for what, spec_of in (("activations", activations), ("outputs", setting.outputs)):
-        if spec_of is not None and spec_of.granularity in ("channel", "block"):
-            raise RecipeError(
-                f"{what} with {spec_of.granularity} scales are not supported",
-                remedy="use granularity tensor (static), token or group (dynamic)",
-            )
-        if spec_of is not None and spec_of.dynamic == (spec_of.granularity == "tensor"):
-            raise RecipeError(
-                f"{what} of {spec_of.describe()} are not supported",
-                remedy="tensor scales are static, token and group scales dynamic",
-            )
-
-
-def _check_weighting(options: Fields, kind: str) -> None:
-    if options.get("scale_weighting", "none") != "none" and kind not in SEARCHES:
-        raise RecipeError(
-            f"scale_weighting has no effect: weight_range {kind} searches for nothing",
-            remedy="use weight_range: mse, or leave scale_weighting out",
-        )
-
-
-def _range_rule(value: Any) -> Fields:
-    """The fields of a range rule that is given by its kind or by fields."""
-    named = {"kind": value} if isinstance(value, str) else value
-    fields = _known_fields(named, RangeRule, "range rule")
-    try:
-        rule = RangeRule(**checked_options(RangeRule, fields, "range rule"))
-        # Without a kind the fields are of whichever an earlier rule has given.
-        refuse_idle(rule, fields if "kind" in fields else {}, "range")
-    except PrismQuantError as error:
-        raise _with_remedy(error) from error
-    return fields
-
-
-def _known_fields(value: Any, kind: type, what: str) -> Fields:
-    if not isinstance(value, Mapping):
-        raise ValueError(f"expected a name or a mapping, found {value!r}")
-    known = kind.__dataclass_fields__  # type: ignore[attr-defined]
-    for key in value:
-        if key not in known:
-            raise ValueError(f"unknown key {key!r} of a {what}; {suggest(str(key), known)}")
-    return dict(value)
-
-
-def _check_format_fields(fields: Fields) -> None:
-    """Refuse what no other rule could make possible; fields left out are filled with what fits."""
-    size, granularity = fields.get("group_size"), fields.get("granularity")
-    if granularity is None:
-        dynamic = fields.get("dynamic", False)
-        granularity = "group" if size is not None else "token" if dynamic else "tensor"
-    filled: Fields = {"dynamic": granularity == "token", **fields}
-    if fields.get("kind", "int") == "int":
-        filled = {"bits": 8, **filled}
-    if granularity == "group" and size is None:
-        filled["group_size"] = 128
-    NumberSpec.from_dict(filled | {"granularity": granularity})
-
-
-def _with_remedy(error: PrismQuantError) -> ValueError:
-    """An error as a finding: pydantic adds the path."""
-    return ValueError("; ".join(filter(None, [error.what, error.remedy])))
-
-
 def _finding(item: Any) -> str:
     steps = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in item["loc"])
     path = "".join(steps).removeprefix(".") or "recipe"
@@ -720,9 +275,9 @@ def _finding(item: Any) -> str:
 def _keys_at(location: Sequence[Any]) -> Iterable[str]:
     names = [part for part in location[:-1] if isinstance(part, str)]
     models: dict[str, type[BaseModel]] = {
-        "rules": Rule,
+        "rules": LayerRule,
         "match": Match,
-        "transforms": Transform,
+        "transforms": TransformRule,
         "calibration": Calibration,
     }
     return models.get(names[-1] if names else "", Recipe).model_fields

@@ -174,8 +174,8 @@ def _likeness(row: PlanRow) -> tuple[str, ...]:
         re.sub(r"\d+", "*", row.site.name),
         row.site.role,
         " x ".join(map(str, row.site.weight_shape)),
-        row.weights.describe() if row.weights else _FLOAT,
-        row.activations.describe() if row.activations else _FLOAT,
+        row.config.weights.describe() if row.config.weights else _FLOAT,
+        row.config.activations.describe() if row.config.activations else _FLOAT,
         _method(row),
         row.note,
     )
@@ -183,11 +183,15 @@ def _likeness(row: PlanRow) -> tuple[str, ...]:
 
 def _method(row: PlanRow) -> str:
     """Everything that decides a layer's codes."""
-    if row.weights is None:
+    if row.config.weights is None:
         return ""
-    parts = [row.solver, "correction" if row.correction else None, row.tuner]
+    parts = [row.config.solver, "correction" if row.config.correction else None, row.config.tuner]
     method = " + ".join(part for part in parts if part)
-    return f"{method}, or {row.on_failure}" if row.can_fail and row.on_failure != "stop" else method
+    return (
+        f"{method}, or {row.config.on_failure}"
+        if row.config.can_fail and row.config.on_failure != "stop"
+        else method
+    )
 
 
 def _common_name(group: Sequence[PlanRow]) -> str:

@@ -30,7 +30,7 @@ from prismquant.engine.step_record import StepRecord
 from prismquant.errors import StorageError
 from prismquant.memory import readable_bytes
 from prismquant.outputs import require_empty, require_regular_files
-from prismquant.plan.plan import Plan, plan_fingerprint
+from prismquant.plan.plan import Plan
 from prismquant.recipe.schema import Recipe
 from prismquant.run.fingerprint import differences
 from prismquant.run.lock import locked
@@ -355,9 +355,9 @@ class RunDirectory:
         """The content of plan.json; None if it is missing, damaged or not this run's."""
         try:
             content = read_json(self._inside / "plan.json")
+            ours = Plan.from_dict(content).fingerprint() == fingerprint
         except StorageError:
             return None
-        ours = isinstance(content, dict) and plan_fingerprint(content) == fingerprint
         return content if ours else None
 
 

@@ -250,12 +250,20 @@ def _flat(plan: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             continue
         if isinstance(value, list) and all(isinstance(item, Mapping) for item in value):
             for item in value:
-                name = item.get("name") or item.get("source") or item.get("modality")
-                title = str(name) if key == "rows" else f"{key} {name}"
+                title = _title(item) if key == "rows" else f"{key} {_title(item)}"
                 parts[title] = _leaves(item)
         else:
             parts[key] = _leaves(value)
     return parts
+
+
+def _title(part: Mapping[str, Any]) -> str:
+    """Name of a layer, of an edge, or of a rotation."""
+    for key in ("site", "edge"):
+        if isinstance(part.get(key), Mapping):
+            part = part[key]
+    names = (part.get(key) for key in ("name", "norm", "producer", "modality"))
+    return str(next((name for name in names if name), None))
 
 
 def _leaves(value: Any, path: str = "") -> dict[str, Any]:
@@ -264,7 +272,9 @@ def _leaves(value: Any, path: str = "") -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for key, inner in value.items():
         if key not in _DERIVED | _SPOKEN:
-            leaves |= _leaves(inner, f"{path}.{key}" if path else str(key))
+            # The settings of a layer are told as a recipe has them.
+            inside = f"{path}.{key}" if path else str(key)
+            leaves |= _leaves(inner, "" if inside == "config" else inside)
     return leaves
 
 

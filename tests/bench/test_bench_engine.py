@@ -254,6 +254,8 @@ def test_the_peers_algorithm_is_a_recipe_of_the_same_formats(tmp_path: Path) -> 
     for setting, formats in {"w4a16": ((4, 128), 0), "w4a8": ((4, 0), 8)}.items():
         assert engine.formats(model, setting) == formats
         preset, _, peers = (inspect(model, ours.recipe_of(setting, m)) for m in ours.METHODS)
-        assert [row.weights for row in preset.quantized] == [row.weights for row in peers.quantized]
-        assert peers.quantized[0].options["refine_passes"] == 0
-        assert peers.quantized[0].weight_range.kind == "minmax"
+        assert [row.config.weights for row in preset.quantized] == [
+            row.config.weights for row in peers.quantized
+        ]
+        assert peers.quantized[0].config.options["refine_passes"] == 0
+        assert peers.quantized[0].config.weight_range.kind == "minmax"

@@ -26,7 +26,7 @@ from prismquant.errors import DataError
 from prismquant.memory import resident_bytes
 from prismquant.models.arch import Modality
 from prismquant.models.bind import bind
-from prismquant.plan.plan import make_plan
+from prismquant.plan.make_plan import make_plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -21,7 +21,7 @@ from prismquant.engine.run import run
 from prismquant.errors import NumericsError, PlanError, StorageError
 from prismquant.export.compressed_tensors import CheckpointWriter
 from prismquant.models.bind import bind
-from prismquant.plan.plan import make_plan
+from prismquant.plan.make_plan import make_plan
 from prismquant.recipe.presets import PRESETS
 from prismquant.runtime.mixed import Precision
 from prismquant.storage import ShardReader, write_tensors

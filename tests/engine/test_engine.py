@@ -107,12 +107,12 @@ def test_each_layer_is_solved_on_what_it_will_really_see(
         problem = LayerProblem(
             names=tuple(weights),
             weights=tuple(weights.values()),
-            spec=row.weights,  # type: ignore[arg-type]
-            range_rule=row.weight_range,
+            spec=row.config.weights,  # type: ignore[arg-type]
+            range_rule=row.config.weight_range,
             scale_dtype=torch.float32,
             hessian=(inputs.T @ inputs) / len(inputs),
         )
-        solved = build_solver(row.solver, row.options).solve(problem)
+        solved = build_solver(row.config.solver, row.config.options).solve(problem)
         return loss(solved.weights[list(weights).index(name)].dequantize(torch.float32))
 
     # Summation order differs, and a rounding on the edge may then fall the other way: codes would
@@ -205,7 +205,7 @@ def test_rounding_without_data_equals_rounding_each_weight(
         problem = LayerProblem(
             ("w",),
             (matrix,),
-            row.weights,
+            row.config.weights,
             RangeRule("mse"),
             torch.float32,  # type: ignore[arg-type]
         )

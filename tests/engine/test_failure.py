@@ -40,8 +40,10 @@ from prismquant.export.load_quantized import load_model
 from prismquant.formats.spec import spec
 from prismquant.models.bind import bind
 from prismquant.numerics.ranges import RangeRule
-from prismquant.plan.plan import PlanRow, make_plan, problem_groups
-from prismquant.recipe.schema import load_recipe, resolve
+from prismquant.plan.make_plan import make_plan
+from prismquant.plan.plan import PlanRow, problem_groups
+from prismquant.recipe.resolve import resolve
+from prismquant.recipe.schema import load_recipe
 from prismquant.report.plans import layer_table, run_table
 from prismquant.statistics.hessian import HessianRecord
 from prismquant.storage import ShardReader, read_json, write_tensors
@@ -417,8 +419,8 @@ class Refusing:
 @given(said=st.lists(st.sampled_from([None, "stop", "rtn"]), min_size=1, max_size=5))
 def test_the_last_rule_that_says_it_wins(said: list[str | None]) -> None:
     rules = [{"weights": "int4-g32"} | ({"on_failure": s} if s else {}) for s in said]
-    setting = resolve(load_recipe({"rules": rules}), modality="llm", role="mlp.up", name="a")
-    assert setting.on_failure == next((s for s in reversed(said) if s), "stop")
+    config = resolve(load_recipe({"rules": rules}), modality="llm", role="mlp.up", name="a").config
+    assert config.on_failure == next((s for s in reversed(said) if s), "stop")
 
 
 def test_anything_else_is_refused() -> None:
@@ -432,10 +434,11 @@ def test_the_plan_says_it_and_keeps_layers_apart(tiny: Callable[..., Path]) -> N
     query = {"match": {"name": "*.0.*q_proj"}, "on_failure": "rtn"}
     plain = {"match": {"name": "*.1.mlp.*"}, "solver": "rtn", "on_failure": "rtn"}
     plan = pq.inspect(folder, {"rules": [WEIGHTS, query, plain]})
-    told = {row["name"]: row["on_failure"] for row in plan.to_dict()["rows"]}
+    written = plan.to_dict()["rows"]
+    told = {row["site"]["name"]: row["config"]["on_failure"] for row in written}
     assert told[f"{LLM}.0.self_attn.q_proj"] == "rtn"
     assert told[f"{LLM}.0.self_attn.k_proj"] == "stop"
-    assert told["lm_head"] is None
+    assert told["lm_head"] == "stop"
     query_key_value = tuple(f"{LLM}.0.self_attn.{letter}_proj" for letter in "qkv")
     rows = [row for row in plan.quantized if row.site.name in query_key_value]
     assert [len(group) for group in problem_groups(rows)] == [1, 2]
@@ -525,7 +528,7 @@ def test_a_run_that_falls_back_says_so_everywhere(
         map(str, run_table(result.plan, result.record).columns[5].cells)
     )
     rows = read_json(out / "prismquant" / "plan.json")["rows"]
-    assert {row["on_failure"] for row in rows if row["weights"]} == {"rtn"}
+    assert {row["config"]["on_failure"] for row in rows if row["config"]["weights"]} == {"rtn"}
     stored = read_json(out / "prismquant" / "record.json")
     assert "failed" in str(stored["steps"])
     rounding = a_recipe("stop", {"solver": "rtn"})
@@ -606,7 +609,7 @@ def test_a_tower_that_no_sample_reaches(
         layer = layers_of(result)[row.site.name]
         if row.site.modality == "vision":
             assert layer.notes[FAILED] == "no calibration token reached this layer"
-            assert (layer.solver, layer.notes[WANTED]) == ("rtn", row.solver)
+            assert (layer.solver, layer.notes[WANTED]) == ("rtn", row.config.solver)
         else:
             assert FAILED not in layer.notes
     assert len(result.notes) == 1

@@ -30,7 +30,7 @@ from prismquant.models.bind import bind
 from prismquant.models.empty import empty_model
 from prismquant.models.load import load_float, materialize
 from prismquant.models.processor import load_processor
-from prismquant.plan.plan import make_plan
+from prismquant.plan.make_plan import make_plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

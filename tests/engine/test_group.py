@@ -20,7 +20,8 @@ from prismquant.formats.spec import spec
 from prismquant.models.bind import bind
 from prismquant.numerics.affine import simulate
 from prismquant.numerics.hadamard import block_hadamard
-from prismquant.plan.plan import PlanRow, make_plan
+from prismquant.plan.make_plan import make_plan
+from prismquant.plan.plan import PlanRow
 from prismquant.recipe.schema import load_recipe
 from prismquant.runtime.quant_linear import rotate_inputs
 

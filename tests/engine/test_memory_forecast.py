@@ -22,7 +22,7 @@ from prismquant.engine.memory_forecast import (
 from prismquant.errors import PlanError
 from prismquant.models.arch import Modality
 from prismquant.models.bind import bind
-from prismquant.plan.plan import make_plan
+from prismquant.plan.make_plan import make_plan
 from prismquant.runtime.mixed import Precision
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from prismquant.distributed import Alone, Group, joined
 from prismquant.engine.collectives import require_sharable, share_of
 from prismquant.errors import DataError, PlanError
 from prismquant.models.bind import bind
-from prismquant.plan.plan import make_plan
+from prismquant.plan.make_plan import make_plan
 from prismquant.run.directory import RunDirectory
 from prismquant.storage import ShardReader
 

@@ -28,7 +28,7 @@ from prismquant.models.config import import_transformers
 from prismquant.models.empty import empty_model
 from prismquant.models.load import load_float, materialize
 from prismquant.models.processor import load_processor
-from prismquant.plan.plan import make_plan
+from prismquant.plan.make_plan import make_plan
 from prismquant.runtime.quant_linear import QuantLinear, rotate_inputs
 from prismquant.storage import ShardReader, read_json, write_tensors
 
@@ -291,12 +291,12 @@ def test_the_codes_are_those_of_the_transformed_weights(
     problem = LayerProblem(
         names=tuple(names),
         weights=tuple(weights),
-        spec=rows[0].weights,  # type: ignore[arg-type]
-        range_rule=rows[0].weight_range,
+        spec=rows[0].config.weights,  # type: ignore[arg-type]
+        range_rule=rows[0].config.weight_range,
         scale_dtype=torch.float32,
         hessian=(x.T @ x) / len(x),
     )
-    solved = build_solver(rows[0].solver, rows[0].options).solve(problem)
+    solved = build_solver(rows[0].config.solver, rows[0].config.options).solve(problem)
     records = [layer for step in result.record.steps for layer in step.layers]
     for name, weight, loss in zip(names, solved.weights, solved.losses, strict=True):
         actual = finished.get_submodule(name).weight

@@ -22,7 +22,7 @@ from prismquant.models.bind import bind
 from prismquant.models.load import load_float
 from prismquant.plan.bit_layout import is_declarable, layout_of
 from prismquant.plan.fallback import fit
-from prismquant.recipe.schema import resolve
+from prismquant.recipe.resolve import resolve
 from prismquant.storage import read_json
 
 if TYPE_CHECKING:
@@ -228,11 +228,13 @@ def test_a_plan_for_several_devices_finds_groups_that_are_cut(tiny: Callable[...
     with pytest.raises(PlanError, match="64 of its 128 input features on each of 2 devices"):
         pq.inspect(folder, recipe.with_tensor_parallel(2))
     plan = pq.inspect(folder, recipe.with_tensor_parallel(2).with_rules({"fallback": "nearest"}))
-    assert {row.weights.name for row in plan.quantized} == {"int4-g128", "int4-g64"}
-    assert all("int4 g64" in row.note for row in plan.quantized if row.weights.group_size == 64)
+    assert {row.config.weights.name for row in plan.quantized} == {"int4-g128", "int4-g64"}
+    assert all(
+        "int4 g64" in row.note for row in plan.quantized if row.config.weights.group_size == 64
+    )
 
 
 def test_blocks_stay_blocks_when_other_rules_follow() -> None:
     recipe = pq.load_recipe("fp8-block").with_rules({"solver": "rtn"})
     setting = resolve(recipe, modality="llm", role="mlp.up", name="x")
-    assert setting.weights == spec("fp8-b128")
+    assert setting.config.weights == spec("fp8-b128")

@@ -389,7 +389,7 @@ def test_the_online_input_is_the_old_one_turned(tiny: Callable[..., Path], sampl
     plain: dict[str, torch.Tensor] = {}
     reader = RotatedReader(bound.folder, bound, rotations)
     _logits(bound, reader, inputs, online, turned)
-    nothing = dict.fromkeys(online, OnlineRotation(1))
+    nothing = dict.fromkeys(online, OnlineRotation(1, 1))
     _logits(bound, ShardReader(bound.folder), inputs, nothing, plain)
     assert turned.keys() == plain.keys()
     for name, rotate in online.items():
@@ -398,7 +398,7 @@ def test_the_online_input_is_the_old_one_turned(tiny: Callable[..., Path], sampl
 
 
 def test_an_online_rotation_keeps_the_dtype():
-    rotate = OnlineRotation(8, torch.tensor([1, -1] * 8, dtype=torch.int8))
+    rotate = OnlineRotation(8, 16, "a seed")
     x = torch.randn(3, 16)
     assert rotate.apply(x.bfloat16()).dtype == torch.bfloat16
     torch.testing.assert_close(rotate.apply(x).norm(), x.norm())

@@ -15,9 +15,10 @@ import torch
 import prismquant as pq
 from prismquant import storage
 from prismquant.errors import ModelError, PlanError, PrismQuantError, RecipeError
-from prismquant.formats.spec import spec
+from prismquant.formats.spec import NumberSpec, spec
 from prismquant.models.bind import bind
-from prismquant.plan.plan import Plan, make_plan, problem_groups
+from prismquant.plan.make_plan import make_plan
+from prismquant.plan.plan import Plan, problem_groups
 from prismquant.recipe.presets import PRESETS
 from prismquant.recipe.schema import load_recipe
 from prismquant.storage import ShardReader, read_json, write_json, write_tensors
@@ -187,15 +188,19 @@ def test_totals_add_up_and_each_modality_has_its_own(tiny_folder: Path) -> None:
 def test_rows_are_in_the_order_of_the_work_and_say_everything(tiny: Callable[..., Path]) -> None:
     plan = plan_of(tiny("qwen2_vl"), CHANNEL | {"activations": "int8-tensor"})
     assert [row.site.step for row in plan.rows] == sorted(row.site.step for row in plan.rows)
-    row = next(row for row in plan.rows if row.site.name.endswith("layers.0.self_attn.q_proj"))
-    said = row.to_dict()
-    assert said["weights"] == "int8 channel sym"
-    assert said["activations"] == "int8 tensor sym"
+    written = json.loads(json.dumps(plan.to_dict()))["rows"]
+    said = next(r for r in written if r["site"]["name"].endswith("layers.0.self_attn.q_proj"))
+    assert NumberSpec.from_dict(said["config"]["weights"]) == spec("int8-channel")
+    assert NumberSpec.from_dict(said["config"]["activations"]) == spec("int8-tensor")
     assert said["layout"] == "int-quantized"
-    assert (said["modality"], said["role"], said["shape"]) == ("llm", "attn.qkv.q", [128, 128])
-    assert said["disk_name"] == "model.layers.0.self_attn.q_proj"
-    left = next(row for row in plan.rows if row.site.role == "patch_embed").to_dict()
-    assert left["weights"] is None
+    site = said["site"]
+    assert (site["modality"], site["role"], site["weight_shape"]) == (
+        *("llm", "attn.qkv.q"),
+        [128, 128],
+    )
+    assert site["disk_name"] == "model.layers.0.self_attn.q_proj"
+    left = next(row for row in written if row["site"]["role"] == "patch_embed")
+    assert left["config"]["weights"] is None
     assert left["note"] == "no rule gives it a weight format"
 
 
@@ -372,7 +377,7 @@ def test_a_group_size_may_fall_back_to_one_scale_a_row(
     result = pq.quantize(tiny("qwen2_vl"), {"rules": [rule]}, tmp_path)
     for row in result.plan.quantized:
         wide = row.site.in_features == 256
-        assert row.weights == spec("int4-g256" if wide else "int4-channel")
+        assert row.config.weights == spec("int4-g256" if wide else "int4-channel")
         misfit = "group size 256 does not divide its 128 input features: int4 channel sym instead"
         assert row.note == ("" if wide else misfit)
     check_bytes(result.plan, tmp_path)
@@ -489,9 +494,9 @@ def test_a_head_says_that_no_tuner_reaches_it(tiny: Callable[..., Path], tmp_pat
     folder = tiny_vlm.build("qwen2_vl", tmp_path, tie=False)
     tuned = {"match": {"modality": "llm"}, "weights": "int8-channel", "tuner": "autoround"}
     head, layer = (plan_of(folder, tuned).rows[i] for i in (-1, -2))
-    assert (head.site.role, head.tuner) == ("lm_head", None)
+    assert (head.site.role, head.config.tuner) == ("lm_head", None)
     assert head.note == "autoround tunes blocks, not the head"
-    assert (layer.tuner, layer.note) == ("autoround", "")
+    assert (layer.config.tuner, layer.note) == ("autoround", "")
 
 
 def test_a_pattern_that_runs_away_is_stopped(tiny: Callable[..., Path]) -> None:

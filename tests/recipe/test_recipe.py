@@ -24,10 +24,13 @@ from prismquant.models.arch import Modality
 from prismquant.models.bind import bind
 from prismquant.models.rotation import Rotation
 from prismquant.numerics.ranges import RangeRule
-from prismquant.plan.plan import make_plan
+from prismquant.plan.make_plan import make_plan
+from prismquant.recipe.layer_config import LayerConfig
+from prismquant.recipe.match import Match
 from prismquant.recipe.plain_yaml import read_yaml, write_yaml
 from prismquant.recipe.presets import PRESETS, preset_yaml
-from prismquant.recipe.schema import Match, Recipe, Setting, load_recipe, parse_recipe, resolve
+from prismquant.recipe.resolve import Resolved, resolve
+from prismquant.recipe.schema import Recipe, load_recipe, parse_recipe
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,7 +45,13 @@ def of(*rules: dict[str, Any], **more: Any) -> Recipe:
 
 def setting(
     *rules: dict[str, Any], modality: str = "llm", role: str = "mlp.up", name: str = "layers.0.up"
-) -> Setting:
+) -> LayerConfig:
+    return resolved(*rules, modality=modality, role=role, name=name).config
+
+
+def resolved(
+    *rules: dict[str, Any], modality: str = "llm", role: str = "mlp.up", name: str = "layers.0.up"
+) -> Resolved:
     return resolve(of(*rules), modality=modality, role=role, name=name)
 
 
@@ -130,8 +139,9 @@ def test_later_rules_win_field_by_field(drawn: list[tuple[bool, dict[str, Any]]]
         with pytest.raises(RecipeError, match="needs 'granularity'"):
             setting(*rules, name="a")
         return
-    merged = setting(*rules, name="a")
-    assert merged.rules == (0, *(i for i, (on, _) in enumerate(drawn, start=1) if on))
+    found = resolved(*rules, name="a")
+    merged = found.config
+    assert found.rules == (0, *(i for i, (on, _) in enumerate(drawn, start=1) if on))
     if table.get("skip"):
         assert merged.weights is None
         assert merged.activations is None
@@ -142,7 +152,7 @@ def test_later_rules_win_field_by_field(drawn: list[tuple[bool, dict[str, Any]]]
         assert said.items() >= activations.items()
         assert bool(said) == bool(activations)
     assert merged.solver == table.get("solver", "gptq")
-    assert merged.fallback == table.get("fallback", "error")
+    assert found.fallback == table.get("fallback", "error")
     assert merged.weight_range == RangeRule(**nested(table, "weight_range"))
     assert merged.activation_range == RangeRule(**nested(table, "activation_range"))
 
@@ -936,18 +946,18 @@ def test_every_preset_fits_every_family(preset: str, tiny_folder: Path) -> None:
     for row in plan.rows:
         modality, role = str(row.site.modality), row.site.role
         wanted = (modality == "llm" and role != "lm_head") or (everything and modality != "llm")
-        assert (row.weights is not None) is wanted, row.site.name
-        if row.weights is not None:
+        assert (row.config.weights is not None) is wanted, row.site.name
+        if row.config.weights is not None:
             kind, bits = promised(preset, modality)
             if "instead" in row.note and "fp8 channel" in row.note:
                 kind, bits = "e4m3", 8  # a width that no group of the format divides
-            assert (row.weights.kind, row.weights.bits) == (kind, bits)
+            assert (row.config.weights.kind, row.config.weights.bits) == (kind, bits)
             # Block scales of NVFP4 inputs are dynamic, their global scale is not.
             static = "static" in preset or (preset.startswith("nvfp4") and "a16" not in preset)
-            assert row.static_input is (static and role != "patch_embed")
-            assert (row.activations is None) is ("a16" in preset or role == "patch_embed")
+            assert row.config.static_input is (static and role != "patch_embed")
+            assert (row.config.activations is None) is ("a16" in preset or role == "patch_embed")
             tuner = preset.partition("-")[0]
-            assert row.tuner == (tuner if tuner in TUNERS else None)
+            assert row.config.tuner == (tuner if tuner in TUNERS else None)
     methods = set(preset.split("-"))
     # One outlier channel would set a whole input's static scale.
     smoothed = {"smoothquant"} if "static" in methods and "mquant" not in methods else set()

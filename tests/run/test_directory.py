@@ -25,7 +25,8 @@ from prismquant.engine.job import Silent
 from prismquant.engine.step_record import EdgeRecord, LayerRecord, StepRecord
 from prismquant.errors import StorageError
 from prismquant.models.bind import bind
-from prismquant.plan.plan import Plan, make_plan
+from prismquant.plan.make_plan import make_plan
+from prismquant.plan.plan import Plan
 from prismquant.recipe.schema import Recipe, load_recipe
 from prismquant.run.directory import RunDirectory
 from prismquant.run.fingerprint import FileStamp, Identity

@@ -243,7 +243,9 @@ def test_a_processor_file_explains_other_tokens() -> None:
 
 
 def row(name: str, **values: Any) -> dict[str, Any]:
-    return {"name": name, "weights": "int4 g128", "options": {"damping": 0.01}, **values}
+    beside = {key: values.pop(key) for key in ("stored_bytes", "note") if key in values}
+    config = {"weights": {"bits": 4, "group_size": 128}, "options": {"damping": 0.01}, **values}
+    return {"site": {"name": name}, "config": config, **beside}
 
 
 def test_layers_with_the_same_change_are_told_together() -> None:
@@ -251,24 +253,27 @@ def test_layers_with_the_same_change_are_told_together() -> None:
         "recipe": "a",
         "rows": [row(n, stored_bytes=1, note="") for n in "abc"],
         "calibration": {"samples": 64, "seed": 0},
-        "edges": [{"source": "norm", "equalizer": "awq"}],
+        "edges": [{"edge": {"norm": "norm", "producer": None}, "equalizer": "awq"}],
         "rotations": [],
         "kv_cache": None,
     }
     now = {
         "recipe": "b",
         "rows": [
-            row("a", weights="int8", stored_bytes=2, note="x"),
-            row("b", weights="int8"),
+            row("a", weights={"bits": 8, "group_size": 128}, stored_bytes=2, note="x"),
+            row("b", weights={"bits": 8, "group_size": 128}),
             row("c", options={"damping": 0.1}),
         ],
         "calibration": {"samples": 128, "seed": 0},
-        "edges": [{"source": "norm", "equalizer": "smoothquant"}, {"source": "up"}],
+        "edges": [
+            {"edge": {"norm": "norm", "producer": None}, "equalizer": "smoothquant"},
+            {"edge": {"norm": None, "producer": "up"}},
+        ],
         "rotations": [{"modality": "llm", "seed": 1}],
         "kv_cache": {"spec": "fp8"},
     }
     assert plan_differences(earlier, now) == [
-        "a and 1 other: weights int4 g128 -> int8",
+        "a and 1 other: weights.bits 4 -> 8",
         "c: options.damping 0.01 -> 0.1",
         "calibration: samples 64 -> 128",
         "edges norm: equalizer awq -> smoothquant",

@@ -1,0 +1,45 @@
+"""Readers that cannot load a checkpoint as it is planned, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prismquant.plan.plan import PlanRow
+
+
+def remarks_on(rows: Sequence[PlanRow]) -> tuple[str, ...]:
+    """Who cannot load the checkpoint as it will be, and why."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        for why in _obstacles(row):
+            found.setdefault(why, []).append(row.site.name)
+    return tuple(f"{why}: {names[0]}{_and_more(names)}" for why, names in found.items())
+
+
+def _and_more(names: Sequence[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def _obstacles(row: PlanRow) -> list[str]:
+    found = []
+    if row.online is not None and row.online.seed is not None:
+        found.append("only prismquant.load applies signs before a rotation at run time")
+    elif row.online is not None and row.site.has_bias:
+        found.append("vLLM has no rotation before a layer with a bias; prismquant.load has")
+    elif row.online is not None:
+        found.append(
+            "the rotation at run time is declared as a transform of compressed-tensors: vLLM "
+            "applies it without tensor parallelism, transformers ignores it and computes nonsense"
+        )
+    if row.split is not None:
+        found.append("only prismquant.load keeps split columns in floating point")
+    if row.private_activations:
+        found.append(
+            f"no checkpoint format declares {row.config.describe()}: only prismquant.load does it"
+        )
+    elif row.config.undeclared_rounding:
+        found.append(
+            "no checkpoint format declares how the scales of dynamic MX inputs are rounded: only "
+            "prismquant.load does it as the recipe says, transformers does it as compressed-tensors"
+        )
+    return found

@@ -1,0 +1,74 @@
+"""Words of a recipe that do not fit the model: rules without a layer, fused layers that differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from prismquant.models.bound import BoundModel
+from prismquant.plan.plan import PlanRow, problem_groups
+from prismquant.recipe.resolve import Resolved
+from prismquant.recipe.schema import Recipe
+from prismquant.recipe.transform_rule import SPLIT
+
+
+def idle_splits(recipe: Recipe, rows: Sequence[PlanRow]) -> list[str]:
+    splittable = [row.site for row in rows if row.split is not None]
+    return [
+        f"transforms[{index}] ({SPLIT}) matches no layer that is stored quantized"
+        for index, transform in enumerate(recipe.transforms)
+        if transform.name == SPLIT and not any(map(transform.match.means, splittable))
+    ]
+
+
+def idle_rules(recipe: Recipe, bound: BoundModel, resolved: Iterable[Resolved]) -> list[str]:
+    used = {index for one in resolved for index in one.rules}
+    modalities = sorted({str(site.modality) for site in bound.sites})
+    roles = sorted({site.role for site in bound.sites})
+    return [
+        f"rules[{index}] matches no layer: "
+        f"{rule.match.model_dump(mode='json', exclude_defaults=True)}; "
+        f"modalities: {', '.join(modalities)}; roles: {', '.join(roles)}"
+        for index, rule in enumerate(recipe.rules)
+        if index not in used
+    ]
+
+
+def idle_entries(recipe: Recipe, bound: BoundModel) -> list[str]:
+    """What stands in a rule's lists and means no layer, although the rule itself does."""
+    matches = [(f"rules[{index}]", rule.match) for index, rule in enumerate(recipe.rules)]
+    matches += [(f"transforms[{index}]", t.match) for index, t in enumerate(recipe.transforms)]
+    return [
+        f"{where}.match: {entry} means no layer of this model"
+        for where, match in matches
+        for entry in match.idle_entries(bound.sites)
+    ]
+
+
+def torn_fusions(rows: Sequence[PlanRow]) -> list[str]:
+    """Servers load q/k/v and gate/up as one matrix each: their schemes must agree."""
+    groups: dict[str, list[PlanRow]] = {}
+    for row in rows:
+        if row.site.fuse_key is not None:
+            groups.setdefault(row.site.fuse_key, []).append(row)
+    findings = []
+    for members in groups.values():
+        schemes = {(row.config.weights, *row.config.sides) for row in members}
+        if len(schemes) > 1:
+            listed = "; ".join(f"{row.site.role}: {row.config.describe()}" for row in members)
+            findings.append(
+                f"{members[0].site.name} and its neighbours are fused by servers "
+                f"and must share a scheme, but: {listed}"
+            )
+        elif _shares_global_scale(members) and len(problem_groups(members)) > 1:
+            findings.append(
+                f"{members[0].site.name} and its neighbours are fused by servers and share one "
+                "global scale, so they must be solved alike: give them the same solver, options, "
+                "range, correction and on_failure"
+            )
+    return findings
+
+
+def _shares_global_scale(rows: Sequence[PlanRow]) -> bool:
+    return any(
+        row.config.weights is not None and row.config.weights.scale == "e4m3" for row in rows
+    )
