@@ -40,7 +40,7 @@ from prismquant.kernels.lanes import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prismquant.kernels.sweep import Rounding
+    from prismquant.kernels.rounding import Rounding
 
 # Strips that are worth a thread.
 _STRIPS_OF_A_THREAD = 16
@@ -111,7 +111,7 @@ def descend(
         costs: ``[3, b]``; the first are the Hessian's diagonal entries.
         sums: float64 ``[3, r]``, added to.
         lowest: Of the grid, as the next five.
-        highest: See :class:`prismquant.kernels.sweep.Rounding`.
+        highest: See :class:`prismquant.kernels.rounding.Rounding`.
         shift: Likewise.
         smallest: Likewise.
         mantissa: Likewise.

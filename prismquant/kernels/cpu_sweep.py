@@ -40,7 +40,7 @@ from prismquant.kernels.lanes import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prismquant.kernels.sweep import Rounding, ScaleLines, Tally
+    from prismquant.kernels.rounding import LossAccumulator, Rounding, ScaleLines
 
 # Columns of a block that the buffer of a tile holds.
 MOST_COLUMNS = 128
@@ -61,7 +61,7 @@ _NUMBERS = numba.types.Array(numba.int64, 1, "A")
 
 @numba.njit(error_model="numpy")
 def rounded(x, lowest, highest, shift, smallest):
-    """The nearest points to values, as :class:`prismquant.kernels.sweep.Rounding` says."""
+    """The nearest points to values, as :class:`prismquant.kernels.rounding.Rounding` says."""
     inside = clamp(x, spread(lowest), spread(highest))
     if smallest == 0:
         return subtract(add(inside, spread(shift)), spread(shift))
@@ -143,7 +143,7 @@ def round_tiles(
         costs: ``[3, b]``, read if ``counted``.
         sums: float64 ``[3, r]``, added to if ``counted``.
         lowest: Of the grid, as the next three.
-        highest: See :class:`prismquant.kernels.sweep.Rounding`.
+        highest: See :class:`prismquant.kernels.rounding.Rounding`.
         shift: Likewise.
         smallest: Likewise.
         nearest: Whether to round weights and not targets.
@@ -214,7 +214,7 @@ def launch(
     errors: Tensor,
     points: Tensor,
     nearest: bool,
-    tally: Tally | None,
+    accumulator: LossAccumulator | None,
 ) -> None:
     """Run the kernel; arguments are those of :func:`prismquant.kernels.sweep.round_columns`.
 
@@ -227,12 +227,12 @@ def launch(
         errors: ``[b, r]``, filled.
         points: ``[b, r]``, float32, or int8 if the grid's points are whole numbers; filled.
         nearest: Whether to round weights and not targets.
-        tally: What to keep of the squares.
+        accumulator: What to keep of the squares.
     """
     rows = targets.shape[1]
     by_row = [targets, weights, scales.steps, scales.zeros, errors, points]
-    by_row.append(None if tally is None else tally.sums)
-    costs = None if tally is None else tally.costs
+    by_row.append(None if accumulator is None else accumulator.sums)
+    costs = None if accumulator is None else accumulator.costs
     even = rows // TILE * TILE
     if even:
         parts = [None if m is None else m[:, :even] for m in by_row]

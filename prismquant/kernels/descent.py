@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from torch.nn.functional import pad
 
-from prismquant.kernels.sweep import Rounding
+from prismquant.kernels.rounding import Rounding
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prismquant.kernels.sweep import Kernel, ScaleLines, Tally
+    from prismquant.kernels.rounding import Kernel, LossAccumulator, ScaleLines
     from prismquant.numerics.grids import Grid
 
 # Rows whose products lie next to one another: those of one column make a line of the cache.
@@ -49,7 +49,7 @@ def round_again(
     grid: Grid,
     errors: Tensor,
     codes: Tensor,
-    tally: Tally,
+    accumulator: LossAccumulator,
     *,
     column: int,
     final: bool,
@@ -66,16 +66,16 @@ def round_again(
         grid: What to round to.
         errors: ``e``, ``[b, r]``, brought up to date.
         codes: int8 ``[b, r]``, filled.
-        tally: To be added to; its first costs are ``H_kk``.
+        accumulator: To be added to; its first costs are ``H_kk``.
         column: The first of these columns.
         final: Whether no other pass follows, so that products of columns done do not matter.
     """
     from prismquant.kernels import cpu_descent
 
     rows = weights.shape[1]
-    by_row = [weights, scales.steps, scales.zeros, errors, codes, tally.sums]
+    by_row = [weights, scales.steps, scales.zeros, errors, codes, accumulator.sums]
     even = rows // STRIP * STRIP
-    shared = coefficients, scales.lines, tally.costs, Rounding.of(grid), column, final
+    shared = coefficients, scales.lines, accumulator.costs, Rounding.of(grid), column, final
     if even:
         parts = [None if m is None else m[:, :even] for m in by_row]
         cpu_descent.launch(products, parts, *shared)

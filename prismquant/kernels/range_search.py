@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from prismquant.kernels.sweep import Rounding
+from prismquant.kernels.rounding import Rounding
 from prismquant.numerics import ranges
 
 if TYPE_CHECKING:

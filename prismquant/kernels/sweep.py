@@ -15,22 +15,20 @@ a device asks for it, and what is missing or does not work leaves the columns to
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import subprocess
-from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from prismquant.errors import FormatError
-from prismquant.numerics.grids import Grid, IntGrid
+from prismquant.kernels.rounding import Aim, Kernel, LossAccumulator, Rounding, ScaleLines
+from prismquant.numerics.grids import IntGrid
 
-Kernel = Literal["torch", "triton", "numba"]
-# What a column is rounded to: the point nearest to its target, at which the columns before it pull,
-# or all others, of which those behind still have the errors of an earlier pass; or the one nearest
-# to its weight, where the target of the first kind only shows what that costs.
-Aim = Literal["before", "others", "nearest"]
+if TYPE_CHECKING:
+    from prismquant.numerics.grids import Grid
 
 # Columns that a kernel holds, and of how many rows one of a GPU.
 MOST_COLUMNS = 128
@@ -41,139 +39,53 @@ INNER = 16
 _MOST_ROWS = 2**31 // MOST_COLUMNS - 1
 # The first GPU generation that the compiler is kept working for.
 _CAPABILITY = (8, 0)
-# Digits of a float32 behind the leading one.
-_MANTISSA = 23
 
 
-@dataclass(frozen=True, eq=False)
-class ScaleLines:
-    """Scales of ``r`` rows, and which of them each column uses.
-
-    Attributes:
-        steps: float32 ``[G, r]``, rows next to one another.
-        zeros: Zero points, likewise, or ``None``.
-        lines: Which of the ``G`` lines each column uses, int64 ``[columns]``.
-    """
-
-    steps: Tensor
-    zeros: Tensor | None
-    lines: Tensor
-
-    def of(self, columns: slice) -> ScaleLines:
-        """Those of some of the columns."""
-        return ScaleLines(self.steps, self.zeros, self.lines[columns])
-
-
-@dataclass(frozen=True, eq=False)
-class Tally:
-    """What squares come to, row by row, as columns are rounded.
-
-    Attributes:
-        costs: float32 ``[3, columns]``: of the distance between a target and its value, and, twice,
-            of an error.
-        sums: float64 ``[3, r]``, added to: each square times its cost, less that of the value that
-            is replaced where columns are rounded again.
-    """
-
-    costs: Tensor
-    sums: Tensor
-
-    def of(self, columns: slice) -> Tally:
-        """That of some of the columns."""
-        return Tally(self.costs[:, columns], self.sums)
-
-    def add(self, pulls: Tensor, errors: Tensor, former: Tensor | None) -> None:
-        """Count columns that were rounded.
-
-        Args:
-            pulls: Between weights and targets, ``[b, r]``; spoilt.
-            errors: ``[b, r]``.
-            former: Those of the values that were replaced, if they count; spoilt.
-        """
-        if former is not None:
-            self.sums[1:] -= _weigh(self.costs[1:], former)
-            self.sums[0] -= _weigh(self.costs[0], former.add_(pulls))
-        self.sums[1:] += _weigh(self.costs[1:], errors)
-        self.sums[0] += _weigh(self.costs[0], pulls.add_(errors))
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """A grid as the kernel knows it: rounding is adding a number, and taking it away again.
-
-    Adding 1.5 * 2^23 times the grid's spacing leaves float32 no digit below that spacing, and so
-    rounds half to even. All integers have one spacing; that of floating-point grids is a fraction
-    of the power of two at or below the value, and stays the same below the smallest normal number.
-
-    Attributes:
-        lowest: The lowest point.
-        highest: The highest point.
-        shift: What is added, of floating-point grids at a value of 1.
-        smallest: The smallest normal number of a floating-point grid; 0 of integers.
-        mantissa: Bits of its mantissa that codes hold; 0 of integers.
-        sign: Which bit of a code is the sign.
-    """
-
-    lowest: float
-    highest: float
-    shift: float
-    smallest: float
-    mantissa: int
-    sign: int
-
-    @staticmethod
-    def of(grid: Grid) -> Rounding:
-        """That of any grid."""
-        if isinstance(grid, IntGrid):
-            ends = float(grid.qmin), float(grid.qmax)
-            return Rounding(*ends, 1.5 * 2.0**_MANTISSA, 0.0, 0, grid.bits - 1)
-        shift = 1.5 * 2.0 ** (_MANTISSA - grid.mantissa)
-        ends, own = (-grid.largest, grid.largest), (grid.mantissa, grid.bits - 1)
-        return Rounding(*ends, shift, grid.smallest_normal, *own)
-
-
-def kernel_for(device: torch.device, grid: Grid) -> Kernel:
-    """The kernel that rounds columns fastest.
+def kernel_for(device: torch.device) -> Kernel:
+    """The kernel that rounds columns fastest on a device, found out once for each.
 
     Args:
         device: Where the columns lie.
-        grid: What they are rounded to.
 
     Returns:
         The first that :func:`supports` says works, or ``torch``.
     """
     kernels: tuple[Kernel, ...] = ("triton", "numba")
-    return next((one for one in kernels if supports(one, device, grid)), "torch")
+    return next((one for one in kernels if supports(one, device)), "torch")
 
 
-def supports(kernel: Kernel, device: torch.device, grid: Grid) -> bool:
-    """Whether a kernel works here: tries it on one number.
+@functools.cache
+def supports(kernel: Kernel, device: torch.device) -> bool:
+    """Whether a kernel works on a device; a process finds it out once.
 
-    Triton needs, beside its package and an NVIDIA GPU of the generation of 2020 or later, a C
-    compiler at run time, which small images lack; numba may not know the processor, or be of
-    another version than what it needs. A trial finds out.
+    Numba may not know the processor, or be of another version than what it needs: then the kernel,
+    which is compiled when it is imported, cannot be. Triton needs, beside its package and an NVIDIA
+    GPU of the generation of 2020 or later, a C compiler at run time, which small images lack: one
+    number is rounded for a trial.
 
     Args:
-        kernel: Which.
+        kernel: Its name.
         device: Where the columns lie.
-        grid: What they are rounded to.
-
-    Returns:
-        Whether it does.
     """
     if kernel == "torch":
         return True
     if device.type != ("cuda" if kernel == "triton" else "cpu"):
         return False
-    if kernel == "triton" and not _new_enough(device):
-        return False
-    one = torch.ones(1, 1, device=device)
-    scales = ScaleLines(one, None, torch.zeros(1, dtype=torch.int64, device=device))
-    own = one.clone()
     try:
-        round_columns(kernel, own, one, one, scales, grid, errors=one.clone(), points=one.clone())
+        if kernel == "triton":
+            return _new_enough(device) and _tried(device)
+        from prismquant.kernels import cpu_sweep  # noqa: F401
     except (ImportError, OSError, RuntimeError, AttributeError, subprocess.SubprocessError):
         return False
+    return True
+
+
+def _tried(device: torch.device) -> bool:
+    """True, once one number was rounded by Triton; else its error."""
+    one = torch.ones(1, 1, device=device)
+    scales = ScaleLines(one, None, torch.zeros(1, dtype=torch.int64, device=device))
+    given = (one.clone(), one, one, scales, IntGrid(4))
+    round_columns("triton", *given, errors=one.clone(), points=one.clone())
     return True
 
 
@@ -192,7 +104,7 @@ def round_columns(
     errors: Tensor,
     points: Tensor,
     aim: Aim = "before",
-    tally: Tally | None = None,
+    accumulator: LossAccumulator | None = None,
 ) -> None:
     """Round ``b`` columns one by one: column k from ``t_k + sum over j of c_kj e_j``.
 
@@ -210,7 +122,7 @@ def round_columns(
         errors: ``[b, r]``, to be filled with ``e = w - q``.
         points: ``[b, r]``, to be filled with what ``grid`` rounds to; or int8, for the codes.
         aim: What they are rounded to.
-        tally: To be added to.
+        accumulator: To be added to.
 
     Raises:
         FormatError: There are too many rows for a kernel, or it meets a line that is not
@@ -237,7 +149,7 @@ def round_columns(
             errors[columns],
             found[columns],
             aim,
-            None if tally is None else tally.of(columns),
+            None if accumulator is None else accumulator.of(columns),
         )
     if found is not points:
         grid.write(found, points)
@@ -258,7 +170,7 @@ def _round_together(
     errors: Tensor,
     points: Tensor,
     aim: Aim,
-    tally: Tally | None,
+    accumulator: LossAccumulator | None,
 ) -> None:
     """Round as many columns as a kernel holds."""
     if kernel != "torch":
@@ -271,7 +183,7 @@ def _round_together(
     if kernel == "numba":
         from prismquant.kernels import cpu_sweep
 
-        counted = tally if former is None else None
+        counted = accumulator if former is None else None
         rounding, nearest = Rounding.of(grid), aim == "nearest"
         cpu_sweep.launch(
             targets, weights, coefficients, scales, rounding, errors, points, nearest, counted
@@ -298,8 +210,8 @@ def _round_together(
             )
     else:
         _round_in_torch(targets, weights, coefficients, scales, grid, errors, points)
-    if tally is not None:
-        tally.add(targets - weights, errors, former)
+    if accumulator is not None:
+        accumulator.add(targets - weights, errors, former)
 
 
 def _round_in_torch(
@@ -360,11 +272,6 @@ def _check(targets: Tensor, matrices: tuple[Tensor | None, ...]) -> None:
         raise FormatError(
             f"the sweep kernel reads contiguous lines, not strides {[m.stride() for m in given]}"
         )
-
-
-def _weigh(costs: Tensor, values: Tensor) -> Tensor:
-    """Squares ``[b, r]`` times costs of their lines ``[.., b]``, summed: float64 ``[.., r]``."""
-    return costs.to(torch.float64) @ values.square().to(torch.float64)
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:

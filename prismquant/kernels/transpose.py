@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prismquant.kernels.sweep import Kernel
+    from prismquant.kernels.rounding import Kernel
 
 
 def columns_as_lines(kernel: Kernel, matrix: Tensor, columns: Tensor, lines: Tensor) -> None:

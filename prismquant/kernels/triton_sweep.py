@@ -18,7 +18,7 @@ import triton.language as tl
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prismquant.kernels.sweep import Rounding, ScaleLines
+    from prismquant.kernels.rounding import Rounding, ScaleLines
 
 # Of a float32: the exponent's bits, and the sign.
 _EXPONENT = tl.constexpr(0x7F80_0000)

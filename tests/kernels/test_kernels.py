@@ -27,7 +27,8 @@ from prismquant.algorithms.problem import LayerProblem
 from prismquant.errors import FormatError
 from prismquant.formats.spec import spec
 from prismquant.kernels import descent, products, sweep, transpose
-from prismquant.kernels.sweep import MOST_COLUMNS, ScaleLines, Tally, round_columns
+from prismquant.kernels.rounding import LossAccumulator, ScaleLines
+from prismquant.kernels.sweep import MOST_COLUMNS, round_columns
 from prismquant.numerics.grids import FloatGrid, Grid, IntGrid
 from prismquant.numerics.kinds import FLOAT_KINDS
 from prismquant.numerics.ranges import RangeRule
@@ -150,27 +151,39 @@ def test_second_moments_of_narrow_inputs_are_those_of_the_same_numbers_in_float3
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
+@pytest.fixture
+def found_out_anew():
+    """What works is found out once for each process: forgotten before a test and after it."""
+    sweep.supports.cache_clear()
+    yield
+    sweep.supports.cache_clear()
+
+
 @runs_numba
 def test_a_processor_sweeps_with_numba():
-    assert sweep.kernel_for(CPU, IntGrid(4)) == "numba"
-    assert not sweep.supports("triton", CPU, IntGrid(4))
+    assert sweep.kernel_for(CPU) == "numba"
+    assert not sweep.supports("triton", CPU)
     assert GPTQ().solve(problem_of("int4-g16")).notes["kernel"] == "numba"
 
 
+@pytest.mark.usefixtures("found_out_anew")
 def test_a_processor_without_numba_sweeps_with_torch(monkeypatch):
     monkeypatch.setitem(sys.modules, "prismquant.kernels.cpu_sweep", None)
     monkeypatch.delattr("prismquant.kernels.cpu_sweep", raising=False)
-    assert sweep.kernel_for(CPU, IntGrid(4)) == "torch"
+    assert sweep.kernel_for(CPU) == "torch"
     assert GPTQ().solve(problem_of("int4-g16")).notes["kernel"] == "torch"
 
 
+@pytest.mark.usefixtures("found_out_anew")
 def test_other_and_older_gpus_sweep_with_torch(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert sweep.kernel_for(GPU, IntGrid(4)) == "torch"
+    assert sweep.kernel_for(GPU) == "torch"
+    sweep.supports.cache_clear()
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert sweep.kernel_for(GPU, IntGrid(4)) == "torch"
+    assert sweep.kernel_for(GPU) == "torch"
 
 
+@pytest.mark.usefixtures("found_out_anew")
 @pytest.mark.parametrize("error", [ImportError, RuntimeError, FileNotFoundError])
 def test_a_gpu_without_triton_or_a_compiler_sweeps_with_torch(monkeypatch, error):
     def fail(*args, **kwargs):
@@ -179,9 +192,10 @@ def test_a_gpu_without_triton_or_a_compiler_sweeps_with_torch(monkeypatch, error
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(sweep, "round_columns", fail)
     with FakeTensorMode():
-        assert not sweep.supports("triton", GPU, IntGrid(4))
+        assert not sweep.supports("triton", GPU)
+        sweep.supports.cache_clear()
         monkeypatch.setattr(sweep, "round_columns", lambda *args, **kwargs: None)
-        assert sweep.supports("triton", GPU, IntGrid(4))
+        assert sweep.supports("triton", GPU)
 
 
 @pytest.mark.parametrize(("kernel", "module"), [("triton", "triton_sweep"), ("numba", "cpu_sweep")])
@@ -215,6 +229,24 @@ def test_what_numba_cannot_compile_counts_as_missing():
 
     with pytest.raises(ImportError, match="cannot compile"):
         compiled(numba.float64(numba.float64))(lambda x: x.no_such_thing)
+
+
+@pytest.mark.usefixtures("found_out_anew")
+def test_what_works_is_found_out_once_and_not_in_every_solve(monkeypatch):
+    asked = []
+    tried = sweep._new_enough
+    monkeypatch.setattr(sweep, "_new_enough", lambda device: asked.append(device) or False)
+    assert [sweep.kernel_for(GPU) for _ in range(3)] == ["torch"] * 3
+    assert asked == [GPU]
+    monkeypatch.setattr(sweep, "_new_enough", tried)
+    sweep.kernel_for(CPU)
+    rounded = []
+    original = sweep.round_columns
+    monkeypatch.setattr(
+        sweep, "round_columns", lambda *a, **k: rounded.append(len(a[1])) or original(*a, **k)
+    )
+    GPTQ(block_size=144, refine_passes=0).solve(problem_of("int4-g16"))
+    assert rounded == [144, 144]
 
 
 @with_each_kernel
@@ -311,12 +343,12 @@ class Block:
             **({"points": self.points} | options),
         )
 
-    def tally(self) -> Tally:
+    def accumulator(self) -> LossAccumulator:
         """Costs of its columns, and sums that are not empty."""
         columns, rows = self.targets.shape
         costs = 0.5 + normal(3, columns, seed=50).abs()
         sums = normal(3, rows, seed=51).double()
-        return Tally(costs.to(self.targets.device), sums.to(self.targets.device))
+        return LossAccumulator(costs.to(self.targets.device), sums.to(self.targets.device))
 
 
 def around(part: Tensor) -> Tensor:
@@ -349,9 +381,9 @@ def test_every_column_is_the_nearest_point_to_a_float64_target(
     if aim != "others":
         # What is not below the diagonal is not read.
         block.coefficients[torch.ones(columns, columns).triu().bool()] = math.nan
-    start, former, tally = block.targets.clone(), block.errors.double(), block.tally()
-    sums = tally.sums.clone()
-    block.round(kernel, aim=aim, tally=tally)
+    start, former, accumulator = block.targets.clone(), block.errors.double(), block.accumulator()
+    sums = accumulator.sums.clone()
+    block.round(kernel, aim=aim, accumulator=accumulator)
     step = block.scales.steps[block.scales.lines]
     zero = torch.zeros_like(step)
     if block.scales.zeros is not None:
@@ -371,13 +403,13 @@ def test_every_column_is_the_nearest_point_to_a_float64_target(
     aimed = block.weights if aim == "nearest" else block.targets
     assert torch.equal(block.points, grid.round_(aimed / step + zero))
     # Sums are those of the squares.
-    pulls, costs = exact - block.weights.double(), tally.costs.double()
+    pulls, costs = exact - block.weights.double(), accumulator.costs.double()
     squares = torch.stack([pulls + errors, errors, errors]).square()
     if aim == "others":
         squares -= torch.stack([pulls + former, former, former]).square()
     expected = (costs.unsqueeze(2) * squares).sum(1)
     size = costs.sum() * (reach.amax() + errors.abs().amax()).square()
-    assert bool(((tally.sums - sums - expected).abs() <= 1e-5 * size).all())
+    assert bool(((accumulator.sums - sums - expected).abs() <= 1e-5 * size).all())
     for part in (block.targets, block.weights, block.errors, block.points):
         assert bool((around(part) == CANARY).all())
 
@@ -431,9 +463,9 @@ def test_threads_change_no_result_of_the_kernel(monkeypatch, aim):
     for threads in (1, 2, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         block = Block.of(IntGrid(3), 40, 64 * 13 + 5, seed=3)
-        tally = block.tally()
-        block.round("numba", aim=aim, tally=tally)
-        found.append((block.targets, block.errors, block.points, tally.sums))
+        accumulator = block.accumulator()
+        block.round("numba", aim=aim, accumulator=accumulator)
+        found.append((block.targets, block.errors, block.points, accumulator.sums))
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
@@ -476,13 +508,13 @@ def test_descent_keeps_products_errors_and_sums_as_they_are_in_float64(
     former = whole.double()
     products = torch.zeros(-(-rows // descent.STRIP), wide, descent.STRIP)
     products[:] = descent.in_strips((hessian @ former).float())
-    tally = block.tally()
-    tally.costs[0] = hessian.diagonal()[own]
-    sums = tally.sums.clone()
+    accumulator = block.accumulator()
+    accumulator.costs[0] = hessian.diagonal()[own]
+    sums = accumulator.sums.clone()
     coefficients = (hessian / hessian.diagonal().unsqueeze(1)).float()[own]
     errors = whole[own].clone()
     descent.round_again(
-        products, block.weights, coefficients, block.scales, grid, errors, codes, tally,
+        products, block.weights, coefficients, block.scales, grid, errors, codes, accumulator,
         column=column, final=final,
     )  # fmt: skip
     after = former.clone()
@@ -495,11 +527,11 @@ def test_descent_keeps_products_errors_and_sums_as_they_are_in_float64(
     assert torch.equal(errors, block.weights - (grid.read(codes) - zero) * step)
     # The loss is lower by what the sums say, and the products are those of the new errors.
     losses = [((hessian @ e) * e).sum(0) for e in (former, after)]
-    change = tally.sums - sums
+    change = accumulator.sums - sums
     scale = 1e-5 * losses[0]
     assert bool((change[0] <= scale).all())
     assert bool(((losses[1] - losses[0] - change[0]).abs() <= scale).all())
-    growth = tally.costs[1:].double() @ (after[own].square() - former[own].square())
+    growth = accumulator.costs[1:].double() @ (after[own].square() - former[own].square())
     assert bool(((change[1:] - growth).abs() <= 1e-5 * (1 + growth.abs())).all())
     kept = slice(own.stop if final else 0, wide)
     exact = descent.in_strips((hessian @ after).float())
@@ -530,9 +562,9 @@ def problem_of(
 def test_a_solve_with_the_kernel_is_that_with_torch(name, kernel, monkeypatch):
     """Sweep and descent; no weight of these lies so near a tie that the order of sums decides."""
     problem, solver = problem_of(name, device=device_of(kernel)), GPTQ()
-    monkeypatch.setattr(sweep, "kernel_for", lambda device, grid: "torch")
+    monkeypatch.setattr(sweep, "kernel_for", lambda device: "torch")
     reference = solver.solve(problem)
-    monkeypatch.setattr(sweep, "kernel_for", lambda device, grid: kernel)
+    monkeypatch.setattr(sweep, "kernel_for", lambda device: kernel)
     result = solver.solve(problem)
     assert (reference.notes["kernel"], result.notes["kernel"]) == ("torch", kernel)
     assert result.losses == pytest.approx(reference.losses, rel=1e-5)
@@ -547,7 +579,7 @@ def test_a_solve_with_the_kernel_is_that_with_torch(name, kernel, monkeypatch):
 @pytest.mark.parametrize("passes", [0, 2])
 def test_the_block_size_does_not_change_the_codes_of_the_kernel(kernel, passes, monkeypatch):
     """Smaller and larger than what the kernel holds."""
-    monkeypatch.setattr(sweep, "kernel_for", lambda device, grid: kernel)
+    monkeypatch.setattr(sweep, "kernel_for", lambda device: kernel)
     problem = problem_of("int3-g16", (5,), device=device_of(kernel))
     solvers = (GPTQ(block_size=size, refine_passes=passes) for size in (128, 50, 1000))
     first, *others = (solver.solve(problem).weights[0].codes for solver in solvers)
@@ -561,7 +593,8 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from prismquant.kernels.sweep import MOST_COLUMNS, TILE_ROWS, Rounding
+from prismquant.kernels.rounding import Rounding
+from prismquant.kernels.sweep import MOST_COLUMNS, TILE_ROWS
 from prismquant.kernels.triton_sweep import OPTIONS, round_columns_kernel as kernel
 from prismquant.numerics.grids import FloatGrid, IntGrid
 

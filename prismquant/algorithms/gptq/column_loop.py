@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from prismquant.algorithms.gptq.damped_factor import CholeskyFactor
     from prismquant.algorithms.gptq.row_chunks import RowChunk
     from prismquant.algorithms.gptq.shared_hessian import SharedHessian
-    from prismquant.kernels.sweep import Aim
+    from prismquant.kernels.rounding import Aim
 
 
 def round_to_nearest(

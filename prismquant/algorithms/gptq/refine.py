@@ -116,7 +116,7 @@ def _descend(
             chunk.grid,
             chunk.errors[block],
             chunk.codes[block],
-            chunk.tally(block),
+            chunk.accumulator(block),
             column=block.start,
             final=final,
         )

@@ -16,8 +16,8 @@ from torch import Tensor
 from prismquant.algorithms.gptq.cholesky import blocks
 from prismquant.algorithms.layer_scales import Scales, scale_lines, scales_by_column
 from prismquant.algorithms.problem import LayerProblem, row_losses
-from prismquant.kernels import products, transpose
-from prismquant.kernels import sweep as sweep_kernels
+from prismquant.kernels import products, sweep, transpose
+from prismquant.kernels.rounding import LossAccumulator, ScaleLines
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from prismquant.algorithms.gptq.damped_factor import CholeskyFactor
     from prismquant.algorithms.gptq.shared_hessian import SharedHessian
     from prismquant.formats.spec import NumberSpec
+    from prismquant.kernels.rounding import Aim, Kernel
 
 # Rows solved at once: enough for products to be fast, few enough for vectors to stay in a cache. A
 # device with memory of its own wants them all.
@@ -81,10 +82,10 @@ class ScaleTable:
         rows = [len(weight) for weight in problem.weights]
         return ScaleTable(*scales_by_column(scales, rows, problem.spec), problem.spec)
 
-    def of_rows(self, rows: slice, columns: Tensor) -> sweep_kernels.ScaleLines:
+    def of_rows(self, rows: slice, columns: Tensor) -> ScaleLines:
         """The scales of some of the rows, for columns in an order."""
         zeros = None if self.zeros is None else self.zeros[:, rows]
-        return sweep_kernels.ScaleLines(self.steps[:, rows], zeros, scale_lines(columns, self.spec))
+        return ScaleLines(self.steps[:, rows], zeros, scale_lines(columns, self.spec))
 
 
 class RowChunk:
@@ -127,7 +128,7 @@ class RowChunk:
         rows: ChunkRows,
         table: ScaleTable,
         factor: CholeskyFactor,
-        kernel: sweep_kernels.Kernel,
+        kernel: Kernel,
     ) -> None:
         self._problem, self._rows, self._table = problem, rows, table
         self.kernel = kernel
@@ -166,9 +167,7 @@ class RowChunk:
         self.columns = self.columns[place]
         self.scales = self._table.of_rows(self._rows.rows, self.columns)
 
-    def round(
-        self, block: slice, targets: Tensor, coefficients: Tensor, aim: sweep_kernels.Aim
-    ) -> None:
+    def round(self, block: slice, targets: Tensor, coefficients: Tensor, aim: Aim) -> None:
         """Round the columns of a block one by one, and leave their errors, codes and costs.
 
         Args:
@@ -178,7 +177,7 @@ class RowChunk:
             coefficients: Of errors inside the block, ``[b, b]``.
             aim: What they are rounded to.
         """
-        sweep_kernels.round_columns(
+        sweep.round_columns(
             self.kernel,
             targets,
             self.weights[block],
@@ -188,12 +187,12 @@ class RowChunk:
             errors=self.errors[block],
             points=self.codes[block],
             aim=aim,
-            tally=self.tally(block),
+            accumulator=self.accumulator(block),
         )
 
-    def tally(self, block: slice) -> sweep_kernels.Tally:
+    def accumulator(self, block: slice) -> LossAccumulator:
         """Where the losses of some columns are added up."""
-        return sweep_kernels.Tally(self.costs[:, block], self.sums)
+        return LossAccumulator(self.costs[:, block], self.sums)
 
     def row_losses(self, hessian: SharedHessian) -> Tensor:
         """The loss of each row under the Hessian without damping.

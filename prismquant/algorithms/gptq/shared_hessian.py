@@ -18,7 +18,7 @@ from prismquant.algorithms.gptq.cholesky import below_diagonal, blocks
 from prismquant.kernels import transpose
 
 if TYPE_CHECKING:
-    from prismquant.kernels.sweep import Kernel
+    from prismquant.kernels.rounding import Kernel
 
 # Lines that are gathered or copied at once.
 _BLOCK = 256

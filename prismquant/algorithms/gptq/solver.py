@@ -31,8 +31,7 @@ from prismquant.algorithms.gptq.shared_hessian import SharedHessian
 from prismquant.algorithms.layer_scales import Scales, choose_scales
 from prismquant.algorithms.problem import LayerProblem, LayerResult, Note
 from prismquant.errors import NumericsError, check_bounds
-from prismquant.kernels import descent
-from prismquant.kernels import sweep as sweep_kernels
+from prismquant.kernels import descent, sweep
 
 Weighting = Literal["pivot", "diagonal", "none"]
 
@@ -118,7 +117,7 @@ class GPTQ:
                 remedy="add calibration samples of the modality that passes it, or use solver: rtn",
             )
         hessian = hessian.to(problem.weights[0].device, torch.float32).contiguous()
-        kernel = sweep_kernels.kernel_for(hessian.device, problem.spec.grid)
+        kernel = sweep.kernel_for(hessian.device)
         shared = SharedHessian.of(hessian, kernel)
         try:
             damping = Damping(self.damping, self.damping_basis, self.order)

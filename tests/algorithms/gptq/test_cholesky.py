@@ -302,5 +302,7 @@ def test_a_column_is_the_same_whatever_it_was_brought_up_to_date_with(dtype):
 def test_a_missing_package_leaves_pivots_to_torch(monkeypatch):
     monkeypatch.setitem(sys.modules, "prismquant.kernels.cpu_pivots", None)
     monkeypatch.delattr("prismquant.kernels.cpu_pivots", raising=False)
+    pivots._compiled.cache_clear()
     assert not pivots.supports(torch.device("cpu"))
     assert not pivots.supports(torch.device("cuda"))
+    pivots._compiled.cache_clear()
