@@ -14,12 +14,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from prismquant.version import __version__
+
 if TYPE_CHECKING:
     from prismquant.api import Result, inspect, load, measure, quantize
     from prismquant.errors import PrismQuantError
     from prismquant.recipe.schema import Recipe, load_recipe
-
-__version__ = "0.1.0"
 
 __all__ = [
     "PrismQuantError",

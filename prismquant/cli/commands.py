@@ -10,12 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
-from prismquant import __version__
 from prismquant.arguments import as_choice, as_path
 from prismquant.cli.output import console as make_console
 from prismquant.cli.output import say, say_json, show
 from prismquant.errors import PrismQuantError, StorageError
 from prismquant.report.tables import as_text
+from prismquant.version import __version__
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -13,13 +13,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from prismquant import __version__
 from prismquant.errors import FormatError, StorageError, suggest
 from prismquant.export.companions import links_remark
 from prismquant.export.exporter import Exporter, Progress, Refusal, check
 from prismquant.export.staging import staged
 from prismquant.export.stored import StoredCheckpoint, open_checkpoint
 from prismquant.storage import write_json
+from prismquant.version import __version__
 
 # Name -> module and class; a module is imported only when its format is asked for.
 EXPORTERS: Mapping[str, str] = MappingProxyType(

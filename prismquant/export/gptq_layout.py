@@ -34,7 +34,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from prismquant import __version__
 from prismquant.export.exporter import Progress, Refusal, write_checkpoint
 from prismquant.export.packed_integers import (
     group_size,
@@ -46,6 +45,7 @@ from prismquant.export.packed_integers import (
 from prismquant.export.stored import StoredCheckpoint, StoredLayer
 from prismquant.formats.packed import QuantizedTensor, pack_bits
 from prismquant.models.arch import Modality
+from prismquant.version import __version__
 
 BITS = (2, 3, 4, 8)
 # What vLLM has kernels for; it reads symmetric layers only.

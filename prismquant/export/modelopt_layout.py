@@ -34,7 +34,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from prismquant import __version__
 from prismquant.export.exporter import Progress, Refusal, write_checkpoint
 from prismquant.export.kv_section import read_kv_cache_scheme
 from prismquant.export.stored import StoredCheckpoint, StoredLayer
@@ -46,6 +45,7 @@ from prismquant.formats.packed import (
     pack,
 )
 from prismquant.formats.spec import NumberSpec, spec
+from prismquant.version import __version__
 
 METHOD, FILE = "modelopt", "hf_quant_config.json"
 MIXED = "MIXED_PRECISION"

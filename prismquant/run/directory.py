@@ -379,7 +379,7 @@ def _now() -> str:
 
 def environment(device: torch.device) -> dict[str, str]:
     """Versions, the thread count and the processors, for the record."""
-    from prismquant import __version__
+    from prismquant.version import __version__
 
     facts = {
         "prismquant": __version__,

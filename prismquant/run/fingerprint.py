@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 
-import prismquant
 from prismquant.arguments import EXACT
 from prismquant.data import Sample, fingerprint
 from prismquant.errors import StorageError
+from prismquant.version import __version__
 
 # A shard is looked at in so many places, of so many bytes each: every tensor of some size is hit,
 # and a checkpoint of any size is stamped within a second.
@@ -171,13 +171,13 @@ def fingerprint_batches(prints: Sequence[str]) -> str:
 
 def code_versions() -> dict[str, str]:
     """Versions of what computes: this package and its sources, torch, transformers, numba."""
-    package = Path(prismquant.__file__).parent
+    package = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(p for p in package.rglob("*") if p.suffix in (".py", ".toml")):
         digest.update(f"{path.relative_to(package).as_posix()} {path.stat().st_size} ".encode())
         digest.update(path.read_bytes())
     return {
-        "prismquant": prismquant.__version__,
+        "prismquant": __version__,
         "sources": digest.hexdigest()[:16],
         "torch": torch.__version__,
         "transformers": version("transformers"),

@@ -10,11 +10,11 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prismquant import __version__
 from prismquant.errors import FormatError
 from prismquant.export.companions import own_file
 from prismquant.export.gguf.vocabulary import Vocabulary
 from prismquant.storage import read_json
+from prismquant.version import __version__
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
