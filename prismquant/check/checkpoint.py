@@ -425,7 +425,7 @@ def _is_known(config: Mapping[str, Any]) -> bool:
 def _layers(checkpoint: Checkpoint, model: BoundModel) -> Iterator[Layer]:
     naming = vllm.naming(model.arch.name)
     sites = {site.name: site for site in model.sites if site.kind is SiteKind.LINEAR}
-    spare = [name for name, _ in model.left_alone if _is_matrix(model, name)]
+    spare = [item.name for item in model.left_alone if item.is_linear]
     found = _found_in_vllm(checkpoint, model, [*sites, *spare], naming)
     for name in [*sites, *spare]:
         disk = _disk(model, name)
@@ -473,13 +473,6 @@ def _found_in_vllm(
         )
         found |= dict.fromkeys(members, one)
     return found
-
-
-def _is_matrix(model: BoundModel, name: str) -> bool:
-    """Whether a layer that is left alone is a linear: embeddings are look-ups."""
-    reasons = dict(model.left_alone)
-    shape = model.shapes.get(f"{name}.weight", ())
-    return len(shape) == 2 and not reasons[name].startswith("embedding")
 
 
 def _disk(model: BoundModel, name: str) -> str:

@@ -273,7 +273,9 @@ def _config_name(bound: BoundModel, module_name: str) -> str:
 
 def _linears(bound: BoundModel) -> list[str]:
     sites = [site.name for site in bound.sites if site.kind is SiteKind.LINEAR]
-    return [*sites, *(name for name, _ in bound.left_alone)]
+    # A bare parameter that is left alone is no module, which readers could ignore.
+    alone = [x.name for x in bound.left_alone if f"{x.name}.weight" in bound.shapes]
+    return [*sites, *alone]
 
 
 def _layer_tensors(layer: QuantizedLayer, row: PlanRow) -> dict[str, Tensor]:

@@ -1,15 +1,15 @@
 """Binding an architecture to a checkpoint: everything is checked before anything is computed.
 
 :func:`bind` builds the model without memory for its weights, reads the headers of the shards, and
-compares both with the architecture: every path exists, every linear and convolution is claimed by a
-site or left alone for a stated reason, every tensor is where it should be and has the right shape.
-All findings go into one error. It takes seconds for a model of any size and reads no weights.
+compares both with the architecture: every path exists, every parameter of two or more dimensions is
+claimed by a site or left alone for a stated reason, every tensor is where it should be and has the
+right shape. All findings go into one error. It takes seconds for a model of any size and reads no
+weights.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import reprlib
 from collections import Counter
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from prismquant.errors import ModelError, grouped
+from prismquant.errors import ModelError
 from prismquant.headers import TensorInfo
 from prismquant.models.arch import (
     ArchSpec,
@@ -27,9 +27,10 @@ from prismquant.models.arch import (
     SiteKind,
     Tower,
 )
-from prismquant.models.bind_edges import bind_edges, kind_of
-from prismquant.models.bind_streams import CONVOLUTIONS, bind_streams
+from prismquant.models.bind_edges import bind_edges
+from prismquant.models.bind_streams import bind_streams
 from prismquant.models.bound import BoundModel, BoundSite, BoundStep
+from prismquant.models.claims import CONVOLUTIONS, claim_parameters
 from prismquant.models.config import (
     header_infos,
     identify,
@@ -39,20 +40,16 @@ from prismquant.models.config import (
     unused_keys,
 )
 from prismquant.models.empty import empty_model
+from prismquant.models.misfits import Misfits, kind_of
 from prismquant.models.names import NameMap, choose_layout
+from prismquant.models.norm_probe import NormProbe
 from prismquant.storage import read_index
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-# An error must fit a screen; the count of the rest is printed.
-_MAX_FINDINGS = 30
-
 # Their sections may also say how inputs or the key-value cache are quantized.
 _SAY_MORE_THAN_WEIGHTS = ("compressed-tensors", "modelopt")
-
-
-# ------------------------------------------------------------------------------------------- bind
 
 
 def bind(
@@ -89,14 +86,14 @@ def bind(
     head_weight = f"{arch.head}.weight"
     says_tied = bool(getattr(config, "tie_word_embeddings", False))
     tied = says_tied and names.to_disk(head_weight) not in disk_names
-    findings: list[str] = []
+    misfits, probe = Misfits(), NormProbe()
     dtypes = _Dtypes(names, infos, _dtype(config, infos))
-    steps = _bind_steps(arch, names, modules, dtypes, tied, findings)
+    steps = _bind_steps(arch, names, modules, dtypes, tied, misfits)
     sites = tuple(site for step in steps for site in step.sites)
-    left_alone = _bind_left_alone(arch, modules, {site.name for site in sites}, findings)
-    edges = bind_edges(arch, config, modules, steps, findings)
-    streams = bind_streams(arch, modules, edges, findings)
-    findings += _rotary_findings(config.get_text_config())
+    left_alone = claim_parameters(arch, model, {site.name for site in sites}, misfits)
+    edges = bind_edges(arch, config, modules, steps, probe, misfits)
+    streams = bind_streams(arch, modules, edges, probe, misfits)
+    misfits.add_all(_rotary_findings(config.get_text_config()))
     unused = [f"config.json: {key} is not used" for key in unused_keys(arch, folder, config)]
     notes = list(unused)
     if says_tied and not tied:
@@ -108,10 +105,10 @@ def bind(
         strange = _compare(arch, names, shapes, infos, head_weight if tied else None)
         if section := read_config(folder).get("quantization_config"):
             notes.append(_leftover(section, folder, is_float=bool(infos) and not strange))
-        findings += strange if infos else []
-    if findings:
+        misfits.add_all(strange if infos else [])
+    if misfits:
         # What is not used may be why the rest does not fit.
-        raise _report(arch, folder, [*unused, *findings])
+        raise misfits.error(arch, folder, unused)
     return BoundModel(
         arch=arch,
         folder=folder,
@@ -136,21 +133,21 @@ def _bind_steps(
     modules: Mapping[str, nn.Module],
     dtypes: _Dtypes,
     tied: bool,
-    findings: list[str],
+    misfits: Misfits,
 ) -> tuple[BoundStep, ...]:
     steps: list[BoundStep] = []
     for tower in arch.towers:
-        for path, kind, sites in _tower_steps(tower, modules, findings):
+        for path, kind, sites in _tower_steps(tower, modules, misfits):
             index = len(steps)
             bound = [
-                _bind_site(site, tower, path, index, names, modules, dtypes, findings)
+                _bind_site(site, tower, path, index, names, modules, dtypes, misfits)
                 for site in sites
             ]
             kept = sorted((site for site in bound if site is not None), key=lambda site: site.stage)
             steps.append(BoundStep(index, tower.modality, path, tuple(kept), kind))
     head = Site("lm_head", "", SiteKind.LINEAR, 0, "final")
     llm = arch.towers[-1]
-    bound_head = _bind_site(head, llm, arch.head, len(steps), names, modules, dtypes, findings)
+    bound_head = _bind_site(head, llm, arch.head, len(steps), names, modules, dtypes, misfits)
     if bound_head is not None:
         if tied:
             dtype = dtypes.of(f"{arch.embeddings}.weight")
@@ -160,25 +157,25 @@ def _bind_steps(
 
 
 def _tower_steps(
-    tower: Tower, modules: Mapping[str, nn.Module], findings: list[str]
+    tower: Tower, modules: Mapping[str, nn.Module], misfits: Misfits
 ) -> Iterator[tuple[str, str, tuple[Site, ...]]]:
     if tower.root not in modules:
-        findings.append(f"{tower.root}: the {tower.modality} tower's root does not exist")
+        misfits.add(f"{tower.root}: the {tower.modality} tower's root does not exist")
     if tower.entry is not None:
         yield tower.entry, "entry", tower.entry_sites
     if tower.blocks is not None:
-        for path in _members(tower.blocks, modules, findings):
+        for path in _members(tower.blocks, modules, misfits):
             yield path, "block", tower.sites
     for pattern in tower.modules:
-        paths = _members(pattern[:-2], modules, findings) if pattern.endswith(".*") else [pattern]
+        paths = _members(pattern[:-2], modules, misfits) if pattern.endswith(".*") else [pattern]
         for path in paths:
             yield path, "projector", tower.sites
 
 
-def _members(path: str, modules: Mapping[str, nn.Module], findings: list[str]) -> list[str]:
+def _members(path: str, modules: Mapping[str, nn.Module], misfits: Misfits) -> list[str]:
     container = modules.get(path)
     if not isinstance(container, nn.ModuleList):
-        findings.append(f"{path}: expected a list of modules, found {kind_of(container)}")
+        misfits.add(f"{path}: expected a list of modules, found {kind_of(container)}")
         return []
     return [f"{path}.{index}" for index in range(len(container))]
 
@@ -191,7 +188,7 @@ def _bind_site(
     names: NameMap,
     modules: Mapping[str, nn.Module],
     dtypes: _Dtypes,
-    findings: list[str],
+    misfits: Misfits,
 ) -> BoundSite | None:
     name = f"{parent}.{site.path}" if site.path else parent
     module = modules.get(name)
@@ -199,12 +196,12 @@ def _bind_site(
         matrix = (module.out_features, module.in_features)
     elif site.kind is SiteKind.PATCH_CONV and isinstance(module, CONVOLUTIONS):
         if problem := _not_a_patch_conv(module):
-            findings.append(f"{name}: {problem}")
+            misfits.add(f"{name}: {problem}")
             return None
         weight = module.weight
         matrix = (weight.shape[0], weight[0].numel())
     else:
-        findings.append(f"{name}: expected a {site.kind} ({site.role}), found {kind_of(module)}")
+        misfits.add(f"{name}: expected a {site.kind} ({site.role}), found {kind_of(module)}")
         return None
     return BoundSite(
         name=name,
@@ -231,23 +228,6 @@ def _not_a_patch_conv(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> str | None:
     if padded or conv.groups != 1 or any(d != 1 for d in conv.dilation):
         return "padding, groups or dilation: not a reshape"
     return None
-
-
-def _bind_left_alone(
-    arch: ArchSpec, modules: Mapping[str, nn.Module], claimed: set[str], findings: list[str]
-) -> tuple[tuple[str, str], ...]:
-    result: list[tuple[str, str]] = []
-    for name, module in modules.items():
-        if isinstance(module, nn.Embedding):
-            result.append((name, "embedding: a look-up, not a matrix product"))
-        if not isinstance(module, (nn.Linear, *CONVOLUTIONS)) or name in claimed:
-            continue
-        reason = next((r for p, r in arch.left_alone.items() if fnmatch.fnmatch(name, p)), None)
-        if reason is None and not any(finding.startswith(f"{name}:") for finding in findings):
-            findings.append(f"{name}: {kind_of(module)} that no site of {arch.name}.toml claims")
-        elif reason is not None:
-            result.append((name, reason))
-    return tuple(result)
 
 
 def _rotary_findings(text: Any) -> list[str]:
@@ -320,19 +300,6 @@ def _leftover(section: Any, folder: Path, *, is_float: bool) -> str:
         where=str(folder / "config.json"),
         remedy="use the unquantized checkpoint; if this one is in floating point and only kept the "
         "section, delete quantization_config from config.json",
-    )
-
-
-def _report(arch: ArchSpec, folder: Path, findings: list[str]) -> ModelError:
-    count = "1 finding" if len(findings) == 1 else f"{len(findings)} findings"
-    lines = grouped(findings)
-    shown = [f"  - {line}" for line in lines[:_MAX_FINDINGS]]
-    if len(lines) > _MAX_FINDINGS:
-        shown.append(f"  - and {len(lines) - _MAX_FINDINGS} more")
-    return ModelError(
-        "\n".join([f"the checkpoint does not fit {arch.title}: {count}", *shown]),
-        where=str(folder),
-        remedy="use an unmodified, complete, unquantized checkpoint of this architecture",
     )
 
 

@@ -136,6 +136,21 @@ class BoundStream:
 
 
 @dataclass(frozen=True)
+class LeftAlone:
+    """A parameter of two or more dimensions that is never quantized.
+
+    Attributes:
+        name: Path of its module, or of itself where it is not called ``weight``.
+        reason: Why, in words.
+        is_linear: Whether its module is a linear layer, which a reader could take for quantized.
+    """
+
+    name: str
+    reason: str
+    is_linear: bool
+
+
+@dataclass(frozen=True)
 class BoundModel:
     """An architecture bound to a folder.
 
@@ -148,7 +163,7 @@ class BoundModel:
         sites: All sites, in calibration order.
         edges: All edges.
         streams: Residual streams of the towers that have a description of theirs.
-        left_alone: ``(module path, reason)`` of layers that are never quantized.
+        left_alone: Parameters that are never quantized, in the order of the model.
         dtype: Most frequent floating dtype on disk, or the config's; each site has its own.
         shapes: Module tensor name -> shape, for every parameter and stored buffer.
         tied: Whether the head's weight is the token embedding.
@@ -164,7 +179,7 @@ class BoundModel:
     sites: tuple[BoundSite, ...]
     edges: tuple[BoundEdge, ...]
     streams: tuple[BoundStream, ...]
-    left_alone: tuple[tuple[str, str], ...]
+    left_alone: tuple[LeftAlone, ...]
     dtype: torch.dtype
     shapes: Mapping[str, tuple[int, ...]]
     tied: bool

@@ -73,7 +73,7 @@ def make_plan(recipe: Recipe, bound: BoundModel) -> Plan:
         recipe=recipe.name,
         architecture=bound.arch.name,
         rows=tuple(rows),
-        left_alone=tuple(bound.left_alone),
+        left_alone=tuple((item.name, item.reason) for item in bound.left_alone),
         other_bytes=sum(sizes.values()) - sum(row.float_bytes for row in rows),
         calibration=recipe.calibration,
         rotations=rotations,

@@ -112,7 +112,7 @@ class Plan:
         recipe: Name of the recipe.
         architecture: Name of the architecture.
         rows: The layers.
-        left_alone: Layers that no site describes, each with the reason.
+        left_alone: Parameters that no site claims, each with the reason.
         other_bytes: Bytes of all tensors that are no layer's weight: embeddings, norms, biases.
         calibration: How statistics are gathered.
         rotations: Which towers are rotated, and how.

@@ -22,6 +22,7 @@ from prismquant.models import config as config_module
 from prismquant.models.arch import EdgeKind, Modality, SiteKind
 from prismquant.models.arch_files import known_archs
 from prismquant.models.bind import bind
+from prismquant.models.bound import LeftAlone
 from prismquant.models.config import identify, import_transformers, native_config
 from prismquant.models.empty import empty_model
 from prismquant.models.load import load_float
@@ -90,8 +91,8 @@ def test_every_embedding_is_left_alone_with_a_reason(tiny_folder: Path):
     bound = bind(tiny_folder)
     model = empty_model(bound.config, bound.arch)
     embeddings = {n for n, module in model.named_modules() if isinstance(module, nn.Embedding)}
-    assert {name for name, _ in bound.left_alone} == embeddings
-    assert all("embedding" in reason for _, reason in bound.left_alone)
+    assert {item.name for item in bound.left_alone} == embeddings
+    assert all("embedding" in reason for reason in (item.reason for item in bound.left_alone))
 
 
 def test_steps_are_in_calibration_order(tiny: Callable[..., Path]):
@@ -587,7 +588,8 @@ def test_layers_left_alone_are_listed_with_their_reason(
         arch, towers=(vision, projector, llm), left_alone={"*.mlp.2": "too small"}
     )
     monkeypatch.setattr(config_module, "known_archs", lambda: {"qwen2_vl": odd})
-    assert ("model.visual.merger.mlp.2", "too small") in bind(tiny("qwen2_vl")).left_alone
+    expected = LeftAlone("model.visual.merger.mlp.2", "too small", is_linear=True)
+    assert expected in bind(tiny("qwen2_vl")).left_alone
 
 
 def test_a_convolution_that_is_no_reshape_is_refused(
