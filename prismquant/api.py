@@ -33,15 +33,15 @@ from prismquant.data import Sample, read_samples, require_modalities
 from prismquant.data.batches import Batch, Batches, by_length, make_batches
 from prismquant.data.media import Limits
 from prismquant.data.survey import Survey, let_go, position_limit, survey
+from prismquant.diagnostics.failed_layers import failure_lines
+from prismquant.diagnostics.step_record import StepRecord
 from prismquant.distributed import Alone, Ranks
 from prismquant.engine.collectives import require_sharable, share_of
 from prismquant.engine.data_free import stream, streams
-from prismquant.engine.failure import failure_lines
 from prismquant.engine.gradients import gradient_samples, vision_weights, wants_gradients
 from prismquant.engine.job import Reporter, Run, Silent
 from prismquant.engine.memory_forecast import WAYS, Forecast, choose_way, count_tokens, forecast
 from prismquant.engine.run import run
-from prismquant.engine.step_record import StepRecord
 from prismquant.errors import DataError, PlanError, StorageError
 from prismquant.evaluate.fidelity import Fidelity, evaluate_model
 from prismquant.evaluate.shared_vocabulary import require_same_vocabulary
@@ -71,13 +71,13 @@ from prismquant.recipe.adapt import adapted
 from prismquant.recipe.schema import Recipe, load_recipe
 from prismquant.run.directory import RunDirectory, environment
 from prismquant.run.fingerprint import (
-    Identity,
     code_versions,
     fingerprint_batches,
     fingerprint_samples,
     stamp_files,
     unchanged,
 )
+from prismquant.run.identity import Identity
 from prismquant.run.record import RunRecord, refuse_nonfinite, told_of
 from prismquant.runtime.mixed import Precision, Wanted
 from prismquant.storage import ShardReader

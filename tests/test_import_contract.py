@@ -52,6 +52,8 @@ def test_the_contracts_hold() -> None:
         ("algorithms/rtn.py", "from prismquant.algorithms.gptq import GPTQ", "Algorithms never"),
         ("runtime/quant_linear.py", "import transformers", "Nothing below models"),
         ("formats/packed.py", "import safetensors", "Numerics and formats know no files"),
+        ("report/plans.py", "import prismquant.engine.run", "Reports are made of files"),
+        ("report/tables.py", "def f():\n    import torch", "Reports need no torch"),
         # A new folder must be given its place.
         ("search/__init__.py", "", "Folders are layers"),
     ],

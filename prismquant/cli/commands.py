@@ -108,6 +108,7 @@ def inspect(
 ) -> None:
     """Print the plan: every layer with its format and size. Reads headers only, no weights."""
     from prismquant.api import inspect as make
+    from prismquant.report.plan_summary import PlanSummary
     from prismquant.report.plans import layer_table, totals_table, transform_table
 
     plan = make(
@@ -118,10 +119,12 @@ def inspect(
         on_failure=on_failure,
         tensor_parallel=tensor_parallel,
     )
+    content = plan.to_dict()
     if as_json:
-        say_json(plan.to_dict())
+        say_json(content)
         return
-    for table in (layer_table(plan), transform_table(plan), totals_table(plan)):
+    summary = PlanSummary.from_dict(content)
+    for table in (layer_table(summary), transform_table(summary), totals_table(summary)):
         if table is not None:
             show(table)
     for remark in plan.remarks:
@@ -179,10 +182,11 @@ def quantize(
     """Quantize a checkpoint into a folder that transformers and vLLM load."""
     from prismquant.api import quantize as run
     from prismquant.check import check
+    from prismquant.diagnostics.failed_layers import failed_layers
     from prismquant.distributed import joined
-    from prismquant.engine.failure import failed_layers
     from prismquant.report.plans import memory_line, run_table, token_lines
     from prismquant.report.progress import ProgressReporter
+    from prismquant.report.run_files import RunFiles
     from prismquant.threads import use_threads
 
     pace = use_threads(threads, _earlier_threads(out) if resume else None)
@@ -229,9 +233,10 @@ def quantize(
         }
         say_json(body)
     else:
-        console.print(run_table(result.plan, result.record))
-        console.print(memory_line(result.record))
-        for line in token_lines(result.plan, result.record):
+        files = RunFiles.read(result.folder)
+        console.print(run_table(files))
+        console.print(memory_line(files.record))
+        for line in token_lines(files):
             console.print(as_text(line))
         _print_remarks(console, [*result.plan.remarks, *result.notes])
         _print_findings(console, report)

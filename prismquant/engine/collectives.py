@@ -14,8 +14,9 @@ from prismquant.algorithms.parts import cuts, joined, part_of
 from prismquant.algorithms.problem import LayerProblem, LayerResult
 from prismquant.algorithms.protocols import Solver
 from prismquant.data import Sample
+from prismquant.diagnostics.failed_layers import FAILED
 from prismquant.distributed import Ranks
-from prismquant.engine.failure import FAILED, rounded
+from prismquant.engine.failure import rounded
 from prismquant.errors import DataError, PlanError
 from prismquant.formats.quantized import QuantizedTensor
 from prismquant.formats.spec import NumberSpec

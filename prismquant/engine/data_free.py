@@ -26,10 +26,10 @@ from torch import Tensor
 from prismquant.algorithms.methods import build_solver
 from prismquant.algorithms.problem import Note, scale_format
 from prismquant.algorithms.rtn import RTN, round_weight
+from prismquant.diagnostics.step_record import LayerRecord, StepRecord
 from prismquant.engine.chain import source_reader
 from prismquant.engine.group import require_finite
 from prismquant.engine.job import Run
-from prismquant.engine.step_record import LayerRecord, StepRecord
 from prismquant.errors import NumericsError, PlanError
 from prismquant.formats.quantized_layer import QuantizedLayer
 from prismquant.memory import keep_heap_compact

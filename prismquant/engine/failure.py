@@ -12,26 +12,20 @@ What rounding shares stops in any case: a damaged weight, a static range that ha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from prismquant.algorithms.problem import LayerProblem, LayerResult, Note
 from prismquant.algorithms.protocols import Solver
 from prismquant.algorithms.rtn import RTN
+from prismquant.diagnostics.failed_layers import FAILED, WANTED
 from prismquant.errors import NumericsError
 
 if TYPE_CHECKING:
-    from prismquant.engine.step_record import LayerRecord, StepRecord
     from prismquant.recipe.layer_config import OnFailure
 
-FAILED = "failed"
-"""The note that says why a layer could not be solved."""
-WANTED = "wanted"
-"""The note that says by which method it was to be solved."""
-
 _REMEDY = "on_failure: rtn (--on-failure rtn) rounds such layers to nearest"
-_NAMES = 3
 
 
 @dataclass(frozen=True)
@@ -106,32 +100,3 @@ def with_way_out(error: NumericsError) -> NumericsError:
     """An error that the option would have averted, with a remedy that says so."""
     remedy = f"{error.remedy}; {_REMEDY}" if error.remedy else _REMEDY
     return NumericsError(error.what, where=error.where, remedy=remedy)
-
-
-def failed_layers(layers: Iterable[LayerRecord]) -> dict[str, str]:
-    """Why layers were rounded to nearest in place of being solved, by their names."""
-    return {layer.name: str(layer.notes[FAILED]) for layer in layers if FAILED in layer.notes}
-
-
-def failure_lines(steps: Iterable[StepRecord]) -> tuple[str, ...]:
-    """One line for all layers of a run that failed for one reason; none where all went as planned.
-
-    Reasons that differ in their figures alone are told once, with those of the first layer.
-    """
-    alike: dict[str, list[tuple[str, str]]] = {}
-    for step in steps:
-        for name, why in failed_layers(step.layers).items():
-            alike.setdefault(_kind(why), []).append((name, why))
-    return tuple(_line(found) for found in alike.values())
-
-
-def _line(found: list[tuple[str, str]]) -> str:
-    names, more = [name for name, _ in found[:_NAMES]], len(found) - _NAMES
-    listed = ", ".join(names) + (f" and {more} more" if more > 0 else "")
-    layers = "1 layer" if len(found) == 1 else f"{len(found)} layers"
-    return f"{layers} rounded to nearest in place of being solved: {listed}: {found[0][1]}"
-
-
-def _kind(why: str) -> str:
-    """A reason without its figures."""
-    return "".join(letter for letter in why if letter.isalpha())

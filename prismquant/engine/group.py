@@ -15,11 +15,12 @@ from prismquant.algorithms.problem import LayerProblem, LayerResult, Note
 from prismquant.algorithms.protocols import Solver
 from prismquant.algorithms.rtn import RTN
 from prismquant.algorithms.split import outlying_columns
+from prismquant.diagnostics.failed_layers import FAILED
+from prismquant.diagnostics.step_record import LayerRecord
 from prismquant.distributed import Ranks
 from prismquant.engine.collectives import all_ranges, largest
-from prismquant.engine.failure import FAILED, Guarded, failure_notes, with_way_out
+from prismquant.engine.failure import Guarded, failure_notes, with_way_out
 from prismquant.engine.replay import StepCall
-from prismquant.engine.step_record import LayerRecord
 from prismquant.errors import NumericsError
 from prismquant.formats.quantized_layer import (
     OutlierColumns,

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from prismquant.data.batches import Batch
+from prismquant.diagnostics.step_record import StepRecord
 from prismquant.distributed import Alone, Ranks
 from prismquant.engine.activation_store import InMemory, States
 from prismquant.engine.memory_forecast import Way
-from prismquant.engine.step_record import StepRecord
 from prismquant.formats.quantized_layer import KVScales, QuantizedLayer
 from prismquant.models.bound import BoundModel, BoundStep
 from prismquant.plan.kv_plan import KVLayer

@@ -21,16 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from prismquant.algorithms.methods import build_equalizer
+from prismquant.diagnostics.failed_layers import failed_layers
+from prismquant.diagnostics.step_record import EdgeRecord, LayerRecord, StepRecord
 from prismquant.engine.chain import Chain, source_reader
 from prismquant.engine.collectives import Task, all_channels, solve_all
-from prismquant.engine.failure import failed_layers
 from prismquant.engine.group import Group, GroupSettings, What
 from prismquant.engine.job import Run
 from prismquant.engine.kv_observation import KVObservation, Notes
 from prismquant.engine.memory_forecast import weight_dtype
 from prismquant.engine.passes import Output, Passes
 from prismquant.engine.smoothing import edge_problem, move_scale
-from prismquant.engine.step_record import EdgeRecord, LayerRecord, StepRecord
 from prismquant.engine.tuning import TunedBlock, tune
 from prismquant.errors import NumericsError
 from prismquant.formats.quantized_layer import QuantizedLayer, scale_and_zero_point

@@ -20,10 +20,9 @@ from prismquant.models.rotation import OnlineRotation, Rotation
 from prismquant.plan.bit_layout import DENSE, is_declarable
 from prismquant.plan.codec import from_json, to_json
 from prismquant.plan.kv_plan import KVPlan
+from prismquant.plan.plan_version import PLAN_VERSION
 from prismquant.recipe.layer_config import LayerConfig, Options
 from prismquant.recipe.schema import Calibration
-
-PLAN_VERSION = 1
 
 # Sums over the rows, which are written for readers.
 _SUMS = ("totals", "total_bytes", "float_bytes")

@@ -136,7 +136,11 @@ class LayerConfig:
         if self.weights is None:
             return LayerConfig()
         static = self.static_input or self.static_output
-        return self if static else replace(self, activation_range=RangeRule())
+        return replace(
+            self,
+            activation_range=self.activation_range if static else RangeRule(),
+            on_failure=self.on_failure if self.can_fail else "stop",
+        )
 
     def describe(self) -> str:
         """Number formats in a few words for a message, e.g. ``int4 g128 sym, input int8 token``."""

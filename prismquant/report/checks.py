@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
 
-from prismquant.check import Report, Severity
 from prismquant.report.tables import as_text, rich_table
 
-_STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.NOTE: "dim"}
+if TYPE_CHECKING:
+    from prismquant.check import Report
+
+_STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
 
 
 def findings_table(report: Report) -> Table | None:
@@ -31,7 +34,7 @@ def findings_table(report: Report) -> Table | None:
 def finding_lines(report: Report) -> Iterator[str]:
     """Errors and warnings, a line each, for the end of a command that wrote the checkpoint."""
     for finding in report.findings:
-        if finding.severity is not Severity.NOTE:
+        if finding.severity != "note":
             remedy = f"; {finding.remedy}" if finding.remedy else ""
             yield f"{finding.severity}: {finding.what}: {finding.place}{remedy} [{finding.rule}]"
 
@@ -41,8 +44,8 @@ def verdict(report: Report) -> str:
     who = f" for {report.target}" if report.target else ""
     counts = ", ".join(
         f"{number} {severity}{'' if number == 1 else 's'}"
-        for severity in Severity
-        if (number := report.count(severity))
+        for severity in _STYLES
+        if (number := sum(finding.severity == severity for finding in report.findings))
     )
     method = f"{report.layers} quantized layers" if report.method else "floating point"
     return f"{report.folder}{who}: {counts or 'nothing found'} ({method}, {report.rules} rules)"

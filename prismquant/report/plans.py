@@ -1,45 +1,39 @@
-"""Tables of what will be done to a model, and of what was done."""
+"""Tables of what will be done to a model, and of what was done, from the files that say so."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
 
-from prismquant.engine.failure import failed_layers
-from prismquant.engine.step_record import StepRecord
-from prismquant.models.arch import Modality
-from prismquant.plan.plan import Plan, PlanEdge, PlanRow
+from prismquant.diagnostics.failed_layers import failed_layers
+from prismquant.diagnostics.step_record import StepRecord
+from prismquant.report.plan_summary import FLOAT, PlannedEdge, PlannedLayer, PlanSummary
+from prismquant.report.run_files import RunFiles
 from prismquant.report.tables import format_bytes, format_figure, rich_table
 from prismquant.run.record import RunRecord
 from prismquant.statistics.tokens import Tokens
 
-_FLOAT = "float"
-_TOWERS = {
-    Modality.VISION: "vision tower",
-    Modality.PROJECTOR: "projector",
-    Modality.LLM: "language model",
-}
+_TOWERS = {"vision": "vision tower", "projector": "projector", "llm": "language model"}
 
 
-def layer_table(plan: Plan) -> Table:
+def layer_table(plan: PlanSummary) -> Table:
     """One row for all layers that differ only in their block: what, how stored, by which method.
 
     A layer of many blocks is named once, with ``*`` for the numbers of its blocks.
     """
     headers = ["layer", "count", "role", "shape", "weights", "input", "solver", "bytes", "note"]
-    alike: dict[tuple[str, ...], list[PlanRow]] = {}
-    for row in plan.rows:
+    alike: dict[tuple[str, ...], list[PlannedLayer]] = {}
+    for row in plan.layers:
         alike.setdefault(_likeness(row), []).append(row)
     rows = [
         [_common_name(group), str(len(group)), *what, format_bytes(_stored(group)), note]
         for (_, *what, note), group in alike.items()
     ]
-    rows += [[name, "", "", "", _FLOAT, "", "", "", reason] for name, reason in plan.left_alone]
+    rows += [[name, "", "", "", FLOAT, "", "", "", reason] for name, reason in plan.left_alone]
     table = rich_table(headers, rows, title=f"{plan.architecture}, recipe {plan.recipe}")
     for column in (*table.columns[2:7], table.columns[8]):
         column.justify = "left"
@@ -48,35 +42,34 @@ def layer_table(plan: Plan) -> Table:
     return table
 
 
-def totals_table(plan: Plan) -> Table:
+def totals_table(plan: PlanSummary) -> Table:
     """Layers and bytes by modality and for the whole model."""
     headers = ["", "layers", "quantized", "before", "after", "of it"]
     rows = [
         _totals(
             name, entry["layers"], entry["quantized"], entry["float_bytes"], entry["stored_bytes"]
         )
-        for name, entry in plan.totals().items()
+        for name, entry in plan.totals.items()
     ]
     rows.append(_totals("other tensors", None, None, plan.other_bytes, plan.other_bytes))
-    rows.append(
-        _totals("model", len(plan.rows), len(plan.quantized), plan.float_bytes, plan.total_bytes)
-    )
+    quantized = sum(layer.quantized for layer in plan.layers)
+    rows.append(_totals("model", len(plan.layers), quantized, plan.float_bytes, plan.total_bytes))
     return rich_table(headers, rows, title="weights on disk")
 
 
-def transform_table(plan: Plan) -> Table | None:
+def transform_table(plan: PlanSummary) -> Table | None:
     """What changes the model before anything is rounded; None where nothing does."""
     headers = ["transform", "where", "count", "options"]
     rows = [
-        ["rotation", f"{r.modality} tower", "1", _options(asdict(r), {"modality"})]
+        ["rotation", f"{r['modality']} tower", "1", _options(r, {"modality"})]
         for r in plan.rotations
     ]
-    alike: dict[tuple[str, ...], list[PlanEdge]] = {}
+    alike: dict[tuple[str, ...], list[PlannedEdge]] = {}
     for edge in plan.edges:
-        where = re.sub(r"\d+", "*", edge.edge.source)
+        where = re.sub(r"\d+", "*", edge.source)
         alike.setdefault((edge.equalizer, where, _options(edge.options)), []).append(edge)
     rows += [[name, where, str(len(e)), said] for (name, where, said), e in alike.items()]
-    split = [row for row in plan.quantized if row.split is not None]
+    split = [layer for layer in plan.layers if layer.split]
     if split:
         rows.append(["split", "where one column sets the range", str(len(split)), ""])
     if not rows:
@@ -96,8 +89,9 @@ def _options(options: Mapping[str, Any], without: Collection[str] = ()) -> str:
     )
 
 
-def run_table(plan: Plan, record: RunRecord) -> Table:
+def run_table(files: RunFiles) -> Table:
     """One row per step: its layers, the method's loss against rounding to nearest, the time."""
+    plan, record = files.plan, files.record
     headers = ["step", "layers", "loss", "of rounding's", "seconds", "remarks"]
     rows = []
     for step in record.steps:
@@ -124,18 +118,18 @@ def memory_line(record: RunRecord) -> str:
     return f"peak memory {measured}, predicted {predicted}{budget}; {told.get('way', '')}"
 
 
-def token_lines(plan: Plan, record: RunRecord) -> list[str]:
+def token_lines(files: RunFiles) -> list[str]:
     """How many tokens of each modality the statistics have seen, a line for each tower; more where
     layers of one tower differ.
     """
-    towers = {row.site.name: row.site.modality for row in plan.rows}
-    found: dict[tuple[Modality, Tokens], list[str]] = {}
-    for layer in (layer for step in record.steps for layer in step.layers):
+    towers = {layer.name: layer.modality for layer in files.plan.layers}
+    found: dict[tuple[str, Tokens], list[str]] = {}
+    for layer in (layer for step in files.record.steps for layer in step.layers):
         for statistic, tokens in layer.tokens.items():
             found.setdefault((towers[layer.name], tokens), []).append(statistic)
     alike = Counter(tower for tower, _ in found)
     return [
-        f"statistics of the {_TOWERS[tower]}"
+        f"statistics of the {_TOWERS.get(tower, tower)}"
         + (f" ({', '.join(sorted(set(names)))})" if alike[tower] > 1 else "")
         + f" have seen {tokens.describe()}"
         for (tower, tokens), names in found.items()
@@ -168,40 +162,27 @@ def _remark(step: StepRecord) -> str:
     return "; ".join(parts)
 
 
-def _likeness(row: PlanRow) -> tuple[str, ...]:
+def _likeness(layer: PlannedLayer) -> tuple[str, ...]:
     """What layers of one row of the table share: their name but for numbers, and all columns."""
     return (
-        re.sub(r"\d+", "*", row.site.name),
-        row.site.role,
-        " x ".join(map(str, row.site.weight_shape)),
-        row.config.weights.describe() if row.config.weights else _FLOAT,
-        row.config.activations.describe() if row.config.activations else _FLOAT,
-        _method(row),
-        row.note,
+        re.sub(r"\d+", "*", layer.name),
+        layer.role,
+        " x ".join(map(str, layer.shape)),
+        layer.weights,
+        layer.activations,
+        layer.method,
+        layer.note,
     )
 
 
-def _method(row: PlanRow) -> str:
-    """Everything that decides a layer's codes."""
-    if row.config.weights is None:
-        return ""
-    parts = [row.config.solver, "correction" if row.config.correction else None, row.config.tuner]
-    method = " + ".join(part for part in parts if part)
-    return (
-        f"{method}, or {row.config.on_failure}"
-        if row.config.can_fail and row.config.on_failure != "stop"
-        else method
-    )
-
-
-def _common_name(group: Sequence[PlanRow]) -> str:
+def _common_name(group: Sequence[PlannedLayer]) -> str:
     """The layers' name, with ``*`` for a number in which they differ."""
-    parts = zip(*(row.site.name.split(".") for row in group), strict=True)
+    parts = zip(*(layer.name.split(".") for layer in group), strict=True)
     return ".".join(options[0] if len(set(options)) == 1 else "*" for options in parts)
 
 
-def _stored(group: Sequence[PlanRow]) -> int:
-    return sum(row.stored_bytes for row in group)
+def _stored(group: Sequence[PlannedLayer]) -> int:
+    return sum(layer.stored_bytes for layer in group)
 
 
 def _totals(

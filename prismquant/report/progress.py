@@ -15,8 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from prismquant.engine.failure import failed_layers
-from prismquant.engine.step_record import StepRecord
+from prismquant.diagnostics.failed_layers import failed_layers
+from prismquant.diagnostics.step_record import StepRecord
 from prismquant.memory import peak_memory_bytes
 from prismquant.report.tables import as_text
 from prismquant.threads import Pace

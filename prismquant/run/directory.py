@@ -25,14 +25,14 @@ from typing import Any
 
 import torch
 
+from prismquant.diagnostics.step_record import StepRecord
 from prismquant.engine.activation_store import InMemory, OnDisk, States
-from prismquant.engine.step_record import StepRecord
 from prismquant.errors import StorageError
 from prismquant.memory import readable_bytes
 from prismquant.outputs import require_empty, require_regular_files
 from prismquant.plan.plan import Plan
 from prismquant.recipe.schema import Recipe
-from prismquant.run.fingerprint import differences
+from prismquant.run.differences import differences
 from prismquant.run.lock import locked
 from prismquant.run.record import RestartRecord, RunRecord
 from prismquant.storage import (

@@ -17,9 +17,9 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from prismquant.arguments import EXACT
-from prismquant.engine.step_record import StepRecord
+from prismquant.diagnostics.step_record import StepRecord
 from prismquant.errors import NumericsError, StorageError, grouped, listed
-from prismquant.run.fingerprint import Identity
+from prismquant.run.identity import Identity
 
 RECORD_VERSION = 4
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from prismquant.arguments import EXACT
-from prismquant.distributed import Ranks
+
+if TYPE_CHECKING:
+    from prismquant.distributed import Ranks
 
 
 @dataclass(frozen=True)

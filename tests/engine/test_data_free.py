@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from prismquant.engine.step_record import StepRecord
+    from prismquant.diagnostics.step_record import StepRecord
 
 
 def rounding(preset: str) -> pq.Recipe:

@@ -24,14 +24,14 @@ from prismquant import cli
 from prismquant.algorithms.gptq import GPTQ
 from prismquant.algorithms.problem import LayerProblem, LayerResult
 from prismquant.algorithms.rtn import RTN
-from prismquant.engine.collectives import Task, solve_all
-from prismquant.engine.failure import (
+from prismquant.diagnostics.failed_layers import (
     FAILED,
     WANTED,
-    Guarded,
     failed_layers,
     failure_lines,
 )
+from prismquant.engine.collectives import Task, solve_all
+from prismquant.engine.failure import Guarded
 from prismquant.engine.group import Group, GroupSettings
 from prismquant.engine.job import Silent
 from prismquant.engine.replay import StepCall
@@ -44,7 +44,9 @@ from prismquant.plan.make_plan import make_plan
 from prismquant.plan.plan import PlanRow, problem_groups
 from prismquant.recipe.resolve import resolve
 from prismquant.recipe.schema import load_recipe
+from prismquant.report.plan_summary import PlanSummary
 from prismquant.report.plans import layer_table, run_table
+from prismquant.report.run_files import RunFiles
 from prismquant.statistics.hessian import HessianRecord
 from prismquant.storage import ShardReader, read_json, write_tensors
 
@@ -54,7 +56,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from prismquant.engine.step_record import LayerRecord, StepRecord
+    from prismquant.diagnostics.step_record import LayerRecord, StepRecord
 
 LLM = "model.language_model.layers"
 UP = f"{LLM}.0.mlp.up_proj"
@@ -442,7 +444,7 @@ def test_the_plan_says_it_and_keeps_layers_apart(tiny: Callable[..., Path]) -> N
     query_key_value = tuple(f"{LLM}.0.self_attn.{letter}_proj" for letter in "qkv")
     rows = [row for row in plan.quantized if row.site.name in query_key_value]
     assert [len(group) for group in problem_groups(rows)] == [1, 2]
-    methods = list(layer_table(plan).columns[6].cells)
+    methods = list(layer_table(PlanSummary.from_dict(plan.to_dict())).columns[6].cells)
     assert [str(method) for method in methods if "or" in str(method)] == ["gptq, or rtn"]
     assert plan.fingerprint() != pq.inspect(folder, {"rules": [WEIGHTS, plain]}).fingerprint()
 
@@ -525,7 +527,7 @@ def test_a_run_that_falls_back_says_so_everywhere(
     assert told[0].startswith("3 layers rounded to nearest in place of being solved: ")
     assert "cannot be factorized" in told[0]
     assert "3 of 7 layers failed" in "".join(
-        map(str, run_table(result.plan, result.record).columns[5].cells)
+        map(str, run_table(RunFiles.read(out)).columns[5].cells)
     )
     rows = read_json(out / "prismquant" / "plan.json")["rows"]
     assert {row["config"]["on_failure"] for row in rows if row["config"]["weights"]} == {"rtn"}

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from prismquant.data import Sample
     from prismquant.data.batches import Batch
-    from prismquant.engine.step_record import StepRecord
+    from prismquant.diagnostics.step_record import StepRecord
     from prismquant.models.bound import BoundModel
 
 LAYERS = "model.language_model.layers"

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from prismquant.engine.step_record import EdgeRecord
+    from prismquant.diagnostics.step_record import EdgeRecord
     from prismquant.formats.quantized_layer import QuantizedLayer
     from prismquant.models.bound import BoundModel, BoundStep
     from prismquant.plan.plan import Plan

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from prismquant.engine.step_record import LayerRecord
+    from prismquant.diagnostics.step_record import LayerRecord
 
 BLOCK = "model.language_model.layers.{}"
 LLM = {"match": {"modality": "llm", "role": ["attn", "mlp"]}, "weights": "int3-g32"}

@@ -21,15 +21,15 @@ import tiny_vlm
 import torch
 
 import prismquant as pq
+from prismquant.diagnostics.step_record import EdgeRecord, LayerRecord, StepRecord
 from prismquant.engine.job import Silent
-from prismquant.engine.step_record import EdgeRecord, LayerRecord, StepRecord
 from prismquant.errors import StorageError
 from prismquant.models.bind import bind
 from prismquant.plan.make_plan import make_plan
 from prismquant.plan.plan import Plan
 from prismquant.recipe.schema import Recipe, load_recipe
 from prismquant.run.directory import RunDirectory
-from prismquant.run.fingerprint import FileStamp, Identity
+from prismquant.run.identity import FileStamp, Identity
 from prismquant.run.record import RECORD_VERSION, RestartRecord, RunRecord
 from prismquant.storage import ShardReader, read_json, write_tensors
 

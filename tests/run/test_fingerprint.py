@@ -22,17 +22,15 @@ from prismquant.engine.job import Silent
 from prismquant.errors import NumericsError, StorageError
 from prismquant.export.compressed_tensors import CheckpointWriter
 from prismquant.recipe.schema import load_recipe
+from prismquant.run.differences import differences, plan_differences
 from prismquant.run.directory import RunDirectory
 from prismquant.run.fingerprint import (
-    FileStamp,
-    Identity,
     code_versions,
-    differences,
     fingerprint_batches,
-    plan_differences,
     stamp_files,
     unchanged,
 )
+from prismquant.run.identity import FileStamp, Identity
 from prismquant.storage import write_tensors
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from prismquant.errors import NumericsError, PlanError
 from prismquant.models.processor import load_processor
 from prismquant.recipe.schema import load_recipe
 from prismquant.report.plans import token_lines
+from prismquant.report.run_files import RunFiles
 from prismquant.run.directory import RunDirectory
 from prismquant.statistics.tokens import Tokens
 from prismquant.storage import ShardReader, read_json, write_tensors
@@ -147,7 +148,7 @@ def test_every_statistic_says_how_many_tokens_of_each_modality_it_has_seen(
         if step.kv_cache:
             kv = Tokens(*(step.kv_cache[f"{k}_tokens"] for k in ("text", "image", "video")))
             assert kv == expected["llm"]
-    lines = token_lines(result.plan, result.record)
+    lines = token_lines(RunFiles.read(result.folder))
     assert len(lines) == 3
     assert lines[2] == f"statistics of the language model have seen {expected['llm'].describe()}"
     assert RunDirectory(tmp_path).load() == result.record
@@ -165,7 +166,7 @@ def test_outputs_and_vision_tokens_that_count_nothing_are_told_apart(
     assert len(layers) == 2
     for layer in layers:
         assert layer.tokens == {"output_range": tokens, "hessian": Tokens(tokens.text)}
-    lines = token_lines(result.plan, result.record)
+    lines = token_lines(RunFiles.read(result.folder))
     assert [line.partition("(")[2].partition(")")[0] for line in lines] == [
         "output_range",
         "hessian",

@@ -1,0 +1,3 @@
+"""Version of the form in which plan.json is written."""
+
+PLAN_VERSION = 1
