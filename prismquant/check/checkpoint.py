@@ -42,7 +42,7 @@ from prismquant.export.section import (
 from prismquant.export.stored import other_names
 from prismquant.export.targets import Matcher, Targets
 from prismquant.headers import TensorInfo, read_header
-from prismquant.models.arch import Modality, SiteKind
+from prismquant.models.arch import Cached, Parallel, SiteKind
 from prismquant.models.arch_files import known_archs
 from prismquant.models.bind import bind
 from prismquant.models.bound import BoundModel, BoundSite
@@ -76,6 +76,7 @@ class Layer:
         disk: Prefix of its tensors.
         out_features, in_features: Shape of its weight.
         site: Its site; None for a linear that is never quantized.
+        is_head: Whether it is the language model's head.
         group: The group that it belongs to, as the reader in question finds it.
         in_vllm: What vLLM finds; None where vLLM does not know the architecture.
         in_transformers: The group that transformers finds.
@@ -87,6 +88,7 @@ class Layer:
     out_features: int
     in_features: int
     site: BoundSite | None
+    is_head: bool
     group: Group | None
     in_vllm: vllm.Found | None
     in_transformers: Group | None
@@ -104,7 +106,7 @@ class Layer:
     @property
     def row_parallel(self) -> bool:
         """Whether servers split its input, rather than its output, over GPUs."""
-        return self.role in ("attn.out", "mlp.down", "projector.fc2")
+        return self.site is not None and self.site.parallel is Parallel.ROW
 
 
 @dataclass(frozen=True)
@@ -195,9 +197,7 @@ class Checkpoint:
         return {
             layer.disk.rpartition(".")[0]: layer
             for layer in self.layers
-            if layer.site is not None
-            and layer.site.modality is Modality.LLM
-            and layer.role == "attn.qkv.k"
+            if layer.site is not None and layer.site.cache is Cached.KEYS
         }
 
     @functools.cached_property
@@ -445,6 +445,7 @@ def _layers(checkpoint: Checkpoint, model: BoundModel) -> Iterator[Layer]:
             out_features=out_features,
             in_features=in_features,
             site=sites.get(name),
+            is_head=name == model.arch.head,
             group=group,
             in_vllm=in_vllm,
             in_transformers=in_transformers,

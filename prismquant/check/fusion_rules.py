@@ -131,7 +131,7 @@ def _heads(checkpoint: Checkpoint) -> int:
 def _split_fault(group: Group, layer: Layer, size: int) -> str:
     weights = group.weights
     split = layer.in_features if layer.row_parallel else layer.out_features
-    if layer.role == "lm_head" or weights is None:
+    if layer.is_head or weights is None:
         return ""
     if split % size:
         return f"{split} features cannot be split"

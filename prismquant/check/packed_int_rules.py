@@ -156,7 +156,7 @@ def excluded(checkpoint: Checkpoint) -> list[Problem]:
             f"list them in {where}",
         )
         for layer in checkpoint.layers
-        if layer.name not in packed and layer.role != "lm_head"
+        if layer.name not in packed and not layer.is_head
         if layer.site is not None and not _left_out(checkpoint, layer)
     )
 

@@ -87,7 +87,7 @@ class Forecast:
 
 def count_tokens(bound: BoundModel, batches: Sequence[Batch]) -> dict[Modality, Tokens]:
     """Patches in the vision tower, and tokens in the language model; padding included."""
-    patches = next((s.in_features for s in bound.sites if s.role == "patch_embed"), 1)
+    patches = next((s.in_features for s in bound.sites if bound.steps[s.step].kind == "entry"), 1)
     keys = [group[0] for group in bound.arch.input_groups]
     vision = [
         batch.inputs[key].numel() // patches
@@ -160,7 +160,7 @@ def narrow_modules(bound: BoundModel, step: BoundStep) -> list[str]:
     Returns:
         Paths of those in which nothing has parameters but an MLP's layers.
     """
-    layers = {site.name for site in step.sites if site.role.startswith("mlp.")}
+    layers = {site.name for site in step.sites if site.elementwise}
     found = []
     for name in dict.fromkeys(layer.rpartition(".")[0] for layer in sorted(layers)):
         inside = {path.rpartition(".")[0] for path in bound.shapes if path.startswith(f"{name}.")}
@@ -263,7 +263,7 @@ class _Outline:
 
     def _call(self, step: BoundStep) -> int:
         flow = self._flow_itemsize(step)
-        sites = [site for site in step.sites if site.role != "lm_head"]
+        sites = step.sites if step.kind != "head" else ()
         widest = max((site.out_features * flow[site.name] for site in sites), default=self.itemsize)
         rows = self._tokens(step).largest
         if step.kind == "projector" and sites:

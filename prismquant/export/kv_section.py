@@ -18,12 +18,12 @@ from prismquant.export.section import Section
 from prismquant.formats.kv_formats import KVCacheSpec
 from prismquant.formats.packed import scale_fault
 from prismquant.formats.quantized_layer import KVScales
-from prismquant.models.arch import ArchSpec, Modality
+from prismquant.models.arch import ArchSpec, Cached, Modality
 from prismquant.models.attention import quantize_cache
 from prismquant.models.config import config_value
 from prismquant.models.names import NameMap
 from prismquant.numerics.hadamard import power_of_two_block
-from prismquant.plan.kv_plan import KEY_ROLE, KVPlan
+from prismquant.plan.kv_plan import KVPlan
 from prismquant.storage import ShardReader
 
 _STRATEGIES = {"tensor": "tensor", "head": "attn_head"}
@@ -157,7 +157,7 @@ def quantize_kv_cache(
     tower = arch.tower(Modality.LLM)
     blocks: Any = model.get_submodule(tower.blocks or "")
     kv_heads = int(config_value(model.config, tower.kv_heads or tower.heads or ""))
-    paths = [site.path for site in tower.sites if site.role == KEY_ROLE]
+    paths = [site.path for site in tower.sites if site.cache is Cached.KEYS]
     for projection in (f"{tower.blocks}.{i}.{path}" for i in range(len(blocks)) for path in paths):
         attention = projection.rpartition(".")[0]
         prefix = names.to_disk(f"{attention}.k_scale").removesuffix(".k_scale")

@@ -36,6 +36,22 @@ class SiteKind(StrEnum):
     PATCH_CONV = "patch_conv"
 
 
+class Parallel(StrEnum):
+    """Which side of a layer servers cut when they split a model over devices."""
+
+    # the rows of W: outputs
+    COLUMN = "column"
+    # the columns of W: inputs
+    ROW = "row"
+
+
+class Cached(StrEnum):
+    """What a layer's outputs become in the cache of a language model."""
+
+    KEYS = "keys"
+    VALUES = "values"
+
+
 class EdgeKind(StrEnum):
     """Which rescaling an edge allows without changing the float function."""
 
@@ -59,6 +75,11 @@ class Site:
         stage: Order inside the step; sites of one stage are calibrated in one pass.
         input: Label of the tensor it reads; sites of a step with equal labels read the same tensor.
         fuse: Sites of a step with the same label become one matrix in servers: they share a scheme.
+        parallel: Which of its sides servers cut; None where each device holds the whole layer.
+        closes_stream: Whether its outputs are added to the residual stream.
+        elementwise: Whether only elementwise functions act between it and the layers of its module.
+        online_rotation: Whether its input is what an online rotation multiplies.
+        cache: What its outputs become in the cache of keys and values.
     """
 
     role: str
@@ -67,6 +88,11 @@ class Site:
     stage: int
     input: str
     fuse: str | None = None
+    parallel: Parallel | None = None
+    closes_stream: bool = False
+    elementwise: bool = False
+    online_rotation: bool = False
+    cache: Cached | None = None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from prismquant.errors import ModelError, suggest
 from prismquant.models.arch import (
     ArchSpec,
+    Cached,
     ConfigMap,
     ConfigSection,
     Edge,
@@ -22,6 +23,7 @@ from prismquant.models.arch import (
     Inference,
     Layout,
     Modality,
+    Parallel,
     ProcessorMap,
     Site,
     SiteKind,
@@ -35,8 +37,6 @@ if TYPE_CHECKING:
 
 _FOLDER = Path(__file__).parent / "archs"
 _E = TypeVar("_E", bound=StrEnum)
-# What a block adds to the residual stream.
-_RESIDUAL_ROLES = ("attn.out", "mlp.down")
 
 
 @functools.cache
@@ -104,6 +104,11 @@ def _member(table: StrictTable, kind: type[_E], text: str) -> _E:
         raise table.wrong(f"{text!r} is none of {', '.join(kind)}") from error
 
 
+def _maybe_member(table: StrictTable, kind: type[_E], key: str) -> _E | None:
+    text = table.maybe_text(key)
+    return None if text is None else _member(table, kind, text)
+
+
 def _tower(table: StrictTable) -> Tower:
     tower = Tower(
         modality=_member(table, Modality, table.text("modality")),
@@ -136,6 +141,11 @@ def _site(table: StrictTable) -> Site:
         input=table.text("input"),
         kind=_member(table, SiteKind, table.maybe_text("kind") or "linear"),
         fuse=table.maybe_text("fuse"),
+        parallel=_maybe_member(table, Parallel, "parallel"),
+        closes_stream=table.flag("closes_stream"),
+        elementwise=table.flag("elementwise"),
+        online_rotation=table.flag("online_rotation"),
+        cache=_maybe_member(table, Cached, "cache"),
     )
     table.finish()
     return site
@@ -279,7 +289,7 @@ def _check_streams(arch: ArchSpec, file: str) -> None:
         for tower in arch.towers:
             if tower.blocks is None or tower.modality is not stream.modality:
                 continue
-            writers = {site.path for site in tower.sites if site.role in _RESIDUAL_ROLES}
+            writers = {site.path for site in tower.sites if site.closes_stream}
             norms = {edge.norm for edge in tower.edges if edge.norm is not None}
             for paths, listed in ((writers, stream.writers), (norms, stream.norms)):
                 expected = {f"{tower.blocks}.*.{path}" for path in paths}

@@ -218,6 +218,10 @@ def _bind_site(
         weight_shape=tuple(module.weight.shape),
         has_bias=module.bias is not None,
         dtype=dtypes.of(f"{name}.weight"),
+        parallel=site.parallel,
+        elementwise=site.elementwise,
+        online_rotation=site.online_rotation,
+        cache=site.cache,
     )
 
 

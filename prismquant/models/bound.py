@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from prismquant.errors import ModelError, suggest
-from prismquant.models.arch import ArchSpec, EdgeKind, Modality, SiteKind
+from prismquant.models.arch import ArchSpec, Cached, EdgeKind, Modality, Parallel, SiteKind
 from prismquant.models.config import config_value
 from prismquant.models.names import NameMap
 
@@ -40,6 +40,10 @@ class BoundSite:
         has_bias: Whether it has a bias.
         dtype: Of its weight on disk; without shards, the config's.
         tied: Whether its weight is the token embedding.
+        parallel: Which of its sides servers cut; None where each device holds the whole layer.
+        elementwise: Whether only elementwise functions act between it and the layers of its module.
+        online_rotation: Whether its input is what an online rotation multiplies.
+        cache: What its outputs become in the cache of keys and values.
     """
 
     name: str
@@ -57,6 +61,10 @@ class BoundSite:
     has_bias: bool
     dtype: torch.dtype
     tied: bool = False
+    parallel: Parallel | None = None
+    elementwise: bool = False
+    online_rotation: bool = False
+    cache: Cached | None = None
 
 
 @dataclass(frozen=True)

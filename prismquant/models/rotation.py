@@ -44,8 +44,6 @@ from prismquant.storage import ShardReader
 
 __all__ = ["OnlineRotation", "RotatedReader", "Rotation", "online_rotations", "untied"]
 
-# The layer whose input an online rotation multiplies.
-_ONLINE_ROLE = "mlp.down"
 # Checkpoints hold the matrix of each layer: a block of 4096 would take 32 MB a layer.
 _WIDEST_BLOCK = 1024
 # Numbers of a tensor that are in float64 at one time, unless both its sides are rotated.
@@ -393,7 +391,7 @@ def _edges(bound: BoundModel, kind: EdgeKind, modality: Modality) -> Iterator[Bo
 
 def _online_sites(bound: BoundModel, rotation: Rotation) -> Iterator[BoundSite]:
     for site in bound.sites:
-        if rotation.online and site.role == _ONLINE_ROLE and site.modality is rotation.modality:
+        if rotation.online and site.online_rotation and site.modality is rotation.modality:
             yield site
 
 

@@ -38,6 +38,16 @@ class StrictTable:
             raise self._mistyped(key, "a whole number", value)
         return value
 
+    def flag(self, key: str) -> bool:
+        """A key that is true, or absent."""
+        if key not in self._data:
+            self._read.add(key)
+            return False
+        value = self._take(key)
+        if value is not True:
+            raise self._mistyped(key, "true, or left out", value)
+        return True
+
     def texts(self, key: str, default: tuple[str, ...] | None = None) -> tuple[str, ...]:
         if key not in self._data and default is not None:
             self._read.add(key)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from prismquant.errors import PlanError
 from prismquant.formats.spec import NumberSpec, spec
+from prismquant.models.arch import Parallel
 from prismquant.models.bound import BoundSite
 from prismquant.numerics.kinds import Granularity
 from prismquant.recipe.rule import Fallback
@@ -23,10 +24,6 @@ Asked = tuple[NumberSpec, NumberSpec | None, Fallback]
 # Group sizes that servers have kernels for; a fallback only picks among these.
 _SERVED_GROUPS = (128, 64, 32)
 _LISTED_GROUPS = (256, 128, 96, 64, 48, 32, 16)
-# Layers whose inputs, and whose outputs, are cut when a model is split over devices. Keys and
-# values of too few heads are repeated instead.
-_CUT_INPUTS = ("attn.out", "mlp.down", "projector.fc2")
-_CUT_OUTPUTS = ("attn.qkv", "attn.qkv.q", "mlp.gate", "mlp.up", "projector.fc1")
 
 
 @dataclass(frozen=True)
@@ -161,17 +158,17 @@ def _misfit_of_input(site: BoundSite, activations: NumberSpec | None, shards: in
 
 
 def _cut_misfit(site: BoundSite, shards: int) -> str | None:
-    cuts = {"inputs": (_CUT_INPUTS, site.in_features), "outputs": (_CUT_OUTPUTS, site.out_features)}
-    for side, (roles, features) in cuts.items():
-        if site.role in roles and features % shards:
-            return f"its {features} {side} cannot be split over {shards} devices"
+    rows = site.parallel is Parallel.ROW
+    features, side = (site.in_features, "inputs") if rows else (site.out_features, "outputs")
+    if site.parallel is not None and features % shards:
+        return f"its {features} {side} cannot be split over {shards} devices"
     return None
 
 
 def _shard(site: BoundSite, shards: int) -> tuple[int, int]:
     """Inputs and outputs of the layer on one device."""
-    inputs = shards if site.role in _CUT_INPUTS else 1
-    outputs = shards if site.role in _CUT_OUTPUTS else 1
+    inputs = shards if site.parallel is Parallel.ROW else 1
+    outputs = shards if site.parallel is Parallel.COLUMN else 1
     return site.in_features // inputs, site.out_features // outputs
 
 

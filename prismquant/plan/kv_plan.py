@@ -7,13 +7,11 @@ from typing import Any
 
 from prismquant.errors import PlanError
 from prismquant.formats.kv_formats import KVCacheSpec
-from prismquant.models.arch import Modality
+from prismquant.models.arch import Cached, Modality
 from prismquant.models.bound import BoundModel, BoundSite
 from prismquant.models.config import config_value
 from prismquant.numerics.ranges import RangeRule
 from prismquant.recipe.schema import Recipe
-
-KEY_ROLE, VALUE_ROLE = "attn.qkv.k", "attn.qkv.v"
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ def plan_kv_cache(recipe: Recipe, bound: BoundModel) -> KVPlan | None:
     spec, range_rule = recipe.kv_cache_settings
     tower = bound.arch.tower(Modality.LLM)
     heads_key = tower.kv_heads or tower.heads
-    keys = [s for s in bound.sites if s.modality is Modality.LLM and s.role == KEY_ROLE]
+    keys = [site for site in bound.sites if site.cache is Cached.KEYS]
     if not keys or heads_key is None:
         raise PlanError(
             "kv_cache: the architecture file names no key projections, or no number of heads",
@@ -125,6 +123,6 @@ def _layer(bound: BoundModel, key: BoundSite, kv_heads: int) -> KVLayer:
     own = [
         site
         for site in bound.steps[key.step].sites
-        if site.role in (KEY_ROLE, VALUE_ROLE) and site.name.startswith(f"{attention}.")
+        if site.cache is not None and site.name.startswith(f"{attention}.")
     ]
     return KVLayer(attention, key.step, key, max(site.stage for site in own), kv_heads)

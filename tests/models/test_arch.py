@@ -74,6 +74,22 @@ def test_every_language_model_has_seven_sites_in_four_stages(name):
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_what_a_role_means_is_said_of_every_site(name):
+    """Servers, caches, rotations and streams go by these, never by the name of a role."""
+    parallel = {"attn.out": "row", "mlp.down": "row", "projector.fc2": "row"} | dict.fromkeys(
+        ("attn.qkv", "attn.qkv.q", "mlp.gate", "mlp.up", "projector.fc1"), "column"
+    )
+    cached = {"attn.qkv.k": "keys", "attn.qkv.v": "values"}
+    for tower in known_archs()[name].towers:
+        for site in tower.sites:
+            assert site.parallel == parallel.get(site.role), site.role
+            assert site.closes_stream == (site.role in ("attn.out", "mlp.down")), site.role
+            assert site.elementwise == site.role.startswith("mlp."), site.role
+            assert site.online_rotation == (site.role == "mlp.down"), site.role
+            assert site.cache == (cached.get(site.role) if tower.modality == "llm" else None)
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_the_patch_embedding_is_a_convolution(name):
     (site,) = known_archs()[name].tower("vision").entry_sites
     assert site.kind is SiteKind.PATCH_CONV
@@ -130,6 +146,8 @@ def test_an_unknown_key_is_named_with_its_path_and_a_suggestion(broken):
         ('title = "Qwen2-VL"', "title = 2", "'title' must be a string, not 2"),
         ('model_types = ["qwen2_vl"]', 'model_types = "qwen2_vl"', "list of strings"),
         ("stage = 1\n", "stage = true\n", "whole number"),
+        ('parallel = "row"', 'parallel = "rows"', "'rows' is none of column, row"),
+        ("closes_stream = true", "closes_stream = false", "must be true, or left out"),
         ('["pixel_values", "image_grid_thw"],', '"pixel_values",', "list of lists"),
         ('modality = "vision"', 'modality = "sight"', "'sight' is none of vision"),
         ('kind = "patch_conv"', 'kind = "patch"', "'patch' is none of linear"),
