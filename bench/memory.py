@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     told = [
         [
             format_bytes(run["budget"]) if run["budget"] else "none",
-            run["way"],
+            run["placement"],
             format_bytes(run["predicted_peak_bytes"]),
             format_bytes(run["peak"]),
             f"{run['peak'] / run['predicted_peak_bytes']:.2f}",
@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ]
         for run in budgets
     ]
-    titles = ["budget", "way", "predicted", "measured", "of it", "seconds"]
+    titles = ["budget", "placement", "predicted", "measured", "of it", "seconds"]
     Console(width=120, highlight=False).print(rich_table(titles, told))
     facts = {"threads": 1, "torch": torch.__version__, "width": options.width, "imports": empty}
     print(json.dumps({"bench": "memory", **facts, "runs": results, "budgets": budgets}))

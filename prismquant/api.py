@@ -37,11 +37,11 @@ from prismquant.diagnostics.failed_layers import failure_lines
 from prismquant.diagnostics.step_record import StepRecord
 from prismquant.distributed import Alone, Ranks
 from prismquant.engine.collectives import require_sharable, share_of
-from prismquant.engine.data_free import stream, streams
 from prismquant.engine.gradients import gradient_samples, vision_weights, wants_gradients
-from prismquant.engine.job import Reporter, Run, Silent
-from prismquant.engine.memory_forecast import WAYS, Forecast, choose_way, count_tokens, forecast
+from prismquant.engine.memory_forecast import Forecast, choose_placement, count_tokens, forecast
+from prismquant.engine.placement import placements
 from prismquant.engine.run import run
+from prismquant.engine.setup import Reporter, RunSetup, Silent
 from prismquant.errors import DataError, PlanError, StorageError
 from prismquant.evaluate.fidelity import Fidelity, evaluate_model
 from prismquant.evaluate.shared_vocabulary import require_same_vocabulary
@@ -52,6 +52,7 @@ from prismquant.export.exporters import EXPORTERS, Exported, build_exporter, exp
 from prismquant.export.load_quantized import load_model
 from prismquant.memory import (
     available_bytes,
+    free_device_bytes,
     give_back_freed,
     memory_told,
     peak_memory_bytes,
@@ -310,27 +311,25 @@ def _quantize(
             refuse_nonfinite(record.damaged, bound.folder)
         if record.finished:
             return Result(out, plan, record, _notes(record, bound))
-        way, writer = memory.way, CheckpointWriter(out, bound, plan, strict=strict)
+        writer = CheckpointWriter(out, bound, plan, strict=strict)
         surveyed = list(found.batches)
         del found
-        waiting = directory.states(ranks.rank, on_disk=way.on_disk)
-        with waiting as states:
-            job = Run(
+        waiting = directory.activation_store(ranks.rank, memory.placement.states)
+        with waiting as store:
+            setup = RunSetup(
                 plan=plan,
                 bound=bound,
                 batches=_given_away(surveyed),
                 sink=writer,
                 reporter=reporter,
-                device=target,
-                precision=precision,
+                placement=memory.placement,
+                store=store,
                 done={step.name: step for step in record.steps},
                 ranks=ranks,
-                way=way,
-                states=states,
             )
             gradients = replace(batches, parts=tuple((sample,) for sample in answers))
             # Closed before anything else: the workers of a stream must not outlive the run.
-            with contextlib.closing(_remaining(job, gradients)) as steps:
+            with contextlib.closing(_remaining(setup, gradients)) as steps:
                 if first:
                     record = _recorded(steps, record, directory, writer, reporter)
                 else:
@@ -431,21 +430,20 @@ def _forecast(
                 bound,
                 tokens,
                 resident=resident,
-                way=way,
-                precision=precision,
+                placement=placement,
                 making=found.making,
             )
-            for way in WAYS
+            for placement in placements(device, precision)
         ]
 
-    ways = forecasts(found, resident)
-    if found.kept_bytes and spare is not None and ways[0].peak_bytes > spare:
+    tried = forecasts(found, resident)
+    if found.kept_bytes and spare is not None and tried[0].peak_bytes > spare:
         resident -= found.kept_bytes
         found = let_go(found, batches)
-        ways = forecasts(found, resident)
+        tried = forecasts(found, resident)
     if budget is not None or spare is None:
-        return choose_way(ways, budget), found
-    return next((one for one in ways if one.peak_bytes <= spare), ways[-1]), found
+        return choose_placement(tried, budget, free_device_bytes(device)), found
+    return next((one for one in tried if one.peak_bytes <= spare), tried[-1]), found
 
 
 def _told(memory: Forecast, budget: int | None) -> dict[str, int | str]:
@@ -453,7 +451,7 @@ def _told(memory: Forecast, budget: int | None) -> dict[str, int | str]:
     told: dict[str, int | str] = {
         "predicted_peak_bytes": memory.peak_bytes,
         "where": memory.where,
-        "way": memory.way.describe(),
+        "placement": memory.placement.describe(),
     }
     return told | ({} if budget is None else {"budget_bytes": budget})
 
@@ -464,17 +462,16 @@ def _given_away(batches: list[Batch]) -> Iterator[Batch]:
         yield batches.pop(0)
 
 
-def _remaining(job: Run, gradients: Sequence[Batch]) -> Generator[StepRecord, None, None]:
-    """Do the steps that no earlier run has finished; nothing at all if there are none."""
-    if all(step.name in job.done for step in job.bound.steps):
+def _remaining(setup: RunSetup, gradients: Sequence[Batch]) -> Generator[StepRecord, None, None]:
+    """Do the units that no earlier run has finished; nothing at all if there are none."""
+    if all(step.name in setup.done for step in setup.bound.steps):
         return
     if gradients:
-        job.reporter.stage("model", "gradients")
+        setup.reporter.stage("model", "gradients")
     # Not a part of the record: model, data and plan decide them, and those are.
-    dtype = job.precision.dtype
-    weights = vision_weights(job.plan, job.bound, gradients, device=job.device, dtype=dtype)
-    job = replace(job, vision_weights=weights)
-    yield from stream(job) if streams(job.plan) else run(job)
+    device, dtype = setup.placement.device, setup.placement.precision.dtype
+    weights = vision_weights(setup.plan, setup.bound, gradients, device=device, dtype=dtype)
+    yield from run(replace(setup, vision_weights=weights))
 
 
 @default_modes()

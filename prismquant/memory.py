@@ -9,10 +9,14 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import psutil
 
 from prismquant.errors import OutOfMemory
+
+if TYPE_CHECKING:
+    import torch
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
@@ -52,6 +56,16 @@ def resident_bytes() -> int:
 def available_bytes() -> int:
     """Memory that processes can still get without anything being swapped out."""
     return int(psutil.virtual_memory().available)
+
+
+def free_device_bytes(device: torch.device) -> int | None:
+    """Memory that is free on a device; None where it has none of its own or does not tell."""
+    if device.type != "cuda":
+        return None
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free)
 
 
 def keep_heap_compact(mapped: int = 1 << 20) -> None:

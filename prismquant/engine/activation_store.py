@@ -1,4 +1,4 @@
-"""Where activations wait: in memory, or in files of the run's own folder.
+"""Activation stores: activations wait on their device, in the host's memory, or in files.
 
 A calibration set's hidden states can be larger than the rest of a run taken together, and only
 those of one batch are needed at a time. Files are read and written whole; a memory-mapped file
@@ -26,7 +26,7 @@ from prismquant.errors import StorageError
 _LEAST_BYTES = 1 << 16
 
 
-class States(Protocol):
+class ActivationStore(Protocol):
     """Keeps values until they are asked for."""
 
     def keep(self, value: Any) -> Callable[[], Any]:
@@ -41,8 +41,23 @@ class InMemory:
     """Values stay as they are."""
 
     def keep(self, value: Any) -> Callable[[], Any]:
-        """See :class:`States`."""
+        """See :class:`ActivationStore`."""
         return lambda: value
+
+
+class OnHost:
+    """Tensors wait in the host's memory and come back to the device that they came from."""
+
+    def keep(self, value: Any) -> Callable[[], Any]:
+        """See :class:`ActivationStore`."""
+        return _kept(value, self._tensor)
+
+    @staticmethod
+    def _tensor(value: Tensor) -> Callable[[], Any]:
+        if value.device.type == "cpu" or _is_small(value):
+            return lambda: value
+        device, waiting = value.device, value.cpu()
+        return lambda: waiting.to(device)
 
 
 @dataclass(frozen=True)
@@ -57,28 +72,19 @@ class OnDisk:
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
 
     def keep(self, value: Any) -> Callable[[], Any]:
-        """See :class:`States`.
+        """See :class:`ActivationStore`.
 
         Raises:
             StorageError: A file cannot be written.
         """
-        if isinstance(value, Tensor):
-            return self._tensor(value)
-        if isinstance(value, dict):
-            entries = {key: self.keep(item) for key, item in value.items()}
-            return lambda: {key: entry() for key, entry in entries.items()}
-        if type(value) in (list, tuple):
-            kind, items = type(value), [self.keep(item) for item in value]
-            return lambda: kind(item() for item in items)
-        return lambda: value
+        return _kept(value, self._tensor)
 
     def close(self) -> None:
         """Delete all files."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _tensor(self, value: Tensor) -> Callable[[], Any]:
-        # A view of a single number, as of a tensor of which only the shape is looked at, is small.
-        if value.untyped_storage().nbytes() < _LEAST_BYTES:
+        if _is_small(value):
             return lambda: value
         return _File(self._path(), value)
 
@@ -98,6 +104,24 @@ class _File:
     def __call__(self) -> Tensor:
         raw = torch.from_numpy(numpy.fromfile(self._path, dtype=numpy.uint8))
         return raw.view(self._dtype).reshape(self._shape).to(self._device)
+
+
+def _kept(value: Any, keep: Callable[[Tensor], Callable[[], Any]]) -> Callable[[], Any]:
+    """Keep every tensor within nested tuples, lists and dictionaries; gives the whole back."""
+    if isinstance(value, Tensor):
+        return keep(value)
+    if isinstance(value, dict):
+        entries = {key: _kept(item, keep) for key, item in value.items()}
+        return lambda: {key: entry() for key, entry in entries.items()}
+    if type(value) in (list, tuple):
+        kind, items = type(value), [_kept(item, keep) for item in value]
+        return lambda: kind(item() for item in items)
+    return lambda: value
+
+
+def _is_small(value: Tensor) -> bool:
+    """Whether a tensor is not worth moving: a view of one number, as where only a shape counts."""
+    return value.untyped_storage().nbytes() < _LEAST_BYTES
 
 
 def _write(path: Path, value: Tensor) -> None:

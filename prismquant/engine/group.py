@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from prismquant.formats.quantized_layer import (
     scale_and_zero_point,
 )
 from prismquant.formats.spec import NumberSpec
+from prismquant.models.bound import BoundSite
 from prismquant.numerics.affine import all_finite, finiteness
 from prismquant.numerics.rules import RangeRule
 from prismquant.plan.plan import PlanRow
@@ -75,14 +76,20 @@ class Group:
         rows: Their rows of the plan, all alike but for the layer.
         modules: The layers.
         settings: What to know of the run.
+        weight: Gives a layer's weight, ``[out, in]``.
     """
 
     def __init__(
-        self, rows: Sequence[PlanRow], modules: Sequence[nn.Module], settings: GroupSettings
+        self,
+        rows: Sequence[PlanRow],
+        modules: Sequence[nn.Module],
+        settings: GroupSettings,
+        weight: Callable[[BoundSite], Tensor],
     ) -> None:
         self.rows = rows
         self.modules = modules
         self.settings = settings
+        self._weight_of = weight
         solver = build_solver(rows[0].config.solver, rows[0].config.options)
         # Plain rounding has nothing to fall back to.
         self.solver: Solver = (
@@ -198,7 +205,7 @@ class Group:
                 cannot do without.
         """
         row = self.rows[0]
-        weights = [self._weight(row, module) for row, module in self._pairs()]
+        weights = [self._weight(row) for row in self.rows]
         self._require_ranges()
         notes = self._input_notes()
         if self.settings.vision_weight != 1:
@@ -427,9 +434,8 @@ class Group:
                     notes |= {f"input_low_{name}": low, f"input_high_{name}": high}
         return notes
 
-    def _weight(self, row: PlanRow, module: nn.Module) -> Tensor:
-        shape = (row.site.out_features, row.site.in_features)
-        matrix = module.get_parameter("weight").detach().to(torch.float32).reshape(shape)
+    def _weight(self, row: PlanRow) -> Tensor:
+        matrix = self._weight_of(row.site).to(torch.float32)
         require_finite(matrix, row.site.name)
         return matrix
 

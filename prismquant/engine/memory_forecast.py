@@ -1,10 +1,10 @@
-"""How much memory a run takes at its peak, told before it begins, and how it keeps to a budget.
+"""Memory forecast: the peak of a run, told before it begins, and the placement that fits.
 
-What a run holds at a time is known from shapes: one step's weights, the calibration set's hidden
-states, what halted passes hold, one stage's second moments and what the solver makes of them. Two
-of these can be done without, at a price: passes can start from the beginning for every stage (up to
-twice the forward passes), and hidden states can wait on disk. The first way of running whose peak
-fits the budget is taken, fastest first.
+What a run holds at a time is known from shapes: one unit's weights, the calibration set's hidden
+states, what halted passes hold, one stage's Hessians and what the solver makes of them. Two of
+these can be done without, at a price: passes can start from the beginning for every stage (up to
+twice the forward passes), and hidden states can wait elsewhere. The first placement whose peak fits
+is taken, fastest first.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import torch
 from prismquant.algorithms.gptq.row_chunks import peak_solve_bytes
 from prismquant.data.batches import Batch
 from prismquant.data.media import Cost
+from prismquant.engine.placement import Placement
+from prismquant.engine.streamed_model import narrow_modules
 from prismquant.errors import PlanError
 from prismquant.models.arch import Modality
 from prismquant.models.bound import BoundModel, BoundStep
@@ -33,28 +35,6 @@ _ALIVE = 4
 _SLACK = 222 << 20
 # One of them is a compiler, which the first layer that is solved calls for.
 _COMPILER = 130 << 20
-
-
-@dataclass(frozen=True)
-class Way:
-    """How a run goes about it.
-
-    Attributes:
-        paused: Passes halt at each stage and go on; else they start from the beginning.
-        on_disk: Hidden states wait on disk; else in memory.
-    """
-
-    paused: bool = True
-    on_disk: bool = False
-
-    def describe(self) -> str:
-        """In words."""
-        passes = "halted" if self.paused else "repeated"
-        return f"passes {passes}, hidden states {'on disk' if self.on_disk else 'in memory'}"
-
-
-# Fastest first.
-WAYS = (Way(), Way(paused=False), Way(paused=False, on_disk=True))
 
 
 @dataclass(frozen=True)
@@ -75,14 +55,16 @@ class Forecast:
     """A predicted peak.
 
     Attributes:
-        way: How the run goes about it.
-        peak_bytes: Largest resident set, what the process has already included.
-        where: The step in which it is reached.
+        placement: Where units run, and where hidden states wait.
+        peak_bytes: Largest resident set, with what the process has already.
+        where: The unit in which the peak is reached, on the device if it has memory of its own.
+        device_bytes: Largest sum of what lies on a device with memory of its own; 0 on a CPU.
     """
 
-    way: Way
+    placement: Placement
     peak_bytes: int
     where: str
+    device_bytes: int = 0
 
 
 def count_tokens(bound: BoundModel, batches: Sequence[Batch]) -> dict[Modality, Tokens]:
@@ -108,8 +90,7 @@ def forecast(
     tokens: dict[Modality, Tokens],
     *,
     resident: int,
-    way: Way,
-    precision: Precision | None = None,
+    placement: Placement,
     making: Cost | None = None,
 ) -> Forecast:
     """The peak of a run.
@@ -119,19 +100,22 @@ def forecast(
         bound: To which model.
         tokens: From :func:`count_tokens`.
         resident: Bytes that the process has before it begins.
-        way: How it goes about it.
-        precision: In which dtypes blocks are run; by default float32.
+        placement: Where units run, and where hidden states wait.
         making: What making the pixels of a batch takes, where they do not stay in memory.
     """
-    outline = _Outline(plan, bound, tokens, way, precision or Precision(), making or Cost())
+    outline = _Outline(plan, bound, tokens, placement, making or Cost())
     first = min((row.site.step for row in plan.quantized), default=len(bound.steps))
-    peaks = {
-        step.name: outline.step(step) + (_COMPILER if step.index >= first else 0)
-        for step in bound.steps
-    }
-    peaks["embeddings"] = outline.embeddings() + _COMPILER
+    peaks = {step.name: outline.step(step) for step in bound.steps}
+    peaks["embeddings"] = outline.embeddings()
+    if not placement.on_host:
+        # The host holds what waits there, and makes pixels; the rest is the device's.
+        where = max(peaks, key=lambda name: peaks[name])
+        aside = max(outline.aside(step) for step in bound.steps)
+        return Forecast(placement, resident + aside + _COMPILER + _SLACK, where, peaks[where])
+    compiled = {"embeddings", *(step.name for step in bound.steps if step.index >= first)}
+    peaks = {name: peak + _COMPILER * (name in compiled) for name, peak in peaks.items()}
     where = max(peaks, key=lambda name: peaks[name])
-    return Forecast(way, resident + peaks[where] + _SLACK, where)
+    return Forecast(placement, resident + peaks[where] + _SLACK, where)
 
 
 def weight_dtype(plan: Plan, step: BoundStep, precision: Precision) -> torch.dtype:
@@ -150,38 +134,30 @@ def weight_dtype(plan: Plan, step: BoundStep, precision: Precision) -> torch.dty
     return precision.products or precision.dtype
 
 
-def narrow_modules(bound: BoundModel, step: BoundStep) -> list[str]:
-    """Modules in which all that flows can be held as linear layers multiply it: a block's MLPs.
+def choose_placement(
+    forecasts: Sequence[Forecast], budget: int | None, device_bytes: int | None = None
+) -> Forecast:
+    """The first forecast that fits.
 
     Args:
-        bound: The model.
-        step: The step.
-
-    Returns:
-        Paths of those in which nothing has parameters but an MLP's layers.
-    """
-    layers = {site.name for site in step.sites if site.elementwise}
-    found = []
-    for name in dict.fromkeys(layer.rpartition(".")[0] for layer in sorted(layers)):
-        inside = {path.rpartition(".")[0] for path in bound.shapes if path.startswith(f"{name}.")}
-        if name != step.name and inside <= layers:
-            found.append(name)
-    return found
-
-
-def choose_way(forecasts: Sequence[Forecast], budget: int | None) -> Forecast:
-    """The first that fits the budget; without one, the first.
+        forecasts: One for each placement, fastest first.
+        budget: Bytes that the process may take; None: as many as it likes.
+        device_bytes: Bytes that are free on the device, where it has memory of its own. Where no
+            placement fits in them, the last one is tried all the same: the device tells best.
 
     Raises:
-        PlanError: None fits.
+        PlanError: None fits the budget.
     """
-    for one in forecasts:
-        if budget is None or one.peak_bytes <= budget:
+    fitting = [one for one in forecasts if budget is None or one.peak_bytes <= budget]
+    for one in fitting:
+        if device_bytes is None or one.device_bytes <= device_bytes:
             return one
+    if fitting:
+        return fitting[-1]
     least = min(forecasts, key=lambda one: one.peak_bytes)
     raise PlanError(
         f"a memory budget of {_gib(budget or 0)} is too small: {_gib(least.peak_bytes)} are needed "
-        f"({least.way.describe()})",
+        f"({least.placement.describe()})",
         where=least.where,
         remedy=f"allow {_gib(least.peak_bytes)}; a smaller --batch-size, fewer --samples, smaller "
         "--max-pixels, or another method for the widest layers need less",
@@ -190,14 +166,17 @@ def choose_way(forecasts: Sequence[Forecast], budget: int | None) -> Forecast:
 
 @dataclass(frozen=True)
 class _Outline:
-    """Bytes by step, beyond what the process has already."""
+    """Bytes by unit where it runs, beyond what the process has already."""
 
     plan: Plan
     bound: BoundModel
     tokens: dict[Modality, Tokens]
-    way: Way
-    precision: Precision
+    placement: Placement
     making: Cost
+
+    @property
+    def precision(self) -> Precision:
+        return self.placement.precision
 
     @property
     def itemsize(self) -> int:
@@ -233,6 +212,12 @@ class _Outline:
         last = next(s for s in reversed(self.bound.steps) if s.kind == "block")
         return used * hidden * (self.bound.dtype.itemsize + self.itemsize) + self._states(last)
 
+    def aside(self, step: BoundStep) -> int:
+        """Bytes in the host's memory beside a device: hidden states, and pixels that are made."""
+        tokens, width = self._tokens(step), self._hidden(step) * self.itemsize * self.chains
+        waiting = tokens.total * width if self.placement.states == "host" else 0
+        return waiting + (self.making.peak if step.kind == "entry" else 0)
+
     def _parameters(self, step: BoundStep) -> int:
         prefix = f"{step.name}."
         return sum(math.prod(s) for n, s in self.bound.shapes.items() if n.startswith(prefix))
@@ -240,7 +225,7 @@ class _Outline:
     def _states(self, step: BoundStep) -> int:
         """Hidden states of the step's tower; in the language model also those that are about it."""
         count = self._tokens(step)
-        number = count.largest if self.way.on_disk else count.total
+        number = count.total if self.placement.states == "device" else count.largest
         return number * self._hidden(step) * self.itemsize * self.chains
 
     def _pixels(self, step: BoundStep, rows: Sequence[PlanRow]) -> int:
@@ -249,12 +234,15 @@ class _Outline:
             return 0
         pixels = self.making.pixels
         cast = pixels * self.itemsize // _FLOAT32 if self.itemsize != _FLOAT32 else 0
+        if not self.placement.on_host:
+            return pixels + cast + self._call(step)
         # Statistics look at one batch while the next one is made.
         before = pixels if rows else 0
         return max(self.making.peak + before, pixels + cast + self._call(step))
 
     def _held(self, step: BoundStep, rows: Sequence[PlanRow]) -> int:
-        if step.kind == "entry" or not self.way.paused or not any(row.needs_data for row in rows):
+        halts = step.kind != "entry" and self.placement.paused
+        if not halts or not any(row.needs_data for row in rows):
             return 0
         flow = self._flow_itemsize(step)
         widest = max(row.site.in_features * flow[row.site.name] for row in rows)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from prismquant.data import Kind
 from prismquant.data.batches import Batch
-from prismquant.engine.activation_store import InMemory, States
+from prismquant.engine.activation_store import ActivationStore, InMemory
 from prismquant.errors import ModelError, NumericsError
 from prismquant.models.arch import Modality
 from prismquant.models.bound import BoundModel, BoundStep
@@ -141,7 +141,7 @@ class Replay:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        states: States | None = None,
+        states: ActivationStore | None = None,
     ) -> None:
         self.model = model
         self.bound = bound

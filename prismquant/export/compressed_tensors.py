@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prismquant.engine.chain import source_reader
 from prismquant.errors import FormatError, StorageError
 from prismquant.export.arguments import arguments, private_section
 from prismquant.export.companions import files_to_copy, untied_config
@@ -44,6 +43,7 @@ from prismquant.numerics.hadamard import hadamard_matrix
 from prismquant.plan.bit_layout import DENSE, is_declarable
 from prismquant.plan.kv_plan import KVLayer
 from prismquant.plan.plan import Plan, PlanRow
+from prismquant.plan.source import source_reader
 from prismquant.run.record import refuse_nonfinite
 from prismquant.storage import (
     INDEX_NAME,

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 
 from prismquant.diagnostics.step_record import StepRecord
-from prismquant.engine.activation_store import InMemory, OnDisk, States
+from prismquant.engine.activation_store import ActivationStore, InMemory, OnDisk, OnHost
+from prismquant.engine.placement import Store
 from prismquant.errors import StorageError
 from prismquant.memory import readable_bytes
 from prismquant.outputs import require_empty, require_regular_files
@@ -201,16 +202,21 @@ class RunDirectory:
             )
 
     @contextlib.contextmanager
-    def states(self, rank: int, *, on_disk: bool) -> Iterator[States]:
-        """Where hidden states wait for the length of the block."""
-        if not on_disk:
-            yield InMemory()
+    def activation_store(self, rank: int, states: Store) -> Iterator[ActivationStore]:
+        """Give what keeps hidden states for the length of the block.
+
+        Args:
+            rank: The process that keeps them.
+            states: Where they wait.
+        """
+        if states != "disk":
+            yield OnHost() if states == "host" else InMemory()
             return
-        states = OnDisk(self._inside / f"{_STATES}{rank}")
+        store = OnDisk(self._inside / f"{_STATES}{rank}")
         try:
-            yield states
+            yield store
         finally:
-            states.close()
+            store.close()
 
     def save(self, record: RunRecord) -> None:
         """Write the record."""

@@ -21,7 +21,8 @@ from prismquant.data.batch_fingerprint import fingerprint_batch
 from prismquant.data.batches import Batch, Batches, make_batches
 from prismquant.data.media import Cost, Limits
 from prismquant.data.survey import Survey, let_go, position_limit, survey
-from prismquant.engine.memory_forecast import WAYS, Tokens, forecast
+from prismquant.engine.memory_forecast import Tokens, forecast
+from prismquant.engine.placement import Placement, placements
 from prismquant.errors import DataError
 from prismquant.memory import resident_bytes
 from prismquant.models.arch import Modality
@@ -155,7 +156,10 @@ def test_evaluation_holds_one_batch_at_a_time(
 def test_pixels_count_in_the_forecast_where_they_are_made(tiny: Callable[..., Path]) -> None:
     bound = bind(tiny("qwen2_vl"))
     tokens = {Modality.VISION: Tokens(400, 40), Modality.LLM: Tokens(100, 10)}
-    given: dict[str, Any] = {"resident": 0, "way": WAYS[-1]}
+    given: dict[str, Any] = {
+        "resident": 0,
+        "placement": placements(torch.device("cpu"), api.Precision())[-1],
+    }
     for recipe, held in (("w4a16", 0), ("w4a16-all", 1)):
         plan = make_plan(pq.load_recipe(recipe), bound)
         making = Cost(peak=3 << 30, pixels=1 << 30)
@@ -222,7 +226,7 @@ def test_the_least_that_helps_is_to_let_pixels_go(
     assert kept is found
     narrow, gone = api._forecast(*given, wide.peak_bytes - 1, *rest)
     assert gone.kept_bytes == 0
-    assert (narrow.way, narrow.where) == (WAYS[0], wide.where)
+    assert (narrow.placement, narrow.where) == (Placement(), wide.where)
     assert narrow.peak_bytes == wide.peak_bytes - found.kept_bytes
 
 

@@ -1,4 +1,4 @@
-"""Streaming: the engine's bytes and records, in order, within memory, and stopped at once."""
+"""Runs without data: bytes and records of a plain loop, in order, within memory, stopped."""
 
 from __future__ import annotations
 
@@ -14,23 +14,31 @@ import torch
 from safetensors.torch import save
 
 import prismquant as pq
-from prismquant.engine import data_free as streaming
-from prismquant.engine.data_free import stream, streams
-from prismquant.engine.job import Run
-from prismquant.engine.run import run
+from prismquant.algorithms.problem import LayerProblem
+from prismquant.algorithms.rtn import RTN
+from prismquant.diagnostics.step_record import LayerRecord, StepRecord
+from prismquant.engine import data_free
+from prismquant.engine.data_free import run_without_data
+from prismquant.engine.placement import Placement
+from prismquant.engine.quantize import unit_plans
+from prismquant.engine.run import _walk
+from prismquant.engine.setup import RunSetup
 from prismquant.errors import NumericsError, PlanError, StorageError
 from prismquant.export.compressed_tensors import CheckpointWriter
+from prismquant.formats.quantized_layer import QuantizedLayer
 from prismquant.models.bind import bind
 from prismquant.plan.make_plan import make_plan
+from prismquant.plan.plan import PlanRow, problem_groups
+from prismquant.plan.source import source_reader
 from prismquant.recipe.presets import PRESETS
 from prismquant.runtime.mixed import Precision
 from prismquant.storage import ShardReader, write_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Generator, Iterator, Sequence
     from pathlib import Path
 
-    from prismquant.diagnostics.step_record import StepRecord
+    from torch import Tensor
 
 
 def rounding(preset: str) -> pq.Recipe:
@@ -38,12 +46,54 @@ def rounding(preset: str) -> pq.Recipe:
     return pq.load_recipe(preset).without_transforms().with_rules({"solver": "rtn"})
 
 
-def job_of(folder: Path, recipe: pq.Recipe, out: Path, **fields: Any) -> Run:
+def setup_of(folder: Path, recipe: pq.Recipe, out: Path, **fields: Any) -> RunSetup:
     bound = bind(folder)
     plan = make_plan(recipe, bound)
     out.mkdir(parents=True, exist_ok=True)
-    job = Run(plan=plan, bound=bound, batches=(), sink=CheckpointWriter(out, bound, plan))
-    return replace(job, **fields)
+    setup = RunSetup(plan=plan, bound=bound, batches=(), sink=CheckpointWriter(out, bound, plan))
+    return replace(setup, **fields)
+
+
+def pooled(setup: RunSetup, **how: Any) -> Generator[StepRecord, None, None]:
+    """A run without data, with so many workers and so much memory."""
+    return run_without_data(setup, _walk(setup), unit_plans(setup.plan, setup.bound), **how)
+
+
+def by_hand(setup: RunSetup) -> Iterator[StepRecord]:
+    """The same in a plain loop: weights in float32, whole groups, one solver after the other."""
+    reader, precision = source_reader(setup.plan, setup.bound), setup.placement.precision
+
+    def matrix(row: PlanRow) -> Tensor:
+        weight = reader.read(setup.bound.names.to_disk(f"{row.site.name}.weight"))
+        weight = weight.to(precision.dtype).float()
+        return weight.reshape(row.site.out_features, row.site.in_features)
+
+    for step in setup.bound.steps:
+        layers, records = [], []
+        rows = [row for row in setup.plan.quantized if row.site.step == step.index]
+        for stage in sorted({row.site.stage for row in rows}):
+            for group in problem_groups([row for row in rows if row.site.stage == stage]):
+                first = group[0]
+                assert first.config.weights is not None
+                result = RTN().solve(
+                    LayerProblem(
+                        names=tuple(row.site.name for row in group),
+                        weights=tuple(matrix(row) for row in group),
+                        spec=first.config.weights,
+                        range_rule=first.config.weight_range,
+                        scale_dtype=first.site.dtype,
+                    )
+                )
+                counts = (
+                    {}
+                    if first.config.vision_weight == 1
+                    else {"vision_weight": first.config.vision_weight}
+                )
+                for row, weight, loss in zip(group, result.weights, result.losses, strict=True):
+                    notes = {**result.notes, **counts}
+                    layers.append(QuantizedLayer(row.site.name, weight))
+                    records.append(LayerRecord(row.site.name, "rtn", loss, loss, notes))
+        yield StepRecord(step.name, setup.sink.write_step(step, layers, {}), 0.0, tuple(records))
 
 
 def told(records: Sequence[StepRecord]) -> list[dict[str, Any]]:
@@ -57,13 +107,13 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def compare(folder: Path, recipe: pq.Recipe, work: Path, **fields: Any) -> None:
-    """Engine and stream, side by side."""
-    reference = job_of(folder, recipe, work / "engine", **fields)
-    assert streams(reference.plan)
-    expected = told(list(run(reference)))
-    found = told(list(stream(job_of(folder, recipe, work / "stream", **fields), workers=3)))
+    """The plain loop and the pool, side by side."""
+    reference = setup_of(folder, recipe, work / "loop", **fields)
+    assert not reference.plan.needs_data
+    expected = told(list(by_hand(reference)))
+    found = told(list(pooled(setup_of(folder, recipe, work / "pool", **fields), workers=3)))
     assert found == expected
-    assert files_of(work / "stream") == files_of(work / "engine")
+    assert files_of(work / "pool") == files_of(work / "loop")
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +127,7 @@ KINDS = ("w4a16-all", "fp8-all", "nvfp4a16", "mxfp4-all")
 
 
 @pytest.mark.parametrize("preset", KINDS)
-def test_every_family_gives_the_bytes_and_records_of_the_engine(
+def test_every_family_gives_the_bytes_and_records_of_a_plain_loop(
     tiny_folder: Path, tmp_path: Path, preset: str
 ) -> None:
     compare(tiny_folder, rounding(preset), tmp_path)
@@ -85,7 +135,7 @@ def test_every_family_gives_the_bytes_and_records_of_the_engine(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", [name for name in PRESETS if "-static" not in name])
-def test_every_preset_without_data_gives_the_bytes_and_records_of_the_engine(
+def test_every_preset_without_data_gives_the_bytes_and_records_of_a_plain_loop(
     tiny_folder: Path, tmp_path: Path, preset: str
 ) -> None:
     recipe = rounding(preset)
@@ -127,18 +177,16 @@ def test_dtypes_on_disk_and_of_the_arithmetic_round_alike(
     tiny: Callable[..., Path], tmp_path: Path, stored: torch.dtype, arithmetic: torch.dtype
 ) -> None:
     compare(
-        tiny("qwen2_vl", dtype=stored), rounding("w4a16"), tmp_path, precision=Precision(arithmetic)
+        tiny("qwen2_vl", dtype=stored),
+        rounding("w4a16"),
+        tmp_path,
+        placement=Placement(precision=Precision(arithmetic)),
     )
 
 
-def test_recipes_that_need_data_do_not_stream(tiny: Callable[..., Path], tmp_path: Path) -> None:
-    for preset in ("w4a16", "w8a8-static", "fp8-kv", "smoothquant-w8a8"):
-        job = job_of(tiny("qwen2_vl"), pq.load_recipe(preset), tmp_path)
-        assert not streams(job.plan)
-        with pytest.raises(PlanError, match="no data"):
-            stream(job)
+def test_a_pool_without_workers_is_refused(tiny: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="0 workers"):
-        stream(job_of(tiny("qwen2_vl"), rounding("w8a8"), tmp_path), workers=0)
+        next(pooled(setup_of(tiny("qwen2_vl"), rounding("w8a8"), tmp_path), workers=0))
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
@@ -146,12 +194,14 @@ def test_steps_come_in_the_models_order_and_finished_ones_are_left_out(
     tiny: Callable[..., Path], tmp_path: Path, workers: int
 ) -> None:
     folder = tiny("qwen3_vl")
-    steps = list(stream(job_of(folder, rounding("w8a8-all"), tmp_path / "whole"), workers=workers))
+    steps = list(
+        pooled(setup_of(folder, rounding("w8a8-all"), tmp_path / "whole"), workers=workers)
+    )
     names = [step.name for step in bind(folder).steps]
     assert [step.name for step in steps] == names
     done = {step.name: step for step in (steps[0], steps[3], steps[-1])}
-    job = job_of(folder, rounding("w8a8-all"), tmp_path / "rest", done=done)
-    left = [step.name for step in stream(job, workers=workers)]
+    setup = setup_of(folder, rounding("w8a8-all"), tmp_path / "rest", done=done)
+    left = [step.name for step in pooled(setup, workers=workers)]
     assert left == [name for name in names if name not in done]
     for name, data in files_of(tmp_path / "rest").items():
         assert data == (tmp_path / "whole" / name).read_bytes()
@@ -161,7 +211,7 @@ def test_the_number_of_threads_is_given_back(tiny: Callable[..., Path], tmp_path
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
-        list(stream(job_of(tiny("qwen2_vl"), rounding("w8a8"), tmp_path), workers=2))
+        list(pooled(setup_of(tiny("qwen2_vl"), rounding("w8a8"), tmp_path), workers=2))
         assert torch.get_num_threads() == 4
     finally:
         torch.set_num_threads(before)
@@ -195,9 +245,9 @@ class Gate:
 def test_memory_bounds_the_steps_in_flight(
     tiny: Callable[..., Path], tmp_path: Path, memory: int, most: int
 ) -> None:
-    job = job_of(tiny("qwen2_vl"), rounding("w8a8-all"), tmp_path)
-    gate = Gate(job.sink, most)
-    list(stream(replace(job, sink=gate), workers=3, memory=memory))
+    setup = setup_of(tiny("qwen2_vl"), rounding("w8a8-all"), tmp_path)
+    gate = Gate(setup.sink, most)
+    list(pooled(replace(setup, sink=gate), workers=3, memory=memory))
     assert gate.most == most
 
 
@@ -212,24 +262,20 @@ def damaged(folder: Path, target: Path, name: str) -> Path:
 
 
 @pytest.mark.parametrize("preset", ["w4a16", "nvfp4a16", "fp8"])
-def test_a_damaged_weight_is_named_as_by_the_engine(
-    tiny: Callable[..., Path], tmp_path: Path, preset: str
-) -> None:
+def test_a_damaged_weight_is_named(tiny: Callable[..., Path], tmp_path: Path, preset: str) -> None:
     """The second of a group, in the second block: what is before it is yielded first."""
     folder = tiny("qwen2_vl")
     site = "model.language_model.layers.1.mlp.up_proj"
     disk = bind(folder).names.to_disk(f"{site}.weight")
     broken = damaged(folder, tmp_path / "broken", disk)
-    found = []
-    for name, go in (("engine", run), ("stream", lambda job: stream(job, workers=4))):
-        steps = go(job_of(broken, rounding(preset), tmp_path / name))  # type: ignore[operator]
-        names = []
-        with pytest.raises(NumericsError) as caught:  # noqa: PT012
-            for step in steps:
-                names.append(step.name)  # noqa: PERF401 - what came before the error counts
-        found.append((names, caught.value.what, caught.value.where, caught.value.remedy))
-    assert found[0] == found[1]
-    assert found[1][2] == site
+    names = []
+    with pytest.raises(NumericsError, match="1 values that are NaN or infinite") as caught:  # noqa: PT012
+        for step in pooled(setup_of(broken, rounding(preset), tmp_path / "out"), workers=4):
+            names.append(step.name)  # noqa: PERF401 - what came before the error counts
+    order = [step.name for step in bind(folder).steps]
+    assert names == order[: order.index("model.language_model.layers.1")]
+    assert caught.value.where == site
+    assert "damaged" in str(caught.value.remedy)
 
 
 def test_closing_stops_the_workers_and_leaves_whole_files_only(
@@ -237,27 +283,28 @@ def test_closing_stops_the_workers_and_leaves_whole_files_only(
 ) -> None:
     """As Ctrl-C does: no thread is left, no temporary file, and a resumed run ends the same."""
     folder, recipe = tiny("qwen3_vl"), rounding("w4a16-all")
-    list(stream(job_of(folder, recipe, tmp_path / "whole")))
-    job = job_of(folder, recipe, tmp_path / "cut")
-    steps = stream(job, workers=2)
+    list(pooled(setup_of(folder, recipe, tmp_path / "whole")))
+    setup = setup_of(folder, recipe, tmp_path / "cut")
+    steps = pooled(setup, workers=2)
     first = next(steps)
-    steps.close()  # type: ignore[attr-defined]
+    steps.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("prismquant")]
     assert not [name for name in files_of(tmp_path / "cut") if name.endswith(".tmp")]
     assert len(files_of(tmp_path / "cut")) < len(files_of(tmp_path / "whole"))
-    job = replace(job, done={first.name: first})
-    list(stream(job, workers=2))
+    setup = replace(setup, done={first.name: first})
+    list(pooled(setup, workers=2))
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
 
 
 def test_a_stopped_worker_ends_between_two_blocks_of_rows(
     tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
-    job = job_of(tiny("qwen2_vl"), rounding("w4a16"), tmp_path)
-    task = streaming._Task(job)
+    setup = setup_of(tiny("qwen2_vl"), rounding("w4a16"), tmp_path)
+    task = data_free._Task(setup, unit_plans(setup.plan, setup.bound))
     task.stopped.set()
-    with pytest.raises(streaming._Stopped):
-        task(job.bound.steps[-2])
+    unit = list(_walk(setup).units())[-2]
+    with pytest.raises(data_free._Stopped):
+        task(unit)
     assert not files_of(tmp_path)
 
 
@@ -266,7 +313,7 @@ def test_the_main_function_streams_and_resumes_to_the_same_bytes(
 ) -> None:
     """An interruption in the middle, then --resume; the engine is never asked."""
     folder = tiny("qwen2_5_vl")
-    monkeypatch.setattr("prismquant.api.run", None)
+    monkeypatch.setattr("prismquant.engine.run._visit", None)
     pq.quantize(folder, rounding("w4a16-all"), tmp_path / "whole")
 
     class Interrupt:

@@ -33,8 +33,8 @@ from prismquant.diagnostics.failed_layers import (
 from prismquant.engine.collectives import Task, solve_all
 from prismquant.engine.failure import Guarded
 from prismquant.engine.group import Group, GroupSettings
-from prismquant.engine.job import Silent
 from prismquant.engine.replay import StepCall
+from prismquant.engine.setup import Silent
 from prismquant.errors import DataError, NumericsError, PrismQuantError, RecipeError
 from prismquant.export.load_quantized import load_model
 from prismquant.formats.spec import spec
@@ -164,7 +164,7 @@ def a_group(row: PlanRow, weight: Tensor | None = None) -> Group:
     values = torch.randn(256, IN, generator=torch.Generator().manual_seed(0))
     layer.weight.copy_(values if weight is None else weight)
     settings = GroupSettings(torch.device("cpu"), torch.float32, True, 1.0)
-    return Group([row], [layer], settings)
+    return Group([row], [layer], settings, lambda _: layer.weight.detach())
 
 
 def tokens(count: int, seed: int = 0) -> Tensor:

@@ -14,7 +14,6 @@ import prismquant as pq
 from prismquant.data import read_samples
 from prismquant.data.batches import make_batches
 from prismquant.engine import gradients
-from prismquant.engine.chain import source_reader
 from prismquant.engine.gradients import (
     floored,
     gradient_ratios,
@@ -22,7 +21,7 @@ from prismquant.engine.gradients import (
     vision_weights,
     wants_gradients,
 )
-from prismquant.engine.job import Silent
+from prismquant.engine.setup import Silent
 from prismquant.errors import DataError, NumericsError, PrismQuantError
 from prismquant.export.load_quantized import load_model
 from prismquant.models.arch import Modality
@@ -31,6 +30,7 @@ from prismquant.models.empty import empty_model
 from prismquant.models.load import load_float, materialize
 from prismquant.models.processor import load_processor
 from prismquant.plan.make_plan import make_plan
+from prismquant.plan.source import source_reader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

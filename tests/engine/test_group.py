@@ -67,7 +67,9 @@ def group_of(row: PlanRow, *layers: nn.Module, **settings: Any) -> Group:
     }
     names = [replace(row.site, name=f"{UP}.{index}") for index in range(len(layers))]
     rows = [replace(row, site=name) for name in names] if len(layers) > 1 else [row]
-    return Group(rows, layers, GroupSettings(**(how | settings)))
+    pairs = zip(rows, layers, strict=True)
+    sites = {row.site.name: layer.get_parameter("weight") for row, layer in pairs}
+    return Group(rows, layers, GroupSettings(**(how | settings)), lambda site: sites[site.name])
 
 
 def call(weights: Tensor | None = None, vision: Tensor | None = None) -> StepCall:

@@ -1,4 +1,4 @@
-"""A run keeps to its memory budget, and the way it does so is not seen in the result."""
+"""A run keeps to its memory budget, and the placement that does so is not seen in the result."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from prismquant import api
 from prismquant.engine.memory_forecast import (
     _COMPILER,
     _SLACK,
-    WAYS,
     Forecast,
     Tokens,
-    Way,
-    choose_way,
+    choose_placement,
     forecast,
 )
+from prismquant.engine.placement import Placement, placements
 from prismquant.errors import PlanError
 from prismquant.models.arch import Modality
 from prismquant.models.bind import bind
@@ -29,20 +28,22 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+PLACEMENTS = placements(CPU, Precision())
 TOKENS = {Modality.VISION: Tokens(40_000, 4_000), Modality.LLM: Tokens(10_000, 1_000)}
 
 
 def peaks(folder: Path, recipe: Any, tokens: dict[Modality, Tokens] = TOKENS) -> list[int]:
     bound = bind(folder)
     plan = make_plan(pq.load_recipe(recipe), bound)
-    found = [forecast(plan, bound, tokens, resident=0, way=way) for way in WAYS]
+    found = [forecast(plan, bound, tokens, resident=0, placement=one) for one in PLACEMENTS]
     return [one.peak_bytes - _SLACK - _COMPILER for one in found]
 
 
-def test_leaner_ways_take_less(tiny_folder: Path) -> None:
+def test_leaner_placements_take_less(tiny_folder: Path) -> None:
     found = peaks(tiny_folder, "w4a16-all")
     assert found == sorted(found, reverse=True)
-    assert len(set(found)) == len(WAYS)
+    assert len(set(found)) == len(PLACEMENTS)
 
 
 def test_more_tokens_take_more_only_where_they_are_held(tiny: Callable[..., Path]) -> None:
@@ -66,7 +67,7 @@ def test_weights_in_bfloat16_take_less_where_nothing_but_a_solver_changes_them(
 
     def peak(recipe: str, precision: Precision) -> int:
         plan = make_plan(pq.load_recipe(recipe), bound)
-        given: dict[str, Any] = {"resident": 0, "way": WAYS[-1], "precision": precision}
+        given: dict[str, Any] = {"resident": 0, "placement": placements(CPU, precision)[-1]}
         found = forecast(plan, bound, {modality: Tokens(1, 1) for modality in TOKENS}, **given)
         assert "layers" in found.where
         return found.peak_bytes
@@ -83,19 +84,19 @@ def test_without_data_only_weights_count(tiny: Callable[..., Path]) -> None:
     assert found[0] < peaks(tiny("qwen2_vl"), "w4a16")[-1]
 
 
-def test_the_first_way_that_fits_is_taken_and_none_is_an_error_with_figures() -> None:
-    forecasts = [Forecast(way, 2**30 * (3 - n), "layers.3") for n, way in enumerate(WAYS)]
-    assert choose_way(forecasts, None) is forecasts[0]
-    assert choose_way(forecasts, 3 * 2**30) is forecasts[0]
-    assert choose_way(forecasts, 2 * 2**30) is forecasts[1]
+def test_the_first_placement_that_fits_is_taken_and_none_is_an_error_with_figures() -> None:
+    forecasts = [Forecast(p, 2**30 * (3 - n), "layers.3") for n, p in enumerate(PLACEMENTS)]
+    assert choose_placement(forecasts, None) is forecasts[0]
+    assert choose_placement(forecasts, 3 * 2**30) is forecasts[0]
+    assert choose_placement(forecasts, 2 * 2**30) is forecasts[1]
     with pytest.raises(PlanError, match=r"0\.50 GiB is too small: 1\.00 GiB are needed") as caught:
-        choose_way(forecasts, 2**29)
+        choose_placement(forecasts, 2**29)
     assert caught.value.where == "layers.3"
     assert "--batch-size" in str(caught.value.remedy)
 
 
-@pytest.mark.parametrize("number", range(1, len(WAYS)))
-def test_the_way_is_not_seen_in_the_result(
+@pytest.mark.parametrize("number", range(1, len(PLACEMENTS)))
+def test_the_placement_is_not_seen_in_the_result(
     tiny: Callable[..., Path],
     calibration_file: Path,
     tmp_path: Path,
@@ -107,9 +108,9 @@ def test_the_way_is_not_seen_in_the_result(
     recipe = recipe.with_calibration(samples=4, batch_size=2)
     given = tiny("qwen2_vl"), recipe
     pq.quantize(*given, tmp_path / "fast", calibration_file, dtype="mixed")
-    monkeypatch.setattr(api, "WAYS", WAYS[number:])
+    monkeypatch.setattr(api, "placements", lambda *given: placements(*given)[number:])
     result = pq.quantize(*given, tmp_path / "lean", calibration_file, dtype="mixed")
-    assert result.record.memory["way"] == WAYS[number].describe()
+    assert result.record.memory["placement"] == PLACEMENTS[number].describe()
     assert not list((tmp_path / "lean").rglob("states*"))
     for path in (tmp_path / "fast").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "lean" / path.name).read_bytes()
@@ -124,6 +125,40 @@ def test_a_budget_that_is_too_small_is_refused_before_anything_is_written(
     assert not out.exists() or not list(out.iterdir())
 
 
-def test_ways_say_what_they_do() -> None:
-    assert Way().describe() == "passes halted, hidden states in memory"
-    assert len({way.describe() for way in WAYS}) == len(WAYS)
+def test_placements_say_what_they_do() -> None:
+    assert Placement().describe() == "passes halted, hidden states in memory"
+    for device in (CPU, GPU):
+        ladder = placements(device, Precision())
+        assert len({one.describe() for one in ladder}) == len(ladder)
+    assert placements(GPU, Precision())[1].describe() == (
+        "passes halted, hidden states in the host's memory"
+    )
+
+
+def test_a_device_of_its_own_takes_what_the_host_does_not(tiny: Callable[..., Path]) -> None:
+    """Weights and passes lie on the device wherever states wait; the host holds these at most."""
+    bound = bind(tiny("qwen2_vl"))
+    plan = make_plan(pq.load_recipe("w4a16-all"), bound)
+    found = [
+        forecast(plan, bound, TOKENS, resident=0, placement=one)
+        for one in placements(GPU, Precision())
+    ]
+    device = [one.device_bytes for one in found]
+    host = [one.peak_bytes for one in found]
+    assert device[0] > device[1] > device[2] == device[3] > 0
+    assert host[0] == host[3] < host[1] == host[2]
+    assert device[0] - device[1] < host[1] - host[0] <= device[0]
+    on_cpu = forecast(plan, bound, TOKENS, resident=0, placement=PLACEMENTS[0])
+    assert on_cpu.device_bytes == 0
+    assert device[0] == on_cpu.peak_bytes - _SLACK - _COMPILER
+
+
+def test_what_is_free_on_a_device_chooses_too() -> None:
+    sizes = ((1, 8), (3, 4), (3, 2), (1, 2))
+    ladder = zip(placements(GPU, Precision()), sizes, strict=True)
+    found = [Forecast(one, host, "layers.3", device) for one, (host, device) in ladder]
+    assert choose_placement(found, None, 8) is found[0]
+    assert choose_placement(found, None, 5) is found[1]
+    assert choose_placement(found, 2, 5) is found[3]
+    # No placement fits: the device itself has the last word.
+    assert choose_placement(found, None, 1) is found[3]

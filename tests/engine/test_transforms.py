@@ -18,9 +18,8 @@ from prismquant.algorithms.problem import LayerProblem, LayerResult
 from prismquant.data import read_samples
 from prismquant.data.batches import Batch, make_batches
 from prismquant.engine import group
-from prismquant.engine.chain import source_reader
-from prismquant.engine.job import Run
 from prismquant.engine.run import run
+from prismquant.engine.setup import RunSetup
 from prismquant.errors import DataError
 from prismquant.export.load_quantized import load_model
 from prismquant.models.bind import bind
@@ -29,6 +28,7 @@ from prismquant.models.empty import empty_model
 from prismquant.models.load import load_float, materialize
 from prismquant.models.processor import load_processor
 from prismquant.plan.make_plan import make_plan
+from prismquant.plan.source import source_reader
 from prismquant.runtime.quant_linear import QuantLinear, rotate_inputs
 from prismquant.storage import ShardReader, read_json, write_tensors
 
@@ -142,8 +142,8 @@ def unrounded(
     """The model after the engine did everything but rounding, the plan, and the edges' records."""
     plan, sink = make_plan(recipe, bound), Memory()
     monkeypatch.setattr(group, "build_solver", lambda *_: Exact())
-    job = Run(plan=plan, bound=bound, batches=batches, sink=sink)  # type: ignore[arg-type]
-    edges = [edge for step in run(job) for edge in step.edges]
+    setup = RunSetup(plan=plan, bound=bound, batches=batches, sink=sink)  # type: ignore[arg-type]
+    edges = [edge for step in run(setup) for edge in step.edges]
     model = empty_model(bound.config, bound.arch)
     materialize(model, "", source_reader(plan, bound), bound.names, "cpu", torch.float32)
     for name, tensor in sink.tensors.items():

@@ -22,7 +22,7 @@ import torch
 
 import prismquant as pq
 from prismquant.diagnostics.step_record import EdgeRecord, LayerRecord, StepRecord
-from prismquant.engine.job import Silent
+from prismquant.engine.setup import Silent
 from prismquant.errors import StorageError
 from prismquant.models.bind import bind
 from prismquant.plan.make_plan import make_plan
@@ -381,7 +381,7 @@ def test_a_damaged_record_is_an_error(
 FULL = replace(
     RECORD,
     steps=(STEP,),
-    memory={"budget_bytes": 5, "way": "halted"},
+    memory={"budget_bytes": 5, "placement": "halted"},
     restarts=(RestartRecord("2026-01-01T00:00:00Z", 1, ("damaged",)),),
     files={"config.json": "00"},
 )

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import prismquant as pq
 from prismquant.data.batch_fingerprint import fingerprint_batch
 from prismquant.data.batches import Batch
-from prismquant.engine.job import Silent
+from prismquant.engine.setup import Silent
 from prismquant.errors import NumericsError, StorageError
 from prismquant.export.compressed_tensors import CheckpointWriter
 from prismquant.recipe.schema import load_recipe

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import prismquant as pq
-from prismquant.engine.job import Silent
+from prismquant.engine.setup import Silent
 from prismquant.errors import StorageError
 from prismquant.recipe.schema import load_recipe
 from prismquant.run import lock

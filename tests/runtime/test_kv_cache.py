@@ -23,8 +23,8 @@ from torch import Tensor, nn
 import prismquant as pq
 from prismquant.data import read_samples
 from prismquant.data.batches import make_batches
-from prismquant.engine.job import Silent
 from prismquant.engine.kv_observation import KVRecord
+from prismquant.engine.setup import Silent
 from prismquant.errors import FormatError, NumericsError, PrismQuantError, RecipeError
 from prismquant.export.kv_section import kv_cache_scheme, read_kv_cache_scheme
 from prismquant.export.load_quantized import load_model

@@ -12,11 +12,9 @@ from torch import nn
 
 import prismquant as pq
 from prismquant.algorithms.problem import LayerResult
-from prismquant.engine import collectives as exchange
-from prismquant.engine import run as engine
+from prismquant.engine import collectives, quantize, run
 from prismquant.engine.collectives import Ranks, Task
 from prismquant.engine.memory_forecast import narrow_modules
-from prismquant.engine.run import _Engine
 from prismquant.models.bind import bind
 from prismquant.runtime import mixed
 from prismquant.runtime.mixed import Precision
@@ -218,7 +216,7 @@ def test_how_weights_are_held_is_not_seen_in_the_result(
     rules = pq.load_recipe(recipe).with_rules({"correction": "auto"})
     given = tiny("qwen2_vl", dtype=torch.bfloat16), rules.with_calibration(samples=4, batch_size=2)
     pq.quantize(*given, tmp_path / "narrow", calibration_file, dtype="mixed")
-    monkeypatch.setattr(_Engine, "_weight_dtype", lambda own, _: own.job.precision.dtype)
+    monkeypatch.setattr(run, "weight_dtype", lambda plan, step, precision: precision.dtype)
     pq.quantize(*given, tmp_path / "wide", calibration_file, dtype="mixed")
     for path in (tmp_path / "narrow").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "wide" / path.name).read_bytes()
@@ -236,11 +234,12 @@ def test_each_step_asks_for_the_next_ones_weights_and_gives_back_what_is_free(
 
     def solve_all(tasks: list[Task], ranks: Ranks) -> list[LayerResult]:
         solved.append(len(tasks))
-        return exchange.solve_all(tasks, ranks)
+        return collectives.solve_all(tasks, ranks)
 
     monkeypatch.setattr(ShardReader, "read_ahead", lambda _, names: asked.append(list(names)))
-    monkeypatch.setattr(engine, "give_back_freed", lambda: freed.append(None))
-    monkeypatch.setattr(engine, "solve_all", solve_all)
+    for module in (run, quantize):
+        monkeypatch.setattr(module, "give_back_freed", lambda: freed.append(None))
+    monkeypatch.setattr(quantize, "solve_all", solve_all)
     recipe = pq.load_recipe("w4a16").with_calibration(samples=4, batch_size=2)
     folder = tiny("qwen2_vl")
     result = pq.quantize(folder, recipe, tmp_path / "out", calibration_file)

@@ -9,7 +9,7 @@ import tiny_vlm
 import torch
 
 import prismquant as pq
-from prismquant.engine.job import Silent
+from prismquant.engine.setup import Silent
 from prismquant.errors import NumericsError, PlanError
 from prismquant.models.processor import load_processor
 from prismquant.recipe.schema import load_recipe

@@ -1,4 +1,4 @@
-"""What a run is made of, and whom it talks to."""
+"""Everything that a run is given: what to do, with what, where, and who is told."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from prismquant.data.batches import Batch
 from prismquant.diagnostics.step_record import StepRecord
 from prismquant.distributed import Alone, Ranks
-from prismquant.engine.activation_store import InMemory, States
-from prismquant.engine.memory_forecast import Way
+from prismquant.engine.activation_store import ActivationStore, InMemory
+from prismquant.engine.placement import Placement
 from prismquant.formats.quantized_layer import KVScales, QuantizedLayer
 from prismquant.models.bound import BoundModel, BoundStep
 from prismquant.plan.kv_plan import KVLayer
 from prismquant.plan.plan import Plan, PlanRow
-from prismquant.runtime.mixed import Precision
 
 
 class Sink(Protocol):
@@ -78,7 +76,7 @@ class Silent:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunSetup:
     """Everything that a run needs.
 
     Attributes:
@@ -86,17 +84,15 @@ class Run:
         bound: The model's description.
         batches: Calibration batches; empty when the plan needs none. They are taken once, so that
             whoever gives an iterator need not hold their pixels for the length of the run.
-        sink: Where finished steps go.
+        sink: Where finished units go.
         reporter: Is told how far the run is.
-        device: Where the arithmetic happens.
-        precision: In which steps are run; statistics are float32 in any case.
-        done: Steps that an earlier run finished, by name.
+        placement: Where units run, and where hidden states wait.
+        store: Keeps hidden states between units.
+        done: Units that an earlier run finished, by name.
         vision_weights: What a vision token counts for at layers whose plan says ``gradient``, by
             the layer's name.
         ranks: The processes that share the calibration data and the solving; only the first one
             writes.
-        way: How memory is saved.
-        states: Where hidden states wait between steps.
     """
 
     plan: Plan
@@ -104,10 +100,8 @@ class Run:
     batches: Iterable[Batch]
     sink: Sink
     reporter: Reporter = field(default_factory=Silent)
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    precision: Precision = field(default_factory=Precision)
+    placement: Placement = field(default_factory=Placement)
+    store: ActivationStore = field(default_factory=InMemory)
     done: Mapping[str, StepRecord] = field(default_factory=dict)
     vision_weights: Mapping[str, float] = field(default_factory=dict)
     ranks: Ranks = field(default_factory=Alone)
-    way: Way = field(default_factory=Way)
-    states: States = field(default_factory=InMemory)

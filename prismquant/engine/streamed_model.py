@@ -1,0 +1,191 @@
+"""A model of which one unit at a time has weights, and the states that wait between units."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from prismquant.data.batches import Batch
+from prismquant.engine.activation_store import ActivationStore
+from prismquant.engine.passes import Passes, PausedPasses, ReplayedPasses, StepRun
+from prismquant.engine.placement import Placement
+from prismquant.engine.replay import Replay, StepCall
+from prismquant.models.arch import Modality
+from prismquant.models.attention import unhook_attention
+from prismquant.models.bound import BoundModel, BoundStep
+from prismquant.models.empty import empty_model
+from prismquant.models.load import materialize, release
+from prismquant.models.rotation import OnlineRotation
+from prismquant.runtime.kv_cache import cache_in_float
+from prismquant.runtime.quant_linear import QuantLinear, activations_in_float, rotate_inputs
+from prismquant.storage import ShardReader
+
+
+@dataclass(frozen=True)
+class ServedAs:
+    """How layers run while a model is walked through.
+
+    Attributes:
+        quantized_inputs: Inputs, outputs, keys and values of finished layers go through their
+            quantizers, as they will be served; else they stay in floating point.
+        rotations: Rotations of single layers' inputs, by the layer's name.
+        linear_dtypes: Dtypes in which a unit's linear layers hold weights that this dtype holds
+            exactly, by the unit's name; elsewhere weights have the dtype of the placement.
+    """
+
+    quantized_inputs: bool = True
+    rotations: Mapping[str, OnlineRotation] = field(default_factory=dict)
+    linear_dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+
+
+class StreamedModel:
+    """A model's skeleton, of which single units are loaded, and the states between its units.
+
+    Args:
+        bound: The model.
+        reader: Gives its weights.
+        batches: Calibration batches.
+        placement: Where units run.
+        store: Where hidden states wait.
+        served: How layers run.
+    """
+
+    def __init__(
+        self,
+        bound: BoundModel,
+        reader: ShardReader,
+        batches: Sequence[Batch],
+        placement: Placement,
+        store: ActivationStore,
+        served: ServedAs,
+    ) -> None:
+        self.bound = bound
+        self.model = empty_model(bound.config, bound.arch)
+        self._reader, self._placement, self._served = reader, placement, served
+        self._narrow = {step.name: narrow_modules(bound, step) for step in bound.steps}
+        device, dtype = placement.device, placement.precision.dtype
+        self.replay = Replay(self.model, bound, batches, device=device, dtype=dtype, states=store)
+
+    def module(self, name: str) -> nn.Module:
+        """The module of this path."""
+        return self.model.get_submodule(name)
+
+    def calls(self, step: BoundStep) -> Iterator[StepCall]:
+        """How the model calls a unit; all units before it must be finished."""
+        return self.replay.calls(step)
+
+    def passes(self, step: BoundStep, *, paused: bool = False) -> Passes:
+        """Forward passes of a unit over all calls."""
+        run = StepRun(self.model, step.name, lambda: self.calls(step), lambda: self.as_served(step))
+        return PausedPasses(run) if paused else ReplayedPasses(run)
+
+    @contextlib.contextmanager
+    def as_served(self, step: BoundStep) -> Iterator[None]:
+        """Within the block, a unit runs in its precision, and finished layers as asked."""
+        module = self.module(step.name)
+        with contextlib.ExitStack() as stack:
+            narrow = [self.module(name) for name in self._narrow[step.name]]
+            stack.enter_context(self._placement.precision.in_force(narrow))
+            if not self._served.quantized_inputs:
+                stack.enter_context(activations_in_float(module))
+                stack.enter_context(cache_in_float(module))
+            yield
+
+    @contextlib.contextmanager
+    def loaded(self, names: Sequence[str]) -> Iterator[None]:
+        """Within the block, these modules have their weights, and rotate what they must."""
+        for name in names:
+            self._load(name)
+        try:
+            yield
+        finally:
+            for name in names:
+                release(self.model, name)
+                unhook_attention(self.module(name))
+                _make_plain(self.model, name)
+
+    def _load(self, name: str) -> None:
+        device, dtype = self._placement.device, self._placement.precision.dtype
+        materialize(self.model, name, self._reader, self.bound.names, device, dtype)
+        for layer, online in self._served.rotations.items():
+            if layer == name or layer.startswith(f"{name}."):
+                rotate_inputs(self.model, layer, online.block, online.signs)
+        held = self._served.linear_dtypes.get(name, dtype)
+        if held != dtype:
+            self._hold(name, held)
+
+    def _hold(self, name: str, dtype: torch.dtype) -> None:
+        """Hold weights as linear layers multiply them, where that is exact.
+
+        The products are the same, and need no rounding of the weights each time.
+        """
+        for path, module in self.module(name).named_modules(prefix=name):
+            disk_name = self.bound.names.to_disk(f"{path}.weight")
+            if isinstance(module, nn.Linear) and self._reader.info(disk_name).dtype == dtype:
+                module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
+
+    def begin_llm(self) -> None:
+        """Compute what the language model is given; see :meth:`Replay.begin_llm`."""
+        self.replay.begin_llm(self._embedding())
+
+    def _embedding(self) -> Callable[[Tensor], Tensor]:
+        """The embeddings of the tokens in the batches: the whole table is far larger."""
+        ids = self.replay.token_ids()
+        name = self.bound.names.to_disk(f"{self.bound.arch.embeddings}.weight")
+        rows = self._reader.read_rows(name, ids.cpu())
+        rows = rows.to(self._placement.device, self._placement.precision.dtype)
+        return lambda tokens: functional.embedding(torch.searchsorted(ids, tokens), rows)
+
+    def between_units(self, *, vision: bool) -> list[str]:
+        """Modules that hold parameters outside all units, such as norms between towers."""
+        steps = [step.name for step in self.bound.steps]
+        towers = [t for t in self.bound.arch.towers if t.modality is not Modality.LLM]
+        roots = [tower.root for tower in towers if tower.root]
+        names: list[str] = []
+        for name, _ in self.model.named_parameters():
+            owner = name.rpartition(".")[0]
+            inside = any(owner == s or owner.startswith(f"{s}.") for s in steps)
+            inside |= owner == self.bound.arch.embeddings
+            of_vision = any(owner.startswith(f"{root}.") for root in roots)
+            if not inside and of_vision == vision and owner not in names:
+                names.append(owner)
+        return names
+
+
+def narrow_modules(bound: BoundModel, step: BoundStep) -> list[str]:
+    """Modules in which all that flows can be held as linear layers multiply it: a block's MLPs.
+
+    Args:
+        bound: The model.
+        step: The unit.
+
+    Returns:
+        Paths of those in which nothing has parameters but an MLP's layers.
+    """
+    layers = {site.name for site in step.sites if site.elementwise}
+    found = []
+    for name in dict.fromkeys(layer.rpartition(".")[0] for layer in sorted(layers)):
+        inside = {path.rpartition(".")[0] for path in bound.shapes if path.startswith(f"{name}.")}
+        if name != step.name and inside <= layers:
+            found.append(name)
+    return found
+
+
+def _make_plain(model: nn.Module, name: str) -> None:
+    """Turn a released unit's quantized layers back into plain ones: their work is done."""
+    for path, module in list(model.get_submodule(name).named_modules(prefix=name)):
+        if isinstance(module, QuantLinear):
+            parent, _, child = path.rpartition(".")
+            with torch.device("meta"):
+                plain = nn.Linear(
+                    module.in_features,
+                    module.out_features,
+                    module.bias is not None,
+                    dtype=module.weight.dtype,
+                )
+            setattr(model.get_submodule(parent), child, plain.requires_grad_(False))

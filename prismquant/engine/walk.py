@@ -1,0 +1,353 @@
+"""A walk through a model, unit by unit: order, loading, replay, stages, and carrying forward.
+
+A unit is what is in memory at a time: the patch embedding, a block, a projector, the head. A walk
+knows in which order the model runs its units, loads one, shows what its layers are given, takes new
+weights for them, and hands the unit's output on to the next. What is done to a unit is its
+visitor's business:
+
+    for unit in walk.units():
+        with unit.loaded():
+            ...
+            unit.advance()
+
+Where a method aims at the float model, a second chain runs beside the first: the same units with
+float weights, fed by float units before them. A walk without batches loads nothing: its units only
+give their weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from prismquant.data.batches import Batch
+from prismquant.distributed import Alone, Ranks
+from prismquant.engine.activation_store import ActivationStore, InMemory
+from prismquant.engine.passes import Output, Passes
+from prismquant.engine.placement import Placement
+from prismquant.engine.replay import StepCall
+from prismquant.engine.streamed_model import ServedAs, StreamedModel
+from prismquant.models.arch import Modality
+from prismquant.models.bound import BoundModel, BoundSite, BoundStep
+from prismquant.runtime.quant_linear import ActivationQuantizer, quant_linear
+from prismquant.storage import ShardReader
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What a visitor wants of a walk.
+
+    Attributes:
+        layers: Names of the layers that it looks at or replaces. Data flow no further than the last
+            unit that has one.
+        attentions: Indices of units whose keys and values it looks at.
+        stagewise: Layers are taken stage by stage, as the unit runs them; else all at once.
+        float_chain: Whether the float model runs beside the quantized one.
+        served: How layers run.
+    """
+
+    layers: Collection[str] = ()
+    attentions: Collection[int] = ()
+    stagewise: bool = True
+    float_chain: bool = False
+    served: ServedAs = field(default_factory=ServedAs)
+
+
+class ModelWalk:
+    """Goes through a model's units in the order in which the model runs them.
+
+    Args:
+        bound: The model.
+        reader: Gives its weights.
+        batches: Calibration batches; they are taken once.
+        placement: Where units run, and where states wait.
+        visit: What the visitor wants.
+        store: Keeps hidden states between units.
+        ranks: Processes that walk together, each with batches of its own.
+    """
+
+    def __init__(
+        self,
+        bound: BoundModel,
+        reader: ShardReader,
+        batches: Iterable[Batch] = (),
+        placement: Placement | None = None,
+        *,
+        visit: Visit | None = None,
+        store: ActivationStore | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.bound, self.reader = bound, reader
+        self.placement, self.visit = placement or Placement(), visit or Visit()
+        self._ranks = ranks or Alone()
+        self._layers = frozenset(self.visit.layers)
+        self.main: StreamedModel | None = None
+        self.float: StreamedModel | None = None
+        if taken := list(batches):
+            rest = (taken, self.placement, store or InMemory(), self.visit.served)
+            self.main = StreamedModel(bound, reader, *rest)
+            if self.visit.float_chain:
+                self.float = StreamedModel(bound, reader, *rest)
+
+    @property
+    def models(self) -> list[StreamedModel]:
+        """The chain of quantized units, then the float one."""
+        return [model for model in (self.main, self.float) if model is not None]
+
+    def units(self) -> Generator[Unit, None, None]:
+        """Every unit in turn; one must be done with before the next is asked for."""
+        if self.main is None:
+            yield from (Unit(self, step, flows=False) for step in self.bound.steps)
+            return
+        vision = [s for s in self.bound.steps if s.modality is not Modality.LLM]
+        llm = [s for s in self.bound.steps if s.modality is Modality.LLM]
+        with contextlib.ExitStack() as around_llm:
+            with self._loaded_between(vision=True):
+                yield from self._vision_units(self.main, vision, llm)
+                if self._any_wanted(llm):
+                    around_llm.enter_context(self._loaded_between(vision=False))
+                    for model in self.models:
+                        model.begin_llm()
+            for index, step in enumerate(llm):
+                yield Unit(self, step, flows=self._any_wanted(llm[index:]))
+
+    def wanted(self, step: BoundStep) -> tuple[BoundSite, ...]:
+        """The layers of a unit that the visitor looks at or replaces."""
+        return tuple(site for site in step.sites if site.name in self._layers)
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor in the checkpoint: norms may be wider than all else."""
+        return self.reader.info(self.bound.names.to_disk(name)).dtype
+
+    def _vision_units(
+        self, main: StreamedModel, vision: Sequence[BoundStep], llm: Sequence[BoundStep]
+    ) -> Iterator[Unit]:
+        entries = [step.name for step in vision if step.kind == "entry"]
+        with main.loaded(entries), self.placement.precision.in_force():
+            own = main.replay.vision_steps()
+        # A rank without pictures is told the order by another.
+        known = self._ranks.gather_json([step.index for step in own])
+        order = [self.bound.steps[index] for index in next(filter(None, known), [])]
+        # Without images nothing passes the tower, and nothing in it needs data.
+        steps = order or vision
+        for index, step in enumerate(steps):
+            needed = self._any_wanted([*steps[index:], *llm])
+            yield Unit(self, step, flows=bool(order) and needed)
+
+    def _any_wanted(self, steps: Sequence[BoundStep]) -> bool:
+        return any(self.wanted(step) or step.index in self.visit.attentions for step in steps)
+
+    @contextlib.contextmanager
+    def _loaded_between(self, *, vision: bool) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for model in self.models:
+                stack.enter_context(model.loaded(model.between_units(vision=vision)))
+            yield
+
+
+class Unit:
+    """One unit of a walk.
+
+    Args:
+        walk: The walk.
+        step: The unit.
+        flows: Whether calibration data pass it, for its own sake or that of a later unit.
+    """
+
+    def __init__(self, walk: ModelWalk, step: BoundStep, *, flows: bool) -> None:
+        self.walk, self.step, self.flows = walk, step, flows
+        self.layers = walk.wanted(step)
+        self._replaced: set[str] = set()
+        self._fixed: list[Output] = []
+        self._float_fixed: list[Output] | None = None
+
+    @property
+    def name(self) -> str:
+        """The unit's module path."""
+        return self.step.name
+
+    @property
+    def carries(self) -> bool:
+        """Whether its output goes on to a later unit."""
+        return self.flows and self.step.kind != "head"
+
+    @cached_property
+    def stages(self) -> tuple[tuple[BoundSite, ...], ...]:
+        """Its layers in the order in which it runs them; one stage where all are taken at once."""
+        if not self.walk.visit.stagewise:
+            return (self.layers,) if self.layers else ()
+        numbers = sorted({site.stage for site in self.layers})
+        return tuple(tuple(s for s in self.layers if s.stage == number) for number in numbers)
+
+    @property
+    def main(self) -> StreamedModel:
+        """The chain of quantized units; data must flow."""
+        if self.walk.main is None:
+            raise RuntimeError(f"{self.name} has no data: its modules are not loaded")
+        return self.walk.main
+
+    @property
+    def module(self) -> nn.Module:
+        """Its module, with the weights as they are by now."""
+        return self.main.module(self.name)
+
+    @property
+    def float_module(self) -> nn.Module | None:
+        """Its module in the float model, where there is a float chain."""
+        return None if self.walk.float is None else self.walk.float.module(self.name)
+
+    @contextlib.contextmanager
+    def loaded(self) -> Iterator[None]:
+        """Within the block, its modules have their weights, where data flow."""
+        with contextlib.ExitStack() as stack:
+            if self.flows:
+                for model in self.walk.models:
+                    stack.enter_context(model.loaded([self.name]))
+            if self.walk.models:
+                self._read_ahead()
+            yield
+
+    def weight(self, layer: BoundSite) -> Tensor:
+        """A layer's weight as a matrix ``[out, in]``, as it is by now.
+
+        Where no data flow it is read from the checkpoint, in the dtype that it has there unless the
+        precision is narrower.
+        """
+        if self.flows:
+            weight = self.main.module(layer.name).get_parameter("weight").detach()
+        else:
+            weight = self.walk.reader.read(self.walk.bound.names.to_disk(f"{layer.name}.weight"))
+            if self.walk.placement.precision.dtype != torch.float32:
+                weight = weight.to(self.walk.placement.precision.dtype)
+            weight = weight.to(self.walk.placement.device)
+        return weight.reshape(layer.out_features, layer.in_features)
+
+    def tensor(self, name: str) -> Tensor:
+        """A parameter of the unit as it is by now, in the chain of quantized units."""
+        return self.main.model.get_parameter(name).detach()
+
+    def calls(self) -> Iterator[StepCall]:
+        """How the quantized model calls it."""
+        return self.main.calls(self.step)
+
+    def as_served(self) -> contextlib.AbstractContextManager[None]:
+        """Within the block, it runs in its precision, and finished layers as asked."""
+        return self.main.as_served(self.step)
+
+    def first_inputs(
+        self, layers: Sequence[str]
+    ) -> Iterator[tuple[StepCall, Mapping[str, Tensor]]]:
+        """Inputs of layers, call by call, in passes that nothing else uses."""
+        return self.main.passes(self.step).inputs(layers)
+
+    def inputs(
+        self, layers: Sequence[str], stage: Sequence[str]
+    ) -> Iterator[tuple[StepCall, Mapping[str, Tensor]]]:
+        """Inputs of layers of a stage, call by call, as the stages before it leave them.
+
+        Args:
+            layers: Their names.
+            stage: Names of all layers that are taken together with them.
+        """
+        later = [s.name for s in self.layers if s.name not in {*self._replaced, *stage}]
+        return self._passes.inputs(layers, stage, later)
+
+    def float_inputs(
+        self, layers: Sequence[str], stage: Sequence[str]
+    ) -> Iterator[tuple[StepCall, Mapping[str, Tensor]]]:
+        """The same of the float model, in which nothing changes; there must be a float chain."""
+        if self._float_passes is None:
+            raise RuntimeError(f"{self.name} is walked through without a float chain")
+        return self._float_passes.inputs(layers, stage)
+
+    def float_outputs(self) -> Iterator[Output]:
+        """The float model's outputs, where there is a float chain."""
+        if self._float_fixed is not None:
+            return iter(self._float_fixed)
+        return iter(()) if self._float_passes is None else self._float_passes.outputs()
+
+    def fix_float_outputs(self) -> list[Output]:
+        """The float model's outputs, kept from now on whatever becomes of its weights."""
+        self._float_fixed = list(self.float_outputs())
+        return self._float_fixed
+
+    def fix_outputs(self) -> None:
+        """Let the unit hand on what it puts out now, whatever becomes of its weights."""
+        self._fixed = list(self.main.passes(self.step).outputs())
+
+    def restart(self) -> None:
+        """Forget passes that have gone through what has just changed."""
+        self._passes.restart()
+
+    def replace(
+        self,
+        layer: BoundSite,
+        weight: Tensor,
+        input: ActivationQuantizer | None = None,
+        output: ActivationQuantizer | None = None,
+    ) -> None:
+        """Put a quantized weight, and the quantizers around it, in a layer's place; data must flow.
+
+        Args:
+            layer: The layer.
+            weight: Its dequantized values, ``[out, in]``.
+            input, output: What its input and its output go through.
+        """
+        self._replaced.add(layer.name)
+        device, dtype = self.walk.placement.device, self.walk.placement.precision.dtype
+        held = self.walk.visit.served.linear_dtypes.get(self.name, dtype)
+        values = weight.to(held).reshape(layer.weight_shape).to(device)
+        self.main.module(layer.name).weight = nn.Parameter(values, requires_grad=False)
+        if input is not None or output is not None:
+            linear = quant_linear(self.main.model, layer.name)
+            linear.input_quantizer = input if input is None else input.to(device)
+            linear.output_quantizer = output if output is None else output.to(device)
+
+    def set_tensor(self, name: str, value: Tensor) -> None:
+        """Give another tensor of the unit new values, where its module is loaded."""
+        owner, _, leaf = name.rpartition(".")
+        module = self.main.module(owner)
+        if not module.get_parameter(leaf).is_meta:
+            placement = self.walk.placement
+            values = value.to(placement.device, placement.precision.dtype)
+            setattr(module, leaf, nn.Parameter(values, requires_grad=False))
+
+    def advance(self) -> None:
+        """Hand the unit's outputs on to the units after it, in both chains."""
+        if self.carries:
+            outputs = self._fixed or self._passes.outputs()
+            for keep, output in itertools.chain(self.float_outputs(), outputs):
+                keep(output)
+
+    @cached_property
+    def _passes(self) -> Passes:
+        return self.main.passes(self.step, paused=self._paused)
+
+    @cached_property
+    def _float_passes(self) -> Passes | None:
+        if self.walk.float is None:
+            return None
+        return self.walk.float.passes(self.step, paused=self._paused)
+
+    @property
+    def _paused(self) -> bool:
+        """Whether passes halt at stages: they can at one input at a time.
+
+        At the entry unit they would hold all pixels.
+        """
+        single = all(len({site.input_key for site in stage}) == 1 for stage in self.stages)
+        halting = bool(self.stages) and single and self.step.kind != "entry"
+        return self.walk.placement.paused and halting
+
+    def _read_ahead(self) -> None:
+        """Let the system read the unit after this one while this one is computed."""
+        bound = self.walk.bound
+        following = tuple(f"{after.name}." for after in bound.steps[self.step.index + 1 :][:1])
+        names = [name for name in bound.shapes if name.startswith(following)]
+        self.walk.reader.read_ahead(bound.names.to_disk(name) for name in names)

@@ -1,0 +1,16 @@
+"""The source checkpoint as a plan sees it."""
+
+from __future__ import annotations
+
+from prismquant.models.bound import BoundModel
+from prismquant.models.rotation import RotatedReader
+from prismquant.plan.plan import Plan
+from prismquant.storage import ShardReader
+
+
+def source_reader(plan: Plan, bound: BoundModel) -> ShardReader:
+    """The checkpoint as the run sees it: rotated, where the plan says so."""
+    if not plan.rotations:
+        return ShardReader(bound.folder)
+    exact = {f"{row.site.name}.weight" for row in plan.quantized}
+    return RotatedReader(bound.folder, bound, plan.rotations, exact)
