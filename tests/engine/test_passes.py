@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import prismquant as pq
-from prismquant.engine import chain
+from prismquant.engine import streamed_model
 from prismquant.engine.passes import PausedPasses, ReplayedPasses, StepRun
 from prismquant.engine.replay import StepCall
 
@@ -168,7 +168,7 @@ def test_whole_checkpoints_are_the_same_either_way(
     recipe = pq.load_recipe("w4a8-static-all").with_rules({"correction": "auto"})
     recipe = recipe.with_calibration(samples=4, batch_size=2)
     pq.quantize(tiny_folder, recipe, tmp_path / "paused", calibration_file)
-    monkeypatch.setattr(chain, "PausedPasses", ReplayedPasses)
+    monkeypatch.setattr(streamed_model, "PausedPasses", ReplayedPasses)
     pq.quantize(tiny_folder, recipe, tmp_path / "replayed", calibration_file)
     one, other = (
         {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.safetensors")}

@@ -17,7 +17,7 @@ from prismquant.algorithms.methods import build_solver
 from prismquant.algorithms.problem import LayerProblem, LayerResult
 from prismquant.data import read_samples
 from prismquant.data.batches import Batch, make_batches
-from prismquant.engine import group
+from prismquant.engine import group, quantize
 from prismquant.engine.run import run
 from prismquant.engine.setup import RunSetup
 from prismquant.errors import DataError
@@ -141,6 +141,7 @@ def unrounded(
 ) -> tuple[nn.Module, Plan, list[EdgeRecord]]:
     """The model after the engine did everything but rounding, the plan, and the edges' records."""
     plan, sink = make_plan(recipe, bound), Memory()
+    monkeypatch.setattr(quantize, "is_rounded", lambda _: False)
     monkeypatch.setattr(group, "build_solver", lambda *_: Exact())
     setup = RunSetup(plan=plan, bound=bound, batches=batches, sink=sink)  # type: ignore[arg-type]
     edges = [edge for step in run(setup) for edge in step.edges]
