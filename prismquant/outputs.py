@@ -1,20 +1,21 @@
-"""What an output folder may hold before anything is written into it.
+"""What may lie where a result is to be written.
 
-A result is written into a folder that is empty, or that an earlier run has left: then all that
-belongs to that run is in regular files. A link would lead writing and deleting to another place,
-and a named pipe waits for ever, so neither is ever followed or opened. Nothing of a user's is
-deleted.
+A folder is empty, or an earlier run has left it: then all that belongs to that run is in regular
+files. A single file does not exist, or an earlier run of the same command wrote it. A link would
+lead writing and deleting to another place, and a named pipe waits for ever, so neither is ever
+followed or opened. Nothing of a user's is deleted or replaced.
 """
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 from prismquant.errors import StorageError
-from prismquant.storage import is_temporary, storage_error
+from prismquant.opening import require_regular
+from prismquant.storage import is_temporary, read_json, storage_error
 
 _SHOWN = 3
 # What names of files end with that are written into a result: no folder may have such a name.
@@ -75,6 +76,74 @@ def require_regular_files(folder: Path) -> None:
             where=str(folder),
             remedy="delete it: only regular files are read and written there, and no link is "
             "followed",
+        )
+
+
+def require_result_file(path: Path, *, inputs: Iterable[Path], keys: Collection[str]) -> None:
+    """Refuse a file that is not free for the result of a command, before any of its work.
+
+    Args:
+        path: Where the result goes. What an earlier run of the command wrote there is replaced.
+        inputs: Files and folders that the command reads, as far as they exist.
+        keys: Of the JSON object that the command writes; by them an earlier result is known.
+
+    Raises:
+        StorageError: It lies in no folder that can be written, or within an input; or something
+            else than an earlier result is there.
+    """
+    try:
+        _require_outside(path, inputs)
+        if os.path.lexists(path):
+            _require_earlier_result(path, keys)
+    except OSError as error:
+        raise storage_error(error, path) from error
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise StorageError(
+            "the folder for the result is not there, or cannot be written",
+            where=str(path.parent),
+            remedy="make it, or choose another --out",
+        )
+
+
+def _require_outside(path: Path, inputs: Iterable[Path]) -> None:
+    """Refuse a result that would lie in the place of an input, or within it."""
+    place = path.resolve()
+    for one in inputs:
+        if place.is_relative_to(one.resolve()):
+            within = "a file in" if one.is_dir() else "the place of"
+            raise StorageError(
+                f"the result would be {within} what the command reads: {one}",
+                where=str(path),
+                remedy="choose another --out, outside of model and data",
+            )
+
+
+def _require_earlier_result(path: Path, keys: Collection[str]) -> None:
+    """Refuse what exists and is not a result of the same command."""
+    status = os.lstat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise StorageError(
+            "the result is a file, but this is a folder",
+            where=str(path),
+            remedy="name a file in it, e.g. result.json",
+        )
+    try:
+        require_regular(status, path)
+    except OSError as error:
+        raise StorageError(
+            f"the result cannot be written there: {error.strerror}",
+            where=str(path),
+            remedy="choose another --out; --json prints the result",
+        ) from error
+    try:
+        content = read_json(path)
+    except StorageError:
+        content = None
+    if not isinstance(content, dict) or not content.keys() >= set(keys):
+        raise StorageError(
+            "the file exists, and is not an earlier result of this command",
+            where=str(path),
+            remedy="choose another --out, or move the file away",
         )
 
 

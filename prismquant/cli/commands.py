@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -381,7 +382,8 @@ def evaluate(
     from prismquant.storage import weight_bytes, write_json
     from prismquant.threads import use_threads
 
-    target = None if out is None else _writable(out)
+    inputs = (model, reference, data)
+    target = None if out is None else _result_file(out, inputs)
     use_threads(None)
     result = measure(
         model,
@@ -396,8 +398,9 @@ def evaluate(
         trust_remote_code=trust_remote_code,
     )
     measured = result.to_dict()
-    if target is not None:
-        write_json(target, measured)
+    if out is not None and target is not None:
+        # Again: the work may have taken hours.
+        write_json(_result_file(out, inputs), measured)
     if as_json:
         say_json(measured)
         return
@@ -411,22 +414,20 @@ def evaluate(
         show(as_text(f"answers lost {lost}, won {won}, against {reference}"), soft_wrap=True)
 
 
-def _writable(out: str) -> Path:
-    """A file that can be written, as far as that is seen before the work.
+def _result_file(out: str, inputs: Sequence[str | None]) -> Path:
+    """A file that the result of an evaluation can be written to, as far as that is seen now.
 
     Raises:
         ArgumentError: No file is called so.
-        StorageError: It is a folder, or lies in none that can be written.
+        StorageError: Something lies there that is not to be replaced, or it cannot be written.
     """
+    from prismquant.evaluate.fidelity import Fidelity
+    from prismquant.outputs import require_result_file
+
     path = as_path(out, "out")
-    if path.is_dir():
-        raise StorageError("the result is a file, but this is a folder", where=out)
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise StorageError(
-            "the folder for the result is not there, or cannot be written",
-            where=str(path.parent),
-            remedy="make it, or choose another --out",
-        )
+    # An input that is no path may be the name of a data set; what is wrong with it is told later.
+    read = [Path(name) for name in inputs if name and os.path.lexists(name)]
+    require_result_file(path, inputs=read, keys=[field.name for field in fields(Fidelity)])
     return path
 
 

@@ -205,6 +205,30 @@ def test_a_result_that_cannot_be_written_is_found_before_the_work(
     assert "the result is a file, but this is a folder" in err
 
 
+def test_an_evaluation_replaces_no_file_of_others(
+    run: Cli, tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path
+) -> None:
+    """The model, the reference, the data and what is not an earlier result stay as they are."""
+    model, data = tiny("qwen2_vl"), tmp_path / "data.jsonl"
+    data.write_text('{"text": "kept"}\n')
+    other = tmp_path / "reference"
+    shutil.copytree(model, other)
+    for place in (model / "config.json", other / "model.safetensors", data, tmp_path / "notes"):
+        if not place.exists():
+            place.write_text("mine")
+        before = place.read_bytes()
+        status, out, err = run(
+            *("eval", model, "--data", data, "--reference", other, "--out", place)
+        )
+        assert (status, out, place.read_bytes()) == (1, "", before)
+        assert "remedy: choose another --out" in err
+    (tmp_path / "again.json").write_text(json.dumps({"overall": {}}))
+    given = ("eval", model, "--data", calibration_file, "--limit", 1, "--out")
+    assert run(*given, tmp_path / "again.json")[0] == 1
+    for _ in range(2):
+        assert run(*given, tmp_path / "result.json")[0] == 0
+
+
 def test_no_command_at_all_shows_the_help(run: Cli) -> None:
     status, out, err = run()
     assert status == 2
