@@ -33,7 +33,7 @@ from bench.matrix.cells import Cell, foretold, refused, stopped
 from prismquant.api import export, quantize
 from prismquant.check import Severity, check
 from prismquant.errors import PrismQuantError
-from prismquant.export.stored import open_checkpoint
+from prismquant.export.compressed_tensors.stored import open_checkpoint
 from prismquant.plan.bit_layout import DENSE
 
 sys.path.append("tests")

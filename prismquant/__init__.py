@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from prismquant.version import __version__
 
 if TYPE_CHECKING:
-    from prismquant.api import Result, inspect, load, measure, quantize
+    from prismquant.api import Result, inspect, measure, quantize
     from prismquant.errors import PrismQuantError
+    from prismquant.export.load_quantized import load
     from prismquant.recipe.schema import Recipe, load_recipe
 
 __all__ = [
@@ -38,7 +39,7 @@ _HOMES = {
     "Recipe": "prismquant.recipe.schema",
     "Result": "prismquant.api",
     "inspect": "prismquant.api",
-    "load": "prismquant.api",
+    "load": "prismquant.export.load_quantized",
     "load_recipe": "prismquant.recipe.schema",
     "measure": "prismquant.api",
     "quantize": "prismquant.api",

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from prismquant.arguments import (
     FLOATS,
@@ -46,7 +45,7 @@ from prismquant.errors import DataError, PlanError, StorageError
 from prismquant.evaluate.fidelity import Fidelity, evaluate_model
 from prismquant.evaluate.shared_vocabulary import require_same_vocabulary
 from prismquant.export.companions import files_to_copy, links_outside, links_remark
-from prismquant.export.compressed_tensors import CheckpointWriter
+from prismquant.export.compressed_tensors.writer import CheckpointWriter
 from prismquant.export.exporter import Progress
 from prismquant.export.exporters import EXPORTERS, Exported, build_exporter, export_checkpoint
 from prismquant.export.load_quantized import load_model
@@ -472,30 +471,6 @@ def _remaining(setup: RunSetup, gradients: Sequence[Batch]) -> Generator[StepRec
     device, dtype = setup.placement.device, setup.placement.precision.dtype
     weights = vision_weights(setup.plan, setup.bound, gradients, device=device, dtype=dtype)
     yield from run(replace(setup, vision_weights=weights))
-
-
-@default_modes()
-def load(
-    folder: str | Path, *, dtype: torch.dtype | str | None = None, trust_remote_code: bool = False
-) -> tuple[nn.Module, Any]:
-    """Load a checkpoint, quantized or not, and its processor. Needs no other quantization library.
-
-    Args:
-        folder: A checkpoint in compressed-tensors format, or in floating point.
-        dtype: Of the arithmetic, e.g. ``bfloat16``; the checkpoint's by default.
-        trust_remote_code: Allow code in the folder to build the processor.
-
-    Returns:
-        The model, in evaluation mode, with inputs quantized as the checkpoint says; and the
-        processor.
-
-    Raises:
-        ModelError, FormatError, StorageError: The checkpoint cannot be read.
-    """
-    path, wanted = as_path(folder, "folder"), _optional_dtype(dtype)
-    trusted = as_flag(trust_remote_code, "trust_remote_code")
-    processor = load_processor(path, trust_remote_code=trusted)
-    return load_model(path, dtype=wanted), processor
 
 
 def _optional_dtype(value: Any) -> torch.dtype | None:

@@ -159,3 +159,8 @@ def _which(members: Iterable[str]) -> str:
             ranges.append([index, index])
     shown = [f"{first}-{last}" if first != last else f"{first}" for first, last in ranges[:6]]
     return f"{len(found)} layers: {', '.join(shown)}{', ..' if len(ranges) > 6 else ''}"
+
+
+def shortened(text: str) -> str:
+    """A text as an error shows it, in quotes."""
+    return repr(text if len(text) <= 80 else text[:78] + "..")

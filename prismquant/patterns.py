@@ -14,7 +14,7 @@ from typing import Any
 
 import regex
 
-from prismquant.errors import PrismQuantError
+from prismquant.errors import PrismQuantError, shortened
 
 # Honest patterns take microseconds.
 _SECONDS = 0.25
@@ -82,11 +82,6 @@ def compile_pattern(expression: str) -> Pattern:
             f"{shortened(expression)} is not a regular expression: {reason}"
         ) from error
     return Pattern(expression)
-
-
-def shortened(expression: str) -> str:
-    """An expression as an error shows it, in quotes."""
-    return repr(expression if len(expression) <= 80 else expression[:78] + "..")
 
 
 @functools.lru_cache(maxsize=1024)

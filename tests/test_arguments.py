@@ -26,6 +26,7 @@ from prismquant.arguments import (
     as_source,
 )
 from prismquant.errors import ArgumentError, PrismQuantError
+from prismquant.export.load_quantized import load
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -216,7 +217,7 @@ BAD: dict[str, list[Any]] = {
 }
 # What is made by PrismQuant itself.
 OURS = {"reporter", "progress", "ranks"}
-FUNCTIONS = [api.inspect, api.quantize, api.load, api.export, api.measure]
+FUNCTIONS = [api.inspect, api.quantize, load, api.export, api.measure]
 CASES = [
     pytest.param(function, name, value, id=f"{function.__name__}-{name}-{value!r:.20}")
     for function in FUNCTIONS

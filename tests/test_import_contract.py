@@ -50,7 +50,7 @@ def test_the_contracts_hold() -> None:
         # An import within a function counts as well.
         ("storage.py", "def f():\n    import prismquant.api", "Folders are layers"),
         ("algorithms/rtn.py", "from prismquant.algorithms.gptq import GPTQ", "Algorithms never"),
-        ("runtime/quant_linear.py", "import transformers", "Nothing below models"),
+        ("runtime/linear.py", "import transformers", "Nothing below models"),
         ("formats/packed.py", "import safetensors", "Numerics and formats know no files"),
         ("report/plans.py", "import prismquant.engine.run", "Reports are made of files"),
         ("report/tables.py", "def f():\n    import torch", "Reports need no torch"),

@@ -36,7 +36,7 @@ PHASES: tuple[tuple[str, str, str], ...] = (
     ("load", "prismquant.models.empty", "empty_model"),
     ("load", "prismquant.storage", "ShardReader.read"),
     (_REPLAY, "prismquant.engine.replay", "Replay._capture"),
-    ("round inputs", "prismquant.runtime.quant_linear", "ActivationQuantizer.forward"),
+    ("round inputs", "prismquant.runtime.linear", "ActivationQuantizer.forward"),
     ("Hessian", "prismquant.statistics.hessian", "HessianRecord.update"),
     ("Hessian", "prismquant.statistics.hessian", "HessianRecord.mean"),
     ("scales", "prismquant.algorithms.layer_scales", "choose_scales"),

@@ -28,7 +28,7 @@ from prismquant.models.load import load_float
 from prismquant.models.processor import load_processor
 from prismquant.plan.bit_layout import DENSE
 from prismquant.plan.plan import Plan, PlanRow, problem_groups
-from prismquant.runtime.quant_linear import quantize_inputs
+from prismquant.runtime.linear import quantize_inputs
 from prismquant.storage import INDEX_NAME, ShardReader, read_json
 
 # An input on the edge between two codes may fall either way; share of what rounding changed.

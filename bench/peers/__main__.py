@@ -36,14 +36,14 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from bench.peers.worker import REPORT, stopwatch
-from prismquant.api import load, quantize
+from prismquant.api import quantize
 from prismquant.data import read_samples
 from prismquant.data.batches import make_batches
 from prismquant.demo.main_job import CHECKPOINT
 from prismquant.demo.scenes import write_dataset
 from prismquant.errors import PlanError, PrismQuantError
 from prismquant.evaluate.fidelity import evaluate_model
-from prismquant.export.load_quantized import load_model
+from prismquant.export.load_quantized import load, load_model
 from prismquant.models.bind import bind
 from prismquant.models.outliers import add_outliers
 from prismquant.plan.make_plan import make_plan
@@ -51,7 +51,7 @@ from prismquant.plan.plan import Plan, PlanRow
 from prismquant.recipe.presets import PRESETS
 from prismquant.recipe.schema import Recipe, load_recipe
 from prismquant.report.tables import markdown_table, rich_table
-from prismquant.runtime.quant_linear import quantize_inputs
+from prismquant.runtime.linear import quantize_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ("plain", "outliers")

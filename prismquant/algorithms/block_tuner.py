@@ -33,7 +33,7 @@ from torch import Tensor
 
 from prismquant.algorithms.problem import Note
 from prismquant.errors import FormatError, NumericsError, PrismQuantError
-from prismquant.formats.quantized import QuantizedTensor
+from prismquant.formats.quantized_layer import QuantizedTensor
 from prismquant.numerics.affine import check_finite, from_groups, quantize, simulate, to_groups
 from prismquant.numerics.grids import IntGrid
 from prismquant.numerics.scales import AnyScale, ScaleFormat, as_scale_format

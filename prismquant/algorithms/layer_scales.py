@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from prismquant.formats.quantized import QuantizedTensor
+from prismquant.formats.quantized_layer import QuantizedTensor
 from prismquant.kernels.range_search import weight_scales
 from prismquant.numerics.affine import dequantize, quantize
 from prismquant.numerics.kinds import Granularity

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from prismquant.algorithms.problem import LayerProblem, LayerResult, Note
-from prismquant.formats.quantized import QuantizedTensor
+from prismquant.formats.quantized_layer import QuantizedTensor
 from prismquant.numerics.kinds import Granularity
 
 if TYPE_CHECKING:

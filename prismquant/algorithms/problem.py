@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from prismquant.errors import FormatError, NumericsError, PrismQuantError
-from prismquant.formats.quantized import QuantizedTensor
+from prismquant.formats.quantized_layer import QuantizedTensor
 from prismquant.numerics.affine import check_finite
 from prismquant.numerics.ranges import RangeRule
 from prismquant.numerics.scales import (

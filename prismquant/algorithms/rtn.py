@@ -15,7 +15,7 @@ from torch import Tensor
 from prismquant.algorithms.layer_scales import Scales, choose_scales, decode, nearest_codes
 from prismquant.algorithms.problem import LayerProblem, LayerResult, Note, row_losses
 from prismquant.errors import NumericsError
-from prismquant.formats.quantized import QuantizedTensor
+from prismquant.formats.quantized_layer import QuantizedTensor
 from prismquant.kernels.range_search import weight_scales
 from prismquant.numerics.affine import quantize_with_values
 from prismquant.numerics.kinds import Granularity, block_rows

@@ -20,27 +20,28 @@ from torch import Tensor
 from prismquant.check import vllm_view as vllm
 from prismquant.check.findings import Reader
 from prismquant.errors import FormatError, ModelError, PrismQuantError, StorageError
-from prismquant.export.arguments import read_private
-from prismquant.export.expected import (
+from prismquant.export.compressed_tensors.expected import (
     by_layer,
     is_stored_packed,
     layer_faults,
     plain_faults,
     ungrouped_fault,
 )
-from prismquant.export.section import (
+from prismquant.export.compressed_tensors.private_section import read_private
+from prismquant.export.compressed_tensors.section import (
     CONFIG_KEY,
     DENSE,
     METHOD,
     Fault,
-    Group,
+    Matcher,
+    SchemeGroup,
     Section,
+    Targets,
     group_in_prismquant,
     group_in_transformers,
-    read_section,
 )
-from prismquant.export.stored import other_names
-from prismquant.export.targets import Matcher, Targets
+from prismquant.export.compressed_tensors.section_grammar import read_section
+from prismquant.export.compressed_tensors.stored import other_names
 from prismquant.headers import TensorInfo, read_header
 from prismquant.models.arch import Cached, Parallel, SiteKind
 from prismquant.models.arch_files import known_archs
@@ -89,9 +90,9 @@ class Layer:
     in_features: int
     site: BoundSite | None
     is_head: bool
-    group: Group | None
+    group: SchemeGroup | None
     in_vllm: vllm.Found | None
-    in_transformers: Group | None
+    in_transformers: SchemeGroup | None
 
     @property
     def fuse_key(self) -> str | None:
@@ -153,7 +154,7 @@ class Checkpoint:
         return self.read.method
 
     @property
-    def groups(self) -> tuple[Group, ...]:
+    def groups(self) -> tuple[SchemeGroup, ...]:
         """The groups of a compressed-tensors configuration."""
         return self.read.groups
 
@@ -177,7 +178,7 @@ class Checkpoint:
         """Layers that belong to a group."""
         return tuple(layer for layer in self.layers if layer.group is not None)
 
-    def of_group(self) -> Iterator[tuple[Group, tuple[Layer, ...]]]:
+    def of_group(self) -> Iterator[tuple[SchemeGroup, tuple[Layer, ...]]]:
         """Well-formed groups that have layers, with them."""
         for group in self.groups:
             members = tuple(layer for layer in self.layers if layer.group is group)

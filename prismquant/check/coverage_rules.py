@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 from prismquant.check.checkpoint import Checkpoint, Layer
 from prismquant.check.findings import Problem, gathered
-from prismquant.export.section import Group, groups_by_name
-from prismquant.export.targets import Targets
+from prismquant.export.compressed_tensors.section import SchemeGroup, Targets, groups_by_name
 
 # Classes that a target may name although no linear layer has one.
 _OTHER_CLASSES = ("Attention", "Embedding")
@@ -131,7 +130,7 @@ def _modules(checkpoint: Checkpoint) -> set[str]:
     return called | {name.rpartition(".")[0] for name in names}
 
 
-def _named(group: Group | None) -> str:
+def _named(group: SchemeGroup | None) -> str:
     return group.name if group else "floating point"
 
 

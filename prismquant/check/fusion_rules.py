@@ -6,7 +6,13 @@ from collections.abc import Iterator
 
 from prismquant.check.checkpoint import Checkpoint, Layer
 from prismquant.check.findings import Problem, gathered
-from prismquant.export.section import FLOAT, NAIVE, PACK, Group, groups_by_name
+from prismquant.export.compressed_tensors.section import (
+    FLOAT,
+    NAIVE,
+    PACK,
+    SchemeGroup,
+    groups_by_name,
+)
 from prismquant.models.arch import Modality
 
 _SIZES = (2, 4, 8)
@@ -128,7 +134,7 @@ def _heads(checkpoint: Checkpoint) -> int:
     return int(getattr(getattr(config, "text_config", config), "num_attention_heads", 0))
 
 
-def _split_fault(group: Group, layer: Layer, size: int) -> str:
+def _split_fault(group: SchemeGroup, layer: Layer, size: int) -> str:
     weights = group.weights
     split = layer.in_features if layer.row_parallel else layer.out_features
     if layer.is_head or weights is None:
@@ -155,7 +161,7 @@ def _block(layer: Layer) -> tuple[int, int] | None:
     return group.weights.block
 
 
-def _first(checkpoint: Checkpoint, layer: Layer) -> Group | None:
+def _first(checkpoint: Checkpoint, layer: Layer) -> SchemeGroup | None:
     """The first group that names a layer, as servers look for the parts of a fused one."""
     if checkpoint.ignore.meets(layer.called, checkpoint.matcher):
         return None
@@ -163,5 +169,5 @@ def _first(checkpoint: Checkpoint, layer: Layer) -> Group | None:
     return named[0] if named else layer.in_transformers
 
 
-def _described(group: Group | None) -> str:
+def _described(group: SchemeGroup | None) -> str:
     return group.describe() if group else "floating point"

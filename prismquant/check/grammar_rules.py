@@ -8,8 +8,9 @@ from prismquant.check import modelopt_rules as modelopt
 from prismquant.check import packed_int_rules as packed_int
 from prismquant.check.checkpoint import COMPRESSED_TENSORS, Checkpoint
 from prismquant.check.findings import Problem, gathered, told
-from prismquant.export.quantization_args import Args
-from prismquant.export.section import (
+from prismquant.errors import shortened
+from prismquant.export.compressed_tensors.quantization_args import Args
+from prismquant.export.compressed_tensors.section import (
     DENSE,
     FLOAT,
     INT,
@@ -20,11 +21,10 @@ from prismquant.export.section import (
     NAIVE,
     NVFP4,
     PACK,
-    TOP_KEYS,
-    Group,
+    SchemeGroup,
 )
+from prismquant.export.compressed_tensors.section_grammar import TOP_KEYS
 from prismquant.formats.packed import LAYOUTS
-from prismquant.patterns import shortened
 
 _METHODS = (COMPRESSED_TENSORS, *modelopt.METHODS, *packed_int.METHODS)
 # layout -> (type, bits) of the weights that it holds; bits None for any.
@@ -174,7 +174,7 @@ def no_inputs(checkpoint: Checkpoint) -> list[Problem]:
     )
 
 
-def _misfit(group: Group, weights: Args) -> str:
+def _misfit(group: SchemeGroup, weights: Args) -> str:
     kind, bits = _HOLDS[group.layout]
     if weights.type != kind or weights.bits not in bits:
         return f"cannot hold {weights.type}{weights.bits} weights"
@@ -197,5 +197,5 @@ def _fitting(weights: Args) -> str:
     return f"{weights.describe()} fits {', '.join(fitting) or 'no format'}"
 
 
-def _of_attention(group: Group) -> bool:
+def _of_attention(group: SchemeGroup) -> bool:
     return len(group.targets.entries) == 1 and group.targets.entries[0].endswith("Attention")

@@ -11,7 +11,14 @@ from collections.abc import Callable, Iterator
 from prismquant.check import vllm_view as vllm
 from prismquant.check.checkpoint import Checkpoint
 from prismquant.check.findings import Problem, Reader, gathered
-from prismquant.export.section import MXFP4, MXFP6, MXFP8, NVFP4, PACK, Group
+from prismquant.export.compressed_tensors.section import (
+    MXFP4,
+    MXFP6,
+    MXFP8,
+    NVFP4,
+    PACK,
+    SchemeGroup,
+)
 from prismquant.models.arch import Modality
 
 _ODD_BITS = (2, 3, 5, 6, 7)
@@ -269,12 +276,12 @@ def unread_sglang(checkpoint: Checkpoint) -> Iterator[Problem]:
         )
 
 
-def _packed_bits(group: Group) -> int:
+def _packed_bits(group: SchemeGroup) -> int:
     return group.weights.bits if group.weights is not None and group.layout == PACK else 0
 
 
 def _where(
-    checkpoint: Checkpoint, holds: Callable[[Group], bool], what: str, remedy: str
+    checkpoint: Checkpoint, holds: Callable[[SchemeGroup], bool], what: str, remedy: str
 ) -> Iterator[Problem]:
     """One problem for each group of which it holds."""
     for group, members in checkpoint.of_group():

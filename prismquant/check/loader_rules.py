@@ -8,9 +8,9 @@ from prismquant.check import modelopt_rules as modelopt
 from prismquant.check import packed_int_rules as packed_int
 from prismquant.check.checkpoint import COMPRESSED_TENSORS, GGUF, Checkpoint
 from prismquant.check.findings import Problem, Reader, gathered
-from prismquant.errors import FormatError
-from prismquant.export.stored import Linear, is_leftover, layer_faults_of, read_layers
-from prismquant.patterns import shortened
+from prismquant.errors import FormatError, shortened
+from prismquant.export.compressed_tensors.expected import layer_faults_of
+from prismquant.export.compressed_tensors.stored import Linear, is_leftover, read_layers
 
 
 def unread(checkpoint: Checkpoint) -> list[Problem]:

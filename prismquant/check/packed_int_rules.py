@@ -9,9 +9,9 @@ import torch
 
 from prismquant.check.checkpoint import Checkpoint, Layer
 from prismquant.check.findings import Problem, gathered
-from prismquant.export.expected import REAL, Expected
-from prismquant.export.quantization_args import is_count, shown
-from prismquant.export.targets import is_broken
+from prismquant.export.compressed_tensors.expected import REAL, Expected
+from prismquant.export.compressed_tensors.quantization_args import is_count, shown
+from prismquant.export.compressed_tensors.section import is_broken
 
 GPTQ, AWQ = "gptq", "awq"
 METHODS = (GPTQ, AWQ)

@@ -33,7 +33,7 @@ from prismquant.check.findings import (
     told,
 )
 from prismquant.errors import PrismQuantError
-from prismquant.export.expected import VLLM_EXTRA
+from prismquant.export.compressed_tensors.expected import VLLM_EXTRA
 
 _Find = Callable[[Checkpoint], Iterable[Problem]]
 _E, _W, _N = Severity.ERROR, Severity.WARNING, Severity.NOTE

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prismquant.check.checkpoint import SCALE_SUFFIXES, Checkpoint, Layer
 from prismquant.check.findings import Problem, gathered
-from prismquant.export.expected import (
+from prismquant.export.compressed_tensors.expected import (
     OURS,
     SCALES,
     Expected,
@@ -18,8 +18,8 @@ from prismquant.export.expected import (
     is_stored_packed,
     short,
 )
-from prismquant.export.section import METHOD, PACK, Group
-from prismquant.formats.packed import finite_fault, scale_fault
+from prismquant.export.compressed_tensors.section import METHOD, PACK, SchemeGroup
+from prismquant.formats.quantized_layer import finite_fault, scale_fault
 
 _DAMAGED = "copy the file again, or quantize again: what is computed with it is no number"
 _UNTIE = "set tie_word_embeddings to false, also in text_config"
@@ -211,7 +211,7 @@ def uncalibrated(checkpoint: Checkpoint) -> Iterator[Problem]:
             )
 
 
-def _wanted(checkpoint: Checkpoint) -> Iterator[tuple[Group, Layer, str, Expected]]:
+def _wanted(checkpoint: Checkpoint) -> Iterator[tuple[SchemeGroup, Layer, str, Expected]]:
     for group, members in checkpoint.of_group():
         for layer in members:
             wanted = expected_tensors(group, layer.out_features, layer.in_features)
@@ -219,7 +219,7 @@ def _wanted(checkpoint: Checkpoint) -> Iterator[tuple[Group, Layer, str, Expecte
                 yield group, layer, suffix, one
 
 
-def _are_even(index: Tensor, group: Group) -> bool:
+def _are_even(index: Tensor, group: SchemeGroup) -> bool:
     """Whether every group has as many columns as it should, or none has one (-1)."""
     size = group.weights.group_size if group.weights else None
     if size is None or index.is_floating_point() or bool((index == -1).all()):

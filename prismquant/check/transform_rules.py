@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from prismquant.check.checkpoint import Checkpoint, Layer
 from prismquant.check.findings import Problem, gathered
-from prismquant.export.section import Transform
+from prismquant.export.compressed_tensors.section import DeclaredTransform
 
 _OF_ATTENTION = ("k_cache", "q_attn")
 _ONLINE = ("input", "output", "k_cache", "q_attn")
@@ -104,7 +104,7 @@ def matrices(checkpoint: Checkpoint) -> list[Problem]:
     return gathered(found)
 
 
-def _rotated(checkpoint: Checkpoint) -> Iterator[tuple[Transform, Layer]]:
+def _rotated(checkpoint: Checkpoint) -> Iterator[tuple[DeclaredTransform, Layer]]:
     """Transforms of inputs, with the layers that they match."""
     for transform in checkpoint.read.transforms:
         for apply in transform.applies:

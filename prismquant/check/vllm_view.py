@@ -14,9 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prismquant.export.quantization_args import Args
-from prismquant.export.section import INT, PACK, WITH_INPUTS, Group, Section
-from prismquant.export.targets import Matcher, Targets
+from prismquant.export.compressed_tensors.quantization_args import Args
+from prismquant.export.compressed_tensors.section import (
+    INT,
+    PACK,
+    WITH_INPUTS,
+    Matcher,
+    SchemeGroup,
+    Section,
+    Targets,
+)
 
 VERSION = "0.33"
 _HEAD_CLASS, _OTHER_CLASS = "ParallelLMHead", "ParallelLinear"
@@ -74,7 +81,7 @@ class Renamed:
     """
 
     ignore: Targets
-    owners: Mapping[str, Group]
+    owners: Mapping[str, SchemeGroup]
     matcher: Matcher
 
 
@@ -94,7 +101,7 @@ class Found:
         torn: Whether some parts are ignored and others are not, which it refuses.
     """
 
-    group: Group | None
+    group: SchemeGroup | None
     torn: bool = False
 
 
@@ -136,7 +143,7 @@ def find_group(
     return Found(owner[by_class] if by_class else None)
 
 
-def _first(path: str, owner: Mapping[str, Group], matcher: Matcher) -> str | None:
+def _first(path: str, owner: Mapping[str, SchemeGroup], matcher: Matcher) -> str | None:
     """The first target, in their order, that means a path."""
     patterns = (t for t in owner if t == path or t.startswith("re:"))
     return next((t for t in patterns if matcher.matches(path, t)), None)
@@ -151,7 +158,7 @@ def _names_class(target: str, kind: str, matcher: Matcher) -> bool:
 # ---------------------------------------------------------------------------------------- schemes
 
 
-def scheme_class(group: Group) -> str | None:
+def scheme_class(group: SchemeGroup) -> str | None:
     """Name of the class that vLLM runs a group with on a recent GPU; None where it has none.
 
     On a GPU before SM89 FP8 runs with 16-bit inputs, and W4A8 with FP8 inputs needs exactly SM90.
@@ -176,7 +183,7 @@ def scheme_class(group: Group) -> str | None:
     return _plain_class(group, weights, inputs) if group.layout in WITH_INPUTS else None
 
 
-def _plain_class(group: Group, weights: Args, inputs: Args | None) -> str | None:
+def _plain_class(group: SchemeGroup, weights: Args, inputs: Args | None) -> str | None:
     """Layouts with a code a byte."""
     if weights.type == "float":
         if not weights.symmetric or weights.strategy not in _WHOLE:
@@ -218,7 +225,7 @@ def is_mx(args: Args | None, bits: int) -> bool:
     )
 
 
-def is_w4a8_fp8(group: Group) -> bool:
+def is_w4a8_fp8(group: SchemeGroup) -> bool:
     """Whether weights are int4 in groups and inputs FP8 per token."""
     weights, inputs = group.weights, group.inputs
     return (
@@ -231,7 +238,7 @@ def is_w4a8_fp8(group: Group) -> bool:
     )
 
 
-def is_packed_with_int_inputs(group: Group) -> bool:
+def is_packed_with_int_inputs(group: SchemeGroup) -> bool:
     """Whether packed integer weights meet integer inputs that are quantized at run time."""
     weights, inputs = group.weights, group.inputs
     return (
@@ -246,7 +253,7 @@ def is_packed_with_int_inputs(group: Group) -> bool:
     )
 
 
-def is_w4a8_bytes(group: Group) -> bool:
+def is_w4a8_bytes(group: SchemeGroup) -> bool:
     """Whether int4 weights lie in bytes of their own and meet int8 inputs."""
     weights, inputs = group.weights, group.inputs
     return (
@@ -261,7 +268,7 @@ def is_w4a8_bytes(group: Group) -> bool:
     )
 
 
-def lacks_inputs(group: Group) -> bool:
+def lacks_inputs(group: SchemeGroup) -> bool:
     """Whether vLLM insists on quantized inputs that the group does not have."""
     integers = group.weights is not None and group.weights.type == "int"
     return group.layout in WITH_INPUTS and integers and group.inputs is None

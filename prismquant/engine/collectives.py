@@ -18,7 +18,7 @@ from prismquant.diagnostics.failed_layers import FAILED
 from prismquant.distributed import Ranks
 from prismquant.engine.failure import rounded
 from prismquant.errors import DataError, PlanError
-from prismquant.formats.quantized import QuantizedTensor
+from prismquant.formats.quantized_layer import QuantizedTensor
 from prismquant.formats.spec import NumberSpec
 from prismquant.plan.plan import Plan
 from prismquant.statistics.channels import ChannelRecord

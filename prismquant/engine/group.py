@@ -33,7 +33,7 @@ from prismquant.models.bound import BoundSite
 from prismquant.numerics.affine import all_finite, finiteness
 from prismquant.numerics.rules import RangeRule
 from prismquant.plan.plan import PlanRow
-from prismquant.runtime.quant_linear import ActivationQuantizer, QuantLinear
+from prismquant.runtime.linear import ActivationQuantizer, QuantLinear
 from prismquant.statistics.hessian import HessianRecord
 from prismquant.statistics.input_range import RangeRecord, static_scale_zero_point
 from prismquant.statistics.tokens import Tokens, summed

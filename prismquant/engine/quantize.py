@@ -32,7 +32,7 @@ from prismquant.models.attention import quantize_cache
 from prismquant.models.bound import BoundModel
 from prismquant.plan.kv_plan import KVLayer
 from prismquant.plan.plan import Plan, PlanEdge, PlanRow, problem_groups
-from prismquant.runtime.quant_linear import ActivationQuantizer
+from prismquant.runtime.linear import ActivationQuantizer
 from prismquant.statistics.channels import ChannelRecord
 from prismquant.statistics.tokens import Tokens, summed
 

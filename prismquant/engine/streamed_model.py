@@ -22,7 +22,8 @@ from prismquant.models.empty import empty_model
 from prismquant.models.load import materialize, release
 from prismquant.models.rotation import OnlineRotation
 from prismquant.runtime.kv_cache import cache_in_float
-from prismquant.runtime.quant_linear import QuantLinear, activations_in_float, rotate_inputs
+from prismquant.runtime.linear import QuantLinear, activations_in_float
+from prismquant.runtime.online_rotation import rotate_inputs
 from prismquant.storage import ShardReader
 
 

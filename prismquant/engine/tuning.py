@@ -12,8 +12,7 @@ from torch.func import functional_call
 from prismquant.algorithms.block_tuner import BlockLayer, BlockProblem, Tuner
 from prismquant.algorithms.methods import build_tuner
 from prismquant.engine.replay import StepCall
-from prismquant.formats.packed import QuantizedTensor
-from prismquant.formats.quantized_layer import QuantizedLayer
+from prismquant.formats.quantized_layer import QuantizedLayer, QuantizedTensor
 from prismquant.plan.plan import PlanRow
 
 Notes = dict[str, float | int | str]

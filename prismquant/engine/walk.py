@@ -35,7 +35,7 @@ from prismquant.engine.replay import StepCall
 from prismquant.engine.streamed_model import ServedAs, StreamedModel
 from prismquant.models.arch import Modality
 from prismquant.models.bound import BoundModel, BoundSite, BoundStep
-from prismquant.runtime.quant_linear import ActivationQuantizer, quant_linear
+from prismquant.runtime.linear import ActivationQuantizer, quant_linear
 from prismquant.storage import ShardReader
 
 

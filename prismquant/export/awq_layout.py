@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from prismquant.export.compressed_tensors.stored import StoredCheckpoint
 from prismquant.export.exporter import Progress, Refusal, write_checkpoint
 from prismquant.export.packed_integers import (
     CHANNEL,
@@ -32,8 +33,8 @@ from prismquant.export.packed_integers import (
     scales_by_group,
     zero_points_by_group,
 )
-from prismquant.export.stored import StoredCheckpoint
-from prismquant.formats.packed import QuantizedTensor, pack_bits
+from prismquant.formats.bits import pack_bits
+from prismquant.formats.quantized_layer import QuantizedTensor
 
 BITS = 4
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -41,7 +42,7 @@ _VLLM_GROUPS = (-1, 32, 64, 128)
 
 
 @dataclass(frozen=True)
-class AWQ:
+class AWQExporter:
     """Write the AWQ layout."""
 
     name: ClassVar[str] = "awq"

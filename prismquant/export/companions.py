@@ -1,10 +1,9 @@
-"""What lies beside a checkpoint's tensors: files that are copied, and what config.json ties."""
+"""Files beside a checkpoint's tensors that are copied with it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 _COPIED = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"}
 
@@ -36,14 +35,6 @@ def own_file(folder: Path, name: str) -> Path | None:
     """A file of a checkpoint; None where there is none of its own."""
     path = folder / name
     return path if path.is_file() and not _leads_outside(path, folder) else None
-
-
-def untied_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of a model whose head has a weight of its own."""
-    text = config.get("text_config")
-    if isinstance(text, dict) and "tie_word_embeddings" in text:
-        config = config | {"text_config": text | {"tie_word_embeddings": False}}
-    return config | {"tie_word_embeddings": False}
 
 
 def _candidates(folder: Path) -> Iterator[Path]:

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from prismquant.errors import NumericsError
+from prismquant.export.compressed_tensors.reader import StoredLayer
+from prismquant.export.compressed_tensors.stored import StoredCheckpoint
 from prismquant.export.exporter import Progress, Refusal, write_checkpoint
-from prismquant.export.stored import StoredCheckpoint, StoredLayer
+from prismquant.numerics.hadamard import block_hadamard
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
@@ -57,7 +59,7 @@ class Dense:
         dtype = self.dtype or source.dtype
 
         def convert(layer: StoredLayer) -> dict[str, Tensor]:
-            values = source.values(layer).to(dtype)
+            values = _float_weight(source, layer).to(dtype)
             if not bool(values.isfinite().all()):
                 raise NumericsError(
                     f"a weight is too large for {dtype}",
@@ -71,6 +73,22 @@ class Dense:
 
         config = _retyped(source.plain_config, self.dtype)
         write_checkpoint(source, out, progress, convert=convert, config=config, keep=keep)
+
+
+def _float_weight(source: StoredCheckpoint, layer: StoredLayer) -> Tensor:
+    """The weight that gives a layer's output from its input as the model has it.
+
+    Returns:
+        float32 ``[out, in]``: dequantized, columns that were split off put back, and a rotation
+        of the input undone.
+    """
+    values = source.reader.read(f"{layer.prefix}.weight").float().reshape(layer.shape)
+    if layer.rotation is None:
+        return values
+    # y = W' H S x, with H symmetric: W = W' H S.
+    values = block_hadamard(values, layer.rotation)
+    signs = source.signs(layer)
+    return values if signs is None else values * signs.float()
 
 
 def _retyped(config: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:

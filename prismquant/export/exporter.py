@@ -16,7 +16,8 @@ from torch import Tensor
 
 from prismquant.errors import FormatError
 from prismquant.export.companions import files_to_copy
-from prismquant.export.stored import StoredCheckpoint, StoredLayer
+from prismquant.export.compressed_tensors.reader import StoredLayer
+from prismquant.export.compressed_tensors.stored import StoredCheckpoint
 from prismquant.headers import read_header
 from prismquant.storage import INDEX_NAME, copy_file, write_json, write_tensors
 

@@ -15,9 +15,10 @@ from typing import Any
 
 from prismquant.errors import FormatError, StorageError, suggest
 from prismquant.export.companions import links_remark
+from prismquant.export.compressed_tensors.kv_section import require_cache_scale
+from prismquant.export.compressed_tensors.stored import StoredCheckpoint, open_checkpoint
 from prismquant.export.exporter import Exporter, Progress, Refusal, check
 from prismquant.export.staging import staged
-from prismquant.export.stored import StoredCheckpoint, open_checkpoint
 from prismquant.storage import write_json
 from prismquant.version import __version__
 
@@ -26,8 +27,8 @@ EXPORTERS: Mapping[str, str] = MappingProxyType(
     {
         "dense": "prismquant.export.dense:Dense",
         "compressed-tensors": "prismquant.export.unchanged:CompressedTensors",
-        "gptq": "prismquant.export.gptq_layout:GPTQ",
-        "awq": "prismquant.export.awq_layout:AWQ",
+        "gptq": "prismquant.export.gptq_layout:GPTQExporter",
+        "awq": "prismquant.export.awq_layout:AWQExporter",
         "modelopt": "prismquant.export.modelopt_layout:ModelOpt",
         "gguf": "prismquant.export.gguf.gguf_checkpoint:GGUF",
     }
@@ -123,7 +124,7 @@ def export_checkpoint(
             remedy="export a folder that `prismquant quantize` wrote; gguf takes float models too",
         )
     check(exporter.name, source, _refusals(source, exporter, weights_only=weights_only))
-    source.require_static_scales()
+    _require_static_scales(source)
     links = links_remark(source.folder)
     remarks = (*_dropped(source, exporter), *exporter.remarks(source), *links)
     with staged(out) as place:
@@ -163,6 +164,20 @@ def _dropped(source: StoredCheckpoint, exporter: Exporter) -> list[str]:
     count = len(source.simulated)
     told = [f"the inputs or outputs of {count} layers are quantized no more"] if count else []
     return told + ["the key-value cache is quantized no more"] * source.has_cache_scales
+
+
+def _require_static_scales(source: StoredCheckpoint) -> None:
+    """Make sure that what calibration found is numbers, also where a format has no use for it.
+
+    Raises:
+        FormatError, NumericsError: A scale or a zero point is none.
+    """
+    for layer in source.simulated:
+        for side in ("input", "output"):
+            source.static_scale(layer, side)
+    for name in sorted(source.shards.names) if source.has_cache_scales else ():
+        if name.endswith((".k_scale", ".v_scale")):
+            require_cache_scale(name, source.shards.read(name))
 
 
 def _refuse_inside(source: StoredCheckpoint, out: Path) -> None:

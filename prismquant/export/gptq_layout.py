@@ -34,6 +34,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from prismquant.export.compressed_tensors.reader import StoredLayer
+from prismquant.export.compressed_tensors.stored import StoredCheckpoint
 from prismquant.export.exporter import Progress, Refusal, write_checkpoint
 from prismquant.export.packed_integers import (
     group_size,
@@ -42,8 +44,8 @@ from prismquant.export.packed_integers import (
     scales_by_group,
     zero_points_by_group,
 )
-from prismquant.export.stored import StoredCheckpoint, StoredLayer
-from prismquant.formats.packed import QuantizedTensor, pack_bits
+from prismquant.formats.bits import pack_bits
+from prismquant.formats.quantized_layer import QuantizedTensor
 from prismquant.models.arch import Modality
 from prismquant.version import __version__
 
@@ -61,7 +63,7 @@ _FUSED: Mapping[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class GPTQ:
+class GPTQExporter:
     """Write the GPTQ layout."""
 
     name: ClassVar[str] = "gptq"

@@ -1,19 +1,53 @@
-"""Loading a checkpoint that PrismQuant, or another writer of compressed-tensors, made."""
+"""Loading a checkpoint that PrismQuant, or another writer of compressed-tensors, made.
+
+This needs nothing of what quantizes: no engine, plan, recipe or data. What only some checkpoints
+have (quantized inputs, rotations, a quantized cache) is imported for those alone.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from prismquant.export.kv_section import quantize_kv_cache, read_kv_cache_scheme
-from prismquant.export.stored import StoredCheckpoint, StoredLayer, open_checkpoint
+from prismquant.arguments import FLOATS, as_dtype, as_flag, as_path
+from prismquant.export.compressed_tensors.reader import StoredLayer
+from prismquant.export.compressed_tensors.stored import StoredCheckpoint, open_checkpoint
 from prismquant.formats.quantized_layer import scale_and_zero_point
 from prismquant.models.config import native_config
 from prismquant.models.empty import empty_model
 from prismquant.models.load import materialize
-from prismquant.runtime.quant_linear import quantize_inputs, quantize_outputs, rotate_inputs
+from prismquant.models.processor import load_processor
+from prismquant.modes import default_modes
+
+_DTYPES = (*FLOATS, "float64")
+
+
+@default_modes()
+def load(
+    folder: str | Path, *, dtype: torch.dtype | str | None = None, trust_remote_code: bool = False
+) -> tuple[nn.Module, Any]:
+    """Load a checkpoint, quantized or not, and its processor. Needs no other quantization library.
+
+    Args:
+        folder: A checkpoint in compressed-tensors format, or in floating point.
+        dtype: Of the arithmetic, e.g. ``bfloat16``; the checkpoint's by default.
+        trust_remote_code: Allow code in the folder to build the processor.
+
+    Returns:
+        The model, in evaluation mode, with inputs quantized as the checkpoint says; and the
+        processor.
+
+    Raises:
+        ModelError, FormatError, StorageError: The checkpoint cannot be read.
+    """
+    path = as_path(folder, "folder")
+    wanted = None if dtype is None else as_dtype(dtype, known=_DTYPES)
+    trusted = as_flag(trust_remote_code, "trust_remote_code")
+    processor = load_processor(path, trust_remote_code=trusted)
+    return load_model(path, dtype=wanted), processor
 
 
 def load_model(
@@ -38,18 +72,27 @@ def load_model(
     source = open_checkpoint(folder)
     model = empty_model(native_config(source.arch, folder), source.arch)
     materialize(model, "", source.reader, source.names, device, dtype or source.dtype)
-    for layer in source.layers:
-        if layer.rotation is not None:
-            rotate_inputs(model, layer.name, layer.rotation, source.signs(layer))
+    for layer in source.rotated:
+        _rotate_input(model, source, layer)
+    for layer in source.simulated:
         _quantize_activations(model, source, layer)
-    kv_cache = read_kv_cache_scheme(source.section)
-    if kv_cache is not None:
-        quantize_kv_cache(model, source.arch, source.names, source.shards, kv_cache)
+    if source.has_cache_scales:
+        _quantize_cache(model, source)
     return model
+
+
+def _rotate_input(model: nn.Module, source: StoredCheckpoint, layer: StoredLayer) -> None:
+    """Put a rotation before a layer, as the checkpoint says."""
+    from prismquant.runtime.online_rotation import rotate_inputs
+
+    if layer.rotation is not None:
+        rotate_inputs(model, layer.name, layer.rotation, source.signs(layer))
 
 
 def _quantize_activations(model: nn.Module, source: StoredCheckpoint, layer: StoredLayer) -> None:
     """Put quantizers before and behind a layer, as the checkpoint says."""
+    from prismquant.runtime.linear import quantize_inputs, quantize_outputs
+
     if layer.inputs is not None:
         columns = source.columns(layer)
         scale, zero_point = scale_and_zero_point(source.static_scale(layer, "input"))
@@ -58,3 +101,15 @@ def _quantize_activations(model: nn.Module, source: StoredCheckpoint, layer: Sto
     if layer.outputs is not None:
         scale, zero_point = scale_and_zero_point(source.static_scale(layer, "output"))
         quantize_outputs(model, layer.name, layer.outputs, scale, zero_point)
+
+
+def _quantize_cache(model: nn.Module, source: StoredCheckpoint) -> None:
+    """Put quantizers before attention, as the checkpoint says."""
+    from prismquant.export.compressed_tensors.kv_section import (
+        quantize_kv_cache,
+        read_kv_cache_scheme,
+    )
+
+    spec = read_kv_cache_scheme(source.section)
+    if spec is not None:
+        quantize_kv_cache(model, source.arch, source.names, source.shards, spec)

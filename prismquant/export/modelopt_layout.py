@@ -34,16 +34,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from prismquant.export.compressed_tensors.kv_section import read_kv_cache_scheme
+from prismquant.export.compressed_tensors.reader import StoredLayer
+from prismquant.export.compressed_tensors.stored import StoredCheckpoint
 from prismquant.export.exporter import Progress, Refusal, write_checkpoint
-from prismquant.export.kv_section import read_kv_cache_scheme
-from prismquant.export.stored import StoredCheckpoint, StoredLayer
-from prismquant.formats.packed import (
-    FLOAT_QUANTIZED,
-    MXFP8_QUANTIZED,
-    NVFP4_PACK_QUANTIZED,
-    QuantizedTensor,
-    pack,
-)
+from prismquant.formats.packed import FLOAT_QUANTIZED, MXFP8_QUANTIZED, NVFP4_PACK_QUANTIZED, pack
+from prismquant.formats.quantized_layer import QuantizedTensor
 from prismquant.formats.spec import NumberSpec, spec
 from prismquant.version import __version__
 

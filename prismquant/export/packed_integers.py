@@ -13,9 +13,10 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
+from prismquant.export.compressed_tensors.reader import StoredLayer
+from prismquant.export.compressed_tensors.stored import StoredCheckpoint
 from prismquant.export.exporter import Refusal
-from prismquant.export.stored import StoredCheckpoint, StoredLayer
-from prismquant.formats.packed import QuantizedTensor
+from prismquant.formats.quantized_layer import QuantizedTensor
 from prismquant.formats.spec import NumberSpec
 from prismquant.numerics.kinds import Granularity
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from prismquant.export.companions import files_to_copy
+from prismquant.export.compressed_tensors.stored import StoredCheckpoint
 from prismquant.export.exporter import Progress, Refusal
-from prismquant.export.stored import StoredCheckpoint
 from prismquant.storage import INDEX_NAME, copy_file
 
 

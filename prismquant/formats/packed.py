@@ -22,7 +22,11 @@ points again.
 
 from __future__ import annotations
 
+import functools
+import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -30,20 +34,7 @@ import torch
 from torch import Tensor
 
 from prismquant.errors import FormatError, suggest
-from prismquant.formats.bits import pack_bits, unpack_bits
-from prismquant.formats.layouts import (
-    FLOAT_QUANTIZED,
-    INT_QUANTIZED,
-    MXFP4_PACK_QUANTIZED,
-    MXFP6_PACK_QUANTIZED,
-    MXFP8_QUANTIZED,
-    NAIVE_QUANTIZED,
-    NVFP4_PACK_QUANTIZED,
-    PACK_QUANTIZED,
-    TABLE,
-)
-from prismquant.formats.layouts.layout import check_codes, finite_fault, scale_fault
-from prismquant.formats.quantized import QuantizedTensor
+from prismquant.formats.quantized_layer import QuantizedTensor, check_codes, scale_fault
 from prismquant.numerics.kinds import FloatKind
 
 if TYPE_CHECKING:
@@ -52,35 +43,104 @@ if TYPE_CHECKING:
     from prismquant.formats.spec import Kind, NumberSpec
     from prismquant.numerics.kinds import ScaleKind
 
-__all__ = [
-    "FLOAT_QUANTIZED",
-    "INT_QUANTIZED",
-    "LAYOUTS",
-    "MXFP4_PACK_QUANTIZED",
-    "MXFP6_PACK_QUANTIZED",
-    "MXFP8_QUANTIZED",
-    "NAIVE_QUANTIZED",
-    "NVFP4_PACK_QUANTIZED",
-    "PACK_QUANTIZED",
-    "QuantizedTensor",
-    "check_declarable",
-    "check_layout",
-    "declared_kind",
-    "finite_fault",
-    "layout_scale",
-    "layouts_for",
-    "pack",
-    "pack_bits",
-    "scale_fault",
-    "stored_bytes",
-    "unpack",
-    "unpack_bits",
-]
+PACK_QUANTIZED = "pack-quantized"
+INT_QUANTIZED = "int-quantized"
+FLOAT_QUANTIZED = "float-quantized"
+NAIVE_QUANTIZED = "naive-quantized"
+NVFP4_PACK_QUANTIZED = "nvfp4-pack-quantized"
+MXFP4_PACK_QUANTIZED = "mxfp4-pack-quantized"
+MXFP6_PACK_QUANTIZED = "mxfp6-pack-quantized"
+MXFP8_QUANTIZED = "mxfp8-quantized"
 
-LAYOUTS: tuple[str, ...] = tuple(TABLE)
+_MODULES: Mapping[str, str] = MappingProxyType(
+    {
+        PACK_QUANTIZED: "integer_layout",
+        INT_QUANTIZED: "byte_layout",
+        FLOAT_QUANTIZED: "byte_layout",
+        NAIVE_QUANTIZED: "byte_layout",
+        NVFP4_PACK_QUANTIZED: "micro_layout",
+        MXFP4_PACK_QUANTIZED: "micro_layout",
+        MXFP6_PACK_QUANTIZED: "micro_layout",
+        MXFP8_QUANTIZED: "micro_layout",
+    }
+)
+LAYOUTS: tuple[str, ...] = tuple(_MODULES)
 
 # What a configuration means by a floating-point number of so many bits.
 _DECLARED_FLOATS: Mapping[int, FloatKind] = MappingProxyType({8: "e4m3", 6: "e2m3", 4: "e2m1"})
+
+
+@dataclass(frozen=True)
+class BitLayout(ABC):
+    """One way in which a weight lies on disk.
+
+    Attributes:
+        name: As configurations call it.
+    """
+
+    name: str
+
+    @property
+    @abstractmethod
+    def scale(self) -> ScaleKind:
+        """The kind of scale of weights in this layout (any rule of rounding to it fits)."""
+
+    @abstractmethod
+    def akin(self, spec: NumberSpec) -> bool:
+        """Whether numbers and scales are of this layout's kinds, whatever their granularity."""
+
+    @abstractmethod
+    def refusal(self, spec: NumberSpec) -> tuple[str, str] | None:
+        """Why a static format that is akin cannot be held, and a remedy; ``None`` if it can."""
+
+    @abstractmethod
+    def pack(self, q: QuantizedTensor) -> dict[str, Tensor]:
+        """The tensors of a weight, contiguous, by suffix."""
+
+    @abstractmethod
+    def unpack(
+        self, tensors: Mapping[str, Tensor], spec: NumberSpec, shape: Sequence[int] | None
+    ) -> QuantizedTensor:
+        """Undo :meth:`pack`."""
+
+    @abstractmethod
+    def stored_bytes(
+        self, rows: int, columns: int, spec: NumberSpec, scale_dtype: torch.dtype
+    ) -> int:
+        """Bytes of what :meth:`pack` yields."""
+
+    def holds(self, spec: NumberSpec) -> bool:
+        """Whether a static format can be held."""
+        return self.akin(spec) and self.refusal(spec) is None
+
+    def check_names(
+        self,
+        tensors: Mapping[str, Tensor],
+        required: set[str],
+        optional: set[str],
+        spec: NumberSpec,
+    ) -> None:
+        """Refuse tensors that are missing or unexpected."""
+        missing = sorted(required - set(tensors))
+        extra = sorted(set(tensors) - required - optional)
+        if missing or extra:
+            told = [f"lacks {', '.join(missing)}"] * bool(missing)
+            told += [f"must not hold {', '.join(extra)}"] * bool(extra)
+            raise FormatError(f"a weight of {spec.describe()} in {self.name} {' and '.join(told)}")
+
+
+@functools.cache
+def bit_layout(name: str) -> BitLayout:
+    """The layout of that name.
+
+    Raises:
+        FormatError: There is no such layout.
+    """
+    if name not in _MODULES:
+        raise FormatError(f"there is no layout {name!r}", remedy=suggest(name, LAYOUTS))
+    home = importlib.import_module(f"prismquant.formats.{_MODULES[name]}")
+    found: dict[str, BitLayout] = {layout.name: layout for layout in home.HELD}
+    return found[name]
 
 
 def pack(q: QuantizedTensor, layout: str) -> dict[str, Tensor]:
@@ -99,7 +159,7 @@ def pack(q: QuantizedTensor, layout: str) -> dict[str, Tensor]:
     """
     check_layout(q.spec, layout)
     check_codes(q.codes, q.spec, "a code")
-    return TABLE[layout].pack(q)
+    return bit_layout(layout).pack(q)
 
 
 def unpack(
@@ -126,13 +186,38 @@ def unpack(
             zero, or negative where the format is not of symmetric integers.
     """
     check_layout(spec, layout)
-    q = TABLE[layout].unpack(tensors, spec, shape)
+    q = bit_layout(layout).unpack(tensors, spec, shape)
     check_codes(q.codes, spec, "a code")
     if fault := scale_fault(q.scale, signed=spec.kind == "int" and spec.symmetric):
         raise FormatError(
             f"the scale of a weight {fault}", remedy="quantize again, or copy the file again"
         )
     return q
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A quantized weight as it lies in a checkpoint.
+
+    Attributes:
+        tensors: Its tensors, by the suffix of their names on disk.
+        spec: The format.
+        layout: One of :data:`~prismquant.formats.packed.LAYOUTS`.
+        shape: ``(out, in)``.
+    """
+
+    tensors: Mapping[str, Tensor]
+    spec: NumberSpec
+    layout: str
+    shape: tuple[int, int]
+
+    def unpack(self) -> QuantizedTensor:
+        """Its codes and scales.
+
+        Raises:
+            FormatError: As of :func:`unpack`.
+        """
+        return unpack(self.tensors, self.spec, self.layout, self.shape)
 
 
 def stored_bytes(
@@ -154,7 +239,7 @@ def stored_bytes(
     """
     check_layout(spec, layout)
     rows, columns = shape
-    return TABLE[layout].stored_bytes(rows, columns, spec, scale_dtype)
+    return bit_layout(layout).stored_bytes(rows, columns, spec, scale_dtype)
 
 
 def check_layout(spec: NumberSpec, layout: str) -> None:
@@ -167,14 +252,12 @@ def check_layout(spec: NumberSpec, layout: str) -> None:
     Raises:
         FormatError: It cannot, or there is no such layout; the error says what would.
     """
-    if layout not in TABLE:
-        raise FormatError(f"there is no layout {layout!r}", remedy=suggest(layout, LAYOUTS))
+    chosen = bit_layout(layout)
     if spec.dynamic:
         raise FormatError(
             f"{spec.describe()} is a format of activations and cannot be stored",
             remedy="use a static format for weights",
         )
-    chosen = TABLE[layout]
     if chosen.akin(spec):
         refusal = chosen.refusal(spec)
         if refusal is not None:
@@ -203,7 +286,7 @@ def layouts_for(spec: NumberSpec) -> tuple[str, ...]:
     """
     if spec.dynamic:
         return ()
-    return tuple(name for name, layout in TABLE.items() if layout.holds(spec))
+    return tuple(name for name in LAYOUTS if bit_layout(name).holds(spec))
 
 
 def layout_scale(layout: str) -> ScaleKind:
@@ -218,9 +301,7 @@ def layout_scale(layout: str) -> ScaleKind:
     Raises:
         FormatError: There is no such layout.
     """
-    if layout not in TABLE:
-        raise FormatError(f"there is no layout {layout!r}", remedy=suggest(layout, LAYOUTS))
-    return TABLE[layout].scale
+    return bit_layout(layout).scale
 
 
 def check_declarable(spec: NumberSpec) -> None:
@@ -238,6 +319,15 @@ def check_declarable(spec: NumberSpec) -> None:
             f"the compressed-tensors format cannot declare {spec.describe()}",
             remedy="use integers, fp8 (E4M3), nvfp4, mxfp4, mxfp6 (E2M3) or mxfp8 (E4M3)",
         )
+
+
+def is_declarable(spec: NumberSpec) -> bool:
+    """Whether a checkpoint's configuration can say that an input or output has this format."""
+    try:
+        check_declarable(spec)
+    except FormatError:
+        return False
+    return True
 
 
 def declared_kind(number_type: str, bits: int | None) -> Kind:
@@ -261,3 +351,9 @@ def declared_kind(number_type: str, bits: int | None) -> Kind:
         f"numbers of type {number_type!r} and {bits} bits cannot be read",
         remedy="only int, and float of 8 bits (E4M3), 6 bits (E2M3) or 4 bits (E2M1), are known",
     )
+
+
+def check_shape(shape: tuple[int, int], wanted: Sequence[int] | None) -> None:
+    """Refuse a weight of another shape than is known from elsewhere."""
+    if wanted is not None and tuple(wanted) != shape:
+        raise FormatError(f"weight is {list(shape)}, expected {list(wanted)}")

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from prismquant.errors import ModelError
-from prismquant.models.bind import bind
 from prismquant.models.empty import empty_model
 from prismquant.storage import ShardReader
 
@@ -115,6 +114,8 @@ def load_float(
         ModelError: The folder does not fit its architecture.
         StorageError: A shard is broken.
     """
+    from prismquant.models.bind import bind
+
     bound = bind(folder)
     model = empty_model(bound.config, bound.arch)
     materialize(model, "", ShardReader(bound.folder), bound.names, device, dtype)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prismquant.errors import DataError, PrismQuantError
-from prismquant.memory import memory_error
 from prismquant.models.config import (
     brief,
     config_value,
@@ -74,6 +73,8 @@ def load_processor(folder: Path | str, *, trust_remote_code: bool = False) -> An
     except PrismQuantError:
         raise
     except Exception as error:
+        from prismquant.memory import memory_error
+
         if memory_error(error) is not None:
             raise
         raise _no_processor(folder, error) from error

@@ -7,7 +7,6 @@ from types import MappingProxyType
 
 import torch
 
-from prismquant.errors import FormatError
 from prismquant.formats.packed import (
     FLOAT_QUANTIZED,
     INT_QUANTIZED,
@@ -17,7 +16,6 @@ from prismquant.formats.packed import (
     NAIVE_QUANTIZED,
     NVFP4_PACK_QUANTIZED,
     PACK_QUANTIZED,
-    check_declarable,
 )
 from prismquant.formats.spec import Kind, NumberSpec
 from prismquant.numerics.kinds import Granularity
@@ -52,15 +50,6 @@ def layout_of(weights: NumberSpec, activations: NumberSpec | None) -> str:
     if weights.bits == 8 and plain and activations is not None:
         return INT_QUANTIZED
     return DENSE if weights.granularity is Granularity.BLOCK else PACK_QUANTIZED
-
-
-def is_declarable(spec: NumberSpec) -> bool:
-    """Whether a checkpoint's configuration can say that an input or output has this format."""
-    try:
-        check_declarable(spec)
-    except FormatError:
-        return False
-    return True
 
 
 def input_bytes(activations: NumberSpec | None, dtype: torch.dtype) -> int:

@@ -15,9 +15,10 @@ from typing import Any
 
 from prismquant.algorithms.split import Split
 from prismquant.errors import StorageError
+from prismquant.formats.packed import is_declarable
 from prismquant.models.bound import BoundEdge, BoundSite
 from prismquant.models.rotation import OnlineRotation, Rotation
-from prismquant.plan.bit_layout import DENSE, is_declarable
+from prismquant.plan.bit_layout import DENSE
 from prismquant.plan.codec import from_json, to_json
 from prismquant.plan.kv_plan import KVPlan
 from prismquant.plan.plan_version import PLAN_VERSION

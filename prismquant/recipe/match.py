@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
-from prismquant.errors import suggest
+from prismquant.errors import shortened, suggest
 from prismquant.models.arch import Modality
 from prismquant.models.arch_files import known_archs
-from prismquant.patterns import Pattern, compile_pattern, shortened
+from prismquant.patterns import Pattern, compile_pattern
 
 _LM_HEAD = "lm_head"
 _MAX_GLOB = 4000

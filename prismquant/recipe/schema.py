@@ -39,11 +39,10 @@ from typing import Annotated, Any, Literal, NoReturn
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
 
 from prismquant.arguments import MAX_BATCH, MAX_SAMPLES
-from prismquant.errors import PrismQuantError, RecipeError, listed, suggest
+from prismquant.errors import PrismQuantError, RecipeError, listed, shortened, suggest
 from prismquant.formats.kv_formats import KVCacheSpec, kv_cache_spec
 from prismquant.numerics.rules import RangeRule
 from prismquant.opening import read_bounded
-from prismquant.patterns import shortened
 from prismquant.recipe.field_checks import as_finding, range_fields
 from prismquant.recipe.match import MAX_EXPRESSIONS, Match, Strict
 from prismquant.recipe.plain_yaml import MAX_BYTES, read_yaml, write_yaml

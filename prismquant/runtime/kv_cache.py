@@ -19,7 +19,7 @@ from prismquant.formats.kv_formats import KVCacheSpec
 from prismquant.numerics.affine import simulate
 from prismquant.numerics.hadamard import block_hadamard, power_of_two_block
 from prismquant.numerics.kinds import Granularity
-from prismquant.runtime.quant_linear import straight_through
+from prismquant.runtime.linear import straight_through
 
 
 class KVHook(nn.Module):

@@ -27,7 +27,7 @@ from prismquant.algorithms.block_tuner import (
 from prismquant.algorithms.gptq import GPTQ
 from prismquant.algorithms.zeroquant import ZeroQuant
 from prismquant.errors import FormatError, NumericsError
-from prismquant.formats.packed import QuantizedTensor
+from prismquant.formats.quantized_layer import QuantizedTensor
 from prismquant.formats.spec import spec
 from prismquant.numerics.affine import quantize
 from prismquant.numerics.ranges import RangeRule, weight_scales

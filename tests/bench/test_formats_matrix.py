@@ -154,7 +154,7 @@ def test_a_remark_of_the_plan_excuses_readers_but_not_refusals() -> None:
 def test_the_formula_is_ours(form: str) -> None:
     """A second look at what the matrix compares with: random codes of every layout."""
     from prismquant.export.modelopt_layout import tensors
-    from prismquant.formats.packed import QuantizedTensor
+    from prismquant.formats.quantized_layer import QuantizedTensor
     from prismquant.formats.spec import spec
 
     number, generator = spec(form), torch.Generator().manual_seed(0)

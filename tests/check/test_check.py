@@ -22,9 +22,8 @@ from prismquant.check.findings import Problem, Rule, findings_of, folded
 from prismquant.check.vllm_view import scheme_class
 from prismquant.cli import app
 from prismquant.errors import ArgumentError, ModelError
-from prismquant.export.quantization_args import Args, args_faults
-from prismquant.export.section import Group
-from prismquant.export.targets import Targets
+from prismquant.export.compressed_tensors.quantization_args import Args, args_faults
+from prismquant.export.compressed_tensors.section import SchemeGroup, Targets
 from prismquant.models.bind import bind
 from prismquant.models.bound import BoundModel
 from prismquant.recipe.schema import load_recipe
@@ -450,7 +449,7 @@ def test_schemes_of_vllm(
         if inputs
         else None
     )
-    group = Group("g", Targets(("Linear",)), layout, True, given, read, None, True)
+    group = SchemeGroup("g", Targets(("Linear",)), layout, True, given, read, None, True)
     assert scheme_class(group) == (f"CompressedTensors{expected}" if expected else None)
 
 

@@ -407,7 +407,7 @@ def test_loading_what_is_no_checkpoint(tmp_path: Path, calibration_file: Path, m
 
 def test_loading_an_unfinished_run(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without config.json nothing takes the folder for a model."""
-    from prismquant.export.compressed_tensors import CheckpointWriter
+    from prismquant.export.compressed_tensors.writer import CheckpointWriter
 
     def stop(_: CheckpointWriter) -> None:
         raise KeyboardInterrupt

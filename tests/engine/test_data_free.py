@@ -24,7 +24,7 @@ from prismquant.engine.quantize import unit_plans
 from prismquant.engine.run import _walk
 from prismquant.engine.setup import RunSetup
 from prismquant.errors import NumericsError, PlanError, StorageError
-from prismquant.export.compressed_tensors import CheckpointWriter
+from prismquant.export.compressed_tensors.writer import CheckpointWriter
 from prismquant.formats.quantized_layer import QuantizedLayer
 from prismquant.models.bind import bind
 from prismquant.plan.make_plan import make_plan

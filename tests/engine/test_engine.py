@@ -20,7 +20,7 @@ from prismquant.models.bind import bind
 from prismquant.models.load import load_float
 from prismquant.models.processor import load_processor
 from prismquant.numerics.ranges import RangeRule
-from prismquant.runtime.quant_linear import ActivationQuantizer, activations_in_float
+from prismquant.runtime.linear import ActivationQuantizer, activations_in_float
 
 if TYPE_CHECKING:
     from collections.abc import Callable

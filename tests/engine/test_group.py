@@ -23,7 +23,7 @@ from prismquant.numerics.hadamard import block_hadamard
 from prismquant.plan.make_plan import make_plan
 from prismquant.plan.plan import PlanRow
 from prismquant.recipe.schema import load_recipe
-from prismquant.runtime.quant_linear import rotate_inputs
+from prismquant.runtime.online_rotation import rotate_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -29,7 +29,8 @@ from prismquant.models.load import load_float, materialize
 from prismquant.models.processor import load_processor
 from prismquant.plan.make_plan import make_plan
 from prismquant.plan.source import source_reader
-from prismquant.runtime.quant_linear import QuantLinear, rotate_inputs
+from prismquant.runtime.linear import QuantLinear
+from prismquant.runtime.online_rotation import rotate_inputs
 from prismquant.storage import ShardReader, read_json, write_tensors
 
 if TYPE_CHECKING:

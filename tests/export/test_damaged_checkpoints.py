@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from prismquant.api import export
 from prismquant.check import check, checkpoint
 from prismquant.errors import FormatError, NumericsError, PrismQuantError
-from prismquant.export import stored
+from prismquant.export.compressed_tensors import stored
+from prismquant.export.compressed_tensors.section import CONFIG_KEY
+from prismquant.export.compressed_tensors.section_grammar import read_section
+from prismquant.export.compressed_tensors.stored import open_checkpoint
 from prismquant.export.load_quantized import load_model
-from prismquant.export.section import CONFIG_KEY, read_section
-from prismquant.export.stored import open_checkpoint
 from prismquant.formats.bits import pack_bits
 from prismquant.models.bind import bind
 from prismquant.models.bound import BoundModel

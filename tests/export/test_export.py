@@ -15,9 +15,9 @@ import prismquant as pq
 from prismquant.data import read_samples
 from prismquant.data.batches import make_batches
 from prismquant.errors import FormatError
+from prismquant.export.compressed_tensors.reader import read_schemes
+from prismquant.export.compressed_tensors.section_grammar import read_section
 from prismquant.export.load_quantized import load_model
-from prismquant.export.reader import read_schemes
-from prismquant.export.section import read_section
 from prismquant.models.bind import bind
 from prismquant.models.config import import_transformers
 from prismquant.models.load import load_float

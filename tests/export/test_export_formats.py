@@ -23,11 +23,11 @@ from prismquant.data.batches import make_batches
 from prismquant.errors import ArgumentError, FormatError, PrismQuantError, StorageError
 from prismquant.export import awq_layout as awq
 from prismquant.export import gptq_layout as gptq
+from prismquant.export.compressed_tensors.stored import open_checkpoint
 from prismquant.export.exporter import Shards, fold_names
 from prismquant.export.exporters import EXPORTERS
 from prismquant.export.load_quantized import load_model
-from prismquant.export.stored import open_checkpoint
-from prismquant.formats.packed import QuantizedTensor
+from prismquant.formats.quantized_layer import QuantizedTensor
 from prismquant.formats.spec import spec
 from prismquant.models.load import load_float
 from prismquant.models.processor import load_processor

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 import prismquant as pq
 from prismquant.api import export
 from prismquant.errors import FormatError, ModelError
+from prismquant.export.compressed_tensors.stored import open_checkpoint
 from prismquant.export.gguf.ggml_blocks import block_type, pack, why_not
 from prismquant.export.gguf.metadata import window_pattern
 from prismquant.export.gguf.vocabulary import QWEN2_WORDS, read_vocabulary
 from prismquant.export.load_quantized import load_model
-from prismquant.export.stored import open_checkpoint
-from prismquant.formats.packed import QuantizedTensor
+from prismquant.formats.quantized_layer import QuantizedTensor
 from prismquant.formats.spec import spec
 
 if TYPE_CHECKING:

@@ -20,10 +20,11 @@ from prismquant import cli
 from prismquant.api import export
 from prismquant.check import Reader, Severity, check
 from prismquant.errors import FormatError
+from prismquant.export.compressed_tensors.rotations import read_rotations
+from prismquant.export.compressed_tensors.section import CONFIG_KEY
+from prismquant.export.compressed_tensors.section_grammar import read_section
+from prismquant.export.compressed_tensors.stored import open_checkpoint
 from prismquant.export.load_quantized import load_model
-from prismquant.export.reader import read_rotations
-from prismquant.export.section import CONFIG_KEY, read_section
-from prismquant.export.stored import open_checkpoint
 from prismquant.models.config import import_transformers
 from prismquant.numerics.kinds import Granularity
 from prismquant.storage import ShardReader, read_json, write_json

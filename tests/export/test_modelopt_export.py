@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from test_export import logits, quantized
+from export.test_export import logits, quantized
 
 import prismquant as pq
 from prismquant.api import export
 from prismquant.check import check
 from prismquant.errors import FormatError
+from prismquant.export.compressed_tensors.stored import open_checkpoint
 from prismquant.export.load_quantized import load_model
-from prismquant.export.stored import open_checkpoint
 from prismquant.storage import ShardReader, read_json
 
 if TYPE_CHECKING:

@@ -21,13 +21,14 @@ from prismquant.algorithms.problem import LayerProblem, scale_format
 from prismquant.algorithms.rtn import RTN
 from prismquant.algorithms.zeroquant import ZeroQuant
 from prismquant.errors import FormatError, RecipeError
-from prismquant.formats.packed import QuantizedTensor, layouts_for, pack, unpack
+from prismquant.formats.packed import layouts_for, pack, unpack
+from prismquant.formats.quantized_layer import QuantizedTensor
 from prismquant.formats.spec import PRESETS, NumberSpec, spec
 from prismquant.numerics.affine import dynamic_scale_zero_point, quantize, simulate
 from prismquant.numerics.kinds import Granularity
 from prismquant.numerics.ranges import RangeRule, weight_scales
 from prismquant.numerics.scales import ScaleFormat, global_scale
-from prismquant.runtime.quant_linear import ActivationQuantizer
+from prismquant.runtime.linear import ActivationQuantizer
 from prismquant.statistics.channels import ChannelRecord
 from prismquant.statistics.hessian import HessianRecord
 

@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from test_export import from_transformers, logits, quantized
-from test_plan import check_bytes
+from export.test_export import from_transformers, logits, quantized
+from plan.test_plan import check_bytes
 
 import prismquant as pq
 from prismquant.errors import FormatError, PlanError
-from prismquant.export.arguments import arguments, read_private, specification
+from prismquant.export.compressed_tensors.private_section import read_private
+from prismquant.export.compressed_tensors.quantization_args import args_of, read_args, spec_of
 from prismquant.export.load_quantized import load_model
-from prismquant.export.quantization_args import read_args
+from prismquant.formats.packed import is_declarable
 from prismquant.formats.spec import PRESETS as FORMATS
 from prismquant.formats.spec import spec
 from prismquant.models.bind import bind
 from prismquant.models.load import load_float
-from prismquant.plan.bit_layout import is_declarable, layout_of
+from prismquant.plan.bit_layout import layout_of
 from prismquant.plan.fallback import fit
 from prismquant.recipe.resolve import resolve
 from prismquant.storage import read_json
@@ -130,12 +131,12 @@ def test_the_words_of_the_configuration_mean_the_format(name: str) -> None:
     number = spec(name)
     if not is_declarable(number):
         with pytest.raises(FormatError):
-            arguments(number)
+            args_of(number)
         return
-    said = arguments(number)
+    said = args_of(number)
     layout = "" if number.dynamic else layout_of(number, None)
     args = read_args(said, "input_activations" if number.dynamic else "weights")
-    back = specification(args, layout)
+    back = spec_of(args, layout)
     plain = spec(name.replace("-floor", "").replace("-ceil", ""))
     assert back == plain or number.narrow
 

@@ -15,7 +15,6 @@ from prismquant.errors import FormatError, NumericsError
 from prismquant.formats.bits import pack_patterns, unpack_patterns
 from prismquant.formats.packed import (
     LAYOUTS,
-    QuantizedTensor,
     check_declarable,
     check_layout,
     declared_kind,
@@ -25,6 +24,7 @@ from prismquant.formats.packed import (
     stored_bytes,
     unpack,
 )
+from prismquant.formats.quantized_layer import QuantizedTensor
 from prismquant.formats.spec import PRESETS, NumberSpec, spec
 from prismquant.numerics.affine import quantize, simulate
 from prismquant.numerics.grids import FloatGrid

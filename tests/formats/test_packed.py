@@ -12,17 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from prismquant.errors import FormatError
+from prismquant.formats.bits import pack_bits, unpack_bits
 from prismquant.formats.packed import (
-    QuantizedTensor,
     check_declarable,
     check_layout,
     declared_kind,
     pack,
-    pack_bits,
     stored_bytes,
     unpack,
-    unpack_bits,
 )
+from prismquant.formats.quantized_layer import QuantizedTensor
 from prismquant.formats.spec import NumberSpec, spec
 from prismquant.numerics.affine import quantize, simulate
 from prismquant.numerics.kinds import Granularity

@@ -20,7 +20,7 @@ from prismquant.data.batch_fingerprint import fingerprint_batch
 from prismquant.data.batches import Batch
 from prismquant.engine.setup import Silent
 from prismquant.errors import NumericsError, StorageError
-from prismquant.export.compressed_tensors import CheckpointWriter
+from prismquant.export.compressed_tensors.writer import CheckpointWriter
 from prismquant.recipe.schema import load_recipe
 from prismquant.run.differences import differences, plan_differences
 from prismquant.run.directory import RunDirectory

@@ -17,8 +17,8 @@ from prismquant.engine.collectives import Ranks, Task
 from prismquant.engine.memory_forecast import narrow_modules
 from prismquant.models.bind import bind
 from prismquant.runtime import mixed
+from prismquant.runtime.linear import quant_linear
 from prismquant.runtime.mixed import Precision
-from prismquant.runtime.quant_linear import quant_linear
 from prismquant.storage import ShardReader
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

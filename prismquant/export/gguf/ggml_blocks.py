@@ -28,7 +28,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from prismquant.formats.packed import QuantizedTensor
+from prismquant.formats.quantized_layer import QuantizedTensor
 from prismquant.formats.spec import NumberSpec
 from prismquant.numerics.kinds import Granularity
 

@@ -21,14 +21,15 @@ import torch
 from torch import Tensor
 
 from prismquant.errors import FormatError, ModelError, NumericsError
+from prismquant.export.compressed_tensors.reader import StoredLayer
+from prismquant.export.compressed_tensors.stored import StoredCheckpoint
 from prismquant.export.exporter import Progress, Refusal
 from prismquant.export.gguf import metadata
 from prismquant.export.gguf.ggml_blocks import BLOCK, BYTES, block_type, pack, why_not
 from prismquant.export.gguf.llama_cpp_names import ARCHITECTURES, Part, parts
 from prismquant.export.gguf.vocabulary import read_vocabulary
 from prismquant.export.packed_integers import scale_refusal
-from prismquant.export.stored import StoredCheckpoint, StoredLayer
-from prismquant.formats.packed import QuantizedTensor
+from prismquant.formats.quantized_layer import QuantizedTensor
 from prismquant.models.config import native_config
 from prismquant.storage import atomic_path
 

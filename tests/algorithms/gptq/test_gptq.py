@@ -27,7 +27,7 @@ from prismquant.numerics.ranges import RangeRule
 from prismquant.statistics.hessian import HessianRecord
 
 if TYPE_CHECKING:
-    from prismquant.formats.packed import QuantizedTensor
+    from prismquant.formats.quantized_layer import QuantizedTensor
 
 PLAIN = GPTQ(refine_passes=0)
 ORDERS = ["original", "activation", "group", "pivot"]

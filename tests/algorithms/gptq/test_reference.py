@@ -17,7 +17,7 @@ from prismquant.algorithms.gptq.reference import (
 )
 from prismquant.algorithms.layer_scales import Scales, scale_lines, scales_by_column
 from prismquant.algorithms.problem import LayerProblem
-from prismquant.formats.quantized import QuantizedTensor
+from prismquant.formats.quantized_layer import QuantizedTensor
 from prismquant.formats.spec import spec
 from prismquant.numerics.ranges import RangeRule
 

@@ -7,7 +7,7 @@ and from headers. Tensors are read one layer at a time, whichever shards they li
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,74 +15,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prismquant.errors import FormatError, ModelError, StorageError, grouped
-from prismquant.export.arguments import PRIVATE_KEY, read_private
-from prismquant.export.companions import untied_config
-from prismquant.export.expected import (
+from prismquant.errors import FormatError, ModelError, StorageError
+from prismquant.export.compressed_tensors.expected import (
     SIGNS,
-    VLLM_EXTRA,
-    by_layer,
-    is_stored_packed,
-    layer_faults,
-    plain_faults,
-    ungrouped_fault,
+    layer_faults_of,
+    model_faults,
+    require_tensors,
 )
-from prismquant.export.kv_section import read_kv_cache_scheme, require_cache_scale
-from prismquant.export.reader import (
+from prismquant.export.compressed_tensors.reader import (
     DequantizingReader,
     FiniteReader,
-    StoredScheme,
-    read_rotations,
+    StoredLayer,
     read_schemes,
     split_columns,
     static_scale,
 )
-from prismquant.export.section import CONFIG_KEY, METHOD, Fault, Section, read_section
-from prismquant.formats.packed import QuantizedTensor
-from prismquant.formats.quantized_layer import OutlierColumns, StaticScale
+from prismquant.export.compressed_tensors.section import CONFIG_KEY, METHOD, PRIVATE_KEY, Section
+from prismquant.export.compressed_tensors.section_grammar import read_section
+from prismquant.formats.quantized_layer import OutlierColumns, QuantizedTensor, StaticScale
 from prismquant.formats.spec import NumberSpec
-from prismquant.headers import TensorInfo
 from prismquant.models.arch import ArchSpec
-from prismquant.models.bind import bind
 from prismquant.models.config import identify, native_config, read_config
 from prismquant.models.empty import empty_model
 from prismquant.models.names import NameMap, choose_layout
-from prismquant.numerics.hadamard import block_hadamard
 from prismquant.storage import ShardReader
 
-_MOST_TOLD = 10
 _CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale", ".k_zero_point", ".v_zero_point")
-
-
-@dataclass(frozen=True)
-class StoredLayer:
-    """One linear layer of a checkpoint.
-
-    Attributes:
-        name: Its module path in transformers.
-        called: What the checkpoint's configuration calls it.
-        prefix: What its tensors' names begin with on disk.
-        shape: ``(out, in)``.
-        scheme: How it is stored; None: in floating point.
-        rotation: Width of the Hadamard blocks that rotate its input at run time; None: no rotation.
-        inputs, outputs: In what numbers its input and its output are; None: floating point. A layer
-            that is stored in floating point may have them too.
-    """
-
-    name: str
-    called: str
-    prefix: str
-    shape: tuple[int, int]
-    scheme: StoredScheme | None
-    rotation: int | None
-    inputs: NumberSpec | None = None
-    outputs: NumberSpec | None = None
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is an ordinary linear layer."""
-        parts = (self.scheme, self.rotation, self.inputs, self.outputs)
-        return all(part is None for part in parts)
 
 
 @dataclass(frozen=True)
@@ -165,19 +123,6 @@ class StoredCheckpoint:
         spec = layer.inputs if side == "input" else layer.outputs
         return None if spec is None else static_scale(self.shards, layer.prefix, side, spec)
 
-    def require_static_scales(self) -> None:
-        """Make sure that what calibration found is numbers, also where a format has no use for it.
-
-        Raises:
-            FormatError, NumericsError: A scale or a zero point is none.
-        """
-        for layer in self.simulated:
-            for side in ("input", "output"):
-                self.static_scale(layer, side)
-        for name in sorted(self.shards.names) if self.has_cache_scales else ():
-            if name.endswith((".k_scale", ".v_scale")):
-                require_cache_scale(name, self.shards.read(name))
-
     def signs(self, layer: StoredLayer) -> Tensor | None:
         """What a layer's input is multiplied by before its rotation, int8 ``[in]``; None: ones.
 
@@ -208,21 +153,6 @@ class StoredCheckpoint:
         """Whether groups of a layer are of columns that are no neighbours."""
         reordered = layer.scheme is not None and layer.scheme.reordered
         return reordered and self.codes(layer).group_index is not None
-
-    def values(self, layer: StoredLayer) -> Tensor:
-        """The weight that gives a layer's output from its input as the model has it.
-
-        Returns:
-            float32 ``[out, in]``: dequantized, columns that were split off put back, and a rotation
-            of the input undone.
-        """
-        values = self.reader.read(f"{layer.prefix}.weight").float().reshape(layer.shape)
-        if layer.rotation is None:
-            return values
-        # y = W' H S x, with H symmetric: W = W' H S.
-        values = block_hadamard(values, layer.rotation)
-        signs = self.signs(layer)
-        return values if signs is None else values * signs.float()
 
     def walk(self) -> Iterator[tuple[StoredLayer | None, str]]:
         """All that a model consists of, shard by shard.
@@ -284,8 +214,8 @@ def open_checkpoint(folder: Path) -> StoredCheckpoint:
     }
     layers = read_layers(config, section, linears, arch)
     tensors = {name: shards.info(name) for name in shards.names}
-    faults = [*layer_faults_of(layers, tensors), *_plain_faults(model, names, layers, tensors)]
-    _require_tensors(folder, faults)
+    faults = [*layer_faults_of(layers, tensors), *model_faults(model, names, layers, tensors)]
+    require_tensors(folder, faults)
     _embedding_dtype(shards, names, arch)
     stored = {x.prefix: (x.scheme, x.shape) for x in layers if x.scheme is not None}
     reader = DequantizingReader(folder, stored)
@@ -325,11 +255,11 @@ def read_layers(
     aliases = other_names({said: linear.name for said, linear in linears.items()}, arch)
     schemes = read_schemes(section, list(linears), aliases)
     widths = {said: linear.shape[1] for said, linear in linears.items()}
-    rotations = read_rotations(section, widths, aliases)
-    read_kv_cache_scheme(section)
+    rotations = _rotations(section, widths, aliases)
+    _require_known_cache(section)
     sides = {name: (scheme.activations, scheme.outputs) for name, scheme in schemes.items()}
     # What our own section says is more exact.
-    sides |= read_private(config, linears)
+    sides |= _private_sides(config, linears)
     return tuple(
         StoredLayer(
             linear.name,
@@ -345,96 +275,38 @@ def read_layers(
     )
 
 
-def layer_faults_of(
-    layers: Iterable[StoredLayer], tensors: Mapping[str, TensorInfo]
-) -> Iterator[Fault]:
-    """What is wrong with the tensors of linear layers, from their headers."""
-    held = by_layer(tensors)
-    for layer in layers:
-        own, sides = (
-            held.get(layer.prefix, {}),
-            (("input", layer.inputs), ("output", layer.outputs)),
-        )
-        if layer.scheme is None or layer.scheme.group is None:
-            if is_stored_packed(layer.prefix, tensors):
-                yield ungrouped_fault(layer.prefix)
-        else:
-            private = [side for side, spec in sides if spec is not None]
-            found = layer_faults(layer.prefix, layer.scheme.group, layer.shape, own, private)
-            yield from (fault for fault in found if fault.rule != VLLM_EXTRA)
-            try:
-                layer.scheme.weights.scale_shape(*layer.shape)
-            except FormatError as error:
-                yield Fault("shapes.group", error.what, layer.prefix, error.remedy or "")
-        for side, spec in sides:
-            suffix = f"{side}_global_scale" if spec and spec.scale == "e4m3" else f"{side}_scale"
-            if spec is not None and spec.calibrated and suffix not in own:
-                what = f"{side}s of {spec.describe()} have no {suffix}"
-                yield Fault("tensors.missing", what, layer.prefix, "calibrate again")
-
-
-def _plain_faults(
-    model: nn.Module,
-    names: NameMap,
-    layers: Iterable[StoredLayer],
-    tensors: Mapping[str, TensorInfo],
-) -> Iterator[Fault]:
-    """What is wrong with everything that is not in codes."""
-    coded = {f"{layer.name}.weight" for layer in layers if layer.scheme is not None}
-    tied: dict[str, str] = {}
-    if getattr(model.config, "tie_word_embeddings", False):
-        keys: dict[str, str] = getattr(model, "_tied_weights_keys", None) or {}
-        tied = keys | {source: target for target, source in keys.items()}
-    wanted = (
-        (names.to_disk(name), tuple(value.shape))
-        for name, value in model.state_dict().items()
-        if name not in coded
-        # Of two tied tensors one is enough.
-        and not (name in tied and names.to_disk(tied[name]) in tensors)
-    )
-    return plain_faults(wanted, tensors)
-
-
-def _require_tensors(folder: Path, faults: Sequence[Fault]) -> None:
-    """Refuse tensors that are not what the configuration says.
+def _require_known_cache(section: Section) -> None:
+    """Refuse a key-value cache that PrismQuant does not have.
 
     Raises:
-        FormatError: Lists what is wrong, each once, with the layers that it concerns.
+        FormatError: It is one.
     """
-    if not faults:
-        return
-    told = grouped(f"{fault.where}: {fault.what}" for fault in faults)
-    lines = [f"  - {one}" for one in told[:_MOST_TOLD]]
-    lines += [f"  - and {len(told) - _MOST_TOLD} more"] * (len(told) > _MOST_TOLD)
-    raise FormatError(
-        "\n".join(["tensors are not what the configuration says:", *lines]),
-        where=str(folder),
-        remedy=faults[0].remedy,
-    )
+    if section.cache is not None:
+        from prismquant.export.compressed_tensors.kv_section import read_kv_cache_scheme
+
+        read_kv_cache_scheme(section)
 
 
-def is_leftover(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Whether a configuration has the section of another method beside weights in floating point.
+def _private_sides(
+    config: Mapping[str, Any], layers: Collection[str]
+) -> dict[str, tuple[NumberSpec | None, NumberSpec | None]]:
+    """Formats of inputs and outputs that only our own section declares."""
+    if PRIVATE_KEY not in config:
+        return {}
+    from prismquant.export.compressed_tensors.private_section import read_private
 
-    Args:
-        folder: The checkpoint.
-        config: The content of its ``config.json``.
-    """
-    section = config.get(CONFIG_KEY)
-    if not isinstance(section, Mapping) or section.get("quant_method") == METHOD:
-        return False
-    with contextlib.suppress(ModelError, StorageError):
-        bind(folder)
-        return True
-    return False
+    return read_private(config, layers)
 
 
-def _config_names(model: nn.Module, names: NameMap, *, remote: bool) -> dict[str, str]:
-    """What the configuration calls each linear layer -> its module path."""
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not remote:
-        return {name: name for name in linears}
-    return {names.to_disk(f"{name}.weight").removesuffix(".weight"): name for name in linears}
+def _rotations(
+    section: Section, widths: Mapping[str, int], aliases: Mapping[str, Collection[str]]
+) -> dict[str, int]:
+    """Widths of the blocks in which inputs are rotated."""
+    if not section.transforms:
+        return {}
+    from prismquant.export.compressed_tensors.rotations import read_rotations
+
+    return read_rotations(section, widths, aliases)
 
 
 def other_names(called: Mapping[str, str], arch: ArchSpec) -> dict[str, tuple[str, ...]]:
@@ -454,6 +326,40 @@ def other_names(called: Mapping[str, str], arch: ArchSpec) -> dict[str, tuple[st
                 yield layout.to_disk(f"{module}.weight").removesuffix(".weight")
 
     return {said: tuple(dict.fromkeys(names(module))) for said, module in called.items()}
+
+
+def untied_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a model whose head has a weight of its own."""
+    text = config.get("text_config")
+    if isinstance(text, dict) and "tie_word_embeddings" in text:
+        config = config | {"text_config": text | {"tie_word_embeddings": False}}
+    return config | {"tie_word_embeddings": False}
+
+
+def is_leftover(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a configuration has the section of another method beside weights in floating point.
+
+    Args:
+        folder: The checkpoint.
+        config: The content of its ``config.json``.
+    """
+    section = config.get(CONFIG_KEY)
+    if not isinstance(section, Mapping) or section.get("quant_method") == METHOD:
+        return False
+    from prismquant.models.bind import bind
+
+    with contextlib.suppress(ModelError, StorageError):
+        bind(folder)
+        return True
+    return False
+
+
+def _config_names(model: nn.Module, names: NameMap, *, remote: bool) -> dict[str, str]:
+    """What the configuration calls each linear layer -> its module path."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not remote:
+        return {name: name for name in linears}
+    return {names.to_disk(f"{name}.weight").removesuffix(".weight"): name for name in linears}
 
 
 def _embedding_dtype(shards: ShardReader, names: NameMap, arch: ArchSpec) -> torch.dtype:

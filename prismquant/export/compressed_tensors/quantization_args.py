@@ -1,6 +1,7 @@
-"""``QuantizationArgs`` of a compressed-tensors configuration, read strictly.
+"""``QuantizationArgs`` of a compressed-tensors configuration: read strictly, and written.
 
-They say how the weights, inputs or outputs of a group's layers, or keys and values, are quantized.
+They say how the weights, inputs or outputs of a group's layers, or keys and values, are quantized:
+bits, type, strategy and dynamics. Some number formats have no words there (E5M2).
 """
 
 from __future__ import annotations
@@ -10,6 +11,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from prismquant.errors import FormatError
+from prismquant.formats.packed import check_declarable, declared_kind
+from prismquant.formats.spec import NumberSpec
+from prismquant.numerics.kinds import Granularity, ScaleKind
 
 ARGS_KEYS = frozenset(
     {
@@ -25,6 +31,7 @@ _INPUTS = ("token", "tensor", "group", "tensor_group", "attn_head")
 _REORDERED = ("group", "dynamic")
 
 _DTYPE = re.compile(r"(?:torch\.)?(?:bfloat16|u?int(?:8|16|32|64)|float(?:16|32|64|8_e\w{3,9}))")
+_SCALE_DTYPES = {"e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}
 _MOST_BITS = 32
 # Far above any real layer's width, and small enough for arithmetic on it to stay quick.
 _MOST_COUNT = 1 << 24
@@ -179,6 +186,88 @@ def args_remedy(fault: str) -> str:
     if "actorder" in fault:
         return "write actorder: null; a static order needs nothing in the checkpoint"
     return "correct the arguments; `prismquant quantize` writes legal ones"
+
+
+# ---------------------------------------------------------------------------------- number formats
+
+
+def args_of(spec: NumberSpec | None) -> dict[str, Any] | None:
+    """A number format as ``QuantizationArgs``.
+
+    Args:
+        spec: The format; None: floating point.
+
+    Raises:
+        FormatError: The configuration has no word for it.
+    """
+    if spec is None:
+        return None
+    check_declarable(spec)
+    two_levels = spec.scale == "e4m3"
+    said: dict[str, Any] = {
+        "num_bits": spec.bits,
+        "type": "int" if spec.kind == "int" else "float",
+        "symmetric": spec.symmetric,
+        "strategy": "tensor_group" if two_levels else str(spec.granularity),
+        "group_size": spec.group_size,
+        "dynamic": "local" if two_levels and spec.dynamic else spec.dynamic,
+    }
+    if spec.block_structure is not None:
+        said |= {"group_size": None, "block_structure": list(spec.block_structure)}
+    if spec.scale != "float":
+        dtype = _SCALE_DTYPES[spec.scale.partition("-")[0]]
+        said |= {"scale_dtype": dtype, "zp_dtype": dtype}
+    return said
+
+
+def spec_of(args: Args, layout: str = "") -> NumberSpec:
+    """The number format that ``QuantizationArgs`` declare.
+
+    Args:
+        args: As they were read.
+        layout: Of the weight, where this is about one: it tells MX formats from others even where
+            the dtype of the scales is not declared.
+
+    Raises:
+        FormatError: It is none that PrismQuant has.
+    """
+    granularity, size = _unit(args)
+    return NumberSpec(
+        bits=args.bits,
+        granularity=Granularity(granularity),
+        group_size=size,
+        symmetric=args.symmetric,
+        dynamic=bool(args.dynamic),
+        kind=declared_kind(args.type, args.bits),
+        scale=_scale(args, layout),
+    )
+
+
+def _unit(args: Args) -> tuple[str, int | None]:
+    """Granularity and group size."""
+    if args.strategy == "attn_head":
+        raise FormatError(
+            "numbers with a scale an attention head cannot be read",
+            remedy="only caches of keys and values have them",
+        )
+    if args.block is not None:
+        rows, columns = args.block
+        if rows != columns:
+            raise FormatError(
+                f"blocks of {rows} x {columns} cannot be read",
+                remedy="only square blocks can, e.g. block_structure [128, 128]",
+            )
+        return Granularity.BLOCK, columns
+    return (Granularity.GROUP, args.group_size) if args.per_block else (args.strategy, None)
+
+
+def _scale(args: Args, layout: str) -> ScaleKind:
+    if args.strategy == "tensor_group":
+        return "e4m3"
+    return "e8m0" if args.scale_dtype == "uint8" or layout.startswith("mxfp") else "float"
+
+
+# ----------------------------------------------------------------------------------------- values
 
 
 def _strategy(raw: Mapping[str, Any]) -> Any:

@@ -10,8 +10,14 @@ import torch
 from torch import Tensor
 
 from prismquant.errors import FormatError
-from prismquant.formats.layouts.layout import Layout, check_shape
-from prismquant.formats.quantized import QuantizedTensor
+from prismquant.formats.packed import (
+    FLOAT_QUANTIZED,
+    INT_QUANTIZED,
+    NAIVE_QUANTIZED,
+    BitLayout,
+    check_shape,
+)
+from prismquant.formats.quantized_layer import QuantizedTensor
 from prismquant.numerics.kinds import Granularity
 
 if TYPE_CHECKING:
@@ -22,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class PlainBytes(Layout):
+class PlainBytes(BitLayout):
     """``weight`` ``[N, K]`` in a dtype of 8 bits, and ``weight_scale``.
 
     Attributes:
@@ -86,3 +92,10 @@ class PlainBytes(Layout):
     ) -> int:
         """Codes and scales."""
         return rows * columns + math.prod(spec.scale_shape(rows, columns)) * scale_dtype.itemsize
+
+
+HELD = (
+    PlainBytes(INT_QUANTIZED, "int", torch.int8, blocks=False),
+    PlainBytes(FLOAT_QUANTIZED, "e4m3", torch.float8_e4m3fn, blocks=True),
+    PlainBytes(NAIVE_QUANTIZED, "e4m3", torch.float8_e4m3fn, blocks=True),
+)

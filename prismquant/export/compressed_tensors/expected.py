@@ -5,13 +5,17 @@ Loading and exporting refuse what is found here; ``prismquant check`` tells it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
-from prismquant.export.quantization_args import Args
-from prismquant.export.section import (
+from prismquant.errors import FormatError, grouped
+from prismquant.export.compressed_tensors.quantization_args import Args
+from prismquant.export.compressed_tensors.section import (
     FLOAT,
     INT,
     MXFP4,
@@ -21,9 +25,13 @@ from prismquant.export.section import (
     NVFP4,
     PACK,
     Fault,
-    Group,
+    SchemeGroup,
 )
 from prismquant.headers import TensorInfo
+
+if TYPE_CHECKING:
+    from prismquant.export.compressed_tensors.reader import StoredLayer
+    from prismquant.models.names import NameMap
 
 REAL = (torch.bfloat16, torch.float16, torch.float32)
 SCALES = (*REAL, torch.float64)
@@ -38,6 +46,7 @@ OURS: Mapping[str, str] = {
 }
 # Tensors by which a layer is seen to be stored in codes.
 _CODES = ("weight_packed", "weight_scale", "weight_global_scale", "qweight")
+_MOST_TOLD = 10
 _AGAIN = "export the layer again"
 VLLM_EXTRA = "tensors.vllm-extra"
 """The rule about tensors that harm no reader but vLLM, which stops at what it does not know."""
@@ -69,7 +78,7 @@ def by_layer(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInf
 
 def layer_faults(
     prefix: str,
-    group: Group,
+    group: SchemeGroup,
     shape: tuple[int, int],
     held: Mapping[str, TensorInfo],
     private: Collection[str] = (),
@@ -158,6 +167,74 @@ def plain_faults(
             yield Fault("tensors.plain-shape", what, name, remedy)
 
 
+def layer_faults_of(
+    layers: Iterable[StoredLayer], tensors: Mapping[str, TensorInfo]
+) -> Iterator[Fault]:
+    """What is wrong with the tensors of linear layers, from their headers."""
+    held = by_layer(tensors)
+    for layer in layers:
+        own, sides = (
+            held.get(layer.prefix, {}),
+            (("input", layer.inputs), ("output", layer.outputs)),
+        )
+        if layer.scheme is None or layer.scheme.group is None:
+            if is_stored_packed(layer.prefix, tensors):
+                yield ungrouped_fault(layer.prefix)
+        else:
+            private = [side for side, spec in sides if spec is not None]
+            found = layer_faults(layer.prefix, layer.scheme.group, layer.shape, own, private)
+            yield from (fault for fault in found if fault.rule != VLLM_EXTRA)
+            try:
+                layer.scheme.weights.scale_shape(*layer.shape)
+            except FormatError as error:
+                yield Fault("shapes.group", error.what, layer.prefix, error.remedy or "")
+        for side, spec in sides:
+            suffix = f"{side}_global_scale" if spec and spec.scale == "e4m3" else f"{side}_scale"
+            if spec is not None and spec.calibrated and suffix not in own:
+                what = f"{side}s of {spec.describe()} have no {suffix}"
+                yield Fault("tensors.missing", what, layer.prefix, "calibrate again")
+
+
+def model_faults(
+    model: nn.Module,
+    names: NameMap,
+    layers: Iterable[StoredLayer],
+    tensors: Mapping[str, TensorInfo],
+) -> Iterator[Fault]:
+    """What is wrong with everything that is not in codes."""
+    coded = {f"{layer.name}.weight" for layer in layers if layer.scheme is not None}
+    tied: dict[str, str] = {}
+    if getattr(model.config, "tie_word_embeddings", False):
+        keys: dict[str, str] = getattr(model, "_tied_weights_keys", None) or {}
+        tied = keys | {source: target for target, source in keys.items()}
+    wanted = (
+        (names.to_disk(name), tuple(value.shape))
+        for name, value in model.state_dict().items()
+        if name not in coded
+        # Of two tied tensors one is enough.
+        and not (name in tied and names.to_disk(tied[name]) in tensors)
+    )
+    return plain_faults(wanted, tensors)
+
+
+def require_tensors(folder: Path, faults: Sequence[Fault]) -> None:
+    """Refuse tensors that are not what the configuration says.
+
+    Raises:
+        FormatError: Lists what is wrong, each once, with the layers that it concerns.
+    """
+    if not faults:
+        return
+    told = grouped(f"{fault.where}: {fault.what}" for fault in faults)
+    lines = [f"  - {one}" for one in told[:_MOST_TOLD]]
+    lines += [f"  - and {len(told) - _MOST_TOLD} more"] * (len(told) > _MOST_TOLD)
+    raise FormatError(
+        "\n".join(["tensors are not what the configuration says:", *lines]),
+        where=str(folder),
+        remedy=faults[0].remedy,
+    )
+
+
 def is_stored_packed(prefix: str, tensors: Mapping[str, TensorInfo]) -> bool:
     """Whether the layer of this name on disk has tensors that only quantized ones have."""
     return any(f"{prefix}.{suffix}" in tensors for suffix in _CODES)
@@ -170,7 +247,7 @@ def ungrouped_fault(prefix: str) -> Fault:
     return Fault("tensors.ungrouped", what, prefix, remedy)
 
 
-def expected_tensors(group: Group, rows: int, columns: int) -> dict[str, Expected]:
+def expected_tensors(group: SchemeGroup, rows: int, columns: int) -> dict[str, Expected]:
     """The tensors of one layer by suffix; empty for a layout without a rule.
 
     Args:
@@ -252,7 +329,7 @@ def _packed(args: Args, rows: int, columns: int) -> dict[str, Expected]:
     return tensors
 
 
-def _static(side: str, group: Group) -> dict[str, Expected]:
+def _static(side: str, group: SchemeGroup) -> dict[str, Expected]:
     """Scales that were found by calibration."""
     args = group.inputs if side == "input" else group.outputs
     if args is None:
@@ -269,7 +346,7 @@ def _static(side: str, group: Group) -> dict[str, Expected]:
     return tensors
 
 
-def _is_old_packing(group: Group, shape: tuple[int, int], info: TensorInfo) -> bool:
+def _is_old_packing(group: SchemeGroup, shape: tuple[int, int], info: TensorInfo) -> bool:
     """Whether codes of 3, 5, 6 or 7 bits are packed as libraries before 0.18 did."""
     weights = group.weights
     if weights is None or group.layout != PACK or weights.bits not in (3, 5, 6, 7):

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from prismquant.errors import FormatError
 from prismquant.formats.bits import WORD_BYTES, pack_bits, unpack_bits, words
-from prismquant.formats.layouts.layout import Layout, check_codes
-from prismquant.formats.quantized import QuantizedTensor
+from prismquant.formats.packed import PACK_QUANTIZED, BitLayout
+from prismquant.formats.quantized_layer import QuantizedTensor, check_codes
 from prismquant.numerics.kinds import Granularity
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class PackedIntegers(Layout):
+class PackedIntegers(BitLayout):
     """``weight_packed`` int32 ``[N, ceil(K b / 32)]``, ``weight_scale``, ``weight_shape`` int64
     ``[N, K]``, and for asymmetric formats ``weight_zero_point``, packed alike but down the rows:
     int32 ``[ceil(N b / 32), G]``. Where groups are of columns that are no neighbours,
@@ -115,3 +115,6 @@ def _true_shape(stored: Tensor | None, given: Sequence[int] | None) -> tuple[int
             remedy="correct weight_shape, or export the layer again",
         )
     return (wanted[0], wanted[1])
+
+
+HELD = (PackedIntegers(PACK_QUANTIZED),)

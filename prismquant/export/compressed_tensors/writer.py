@@ -1,22 +1,13 @@
-"""Checkpoints in the compressed-tensors format, written step by step and read back.
+"""Writes checkpoints in the compressed-tensors format, step by step.
 
-The rules that readers (vLLM, transformers with the compressed-tensors library) enforce, and that
-this module keeps:
-
-- ``quantization_config`` sits at the top level of ``config.json``; inside a group only known keys
-  are allowed, and every group says its own ``format``.
-- Targets and ignores are explicit module paths, disjoint, never overlapping patterns: the readers
-  order overlapping patterns differently.
-- Tensors keep the names of the source checkpoint, with ``weight`` replaced by ``weight_packed``,
-  ``weight_scale``, ``weight_shape`` and, for asymmetric formats only, ``weight_zero_point``.
-- Every file of the source other than weights and ``config.json`` is copied byte for byte.
-
-``config.json`` is written last: until then no reader takes the folder for a model.
+Tensors keep the names of the source checkpoint, with ``weight`` replaced by ``weight_packed``,
+``weight_scale``, ``weight_shape`` and, for asymmetric formats only, ``weight_zero_point``. Every
+file of the source other than weights and ``config.json`` is copied byte for byte. ``config.json``
+is written last: until then no reader takes the folder for a model.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,23 +15,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prismquant.errors import FormatError, StorageError
-from prismquant.export.arguments import arguments, private_section
-from prismquant.export.companions import files_to_copy, untied_config
-from prismquant.export.expected import SIGNS, SPLIT_INDEX, SPLIT_WEIGHT
-from prismquant.export.kv_section import key_rotation, kv_cache_scheme
-from prismquant.export.reader import StoredScheme, read_weight, split_columns, static_scale
-from prismquant.export.section import CONFIG_KEY, METHOD
-from prismquant.formats.packed import QuantizedTensor, pack
-from prismquant.formats.quantized_layer import DenseWeight, KVScales, QuantizedLayer, StoredWeight
-from prismquant.formats.spec import NumberSpec
+from prismquant.errors import StorageError
+from prismquant.export.companions import files_to_copy
+from prismquant.export.compressed_tensors.config_writer import (
+    private_section,
+    quantization_config,
+    transform_name,
+)
+from prismquant.export.compressed_tensors.expected import SIGNS, SPLIT_INDEX, SPLIT_WEIGHT
+from prismquant.export.compressed_tensors.reader import (
+    StoredScheme,
+    read_weight,
+    split_columns,
+    static_scale,
+)
+from prismquant.export.compressed_tensors.section import CONFIG_KEY
+from prismquant.export.compressed_tensors.stored import untied_config
+from prismquant.formats.packed import pack
+from prismquant.formats.quantized_layer import (
+    DenseWeight,
+    KVScales,
+    QuantizedLayer,
+    QuantizedTensor,
+    StoredWeight,
+)
 from prismquant.headers import read_header
-from prismquant.models.arch import SiteKind
-from prismquant.models.bound import BoundModel, BoundSite, BoundStep
+from prismquant.models.bound import BoundModel, BoundStep
 from prismquant.models.rotation import untied
 from prismquant.numerics.affine import nonfinite
 from prismquant.numerics.hadamard import hadamard_matrix
-from prismquant.plan.bit_layout import DENSE, is_declarable
+from prismquant.plan.bit_layout import DENSE
 from prismquant.plan.kv_plan import KVLayer
 from prismquant.plan.plan import Plan, PlanRow
 from prismquant.plan.source import source_reader
@@ -53,9 +57,6 @@ from prismquant.storage import (
     write_json,
     write_tensors,
 )
-
-# The version of the configuration's grammar that is written; older readers know it too.
-CONFIG_VERSION = "0.17.0"
 
 
 class CheckpointWriter:
@@ -141,8 +142,7 @@ class CheckpointWriter:
             config = untied_config(config)
         if groups := quantization_config(self.plan, self.bound):
             config |= {CONFIG_KEY: groups}
-        rows = ((_config_name(self.bound, row.site.name), row) for row in self.plan.quantized)
-        write_json(self.folder / "config.json", config | private_section(rows))
+        write_json(self.folder / "config.json", config | private_section(self.plan, self.bound))
         return found
 
     def _nonfinite(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -184,7 +184,7 @@ class CheckpointWriter:
             if row.site.step == step.index and row.online is not None:
                 prefix, block = row.site.disk_name, row.online.block
                 matrix = hadamard_matrix(block).to(row.site.dtype)
-                tensors[f"{prefix}.{_transform_name(block)}_input.weight"] = matrix
+                tensors[f"{prefix}.{transform_name(block)}_input.weight"] = matrix
                 if row.online.signs is not None:
                     tensors[f"{prefix}.{SIGNS}"] = row.online.signs
         return tensors
@@ -216,66 +216,6 @@ class CheckpointWriter:
             weight_map |= dict.fromkeys(infos, shard)
             size += sum(info.nbytes for info in infos.values())
         return {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-
-
-_Key = tuple[NumberSpec | None, NumberSpec | None, NumberSpec | None, str]
-
-
-def quantization_config(plan: Plan, bound: BoundModel) -> dict[str, Any] | None:
-    """The ``quantization_config`` of a plan; None where there is nothing to say.
-
-    A rotation at run time, or a quantized key-value cache, is told even where no layer is stored
-    quantized.
-    """
-    schemes: dict[_Key, list[str]] = {}
-    for row in plan.quantized:
-        if row.layout != DENSE:
-            sides = [spec if spec and is_declarable(spec) else None for spec in row.config.sides]
-            key = (row.config.weights, sides[0], sides[1], row.layout)
-            schemes.setdefault(key, []).append(_config_name(bound, row.site.name))
-    transforms = _transform_config(plan, bound)
-    kv_cache = plan.kv_cache.spec if plan.kv_cache else None
-    if not schemes and not transforms and kv_cache is None:
-        return None
-    groups = {
-        f"group_{number}": {
-            "targets": sorted(names),
-            "format": layout,
-            "weights": arguments(weights),
-            "input_activations": arguments(activations),
-            "output_activations": arguments(outputs),
-        }
-        for number, ((weights, activations, outputs, layout), names) in enumerate(schemes.items())
-    }
-    layouts = {group["format"] for group in groups.values()} or {DENSE}
-    quantized = {name for names in schemes.values() for name in names}
-    linears = {_config_name(bound, name) for name in _linears(bound)}
-    return {
-        "quant_method": METHOD,
-        "version": CONFIG_VERSION,
-        "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
-        "quantization_status": "compressed",
-        "global_compression_ratio": None,
-        "ignore": sorted(linears - quantized),
-        "kv_cache_scheme": kv_cache_scheme(kv_cache),
-        "sparsity_config": {},
-        "transform_config": transforms,
-        "config_groups": groups,
-    }
-
-
-def _config_name(bound: BoundModel, module_name: str) -> str:
-    """Readers look a layer up by the path it has in their model."""
-    if bound.arch.config_map is None:
-        return module_name
-    return bound.names.to_disk(f"{module_name}.weight").removesuffix(".weight")
-
-
-def _linears(bound: BoundModel) -> list[str]:
-    sites = [site.name for site in bound.sites if site.kind is SiteKind.LINEAR]
-    # A bare parameter that is left alone is no module, which readers could ignore.
-    alone = [x.name for x in bound.left_alone if f"{x.name}.weight" in bound.shapes]
-    return [*sites, *alone]
 
 
 def _layer_tensors(layer: QuantizedLayer, row: PlanRow) -> dict[str, Tensor]:
@@ -312,57 +252,3 @@ def _split_tensors(layer: QuantizedLayer, row: PlanRow) -> dict[str, Tensor]:
         weight[:, :count] = layer.outlier_columns.weight.to(weight)
     prefix = row.site.disk_name
     return {f"{prefix}.{SPLIT_INDEX}": index, f"{prefix}.{SPLIT_WEIGHT}": weight}
-
-
-def _transform_config(plan: Plan, bound: BoundModel) -> dict[str, Any]:
-    """Rotations at run time, as the ``hadamard`` transforms of compressed-tensors.
-
-    Unlike those of schemes, targets of transforms are compared with a reader's own module paths,
-    which begin differently in each: hence patterns for the end of the path.
-    """
-    blocks: dict[int, list[str]] = {}
-    for row in plan.rows:
-        if row.online is not None:
-            target = _path_ending(bound, row.site)
-            blocks.setdefault(row.online.block, []).append(target)
-    keys = key_rotation(plan.kv_cache)
-    if not blocks and not keys:
-        return {}
-    return {
-        "config_groups": keys
-        | {
-            _transform_name(block): {
-                "type": "hadamard",
-                "head_dim": block,
-                "randomize": False,
-                "requires_grad": False,
-                "apply": [
-                    {"targets": sorted(names), "location": "input", "inverse": False, "ignore": []}
-                ],
-            }
-            for block, names in blocks.items()
-        }
-    }
-
-
-def _transform_name(block: int) -> str:
-    return f"hadamard_{block}"
-
-
-def _path_ending(bound: BoundModel, site: BoundSite) -> str:
-    """A pattern for one layer that holds whatever a reader puts before the tower's blocks."""
-    parts = site.name.split(".")
-    blocks = next(
-        tower.blocks
-        for tower in bound.arch.towers
-        if tower.blocks and f"{tower.blocks}." in site.name
-    )
-    ending = ".".join(parts[blocks.count(".") :])
-    alike = [other.name for other in bound.sites if f".{other.name}".endswith(f".{ending}")]
-    if len(alike) > 1:
-        raise FormatError(
-            f"{alike} end alike: the configuration cannot tell their rotations apart",
-            where=site.name,
-            remedy="rotate only one of the two towers online",
-        )
-    return f"re:(.*[.])?{re.escape(ending)}$"

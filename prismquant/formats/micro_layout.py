@@ -11,8 +11,15 @@ from torch import Tensor
 
 from prismquant.errors import FormatError
 from prismquant.formats.bits import pack_patterns, pattern_bytes, unpack_patterns
-from prismquant.formats.layouts.layout import Layout, check_shape
-from prismquant.formats.quantized import QuantizedTensor
+from prismquant.formats.packed import (
+    MXFP4_PACK_QUANTIZED,
+    MXFP6_PACK_QUANTIZED,
+    MXFP8_QUANTIZED,
+    NVFP4_PACK_QUANTIZED,
+    BitLayout,
+    check_shape,
+)
+from prismquant.formats.quantized_layer import QuantizedTensor
 from prismquant.numerics.kinds import ScaleKind
 from prismquant.numerics.scales import check_global_scale
 
@@ -25,7 +32,7 @@ _NAN_E8M0 = 255
 
 
 @dataclass(frozen=True)
-class MicroScaled(Layout):
+class MicroScaled(BitLayout):
     """``weight_packed`` uint8 ``[N, K b / 8]`` (numbers of 8 bits: ``weight`` ``[N, K]``) and
     ``weight_scale`` ``[N, G]``: E8M0 as uint8, or float8_e4m3fn with ``weight_global_scale``
     float32 ``[1]``, a divisor.
@@ -125,3 +132,11 @@ def _read_e4m3(stored: Tensor, divisor: Tensor) -> tuple[Tensor, Tensor]:
     if not bool(scale.isfinite().all()):
         raise FormatError(f"an E4M3 scale over the global scale {float(divisor):g} is not finite")
     return scale, divisor
+
+
+HELD = (
+    MicroScaled(NVFP4_PACK_QUANTIZED, "e2m1", 4, "e4m3"),
+    MicroScaled(MXFP4_PACK_QUANTIZED, "e2m1", 4, "e8m0"),
+    MicroScaled(MXFP6_PACK_QUANTIZED, "e2m3", 6, "e8m0"),
+    MicroScaled(MXFP8_QUANTIZED, "e4m3", 8, "e8m0"),
+)

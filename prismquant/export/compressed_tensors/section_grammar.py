@@ -1,25 +1,17 @@
-"""The ``quantization_config`` of a checkpoint in the compressed-tensors format, read strictly.
+"""Reads a ``quantization_config`` with every key and every value accounted for.
 
-Whoever looks at a configuration (loading, evaluating, exporting, checking) looks at what is read
-here: its groups, what it ignores, its cache and its transforms, with every key and every value
-accounted for. Reading never fails. What is wrong becomes a :class:`Fault`, under the name of the
-rule of ``prismquant check`` that tells it; :meth:`Section.require` raises them all together for
-readers that cannot go on. So nothing that is refused is ever called fine.
-
-Which group a layer belongs to is answered more than once, because transformers and vLLM match
-targets in different orders and against different names.
+Reading never fails: what is wrong becomes a
+:class:`~prismquant.export.compressed_tensors.section.Fault` of the section.
 """
 
 from __future__ import annotations
 
 import difflib
-import functools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from prismquant.errors import FormatError, grouped
-from prismquant.export.quantization_args import (
+from prismquant.errors import shortened
+from prismquant.export.compressed_tensors.quantization_args import (
     ARGS_KEYS,
     Args,
     args_faults,
@@ -31,22 +23,20 @@ from prismquant.export.quantization_args import (
     read_args,
     shown,
 )
-from prismquant.export.targets import LINEAR, MOST_PATTERNS, Matcher, Targets, is_broken
-from prismquant.formats.packed import (
-    FLOAT_QUANTIZED,
-    INT_QUANTIZED,
-    LAYOUTS,
-    MXFP4_PACK_QUANTIZED,
-    MXFP6_PACK_QUANTIZED,
-    MXFP8_QUANTIZED,
-    NAIVE_QUANTIZED,
-    NVFP4_PACK_QUANTIZED,
-    PACK_QUANTIZED,
+from prismquant.export.compressed_tensors.section import (
+    CONFIG_KEY,
+    DENSE,
+    METHOD,
+    MOST_PATTERNS,
+    Apply,
+    DeclaredTransform,
+    Fault,
+    SchemeGroup,
+    Section,
+    Targets,
+    is_broken,
 )
-from prismquant.patterns import shortened
-
-CONFIG_KEY = "quantization_config"
-METHOD = "compressed-tensors"
+from prismquant.formats.packed import LAYOUTS
 
 GROUP_KEYS = frozenset({"targets", "weights", "input_activations", "output_activations", "format"})
 ROLES = ("weights", "input_activations", "output_activations")
@@ -62,159 +52,8 @@ APPLY_KEYS = frozenset({"targets", "location", "inverse", "ignore"})
 LOCATIONS = ("input", "weight_input", "weight_output", "output", "k_cache", "q_attn")
 TRANSFORM_TYPES = ("hadamard", "random-hadamard", "random-matrix")
 
-PACK, INT, FLOAT, NAIVE = PACK_QUANTIZED, INT_QUANTIZED, FLOAT_QUANTIZED, NAIVE_QUANTIZED
-NVFP4, MXFP4 = NVFP4_PACK_QUANTIZED, MXFP4_PACK_QUANTIZED
-MXFP6, MXFP8 = MXFP6_PACK_QUANTIZED, MXFP8_QUANTIZED
-DENSE, MIXED = "dense", "mixed-precision"
-# Formats of which a reader takes it that inputs are quantized too.
-WITH_INPUTS = (NAIVE, INT, FLOAT, NVFP4)
-
 # What real configurations have: every expert's path at most.
 _MOST_NAMES = 200_000
-_MOST_TOLD = 10
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One thing that is wrong with a configuration.
-
-    Attributes:
-        rule: The rule of ``prismquant check`` that tells it.
-        what: What is wrong, with the value.
-        where: Which key, group or transform.
-        remedy: What to do about it.
-    """
-
-    rule: str
-    what: str
-    where: str
-    remedy: str = ""
-
-
-@dataclass(frozen=True)
-class Group:
-    """One entry of ``config_groups``.
-
-    Attributes:
-        name: Its key.
-        targets: Its layers.
-        layout: Its own format, else that of the whole configuration; may be any text.
-        own_format: Whether it says its format itself.
-        weights, inputs, outputs: What is quantized; None for what is not, or is ill-formed.
-        well_formed: Whether nothing in it is ill-formed.
-    """
-
-    name: str
-    targets: Targets
-    layout: str
-    own_format: bool
-    weights: Args | None
-    inputs: Args | None
-    outputs: Args | None
-    well_formed: bool
-
-    @property
-    def scheme(self) -> tuple[Args | None, Args | None, Args | None, str]:
-        """What layers of it have in common; names of groups are not part of it."""
-        return (self.weights, self.inputs, self.outputs, self.layout)
-
-    def describe(self) -> str:
-        """In a few words."""
-        weights = self.weights.describe() if self.weights else "no weights"
-        inputs = f", inputs {self.inputs.describe()}" if self.inputs else ""
-        outputs = f", outputs {self.outputs.describe()}" if self.outputs else ""
-        return f"{weights}{inputs}{outputs} as {self.layout}"
-
-
-@dataclass(frozen=True)
-class Apply:
-    """Where a transform is applied.
-
-    Attributes:
-        location: To what of a module, one of :data:`LOCATIONS`.
-        targets, ignore: Of which modules.
-        inverse: Whether it undoes another one.
-    """
-
-    location: str
-    targets: Targets
-    ignore: Targets
-    inverse: bool
-
-
-@dataclass(frozen=True)
-class Transform:
-    """One entry of ``transform_config``.
-
-    Attributes:
-        name: Its key.
-        type: One of :data:`TRANSFORM_TYPES`.
-        head_dim: Width of its blocks; None: that of the module.
-        randomize: Whether its matrix is drawn anew for each module.
-        applies: Where it is applied.
-    """
-
-    name: str
-    type: str
-    head_dim: int | None
-    randomize: bool
-    applies: tuple[Apply, ...]
-
-
-@dataclass(frozen=True)
-class Section:
-    """A ``quantization_config``.
-
-    Attributes:
-        method: The quantization method, in lower case; empty where there is none.
-        groups: Entries of ``config_groups`` that are objects, in order.
-        ignore: What is left alone.
-        cache: How keys and values are kept, None for in floating point or ill-formed.
-        transforms: Well-formed entries of ``transform_config``.
-        faults: What is wrong; of other methods than compressed-tensors nothing is looked at.
-        matcher: Compares names with its targets.
-    """
-
-    method: str = ""
-    groups: tuple[Group, ...] = ()
-    ignore: Targets = field(default_factory=Targets)
-    cache: Args | None = None
-    transforms: tuple[Transform, ...] = ()
-    faults: tuple[Fault, ...] = ()
-    matcher: Matcher = field(default_factory=Matcher, repr=False, compare=False)
-
-    @functools.cached_property
-    def owners(self) -> Mapping[str, Group]:
-        """Target -> the last group that has it."""
-        return {target: group for group in self.groups for target in group.targets}
-
-    def require(self) -> None:
-        """Go on only with a configuration that is understood completely.
-
-        Raises:
-            FormatError: It is of another method, or lists all that is wrong with it.
-        """
-        if self.method not in ("", METHOD):
-            raise FormatError(
-                f"quantization method {shortened(self.method)} cannot be read",
-                where=CONFIG_KEY,
-                remedy=f"only {METHOD} checkpoints and unquantized ones can be loaded; if the "
-                f"weights are in floating point, delete {CONFIG_KEY} from config.json",
-            )
-        if not self.faults:
-            return
-        told = grouped(dict.fromkeys(f"{fault.where}: {fault.what}" for fault in self.faults))
-        lines = [f"  - {one}" for one in told[:_MOST_TOLD]]
-        lines += [f"  - and {len(told) - _MOST_TOLD} more"] * (len(told) > _MOST_TOLD)
-        remedies = {fault.remedy for fault in self.faults}
-        raise FormatError(
-            "\n".join([f"{CONFIG_KEY} cannot be read:", *lines]),
-            where="config.json",
-            remedy=remedies.pop() if len(remedies) == 1 else "correct them, or restore the file",
-        )
-
-
-# ---------------------------------------------------------------------------------------- reading
 
 
 def read_section(config: Mapping[str, Any]) -> Section:
@@ -274,7 +113,7 @@ def _top_faults(raw: Mapping[str, Any]) -> Iterator[Fault]:
             yield Fault("config.type", what, key, f"write {kind}, or null")
 
 
-def _read_groups(raw: Mapping[str, Any], faults: list[Fault]) -> tuple[Group, ...]:
+def _read_groups(raw: Mapping[str, Any], faults: list[Fault]) -> tuple[SchemeGroup, ...]:
     groups = raw.get("config_groups")
     if not isinstance(groups, Mapping):
         what = "it is missing" if groups is None else f"it is {kind_of(groups)}, not an object"
@@ -288,7 +127,7 @@ def _read_groups(raw: Mapping[str, Any], faults: list[Fault]) -> tuple[Group, ..
     )
 
 
-def _read_group(name: str, raw: Any, default: Any, faults: list[Fault]) -> Group | None:
+def _read_group(name: str, raw: Any, default: Any, faults: list[Fault]) -> SchemeGroup | None:
     if not isinstance(raw, Mapping):
         what = f"a group is {kind_of(raw)}, not an object with targets and weights"
         remedy = "write its targets and arguments out"
@@ -307,7 +146,7 @@ def _read_group(name: str, raw: Any, default: Any, faults: list[Fault]) -> Group
         known = f"formats of a group: {', '.join(LAYOUTS)}, {DENSE}"
         faults.append(Fault("config.format-name", what, _place(name), known))
         own = ""
-    return Group(
+    return SchemeGroup(
         name=name,
         targets=targets,
         layout=str(own if own is not None else default),
@@ -339,7 +178,7 @@ def _read_cache(raw: Any, faults: list[Fault]) -> Args | None:
     return None if found else read_args(raw, role)
 
 
-def _read_transforms(raw: Any, faults: list[Fault]) -> tuple[Transform, ...]:
+def _read_transforms(raw: Any, faults: list[Fault]) -> tuple[DeclaredTransform, ...]:
     key, rule = "transform_config", "transforms.grammar"
     if raw is None or raw == {}:
         return ()
@@ -352,7 +191,9 @@ def _read_transforms(raw: Any, faults: list[Fault]) -> tuple[Transform, ...]:
     return tuple(transform for transform in read if transform is not None)
 
 
-def _read_transform(name: str, raw: Any, rule: str, faults: list[Fault]) -> Transform | None:
+def _read_transform(
+    name: str, raw: Any, rule: str, faults: list[Fault]
+) -> DeclaredTransform | None:
     before, place = len(faults), _place(name)
     if not isinstance(raw, Mapping):
         what = f"a transform is {kind_of(raw)}, not an object"
@@ -382,7 +223,7 @@ def _read_transform(name: str, raw: Any, rule: str, faults: list[Fault]) -> Tran
     if len(faults) > before:
         return None
     kept = tuple(one for one in applies if one is not None)
-    return Transform(name, str(kind), size, raw.get("randomize", False), kept)
+    return DeclaredTransform(name, str(kind), size, raw.get("randomize", False), kept)
 
 
 def _read_apply(name: str, raw: Any, rule: str, faults: list[Fault]) -> Apply | None:
@@ -430,7 +271,7 @@ def _targets(
 
 
 def _pattern_faults(
-    groups: Sequence[Group], ignore: Targets, transforms: Sequence[Transform]
+    groups: Sequence[SchemeGroup], ignore: Targets, transforms: Sequence[DeclaredTransform]
 ) -> Iterator[Fault]:
     listed = [(group.targets, _place(group.name)) for group in groups]
     listed += [(ignore, "ignore")]
@@ -462,41 +303,3 @@ def _did_you_mean(key: str, known: str) -> str:
 
 def _place(name: str) -> str:
     return name if len(name) <= 80 else name[:78] + ".."
-
-
-# --------------------------------------------------------------------------------------- matching
-
-
-def group_in_transformers(name: str, section: Section) -> Group | None:
-    """The group of a linear layer as the compressed-tensors library finds it.
-
-    Exact names come before patterns and those before the class; ties go by the alphabet.
-    """
-    matcher = section.matcher
-    if LINEAR in section.ignore.names or section.ignore.meets(name, matcher):
-        return None
-    owners = section.owners
-    if name in owners:
-        return owners[name]
-    patterns = sorted(target for target in owners if target.startswith("re:"))
-    named = next((target for target in patterns if matcher.matches(name, target)), None)
-    return owners.get(named or LINEAR)
-
-
-def group_in_prismquant(names: Collection[str], section: Section) -> Group | None:
-    """The group of the linear layer of these names as ``prismquant.load`` finds it.
-
-    Where several groups aim at it, its own name counts more than a pattern, and a pattern more
-    than the name of a class; ties go by the order of the groups.
-    """
-    matcher = section.matcher
-    found = [(group.targets.hit(names, matcher), group) for group in section.groups]
-    hits = [(hit, place) for place, (hit, _) in enumerate(found) if hit is not None]
-    if not hits or section.ignore.hit(names, matcher):
-        return None
-    return section.groups[min(hits)[1]]
-
-
-def groups_by_name(name: str, section: Section) -> list[Group]:
-    """All groups that have a layer among their targets, by its name rather than its class."""
-    return [group for group in section.groups if group.targets.meets(name, section.matcher)]

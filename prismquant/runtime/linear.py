@@ -1,9 +1,9 @@
-"""A quantized layer at run time: dequantized weights and, where asked, a quantized input.
+"""A quantized layer at run time: what is around its product, and the store its weight lies in.
 
-The weight that a :class:`QuantLinear` multiplies with is exactly what the checkpoint stores,
-dequantized. On the way in the input is rotated where the weight was, then quantized and
-dequantized, with a static scale from calibration or a dynamic scale per token; single columns may
-stay in floating point. Simulating this in floating point gives the accuracy of integer kernels,
+On the way in, the input is rotated where the weight was, then quantized and dequantized, with a
+static scale from calibration or a dynamic scale per token; single columns may stay in floating
+point. The :class:`WeightStore` multiplies. The dense one holds exactly the values that the
+checkpoint's codes stand for: simulating in floating point gives the accuracy of integer kernels,
 which differ only in the order of summation.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,6 @@ from torch.nn import functional
 from prismquant.errors import FormatError
 from prismquant.formats.spec import NumberSpec
 from prismquant.numerics.affine import dynamic_scale_zero_point, simulate
-from prismquant.numerics.hadamard import block_hadamard
 from prismquant.numerics.scales import ScaleFormat
 
 
@@ -103,35 +103,34 @@ class ActivationQuantizer(nn.Module):
         return simulate(x, scale, zero_point, grid, granularity, size)
 
 
-class InputRotation(nn.Module):
-    """Rotates a layer's input by a block-diagonal Hadamard matrix, after flipping signs.
+class WeightStore(Protocol):
+    """Where a layer's weight lies, and how inputs are multiplied with it."""
 
-    Args:
-        block: Width of a block, a power of two that divides the features.
-        signs: int8 [features] of +1 and -1, or None.
-    """
+    def product(self, layer: nn.Linear, input: Tensor) -> Tensor:
+        """``input`` [..., in] times the weight of ``layer``, plus its bias: [..., out]."""
 
-    signs: Tensor | None
 
-    def __init__(self, block: int, signs: Tensor | None = None) -> None:
-        super().__init__()
-        self.block = block
-        self.register_buffer("signs", signs)
+class DenseStore:
+    """The weight as floating-point values, in the layer's own parameter."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` [..., features]; dtype and shape are kept."""
-        if self.signs is not None:
-            x = x * self.signs.to(x.dtype)
-        return block_hadamard(x, self.block)
+    def product(self, layer: nn.Linear, input: Tensor) -> Tensor:
+        """The product in the dtype of the weight."""
+        return functional.linear(input, layer.weight, layer.bias)
 
 
 class QuantLinear(nn.Linear):
     """A linear layer whose weight came off a quantization grid and whose input may go through one.
 
     Being an ``nn.Linear``, it can stand wherever a model expects one.
+
+    Attributes:
+        store: Where its weight lies.
+        input_rotation: What rotates its input, or None.
+        input_quantizer, output_quantizer: What rounds its input and its output, or None.
     """
 
-    input_rotation: InputRotation | None
+    store: WeightStore
+    input_rotation: nn.Module | None
     input_quantizer: ActivationQuantizer | None
     output_quantizer: ActivationQuantizer | None
 
@@ -144,6 +143,7 @@ class QuantLinear(nn.Linear):
             layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
         layer.weight = linear.weight
         layer.bias = linear.bias
+        layer.store = DenseStore()
         layer.input_rotation = None
         layer.input_quantizer = None
         layer.output_quantizer = None
@@ -151,14 +151,17 @@ class QuantLinear(nn.Linear):
 
     def rotated(self, input: Tensor) -> Tensor:
         """The input as the quantizer, and the weight, see it."""
-        return input if self.input_rotation is None else self.input_rotation(input)
+        if self.input_rotation is None:
+            return input
+        turned: Tensor = self.input_rotation(input)
+        return turned
 
     def forward(self, input: Tensor) -> Tensor:
         """``input`` [..., in] to [..., out]."""
         input = self.rotated(input)
         if self.input_quantizer is not None:
             input = self.input_quantizer(input)
-        output = functional.linear(input, self.weight, self.bias)
+        output = self.store.product(self, input)
         return output if self.output_quantizer is None else self.output_quantizer(output)
 
 
@@ -191,12 +194,6 @@ def quantize_outputs(
     """Put an output quantizer behind the linear layer called ``name`` in ``model``, in place."""
     layer = quant_linear(model, name)
     layer.output_quantizer = ActivationQuantizer(spec, scale, zero_point).to(layer.weight.device)
-
-
-def rotate_inputs(model: nn.Module, name: str, block: int, signs: Tensor | None) -> None:
-    """Put a rotation before the linear layer called ``name`` in ``model``, in place."""
-    layer = quant_linear(model, name)
-    layer.input_rotation = InputRotation(block, signs).to(layer.weight.device)
 
 
 @contextlib.contextmanager

@@ -14,22 +14,17 @@ import torch
 from torch import nn
 
 from prismquant.errors import FormatError
-from prismquant.export.section import Section
+from prismquant.export.compressed_tensors.section import Section
 from prismquant.formats.kv_formats import KVCacheSpec
-from prismquant.formats.packed import scale_fault
-from prismquant.formats.quantized_layer import KVScales
+from prismquant.formats.quantized_layer import KVScales, scale_fault
 from prismquant.models.arch import ArchSpec, Cached, Modality
 from prismquant.models.attention import quantize_cache
 from prismquant.models.config import config_value
 from prismquant.models.names import NameMap
-from prismquant.numerics.hadamard import power_of_two_block
-from prismquant.plan.kv_plan import KVPlan
 from prismquant.storage import ShardReader
 
 _STRATEGIES = {"tensor": "tensor", "head": "attn_head"}
 _TYPES = {"fp8": ("float", 8), "int8": ("int", 8), "int4": ("int", 4)}
-_ROTATION = "key_rotation"
-ROTATED_AT = ("q_attn", "k_cache")
 _CALIBRATE = "quantize again with kv_cache in the recipe, or drop kv_cache_scheme from config.json"
 
 
@@ -46,33 +41,6 @@ def kv_cache_scheme(spec: KVCacheSpec | None) -> dict[str, Any] | None:
         "group_size": None,
         "dynamic": False,
     }
-
-
-def key_rotation(plan: KVPlan | None) -> dict[str, Any]:
-    """The group of ``transform_config`` that tells of rotated queries and keys; none: empty."""
-    if plan is None or not plan.spec.rotated:
-        return {}
-    targets = [_pattern(layer.attention) for layer in plan.layers]
-    apply = {"targets": targets, "inverse": False, "ignore": []}
-    return {
-        _ROTATION: {
-            "type": "hadamard",
-            "head_dim": power_of_two_block(plan.layers[0].head_dim),
-            "randomize": False,
-            "requires_grad": False,
-            "apply": [apply | {"location": location} for location in ROTATED_AT],
-        }
-    }
-
-
-def _pattern(path: str) -> str:
-    """For the language model's attention module at ``<..>.language_model.layers.0.self_attn``.
-
-    Readers put different names before and behind the tower's; the vision tower's blocks may end
-    alike.
-    """
-    tower, *block = path.split(".")[-4:]
-    return f"re:(.*[.])?{tower}[.](.*[.])?{'[.]'.join(block)}$"
 
 
 def read_kv_cache_scheme(section: Section) -> KVCacheSpec | None:

@@ -1,4 +1,4 @@
-"""A checkpoint in the compressed-tensors format, read back: schemes, rotations, codes, values.
+"""Schemes and tensors of a checkpoint, read back: codes, values, static scales, outlier columns.
 
 Nothing is read that does not mean one thing: a layer's tensors are those of its scheme and no
 others, scales are numbers that can be divided by, codes lie in their range, and what is in floating
@@ -16,18 +16,22 @@ import torch
 from torch import Tensor
 
 from prismquant.errors import FormatError, NumericsError
-from prismquant.export.arguments import specification
-from prismquant.export.expected import SPLIT_INDEX, SPLIT_WEIGHT
-from prismquant.export.kv_section import ROTATED_AT
-from prismquant.export.section import PACK, Group, Section, Transform, group_in_prismquant
-from prismquant.formats.packed import (
+from prismquant.export.compressed_tensors.expected import SPLIT_INDEX, SPLIT_WEIGHT
+from prismquant.export.compressed_tensors.quantization_args import spec_of
+from prismquant.export.compressed_tensors.section import (
+    PACK,
+    SchemeGroup,
+    Section,
+    group_in_prismquant,
+)
+from prismquant.formats.packed import PackedWeight, check_layout
+from prismquant.formats.quantized_layer import (
+    OutlierColumns,
     QuantizedTensor,
-    check_layout,
+    StaticScale,
     finite_fault,
     scale_fault,
-    unpack,
 )
-from prismquant.formats.quantized_layer import OutlierColumns, StaticScale
 from prismquant.formats.spec import NumberSpec
 from prismquant.headers import TensorInfo
 from prismquant.storage import ShardReader
@@ -58,7 +62,38 @@ class StoredScheme:
     activations: NumberSpec | None = None
     outputs: NumberSpec | None = None
     reordered: bool = False
-    group: Group | None = None
+    group: SchemeGroup | None = None
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """One linear layer of a checkpoint.
+
+    Attributes:
+        name: Its module path in transformers.
+        called: What the checkpoint's configuration calls it.
+        prefix: What its tensors' names begin with on disk.
+        shape: ``(out, in)``.
+        scheme: How it is stored; None: in floating point.
+        rotation: Width of the Hadamard blocks that rotate its input at run time; None: no rotation.
+        inputs, outputs: In what numbers its input and its output are; None: floating point. A layer
+            that is stored in floating point may have them too.
+    """
+
+    name: str
+    called: str
+    prefix: str
+    shape: tuple[int, int]
+    scheme: StoredScheme | None
+    rotation: int | None
+    inputs: NumberSpec | None = None
+    outputs: NumberSpec | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is an ordinary linear layer."""
+        parts = (self.scheme, self.rotation, self.inputs, self.outputs)
+        return all(part is None for part in parts)
 
 
 def read_schemes(
@@ -97,7 +132,7 @@ def read_schemes(
     return schemes
 
 
-def _read_scheme(group: Group) -> StoredScheme | None:
+def _read_scheme(group: SchemeGroup) -> StoredScheme | None:
     """The scheme of a group; None where it has no weights, as one of attention modules."""
     if group.weights is None:
         return None
@@ -110,10 +145,10 @@ def _read_scheme(group: Group) -> StoredScheme | None:
         )
     try:
         scheme = StoredScheme(
-            specification(group.weights, group.layout),
+            spec_of(group.weights, group.layout),
             group.layout,
-            activations=specification(group.inputs) if group.inputs else None,
-            outputs=specification(group.outputs) if group.outputs else None,
+            activations=spec_of(group.inputs) if group.inputs else None,
+            outputs=spec_of(group.outputs) if group.outputs else None,
             reordered=group.weights.reordered,
             group=group,
         )
@@ -123,53 +158,6 @@ def _read_scheme(group: Group) -> StoredScheme | None:
     except FormatError as error:
         raise FormatError(error.what, where=where, remedy=error.remedy) from error
     return scheme
-
-
-def read_rotations(
-    section: Section,
-    linears: Mapping[str, int],
-    aliases: Mapping[str, Collection[str]] = _NO_ALIASES,
-) -> dict[str, int]:
-    """Which linear layers of a model rotate their input, and in blocks of what width.
-
-    Transforms of weights were applied before these were stored, and need nothing of a reader.
-
-    Args:
-        section: The checkpoint's configuration.
-        linears: Input features of the model's linear layers, by what the configuration calls them.
-        aliases: Other names that a layer goes by.
-
-    Raises:
-        FormatError: A transform is one that PrismQuant does not have.
-    """
-    section.require()
-    found: dict[str, int] = {}
-    for transform in section.transforms:
-        known = transform.type == "hadamard" and not transform.randomize
-        for apply in transform.applies:
-            if apply.location.startswith("weight_") or (known and apply.location in ROTATED_AT):
-                continue  # done, or of queries and keys: the key-value cache's affair
-            if not known or apply.location != "input":
-                raise _unread_transform(transform, apply.location)
-            for linear, width in linears.items():
-                names = (linear, *aliases.get(linear, ()))
-                hit = apply.targets.hit(names, section.matcher)
-                if hit and not apply.ignore.hit(names, section.matcher):
-                    block = transform.head_dim or width
-                    # Across a whole width the library takes other matrices than we have.
-                    fits = width % block == 0 and block & (block - 1) == 0
-                    if not fits:
-                        raise _unread_transform(transform, apply.location)
-                    found[linear] = block
-    return found
-
-
-def _unread_transform(transform: Transform, where: str) -> FormatError:
-    return FormatError(
-        f"transform {transform.name!r} ({transform.type} at {where}) cannot be read",
-        remedy="only hadamard transforms of inputs are supported, in blocks or across a width that "
-        "is a power of two",
-    )
 
 
 # ---------------------------------------------------------------------------------------- tensors
@@ -242,10 +230,14 @@ class DequantizingReader(ShardReader):
             return values
         return values.index_copy_(1, columns.index, columns.weight.float())
 
+    def packed(self, prefix: str) -> PackedWeight:
+        """The weight of the quantized layer of that name on disk, as it lies there."""
+        scheme, shape = self._schemes[prefix]
+        return read_packed(self._stored, prefix, scheme, shape)
+
     def quantized(self, prefix: str) -> QuantizedTensor:
         """The codes and scales of the quantized layer of that name on disk."""
-        scheme, shape = self._schemes[prefix]
-        return read_weight(self._stored, prefix, scheme, shape)
+        return _unpacked(self.packed(prefix), prefix)
 
     def static_scale(self, prefix: str, side: str, spec: NumberSpec) -> StaticScale | None:
         """The static scale of a layer's ``input`` or ``output`` in a format that may have one."""
@@ -259,7 +251,25 @@ class DequantizingReader(ShardReader):
 def read_weight(
     reader: ShardReader, prefix: str, scheme: StoredScheme, shape: tuple[int, int]
 ) -> QuantizedTensor:
-    """The weight of a layer that is stored in codes.
+    """The codes and scales of a layer's weight; arguments and errors as of :func:`read_packed`.
+
+    Raises:
+        FormatError: A tensor is of another shape; a code or a scale is none.
+    """
+    return _unpacked(read_packed(reader, prefix, scheme, shape), prefix)
+
+
+def _unpacked(packed: PackedWeight, prefix: str) -> QuantizedTensor:
+    try:
+        return packed.unpack()
+    except FormatError as error:
+        raise FormatError(error.what, where=prefix, remedy=error.remedy) from error
+
+
+def read_packed(
+    reader: ShardReader, prefix: str, scheme: StoredScheme, shape: tuple[int, int]
+) -> PackedWeight:
+    """The weight of a layer that is stored in codes, as it lies in the checkpoint.
 
     Args:
         reader: Its tensors as they are stored.
@@ -268,21 +278,19 @@ def read_weight(
         shape: ``(out, in)``, as the model has it.
 
     Raises:
-        FormatError: A tensor is missing, unexpected or of another shape; a code or a scale is none.
+        FormatError: There is an index of groups that is not declared, or none that is.
         NumericsError: A scale is NaN or infinite.
     """
     present = [suffix for suffix in _WEIGHT_SUFFIXES if f"{prefix}.{suffix}" in reader.names]
-    try:
-        if scheme.reordered != ("weight_g_idx" in present):
-            have = "has no" if scheme.reordered else "must not have a"
-            raise FormatError(
-                f"a weight of {scheme.weights.describe()} {have} weight_g_idx",
-                remedy="declare actorder: group exactly where the checkpoint has the index",
-            )
-        tensors = {suffix: reader.read(f"{prefix}.{suffix}") for suffix in present}
-        return unpack(tensors, scheme.weights, scheme.layout, shape)
-    except FormatError as error:
-        raise FormatError(error.what, where=prefix, remedy=error.remedy) from error
+    if scheme.reordered != ("weight_g_idx" in present):
+        have = "has no" if scheme.reordered else "must not have a"
+        raise FormatError(
+            f"a weight of {scheme.weights.describe()} {have} weight_g_idx",
+            where=prefix,
+            remedy="declare actorder: group exactly where the checkpoint has the index",
+        )
+    tensors = {suffix: reader.read(f"{prefix}.{suffix}") for suffix in present}
+    return PackedWeight(tensors, scheme.weights, scheme.layout, shape)
 
 
 def static_scale(

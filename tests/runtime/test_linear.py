@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from prismquant.formats.spec import spec
-from prismquant.runtime.quant_linear import (
+from prismquant.runtime.linear import (
     ActivationQuantizer,
     QuantLinear,
     activations_in_float,
     quantize_inputs,
     quantize_outputs,
-    rotate_inputs,
 )
+from prismquant.runtime.online_rotation import rotate_inputs
 
 
 def brute_force(x: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Tensor:

@@ -1,0 +1,1 @@
+"""The compressed-tensors format: its configuration, reading and writing checkpoints in it."""
