@@ -424,10 +424,9 @@ def _is_known(config: Mapping[str, Any]) -> bool:
 
 
 def _layers(checkpoint: Checkpoint, model: BoundModel) -> Iterator[Layer]:
-    naming = vllm.naming(model.arch.name)
     sites = {site.name: site for site in model.sites if site.kind is SiteKind.LINEAR}
     spare = [item.name for item in model.left_alone if item.is_linear]
-    found = _found_in_vllm(checkpoint, model, [*sites, *spare], naming)
+    found = _found_in_vllm(checkpoint, model, [*sites, *spare])
     for name in [*sites, *spare]:
         disk = _disk(model, name)
         called = disk if model.arch.config_map is not None else name
@@ -454,23 +453,24 @@ def _layers(checkpoint: Checkpoint, model: BoundModel) -> Iterator[Layer]:
 
 
 def _found_in_vllm(
-    checkpoint: Checkpoint, model: BoundModel, names: list[str], naming: vllm.Naming | None
+    checkpoint: Checkpoint, model: BoundModel, names: list[str]
 ) -> dict[str, vllm.Found]:
-    if naming is None or model.arch.config_map is not None:
+    own_names = model.arch.vllm
+    if own_names is None or model.arch.config_map is not None:
         return {}
     keys = {site.name: site.fuse_key for site in model.sites}
     parts: dict[str, list[str]] = {}
     for name in names:
         parts.setdefault(keys.get(name) or name, []).append(name)
     found: dict[str, vllm.Found] = {}
-    section = vllm.renamed(checkpoint.read, naming)
+    section = vllm.renamed(checkpoint.read, own_names)
     for key, members in parts.items():
         label = key.rpartition(":")[2] if keys.get(members[0]) else None
         one = vllm.find_group(
             members,
-            label,
+            model.arch.fused.get(label or ""),
             section,
-            naming,
+            own_names,
             head=members[0] == model.arch.head,
         )
         found |= dict.fromkeys(members, one)

@@ -7,12 +7,8 @@ last it looks for a target inside the name of the layer's class.
 
 from __future__ import annotations
 
-import functools
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from prismquant.export.compressed_tensors.quantization_args import Args
 from prismquant.export.compressed_tensors.section import (
@@ -24,50 +20,24 @@ from prismquant.export.compressed_tensors.section import (
     Section,
     Targets,
 )
+from prismquant.models.reader_names import FusedLayer, VllmNames
 
 VERSION = "0.33"
 _HEAD_CLASS, _OTHER_CLASS = "ParallelLMHead", "ParallelLinear"
 _WHOLE = ("tensor", "channel", "block")
 
 
-@dataclass(frozen=True)
-class Naming:
-    """How vLLM names the parts of one architecture.
-
-    Attributes:
-        prefixes: ``(on disk or in transformers, in vLLM)``.
-        fused: Label of fused sites -> name and class of the fused layer.
-        head: What it calls the language model's head, if not by renaming.
-    """
-
-    prefixes: tuple[tuple[str, str], ...]
-    fused: Mapping[str, Mapping[str, str]]
-    head: str | None = None
-
-    def rename(self, name: str) -> str:
-        """The path in vLLM of a tensor or module."""
-        for old, new in self.prefixes:
-            if name.startswith(old):
-                name = new + name.removeprefix(old)
-        return name
-
-    def rename_target(self, target: str) -> str:
-        """A target as vLLM compares it: patterns and class names stay as they are."""
-        return self.rename(target) if "." in target and not target.startswith("re:") else target
+def rename(name: str, names: VllmNames) -> str:
+    """The path in vLLM of a tensor or module."""
+    for old, new in names.prefixes:
+        if name.startswith(old):
+            name = new + name.removeprefix(old)
+    return name
 
 
-def naming(arch: str) -> Naming | None:
-    """How vLLM names an architecture's parts; None where it does not have it."""
-    table = _table()
-    if arch not in table["archs"]:
-        return None
-    pairs = tuple((old, new) for old, new in table["archs"][arch]["prefixes"])
-    return Naming(pairs, table["fused"], table["archs"][arch].get("head"))
-
-
-@functools.cache
-def _table() -> dict[str, Any]:
-    return tomllib.loads((Path(__file__).parent / "vllm.toml").read_text(encoding="utf-8"))
+def _rename_target(target: str, names: VllmNames) -> str:
+    """A target as vLLM compares it: patterns and class names stay as they are."""
+    return rename(target, names) if "." in target and not target.startswith("re:") else target
 
 
 @dataclass(frozen=True)
@@ -85,10 +55,10 @@ class Renamed:
     matcher: Matcher
 
 
-def renamed(section: Section, naming: Naming) -> Renamed:
+def renamed(section: Section, names: VllmNames) -> Renamed:
     """A configuration's names in vLLM."""
-    ignore = Targets(tuple(naming.rename_target(pattern) for pattern in section.ignore))
-    owners = {naming.rename_target(t): group for t, group in section.owners.items()}
+    ignore = Targets(tuple(_rename_target(pattern, names) for pattern in section.ignore))
+    owners = {_rename_target(t, names): group for t, group in section.owners.items()}
     return Renamed(ignore, owners, section.matcher)
 
 
@@ -107,9 +77,9 @@ class Found:
 
 def find_group(
     parts: Sequence[str],
-    label: str | None,
+    fused: FusedLayer | None,
     section: Renamed,
-    naming: Naming,
+    names: VllmNames,
     *,
     head: bool = False,
 ) -> Found:
@@ -117,17 +87,16 @@ def find_group(
 
     Args:
         parts: What the configuration calls them, in the order in which they are fused.
-        label: Label of the fused sites; None for a layer by itself.
+        fused: What they are fused into; None for a layer by itself.
         section: The configuration with names of its own.
-        naming: The architecture's names.
+        names: What vLLM calls the architecture's parts.
         head: Whether it is the language model's head.
     """
-    paths = [naming.rename(f"{part}.").removesuffix(".") for part in parts]
-    if head and naming.head is not None:
-        paths = [naming.head]
-    fused = naming.fused.get(label or "")
-    whole = f"{paths[0].rpartition('.')[0]}.{fused['name']}" if fused else paths[0]
-    kind = fused["class"] if fused else _HEAD_CLASS if head else _OTHER_CLASS
+    paths = [rename(f"{part}.", names).removesuffix(".") for part in parts]
+    if head and names.head is not None:
+        paths = [names.head]
+    whole = f"{paths[0].rpartition('.')[0]}.{fused.name}" if fused else paths[0]
+    kind = fused.kind if fused else _HEAD_CLASS if head else _OTHER_CLASS
     matcher, owner = section.matcher, section.owners
     if section.ignore.meets(whole, matcher):
         return Found(None)

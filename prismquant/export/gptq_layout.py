@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -46,7 +46,7 @@ from prismquant.export.packed_integers import (
 )
 from prismquant.formats.bits import pack_bits
 from prismquant.formats.quantized_layer import QuantizedTensor
-from prismquant.models.arch import Modality
+from prismquant.models.arch import ArchSpec, Modality
 from prismquant.version import __version__
 
 BITS = (2, 3, 4, 8)
@@ -54,12 +54,6 @@ BITS = (2, 3, 4, 8)
 _VLLM_BITS = (4, 8)
 _VLLM_GROUPS = (-1, 32, 64, 128)
 _WORD = 32
-
-# Layers that servers run as one, by the names of the parts.
-_FUSED: Mapping[str, tuple[str, ...]] = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
 
 
 @dataclass(frozen=True)
@@ -144,13 +138,13 @@ def quantization_config(source: StoredCheckpoint) -> dict[str, Any]:
     common = Counter(schemes.values()).most_common(1)[0][0]
     symmetric = all(sym for _, _, sym in schemes.values())
     left = [layer.called for layer in source.layers if layer.called not in schemes]
-    dynamic: dict[str, dict[str, Any]] = {f"-:{p}": {} for p in _patterns(left)}
+    dynamic: dict[str, dict[str, Any]] = {f"-:{p}": {} for p in _patterns(source.arch, left)}
     for scheme in dict.fromkeys(schemes.values()):
         if scheme != common:
             bits, size, sym = scheme
             alike = [name for name, own in schemes.items() if own == scheme]
             rule = {"bits": bits, "group_size": size, "sym": sym}
-            dynamic |= {f"+:{pattern}": rule for pattern in _patterns(alike)}
+            dynamic |= {f"+:{pattern}": rule for pattern in _patterns(source.arch, alike)}
     bits, size, sym = common
     return {
         "quant_method": "gptq",
@@ -185,7 +179,7 @@ def _refusal(source: StoredCheckpoint, layer: StoredLayer) -> Refusal | None:
     return found
 
 
-def _patterns(names: Sequence[str]) -> list[str]:
+def _patterns(arch: ArchSpec, names: Sequence[str]) -> list[str]:
     """Regular expressions that match exactly these layers, whatever reader looks at them.
 
     Layers of one parent that differ in the last part only share a pattern.
@@ -194,15 +188,21 @@ def _patterns(names: Sequence[str]) -> list[str]:
     for name in names:
         parent, _, leaf = name.rpartition(".")
         parents.setdefault(parent, []).append(leaf)
-    return [_pattern(parent, leaves) for parent, leaves in parents.items()]
+    return [_pattern(arch, parent, leaves) for parent, leaves in parents.items()]
 
 
-def _pattern(parent: str, leaves: Sequence[str]) -> str:
-    fused = [name for name, parts in _FUSED.items() if set(parts) <= set(leaves)]
+def _pattern(arch: ArchSpec, parent: str, leaves: Sequence[str]) -> str:
+    fused = [
+        layer.name for label, layer in arch.fused.items() if _parts(arch, label) <= set(leaves)
+    ]
     ending = "|".join(re.escape(leaf) for leaf in (*leaves, *fused))
-    # `model.language_model.layers` and `model.visual.blocks` in transformers are
-    # `language_model.model.layers` and `visual.blocks` in vLLM; its head is a part of the former.
-    path = re.escape(f"{parent}." if parent else "").removeprefix(r"model\.")
-    path = path.replace(r"language_model\.", r"language_model\.(?:model\.)?", 1)
-    before = "model" if parent else "language_model"
-    return rf"^(?:{before}\.)?{path}(?:{ending})$"
+    path = f"{parent}." if parent else ""
+    prefixes = (pair for pair in arch.gptq.prefixes if path.startswith(pair[0]))
+    known, before = next(prefixes, ("", ""))
+    return rf"^{before}{re.escape(path.removeprefix(known))}(?:{ending})$"
+
+
+def _parts(arch: ArchSpec, label: str) -> set[str]:
+    """Last parts of the paths of the sites that servers fuse under a label."""
+    sites = (site for tower in arch.towers for site in tower.sites)
+    return {site.path.rpartition(".")[2] for site in sites if site.fuse == label}

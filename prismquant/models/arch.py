@@ -15,6 +15,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from prismquant.errors import ModelError
+from prismquant.models.reader_names import FusedLayer, GgufNames, GptqNames, VllmNames
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -281,7 +282,11 @@ class ArchSpec:
         layouts: The first is assumed when a folder has no weights.
         edges: Edges between steps, with absolute paths.
         streams: Residual streams, one for a tower that can be rotated.
-        left_alone: Path pattern -> why these layers are not quantizable.
+        left_alone: Pattern of module or parameter paths -> why they are not quantized.
+        fused: Fuse label -> the layer that servers make of its sites.
+        vllm: What vLLM calls its parts; None where vLLM does not have it.
+        gguf: What llama.cpp calls its parts; None where llama.cpp does not have it.
+        gptq: What readers of GPTQ layers call its parts.
         ignored_tensors: Patterns of tensors on disk that the model does not need.
         config_map: Present for remote-code checkpoints that the native class runs.
         processor_map: Likewise.
@@ -300,6 +305,10 @@ class ArchSpec:
     edges: tuple[Edge, ...] = ()
     streams: tuple[Stream, ...] = ()
     left_alone: Mapping[str, str] = field(default_factory=dict)
+    fused: Mapping[str, FusedLayer] = field(default_factory=dict)
+    vllm: VllmNames | None = None
+    gguf: GgufNames | None = None
+    gptq: GptqNames = field(default_factory=GptqNames)
     ignored_tensors: tuple[str, ...] = ()
     config_map: ConfigMap | None = None
     processor_map: ProcessorMap | None = None

@@ -30,6 +30,7 @@ from prismquant.models.arch import (
     Stream,
     Tower,
 )
+from prismquant.models.reader_names import read_fused, read_gguf, read_gptq, read_vllm
 from prismquant.models.strict_table import StrictTable
 
 if TYPE_CHECKING:
@@ -79,6 +80,10 @@ def load_arch(path: Path) -> ArchSpec:
         edges=tuple(_edge(table) for table in top.tables("edges")),
         streams=tuple(_stream(table) for table in top.tables("streams")),
         left_alone=top.strings("left_alone"),
+        fused=read_fused(top.table("fused")),
+        vllm=read_vllm(top.table("vllm")),
+        gguf=read_gguf(top.table("gguf")),
+        gptq=read_gptq(top.table("gptq")),
         ignored_tensors=top.texts("ignored_tensors", ()),
         config_map=_config_map(table) if (table := top.table("config")) else None,
         processor_map=_processor_map(table) if (table := top.table("processor")) else None,

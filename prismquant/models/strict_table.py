@@ -67,6 +67,26 @@ class StrictTable:
             raise self._mistyped(key, "a list of lists of strings", value)
         return tuple(tuple(group) for group in value)
 
+    def pairs(self, key: str) -> tuple[tuple[str, str], ...]:
+        """A list of lists of two strings."""
+        groups = self.groups(key)
+        for group in groups:
+            if len(group) != 2:
+                raise self._mistyped(key, "a list of pairs of strings", list(group))
+        return tuple((first, second) for first, second in groups)
+
+    def lists(self, key: str) -> dict[str, tuple[str, ...]]:
+        """A table whose values are strings, or lists of them."""
+        table = self.table(key)
+        if table is None:
+            return {}
+        result = {
+            name: (value,) if isinstance(value, str) else table.texts(name)
+            for name, value in table._data.items()
+        }
+        table._read.update(result)
+        return result
+
     def strings(self, key: str) -> dict[str, str]:
         table = self.table(key)
         if table is None:

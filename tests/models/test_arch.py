@@ -89,6 +89,30 @@ def test_what_a_role_means_is_said_of_every_site(name):
             assert site.cache == (cached.get(site.role) if tower.modality == "llm" else None)
 
 
+def test_names_of_readers_lie_beside_the_family():
+    archs = known_archs()
+    assert [name for name in ALL if archs[name].vllm and archs[name].gguf] == [
+        "qwen2_5_vl",
+        "qwen2_vl",
+        "qwen3_vl",
+    ]
+    for arch in archs.values():
+        labels = {site.fuse for tower in arch.towers for site in tower.sites if site.fuse}
+        assert labels == arch.fused.keys(), arch.name
+        assert arch.gptq.prefixes, arch.name
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if known_archs()[name].gguf])
+def test_llama_cpp_has_every_name_that_a_file_gives_to_a_tensor(name):
+    gguf = pytest.importorskip("gguf")
+    names = known_archs()[name].gguf
+    assert hasattr(gguf.MODEL_ARCH, names.architecture)
+    assert hasattr(gguf.VisionProjectorType, names.projector)
+    for tensors in names.tensors.values():
+        for tensor in tensors:
+            assert hasattr(gguf.MODEL_TENSOR, tensor.partition(":")[0]), tensor
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_the_patch_embedding_is_a_convolution(name):
     (site,) = known_archs()[name].tower("vision").entry_sites
@@ -148,6 +172,8 @@ def test_an_unknown_key_is_named_with_its_path_and_a_suggestion(broken):
         ("stage = 1\n", "stage = true\n", "whole number"),
         ('parallel = "row"', 'parallel = "rows"', "'rows' is none of column, row"),
         ("closes_stream = true", "closes_stream = false", "must be true, or left out"),
+        ('["model.visual.", "visual."],', '["model.visual."],', "list of pairs of strings"),
+        ('"lm_head" = "OUTPUT"', '"lm_head" = 3', "'gguf.tensors.lm_head' must be"),
         ('["pixel_values", "image_grid_thw"],', '"pixel_values",', "list of lists"),
         ('modality = "vision"', 'modality = "sight"', "'sight' is none of vision"),
         ('kind = "patch_conv"', 'kind = "patch"', "'patch' is none of linear"),

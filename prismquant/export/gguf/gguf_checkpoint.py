@@ -26,13 +26,17 @@ from prismquant.export.compressed_tensors.stored import StoredCheckpoint
 from prismquant.export.exporter import Progress, Refusal
 from prismquant.export.gguf import metadata
 from prismquant.export.gguf.ggml_blocks import BLOCK, BYTES, block_type, pack, why_not
-from prismquant.export.gguf.llama_cpp_names import ARCHITECTURES, Part, parts
+from prismquant.export.gguf.llama_cpp_names import Part, parts
 from prismquant.export.gguf.vocabulary import read_vocabulary
 from prismquant.export.packed_integers import scale_refusal
 from prismquant.formats.quantized_layer import QuantizedTensor
+from prismquant.models.arch_files import known_archs
 from prismquant.models.config import native_config
+from prismquant.models.reader_names import GgufNames
 from prismquant.storage import atomic_path
 
+# The projector whose tower looks at windows.
+_WINDOWED = "QWEN25VL"
 _FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _SIZES = {"F32": 4, "F16": 2, "BF16": 2}
 _FILE_TYPES = {
@@ -73,7 +77,7 @@ class GGUF:
         """
         _gguf()
         config = _config(source)
-        if ARCHITECTURES[config.model_type][1] == "QWEN25VL":
+        if _names(source).projector == _WINDOWED:
             metadata.window_pattern(config.vision_config)
         refused = [_refusal(source, layer) for layer in source.layers]
         unknown = [
@@ -104,19 +108,19 @@ class GGUF:
     def write(self, source: StoredCheckpoint, out: Path, progress: Progress) -> None:
         """Write ``mmproj-F16.gguf`` and ``model-TYPE.gguf``, in this order."""
         config = _config(source)
-        architecture, projector = ARCHITECTURES[config.model_type]
+        own_names = _names(source)
         library = _gguf()
         text, vision = _pieces(source, config)
         name = source.folder.resolve().name
         count = _Counter(progress, len(text) + len(vision))
         writer = library.GGUFWriter(None, "clip")
-        kind = getattr(library.VisionProjectorType, projector)
+        kind = getattr(library.VisionProjectorType, own_names.projector)
         file_type = int(library.LlamaFileType.MOSTLY_F16)
         metadata.write_vision(writer, config, source.folder, kind, name, file_type)
         _write_file(writer, out / "mmproj-F16.gguf", vision, source, count)
 
         names = {tensor.name: title for tensor, title in library.MODEL_ARCH_NAMES.items()}
-        writer = library.GGUFWriter(None, names[architecture])
+        writer = library.GGUFWriter(None, names[own_names.architecture])
         common = _common_type(text)
         told = _FILE_TYPES.get(common, f"MOSTLY_{common}")
         file_type = int(getattr(library.LlamaFileType, told))
@@ -157,15 +161,20 @@ def _refusal(source: StoredCheckpoint, layer: StoredLayer) -> Refusal | None:
 
 
 def _config(source: StoredCheckpoint) -> Any:
-    config = native_config(source.arch, source.folder)
-    if config.model_type not in ARCHITECTURES or source.arch.config_map is not None:
+    _names(source)
+    return native_config(source.arch, source.folder)
+
+
+def _names(source: StoredCheckpoint) -> GgufNames:
+    if source.arch.gguf is None:
+        titles = sorted(arch.title for arch in known_archs().values() if arch.gguf is not None)
         raise FormatError(
             f"llama.cpp has no architecture for {source.arch.title}",
             where=str(source.folder),
-            remedy="choose another --format, such as dense; GGUF files are written for Qwen2-VL, "
-            "Qwen2.5-VL and Qwen3-VL",
+            remedy="choose another --format, such as dense; GGUF files are written for "
+            f"{', '.join(titles[:-1])} and {titles[-1]}",
         )
-    return config
+    return source.arch.gguf
 
 
 def _gguf() -> ModuleType:
@@ -183,7 +192,7 @@ def _parts(source: StoredCheckpoint, config: Any, name: str) -> tuple[bool, list
     if not source.names.knows(name):
         return None
     levels = tuple(getattr(config.vision_config, "deepstack_visual_indexes", ()))
-    return parts(config.model_type, source.names.to_module(name), levels)
+    return parts(_names(source), source.names.to_module(name), levels)
 
 
 def _pieces(source: StoredCheckpoint, config: Any) -> tuple[list[_Piece], list[_Piece]]:

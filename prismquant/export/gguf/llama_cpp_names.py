@@ -1,65 +1,19 @@
-"""What llama.cpp calls the tensors of a Qwen-VL model: two files, one table for each.
+"""Places of a model's tensors in GGUF files, by the names in its architecture file.
 
-Names are those of the gguf package's constants. The vision tower and the merger make up the second
-file (``mmproj``); there the patch embedding, a convolution over two frames, is stored as two over
-one frame, and the fused query-key-value projection of Qwen2-VL and Qwen2.5-VL as three layers.
+The vision tower and the merger make up a file of their own (``mmproj``). There the patch embedding,
+a convolution over two frames, is stored as two over one frame.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
-# Model type -> the architecture's name in the gguf package, and the projector's.
-ARCHITECTURES: Mapping[str, tuple[str, str]] = MappingProxyType(
-    {
-        "qwen2_vl": ("QWEN2VL", "QWEN2VL"),
-        "qwen2_5_vl": ("QWEN2VL", "QWEN25VL"),
-        "qwen3_vl": ("QWEN3VL", "QWEN3VL"),
-    }
-)
-# Of these the query-key-value projection of the tower stays in one piece.
-_FUSED_QKV = ("qwen3_vl",)
+from prismquant.models.reader_names import GgufNames
 
-_TEXT = MappingProxyType(
-    {
-        r"embed_tokens": "TOKEN_EMBD",
-        r"norm": "OUTPUT_NORM",
-        r"layers\.(\d+)\.input_layernorm": "ATTN_NORM",
-        r"layers\.(\d+)\.self_attn\.q_proj": "ATTN_Q",
-        r"layers\.(\d+)\.self_attn\.k_proj": "ATTN_K",
-        r"layers\.(\d+)\.self_attn\.v_proj": "ATTN_V",
-        r"layers\.(\d+)\.self_attn\.o_proj": "ATTN_OUT",
-        r"layers\.(\d+)\.self_attn\.q_norm": "ATTN_Q_NORM",
-        r"layers\.(\d+)\.self_attn\.k_norm": "ATTN_K_NORM",
-        r"layers\.(\d+)\.post_attention_layernorm": "FFN_NORM",
-        r"layers\.(\d+)\.mlp\.gate_proj": "FFN_GATE",
-        r"layers\.(\d+)\.mlp\.up_proj": "FFN_UP",
-        r"layers\.(\d+)\.mlp\.down_proj": "FFN_DOWN",
-    }
-)
-_VISION = MappingProxyType(
-    {
-        r"patch_embed\.proj": "V_ENC_EMBD_PATCH",
-        r"pos_embed": "V_ENC_EMBD_POS",
-        r"blocks\.(\d+)\.norm1": "V_ENC_INPUT_NORM",
-        r"blocks\.(\d+)\.norm2": "V_ENC_POST_ATTN_NORM",
-        r"blocks\.(\d+)\.attn\.qkv": "V_ENC_ATTN_QKV",
-        r"blocks\.(\d+)\.attn\.proj": "V_ENC_ATTN_O",
-        r"blocks\.(\d+)\.mlp\.(?:fc1|up_proj|linear_fc1)": "V_ENC_FFN_UP",
-        r"blocks\.(\d+)\.mlp\.gate_proj": "V_ENC_FFN_GATE",
-        r"blocks\.(\d+)\.mlp\.(?:fc2|down_proj|linear_fc2)": "V_ENC_FFN_DOWN",
-        r"merger\.(?:ln_q|norm)": "V_POST_NORM",
-        r"deepstack_merger_list\.(\d+)\.norm": "V_DS_NORM",
-        r"deepstack_merger_list\.(\d+)\.linear_fc1": "V_DS_FC1",
-        r"deepstack_merger_list\.(\d+)\.linear_fc2": "V_DS_FC2",
-    }
-)
-# The merger's two layers are numbers 0 and 2 of a sequence; number 1 is the activation.
-_MERGER = MappingProxyType({"mlp.0": 0, "mlp.2": 2, "linear_fc1": 0, "linear_fc2": 2})
-_QKV = ("V_ENC_ATTN_Q", "V_ENC_ATTN_K", "V_ENC_ATTN_V")
+_PATCHES = "V_ENC_EMBD_PATCH"
+_DEEPSTACK = "V_DS"
+_VISION = "V_"
 
 
 @dataclass(frozen=True)
@@ -81,11 +35,13 @@ class Part:
     count: int = 1
 
 
-def parts(model_type: str, name: str, deepstack: tuple[int, ...]) -> tuple[bool, list[Part]] | None:
+def parts(
+    names: GgufNames, name: str, deepstack: tuple[int, ...]
+) -> tuple[bool, list[Part]] | None:
     """Where a tensor of the model goes.
 
     Args:
-        model_type: A key of :data:`ARCHITECTURES`.
+        names: What llama.cpp calls the family's tensors.
         name: The tensor by its module path.
         deepstack: After which blocks of the tower features are taken out.
 
@@ -94,34 +50,26 @@ def parts(model_type: str, name: str, deepstack: tuple[int, ...]) -> tuple[bool,
         place for it.
     """
     module, _, suffix = name.rpartition(".")
-    if module == "lm_head":
-        return False, [Part("OUTPUT", None, suffix)]
-    if module.startswith("model.language_model."):
-        found = _look_up(_TEXT, module.removeprefix("model.language_model."))
-        return (False, [Part(*found, suffix)]) if found else None
-    if not module.startswith("model.visual."):
-        return None
-    module = module.removeprefix("model.visual.")
-    if module.startswith("merger.") and module.removeprefix("merger.") in _MERGER:
-        return True, [Part("V_MMPROJ", _MERGER[module.removeprefix("merger.")], suffix)]
-    found = _look_up(_VISION, module)
+    found = _look_up(names, module)
     if found is None:
         return None
-    tensor, block = found
-    if tensor.startswith("V_DS") and block is not None:
-        return True, [Part(tensor, deepstack[block], suffix)]
-    if tensor == "V_ENC_ATTN_QKV" and model_type not in _FUSED_QKV:
-        return True, [Part(own, block, suffix, index, 3) for index, own in enumerate(_QKV)]
-    if tensor == "V_ENC_EMBD_PATCH" and suffix == "weight":
-        return True, [
-            Part(tensor, block, ending, index, 2)
-            for index, ending in enumerate(("weight", "weight.1"))
-        ]
-    return True, [Part(tensor, block, suffix)]
+    tensors, block = found
+    vision = tensors[0].startswith(_VISION)
+    if tensors[0].startswith(_DEEPSTACK) and block is not None:
+        block = deepstack[block]
+    if tensors[0] == _PATCHES and suffix == "weight":
+        frames = enumerate(("weight", "weight.1"))
+        return vision, [Part(_PATCHES, block, ending, index, 2) for index, ending in frames]
+    count = len(tensors)
+    return vision, [Part(own, block, suffix, index, count) for index, own in enumerate(tensors)]
 
 
-def _look_up(table: Mapping[str, str], module: str) -> tuple[str, int | None] | None:
-    for pattern, tensor in table.items():
-        if match := re.fullmatch(pattern, module):
-            return tensor, int(match[1]) if match.groups() else None
+def _look_up(names: GgufNames, module: str) -> tuple[tuple[str, ...], int | None] | None:
+    """The tensors that a module's are called after, and the number of the block."""
+    for path, tensors in names.tensors.items():
+        if match := re.fullmatch(re.escape(path).replace(r"\*", r"(\d+)"), module):
+            first, _, number = tensors[0].partition(":")
+            if number:
+                return (first,), int(number)
+            return tensors, int(match[1]) if match.groups() else None
     return None
