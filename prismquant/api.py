@@ -468,8 +468,7 @@ def _remaining(setup: RunSetup, gradients: Sequence[Batch]) -> Generator[StepRec
     if gradients:
         setup.reporter.stage("model", "gradients")
     # Not a part of the record: model, data and plan decide them, and those are.
-    device, dtype = setup.placement.device, setup.placement.precision.dtype
-    weights = vision_weights(setup.plan, setup.bound, gradients, device=device, dtype=dtype)
+    weights = vision_weights(setup.plan, setup.bound, gradients, setup.placement, setup.store)
     yield from run(replace(setup, vision_weights=weights))
 
 

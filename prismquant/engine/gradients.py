@@ -22,11 +22,10 @@ all its layers, whatever the recipe does to them.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -36,12 +35,17 @@ from torch.nn import functional
 
 from prismquant.data import Sample, balanced_subset, media_of
 from prismquant.data.batches import Batch
+from prismquant.engine.activation_store import ActivationStore
+from prismquant.engine.placement import Placement
+from prismquant.engine.replay import StepCall
+from prismquant.engine.walk import ModelWalk, Unit, Visit
 from prismquant.errors import DataError, NumericsError, PrismQuantError
 from prismquant.memory import keep_heap_compact
 from prismquant.models.arch import Modality
 from prismquant.models.bound import BoundModel, BoundSite
-from prismquant.models.load import load_float
 from prismquant.plan.plan import Plan
+from prismquant.runtime.mixed import Precision
+from prismquant.storage import ShardReader
 
 # Enough for a standard error of about a quarter of a ratio, as measured on the demo model.
 GRADIENT_SAMPLES = 32
@@ -85,22 +89,23 @@ def vision_weights(
     plan: Plan,
     bound: BoundModel,
     batches: Sequence[Batch],
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
+    placement: Placement | None = None,
+    store: ActivationStore | None = None,
 ) -> dict[str, float]:
     """What a vision token counts for at the layers whose plan says ``gradient``.
 
-    The whole floating-point model is loaded, and freed on return. Each weight is at least the
-    median over the blocks, as in MBQ: where vision tokens have little or no influence of their own,
-    as in the last block, they still keep the statistics from resting on a few text tokens.
+    The floating-point model is walked through forth and back, one unit in memory at a time. Each
+    weight is at least the median over the blocks, as in MBQ: where vision tokens have little or no
+    influence of their own, as in the last block, they still keep the statistics from resting on a
+    few text tokens.
 
     Args:
         plan: Says which layers ask.
         bound: The model.
         batches: Samples with answers; those of one row each need the least memory.
-        device: Where the model runs.
-        dtype: In which it runs. float16, in which gradients vanish, is replaced by bfloat16.
+        placement: Where units run, and in which dtype. float16, in which gradients vanish, is
+            replaced by bfloat16; products are not narrowed.
+        store: Keeps the outputs of all units of the language model until their turn comes back.
 
     Returns:
         Weight by the layer's name; empty without batches.
@@ -108,18 +113,20 @@ def vision_weights(
     Raises:
         DataError: No vision token stands in a row with an answer.
         NumericsError: The loss or a gradient is not finite.
-        PrismQuantError: The model does not fit on the device.
+        PrismQuantError: A unit does not fit on the device.
     """
     if not batches:
         return {}
     keep_heap_compact()
-    arithmetic = torch.bfloat16 if dtype is torch.float16 else dtype
+    placement = placement or Placement()
+    dtype = placement.precision.dtype
+    precision = Precision(torch.bfloat16 if dtype is torch.float16 else dtype)
     try:
-        model = load_float(bound.folder, arithmetic, device=device)
-        ratios = gradient_ratios(model, bound, batches)
+        reader, where = ShardReader(bound.folder), replace(placement, precision=precision)
+        ratios = gradient_ratios(bound, reader, batches, where, store)
     except torch.OutOfMemoryError as error:
         raise PrismQuantError(
-            f"a backward pass through the whole model does not fit on {device}",
+            f"a backward pass through one block does not fit on {placement.device}",
             where=str(bound.folder),
             remedy="give `vision_weight` a number, or run with --device cpu",
         ) from error
@@ -129,7 +136,11 @@ def vision_weights(
 
 
 def gradient_ratios(
-    model: nn.Module, bound: BoundModel, batches: Sequence[Batch]
+    bound: BoundModel,
+    reader: ShardReader,
+    batches: Sequence[Batch],
+    placement: Placement | None = None,
+    store: ActivationStore | None = None,
 ) -> dict[str, float]:
     """Mean squared gradient at vision tokens over that at text tokens, of all LLM layers.
 
@@ -139,9 +150,11 @@ def gradient_ratios(
     read the same input; rows are scaled to one another before the ratio is taken.
 
     Args:
-        model: The whole model, with parameters that take no gradients.
-        bound: Its description.
+        bound: The model.
+        reader: Gives its weights.
         batches: Samples with answers.
+        placement: Where units run.
+        store: Keeps the outputs of all units of the language model until their turn comes back.
 
     Returns:
         Ratio by the input's key; 1 where text tokens have no gradient to compare with.
@@ -150,19 +163,56 @@ def gradient_ratios(
         DataError: No vision token stands in a row with an answer.
         NumericsError: The loss or a gradient is not finite; names the samples and the layer.
     """
-    sites = _sites(bound)
-    sums = {site.input_key: torch.zeros(2, dtype=torch.float64) for site in sites}
-    seen = False
-    for batch in batches:
-        places = _places(batch)
-        if places is not None:
-            seen = True
-            for key, squares in _squared_gradients(model, sites, batch, places).items():
-                sums[key] += _scaled_means(squares, places.tokens)
-    if not seen:
+    counted = [(batch, places) for batch in batches if (places := _places(batch)) is not None]
+    if not counted:
         raise _no_answers()
+    sites = _sites(bound)
+    visit = Visit(layers=[site.name for site in sites], backward=True)
+    walk = ModelWalk(
+        bound, reader, [batch for batch, _ in counted], placement, visit=visit, store=store
+    )
+    sums = {site.input_key: torch.zeros(2, dtype=torch.float64) for site in sites}
+    # Of the output of the unit before, call by call.
+    arriving: list[Callable[[], Tensor]] = []
+    with contextlib.closing(walk.units()) as units:
+        for unit in units:
+            with unit.loaded(), unit.as_served():
+                if not unit.backward:
+                    _forward(unit)
+                    continue
+                waiting = iter(arriving)
+                arriving = []
+                calls = iter(unit.graph_calls())
+                for batch, places in counted:
+                    gradient = None if unit.step.kind == "head" else next(waiting)()
+                    squares, leaf = _squared_gradients(unit, calls, batch, places, gradient)
+                    for key, rows in squares.items():
+                        sums[key] += _scaled_means(rows, places.tokens)
+                    if leaf is not None:
+                        # Where nothing depends on the unit before, none has arrived.
+                        found = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+                        arriving.append(walk.store.keep(found))
     means = {key: total.tolist() for key, total in sums.items()}
     return {key: vision / text if text else 1.0 for key, (text, vision) in means.items()}
+
+
+@torch.no_grad()
+def _forward(unit: Unit) -> None:
+    """Hand a unit's outputs on; an error of numbers names the samples."""
+    if not unit.carries:
+        return
+    for call in unit.calls():
+        output = unit.module(*call.args, **call.kwargs)
+        try:
+            call.keep(output)
+        except NumericsError as error:
+            samples = f", samples {', '.join(call.ids)}" if call.ids else ""
+            raise NumericsError(
+                error.what,
+                where=f"{error.where}{samples}",
+                remedy="give `vision_weight` a number, or look for NaN in the checkpoint",
+            ) from error
+        del call, output
 
 
 def floored(ratios: Mapping[str, float], bound: BoundModel) -> dict[str, float]:
@@ -215,12 +265,24 @@ def _places(batch: Batch) -> _Places | None:
 
 
 def _squared_gradients(
-    model: nn.Module, sites: Sequence[BoundSite], batch: Batch, places: _Places
-) -> dict[str, Tensor]:
-    """Sums of squared gradients of the layers' outputs, by the input's key.
+    unit: Unit,
+    calls: Iterator[tuple[StepCall, Tensor | None]],
+    batch: Batch,
+    places: _Places,
+    gradient: Tensor | None,
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Sums of squared gradients of the outputs of a unit's layers, by the input's key.
+
+    Args:
+        unit: The unit; loaded.
+        calls: Its calls; the next one is taken.
+        batch: The batch of that call.
+        places: Which of its tokens are what.
+        gradient: Of the unit's output, or None for the head, whose output the loss is of.
 
     Returns:
-        Float64 [2, B] on the CPU: text and vision tokens of each row, over all output channels.
+        Float64 [2, B] on the CPU: text and vision tokens of each row, over all output channels; and
+        the output of the unit before, with its gradient.
     """
     sums: dict[str, Tensor] = {}
 
@@ -249,23 +311,25 @@ def _squared_gradients(
         return hook
 
     with contextlib.ExitStack() as stack, torch.enable_grad():
-        for site in sites:
-            handle = model.get_submodule(site.name).register_forward_hook(watch(site))
+        for site in unit.layers:
+            handle = unit.main.module(site.name).register_forward_hook(watch(site))
             stack.callback(handle.remove)
-        _loss(model, batch, places).backward()
-    return sums
+        call, leaf = next(calls)
+        if gradient is None:
+            _loss(unit.module, call.args[0], batch, places).backward()
+        else:
+            output = unit.module(*call.args, **call.kwargs)
+            values = output if isinstance(output, Tensor) else output[0]
+            values.backward(gradient.to(values.device))
+    return sums, leaf
 
 
-def _loss(model: nn.Module, batch: Batch, places: _Places) -> Tensor:
-    """Cross-entropy summed over the answers of all rows that count."""
-    here = next(model.parameters()).device
-    inputs: dict[str, Any] = dict(batch.to(here).inputs)
+def _loss(head: nn.Module, hidden: Tensor, batch: Batch, places: _Places) -> Tensor:
+    """Cross-entropy summed over the answers of all rows that count, from the head's input."""
+    here = hidden.device
     rows, slots = places.predicting[:, places.columns].nonzero(as_tuple=True)
     targets = batch.inputs["input_ids"].cpu()[rows, places.columns[slots] + 1]
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        logits = model(**inputs, use_cache=False, logits_to_keep=places.columns.to(here)).logits
-    else:
-        logits = model(**inputs, use_cache=False).logits[:, places.columns.to(here)]
+    logits = head(hidden[:, places.columns.to(here)])
     picked = logits[rows.to(here), slots.to(here)]
     picked = picked.to(torch.promote_types(picked.dtype, torch.float32))
     loss = functional.cross_entropy(picked, targets.to(here), reduction="sum")

@@ -258,7 +258,8 @@ class _UnitWork:
         edge, model = planned.edge, self.unit.main.model
         # Consumers that are not quantized have a row of the plan, too.
         rows = {row.site.name: row for row in self.how.plan.rows if row.site.step == edge.step}
-        weight = self.how.vision_weight(rows[edge.consumers[0]])
+        first = next(rows[name] for name in edge.consumers if rows[name].quantized)
+        weight = self.how.vision_weight(first)
         problem = edge_problem(model, edge, rows, record, weight)
         result = build_equalizer(planned.equalizer, planned.options).equalize(problem)
         notes = dict(result.notes)

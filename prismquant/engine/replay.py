@@ -48,7 +48,7 @@ class Enough(Exception):  # noqa: N818 - likewise
 
 
 @dataclass
-class _Pass:
+class _TowerPass:
     """What is kept of one call between steps.
 
     Attributes:
@@ -62,6 +62,8 @@ class _Pass:
         hidden: Gives its output.
         entry_shape: Shape of the entry step's output, for a stand-in that costs nothing.
         features: Give the outputs of finished projector steps, by name.
+        finished: Give the outputs of all finished units of the language model, where they are kept.
+        ids: Samples of the batch.
         pixels: Makes the pixels, by their key, until the entry step has read them.
     """
 
@@ -74,6 +76,8 @@ class _Pass:
     hidden: Callable[[], Any] = lambda: None
     entry_shape: torch.Size = field(default_factory=torch.Size)
     features: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    finished: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    ids: tuple[str, ...] = ()
     pixels: Callable[[], dict[str, Tensor]] | None = None
 
     def whole_inputs(self) -> dict[str, Any]:
@@ -94,6 +98,7 @@ class StepCall:
         keep: Stores the step's output, which later steps will see.
         tokens: How many rows of each modality count in the language model; None elsewhere.
         kind: What all rows are of elsewhere.
+        ids: Samples of the batch, in the language model.
     """
 
     args: tuple[Any, ...]
@@ -103,6 +108,7 @@ class StepCall:
     keep: Callable[[Any], None]
     tokens: Tokens | None = None
     kind: Kind = "text"
+    ids: tuple[str, ...] = ()
 
     def seen(self, rows: int) -> Tokens:
         """How many of a layer's rows are of each modality; padding is of none."""
@@ -131,6 +137,7 @@ class Replay:
         device: Where steps run.
         dtype: Floating-point inputs are cast to it.
         states: Where states wait between steps; on the device by default.
+        keep_all: Keep the outputs of all units of the language model, for :meth:`graph_calls`.
     """
 
     def __init__(
@@ -142,6 +149,7 @@ class Replay:
         device: torch.device,
         dtype: torch.dtype,
         states: ActivationStore | None = None,
+        keep_all: bool = False,
     ) -> None:
         self.model = model
         self.bound = bound
@@ -153,7 +161,9 @@ class Replay:
             self._vision_passes(inputs, batch)
             for inputs, batch in zip(self._batches, batches, strict=True)
         ]
-        self._llm: list[_Pass] = []
+        self._llm: list[_TowerPass] = []
+        self._ids = [batch.ids for batch in batches]
+        self._keep_all = keep_all
         self._steps = {step.name: step for step in bound.steps}
 
     def vision_steps(self) -> list[BoundStep]:
@@ -199,8 +209,8 @@ class Replay:
         """
         root = self._llm_root()
         known = {self.bound.arch.embeddings: embed, root: _capture_here}
-        for inputs, passes, vision in zip(
-            self._batches, self._vision, self._vision_tokens, strict=True
+        for inputs, passes, vision, ids in zip(
+            self._batches, self._vision, self._vision_tokens, self._ids, strict=True
         ):
             captured = self._capture(inputs, self._vision_stand_ins(passes) | known)
             mask = inputs.get("attention_mask")
@@ -212,7 +222,7 @@ class Replay:
                     where=self.bound.arch.name,
                 )
             kept = self._states.keep(captured.kwargs_of_step)
-            self._llm.append(_Pass(kept, weights, vision, tokens))
+            self._llm.append(_TowerPass(kept, weights, vision, tokens, ids=ids))
         self._vision.clear()
         self._batches.clear()
 
@@ -228,11 +238,11 @@ class Replay:
     def calls(self, step: BoundStep) -> Iterator[StepCall]:
         """How the model calls ``step``, pass by pass; all steps before it must be finished."""
         if step.kind == "head":
-            yield from self._head_calls()
+            yield from map(self._head_call, self._llm)
         elif step.modality is Modality.LLM:
             root = self.model.get_submodule(self._llm_root())
             for state in self._llm:
-                stand_ins = self._chain_stand_ins(state, Modality.LLM) | {step.name: _capture_here}
+                stand_ins = self._chain_stand_ins(state) | {step.name: _capture_here}
                 captured = self._capture(state.inputs(), stand_ins, root)
                 yield self._step_call(step, state, captured)
         else:
@@ -244,6 +254,41 @@ class Replay:
                     # Its pixels must be gone before the next ones are made.
                     del captured
 
+    def graph_calls(self, step: BoundStep) -> Iterator[tuple[StepCall, Tensor | None]]:
+        """How the model calls a unit of its language model, as a function of the unit before it.
+
+        All units must be finished and their outputs kept; gradients must be enabled. Units are
+        asked for from the last one to the first: what follows one is forgotten.
+
+        Yields:
+            The call, whose arguments hang on the output of the unit before; and that output, a leaf
+            that takes gradients, or None for the first unit.
+        """
+        blocks = [s.name for s in self.bound.steps if s.modality is Modality.LLM]
+        before = blocks[: blocks.index(step.name)][-1:]
+        for state in self._llm:
+            leaf = self._rewind(state, before[0] if before else "")
+            if step.kind == "head":
+                call = self._head_call(state)
+            else:
+                stand_ins = self._chain_stand_ins(state) | {step.name: _capture_here}
+                root = self.model.get_submodule(self._llm_root())
+                call = self._step_call(step, state, self._capture(state.inputs(), stand_ins, root))
+            yield call, leaf
+
+    @staticmethod
+    def _rewind(state: _TowerPass, latest: str) -> Tensor | None:
+        """Let a unit be the last one that is finished; gives its output as a leaf."""
+        state.latest = latest
+        if not latest:
+            return None
+        output = state.finished.pop(latest)()
+        whole = (output,) if isinstance(output, Tensor) else output
+        leaf: Tensor = whole[0].detach().requires_grad_(True)
+        given = leaf if isinstance(output, Tensor) else (leaf, *whole[1:])
+        state.hidden = lambda: given
+        return leaf
+
     def _without_pixels(self, batch: Batch) -> dict[str, Any]:
         """A batch's inputs on the device; of pixels only the shape, which takes no memory."""
         pixels = {group[0] for group in self.bound.arch.input_groups}
@@ -254,7 +299,7 @@ class Replay:
             for key, value in batch.inputs.items()
         }
 
-    def _vision_passes(self, inputs: dict[str, Any], batch: Batch) -> list[_Pass]:
+    def _vision_passes(self, inputs: dict[str, Any], batch: Batch) -> list[_TowerPass]:
         """One pass for each group of vision inputs that the batch has, e.g. images, then videos."""
         groups = self.bound.arch.input_groups
         vision_keys = {key for group in groups for key in group}
@@ -266,7 +311,7 @@ class Replay:
             return {key: _moved(batch.whole().inputs[key], self._device, self._dtype)}
 
         return [
-            _Pass(
+            _TowerPass(
                 partial(of_group, group),
                 None,
                 kind="video" if "video" in group[0] else "image",
@@ -276,21 +321,21 @@ class Replay:
             if inputs.get(group[0]) is not None
         ]
 
-    def _head_calls(self) -> Iterator[StepCall]:
+    def _head_call(self, state: _TowerPass) -> StepCall:
         root = self.model.get_submodule(self._llm_root())
-        for state in self._llm:
-            with replaced_forwards(self.model, self._chain_stand_ins(state, Modality.LLM)):
-                output = root(**state.inputs())
-            yield StepCall(
-                (output.last_hidden_state,),
-                {},
-                state.row_weights,
-                state.vision,
-                lambda _: None,
-                state.tokens,
-            )
+        with replaced_forwards(self.model, self._chain_stand_ins(state)):
+            output = root(**state.inputs())
+        return StepCall(
+            (output.last_hidden_state,),
+            {},
+            state.row_weights,
+            state.vision,
+            lambda _: None,
+            state.tokens,
+            ids=state.ids,
+        )
 
-    def _step_call(self, step: BoundStep, state: _Pass, captured: _Captured) -> StepCall:
+    def _step_call(self, step: BoundStep, state: _TowerPass, captured: _Captured) -> StepCall:
         def keep(output: Any) -> None:
             values = output if isinstance(output, Tensor) else output[0]
             if not all_finite(values):
@@ -306,12 +351,14 @@ class Replay:
             if step.kind == "entry":
                 state.entry_shape = values.shape
                 state.pixels = None
-            if step.modality is Modality.LLM and not state.latest:
+            if step.modality is Modality.LLM and not state.latest and not self._keep_all:
                 # From now on only its shape is looked at.
                 inputs = state.inputs()
                 hollow = {"inputs_embeds": _hollow(inputs["inputs_embeds"])}
                 state.inputs = self._states.keep(inputs | hollow)
             state.latest, state.hidden = step.name, self._states.keep(output)
+            if self._keep_all:
+                state.finished[step.name] = state.hidden
 
         return StepCall(
             captured.args_of_step,
@@ -321,12 +368,13 @@ class Replay:
             keep,
             state.tokens,
             state.kind,
+            state.ids,
         )
 
-    def _vision_stand_ins(self, passes: Sequence[_Pass]) -> dict[str, Callable[..., Any]]:
+    def _vision_stand_ins(self, passes: Sequence[_TowerPass]) -> dict[str, Callable[..., Any]]:
         """Stand-ins for finished vision steps; the passes follow each other within one forward."""
         queue = list(passes)
-        current: list[_Pass] = queue[:1]
+        current: list[_TowerPass] = queue[:1]
 
         def entry(*args: Any, **_: Any) -> Any:
             state = queue.pop(0)
@@ -349,11 +397,11 @@ class Replay:
                 stand_ins[step.name] = _chain_link(step.name, lambda: current[0])
         return stand_ins
 
-    def _chain_stand_ins(self, state: _Pass, modality: Modality) -> dict[str, Callable[..., Any]]:
+    def _chain_stand_ins(self, state: _TowerPass) -> dict[str, Callable[..., Any]]:
         return {
             step.name: _chain_link(step.name, lambda: state)
             for step in self.bound.steps
-            if step.modality is modality and step.kind == "block"
+            if step.modality is Modality.LLM and step.kind == "block"
         }
 
     def _capture(
@@ -374,7 +422,8 @@ class Replay:
                 else:
                     root(**inputs)
         except _Captured as captured:
-            return captured
+            # Its frames would hold this pass, and what waits for it, until the next collection.
+            return captured.with_traceback(None)
         raise ModelError(
             "the model's forward pass ended without running the expected step",
             where=self.bound.arch.name,
@@ -389,7 +438,7 @@ def _capture_here(*args: Any, **kwargs: Any) -> Any:
     raise _Captured(args, kwargs)
 
 
-def _chain_link(name: str, state: Callable[[], _Pass]) -> Callable[..., Any]:
+def _chain_link(name: str, state: Callable[[], _TowerPass]) -> Callable[..., Any]:
     """The last finished step gives its output; every other hands its input through."""
 
     def stand_in(*args: Any, **kwargs: Any) -> Any:

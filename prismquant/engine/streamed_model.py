@@ -54,6 +54,7 @@ class StreamedModel:
         placement: Where units run.
         store: Where hidden states wait.
         served: How layers run.
+        keep_all: Keep the outputs of all units of the language model.
     """
 
     def __init__(
@@ -64,13 +65,22 @@ class StreamedModel:
         placement: Placement,
         store: ActivationStore,
         served: ServedAs,
+        *,
+        keep_all: bool = False,
     ) -> None:
         self.bound = bound
         self.model = empty_model(bound.config, bound.arch)
         self._reader, self._placement, self._served = reader, placement, served
         self._narrow = {step.name: narrow_modules(bound, step) for step in bound.steps}
-        device, dtype = placement.device, placement.precision.dtype
-        self.replay = Replay(self.model, bound, batches, device=device, dtype=dtype, states=store)
+        self.replay = Replay(
+            self.model,
+            bound,
+            batches,
+            device=placement.device,
+            dtype=placement.precision.dtype,
+            states=store,
+            keep_all=keep_all,
+        )
 
     def module(self, name: str) -> nn.Module:
         """The module of this path."""

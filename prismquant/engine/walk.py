@@ -49,6 +49,8 @@ class Visit:
         attentions: Indices of units whose keys and values it looks at.
         stagewise: Layers are taken stage by stage, as the unit runs them; else all at once.
         float_chain: Whether the float model runs beside the quantized one.
+        backward: Whether the language model's units are gone through again, from the last to the
+            first, for their gradients.
         served: How layers run.
     """
 
@@ -56,6 +58,7 @@ class Visit:
     attentions: Collection[int] = ()
     stagewise: bool = True
     float_chain: bool = False
+    backward: bool = False
     served: ServedAs = field(default_factory=ServedAs)
 
 
@@ -89,9 +92,10 @@ class ModelWalk:
         self._layers = frozenset(self.visit.layers)
         self.main: StreamedModel | None = None
         self.float: StreamedModel | None = None
+        self.store = store or InMemory()
         if taken := list(batches):
-            rest = (taken, self.placement, store or InMemory(), self.visit.served)
-            self.main = StreamedModel(bound, reader, *rest)
+            rest = (taken, self.placement, self.store, self.visit.served)
+            self.main = StreamedModel(bound, reader, *rest, keep_all=self.visit.backward)
             if self.visit.float_chain:
                 self.float = StreamedModel(bound, reader, *rest)
 
@@ -116,6 +120,8 @@ class ModelWalk:
                         model.begin_llm()
             for index, step in enumerate(llm):
                 yield Unit(self, step, flows=self._any_wanted(llm[index:]))
+            if self.visit.backward:
+                yield from (Unit(self, step, flows=True, backward=True) for step in reversed(llm))
 
     def wanted(self, step: BoundStep) -> tuple[BoundSite, ...]:
         """The layers of a unit that the visitor looks at or replaces."""
@@ -158,10 +164,13 @@ class Unit:
         walk: The walk.
         step: The unit.
         flows: Whether calibration data pass it, for its own sake or that of a later unit.
+        backward: Whether it is gone through for its gradients, once all units are finished.
     """
 
-    def __init__(self, walk: ModelWalk, step: BoundStep, *, flows: bool) -> None:
-        self.walk, self.step, self.flows = walk, step, flows
+    def __init__(
+        self, walk: ModelWalk, step: BoundStep, *, flows: bool, backward: bool = False
+    ) -> None:
+        self.walk, self.step, self.flows, self.backward = walk, step, flows, backward
         self.layers = walk.wanted(step)
         self._replaced: set[str] = set()
         self._fixed: list[Output] = []
@@ -235,6 +244,10 @@ class Unit:
     def calls(self) -> Iterator[StepCall]:
         """How the quantized model calls it."""
         return self.main.calls(self.step)
+
+    def graph_calls(self) -> Iterator[tuple[StepCall, Tensor | None]]:
+        """Calls that hang on the output of the unit before; see :meth:`Replay.graph_calls`."""
+        return self.main.replay.graph_calls(self.step)
 
     def as_served(self) -> contextlib.AbstractContextManager[None]:
         """Within the block, it runs in its precision, and finished layers as asked."""

@@ -193,7 +193,7 @@ def test_a_command_is_measured_and_its_failure_told(tmp_path: Path) -> None:
     """Peak, status, and the words that say why."""
     log, environment = tmp_path / "log", thread_environment(3)
     assert environment["OMP_NUM_THREADS"] == "3"
-    script = "x = b'1' * 50_000_000; print('half'); raise SystemExit('disk gone\\n---')"
+    script = "x = b'1' * 50_000_000; print('half', flush=True); raise SystemExit('disk gone\\n---')"
     took = measure([sys.executable, "-c", script], log=log, environment=environment)
     assert (took.code, took.tail) == (1, "disk gone")
     assert 50_000_000 < took.peak < 100_000_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch.nn import functional
 import prismquant as pq
 from prismquant.data import read_samples
 from prismquant.data.batches import make_batches
-from prismquant.engine import gradients
+from prismquant.engine import activation_store, gradients
 from prismquant.engine.gradients import (
     floored,
     gradient_ratios,
@@ -21,19 +22,22 @@ from prismquant.engine.gradients import (
     vision_weights,
     wants_gradients,
 )
+from prismquant.engine.placement import Placement
 from prismquant.engine.setup import Silent
+from prismquant.engine.walk import ModelWalk, Unit
 from prismquant.errors import DataError, NumericsError, PrismQuantError
 from prismquant.export.load_quantized import load_model
 from prismquant.models.arch import Modality
 from prismquant.models.bind import bind
-from prismquant.models.empty import empty_model
-from prismquant.models.load import load_float, materialize
+from prismquant.models.load import load_float
 from prismquant.models.processor import load_processor
 from prismquant.plan.make_plan import make_plan
 from prismquant.plan.source import source_reader
+from prismquant.runtime.mixed import Precision
+from prismquant.storage import ShardReader
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Generator, Sequence
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -80,6 +84,26 @@ def llm_inputs(bound: BoundModel) -> dict[str, list[str]]:
     return groups
 
 
+class Edited(ShardReader):
+    """A checkpoint in which some tensors are others."""
+
+    def __init__(self, bound: BoundModel, edits: dict[str, Callable[[Tensor], Tensor]]) -> None:
+        super().__init__(bound.folder)
+        self.edits = {bound.names.to_disk(name): edit for name, edit in edits.items()}
+
+    def read(self, name: str) -> Tensor:
+        tensor = super().read(name)
+        return self.edits[name](tensor) if name in self.edits else tensor
+
+
+def ratios_of(
+    bound: BoundModel, batches: Sequence[Batch], reader: ShardReader | None = None
+) -> dict[str, float]:
+    """Ratios in float64."""
+    placement = Placement(precision=Precision(torch.float64))
+    return gradient_ratios(bound, reader or ShardReader(bound.folder), batches, placement)
+
+
 def by_hand(model: nn.Module, bound: BoundModel, singles: Sequence[Batch]) -> dict[str, float]:
     """The definition, written out: one sample at a time, all gradients kept, full logits."""
     groups = llm_inputs(bound)
@@ -123,13 +147,10 @@ def test_ratios_equal_autograd_by_hand(tiny_folder: Path, calibration_file: Path
     expected = by_hand(model, bound, batches_of(tiny_folder, samples, 1))
     together = batches_of(tiny_folder, samples, len(samples))
     assert not together[0].attended.all()
-    found = gradient_ratios(model, bound, together)
+    found = ratios_of(bound, together)
     # Norms and rotary embeddings of transformers are float32 in any model.
     assert found == pytest.approx(expected, rel=1e-4)
     assert len({round(ratio, 6) for ratio in found.values()}) > 4
-    hooks = [hook for module in model.modules() for hook in module._forward_hooks]
-    assert not hooks
-    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
@@ -137,24 +158,52 @@ def test_ratios_do_not_depend_on_how_samples_are_batched(
     tiny: Callable[..., Path], calibration_file: Path, batch_size: int
 ) -> None:
     folder, samples = tiny("qwen2_vl"), read_samples(calibration_file)
-    model, bound = load_float(folder, torch.float64), bind(folder)
-    expected = gradient_ratios(model, bound, batches_of(folder, samples, 6))
-    other = gradient_ratios(model, bound, batches_of(folder, samples[::-1], batch_size))
+    bound = bind(folder)
+    expected = ratios_of(bound, batches_of(folder, samples, 6))
+    other = ratios_of(bound, batches_of(folder, samples[::-1], batch_size))
     assert other == pytest.approx(expected, rel=1e-4)
+
+
+def test_outputs_may_wait_in_files_and_one_unit_is_in_memory_at_a_time(
+    tiny: Callable[..., Path],
+    calibration_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same numbers, bit for bit; what was kept is gone with the walk."""
+    monkeypatch.setattr(activation_store, "_LEAST_BYTES", 1)
+    folder = tiny("qwen3_vl")
+    bound, batches = bind(folder), batches_of(folder, read_samples(calibration_file), 3)
+    loaded: list[int] = []
+
+    class Counting(ModelWalk):
+        def units(self) -> Generator[Unit, None, None]:
+            for unit in super().units():
+                yield unit
+                real = [p for p in self.models[0].model.parameters() if not p.is_meta]
+                loaded.append(sum(p.numel() for p in real))
+
+    monkeypatch.setattr(gradients, "ModelWalk", Counting)
+    reader, store = ShardReader(folder), activation_store.OnDisk(tmp_path / "waiting")
+    in_memory = gradient_ratios(bound, reader, batches)
+    assert gradient_ratios(bound, reader, batches, store=store) == in_memory
+    assert not list((tmp_path / "waiting").iterdir())
+    between = sum(math.prod(shape) for name, shape in bound.shapes.items() if ".norm." in name)
+    assert max(loaded) < between + 20_000
 
 
 def test_texts_and_samples_without_an_answer_say_nothing(
     tiny: Callable[..., Path], calibration_file: Path
 ) -> None:
     folder, samples = tiny("qwen2_vl"), read_samples(calibration_file)
-    model, bound = load_float(folder, torch.float64), bind(folder)
+    bound = bind(folder)
     seeing = [sample for sample in samples if sample.kind != "text"]
     questions = read_samples(without_answers(calibration_file))
-    expected = gradient_ratios(model, bound, batches_of(folder, seeing, 4))
-    mixed = gradient_ratios(model, bound, batches_of(folder, [*samples, *questions], 12))
+    expected = ratios_of(bound, batches_of(folder, seeing, 4))
+    mixed = ratios_of(bound, batches_of(folder, [*samples, *questions], 12))
     assert mixed == pytest.approx(expected, rel=1e-4)
     with pytest.raises(DataError, match="needs answers"):
-        gradient_ratios(model, bound, batches_of(folder, questions, 6))
+        ratios_of(bound, batches_of(folder, questions, 6))
 
 
 def test_vision_tokens_that_cannot_reach_the_answer_count_nothing(
@@ -162,10 +211,10 @@ def test_vision_tokens_that_cannot_reach_the_answer_count_nothing(
 ) -> None:
     """Without the output of attention no token hears of another."""
     folder = tiny("qwen2_vl")
-    model, bound = load_float(folder, torch.float64), bind(folder)
-    for block in range(2):
-        model.get_submodule(f"{LAYERS}.{block}.self_attn.o_proj").weight.zero_()  # type: ignore[operator]
-    ratios = gradient_ratios(model, bound, batches_of(folder, read_samples(calibration_file), 6))
+    bound = bind(folder)
+    names = [f"{LAYERS}.{block}.self_attn.o_proj.weight" for block in range(2)]
+    reader = Edited(bound, dict.fromkeys(names, torch.zeros_like))
+    ratios = ratios_of(bound, batches_of(folder, read_samples(calibration_file), 6), reader)
     for key, names in llm_inputs(bound).items():
         # Queries, keys and values have no gradient at any token: nothing to compare.
         assert ratios[key] == (1.0 if len(names) == 3 else 0.0), key
@@ -176,8 +225,8 @@ def test_vision_tokens_of_the_last_block_count_through_keys_and_values_only(
     tiny: Callable[..., Path], calibration_file: Path
 ) -> None:
     folder = tiny("qwen2_vl")
-    model, bound = load_float(folder), bind(folder)
-    ratios = gradient_ratios(model, bound, batches_of(folder, read_samples(calibration_file), 6))
+    bound = bind(folder)
+    ratios = ratios_of(bound, batches_of(folder, read_samples(calibration_file), 6))
     weights = floored(ratios, bound)
     for key, names in llm_inputs(bound).items():
         reached = ".0." in names[0] or len(names) == 3
@@ -210,13 +259,13 @@ def test_layers_that_read_one_input_share_a_weight(
     narrow = {"match": {"role": "attn.qkv", "name": "*layers.1.*"}, "vision_weight": "gradient"}
     for rule in (GRADIENT, narrow):
         plan = make_plan(recipe(rule), bound)
-        device = torch.device("cpu")
-        found.append(vision_weights(plan, bound, batches, device=device, dtype=torch.float32))
+        found.append(vision_weights(plan, bound, batches))
     names = [f"{LAYERS}.1.self_attn.{part}_proj" for part in "qkv"]
     assert list(found[1]) == names
     assert len({found[1][name] for name in names}) == 1
     assert found[1] == {name: found[0][name] for name in names}
-    assert len(found[0]) == 2 * 7 + 1
+    # The head is left alone.
+    assert len(found[0]) == 2 * 7
 
 
 def test_a_rotation_leaves_the_weights_as_they_are(
@@ -224,16 +273,14 @@ def test_a_rotation_leaves_the_weights_as_they_are(
 ) -> None:
     """Outputs are turned by orthogonal matrices, which keep the length of a gradient."""
     folder = tiny("qwen2_vl")
-    model, bound = load_float(folder, torch.float64), bind(folder)
+    bound = bind(folder)
     batches = batches_of(folder, read_samples(calibration_file), 6)
     turn = {"name": "rotation", "match": {"modality": "llm"}}
-    reader = source_reader(make_plan(recipe().with_transforms(turn), bound), bound)
-    rotated = empty_model(bound.config, bound.arch)
-    materialize(rotated, "", reader, bound.names, "cpu", torch.float64)
-    name = f"{LAYERS}.1.mlp.down_proj.weight"
-    assert (rotated.get_parameter(name) - model.get_parameter(name)).abs().max() > 0.1
-    expected = gradient_ratios(model, bound, batches)
-    assert gradient_ratios(rotated, bound, batches) == pytest.approx(expected, rel=1e-3)
+    rotated = source_reader(make_plan(recipe().with_transforms(turn), bound), bound)
+    name = bound.names.to_disk(f"{LAYERS}.1.mlp.down_proj.weight")
+    assert (rotated.read(name) - ShardReader(folder).read(name)).abs().max() > 0.1
+    expected = ratios_of(bound, batches)
+    assert ratios_of(bound, batches, rotated) == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -243,9 +290,8 @@ def test_half_precision_tells_nearly_the_same(
     folder = tiny("qwen2_vl")
     bound, samples = bind(folder), read_samples(calibration_file)
     plan, batches = make_plan(recipe(GRADIENT), bound), batches_of(folder, samples, 3)
-    device = torch.device("cpu")
-    half = vision_weights(plan, bound, batches, device=device, dtype=dtype)
-    full = vision_weights(plan, bound, batches, device=device, dtype=torch.float32)
+    half = vision_weights(plan, bound, batches, Placement(precision=Precision(dtype)))
+    full = vision_weights(plan, bound, batches)
     assert half == pytest.approx(full, rel=0.3)
 
 
@@ -295,8 +341,6 @@ def test_the_engine_weighs_by_gradients(
         make_plan(chosen, bound),
         bound,
         batches_of(folder, gradient_samples(samples), 1),
-        device=torch.device("cpu"),
-        dtype=torch.float32,
     )
     numbers = [{"match": {"name": n}, "vision_weight": w} for n, w in weights.items()]
     pq.quantize(folder, chosen.with_rules(*numbers), tmp_path / "numbers", calibration_file)
@@ -333,11 +377,11 @@ def test_values_that_are_not_finite_are_named(
     tiny: Callable[..., Path], calibration_file: Path
 ) -> None:
     folder = tiny("qwen2_vl")
-    model, bound = load_float(folder), bind(folder)
-    model.get_submodule(f"{LAYERS}.1.mlp.up_proj").weight.fill_(torch.nan)  # type: ignore[operator]
+    bound = bind(folder)
+    broken = {f"{LAYERS}.1.mlp.up_proj.weight": lambda weight: torch.full_like(weight, torch.nan)}
     samples = [s for s in read_samples(calibration_file) if s.kind == "image"]
     with pytest.raises(NumericsError) as caught:
-        gradient_ratios(model, bound, batches_of(folder, samples, 1))
+        ratios_of(bound, batches_of(folder, samples, 1), Edited(bound, broken))
     assert samples[0].id in str(caught.value)
 
 
@@ -350,9 +394,8 @@ def test_a_model_that_does_not_fit_is_explained(
     def full(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(gradients, "load_float", full)
+    monkeypatch.setattr(gradients, "ModelWalk", full)
     batches = batches_of(folder, read_samples(calibration_file), 6)
-    plan, device = make_plan(recipe(GRADIENT), bound), torch.device("cpu")
-    with pytest.raises(PrismQuantError, match="does not fit on cpu") as caught:
-        vision_weights(plan, bound, batches, device=device, dtype=torch.float32)
+    with pytest.raises(PrismQuantError, match="one block does not fit on cpu") as caught:
+        vision_weights(make_plan(recipe(GRADIENT), bound), bound, batches)
     assert "vision_weight" in str(caught.value)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import compressed_tensors_library as library
 import pytest
 import torch
-from packaging.version import Version
+from known_failures import decompressed_by_transformers
 
 import prismquant as pq
 from prismquant.data import read_samples
@@ -86,15 +85,11 @@ def test_bfloat16_checkpoints_agree_to_their_tolerance(
     out = quantized(folder, tmp_path / "out", calibration_file, preset)
     scales = [n for n in ShardReader(out).names if n.endswith("weight_scale")]
     assert {ShardReader(out).info(name).dtype for name in scales} == {torch.bfloat16}
-    try:
+    with decompressed_by_transformers():
         ours, theirs = (
             {dtype: logits(load(out, dtype=dtype), folder, calibration_file) for dtype in DTYPES}
             for load in (load_model, from_transformers)
         )
-    except RuntimeError as error:
-        if Version(version("transformers")) >= Version("5.21") or "same dtype" not in str(error):
-            raise
-        pytest.xfail("transformers before 5.21 decompresses to bfloat16 in a model of float32")
     torch.testing.assert_close(ours[torch.float32], theirs[torch.float32], rtol=1e-4, atol=1e-4)
     noise = (theirs[torch.bfloat16] - theirs[torch.float32]).pow(2).mean().sqrt()
     apart = (ours[torch.bfloat16] - theirs[torch.bfloat16]).pow(2).mean().sqrt()
