@@ -32,7 +32,7 @@ from prismquant.formats.spec import spec
 from prismquant.numerics.ranges import RangeRule
 from prismquant.report.tables import markdown_table, rich_table
 from prismquant.runtime.mixed import Precision
-from prismquant.statistics.hessian import HessianRecord
+from prismquant.statistics.hessian import Hessian
 from prismquant.storage import write_bytes, write_text
 
 HEADERS = (
@@ -237,7 +237,7 @@ def measure_rates(work: Path) -> Rates:
     x = torch.randn(1024, 2048).to(products)
     weight = torch.randn(4096, 2048).to(products)
     forward = 2.0 * 1024 * 2048 * 4096 / seconds(lambda: torch.nn.functional.linear(x, weight))
-    record = HessianRecord(2048)
+    record = Hessian(2048)
     moments = 1024 * 2048.0**2 / seconds(lambda: record.update(x))
     # Two sizes and two numbers of rows decide both coefficients.
     narrow, wide = (solve_seconds(1536, rows, products) for rows in (512, 4096))

@@ -14,7 +14,7 @@ from prismquant.algorithms.problem import LayerProblem
 from prismquant.algorithms.rtn import RTN
 from prismquant.formats.spec import spec
 from prismquant.numerics.ranges import RangeRule
-from prismquant.statistics.hessian import HessianRecord
+from prismquant.statistics.hessian import Hessian
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -70,10 +70,10 @@ def block(
     rule = RangeRule(kind, norm=2.0)  # type: ignore[arg-type]
     layers, fed = [], draw(seed, calls, tokens)
     for layer, weight in weights.items():
-        record = HessianRecord(weight.shape[1])
+        record = Hessian(weight.shape[1])
         for x in fed:
             record.update(x)
-        problem = LayerProblem((layer,), (weight,), spec(name), rule, dtype, record.mean())
+        problem = LayerProblem((layer,), (weight,), spec(name), rule, dtype, record.result())
         start = (solver or RTN()).solve(problem).weights[0]
         layers.append(BlockLayer(layer, weight, rule, dtype, start))
         fed = [torch.nn.functional.gelu(x @ start.dequantize().T) for x in fed]

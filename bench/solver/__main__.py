@@ -41,7 +41,7 @@ from prismquant.algorithms.problem import LayerProblem, LayerResult, row_losses
 from prismquant.formats.spec import spec
 from prismquant.numerics.ranges import RangeRule
 from prismquant.report.tables import format_bytes, markdown_table, rich_table
-from prismquant.statistics.hessian import HessianRecord
+from prismquant.statistics.hessian import Hessian
 
 ROWS: dict[int, tuple[tuple[int, ...], ...]] = {
     1536: ((8960, 8960), (1536,)),
@@ -85,14 +85,14 @@ def make_case(features: int, rows: Sequence[int], tokens: int) -> Case:
     rank = max(1, features // 16)
     mix = torch.randn(rank, features, generator=generator) / rank**0.5
     sizes = torch.exp(0.5 * torch.randn(features, generator=generator))
-    record = HessianRecord(features)
+    record = Hessian(features)
     for start in range(0, tokens, 1024):
         count = min(1024, tokens - start)
         x = torch.randn(count, rank, generator=generator) @ mix
         x += 0.3 * torch.randn(count, features, generator=generator)
         record.update(x * sizes)
     weights = tuple(0.02 * torch.randn(r, features, generator=generator) for r in rows)
-    return Case(weights, record.mean())
+    return Case(weights, record.result())
 
 
 def floor(case: Case, repeats: int) -> dict[str, float]:

@@ -34,14 +34,14 @@ from prismquant.numerics.affine import (
 from prismquant.numerics.kinds import Granularity, block_rows
 from prismquant.numerics.ranges import SEARCHES, RangeRule
 from prismquant.numerics.scales import ScaleFormat, global_scale
-from prismquant.statistics.input_range import RangeRecord
+from prismquant.statistics.input_range import InputRange
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from prismquant.algorithms.problem import Note
     from prismquant.formats.spec import NumberSpec
-    from prismquant.statistics.channels import ChannelRecord
+    from prismquant.statistics.channel_sizes import ChannelSizes
 
 # Numbers in a piece of a weight, or of the outputs of its rows: bounds the temporary memory.
 _PIECE = 1 << 24
@@ -111,7 +111,7 @@ class EdgeProblem:
     activations: NumberSpec | None
     activation_range: RangeRule
     scale_dtype: torch.dtype
-    record: ChannelRecord
+    record: ChannelSizes
     vision_weight: float = 1.0
 
     def __post_init__(self) -> None:
@@ -343,9 +343,9 @@ class Trials:
             if factors is not None:
                 low, high = low / factors, high / factors
             return low.amin().view(1), high.amax().view(1)
-        values = RangeRecord(rule.momentum)
+        values = InputRange(rule.momentum)
         values.update(x)
-        ends = values.low_high(rule, spec.grid, spec.symmetric)
+        ends = values.result(rule, spec.grid, spec.symmetric)
         return x.new_tensor(ends[:1]), x.new_tensor(ends[1:])
 
 

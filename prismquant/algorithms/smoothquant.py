@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from prismquant.algorithms.problem import Note
-    from prismquant.statistics.channels import ChannelRecord
+    from prismquant.statistics.channel_sizes import ChannelSizes
 
 _TEXT, _VISION = 0, 1
 
@@ -139,18 +139,18 @@ class SmoothQuant:
         notes: dict[str, Note] = {"alpha": alpha, "modality": source}
         return judge(problem, scale(alpha), notes, must_gain=False)
 
-    def _source(self, record: ChannelRecord) -> str:
+    def _source(self, record: ChannelSizes) -> str:
         text, vision = (bool(count > 0) for count in record.counts)
         if not vision:
             return "text"
         return self.modality if text else "vision"
 
-    def _largest(self, record: ChannelRecord, source: str) -> Tensor:
+    def _largest(self, record: ChannelSizes, source: str) -> Tensor:
         """The magnitude that stands for each column's largest, float32 ``[in]``."""
         both = torch.stack([self._of_modality(record, m) for m in (_TEXT, _VISION)])
         return both.amax(0) if source == "max" else both[_VISION if source == "vision" else _TEXT]
 
-    def _of_modality(self, record: ChannelRecord, modality: int) -> Tensor:
+    def _of_modality(self, record: ChannelSizes, modality: int) -> Tensor:
         rows = record.inputs[record.vision == bool(modality)]
         # A modality that is rare enough may be missing in the sample.
         if self.percentile == 1 or not len(rows):

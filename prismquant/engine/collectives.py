@@ -21,8 +21,6 @@ from prismquant.errors import DataError, PlanError
 from prismquant.formats.quantized_layer import QuantizedTensor
 from prismquant.formats.spec import NumberSpec
 from prismquant.plan.plan import Plan
-from prismquant.statistics.channels import ChannelRecord
-from prismquant.statistics.input_range import RangeRecord
 
 _SCALES = ("scale", "zero_point", "global_scale")
 _FACTS = "facts"
@@ -78,42 +76,6 @@ def share_of(samples: Sequence[Sample], batch_size: int, ranks: Ranks) -> list[S
             remedy="use more samples, a smaller batch size, or fewer ranks",
         )
     return [s for start in starts[ranks.rank :: ranks.size] for s in samples[start:][:batch_size]]
-
-
-def all_ranges(records: Mapping[str, RangeRecord], ranks: Ranks) -> dict[str, RangeRecord]:
-    """Ranges of what all ranks have seen, by the same names; exactly those of one process."""
-    found: dict[str, RangeRecord] = {}
-    for states in ranks.gather(_flat({n: r.state_dict() for n, r in records.items()})):
-        for name, state in _nested(states).items():
-            record = RangeRecord.from_state_dict(state)
-            if name in found:
-                found[name].merge(record)
-            else:
-                found[name] = record
-    return found
-
-
-def all_channels(records: Mapping[str, ChannelRecord], ranks: Ranks) -> dict[str, ChannelRecord]:
-    """Channel sizes of what all ranks have seen, and a sample from all."""
-    if ranks.size == 1:
-        return dict(records)
-    merged = dict(records)
-    gathered = ranks.gather(_flat({n: r.state_dict() for n, r in records.items()}))
-    for number, states in enumerate(gathered):
-        for name, state in _nested(states).items():
-            record = ChannelRecord.from_state_dict(state, records[name])
-            if number == 0:
-                merged[name] = record
-            else:
-                merged[name].merge(record)
-    return merged
-
-
-def largest(seen: Tensor | None, width: int, ranks: Ranks) -> Tensor:
-    """The largest magnitudes of all ranks, ``[width]``; zero where none has seen anything."""
-    mine = torch.zeros(width) if seen is None else seen
-    parts = ranks.gather({"seen": mine})
-    return torch.stack([part["seen"] for part in parts]).amax(0).to(mine.device)
 
 
 def solve_all(tasks: Sequence[Task], ranks: Ranks) -> list[LayerResult]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from prismquant.algorithms.correction import DriftRecord
+from prismquant.algorithms.correction import correct
 from prismquant.algorithms.methods import build_solver
 from prismquant.algorithms.problem import LayerProblem, LayerResult, Note
 from prismquant.algorithms.protocols import Solver
@@ -18,7 +18,6 @@ from prismquant.algorithms.split import outlying_columns
 from prismquant.diagnostics.failed_layers import FAILED
 from prismquant.diagnostics.step_record import LayerRecord
 from prismquant.distributed import Ranks
-from prismquant.engine.collectives import all_ranges, largest
 from prismquant.engine.failure import Guarded, failure_notes, with_way_out
 from prismquant.engine.replay import StepCall
 from prismquant.errors import NumericsError
@@ -34,8 +33,10 @@ from prismquant.numerics.affine import all_finite, finiteness
 from prismquant.numerics.rules import RangeRule
 from prismquant.plan.plan import PlanRow
 from prismquant.runtime.linear import ActivationQuantizer, QuantLinear
-from prismquant.statistics.hessian import HessianRecord
-from prismquant.statistics.input_range import RangeRecord, static_scale_zero_point
+from prismquant.statistics.channel_max import ChannelMax
+from prismquant.statistics.drift import Drift
+from prismquant.statistics.hessian import Hessian
+from prismquant.statistics.input_range import InputRange, static_scale_zero_point
 from prismquant.statistics.tokens import Tokens, summed
 
 What = Literal["columns", "ranges", "moments"]
@@ -97,11 +98,11 @@ class Group:
         )
         self._failed: str | None = None
         self.columns: Tensor | None = None
-        self._hessian: HessianRecord | None = None
-        self._drift: DriftRecord | None = None
-        self._ranges: dict[str, RangeRecord] = {}
-        self._outputs: dict[str, RangeRecord] = {}
-        self._magnitudes: Tensor | None = None
+        self._hessian: Hessian | None = None
+        self._drift: Drift | None = None
+        self._ranges: dict[str, InputRange] = {}
+        self._outputs: dict[str, InputRange] = {}
+        self._channels = ChannelMax(rows[0].site.in_features, settings.device)
         self._seen: dict[str, Tokens] = {}
         self._input: StaticScale | None = None
         self._kept: list[OutlierColumns | None] = [None] * len(rows)
@@ -133,11 +134,7 @@ class Group:
         rows = self._rows(x)
         try:
             if what == "columns":
-                counted = rows if call.row_weights is None else rows[call.row_weights > 0]
-                if len(counted):
-                    seen = counted.abs().amax(0)
-                    known = self._magnitudes
-                    self._magnitudes = seen if known is None else torch.maximum(known, seen)
+                self._channels.update(rows, call.row_weights)
             elif what == "ranges":
                 if self.rows[0].config.static_input:
                     self._observe_range(self._ranges, self._without_columns(rows), call)
@@ -163,16 +160,14 @@ class Group:
                 rows = module(x).detach().reshape(-1, row.site.out_features)
                 counted = rows if call.row_weights is None else rows[call.row_weights > 0]
                 momentum = row.config.activation_range.momentum
-                self._outputs.setdefault(row.site.name, RangeRecord(momentum)).update(counted)
+                self._outputs.setdefault(row.site.name, InputRange(momentum)).update(counted)
         if any(row.config.static_output for row in self.rows):
             self._count("output_range", call.seen(x.shape[:-1].numel()))
 
     def split_columns(self) -> None:
         """Decide which columns stay in floating point, once their magnitudes are known."""
         split = self.rows[0].split
-        if split is None or self._magnitudes is None:
-            return
-        found = outlying_columns(self._magnitudes, split)
+        found = [] if split is None else outlying_columns(self._channels.result(), split)
         if found:
             self.columns = torch.tensor(found, device=self.settings.device)
 
@@ -184,18 +179,29 @@ class Group:
         self._seen |= summed({n: t for n, t in self._seen.items() if n in names}, ranks)
         width = self.rows[0].site.in_features
         if what == "columns":
-            self._magnitudes = largest(self._magnitudes, width, ranks)
+            self._channels.share(ranks)
         elif what == "ranges":
-            self._ranges = all_ranges(self._ranges, ranks)
-            self._outputs = all_ranges(self._outputs, ranks)
+            own = ("text", "vision") if self.rows[0].config.static_input else ()
+            self._ranges = self._shared(self._ranges, own, ranks)
+            outputs = [row.site.name for row in self.rows if row.config.static_output]
+            self._outputs = self._shared(self._outputs, outputs, ranks)
         elif self._failed_on_any(ranks):
             return
         elif self.rows[0].config.correction is not None:
-            self._drift = self._drift or DriftRecord(width, self.settings.device, self.name)
-            self._drift.sum_over(ranks.sum_)
+            self._drift = self._drift or Drift(width, self.settings.device, self.name)
+            self._drift.share(ranks)
         else:
-            self._hessian = self._hessian or HessianRecord(width, self.settings.device, self.name)
-            self._hessian.sum_over(ranks.sum_)
+            self._hessian = self._hessian or Hessian(width, self.settings.device, self.name)
+            self._hessian.share(ranks)
+
+    def _shared(
+        self, ranges: dict[str, InputRange], names: Sequence[str], ranks: Ranks
+    ) -> dict[str, InputRange]:
+        """Ranges of what all ranks have seen, by those of the names that any has seen."""
+        momentum = self.rows[0].config.activation_range.momentum
+        for name in names:
+            ranges.setdefault(name, InputRange(momentum)).share(ranks)
+        return {name: ranges[name] for name in names if ranges[name].count}
 
     def problem(self) -> LayerProblem:
         """What the solver is given, once everything was observed.
@@ -279,7 +285,7 @@ class Group:
     def _without_columns(self, rows: Tensor) -> Tensor:
         return rows if self.columns is None else rows.index_fill(1, self.columns, 0.0)
 
-    def _observe_range(self, records: dict[str, RangeRecord], rows: Tensor, call: StepCall) -> None:
+    def _observe_range(self, records: dict[str, InputRange], rows: Tensor, call: StepCall) -> None:
         """Text and vision tokens apart, so that the record can tell them apart.
 
         A moving average is one of all tokens, batch after batch.
@@ -294,18 +300,18 @@ class Group:
             seen = rows if mask is None else rows[mask]
             if len(seen):
                 momentum = self.rows[0].config.activation_range.momentum
-                records.setdefault(name, RangeRecord(momentum)).update(seen)
+                records.setdefault(name, InputRange(momentum)).update(seen)
 
     def _observe_moments(self, rows: Tensor, call: StepCall, wanted: Tensor | None) -> None:
         weights = call.token_weights(self.settings.vision_weight)
         seen = self._quantized(rows)
         if self.rows[0].config.correction is not None and wanted is not None:
             if self._drift is None:
-                self._drift = DriftRecord(rows.shape[1], rows.device, self.name)
+                self._drift = Drift(rows.shape[1], rows.device, self.name)
             self._drift.update(seen, self._rows(wanted), weights)
         else:
             if self._hessian is None:
-                self._hessian = HessianRecord(rows.shape[1], rows.device, self.name)
+                self._hessian = Hessian(rows.shape[1], rows.device, self.name)
             # What is rounded for the layer's product can be rounded here, where it saves time.
             self._hessian.update(seen.to(self.settings.products), weights)
         tokens = call.seen(len(rows))
@@ -329,7 +335,7 @@ class Group:
             if self.solver.needs_hessian or self.rows[0].config.correction is not None:
                 raise NumericsError(_UNSEEN, where=self.name, remedy=_MORE_SAMPLES)
             return None
-        hessian = record.hessian() if isinstance(record, DriftRecord) else record.mean(consume=True)
+        hessian = record.result(consume=True)
         if self.columns is None:
             return hessian
         return hessian.index_fill(0, self.columns, 0.0).index_fill(1, self.columns, 0.0)
@@ -339,7 +345,7 @@ class Group:
         correction = self.rows[0].config.correction
         if self._drift is None or correction is None:
             return weights, {}
-        corrected, told = self._drift.correct(weights, correction)
+        corrected, told = correct(self._drift, weights, correction)
         return list(corrected), told
 
     def _tokens(self) -> float | None:
@@ -399,7 +405,7 @@ class Group:
         ):
             return None
         if self._input is None:
-            merged = RangeRecord(row.config.activation_range.momentum)
+            merged = InputRange(row.config.activation_range.momentum)
             for record in self._ranges.values():
                 merged.merge(record)
             self._input = self._static(merged, row.config.activations, row.config.activation_range)
@@ -412,7 +418,7 @@ class Group:
             self._outputs[row.site.name], row.config.outputs, row.config.activation_range
         )
 
-    def _static(self, record: RangeRecord, spec: NumberSpec, rule: RangeRule) -> StaticScale:
+    def _static(self, record: InputRange, spec: NumberSpec, rule: RangeRule) -> StaticScale:
         device, dtype = self.settings.device, self.settings.stored_dtype
         scale, zero_point, low, high = static_scale_zero_point(
             record, rule, spec.grid, spec.symmetric, dtype, spec.scale
@@ -430,7 +436,7 @@ class Group:
             for name, record in self._ranges.items():
                 spec, rule = self.rows[0].config.activations, RangeRule("minmax")
                 if spec is not None:
-                    low, high = record.low_high(rule, spec.grid, spec.symmetric)
+                    low, high = record.result(rule, spec.grid, spec.symmetric)
                     notes |= {f"input_low_{name}": low, f"input_high_{name}": high}
         return notes
 

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from prismquant.distributed import Ranks
-from prismquant.engine.collectives import all_ranges
 from prismquant.engine.replay import Enough, StepCall
 from prismquant.errors import NumericsError
 from prismquant.formats.kv_formats import KVCacheSpec
@@ -29,7 +28,7 @@ from prismquant.numerics.affine import scale_zero_point
 from prismquant.numerics.ranges import RangeRule
 from prismquant.plan.kv_plan import KVLayer, KVPlan
 from prismquant.runtime.kv_cache import KVWatch, rotated
-from prismquant.statistics.input_range import RangeRecord
+from prismquant.statistics.input_range import InputRange
 from prismquant.statistics.tokens import Tokens, summed
 
 Notes = dict[str, float | int | str]
@@ -44,7 +43,7 @@ class KVRecord:
     """
 
     def __init__(self, heads: int, momentum: float) -> None:
-        self.heads = [RangeRecord(momentum) for _ in range(heads)]
+        self.heads = [InputRange(momentum) for _ in range(heads)]
 
     def update(self, x: Tensor) -> None:
         """Take in counted rows, ``[rows, kv_heads, head_dim]``."""
@@ -54,8 +53,8 @@ class KVRecord:
 
     def share(self, ranks: Ranks) -> None:
         """Take in what all ranks have seen."""
-        found = all_ranges({str(n): record for n, record in enumerate(self.heads)}, ranks)
-        self.heads = [found[str(n)] for n in range(len(self.heads))]
+        for record in self.heads:
+            record.share(ranks)
 
     @property
     def amax(self) -> float:
@@ -64,7 +63,7 @@ class KVRecord:
 
     def scale(self, spec: KVCacheSpec, rule: RangeRule, stored: torch.dtype) -> Tensor:
         """The scale that the rule chooses, shaped as it is stored."""
-        ranges = [record.low_high(rule, spec.grid, True) for record in self.heads]
+        ranges = [record.result(rule, spec.grid, True) for record in self.heads]
         low, high = torch.tensor(ranges, dtype=torch.float32).T
         scale, _ = scale_zero_point(low, high, spec.grid, True, stored)
         return scale.reshape(spec.scale_shape(len(self.heads)))

@@ -18,7 +18,7 @@ from prismquant.algorithms.methods import build_equalizer
 from prismquant.diagnostics.failed_layers import failed_layers
 from prismquant.diagnostics.step_record import EdgeRecord, LayerRecord, StepRecord
 from prismquant.distributed import Alone, Ranks
-from prismquant.engine.collectives import Task, all_channels, solve_all
+from prismquant.engine.collectives import Task, solve_all
 from prismquant.engine.group import Group, GroupSettings, What
 from prismquant.engine.kv_observation import KVObservation, Notes
 from prismquant.engine.rounding import is_rounded, round_layers
@@ -33,7 +33,7 @@ from prismquant.models.bound import BoundModel
 from prismquant.plan.kv_plan import KVLayer
 from prismquant.plan.plan import Plan, PlanEdge, PlanRow, problem_groups
 from prismquant.runtime.linear import ActivationQuantizer
-from prismquant.statistics.channels import ChannelRecord
+from prismquant.statistics.channel_sizes import ChannelSizes
 from prismquant.statistics.tokens import Tokens, summed
 
 
@@ -238,12 +238,12 @@ class _UnitWork:
 
     def _channels(
         self, edges: Sequence[PlanEdge]
-    ) -> tuple[dict[str, ChannelRecord], dict[str, Tokens]]:
+    ) -> tuple[dict[str, ChannelSizes], dict[str, Tokens]]:
         """What calibration sees of each edge's consumers, and of how many tokens; by the first."""
         names = list(dict.fromkeys(edge.edge.consumers[0] for edge in edges))
         device, bound = self.unit.walk.placement.device, self.unit.walk.bound
         records = {
-            name: ChannelRecord(bound.site(name).in_features, f"input of {name}", device=device)
+            name: ChannelSizes(bound.site(name).in_features, f"input of {name}", device=device)
             for name in names
         }
         seen: dict[str, Tokens] = {}
@@ -252,9 +252,11 @@ class _UnitWork:
                 rows = x.reshape(-1, records[name].in_features)
                 records[name].update(rows, call.row_weights, call.vision)
                 seen[name] = seen.get(name, Tokens()) + call.seen(len(rows))
-        return all_channels(records, self.how.ranks), summed(seen, self.how.ranks)
+        for record in records.values():
+            record.share(self.how.ranks)
+        return records, summed(seen, self.how.ranks)
 
-    def _smooth_edge(self, planned: PlanEdge, record: ChannelRecord, seen: Tokens) -> None:
+    def _smooth_edge(self, planned: PlanEdge, record: ChannelSizes, seen: Tokens) -> None:
         edge, model = planned.edge, self.unit.main.model
         # Consumers that are not quantized have a row of the plan, too.
         rows = {row.site.name: row for row in self.how.plan.rows if row.site.step == edge.step}

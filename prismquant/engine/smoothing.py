@@ -17,7 +17,7 @@ from prismquant.algorithms.equalizer import EdgeProblem, Reader
 from prismquant.models.arch import EdgeKind
 from prismquant.models.bound import BoundEdge
 from prismquant.plan.plan import PlanRow
-from prismquant.statistics.channels import ChannelRecord
+from prismquant.statistics.channel_sizes import ChannelSizes
 
 # Trials of a range search inside a search for scales: the ranking of scales needs no more.
 _RANGE_STEPS = 20
@@ -38,7 +38,7 @@ def edge_problem(
     model: nn.Module,
     edge: BoundEdge,
     rows: Mapping[str, PlanRow],
-    record: ChannelRecord,
+    record: ChannelSizes,
     vision_weight: float,
 ) -> EdgeProblem:
     """What an equalizer is given of an edge.

@@ -1,6 +1,6 @@
-"""Second moments of a layer's input: the Hessian of its squared output error.
+"""Hessian of a layer's squared output error: the second moments of its input.
 
-A :class:`HessianRecord` is a running sum of ``w x x^T`` and of ``w``; the mean is one division at
+A :class:`Hessian` is a running sum of ``w x x^T`` and of ``w``; the mean is one division at
 the very end. So a token counts the same in whichever batch it comes, two records merge by addition,
 and tokens of weight 0 (padding) leave no trace, whatever they hold.
 """
@@ -20,7 +20,9 @@ from prismquant.numerics.affine import check_finite
 from prismquant.statistics.counted import counted_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
+
+    from prismquant.distributed import Ranks
 
 
 # Features whose products with as many others are summed at once: few enough to stay in the cache.
@@ -29,7 +31,7 @@ _BLOCK = 512
 _STRIP = 128
 
 
-class HessianRecord:
+class Hessian:
     """Second moments of an input, gathered batch by batch.
 
     Only one triangle is summed, block by block: half the work. The memory of the other one keeps
@@ -99,7 +101,7 @@ class HessianRecord:
                     product = products.token_product(panel[:, part], block[:, width])
                     two_sum(high[part, width], low[part, width], product)
 
-    def merge(self, other: HessianRecord) -> None:
+    def merge(self, other: Hessian) -> None:
         """Add the tokens of another record, as if this one had seen them too.
 
         Args:
@@ -119,24 +121,20 @@ class HessianRecord:
                 low += rest.to(low.device)
         self._count += other._count
 
-    def sum_over(self, add_up: Callable[[Tensor], None]) -> None:
-        """Add the tokens that other processes have seen.
-
-        Args:
-            add_up: Replaces a tensor by its sum over all processes, each of which calls this.
-        """
+    def share(self, ranks: Ranks) -> None:
+        """Add the tokens that the other processes have seen; each of them calls this."""
         count = torch.tensor([self._count], dtype=torch.float64)
-        add_up(count)
+        ranks.sum_(count)
         self._count = float(count)
         for _, line in self._lines():
             whole = torch.cat([high.double() + low.double() for _, high, low in line], dim=1)
-            add_up(whole)
+            ranks.sum_(whole)
             for columns, high, low in line:
                 total = whole[:, columns]
                 high.copy_(total)
                 low.copy_(total - high.double())
 
-    def mean(self, *, consume: bool = False) -> Tensor:
+    def result(self, *, consume: bool = False) -> Tensor:
         """The mean of ``x x^T`` over the counted tokens.
 
         Args:
@@ -180,7 +178,7 @@ class HessianRecord:
         }
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor], name: str | None = None) -> HessianRecord:
+    def from_state_dict(cls, state: Mapping[str, Tensor], name: str | None = None) -> Hessian:
         """Restore a record.
 
         Args:

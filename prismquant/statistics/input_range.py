@@ -1,6 +1,6 @@
-"""What calibration keeps of an activation, of which any range rule can be asked later.
+"""Record of an activation's values, of which any range rule can be asked later.
 
-Activations pass by in batches: a :class:`RangeRecord` keeps what is needed of them. It is a pure
+Activations pass by in batches: a :class:`InputRange` keeps what is needed of them. It is a pure
 function of the values it has seen: neither the order of batches nor the way in which partial
 records were merged changes it by one bit. (The moving average is by its nature the exception: it
 weighs later batches more.)
@@ -24,6 +24,7 @@ from prismquant.numerics.scale_search import Search, error_in_steps
 from prismquant.numerics.scales import ScaleFormat, global_scale
 
 if TYPE_CHECKING:
+    from prismquant.distributed import Ranks
     from prismquant.numerics.grids import Grid
 
 # Bins on each side of zero. The largest magnitude falls in their upper half, so a bin is never
@@ -35,7 +36,7 @@ _CPU_PIECE = 1 << 18
 _DEVICE_PIECE = 1 << 26
 
 
-class RangeRecord:
+class InputRange:
     """A running, mergeable record of the values of one activation.
 
     It keeps the extremes, the number of values, a moving average of each batch's extremes, and a
@@ -105,7 +106,7 @@ class RangeRecord:
         self._averages = self._averages * (1 - self.momentum) + batch * self.momentum
         self._batches += 1
 
-    def merge(self, other: RangeRecord) -> None:
+    def merge(self, other: InputRange) -> None:
         """Add everything that another record has seen, as if it came after what this one saw.
 
         Args:
@@ -126,7 +127,16 @@ class RangeRecord:
         self._averages = self._averages * decay + other._averages
         self._batches += other._batches
 
-    def low_high(self, rule: RangeRule, grid: Grid, symmetric: bool) -> tuple[float, float]:
+    def share(self, ranks: Ranks) -> None:
+        """Add the values that the other processes have seen; each of them calls this."""
+        if ranks.size == 1:
+            return
+        first, *others = map(self.from_state_dict, ranks.gather(self.state_dict()))
+        for other in others:
+            first.merge(other)
+        vars(self).update(vars(first))
+
+    def result(self, rule: RangeRule, grid: Grid, symmetric: bool) -> tuple[float, float]:
         """The range that a rule chooses.
 
         Args:
@@ -181,7 +191,7 @@ class RangeRecord:
         }
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor]) -> RangeRecord:
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> InputRange:
         """Make the record again from :meth:`state_dict`.
 
         Args:
@@ -265,7 +275,7 @@ class RangeRecord:
 
 
 def static_scale_zero_point(
-    record: RangeRecord,
+    record: InputRange,
     rule: RangeRule,
     grid: Grid,
     symmetric: bool,
@@ -296,7 +306,7 @@ def static_scale_zero_point(
         raise FormatError(f"scales of the kind {kind} are dynamic: there is nothing to calibrate")
     if kind == "e4m3" and rule.kind in SEARCHES:
         rule = replace(rule, kind="minmax")
-    low, high = record.low_high(rule, grid, symmetric)
+    low, high = record.result(rule, grid, symmetric)
     if kind == "e4m3":
         return global_scale(torch.tensor(max(-low, high)), grid), None, low, high
     ends = torch.tensor([[low], [high]])

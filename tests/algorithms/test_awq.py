@@ -17,7 +17,7 @@ from prismquant.algorithms.equalizer import EdgeProblem, Reader, output_error
 from prismquant.errors import RecipeError
 from prismquant.formats.spec import spec
 from prismquant.numerics.ranges import RangeRule
-from prismquant.statistics.channels import ChannelRecord
+from prismquant.statistics.channel_sizes import ChannelSizes
 
 SIZE = 32
 
@@ -37,7 +37,7 @@ def problem(
     marks = torch.rand(256, generator=generator) < 0.5
     x *= torch.exp(spread * torch.randn(SIZE * tile, generator=generator))
     x[marks] *= torch.exp(spread * torch.randn(SIZE * tile, generator=generator))
-    record = ChannelRecord(SIZE * tile)
+    record = ChannelSizes(SIZE * tile)
     record.update(x, torch.randint(1, 3, (256,), generator=generator), marks)
     form = None if weights is None else spec(weights)
     return EdgeProblem(
@@ -107,7 +107,7 @@ def test_a_salient_channel_is_protected():
     task = problem("int4-channel", spread=0.0)
     x = task.record.inputs.clone()
     x[:, 3] *= 30
-    record = ChannelRecord(SIZE)
+    record = ChannelSizes(SIZE)
     record.update(x)
     result = AWQ().equalize(EdgeProblem(**{**vars(task), "record": record}))
     assert result.notes["error_after"] < 0.6 * result.notes["error_before"]
@@ -142,7 +142,7 @@ def test_looking_both_ways_is_never_worse_than_one_way():
 
 
 def test_even_inputs_leave_the_edge_as_it_is():
-    record = ChannelRecord(8)
+    record = ChannelSizes(8)
     record.update(torch.full((5, 8), 2.0))
     reader = Reader("r", torch.full((4, 8), 0.7), spec("int4-channel"))
     task = EdgeProblem("n", 8, torch.arange(8), (reader,), None, RangeRule(), torch.float32, record)
@@ -167,7 +167,7 @@ def test_vision_tokens_count_as_told_in_means_and_errors(vision_weight):
 
 
 def test_where_only_vision_tokens_came_their_weight_does_not_matter():
-    record = ChannelRecord(SIZE)
+    record = ChannelSizes(SIZE)
     task = problem()
     record.update(task.record.inputs, None, torch.ones(256, dtype=torch.bool))
     alone = EdgeProblem(**{**vars(task), "record": record})
@@ -178,7 +178,7 @@ def test_where_only_vision_tokens_came_their_weight_does_not_matter():
 
 def test_a_channel_that_is_never_active_keeps_its_scale():
     task = problem()
-    record = ChannelRecord(SIZE)
+    record = ChannelSizes(SIZE)
     x = task.record.inputs.clone()
     x[:, 4] = 0.0
     record.update(x)
@@ -195,7 +195,7 @@ def test_powers_of_two_and_bounds():
 
 def test_edges_without_tokens_or_formats_are_skipped_with_the_reason():
     assert "quantized" in AWQ().equalize(problem(None, None)).notes["skipped"]
-    empty = EdgeProblem(**{**vars(problem()), "record": ChannelRecord(SIZE)})
+    empty = EdgeProblem(**{**vars(problem()), "record": ChannelSizes(SIZE)})
     assert "calibration" in AWQ().equalize(empty).notes["skipped"]
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prismquant as pq
-from prismquant.algorithms.correction import Correction, DriftRecord
+from prismquant.algorithms.correction import Correction, correct
 from prismquant.data import read_samples
 from prismquant.data.batches import make_batches
 from prismquant.errors import DataError, NumericsError, RecipeError
@@ -19,6 +19,7 @@ from prismquant.export.load_quantized import load_model
 from prismquant.models.bind import bind
 from prismquant.models.load import load_float
 from prismquant.models.processor import load_processor
+from prismquant.statistics.drift import Drift
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -48,8 +49,8 @@ def drawn(seed: int, calls: int, tokens: int = 30, drift: float = 0.3) -> list[t
     return result
 
 
-def recorded(calls: Sequence[tuple[Tensor, ...]], weighted: bool = True) -> DriftRecord:
-    record = DriftRecord(IN)
+def recorded(calls: Sequence[tuple[Tensor, ...]], weighted: bool = True) -> Drift:
+    record = Drift(IN)
     for seen, wanted, weights in calls:
         record.update(seen, wanted, weights if weighted else None)
     return record
@@ -90,7 +91,7 @@ def lost(weight: Tensor, corrected: Tensor, calls: Sequence[tuple[Tensor, ...]])
 def test_at_full_strength_it_is_the_least_squares_solution(seed: int, calls: int) -> None:
     """With next to no damping: W* = W E[f u^T] E[u u^T]^-1, so nothing correlated is left."""
     seen, weights = drawn(seed, calls), weights_of(seed, 3, 2)
-    corrected, notes = recorded(seen).correct(weights, Correction(strength=1.0, damping=1e-8))
+    corrected, notes = correct(recorded(seen), weights, Correction(strength=1.0, damping=1e-8))
     hessian, drift = moments(seen)
     for weight, result in zip(weights, corrected, strict=True):
         truth = weight.double() @ (hessian + drift) @ torch.linalg.inv(hessian)
@@ -104,7 +105,7 @@ def test_at_full_strength_it_is_the_least_squares_solution(seed: int, calls: int
 @given(seed=st.integers(0, 10_000), strength=st.floats(0, 1), damping=st.sampled_from([0.01, 0.5]))
 def test_given_strength_and_damping_are_taken(seed: int, strength: float, damping: float) -> None:
     seen, (weight,) = drawn(seed, 5), weights_of(seed)
-    (result,), notes = recorded(seen).correct([weight], Correction(strength, damping))
+    (result,), notes = correct(recorded(seen), [weight], Correction(strength, damping))
     hessian, drift = moments(seen)
     step = weight.double() @ drift @ torch.linalg.inv(damped(hessian, damping))
     truth = weight.double() + strength * step
@@ -129,7 +130,7 @@ def test_the_chosen_strength_and_damping_do_best_on_held_out_calls(seed: int) ->
         return min(losses), float(grid[losses.index(min(losses))])
 
     found = {d: [best(w, s) for w, s in zip(weights, steps[d], strict=True)] for d in DAMPINGS}
-    corrected, notes = recorded(calls).correct(weights, Correction())
+    corrected, notes = correct(recorded(calls), weights, Correction())
     damping = notes["correction_damping"]
     totals = {d: sum(loss for loss, _ in found[d]) for d in DAMPINGS}
     assert totals[damping] == pytest.approx(min(totals.values()), rel=1e-3)
@@ -151,7 +152,7 @@ def test_the_chosen_strength_and_damping_do_best_on_held_out_calls(seed: int) ->
 def test_strength_zero_changes_nothing() -> None:
     (weight,) = weights_of(0)
     for damping in (None, 0.1):
-        (result,), _ = recorded(drawn(0, 5)).correct([weight], Correction(0.0, damping))
+        (result,), _ = correct(recorded(drawn(0, 5)), [weight], Correction(0.0, damping))
         assert torch.equal(result, weight)
 
 
@@ -159,7 +160,7 @@ def test_strength_zero_changes_nothing() -> None:
 def test_without_drift_nothing_changes(how: Correction) -> None:
     (weight,) = weights_of(1)
     calls = [(seen, seen, weights) for seen, _, weights in drawn(1, 6)]
-    (result,), _ = recorded(calls).correct([weight], how)
+    (result,), _ = correct(recorded(calls), [weight], how)
     assert torch.equal(result, weight)
 
 
@@ -173,29 +174,29 @@ def test_a_drift_that_is_noise_is_not_followed() -> None:
         # Orthogonal to what is seen on average: the best guess of the drift is none.
         calls.append((seen, seen + 0.1 * wanted, torch.ones(6)))
     (weight,) = weights_of(3)
-    (full,), _ = recorded(calls).correct([weight], Correction(strength=1.0, damping=0.003))
-    (chosen,), notes = recorded(calls).correct([weight], Correction())
+    (full,), _ = correct(recorded(calls), [weight], Correction(strength=1.0, damping=0.003))
+    (chosen,), notes = correct(recorded(calls), [weight], Correction())
     assert notes["correction"] < 0.7
     assert (chosen - weight).norm() < 0.7 * (full - weight).norm()
 
 
 def test_the_order_of_tokens_and_of_calls_of_a_part_does_not_matter() -> None:
     calls, (weight,) = drawn(4, 8), weights_of(4)
-    (first,), notes = recorded(calls).correct([weight], Correction())
+    (first,), notes = correct(recorded(calls), [weight], Correction())
     shuffled = []
     for seen, wanted, weights in calls:
         order = torch.randperm(len(seen), generator=torch.Generator().manual_seed(9))
         shuffled.append((seen[order], wanted[order], weights[order]))
     # Calls 3 and 7 are held out, and may change places; so may the others.
     for order in ([0, 1, 2, 3, 4, 5, 6, 7], [6, 5, 4, 7, 2, 1, 0, 3]):
-        (second,), other = recorded([shuffled[i] for i in order]).correct([weight], Correction())
+        (second,), other = correct(recorded([shuffled[i] for i in order]), [weight], Correction())
         torch.testing.assert_close(second, first, rtol=1e-4, atol=1e-5)
         assert other == pytest.approx(notes, rel=1e-4)
 
 
 def test_padding_is_ignored_whatever_it_holds() -> None:
     calls, (weight,) = drawn(5, 6), weights_of(5)
-    (expected,), _ = recorded(calls).correct([weight], Correction())
+    (expected,), _ = correct(recorded(calls), [weight], Correction())
     padded = []
     for seen, wanted, weights in calls:
         junk = torch.full((3, IN), float("nan"))
@@ -206,15 +207,15 @@ def test_padding_is_ignored_whatever_it_holds() -> None:
                 torch.cat([weights, torch.zeros(3)]),
             )
         )
-    (result,), _ = recorded(padded).correct([weight], Correction())
+    (result,), _ = correct(recorded(padded), [weight], Correction())
     assert torch.equal(result, expected)
 
 
 def test_weights_of_one_are_no_weights() -> None:
     calls, (weight,) = drawn(6, 5), weights_of(6)
     ones = [(seen, wanted, torch.ones(len(seen))) for seen, wanted, _ in calls]
-    (a,), _ = recorded(ones).correct([weight], Correction())
-    (b,), _ = recorded(ones, weighted=False).correct([weight], Correction())
+    (a,), _ = correct(recorded(ones), [weight], Correction())
+    (b,), _ = correct(recorded(ones, weighted=False), [weight], Correction())
     assert torch.equal(a, b)
 
 
@@ -223,14 +224,14 @@ def test_the_second_moments_are_the_mean_over_all_tokens() -> None:
     hessian, _ = moments(calls)
     count = sum(float(weights.sum()) for _, _, weights in calls)
     torch.testing.assert_close(
-        recorded(calls).hessian().double(), hessian / count, rtol=1e-4, atol=1e-4
+        recorded(calls).result().double(), hessian / count, rtol=1e-4, atol=1e-4
     )
 
 
 def test_one_call_alone_gets_a_careful_correction() -> None:
     """There is nothing to test on: half of the way, with the strongest damping."""
     calls, (weight,) = drawn(8, 1), weights_of(8)
-    (result,), notes = recorded(calls).correct([weight], Correction())
+    (result,), notes = correct(recorded(calls), [weight], Correction())
     assert notes == {"correction": 0.5, "correction_damping": 0.3}
     hessian, drift = moments(calls)
     step = weight.double() @ drift @ torch.linalg.inv(damped(hessian, 0.3))
@@ -243,7 +244,7 @@ def test_channels_that_are_never_active_keep_their_weights() -> None:
         seen[:, 2] = 0
         wanted[:, 2] = 0
     for how in (Correction(), Correction(1.0, 1e-6)):
-        (result,), _ = recorded(calls).correct([weight], how)
+        (result,), _ = correct(recorded(calls), [weight], how)
         assert torch.equal(result[:, 2], weight[:, 2])
         assert torch.isfinite(result).all()
 
@@ -251,7 +252,7 @@ def test_channels_that_are_never_active_keep_their_weights() -> None:
 def test_inputs_that_are_all_zero_are_corrected_by_nothing() -> None:
     zeros = torch.zeros(4, IN)
     (weight,) = weights_of(10)
-    (result,), _ = recorded([(zeros, zeros, torch.ones(4))] * 5).correct([weight], Correction())
+    (result,), _ = correct(recorded([(zeros, zeros, torch.ones(4))] * 5), [weight], Correction())
     assert torch.equal(result, weight)
 
 
@@ -262,14 +263,16 @@ def test_what_cannot_be_is_refused() -> None:
         with pytest.raises(RecipeError, match="damping"):
             Correction(damping=damping)
     with pytest.raises(DataError, match="not of the same tokens"):
-        DriftRecord(IN).update(torch.ones(2, IN), torch.ones(3, IN))
+        Drift(IN).update(torch.ones(2, IN), torch.ones(3, IN))
     with pytest.raises(NumericsError):
-        DriftRecord(IN).update(torch.full((2, IN), float("nan")), torch.ones(2, IN))
+        Drift(IN).update(torch.full((2, IN), float("nan")), torch.ones(2, IN))
     with pytest.raises(NumericsError):
-        DriftRecord(IN).hessian()
+        Drift(IN).result()
     with pytest.raises(NumericsError):
-        recorded([(torch.ones(2, IN), torch.full((2, IN), float("inf")), torch.ones(2))]).correct(
-            weights_of(0), Correction(1.0, 0.1)
+        correct(
+            recorded([(torch.ones(2, IN), torch.full((2, IN), float("inf")), torch.ones(2))]),
+            weights_of(0),
+            Correction(1.0, 0.1),
         )
 
 

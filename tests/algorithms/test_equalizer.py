@@ -26,20 +26,20 @@ from prismquant.errors import FormatError, NumericsError
 from prismquant.formats.spec import NumberSpec, spec
 from prismquant.numerics.affine import dynamic_scale_zero_point, scale_zero_point, simulate
 from prismquant.numerics.ranges import RangeRule, weight_scales
-from prismquant.statistics.channels import ChannelRecord
-from prismquant.statistics.input_range import RangeRecord
+from prismquant.statistics.channel_sizes import ChannelSizes
+from prismquant.statistics.input_range import InputRange
 
 SIZE, TILE, TOKENS = 8, 2, 60
 MINMAX = RangeRule()
 ALL = (torch.ones(SIZE, dtype=torch.bool), 1e6, False)
 
 
-def seen(seed: int = 0, features: int = SIZE * TILE) -> ChannelRecord:
+def seen(seed: int = 0, features: int = SIZE * TILE) -> ChannelSizes:
     """A record of text and vision tokens of different weights; one channel is an outlier."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(TOKENS, features, generator=generator)
     x[:, 1] *= 30
-    record = ChannelRecord(features)
+    record = ChannelSizes(features)
     record.update(
         x,
         torch.randint(0, 3, (TOKENS,), generator=generator),
@@ -57,7 +57,7 @@ def edge(
     rule: RangeRule = MINMAX,
     weight_range: RangeRule = MINMAX,
     vision_weight: float = 1.0,
-    record: ChannelRecord | None = None,
+    record: ChannelSizes | None = None,
 ) -> EdgeProblem:
     """An edge whose channels feed two columns each, as behind a concatenating merger."""
     generator = torch.Generator().manual_seed(100 + seed)
@@ -105,9 +105,9 @@ def served(problem: EdgeProblem, x: Tensor, factors: Tensor) -> Tensor:
     low = (problem.record.low / factors).amin().view(1)
     high = (problem.record.high / factors).amax().view(1)
     if problem.activation_range.kind != "minmax":
-        values = RangeRecord(problem.activation_range.momentum)
+        values = InputRange(problem.activation_range.momentum)
         values.update(x)
-        ends = values.low_high(problem.activation_range, form.grid, form.symmetric)
+        ends = values.result(problem.activation_range, form.grid, form.symmetric)
         low, high = (torch.tensor([end]) for end in ends)
     scales = scale_zero_point(low, high, form.grid, form.symmetric, torch.bfloat16)
     return simulate(x, *scales, form.grid, *unit)
@@ -171,7 +171,7 @@ def test_weights_and_static_inputs_follow_their_range_rules(kind):
 
 
 def test_the_static_range_holds_every_token_not_only_those_of_the_sample():
-    record = ChannelRecord(4, sample=1)
+    record = ChannelSizes(4, sample=1)
     record.update(torch.tensor([[100.0, 0.0, 0.0, 0.0]]))
     record.update(torch.ones(1, 4))
     assert torch.equal(record.inputs, torch.ones(1, 4))
@@ -220,7 +220,7 @@ def test_nothing_is_lost_where_nothing_is_quantized_or_nothing_arrives():
     floating = edge(None, None)
     assert output_error(floating, positive()) == 0
     assert hopeless(floating).notes["skipped"]
-    empty = edge(record=ChannelRecord(SIZE * TILE))
+    empty = edge(record=ChannelSizes(SIZE * TILE))
     assert output_error(empty, positive()) == 0
     assert "no calibration token" in hopeless(empty).notes["skipped"]
     assert hopeless(edge()) is None
@@ -347,7 +347,7 @@ def test_what_wins_on_some_rows_must_win_on_all():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(41, 8, generator=generator)
     weight[0] = torch.tensor([7.4, 0.33, 0.33, 0.33, 0.33, 0.33, 0.33, 0.33])
-    record = ChannelRecord(8)
+    record = ChannelSizes(8)
     record.update(torch.randn(50, 8, generator=generator))
     problem = EdgeProblem(
         "n",

@@ -16,7 +16,7 @@ from prismquant.algorithms.smoothquant import SmoothQuant
 from prismquant.errors import RecipeError
 from prismquant.formats.spec import spec
 from prismquant.numerics.ranges import RangeRule
-from prismquant.statistics.channels import ChannelRecord
+from prismquant.statistics.channel_sizes import ChannelSizes
 
 SIZE = 32
 
@@ -39,7 +39,7 @@ def problem(
     x[:, 5] = torch.where(marks, x[:, 5] * 4 * outlier, x[:, 5])
     if dead is not None:
         x[:, dead] = 0.0
-    record = ChannelRecord(SIZE * tile)
+    record = ChannelSizes(SIZE * tile)
     record.update(x, None, marks)
     form = None if weights is None else spec(weights)
     sizes = torch.exp(0.5 * torch.randn(SIZE * tile, generator=generator))
@@ -132,7 +132,7 @@ def test_the_search_is_never_worse_than_no_scaling(seed, weights, activations, p
 def test_a_strength_that_can_only_harm_is_refused_by_the_search_and_obeyed_without():
     """The weight is on its grid already: a scale can only take it off."""
     generator = torch.Generator().manual_seed(0)
-    record = ChannelRecord(16)
+    record = ChannelSizes(16)
     record.update(torch.randn(40, 16, generator=generator))
     weight = torch.randint(-127, 128, (8, 16), generator=generator).float()
     weight[:, 0] = 127.0
@@ -154,7 +154,7 @@ def test_a_strength_that_can_only_harm_is_refused_by_the_search_and_obeyed_witho
 
 
 def test_scales_that_are_all_one_are_an_exact_no_op():
-    record = ChannelRecord(8)
+    record = ChannelSizes(8)
     record.update(torch.full((5, 8), 3.0))
     weights = (Reader("r", torch.full((4, 8), -0.7), spec("int8-channel")),)
     task = EdgeProblem("n", 8, torch.arange(8), weights, None, RangeRule(), torch.float32, record)
@@ -213,7 +213,7 @@ def test_a_percentile_stands_for_the_largest_magnitude():
 
 
 def test_a_modality_that_the_sample_missed_still_counts_by_its_maximum():
-    record = ChannelRecord(4, sample=1)
+    record = ChannelSizes(4, sample=1)
     record.update(torch.tensor([[100.0, 1, 1, 1]]), None, torch.tensor([True]))
     record.update(torch.ones(1, 4))
     assert not bool(record.vision.any())
@@ -249,7 +249,7 @@ def test_the_weight_of_vision_tokens_reaches_the_measure():
 def test_edges_without_tokens_or_formats_are_skipped_with_the_reason():
     assert "quantized" in SmoothQuant().equalize(problem(None, None)).notes["skipped"]
     task = problem()
-    empty = EdgeProblem(**{**vars(task), "record": ChannelRecord(SIZE)})
+    empty = EdgeProblem(**{**vars(task), "record": ChannelSizes(SIZE)})
     result = SmoothQuant(search=False).equalize(empty)
     assert result.scale is None
     assert "calibration" in result.notes["skipped"]

@@ -47,7 +47,7 @@ from prismquant.recipe.schema import load_recipe
 from prismquant.report.plan_summary import PlanSummary
 from prismquant.report.plans import layer_table, run_table
 from prismquant.report.run_files import RunFiles
-from prismquant.statistics.hessian import HessianRecord
+from prismquant.statistics.hessian import Hessian
 from prismquant.storage import ShardReader, read_json, write_tensors
 
 if TYPE_CHECKING:
@@ -466,15 +466,15 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> None:
     """The moments of one block's attention output and up projection are no Hessian."""
-    mean = HessianRecord.mean
+    mean = Hessian.mean
 
-    def damaged(record: HessianRecord, *, consume: bool = False) -> Tensor:
+    def damaged(record: Hessian, *, consume: bool = False) -> Tensor:
         found = mean(record, consume=consume)
         if record.name in {f"{LLM}.0.self_attn.o_proj", f"{LLM}.0.mlp.gate_proj"}:
             found[0, 1] = found[1, 0] = 1e6
         return found
 
-    monkeypatch.setattr(HessianRecord, "mean", damaged)
+    monkeypatch.setattr(Hessian, "mean", damaged)
 
 
 FAILING = {f"{LLM}.0.self_attn.o_proj", f"{LLM}.0.mlp.gate_proj", UP}

@@ -29,8 +29,8 @@ from prismquant.numerics.kinds import Granularity
 from prismquant.numerics.ranges import RangeRule, weight_scales
 from prismquant.numerics.scales import ScaleFormat, global_scale
 from prismquant.runtime.linear import ActivationQuantizer
-from prismquant.statistics.channels import ChannelRecord
-from prismquant.statistics.hessian import HessianRecord
+from prismquant.statistics.channel_sizes import ChannelSizes
+from prismquant.statistics.hessian import Hessian
 
 WEIGHTS = [name for name, number in PRESETS.items() if not number.dynamic]
 FEATURES = 128
@@ -64,7 +64,7 @@ def problem(
     weights = tuple(
         torch.randn(r, FEATURES, generator=generator) * (0.02 + 0.3 * i) for i, r in enumerate(rows)
     )
-    record = HessianRecord(FEATURES)
+    record = Hessian(FEATURES)
     record.update(inputs())
     return LayerProblem(
         tuple(f"layer{i}" for i in range(len(rows))),
@@ -72,7 +72,7 @@ def problem(
         spec(name),
         RangeRule(rule, norm=2.0),  # type: ignore[arg-type]
         torch.bfloat16,
-        record.mean() if calibrated else None,
+        record.result() if calibrated else None,
     )
 
 
@@ -258,7 +258,7 @@ def edge(
     weights: str | None, activations: str | None, rows: tuple[int, ...] = (9, 20)
 ) -> EdgeProblem:
     generator = torch.Generator().manual_seed(3)
-    record = ChannelRecord(SIZE)
+    record = ChannelSizes(SIZE)
     x = inputs(SIZE, 80, seed=4)
     x[:, 1] *= 20
     record.update(x, torch.ones(80), torch.zeros(80, dtype=torch.bool))

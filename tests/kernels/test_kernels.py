@@ -33,7 +33,7 @@ from prismquant.numerics.grids import FloatGrid, Grid, IntGrid
 from prismquant.numerics.kinds import FLOAT_KINDS
 from prismquant.numerics.ranges import RangeRule
 from prismquant.statistics import hessian as statistics
-from prismquant.statistics.hessian import HessianRecord
+from prismquant.statistics.hessian import Hessian
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -138,11 +138,11 @@ def test_only_weights_that_change_nothing_leave_inputs_narrow(monkeypatch):
 @pytest.mark.parametrize("weights", [None, torch.ones(40), torch.arange(40) % 3])
 def test_second_moments_of_narrow_inputs_are_those_of_the_same_numbers_in_float32(weights):
     x = normal(40, 24, seed=1).to(DEVICE, torch.bfloat16)
-    narrow, wide = (HessianRecord(24, DEVICE) for _ in range(2))
+    narrow, wide = (Hessian(24, DEVICE) for _ in range(2))
     narrow.update(x, weights)
     wide.update(x.float(), weights)
     assert narrow.count == wide.count
-    torch.testing.assert_close(narrow.mean(), wide.mean(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(narrow.result(), wide.result(), rtol=1e-5, atol=1e-6)
 
 
 # The sweep: where it runs
@@ -546,12 +546,12 @@ def problem_of(
     name: str, rows: tuple[int, ...] = (20, 7), features: int = 144, device: str = "cpu"
 ) -> LayerProblem:
     mixed = normal(400, features // 4, seed=10) @ normal(features // 4, features, seed=11)
-    record = HessianRecord(features, device)
+    record = Hessian(features, device)
     record.update(mixed / math.sqrt(features // 4) + 0.3 * normal(400, features, seed=12))
     weights = tuple(normal(r, features, seed=20 + i).to(device) for i, r in enumerate(rows))
     names = tuple(f"layers.0.{i}" for i in range(len(rows)))
     rule = RangeRule("minmax", norm=2.0)
-    return LayerProblem(names, weights, spec(name), rule, torch.bfloat16, record.mean())
+    return LayerProblem(names, weights, spec(name), rule, torch.bfloat16, record.result())
 
 
 @with_each_compiled_kernel

@@ -19,7 +19,7 @@ from prismquant.kernels.products import (
     subtract_products,
     token_product,
 )
-from prismquant.statistics.hessian import HessianRecord
+from prismquant.statistics.hessian import Hessian
 
 CPU = torch.device("cpu")
 multiplies = pytest.mark.skipif(
@@ -42,8 +42,8 @@ def worst(product: Tensor, a: Tensor, b: Tensor) -> float:
     return float(((product - a.T @ b) / sizes).abs().max())
 
 
-def record_of(*batches: Tensor) -> HessianRecord:
-    record = HessianRecord(batches[0].shape[1])
+def record_of(*batches: Tensor) -> Hessian:
+    record = Hessian(batches[0].shape[1])
     for batch in batches:
         record.update(batch)
     return record
@@ -161,10 +161,10 @@ def test_sums_of_blocks_grow_and_nothing_beside_them_is_touched(rows, columns):
 @pytest.mark.parametrize("features", [1, 40, 511, 512, 530, 1100])
 def test_second_moments_are_those_of_float32_but_for_the_order_of_sums(features):
     x = narrow(600, features, seed=features) * torch.logspace(-3, 3, features).bfloat16()
-    mean = record_of(*x.split(250)).mean()
+    mean = record_of(*x.split(250)).result()
     assert worst(600 * mean, x, x) < 2e-6
     assert torch.equal(mean, mean.T)
-    wide = record_of(x.float()).mean()
+    wide = record_of(x.float()).result()
     size = wide.diagonal().sqrt()
     assert float(((mean - wide) / torch.outer(size, size)).abs().max()) < 2e-6
 
@@ -173,13 +173,13 @@ def test_second_moments_are_those_of_float32_but_for_the_order_of_sums(features)
 def test_neither_order_nor_who_has_seen_a_batch_changes_a_bit():
     """Magnitudes differ by a factor of a million, so that plain sums would not do."""
     batches = [narrow(50, 600, seed=n) * 10.0 ** (n % 4) for n in range(12)]
-    expected = record_of(*batches).mean()
-    assert torch.equal(record_of(*batches[::-1]).mean(), expected)
+    expected = record_of(*batches).result()
+    assert torch.equal(record_of(*batches[::-1]).result(), expected)
     for ranks in (2, 3):
         records = [record_of(*batches[rank::ranks]) for rank in range(ranks)]
         for other in records[1:]:
             records[0].merge(other)
-        assert torch.equal(records[0].mean(), expected)
+        assert torch.equal(records[0].result(), expected)
 
 
 @multiplies
@@ -202,13 +202,13 @@ def test_threads_and_how_many_tokens_are_packed_at_once_change_no_bit(monkeypatc
 def test_padding_is_dropped_and_weights_are_multiplied_in_float32():
     x = narrow(90, 70, seed=9)
     kept = torch.arange(90) % 3 != 0
-    padded = HessianRecord(70)
+    padded = Hessian(70)
     padded.update(x.where(kept.unsqueeze(1), torch.nan), kept)
-    assert torch.equal(padded.mean(), record_of(x[kept]).mean())
-    weighted, wide = HessianRecord(70), HessianRecord(70)
+    assert torch.equal(padded.result(), record_of(x[kept]).result())
+    weighted, wide = Hessian(70), Hessian(70)
     weighted.update(x, 0.3 * kept)
     wide.update(x.float(), 0.3 * kept)
-    assert torch.equal(weighted.mean(), wide.mean())
+    assert torch.equal(weighted.result(), wide.result())
 
 
 @multiplies
@@ -226,7 +226,7 @@ def test_without_a_compiler_bfloat16_is_multiplied_in_float32(monkeypatch, missi
     x = narrow(20, 70, seed=10)
     try:
         assert not products.supports(CPU, torch.bfloat16)
-        assert torch.equal(record_of(x).mean(), record_of(x.float()).mean())
+        assert torch.equal(record_of(x).result(), record_of(x.float()).result())
     finally:
         products._loops.cache_clear()
 

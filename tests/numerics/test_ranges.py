@@ -21,7 +21,7 @@ from prismquant.numerics.ranges import (
     weight_scales,
 )
 from prismquant.numerics.scales import ScaleFormat, global_scale
-from prismquant.statistics.input_range import RangeRecord, static_scale_zero_point
+from prismquant.statistics.input_range import InputRange, static_scale_zero_point
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 UNITS = [(Granularity.TENSOR, None), (Granularity.CHANNEL, None), (Granularity.GROUP, 16)]
@@ -163,17 +163,17 @@ def test_rules_that_do_not_fit_are_refused() -> None:
     w = torch.ones(2, 16)
     with pytest.raises(RecipeError, match="E2M1"):
         weight_scales(w, IntGrid(4), True, *NV, RangeRule("four_over_six"), torch.float32)
-    record = RangeRecord()
+    record = InputRange()
     record.update(w)
     with pytest.raises(RecipeError, match="for weights"):
-        record.low_high(RangeRule("four_over_six"), FP4, True)
+        record.result(RangeRule("four_over_six"), FP4, True)
     with pytest.raises(FormatError, match="nothing to calibrate"):
         static_scale_zero_point(record, RangeRule(), FP4, True, torch.float32, "e8m0")
 
 
 def test_calibration_finds_a_static_scale_or_a_global_one() -> None:
     x = heavy_tailed(5, 100, 32)
-    record = RangeRecord()
+    record = InputRange()
     record.update(x)
     low, high = float(x.min()), float(x.max())
     fp8 = FloatGrid("e4m3")
@@ -581,14 +581,14 @@ def test_weights_and_importances_that_cannot_be_used_are_refused() -> None:
 # --- records ----------------------------------------------------------------------------------
 
 
-def record_of(*batches: Tensor, momentum: float = 0.01) -> RangeRecord:
-    record = RangeRecord(momentum)
+def record_of(*batches: Tensor, momentum: float = 0.01) -> InputRange:
+    record = InputRange(momentum)
     for batch in batches:
         record.update(batch)
     return record
 
 
-def same(a: RangeRecord, b: RangeRecord, but: tuple[str, ...] = ()) -> bool:
+def same(a: InputRange, b: InputRange, but: tuple[str, ...] = ()) -> bool:
     left, right = a.state_dict(), b.state_dict()
     return all(torch.equal(left[k], right[k]) for k in left if k not in but) and a.count == b.count
 
@@ -644,7 +644,7 @@ def test_extremes_and_counts_are_exact(batches: list[Tensor]) -> None:
     record = record_of(*batches)
     assert record.count == values.numel()
     assert (record.low, record.high) == (values.min().item(), values.max().item())
-    assert record.low_high(RangeRule(), IntGrid(8), True) == (record.low, record.high)
+    assert record.result(RangeRule(), IntGrid(8), True) == (record.low, record.high)
 
 
 @given(
@@ -659,7 +659,7 @@ def test_percentiles_are_exact_to_within_one_bin(
     record = record_of(*batches)
     rank = math.ceil(percentile * len(values))
     rule = RangeRule("percentile", percentile=percentile)
-    low, high = record.low_high(rule, IntGrid(8), symmetric)
+    low, high = record.result(rule, IntGrid(8), symmetric)
     if symmetric:
         want_high = values.abs().sort().values[rank - 1].item()
         want_low = -want_high
@@ -675,7 +675,7 @@ def test_percentiles_of_many_values_are_exact_to_within_one_bin(percentile: floa
     record = record_of(*x.split(30_011))
     rank = math.ceil(percentile * x.numel())
     rule = RangeRule("percentile", percentile=percentile)
-    low, high = record.low_high(rule, IntGrid(8), False)
+    low, high = record.result(rule, IntGrid(8), False)
     assert 0 <= high - x.sort().values[rank - 1].item() <= record.bin_width
     assert 0 <= x.sort().values[-rank].item() - low <= record.bin_width
     assert record.bin_width <= float(x.abs().max()) / 4096
@@ -702,7 +702,7 @@ def test_mse_of_a_record_is_within_one_bin_of_brute_force(
     x = heavy_tailed(seed, 20_000)
     record = record_of(x)
     rule = RangeRule("mse", norm=norm)
-    low, high = record.low_high(rule, grid, True)
+    low, high = record.result(rule, grid, True)
     assert low == -high
     edge = float(x.abs().max())
     brute = min(
@@ -718,7 +718,7 @@ def test_mse_searches_the_ends_of_an_asymmetric_range_apart(bits: int) -> None:
     x = torch.nn.functional.gelu(heavy_tailed(6, 20_000))
     grid = IntGrid(bits)
     record = record_of(x)
-    low, high = record.low_high(RangeRule("mse"), grid, False)
+    low, high = record.result(RangeRule("mse"), grid, False)
     assert record.low <= low <= 0 < high <= record.high
     extremes = (record.low, record.high)
     error = mean_error(x, low, high, grid, False, 2.4)
@@ -741,7 +741,7 @@ def test_unusual_records_still_choose_a_finite_range(
 ) -> None:
     record = record_of(torch.tensor(values))
     for kind in ("minmax", "percentile", "mse", "ema"):
-        low, high = record.low_high(RangeRule(kind), grid, symmetric)  # type: ignore[arg-type]
+        low, high = record.result(RangeRule(kind), grid, symmetric)  # type: ignore[arg-type]
         scale, _ = scale_zero_point(
             torch.tensor([low]), torch.tensor([high]), grid, symmetric, torch.float32
         )
@@ -754,19 +754,19 @@ def test_the_moving_average_forgets_at_the_rate_of_its_momentum() -> None:
     record = record_of(*batches, momentum=0.25)
     weights = [0.25 * 0.75**2, 0.25 * 0.75, 0.25]
     rule = RangeRule("ema", momentum=0.25)
-    low, high = record.low_high(rule, IntGrid(8), False)
+    low, high = record.result(rule, IntGrid(8), False)
     assert low == pytest.approx((-1 * weights[0] - 3 * weights[1]) / sum(weights))
     assert high == pytest.approx((2 * weights[0] + 4 * weights[1] + 10 * weights[2]) / sum(weights))
-    first = record_of(batches[0], momentum=0.25).low_high(rule, IntGrid(8), False)
+    first = record_of(batches[0], momentum=0.25).result(rule, IntGrid(8), False)
     assert first == (-1.0, 2.0)
 
 
 def test_another_momentum_is_refused() -> None:
     record = record_of(torch.ones(3))
     with pytest.raises(RecipeError, match=r"0\.5"):
-        record.low_high(RangeRule("ema", momentum=0.5), IntGrid(8), True)
+        record.result(RangeRule("ema", momentum=0.5), IntGrid(8), True)
     with pytest.raises(NumericsError, match="cannot be merged"):
-        record.merge(RangeRecord(0.5))
+        record.merge(InputRange(0.5))
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
@@ -778,9 +778,9 @@ def test_any_shape_and_dtype_is_counted_as_float32(dtype: torch.dtype) -> None:
 
 def test_nothing_recorded_is_no_range_and_an_empty_batch_is_no_batch() -> None:
     record = record_of(torch.zeros(0, 8))
-    assert same(record, RangeRecord())
+    assert same(record, InputRange())
     with pytest.raises(NumericsError, match="no value has been recorded"):
-        record.low_high(RangeRule(), IntGrid(8), True)
+        record.result(RangeRule(), IntGrid(8), True)
     seen = record_of(torch.ones(2))
     seen.merge(record)
     assert same(seen, record_of(torch.ones(2)))
@@ -798,22 +798,22 @@ def test_values_that_are_not_finite_leave_the_record_unchanged(bad: float) -> No
 
 def test_values_beyond_float32_are_refused() -> None:
     with pytest.raises(NumericsError, match="float32"):
-        RangeRecord().update(torch.tensor([1e300], dtype=torch.float64))
+        InputRange().update(torch.tensor([1e300], dtype=torch.float64))
 
 
 def test_the_state_is_a_faithful_copy() -> None:
     record = record_of(heavy_tailed(8, 100), heavy_tailed(9, 50) * 100, momentum=0.2)
-    back = RangeRecord.from_state_dict(record.state_dict())
+    back = InputRange.from_state_dict(record.state_dict())
     assert same(back, record)
     assert back.momentum == 0.2
     back.update(torch.ones(3))
     assert not same(back, record)
-    assert same(RangeRecord.from_state_dict(RangeRecord().state_dict()), RangeRecord())
+    assert same(InputRange.from_state_dict(InputRange().state_dict()), InputRange())
 
 
 def test_a_broken_state_is_refused() -> None:
     state = record_of(torch.ones(3)).state_dict()
     with pytest.raises(NumericsError, match="made of"):
-        RangeRecord.from_state_dict({k: v for k, v in state.items() if k != "counts"})
+        InputRange.from_state_dict({k: v for k, v in state.items() if k != "counts"})
     with pytest.raises(NumericsError, match=r"counts.*\[3\]"):
-        RangeRecord.from_state_dict(state | {"counts": torch.zeros(3, dtype=torch.int64)})
+        InputRange.from_state_dict(state | {"counts": torch.zeros(3, dtype=torch.int64)})

@@ -24,7 +24,7 @@ from prismquant.formats.spec import NumberSpec, spec
 from prismquant.kernels import products
 from prismquant.numerics.grids import IntGrid
 from prismquant.numerics.ranges import RangeRule
-from prismquant.statistics.hessian import HessianRecord
+from prismquant.statistics.hessian import Hessian
 
 if TYPE_CHECKING:
     from prismquant.formats.quantized_layer import QuantizedTensor
@@ -47,9 +47,9 @@ def correlated(tokens: int, features: int, seed: int, noise: float = 0.3) -> Ten
 
 
 def moments(x: Tensor) -> Tensor:
-    record = HessianRecord(x.shape[1])
+    record = Hessian(x.shape[1])
     record.update(x)
-    return record.mean()
+    return record.result()
 
 
 def make(
@@ -527,12 +527,12 @@ def test_no_calibration_is_refused_by_name():
 def test_padded_tokens_equal_dropped_ones():
     x = correlated(300, 48, 6)
     counted = torch.rand(300, generator=torch.Generator().manual_seed(0)) > 0.3
-    padded, dropped = HessianRecord(48), HessianRecord(48)
+    padded, dropped = Hessian(48), Hessian(48)
     noise = torch.where(counted[:, None], x, torch.full_like(x, 1e6))
     padded.update(noise, counted)
     dropped.update(x[counted])
     results: list[LayerResult] = [
-        GPTQ().solve(make(hessian=record.mean())) for record in (padded, dropped)
+        GPTQ().solve(make(hessian=record.result())) for record in (padded, dropped)
     ]
     assert torch.equal(results[0].weights[0].codes, results[1].weights[0].codes)
 

@@ -1,4 +1,4 @@
-"""Sizes of the channels of an input, and a sample of it: what smoothing looks at."""
+"""Sizes of the channels of an input, and a sample of it, for smoothing."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from prismquant.statistics.counted import counted_tokens
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from prismquant.distributed import Ranks
+
 # Consecutive multiples of the golden ratio, modulo 1, spread as evenly over the circle as any
 # sequence can: the tokens whose multiples fall below a threshold are spread evenly over the order
 # of arrival, whatever the threshold, and beat with no length of a sequence. As 64-bit integers.
@@ -21,7 +23,7 @@ _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _PARTS = ("low", "high", "sums", "counts", "inputs", "weights", "vision", "keys")
 
 
-class ChannelRecord:
+class ChannelSizes:
     """Sizes of an input's channels by modality, and a sample of its tokens.
 
     The sample depends only on the counted tokens and their order, not on how they were cut into
@@ -134,7 +136,7 @@ class ChannelRecord:
         self._arrived += len(x)
         self._take(x, kept, vision, index * _GOLDEN)
 
-    def merge(self, other: ChannelRecord) -> None:
+    def merge(self, other: ChannelSizes) -> None:
         """Add the tokens of another record, as if they came after those of this one.
 
         Sizes are exactly those of one record of all tokens. The sample takes from both in
@@ -160,13 +162,23 @@ class ChannelRecord:
         parts = (other._inputs, other._weights, other._vision, other._keys)
         self._take(*(part.to(device) for part in parts))
 
+    def share(self, ranks: Ranks) -> None:
+        """Add the tokens that the other processes have seen; each of them calls this."""
+        if ranks.size == 1:
+            return
+        states = ranks.gather(self.state_dict())
+        first, *others = (self.from_state_dict(state, self) for state in states)
+        for other in others:
+            first.merge(other)
+        vars(self).update(vars(first))
+
     def state_dict(self) -> dict[str, Tensor]:
         """The whole record as tensors, to be given to :meth:`from_state_dict`."""
         arrived = torch.tensor(self._arrived, dtype=torch.int64)
         return {"arrived": arrived} | {name: getattr(self, f"_{name}") for name in _PARTS}
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor], like: ChannelRecord) -> ChannelRecord:
+    def from_state_dict(cls, state: Mapping[str, Tensor], like: ChannelSizes) -> ChannelSizes:
         """Make a record again.
 
         Args:
