@@ -27,9 +27,11 @@ from torch import Tensor, nn
 from prismquant.data import Kind
 from prismquant.data.batches import Batch
 from prismquant.engine.activation_store import ActivationStore, InMemory
-from prismquant.errors import ModelError, NumericsError
+from prismquant.errors import ModelError, NumericsError, PrismQuantError
+from prismquant.memory import memory_error
 from prismquant.models.arch import Modality
 from prismquant.models.bound import BoundModel, BoundStep
+from prismquant.models.config import brief
 from prismquant.numerics.affine import all_finite, finiteness
 from prismquant.statistics.tokens import Tokens
 
@@ -424,6 +426,14 @@ class Replay:
         except _Captured as captured:
             # Its frames would hold this pass, and what waits for it, until the next collection.
             return captured.with_traceback(None)
+        except Exception as error:
+            if isinstance(error, PrismQuantError | OSError) or memory_error(error) is not None:
+                raise
+            raise ModelError(
+                f"the model's own code fails between its steps: {brief(error)}",
+                where=self.bound.arch.name,
+                remedy="restore config.json and the processor's files from the original checkpoint",
+            ) from error
         raise ModelError(
             "the model's forward pass ended without running the expected step",
             where=self.bound.arch.name,

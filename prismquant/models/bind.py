@@ -10,7 +10,6 @@ weights.
 from __future__ import annotations
 
 import dataclasses
-import reprlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +38,8 @@ from prismquant.models.config import (
     read_config,
     unused_keys,
 )
+from prismquant.models.config_findings import config_findings
+from prismquant.models.dry_forward import forward_findings
 from prismquant.models.empty import empty_model
 from prismquant.models.misfits import Misfits, kind_of
 from prismquant.models.names import NameMap, choose_layout
@@ -93,7 +94,7 @@ def bind(
     left_alone = claim_parameters(arch, model, {site.name for site in sites}, misfits)
     edges = bind_edges(arch, config, modules, steps, probe, misfits)
     streams = bind_streams(arch, modules, edges, probe, misfits)
-    misfits.add_all(_rotary_findings(config.get_text_config()))
+    misfits.add_all(config_findings(config.get_text_config(), modules))
     unused = [f"config.json: {key} is not used" for key in unused_keys(arch, folder, config)]
     notes = list(unused)
     if says_tied and not tied:
@@ -106,6 +107,8 @@ def bind(
         if section := read_config(folder).get("quantization_config"):
             notes.append(_leftover(section, folder, is_float=bool(infos) and not strange))
         misfits.add_all(strange if infos else [])
+    if not misfits:
+        misfits.add_all(forward_findings(model, arch, config, steps))
     if misfits:
         # What is not used may be why the rest does not fit.
         raise misfits.error(arch, folder, unused)
@@ -232,21 +235,6 @@ def _not_a_patch_conv(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> str | None:
     if padded or conv.groups != 1 or any(d != 1 for d in conv.dilation):
         return "padding, groups or dilation: not a reshape"
     return None
-
-
-def _rotary_findings(text: Any) -> list[str]:
-    """Findings on the share of each head that times, rows and columns of a position turn."""
-    rope = getattr(text, "rope_parameters", None) or {}
-    if "mrope_section" not in rope:
-        return []
-    sections, width = rope["mrope_section"], getattr(text, "head_dim", None)
-    width = width or text.hidden_size // text.num_attention_heads
-    half = int(width * (rope.get("partial_rotary_factor") or 1)) // 2
-    counts = isinstance(sections, list) and all(type(item) is int and item > 0 for item in sections)
-    if counts and len(sections) == 3 and sum(sections) == half:
-        return []
-    said = reprlib.repr(sections)
-    return [f"mrope_section of text_config is {said}, not three numbers that add up to {half}"]
 
 
 # ---------------------------------------------------------------------------------------- headers

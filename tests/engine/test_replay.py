@@ -11,6 +11,7 @@ from torch import nn
 from prismquant.data import read_samples
 from prismquant.data.batches import Batch, make_batches
 from prismquant.engine.replay import Replay
+from prismquant.errors import ModelError
 from prismquant.models.arch import Modality
 from prismquant.models.bind import bind
 from prismquant.models.bound import BoundStep
@@ -117,6 +118,16 @@ def test_vision_steps_come_in_the_order_in_which_the_model_runs_them(
         "blocks.2",
         "merger",
     ]
+
+
+def test_a_model_that_fails_between_its_steps_is_told_in_words(
+    tiny: Callable[..., Path], calibration_file: Path
+) -> None:
+    folder = tiny("qwen2_vl")
+    model = load_float(folder)
+    model.model.language_model.rotary_emb.forward = lambda *_: torch.ones(2) @ torch.ones(3)
+    with pytest.raises(ModelError, match=r"own code fails between its steps: .*inconsistent"):
+        replayed_logits(model, folder, batches_of(folder, calibration_file, 6))
 
 
 def test_the_model_is_as_before_after_a_replay(tiny_folder: Path, calibration_file: Path) -> None:

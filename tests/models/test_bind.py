@@ -483,6 +483,13 @@ _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
             )
             for sections in ([4, 6, 7], [16], [4, 6, "6"], None, [-4, 14, 6])
         ),
+        ("text_config", "rope_parameters", None, r"is \[16, 24, 24\] \(by default.*add up to 16"),
+        (
+            "text_config",
+            "layer_types",
+            ["sliding_attention"] * 2,
+            "text_config.sliding_window is null",
+        ),
         ("text_config", "sub_config", [1], "text_config.sub_config holds a list, not an object"),
     ],
 )

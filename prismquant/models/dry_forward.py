@@ -1,0 +1,146 @@
+"""A forward pass of a model without weights, which finds what only the model's own code refuses.
+
+Some faults of a configuration show in no shape: sliding attention without a window, or rotary
+sections that do not fit a head. transformers builds such a model, and fails when it is first
+called. Here it is called at once, with some tokens and a small picture. Modules that hold
+parameters run on the meta device, which has shapes and no numbers, and return zeros; all code
+between them runs as it is. It takes a second or two for the largest models.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from prismquant.memory import memory_error
+from prismquant.models.config import brief, config_value
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from prismquant.models.arch import ArchSpec
+    from prismquant.models.bound import BoundStep
+
+__all__ = ["forward_findings"]
+
+# Of a text, and of the small picture in each direction.
+_TOKENS = 4
+_CELLS = 2
+
+
+class _NoNumbersError(Exception):
+    """Ends a pass in which a module needs numbers, not only shapes: nothing can be said then."""
+
+
+def forward_findings(
+    model: nn.Module, arch: ArchSpec, config: Any, steps: Sequence[BoundStep]
+) -> list[str]:
+    """Findings on a configuration from the model's own code, first of a text, then of a picture.
+
+    Args:
+        model: Without weights; it cannot be used afterwards.
+        arch: Its architecture.
+        config: Its native config.
+        steps: All modules that are to run, at the latest for a picture.
+
+    Returns:
+        Nothing where all passes come to their end, or where that cannot be told.
+    """
+    left = {step.name for step in steps}
+    for name in left.copy():
+        model.get_submodule(name).register_forward_pre_hook(lambda *_, n=name: left.discard(n))
+    for module in _outermost_holders(model):
+        module.forward = _on_shapes(module.to("meta").forward)
+    entry = next((site for step in steps for site in step.sites if step.kind == "entry"), None)
+    picture = None if entry is None else _picture(arch, config, entry.in_features)
+    passes = {"": _text(arch, config)} | ({" for pictures": picture} if picture else {})
+    try:
+        for kind, inputs in passes.items():
+            if said := _refusal(model, inputs):
+                return [f"config.json: the model's own code refuses it{kind}: {said}"]
+    except _NoNumbersError:
+        return []
+    never = sorted(left) if picture else []
+    return [f"{name}: the model's own code never runs it" for name in never]
+
+
+def _outermost_holders(module: nn.Module) -> Iterator[nn.Module]:
+    """Modules that hold parameters themselves, and lie in no such module."""
+    if next(module.parameters(recurse=False), None) is not None:
+        yield module
+        return
+    for child in list(module.children()):
+        yield from _outermost_holders(child)
+
+
+def _on_shapes(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that computes shapes on the meta device, and returns zeros of them."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = pytree.tree_map_only(Tensor, lambda x: x.to("meta"), (args, kwargs))
+        try:
+            result = forward(*args, **kwargs)
+        except (NotImplementedError, RuntimeError) as error:
+            if isinstance(error, NotImplementedError) or "meta" in str(error):
+                raise _NoNumbersError from error
+            raise
+        return pytree.tree_map_only(Tensor, lambda x: torch.zeros_like(x, device="cpu"), result)
+
+    return call
+
+
+@torch.no_grad()
+def _refusal(model: nn.Module, inputs: dict[str, Any]) -> str | None:
+    """What the model says against a call; None where it can be called."""
+    try:
+        model(**inputs, use_cache=False)
+    except _NoNumbersError:
+        raise
+    except Exception as error:
+        if memory_error(error) is not None:
+            raise
+        return brief(error)
+    return None
+
+
+def _text(arch: ArchSpec, config: Any) -> dict[str, Any]:
+    """A row of tokens that stand for no picture and no clip."""
+    media = {int(config_value(config, key)) for key in arch.vision_token_ids}
+    token = next(number for number in range(len(media) + 1) if number not in media)
+    ids = torch.full((1, _TOKENS), token)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _picture(arch: ArchSpec, config: Any, width: int) -> dict[str, Any] | None:
+    """A row with a small picture; None for an architecture that is given pictures otherwise.
+
+    Args:
+        arch: Names the inputs.
+        config: Its native config.
+        width: Numbers of a patch.
+    """
+    group = arch.input_groups[0] if arch.input_groups else ()
+    made: dict[str, Tensor] = {}
+    merge = getattr(config.vision_config, "spatial_merge_size", 1)
+    if any(key.endswith("merge_sizes") for key in group):
+        merge = 1
+    side = _CELLS * merge
+    for key in group:
+        if key.startswith("pixel"):
+            made[key] = torch.zeros(side * side, width)
+        elif key.endswith("grid_thw"):
+            made[key] = torch.tensor([[1, side, side]])
+        elif key.endswith("merge_sizes"):
+            made[key] = torch.tensor([merge])
+        else:
+            return None
+    if len(made) < 2:
+        return None
+    marks = torch.tensor([[0] * 2 + [1] * _CELLS**2 + [0] * 2])
+    token = int(config_value(config, arch.vision_token_ids[0]))
+    ids = torch.where(marks > 0, token, _text(arch, config)["input_ids"][0, 0])
+    text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return text | made | ({"mm_token_type_ids": marks} if merge > 1 else {})
