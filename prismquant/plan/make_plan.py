@@ -13,6 +13,7 @@ from prismquant.formats.packed import stored_bytes
 from prismquant.models.arch import SiteKind
 from prismquant.models.bound import BoundModel, BoundSite
 from prismquant.models.rotation import OnlineRotation, Rotation, online_rotations, untied
+from prismquant.numerics.scales import SCALE_DTYPES
 from prismquant.plan.bit_layout import DENSE, input_bytes, layout_of
 from prismquant.plan.fallback import Asked, Fitted, fit, fit_together
 from prismquant.plan.kv_plan import plan_kv_cache
@@ -194,6 +195,11 @@ def _row(
     )
     if fitted is None:
         return replace(row, note="no rule gives it a weight format")
+    if dtype not in SCALE_DTYPES:
+        raise PlanError(
+            f"its weight is stored as {str(dtype).removeprefix('torch.')}, and scales cannot be",
+            remedy="save the model in float32, bfloat16 or float16 first",
+        )
     if site.tied and not own_head:
         raise PlanError(
             "its weight is tied to the input embeddings, which stay in floating point",

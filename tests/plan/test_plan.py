@@ -172,6 +172,25 @@ def test_bytes_of_a_checkpoint_of_two_types(tiny: Callable[..., Path], tmp_path:
     check_bytes(pq.quantize(folder, recipe, out).plan, out)
 
 
+def test_weights_in_float64_are_refused_by_name_and_copied_elsewhere(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder, out = shutil.copytree(tiny("qwen2_vl"), tmp_path / "wide"), tmp_path / "out"
+    reader = ShardReader(folder)
+    tensors = {name: reader.read(name) for name in reader.names}
+    for name in ("model.layers.1.mlp.down_proj.weight", "model.norm.weight", "lm_head.weight"):
+        tensors[name] = tensors[name].double()
+    write_tensors(folder / "model.safetensors", tensors)
+    words = r"layers\.1\.mlp\.down_proj: its weight is stored as float64"
+    with pytest.raises(PlanError, match=words) as caught:
+        plan_of(folder, CHANNEL)
+    assert "float32, bfloat16 or float16" in str(caught.value.remedy)
+    left = {"match": {"name": "*.layers.1.mlp.down_proj"}, "skip": True}
+    pq.quantize(folder, {"rules": [CHANNEL, left]}, out)
+    for name in ("model.layers.1.mlp.down_proj.weight", "model.norm.weight", "lm_head.weight"):
+        assert torch.equal(ShardReader(out).read(name), tensors[name])
+
+
 def test_totals_add_up_and_each_modality_has_its_own(tiny_folder: Path) -> None:
     plan = make_plan(load_recipe("w4a16"), bound(tiny_folder))
     totals = plan.totals()
