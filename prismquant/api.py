@@ -309,7 +309,7 @@ def _quantize(
         if strict:
             refuse_nonfinite(record.damaged, bound.folder)
         if record.finished:
-            return Result(out, plan, record, _notes(record, bound))
+            return Result(out, plan, record, _notes(record, bound, directory))
         writer = CheckpointWriter(out, bound, plan, strict=strict)
         surveyed = list(found.batches)
         del found
@@ -334,7 +334,7 @@ def _quantize(
                 else:
                     deque(steps, maxlen=0)
         earlier = record.restarts[-1].notes if record.restarts else ()
-        return Result(out, plan, record, (*earlier, *_notes(record, bound)))
+        return Result(out, plan, record, (*earlier, *_notes(record, bound, directory)))
 
 
 def _recorded(
@@ -354,13 +354,15 @@ def _recorded(
                 reporter.remark(line)
             record = directory.add(record, step, peak_memory_bytes())
         loose = writer.finish()
-    return directory.finish(replace(record, nonfinite=loose))
+    return directory.finish(replace(record, nonfinite=loose), writer.last_files)
 
 
-def _notes(record: RunRecord, bound: BoundModel) -> tuple[str, ...]:
+def _notes(record: RunRecord, bound: BoundModel, directory: RunDirectory) -> tuple[str, ...]:
     """What did not go as a user may expect."""
     failed, damaged = failure_lines(record.steps), _damage(record.damaged)
-    return (*failed, *damaged, *links_remark(bound.folder))
+    foreign = directory.foreign_files(record) if record.finished else []
+    beside = f"files that the run has not written lie in its folder: {', '.join(foreign)}"
+    return (*failed, *damaged, *links_remark(bound.folder), *[beside] * bool(foreign))
 
 
 def _damage(nonfinite: Mapping[str, str]) -> list[str]:

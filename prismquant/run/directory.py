@@ -18,7 +18,7 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -244,21 +244,27 @@ class RunDirectory:
         self.save(record)
         return record
 
-    def finish(self, record: RunRecord) -> RunRecord:
+    def finish(self, record: RunRecord, last_files: Iterable[str]) -> RunRecord:
         """Claim that the checkpoint is complete.
+
+        Args:
+            record: The run, with all its steps.
+            last_files: Names of the files that were written after the last step.
 
         Returns:
             The record, as it was saved.
         """
-        shards = {step.shard for step in record.steps}
-        files = sorted(path for path in self.folder.rglob("*") if path.is_file())
-        names = [path.relative_to(self.folder).as_posix() for path in files]
-        ours = f"{self._inside.name}/"
-        last = [name for name in names if name not in shards and not name.startswith(ours)]
-        digests = {name: file_digest(self.folder / name) for name in last}
+        digests = {name: file_digest(self.folder / name) for name in sorted(last_files)}
         record = replace(record, finished=True, files=digests)
         self.save(record)
         return record
+
+    def foreign_files(self, record: RunRecord) -> list[str]:
+        """Files of the folder that a finished run has not written, and leaves as they are."""
+        ours = {*(step.shard for step in record.steps), *record.files}
+        files = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        names = [path.relative_to(self.folder).as_posix() for path in files]
+        return [n for n in names if n not in ours and not n.startswith(f"{self._inside.name}/")]
 
     @contextlib.contextmanager
     def unpublished_on_error(self) -> Iterator[None]:

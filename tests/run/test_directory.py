@@ -24,6 +24,7 @@ import prismquant as pq
 from prismquant.diagnostics.step_record import EdgeRecord, LayerRecord, StepRecord
 from prismquant.engine.setup import Silent
 from prismquant.errors import StorageError
+from prismquant.export.compressed_tensors.writer import CheckpointWriter
 from prismquant.models.bind import bind
 from prismquant.plan.make_plan import make_plan
 from prismquant.plan.plan import Plan
@@ -167,7 +168,7 @@ def test_a_run_that_finished_no_step_does_not_block_the_next(
 ) -> None:
     """Of another recipe, say, as the first one took too much memory; what waited on disk goes."""
     begun(tmp_path, plan, recipe)
-    with RunDirectory(tmp_path).states(0, on_disk=True) as states:
+    with RunDirectory(tmp_path).activation_store(0, "disk") as states:
         held = states.keep(torch.ones(1 << 16))
         (tmp_path / "prismquant" / LEFTOVER).write_text("half")
         changed = replace(RECORD, identity=replace(IDENTITY, plan="q"))
@@ -285,7 +286,7 @@ def test_a_finished_run_that_was_damaged_is_no_model_until_it_is_whole(
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "tokenizer.json").write_text("{}")
     directory = RunDirectory(tmp_path)
-    record = directory.finish(record)
+    record = directory.finish(record, ["config.json", "tokenizer.json"])
     assert record.files.keys() == {"config.json", "tokenizer.json"}
     assert directory.begin(RECORD, plan, recipe, resume=True) == record
     (tmp_path / "tokenizer.json").write_text("{ }")
@@ -668,7 +669,7 @@ def test_a_run_that_ended_before_its_last_files_is_completed(
     tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk is full when the index is written; all steps are there."""
-    from prismquant.export import compressed_tensors
+    from prismquant.export.compressed_tensors import writer
 
     recipe = load_recipe("w8a8").with_rules({"solver": "rtn"})
     pq.quantize(tiny("qwen2_vl"), recipe, tmp_path / "whole")
@@ -677,7 +678,7 @@ def test_a_run_that_ended_before_its_last_files_is_completed(
         raise StorageError("the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(compressed_tensors, "write_json", full)
+        patch.setattr(writer, "write_json", full)
         with pytest.raises(StorageError, match="disk is full"):
             pq.quantize(tiny("qwen2_vl"), recipe, tmp_path / "out")
     assert_unfinished_and_clean(tmp_path / "out")
@@ -685,6 +686,34 @@ def test_a_run_that_ended_before_its_last_files_is_completed(
     pq.quantize(tiny("qwen2_vl"), recipe, tmp_path / "out", resume=True, reporter=count)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
     assert count.moments == 0
+
+
+def test_files_of_others_are_told_and_stay_out_of_the_record(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They appear between a run that broke off and the one that goes on with it."""
+    recipe, out = load_recipe("w8a8").with_rules({"solver": "rtn"}), tmp_path / "out"
+    whole = pq.quantize(tiny("qwen2_vl"), recipe, tmp_path / "whole")
+    assert whole.notes == ()
+
+    def full(*_: Any) -> None:
+        raise StorageError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, "finish", full)
+        with pytest.raises(StorageError, match="disk is full"):
+            pq.quantize(tiny("qwen2_vl"), recipe, out)
+    (out / "deep").mkdir()
+    mine = {"notes.txt": b"mine", "extra.safetensors": b"", "deep/config.json": b"{}"}
+    for name, content in mine.items():
+        (out / name).write_bytes(content)
+    for _ in range(2):
+        result = pq.quantize(tiny("qwen2_vl"), recipe, out, resume=True)
+        assert result.record.files == whole.record.files
+        assert f"has not written lie in its folder: {', '.join(sorted(mine))}" in result.notes[-1]
+    (out / "notes.txt").unlink()
+    assert pq.quantize(tiny("qwen2_vl"), recipe, out, resume=True).record == result.record
+    assert files_of(out).items() >= {n: c for n, c in mine.items() if n != "notes.txt"}.items()
 
 
 @pytest.mark.parametrize("number", [3, -1])

@@ -70,6 +70,7 @@ class CheckpointWriter:
 
     Attributes:
         nonfinite: Those that were written all the same, by shard and name, with how many.
+        last_files: Names of what :meth:`finish` has written.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class CheckpointWriter:
         self.plan = plan
         self.strict = strict
         self.nonfinite: dict[str, dict[str, str]] = {}
+        self.last_files: list[str] = []
         self._reader = source_reader(plan, bound)
         self._rows = {row.site.name: row for row in plan.quantized}
 
@@ -130,11 +132,13 @@ class CheckpointWriter:
         """
         loose = {name: self._reader.read(name) for name in self._loose_names()}
         found = self._nonfinite(loose)
-        write_tensors(self.folder / self._shard_name(len(self.bound.steps) + 1), loose)
+        shard, source = self._shard_name(len(self.bound.steps) + 1), self.bound.folder
+        write_tensors(self.folder / shard, loose)
         write_json(self.folder / INDEX_NAME, self._index())
-        for source in files_to_copy(self.bound.folder):
-            copy_file(source, self.folder / source.relative_to(self.bound.folder))
-        config = dict(read_json(self.bound.folder / "config.json"))
+        copied = [path.relative_to(source).as_posix() for path in files_to_copy(source)]
+        for name in copied:
+            copy_file(source / name, self.folder / name)
+        config = dict(read_json(source / "config.json"))
         # What was quantized already was refused: such a section is one that was left behind.
         config.pop(CONFIG_KEY, None)
         tied = self.bound.tied and not untied(self.bound, self.plan.rotations)
@@ -143,6 +147,7 @@ class CheckpointWriter:
         if groups := quantization_config(self.plan, self.bound):
             config |= {CONFIG_KEY: groups}
         write_json(self.folder / "config.json", config | private_section(self.plan, self.bound))
+        self.last_files = [shard, INDEX_NAME, *copied, "config.json"]
         return found
 
     def _nonfinite(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
