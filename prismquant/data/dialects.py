@@ -58,6 +58,9 @@ def conversation_of(row: Mapping[str, Any]) -> Conversation:
     """
     known = (*CONVERSATIONS, *PAIRS, PLAIN)
     head = next((key for key in known if row.get(key) is not None), None)
+    if head is None and (null := [repr(key) for key in known if key in row]):
+        are = "is" if len(null) == 1 else "are"
+        raise Findings(f"no conversation: {', '.join(null)} {are} null")
     if head is None:
         near = [f": did you mean {meant!r}?" for key in row if (meant := near_key(str(key), known))]
         keys = excerpt(", ".join(map(repr, sorted(row))) or "nothing")

@@ -29,7 +29,7 @@ ROLES = {
 _ROLE_KEYS, _CONTENT_KEYS = ("role", "from"), ("content", "value")
 # What tools write beside role and content that is not for the model to read.
 _MESSAGE_NOTES = {
-    *("id", "name", "index", "turn", "weight", "loss", "train", "mask", "timestamp", "date"),
+    *("id", "index", "turn", "weight", "loss", "train", "mask", "timestamp", "date"),
     *("lang", "language", "model", "source", "score", "meta", "metadata"),
 }
 _ITEM_NOTES = {"cache_control", "uuid"}

@@ -19,6 +19,7 @@ from prismquant.data.dialects import (
     ANSWERS,
     CONVERSATIONS,
     PAIRS,
+    PLAIN,
     Conversation,
     near_key,
 )
@@ -197,8 +198,11 @@ def _unread(
             yield f"{key!r} would change what the chat template writes, and is not used: remove it"
     text = "\n".join(map(text_of, messages))
     names = [name for name in map(_name, files) if name]
-    for key in (*CONVERSATIONS, *PAIRS):
+    for key in (*CONVERSATIONS, *PAIRS, PLAIN, "history"):
         if key in conversation.used or is_nothing(row.get(key)):
+            continue
+        # As a chat template wrote it out, say.
+        if key == PLAIN and all(text_of(message).strip() in str(row[key]) for message in messages):
             continue
         if not all(_is_said(value, text, names) for _, value in leaves(row[key])):
             yield f"{conversation.head!r} and {key!r} say different things: keep one of them"

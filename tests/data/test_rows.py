@@ -143,6 +143,12 @@ def test_notes_are_kept_as_metadata() -> None:
     assert parsed(chat(type=["a", "b"], topic="sum")).type == "sum"
 
 
+def test_the_same_conversation_as_a_text_is_no_second_one() -> None:
+    written = "<|im_start|>user\nwhat ?<|im_end|>\n<|im_start|>assistant\nred<|im_end|>\n"
+    for text in ("what ?", written, None, [], ""):
+        assert len(parsed(chat("what ?", "red", text=text)).messages) == 2
+
+
 def test_markers_in_answers_and_plain_texts_are_words(tmp_path: Path) -> None:
     row = chat("how does HTML show a clip ?", "with <video>, not with <img>a clip</img>")
     assert parsed(row).answer == "with <video>, not with <img>a clip</img>"
@@ -192,10 +198,20 @@ def test_markers_in_answers_and_plain_texts_are_words(tmp_path: Path) -> None:
         (chat("<img>a.png</img> what ?"), "named within a text, by <img>a.png</img>"),
         # Other keys
         ({"mesages": []}, "only 'mesages': did you mean 'messages'?"),
-        ({"messages": None}, "no conversation: none of"),
+        ({"messages": None}, "no conversation: 'messages' is null"),
+        ({"text": None, "question": None}, "no conversation: 'question', 'text' are null"),
+        ({"text": None, "id": 3}, "no conversation: 'text' is null"),
+        ({"id": 3}, "no conversation: none of 'messages'"),
         ({"question": "x", "anwser": "y"}, "did you mean 'answer'?"),
         (chat(tools=[{"name": "f"}]), "'tools' would change what the chat template writes"),
         (chat(prompt="something else"), "'messages' and 'prompt' say different things"),
+        (chat(text="another conversation"), "'messages' and 'text' say different things"),
+        (chat(text=["x"]), "'messages' and 'text' say different things"),
+        (turns(text="another conversation"), "'conversations' and 'text' say different things"),
+        ({"question": "x", "text": "y"}, "'question' and 'text' say different things"),
+        (chat(history=[["a", "b"]]), "'messages' and 'history' say different things"),
+        ({"messages": [USER | {"name": "Ann"}]}, "message 1: key 'name' is not used"),
+        ({"messages": [USER, {"role": "tool", "name": "f", "content": "3"}]}, "key 'name' is not"),
         ({"messages": chat()["messages"][:1], "answer": "red"}, "'answer' is not used beside"),
         ({"prompt": "x", "chosen": "y", "rejected": "z"}, "'chosen' is not used beside 'prompt'"),
         ({"query": "x", "answer": "y", "completion": "z"}, "which is the answer: 'answer' or"),
