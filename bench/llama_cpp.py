@@ -26,7 +26,7 @@ from PIL import Image
 
 from prismquant.api import export, quantize
 from prismquant.export.gguf.vocabulary import QWEN2_WORDS
-from prismquant.models.load import load_float
+from prismquant.models.float_model import load_float
 from prismquant.models.processor import load_processor
 from prismquant.recipe.schema import load_recipe
 from prismquant.storage import read_json, write_json

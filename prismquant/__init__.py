@@ -14,13 +14,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from prismquant.version import __version__
-
 if TYPE_CHECKING:
     from prismquant.api import Result, inspect, measure, quantize
     from prismquant.errors import PrismQuantError
     from prismquant.export.load_quantized import load
     from prismquant.recipe.schema import Recipe, load_recipe
+    from prismquant.version import __version__
 
 __all__ = [
     "PrismQuantError",
@@ -35,6 +34,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "__version__": "prismquant.version",
     "PrismQuantError": "prismquant.errors",
     "Recipe": "prismquant.recipe.schema",
     "Result": "prismquant.api",

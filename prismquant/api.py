@@ -27,6 +27,7 @@ from prismquant.arguments import (
     as_flag,
     as_path,
     as_source,
+    default_modes,
 )
 from prismquant.data import Sample, read_samples, require_modalities
 from prismquant.data.batches import Batch, Batches, by_length, make_batches
@@ -63,7 +64,6 @@ from prismquant.models.bind import bind
 from prismquant.models.bound import BoundModel
 from prismquant.models.config import config_value, identify, native_config
 from prismquant.models.processor import load_processor
-from prismquant.modes import default_modes
 from prismquant.plan.make_plan import make_plan
 from prismquant.plan.plan import Plan
 from prismquant.plan.unseen import unseen_vision

@@ -1,17 +1,19 @@
-"""What callers give, checked, and turned into what the work below takes.
+"""Arguments of callers, checked and turned into what the work below takes; torch's modes around it.
 
 The command line and the Python functions take the same words and refuse the same ones, because both
 come here: sizes such as ``4GiB``, names of dtypes and devices, paths as text. Whatever is refused
-is refused before any work.
+is refused before any work. The work itself finds torch as it is by default, whatever a caller has
+switched on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 EXACT: ConfigDict = {"extra": "forbid"}
 """How dataclasses of a record are read back: no field more."""
 
+_AUTOCAST = ("cpu", "cuda")
 FLOATS = ("float32", "bfloat16", "float16")
 MAX_SAMPLES = 1_000_000
 MAX_BATCH = 65_536
@@ -172,6 +175,38 @@ def as_device(value: Any) -> torch.device:
             f"device {_shown(str(value))} cannot be used: {reason}", remedy="use --device cpu"
         ) from error
     return device
+
+
+@contextlib.contextmanager
+def default_modes() -> Iterator[None]:
+    """Within the block, or the function that it decorates, this thread has torch's default modes.
+
+    Gradients, inference mode, autocast and the default device belong to a thread, so they are set
+    for the length of a call and nobody else notices. The default dtype belongs to the whole
+    process: other threads would notice, so another one than float32 is refused.
+
+    Raises:
+        PrismQuantError: The default dtype is not float32.
+    """
+    import torch
+
+    dtype = torch.get_default_dtype()
+    if dtype != torch.float32:
+        raise PrismQuantError(
+            f"torch's default dtype is {dtype}, in which models would be built and sums formed",
+            remedy="call torch.set_default_dtype(torch.float32) before; the argument `dtype` says "
+            "in what a model computes",
+        )
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        # Entered only where it changes something: it slows every call of torch.
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        for device in _AUTOCAST:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def _refused(name: str, what: str, remedy: str | None = None) -> ArgumentError:

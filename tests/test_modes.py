@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import prismquant as pq
+from prismquant.arguments import default_modes
 from prismquant.errors import PrismQuantError
-from prismquant.modes import default_modes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

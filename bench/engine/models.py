@@ -27,7 +27,7 @@ from prismquant.demo.scenes import write_dataset
 from prismquant.headers import read_header
 from prismquant.models.arch_files import known_archs
 from prismquant.models.config import import_transformers
-from prismquant.models.empty import empty_model
+from prismquant.models.load import empty_model
 from prismquant.models.names import NameMap
 from prismquant.storage import INDEX_NAME, write_json, write_tensors
 

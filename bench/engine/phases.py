@@ -26,14 +26,14 @@ _REPLAY = "between steps"
 
 PHASES: tuple[tuple[str, str, str], ...] = (
     ("plan", "prismquant.models.bind", "bind"),
-    ("plan", "prismquant.plan.plan", "make_plan"),
+    ("plan", "prismquant.plan.make_plan", "make_plan"),
     ("plan", "prismquant.run.fingerprint", "stamp_files"),
     ("plan", "prismquant.run.fingerprint", "fingerprint_batches"),
     ("data", "prismquant.data", "read_samples"),
     ("data", "prismquant.data.batches", "Batches._made"),
     ("load", "prismquant.models.load", "materialize"),
     ("load", "prismquant.models.load", "release"),
-    ("load", "prismquant.models.empty", "empty_model"),
+    ("load", "prismquant.models.load", "empty_model"),
     ("load", "prismquant.storage", "ShardReader.read"),
     (_REPLAY, "prismquant.engine.replay", "Replay._capture"),
     ("round inputs", "prismquant.runtime.linear", "ActivationQuantizer.forward"),
@@ -50,8 +50,8 @@ PHASES: tuple[tuple[str, str, str], ...] = (
     ("write", "prismquant.storage", "write_json"),
     ("write", "prismquant.storage", "copy_file"),
     ("write", "prismquant.storage", "file_digest"),
-    ("write", "prismquant.export.compressed_tensors", "CheckpointWriter.write_step"),
-    ("write", "prismquant.export.compressed_tensors", "CheckpointWriter.finish"),
+    ("write", "prismquant.export.compressed_tensors.writer", "CheckpointWriter.write_step"),
+    ("write", "prismquant.export.compressed_tensors.writer", "CheckpointWriter.finish"),
 )
 """Phase, module, function; modules' forward passes are a phase besides these."""
 

@@ -24,7 +24,7 @@ from prismquant.models.attention import quantize_cache
 from prismquant.models.bind import bind
 from prismquant.models.bound import BoundModel
 from prismquant.models.config import import_transformers
-from prismquant.models.load import load_float
+from prismquant.models.float_model import load_float
 from prismquant.models.processor import load_processor
 from prismquant.plan.bit_layout import DENSE
 from prismquant.plan.plan import Plan, PlanRow, problem_groups

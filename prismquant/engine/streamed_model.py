@@ -18,8 +18,7 @@ from prismquant.engine.replay import Replay, StepCall
 from prismquant.models.arch import Modality
 from prismquant.models.attention import unhook_attention
 from prismquant.models.bound import BoundModel, BoundStep
-from prismquant.models.empty import empty_model
-from prismquant.models.load import materialize, release
+from prismquant.models.load import empty_model, materialize, release
 from prismquant.models.rotation import OnlineRotation
 from prismquant.runtime.kv_cache import cache_in_float
 from prismquant.runtime.linear import QuantLinear, activations_in_float

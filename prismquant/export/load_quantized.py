@@ -12,15 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from prismquant.arguments import FLOATS, as_dtype, as_flag, as_path
+from prismquant.arguments import FLOATS, as_dtype, as_flag, as_path, default_modes
 from prismquant.export.compressed_tensors.reader import StoredLayer
 from prismquant.export.compressed_tensors.stored import StoredCheckpoint, open_checkpoint
 from prismquant.formats.quantized_layer import scale_and_zero_point
 from prismquant.models.config import native_config
-from prismquant.models.empty import empty_model
-from prismquant.models.load import materialize
+from prismquant.models.load import empty_model, materialize
 from prismquant.models.processor import load_processor
-from prismquant.modes import default_modes
 
 _DTYPES = (*FLOATS, "float64")
 

@@ -40,7 +40,7 @@ from prismquant.models.config import (
 )
 from prismquant.models.config_findings import config_findings
 from prismquant.models.dry_forward import forward_findings
-from prismquant.models.empty import empty_model
+from prismquant.models.load import empty_model
 from prismquant.models.misfits import Misfits, kind_of
 from prismquant.models.names import NameMap, choose_layout
 from prismquant.models.norm_probe import NormProbe

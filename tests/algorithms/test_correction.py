@@ -17,7 +17,7 @@ from prismquant.data.batches import make_batches
 from prismquant.errors import DataError, NumericsError, RecipeError
 from prismquant.export.load_quantized import load_model
 from prismquant.models.bind import bind
-from prismquant.models.load import load_float
+from prismquant.models.float_model import load_float
 from prismquant.models.processor import load_processor
 from prismquant.statistics.drift import Drift
 

@@ -27,7 +27,7 @@ from prismquant.api import inspect
 from prismquant.data import read_samples
 from prismquant.data.batches import make_batches
 from prismquant.models.bind import bind
-from prismquant.models.load import load_float
+from prismquant.models.float_model import load_float
 from prismquant.models.processor import load_processor
 from prismquant.storage import write_json
 

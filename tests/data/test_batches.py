@@ -19,7 +19,7 @@ from prismquant.data.batches import Batch, by_length, make_batches
 from prismquant.data.media import Limits
 from prismquant.data.spans import render
 from prismquant.errors import DataError
-from prismquant.models.load import load_float
+from prismquant.models.float_model import load_float
 from prismquant.models.processor import load_processor
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from prismquant.errors import DataError, NumericsError, PrismQuantError
 from prismquant.export.load_quantized import load_model
 from prismquant.models.arch import Modality
 from prismquant.models.bind import bind
-from prismquant.models.load import load_float
+from prismquant.models.float_model import load_float
 from prismquant.models.processor import load_processor
 from prismquant.plan.make_plan import make_plan
 from prismquant.plan.source import source_reader

@@ -15,7 +15,7 @@ from prismquant.errors import ModelError
 from prismquant.models.arch import Modality
 from prismquant.models.bind import bind
 from prismquant.models.bound import BoundStep
-from prismquant.models.load import load_float
+from prismquant.models.float_model import load_float
 from prismquant.models.processor import load_processor
 
 if TYPE_CHECKING:

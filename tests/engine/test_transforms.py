@@ -24,8 +24,8 @@ from prismquant.errors import DataError
 from prismquant.export.load_quantized import load_model
 from prismquant.models.bind import bind
 from prismquant.models.config import import_transformers
-from prismquant.models.empty import empty_model
-from prismquant.models.load import load_float, materialize
+from prismquant.models.float_model import load_float
+from prismquant.models.load import empty_model, materialize
 from prismquant.models.processor import load_processor
 from prismquant.plan.make_plan import make_plan
 from prismquant.plan.source import source_reader

@@ -28,7 +28,7 @@ from prismquant.evaluate.fidelity import (
     prompt_inputs,
     summarize,
 )
-from prismquant.models.load import load_float
+from prismquant.models.float_model import load_float
 from prismquant.models.processor import load_processor
 
 if TYPE_CHECKING:

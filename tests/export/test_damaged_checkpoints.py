@@ -28,7 +28,7 @@ from prismquant.export.load_quantized import load_model
 from prismquant.formats.bits import pack_bits
 from prismquant.models.bind import bind
 from prismquant.models.bound import BoundModel
-from prismquant.models.empty import empty_model
+from prismquant.models.load import empty_model
 from prismquant.storage import ShardReader, read_json, write_json
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -19,7 +19,7 @@ from prismquant.export.compressed_tensors.section_grammar import read_section
 from prismquant.export.load_quantized import load_model
 from prismquant.models.bind import bind
 from prismquant.models.config import import_transformers
-from prismquant.models.load import load_float
+from prismquant.models.float_model import load_float
 from prismquant.models.processor import load_processor
 from prismquant.recipe.presets import PRESETS
 from prismquant.storage import ShardReader, read_json

@@ -29,7 +29,7 @@ from prismquant.export.exporters import EXPORTERS
 from prismquant.export.load_quantized import load_model
 from prismquant.formats.quantized_layer import QuantizedTensor
 from prismquant.formats.spec import spec
-from prismquant.models.load import load_float
+from prismquant.models.float_model import load_float
 from prismquant.models.processor import load_processor
 from prismquant.storage import ShardReader, read_json, write_json, write_tensors
 

@@ -20,7 +20,7 @@ from prismquant.formats.packed import is_declarable
 from prismquant.formats.spec import PRESETS as FORMATS
 from prismquant.formats.spec import spec
 from prismquant.models.bind import bind
-from prismquant.models.load import load_float
+from prismquant.models.float_model import load_float
 from prismquant.plan.bit_layout import layout_of
 from prismquant.plan.fallback import fit
 from prismquant.recipe.resolve import resolve

@@ -24,8 +24,8 @@ from prismquant.models.arch_files import known_archs
 from prismquant.models.bind import bind
 from prismquant.models.bound import LeftAlone
 from prismquant.models.config import identify, import_transformers, native_config
-from prismquant.models.empty import empty_model
-from prismquant.models.load import load_float
+from prismquant.models.float_model import load_float
+from prismquant.models.load import empty_model
 from prismquant.models.processor import load_processor
 from prismquant.storage import ShardReader, write_json, write_tensors
 

@@ -13,7 +13,7 @@ from torch import nn
 from prismquant.errors import ModelError
 from prismquant.models.bind import bind
 from prismquant.models.dry_forward import forward_findings
-from prismquant.models.empty import empty_model
+from prismquant.models.load import empty_model
 from prismquant.storage import write_json
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from prismquant.errors import ModelError
 from prismquant.models.arch_files import known_archs
 from prismquant.models.bind import bind
 from prismquant.models.config import identify, import_transformers, native_config
-from prismquant.models.empty import _fill_buffers, empty_model
+from prismquant.models.load import _fill_buffers, empty_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,8 +12,8 @@ import torch
 from prismquant.errors import ModelError, StorageError
 from prismquant.models.bind import bind
 from prismquant.models.config import import_transformers
-from prismquant.models.empty import empty_model
-from prismquant.models.load import load_float, materialize, release
+from prismquant.models.float_model import load_float
+from prismquant.models.load import empty_model, materialize, release
 from prismquant.models.processor import load_processor
 from prismquant.storage import ShardReader
 

@@ -11,7 +11,7 @@ import torch
 from prismquant.errors import ModelError, NumericsError
 from prismquant.models.arch import EdgeKind
 from prismquant.models.bind import bind
-from prismquant.models.load import load_float
+from prismquant.models.float_model import load_float
 from prismquant.models.outliers import add_outliers
 from prismquant.models.processor import load_processor
 from prismquant.storage import ShardReader

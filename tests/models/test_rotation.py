@@ -18,8 +18,7 @@ from prismquant.models import rotation as rotation_module
 from prismquant.models.arch import EdgeKind, Modality
 from prismquant.models.bind import bind
 from prismquant.models.bound import BoundModel
-from prismquant.models.empty import empty_model
-from prismquant.models.load import materialize
+from prismquant.models.load import empty_model, materialize
 from prismquant.models.processor import load_processor
 from prismquant.models.rotation import (
     OnlineRotation,

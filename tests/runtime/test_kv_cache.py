@@ -34,7 +34,7 @@ from prismquant.formats.kv_formats import KV_PRESETS, KVCacheSpec, kv_cache_spec
 from prismquant.models.attention import attention_hooked, hook_attention, hooked, unhook_attention
 from prismquant.models.bind import bind
 from prismquant.models.config import import_transformers
-from prismquant.models.load import load_float
+from prismquant.models.float_model import load_float
 from prismquant.models.processor import load_processor
 from prismquant.numerics.hadamard import hadamard_matrix
 from prismquant.numerics.ranges import RangeRule

@@ -36,7 +36,7 @@ from prismquant.formats.quantized_layer import OutlierColumns, QuantizedTensor, 
 from prismquant.formats.spec import NumberSpec
 from prismquant.models.arch import ArchSpec
 from prismquant.models.config import identify, native_config, read_config
-from prismquant.models.empty import empty_model
+from prismquant.models.load import empty_model
 from prismquant.models.names import NameMap, choose_layout
 from prismquant.storage import ShardReader
 
