@@ -36,10 +36,17 @@ from prismquant.data.survey import Survey, let_go, position_limit, survey
 from prismquant.diagnostics.failed_layers import failure_lines
 from prismquant.diagnostics.step_record import StepRecord
 from prismquant.distributed import Alone, Ranks
+from prismquant.engine.activation_store import ActivationStore
 from prismquant.engine.collectives import require_sharable, share_of
 from prismquant.engine.gradients import gradient_samples, vision_weights, wants_gradients
-from prismquant.engine.memory_forecast import Forecast, choose_placement, count_tokens, forecast
-from prismquant.engine.placement import placements
+from prismquant.engine.memory_forecast import (
+    Forecast,
+    choose_placement,
+    count_tokens,
+    forecast,
+    kept_for_gradients,
+)
+from prismquant.engine.placement import Store, placements
 from prismquant.engine.run import run
 from prismquant.engine.setup import Reporter, RunSetup, Silent
 from prismquant.errors import DataError, PlanError, StorageError
@@ -313,8 +320,13 @@ def _quantize(
         writer = CheckpointWriter(out, bound, plan, strict=strict)
         surveyed = list(found.batches)
         del found
-        waiting = directory.activation_store(ranks.rank, memory.placement.states)
-        with waiting as store:
+        kept = kept_for_gradients(bound, len(answers), count_tokens(bound, surveyed), precision)
+        # Blocks' outputs wait in files where they do not fit beside all else.
+        wait: Store = "disk" if memory.peak_bytes + kept > room else "device"
+        with (
+            directory.activation_store(ranks.rank, memory.placement.states, "units") as store,
+            directory.activation_store(ranks.rank, wait, "gradients") as outputs,
+        ):
             setup = RunSetup(
                 plan=plan,
                 bound=bound,
@@ -328,7 +340,7 @@ def _quantize(
             )
             gradients = replace(batches, parts=tuple((sample,) for sample in answers))
             # Closed before anything else: the workers of a stream must not outlive the run.
-            with contextlib.closing(_remaining(setup, gradients)) as steps:
+            with contextlib.closing(_remaining(setup, gradients, outputs)) as steps:
                 if first:
                     record = _recorded(steps, record, directory, writer, reporter)
                 else:
@@ -463,14 +475,22 @@ def _given_away(batches: list[Batch]) -> Iterator[Batch]:
         yield batches.pop(0)
 
 
-def _remaining(setup: RunSetup, gradients: Sequence[Batch]) -> Generator[StepRecord, None, None]:
-    """Do the units that no earlier run has finished; nothing at all if there are none."""
+def _remaining(
+    setup: RunSetup, gradients: Sequence[Batch], outputs: ActivationStore
+) -> Generator[StepRecord, None, None]:
+    """Do the units that no earlier run has finished; nothing at all if there are none.
+
+    Args:
+        setup: The run.
+        gradients: What gradients are taken of.
+        outputs: Where blocks' outputs wait for these.
+    """
     if all(step.name in setup.done for step in setup.bound.steps):
         return
     if gradients:
         setup.reporter.stage("model", "gradients")
     # Not a part of the record: model, data and plan decide them, and those are.
-    weights = vision_weights(setup.plan, setup.bound, gradients, setup.placement, setup.store)
+    weights = vision_weights(setup.plan, setup.bound, gradients, setup.placement, outputs)
     yield from run(replace(setup, vision_weights=weights))
 
 

@@ -84,6 +84,22 @@ def count_tokens(bound: BoundModel, batches: Sequence[Batch]) -> dict[Modality, 
     }
 
 
+def kept_for_gradients(
+    bound: BoundModel, samples: int, tokens: dict[Modality, Tokens], precision: Precision
+) -> int:
+    """Bytes of what all blocks put out for the samples whose gradients are taken, at most.
+
+    Args:
+        bound: The model.
+        samples: How many there are.
+        tokens: Of the calibration batches; no sample is larger than the largest of them.
+        precision: In which dtypes units run.
+    """
+    blocks = [s for s in bound.steps if s.modality is Modality.LLM and s.kind == "block"]
+    width = sum(min(site.in_features for site in block.sites) for block in blocks)
+    return samples * tokens[Modality.LLM].largest * width * precision.dtype.itemsize
+
+
 def forecast(
     plan: Plan,
     bound: BoundModel,

@@ -202,17 +202,18 @@ class RunDirectory:
             )
 
     @contextlib.contextmanager
-    def activation_store(self, rank: int, states: Store) -> Iterator[ActivationStore]:
+    def activation_store(self, rank: int, states: Store, of: str) -> Iterator[ActivationStore]:
         """Give what keeps hidden states for the length of the block.
 
         Args:
             rank: The process that keeps them.
             states: Where they wait.
+            of: A name for what they are of.
         """
         if states != "disk":
             yield OnHost() if states == "host" else InMemory()
             return
-        store = OnDisk(self._inside / f"{_STATES}{rank}")
+        store = OnDisk(self._inside / f"{_STATES}{rank}-{of}")
         try:
             yield store
         finally:
