@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def _without_debug(words: list[str]) -> tuple[list[str], bool]:
-    """What is left for the commands: the flag may stand before or behind any of them."""
+    """Arguments that are left for the commands: the flag may stand before or behind any of them."""
     end = words.index("--") if "--" in words else len(words)
     left = [word for word in words[:end] if word != "--debug"]
     return left + words[end:], len(left) < end

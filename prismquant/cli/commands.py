@@ -275,7 +275,7 @@ def _earlier_threads(out: str) -> int | None:
 
 
 def _print_remarks(console: Any, remarks: Sequence[str]) -> None:
-    """What a user should know of the checkpoint before serving it."""
+    """Print what a user should know of the checkpoint before serving it."""
     for remark in remarks:
         console.print(as_text(f"note: {remark}", "yellow"))
 

@@ -1,4 +1,4 @@
-"""What a command raises becomes one screen and an exit status."""
+"""Errors of a command become one screen and an exit status."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def guarded(command: Callable[[], Any], *, debug: bool = False, resumable: bool 
 
 
 def in_words(error: BaseException) -> PrismQuantError:
-    """What to tell of an error: itself, where it was raised on purpose."""
+    """The words for an error: itself, where it was raised on purpose."""
     if isinstance(error, PrismQuantError):
         return error
     told = memory_error(error)
@@ -95,7 +95,7 @@ def in_words(error: BaseException) -> PrismQuantError:
 
 
 def _place(error: BaseException) -> str:
-    """Where in this package an error came up."""
+    """The place in this package where an error came up."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if Path(frame.filename).is_relative_to(_PACKAGE)]
     if not own:

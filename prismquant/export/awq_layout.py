@@ -67,7 +67,7 @@ class AWQExporter:
         return refused
 
     def remarks(self, source: StoredCheckpoint) -> list[str]:
-        """Who does not read such a checkpoint."""
+        """Programs that do not read such a checkpoint."""
         size = _size(source)
         if size in _VLLM_GROUPS:
             return []

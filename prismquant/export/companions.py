@@ -26,7 +26,7 @@ def links_outside(folder: Path) -> list[str]:
 
 
 def links_remark(folder: Path) -> list[str]:
-    """What to tell of such links; nothing where there are none."""
+    """A line for the user on such links; none where there are no links."""
     left = links_outside(folder)
     return [f"links to files outside the folder were not copied: {', '.join(left)}"] * bool(left)
 
@@ -46,7 +46,7 @@ def _candidates(folder: Path) -> Iterator[Path]:
 
 
 def _leads_outside(path: Path, folder: Path) -> bool:
-    """Whether the file itself lies elsewhere, but for the hub's cache: there a snapshot is a folder
+    """True if the file itself lies elsewhere, but for the hub's cache: a snapshot there is a folder
     of links to the blobs beside it.
     """
     home, target = folder.resolve(), path.resolve()

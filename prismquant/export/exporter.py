@@ -1,4 +1,4 @@
-"""What every exporter is, and what they share: refusals, and a folder that is written in order.
+"""The interface of exporters, and what they share: refusals, a folder that is written in order.
 
 An exporter first says which layers it cannot hold, and why; only if there are none does it write.
 Codes are never chosen again: an exported layer stands for the same numbers as the stored one.
@@ -31,7 +31,7 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a format cannot hold a layer.
+    """The reason why a format cannot hold a layer.
 
     Attributes:
         layer: Its name.
@@ -63,11 +63,11 @@ class Exporter(Protocol):
     needs_quantized: ClassVar[bool]
 
     def refusals(self, source: StoredCheckpoint) -> list[Refusal]:
-        """Which layers the format cannot hold. Writes nothing; may read scales."""
+        """The layers that the format cannot hold. Writes nothing; may read scales."""
         ...
 
     def remarks(self, source: StoredCheckpoint) -> list[str]:
-        """What a user should know of the result: who reads it, what differs."""
+        """Lines that a user should know of the result: who reads it, what differs."""
         ...
 
     def write(self, source: StoredCheckpoint, out: Path, progress: Progress) -> None:

@@ -70,7 +70,7 @@ class GPTQExporter:
         return [item for item in found if item is not None]
 
     def remarks(self, source: StoredCheckpoint) -> list[str]:
-        """Who does not read such a checkpoint."""
+        """Programs that do not read such a checkpoint."""
         specs = [layer.scheme.weights for layer in source.quantized if layer.scheme]
         remarks = []
         if not all(spec.symmetric for spec in specs):

@@ -80,7 +80,7 @@ class ModelOpt:
         return [item for item in found if item is not None]
 
     def remarks(self, source: StoredCheckpoint) -> list[str]:
-        """Where values differ in the last bit, and what servers add of their own."""
+        """Values that differ in the last bit, and what servers add of their own."""
         remarks = []
         odd = [layer for layer in source.quantized if not _exact(source, layer)]
         if odd:
@@ -142,7 +142,7 @@ def tensors(q: QuantizedTensor, input_scale: Tensor | None) -> dict[str, Tensor]
 
 
 def quantization_section(source: StoredCheckpoint) -> dict[str, Any]:
-    """What ``hf_quant_config.json`` says under ``quantization``."""
+    """The ``quantization`` part of ``hf_quant_config.json``."""
     algorithms = {layer.called: str(algorithm(layer)) for layer in source.quantized}
     left = sorted(layer.called for layer in source.layers if layer.called not in algorithms)
     cache = "FP8" if source.has_cache_scales else None
@@ -241,7 +241,7 @@ def _cache_scales(source: StoredCheckpoint) -> dict[str, Tensor]:
 
 
 def _group(algo: str) -> int | None:
-    """How many weights share a scale, along the input."""
+    """Number of weights that share a scale, along the input."""
     return spec(_PAIRS[algo][0]).group_size
 
 

@@ -1,4 +1,4 @@
-"""What the GPTQ and AWQ layouts have in common: integer codes with float16 scales, input first.
+"""Parts common to the GPTQ and AWQ layouts: integer codes with float16 scales, input first.
 
 Both store a weight ``[out, in]`` transposed, unsigned codes ``u = code + 2^(b-1)`` beside unsigned
 zero points ``z``, and mean ``(u - z) * scale``. A symmetric format is one whose every zero point is
@@ -68,7 +68,7 @@ def refusal(
     *,
     indexed: bool = False,
 ) -> Refusal | None:
-    """Why a layer cannot be held by either format, if it cannot.
+    """The reason why a layer cannot be held by either format, if it cannot.
 
     Args:
         source: The checkpoint.
@@ -106,7 +106,7 @@ def refusal(
 
 
 def scale_refusal(source: StoredCheckpoint, layer: StoredLayer) -> Refusal | None:
-    """Why a layer's scales cannot be stored in float16 as they are, if they cannot."""
+    """The reason why a layer's scales cannot be stored in float16 as they are, if they cannot."""
     scale = source.scale(layer).float()
     differ = scale.to(SCALE_DTYPE).float() != scale
     if not bool(differ.any()):

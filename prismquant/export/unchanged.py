@@ -29,7 +29,7 @@ class CompressedTensors:
         return []
 
     def remarks(self, source: StoredCheckpoint) -> list[str]:
-        """What other readers do not understand."""
+        """A line on what other readers do not understand."""
         split = [layer.name for layer in source.quantized if source.splits(layer)]
         if not split:
             return []

@@ -74,7 +74,7 @@ class KVCacheSpec:
 
     @property
     def per_head(self) -> bool:
-        """Whether every key-value head has its own scales."""
+        """True if every key-value head has its own scales."""
         return self.granularity == "head"
 
     @property

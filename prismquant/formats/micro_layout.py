@@ -123,7 +123,7 @@ def _read_e8m0(stored: Tensor) -> Tensor:
 
 
 def _read_e4m3(stored: Tensor, divisor: Tensor) -> tuple[Tensor, Tensor]:
-    """What multiplies the numbers, and the global scale as float32 ``[1]``."""
+    """Multipliers of the numbers, and the global scale as float32 ``[1]``."""
     if stored.dtype != torch.float8_e4m3fn:
         raise FormatError(f"E4M3 scales are float8_e4m3fn, not {stored.dtype}")
     check_global_scale(divisor)

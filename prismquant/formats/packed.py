@@ -87,11 +87,11 @@ class BitLayout(ABC):
 
     @abstractmethod
     def akin(self, spec: NumberSpec) -> bool:
-        """Whether numbers and scales are of this layout's kinds, whatever their granularity."""
+        """True if numbers and scales are of this layout's kinds, whatever their granularity."""
 
     @abstractmethod
     def refusal(self, spec: NumberSpec) -> tuple[str, str] | None:
-        """Why a static format that is akin cannot be held, and a remedy; ``None`` if it can."""
+        """The reason why a format that is akin cannot be held, and a remedy; ``None`` if it can."""
 
     @abstractmethod
     def pack(self, q: QuantizedTensor) -> dict[str, Tensor]:
@@ -110,7 +110,7 @@ class BitLayout(ABC):
         """Bytes of what :meth:`pack` yields."""
 
     def holds(self, spec: NumberSpec) -> bool:
-        """Whether a static format can be held."""
+        """True if a static format can be held."""
         return self.akin(spec) and self.refusal(spec) is None
 
     def check_names(
@@ -322,7 +322,7 @@ def check_declarable(spec: NumberSpec) -> None:
 
 
 def is_declarable(spec: NumberSpec) -> bool:
-    """Whether a checkpoint's configuration can say that an input or output has this format."""
+    """True if a checkpoint's configuration can say that an input or output has this format."""
     try:
         check_declarable(spec)
     except FormatError:

@@ -102,7 +102,7 @@ class QuantizedTensor:
 
     @property
     def scale_format(self) -> ScaleFormat:
-        """How the scales are stored."""
+        """The form in which scales are stored."""
         return ScaleFormat(self.scale.dtype, self.spec.scale, self.global_scale)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -288,7 +288,7 @@ def check_codes(codes: Tensor, spec: NumberSpec, what: str) -> None:
 
 
 def finite_fault(x: Tensor) -> str | None:
-    """What to say of a tensor that holds NaN or an infinity; None: it is finite.
+    """A few words on a tensor that holds NaN or an infinity; None: it is finite.
 
     Args:
         x: Any shape and dtype; what is not in 16 bits or more of floating point passes.
@@ -304,7 +304,7 @@ def finite_fault(x: Tensor) -> str | None:
 
 
 def scale_fault(scale: Tensor, *, signed: bool) -> str | None:
-    """What to say of a scale that no writer means; None: it is one.
+    """A few words on a scale that no writer means; None: it is one.
 
     Args:
         scale: Any shape; E8M0 in either of its dtypes.

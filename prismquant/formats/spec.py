@@ -1,4 +1,4 @@
-"""How one tensor is expressed in few bits: a name, and everything the name means.
+"""Formats in which a tensor is expressed in few bits: a name, and everything the name means.
 
 A :class:`NumberSpec` is complete (nothing is left for a reader to guess) and valid from the moment
 it exists. Names follow one grammar. With scales of 16 or 32 bits,
@@ -41,11 +41,8 @@ if TYPE_CHECKING:
     from prismquant.numerics.grids import Grid
 
 Kind = Literal["int"] | FloatKind
-
 KINDS: tuple[Kind, ...] = ("int", *FLOAT_KINDS)
-
-NVFP4_GROUP = 16
-MX_GROUP = 32
+NVFP4_GROUP, MX_GROUP = 16, 32
 
 _FLOAT_NAMES: Mapping[FloatKind, str] = MappingProxyType(
     {"e4m3": "fp8", "e5m2": "fp8-e5m2", "e3m2": "fp6-e3m2", "e2m3": "fp6-e2m3", "e2m1": "fp4"}
@@ -133,15 +130,11 @@ class NumberSpec:
                 "tokens are not known in advance: token granularity is always dynamic",
                 remedy="set dynamic, or use tensor granularity for a static scale",
             )
-        if self.granularity == Granularity.CHANNEL and self.dynamic:
+        instead = {Granularity.CHANNEL: "token", Granularity.BLOCK: "group"}.get(self.granularity)
+        if instead and self.dynamic:
             raise FormatError(
-                "channel granularity is for weights, whose scales are never dynamic",
-                remedy="use token granularity for activations",
-            )
-        if self.granularity == Granularity.BLOCK and self.dynamic:
-            raise FormatError(
-                "block granularity is for weights, whose scales are never dynamic",
-                remedy="use group granularity for activations",
+                f"{self.granularity} granularity is for weights, whose scales are never dynamic",
+                remedy=f"use {instead} granularity for activations",
             )
         self._check_scale()
 
@@ -226,7 +219,7 @@ class NumberSpec:
 
     @property
     def calibrated(self) -> bool:
-        """Whether an activation of this format needs a static scale, found by calibration."""
+        """True if an activation of this format needs a static scale, found by calibration."""
         return not self.dynamic or self.scale == "e4m3"
 
     @property
@@ -265,10 +258,6 @@ class NumberSpec:
     def scale_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
         """Shape of the scale of a weight ``[out_features, in_features]``.
 
-        Args:
-            out_features: Rows.
-            in_features: Columns.
-
         Returns:
             ``(1,)``, ``(out, 1)``, ``(out, G)``, or ``(R, G)`` with ``R`` rows of blocks.
 
@@ -297,9 +286,6 @@ class NumberSpec:
         Args:
             data: Field names and values; fields with defaults may be left out, and ``bits`` where
                 the kind says it.
-
-        Returns:
-            The format.
 
         Raises:
             FormatError: A field is unknown or missing, or the combination means nothing.
@@ -341,9 +327,6 @@ def spec(name: str) -> NumberSpec:
 
     Args:
         name: A key of :data:`PRESETS`, or any name of the module's grammar, e.g. ``int5-g96``.
-
-    Returns:
-        The format.
 
     Raises:
         FormatError: The name is not one, or the combination means nothing.

@@ -1,1 +1,1 @@
-"""What a quantized layer is at run time."""
+"""Quantized layers, and caches of keys and values, at run time."""

@@ -104,7 +104,7 @@ class ActivationQuantizer(nn.Module):
 
 
 class WeightStore(Protocol):
-    """Where a layer's weight lies, and how inputs are multiplied with it."""
+    """A place where a layer's weight lies, and the product of inputs with it."""
 
     def product(self, layer: nn.Linear, input: Tensor) -> Tensor:
         """``input`` [..., in] times the weight of ``layer``, plus its bias: [..., out]."""

@@ -100,7 +100,7 @@ class Precision:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this processor has instructions for products of bfloat16."""
+    """True if this processor has instructions for products of bfloat16."""
     told: Callable[[], Mapping[str, object]] = getattr(torch.cpu, "get_capabilities", dict)
     return any(told().get(name) for name in _INSTRUCTIONS)
 
@@ -163,7 +163,7 @@ def _covers_input(
     dilation: Any = 1,
     groups: int = 1,
 ) -> bool:
-    """Whether a convolution multiplies each of its inputs once, with the kernel as a whole."""
+    """True if a convolution multiplies each of its inputs once, with the kernel as a whole."""
     unpadded = padding == "valid" or not (isinstance(padding, str) or torch.tensor(padding).any())
     return unpadded and input.shape[1:] == weight.shape[1:] and input.dim() == weight.dim()
 

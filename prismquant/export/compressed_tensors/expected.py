@@ -83,7 +83,7 @@ def layer_faults(
     held: Mapping[str, TensorInfo],
     private: Collection[str] = (),
 ) -> Iterator[Fault]:
-    """What is wrong with the tensors of a quantized layer.
+    """Faults of the tensors of a quantized layer.
 
     Args:
         prefix: Its name on disk.
@@ -145,7 +145,7 @@ def _extra(suffix: str, prefix: str, private: Collection[str]) -> Fault:
 def plain_faults(
     wanted: Iterable[tuple[str, tuple[int, ...]]], tensors: Mapping[str, TensorInfo]
 ) -> Iterator[Fault]:
-    """What is wrong with tensors that are not quantized.
+    """Faults of tensors that are not quantized.
 
     Args:
         wanted: Their names on disk and shapes, as the model has them.
@@ -170,7 +170,7 @@ def plain_faults(
 def layer_faults_of(
     layers: Iterable[StoredLayer], tensors: Mapping[str, TensorInfo]
 ) -> Iterator[Fault]:
-    """What is wrong with the tensors of linear layers, from their headers."""
+    """Faults of the tensors of linear layers, from their headers."""
     held = by_layer(tensors)
     for layer in layers:
         own, sides = (
@@ -201,7 +201,7 @@ def model_faults(
     layers: Iterable[StoredLayer],
     tensors: Mapping[str, TensorInfo],
 ) -> Iterator[Fault]:
-    """What is wrong with everything that is not in codes."""
+    """Faults of everything that is not in codes."""
     coded = {f"{layer.name}.weight" for layer in layers if layer.scheme is not None}
     tied: dict[str, str] = {}
     if getattr(model.config, "tie_word_embeddings", False):
@@ -236,7 +236,7 @@ def require_tensors(folder: Path, faults: Sequence[Fault]) -> None:
 
 
 def is_stored_packed(prefix: str, tensors: Mapping[str, TensorInfo]) -> bool:
-    """Whether the layer of this name on disk has tensors that only quantized ones have."""
+    """True if the layer of this name on disk has tensors that only quantized ones have."""
     return any(f"{prefix}.{suffix}" in tensors for suffix in _CODES)
 
 
@@ -347,7 +347,7 @@ def _static(side: str, group: SchemeGroup) -> dict[str, Expected]:
 
 
 def _is_old_packing(group: SchemeGroup, shape: tuple[int, int], info: TensorInfo) -> bool:
-    """Whether codes of 3, 5, 6 or 7 bits are packed as libraries before 0.18 did."""
+    """True if codes of 3, 5, 6 or 7 bits are packed as libraries before 0.18 did."""
     weights = group.weights
     if weights is None or group.layout != PACK or weights.bits not in (3, 5, 6, 7):
         return False

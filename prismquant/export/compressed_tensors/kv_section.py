@@ -1,4 +1,4 @@
-"""How a checkpoint of compressed-tensors tells of a quantized cache of keys and values.
+"""A quantized cache of keys and values, as a checkpoint of compressed-tensors declares it.
 
 ``kv_cache_scheme`` of the configuration says in what numbers; every attention module of the
 language model has tensors ``k_scale`` and ``v_scale``, [1] or [kv_heads, 1, 1]. A stored number is

@@ -39,7 +39,7 @@ _MOST_COUNT = 1 << 24
 
 @dataclass(frozen=True)
 class Args:
-    """How numbers are quantized.
+    """The arguments by which numbers are quantized.
 
     Attributes:
         bits: Width of a code.
@@ -65,7 +65,7 @@ class Args:
 
     @property
     def per_block(self) -> bool:
-        """Whether groups of input features have scales of their own."""
+        """True if groups of input features have scales of their own."""
         return self.strategy in _GROUPED
 
     def describe(self) -> str:
@@ -77,7 +77,7 @@ class Args:
 
 
 def args_faults(raw: Any, role: str) -> list[str]:
-    """What is wrong with the arguments of ``weights``, ``input_activations`` and so on.
+    """Faults of the arguments of ``weights``, ``input_activations`` and so on.
 
     Args:
         raw: What the configuration says; null is no fault, nor are unknown keys.
@@ -176,7 +176,7 @@ def read_args(raw: Any, role: str) -> Args | None:
 
 
 def args_remedy(fault: str) -> str:
-    """What to do about a fault of :func:`args_faults`."""
+    """The remedy of a fault of :func:`args_faults`."""
     if "group_size" in fault:
         return "strategies group and tensor_group need group_size > 0, others need none"
     if "dynamic" in fault:
@@ -293,7 +293,7 @@ def _is_digits(text: str) -> bool:
 
 
 def is_count(value: Any) -> bool:
-    """Whether a value of JSON is a positive whole number, of a size that layers have."""
+    """True if a value of JSON is a positive whole number, of a size that layers have."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     return whole and 0 < value <= _MOST_COUNT
 
@@ -303,13 +303,13 @@ def _is_whole(value: Any, wanted: int) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of JSON is a finite number."""
+    """True if a value of JSON is a finite number."""
     real = isinstance(value, (int, float)) and not isinstance(value, bool)
     return real and (isinstance(value, int) or math.isfinite(value))
 
 
 def is_dtype(value: Any) -> bool:
-    """Whether a value of JSON is the name of a dtype."""
+    """True if a value of JSON is the name of a dtype."""
     return isinstance(value, str) and _DTYPE.fullmatch(value) is not None
 
 
@@ -328,7 +328,7 @@ def shown(value: Any) -> str:
 
 
 def kind_of(value: Any) -> str:
-    """What a value of JSON is, e.g. ``a list``."""
+    """The kind of a value of JSON, e.g. ``a list``."""
     if isinstance(value, Mapping):
         return "an object"
     names = {list: "a list", str: "a text", bool: "true or false", type(None): "null"}

@@ -46,7 +46,7 @@ _COPY = "copy the checkpoint again, or quantize again: its values are damaged"
 
 @dataclass(frozen=True)
 class StoredScheme:
-    """How one layer of a checkpoint is stored, as its configuration says.
+    """The way in which a layer of a checkpoint is stored, as its configuration says.
 
     Attributes:
         weights: The weight's number format.
@@ -91,7 +91,7 @@ class StoredLayer:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is an ordinary linear layer."""
+        """True if it is an ordinary linear layer."""
         parts = (self.scheme, self.rotation, self.inputs, self.outputs)
         return all(part is None for part in parts)
 
@@ -101,7 +101,7 @@ def read_schemes(
     linears: Collection[str],
     aliases: Mapping[str, Collection[str]] = _NO_ALIASES,
 ) -> dict[str, StoredScheme]:
-    """Which linear layers of a model are stored quantized, and how.
+    """Schemes of the linear layers of a model that are stored quantized.
 
     Args:
         section: The checkpoint's configuration.

@@ -16,7 +16,7 @@ def read_rotations(
     linears: Mapping[str, int],
     aliases: Mapping[str, Collection[str]] = _NO_ALIASES,
 ) -> dict[str, int]:
-    """Which linear layers of a model rotate their input, and in blocks of what width.
+    """Widths of the blocks in which linear layers of a model rotate their input.
 
     Transforms of weights were applied before these were stored, and need nothing of a reader.
 

@@ -71,7 +71,7 @@ class Matcher:
         self._spent = 0.0
 
     def matches(self, name: str, target: str) -> bool:
-        """Whether a module path is the one named, or fits a ``re:`` pattern from its start.
+        """True if a module path is the one named, or fits a ``re:`` pattern from its start.
 
         What is no regular expression fits nothing: that it is none, reading the section tells.
 
@@ -105,7 +105,7 @@ class Matcher:
 
 
 def is_broken(expression: str) -> bool:
-    """Whether a text is no regular expression, or one that is too large."""
+    """True if a text is no regular expression, or one that is too large."""
     return _compiled(expression) is None
 
 
@@ -133,20 +133,20 @@ class Targets:
 
     @functools.cached_property
     def names(self) -> frozenset[str]:
-        """What is no pattern."""
+        """The entries that are names, not patterns."""
         return frozenset(entry for entry in self.entries if not entry.startswith("re:"))
 
     @functools.cached_property
     def patterns(self) -> tuple[str, ...]:
-        """What is one, with its ``re:``."""
+        """The entries that are patterns, with their ``re:``."""
         return tuple(entry for entry in self.entries if entry.startswith("re:"))
 
     def meets(self, name: str, matcher: Matcher) -> bool:
-        """Whether a layer is meant by its name, rather than by its class."""
+        """True if a layer is meant by its name, rather than by its class."""
         return name in self.names or any(matcher.matches(name, p) for p in self.patterns)
 
     def hit(self, names: Collection[str], matcher: Matcher) -> int | None:
-        """How exactly the linear layer of these names is meant; None: it is not."""
+        """The exactness with which the linear layer of these names is meant; None: it is not."""
         if not self.names.isdisjoint(names):
             return NAME
         if any(matcher.matches(name, p) for p in self.patterns for name in names):
@@ -198,7 +198,7 @@ class SchemeGroup:
 
     @property
     def scheme(self) -> tuple[Args | None, Args | None, Args | None, str]:
-        """What layers of it have in common; names of groups are not part of it."""
+        """All that layers of it have in common; names of groups are not part of it."""
         return (self.weights, self.inputs, self.outputs, self.layout)
 
     def describe(self) -> str:
@@ -211,7 +211,7 @@ class SchemeGroup:
 
 @dataclass(frozen=True)
 class Apply:
-    """Where a transform is applied.
+    """A place where a transform is applied.
 
     Attributes:
         location: To what of a module, one of :data:`LOCATIONS`.

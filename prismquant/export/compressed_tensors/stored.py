@@ -86,7 +86,7 @@ class StoredCheckpoint:
 
     @property
     def has_cache_scales(self) -> bool:
-        """Whether the configuration asks for a quantized key-value cache."""
+        """True if the configuration asks for a quantized key-value cache."""
         return self.section.cache is not None
 
     @property
@@ -103,7 +103,7 @@ class StoredCheckpoint:
 
     @property
     def tied(self) -> bool:
-        """Whether the head is the embedding: what is stored counts more than what is said."""
+        """True if the head is the embedding: what is stored counts more than what is said."""
         return self.says_tied and self.names.to_disk(f"{self.arch.head}.weight") not in (
             self.reader.names
         )
@@ -124,7 +124,7 @@ class StoredCheckpoint:
         return None if spec is None else static_scale(self.shards, layer.prefix, side, spec)
 
     def signs(self, layer: StoredLayer) -> Tensor | None:
-        """What a layer's input is multiplied by before its rotation, int8 ``[in]``; None: ones.
+        """Signs of a layer's input before its rotation, int8 ``[in]``; None: ones.
 
         Raises:
             FormatError: They are none.
@@ -146,11 +146,11 @@ class StoredCheckpoint:
         return split_columns(self.shards, layer.prefix, layer.shape)
 
     def splits(self, layer: StoredLayer) -> bool:
-        """Whether single columns of a layer stay in floating point."""
+        """True if single columns of a layer stay in floating point."""
         return self.columns(layer) is not None
 
     def reorders(self, layer: StoredLayer) -> bool:
-        """Whether groups of a layer are of columns that are no neighbours."""
+        """True if groups of a layer are of columns that are no neighbours."""
         reordered = layer.scheme is not None and layer.scheme.reordered
         return reordered and self.codes(layer).group_index is not None
 
@@ -241,7 +241,7 @@ class Linear:
 def read_layers(
     config: Mapping[str, Any], section: Section, linears: Mapping[str, Linear], arch: ArchSpec
 ) -> tuple[StoredLayer, ...]:
-    """How each linear layer of a model is stored.
+    """The linear layers of a model, each with the way in which it is stored.
 
     Args:
         config: The content of ``config.json``.
@@ -310,7 +310,7 @@ def _rotations(
 
 
 def other_names(called: Mapping[str, str], arch: ArchSpec) -> dict[str, tuple[str, ...]]:
-    """What else a configuration may call each layer: its module path, its names on disk.
+    """Other names that a configuration may have for each layer: its module path, those on disk.
 
     Args:
         called: What the configuration calls each layer -> its module path.
@@ -337,7 +337,7 @@ def untied_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_leftover(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Whether a configuration has the section of another method beside weights in floating point.
+    """True if a configuration has the section of another method beside weights in floating point.
 
     Args:
         folder: The checkpoint.
@@ -355,7 +355,7 @@ def is_leftover(folder: Path, config: Mapping[str, Any]) -> bool:
 
 
 def _config_names(model: nn.Module, names: NameMap, *, remote: bool) -> dict[str, str]:
-    """What the configuration calls each linear layer -> its module path."""
+    """Name of each linear layer in the configuration -> its module path."""
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not remote:
         return {name: name for name in linears}

@@ -151,7 +151,7 @@ class CheckpointWriter:
         return found
 
     def _nonfinite(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-        """Which tensors hold NaN or infinities, and how many; an error if that is not to be."""
+        """Tensors that hold NaN or infinities, and how many; an error if that is not to be."""
         found = {name: said for name, tensor in tensors.items() if (said := nonfinite(tensor))}
         if self.strict:
             refuse_nonfinite(found, self.bound.folder)
@@ -183,7 +183,7 @@ class CheckpointWriter:
         )
 
     def _rotations(self, step: BoundStep) -> dict[str, Tensor]:
-        """What readers need to rotate the inputs of a step's layers: the matrix, the signs."""
+        """Tensors by which readers rotate the inputs of a step's layers: matrix and signs."""
         tensors: dict[str, Tensor] = {}
         for row in self.plan.rows:
             if row.site.step == step.index and row.online is not None:

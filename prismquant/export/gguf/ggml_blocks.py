@@ -44,7 +44,7 @@ _WITH_MINIMUM: Mapping[int, str] = MappingProxyType({4: Q4_1, 5: Q5_1})
 
 
 def why_not(spec: NumberSpec, columns: int) -> str | None:
-    """Why no block type can hold a format, or None if one can.
+    """The reason why no block type can hold a format, or None if one can.
 
     Args:
         spec: The weight's format.

@@ -88,7 +88,7 @@ class GGUF:
         return [item for item in refused if item is not None] + unknown
 
     def remarks(self, source: StoredCheckpoint) -> list[str]:
-        """What the files lack."""
+        """Parts of the model that the files lack."""
         config = _config(source)
         remarks = []
         size = config.text_config.vocab_size

@@ -38,7 +38,7 @@ class Part:
 def parts(
     names: GgufNames, name: str, deepstack: tuple[int, ...]
 ) -> tuple[bool, list[Part]] | None:
-    """Where a tensor of the model goes.
+    """The places to which a tensor of the model goes.
 
     Args:
         names: What llama.cpp calls the family's tensors.

@@ -1,4 +1,4 @@
-"""What GGUF files say besides their tensors, for the architectures of :mod:`.names`.
+"""Metadata of GGUF files, all besides their tensors, for the architectures of :mod:`.names`.
 
 Keys and their meaning are llama.cpp's; they are written through the gguf package, so that they are
 spelled as its readers expect.
@@ -167,7 +167,7 @@ def _normalization(folder: Path) -> tuple[list[float], list[float]]:
 
 
 def _are_three(values: Any) -> bool:
-    """Whether a value is one finite number a colour."""
+    """True if a value is one finite number a colour."""
     return (
         isinstance(values, list)
         and len(values) == 3

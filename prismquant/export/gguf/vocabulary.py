@@ -27,7 +27,7 @@ _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What ``tokenizer.ggml.*`` says.
+    """The content of ``tokenizer.ggml.*``.
 
     Attributes:
         tokens: By id.
