@@ -225,6 +225,13 @@ def quantize(
             checked before any long work.
     """
     wanted = None if dtype is None else as_arithmetic(dtype)
+    of_data = {
+        "--samples": samples,
+        "--batch-size": batch_size,
+        "--max-pixels": max_pixels,
+        "--max-frames": max_frames,
+        "--max-length": max_length,
+    }
     chosen = adapted(
         load_recipe(recipe),
         kv_cache=kv_cache,
@@ -249,6 +256,7 @@ def quantize(
         ranks=ranks or Alone(),
         strict=as_flag(strict, "strict"),
         limits=_limits(max_pixels, max_frames, max_length),
+        of_data=[option for option, value in of_data.items() if value is not None],
     )
 
 
@@ -267,12 +275,21 @@ def _quantize(
     ranks: Ranks,
     strict: bool,
     limits: Limits,
+    of_data: Sequence[str],
 ) -> Result:
-    """Do what :func:`quantize` says, its arguments checked."""
+    """Do what :func:`quantize` says, its arguments checked.
+
+    Options in ``of_data`` were given, and say something of calibration data alone.
+    """
     bound = bind(model)
     plan = make_plan(recipe, bound)
-    if calibration is not None and not plan.needs_data:
-        plan, calibration = replace(plan, remarks=(*plan.remarks, _UNREAD)), None
+    if not plan.needs_data:
+        unread = [_UNREAD] if calibration is not None else []
+        if of_data:
+            have = "has" if len(of_data) == 1 else "have"
+            options = f"{', '.join(of_data)} {have} no effect"
+            unread.append(f"the recipe needs no calibration data: {options}")
+        plan, calibration = replace(plan, remarks=(*plan.remarks, *unread)), None
     if ranks.size > 1:
         require_sharable(plan)
     precision = Precision.chosen(wanted, target, bound.dtype, runs=plan.needs_data)

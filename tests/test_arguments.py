@@ -294,3 +294,19 @@ def test_data_that_no_layer_needs_are_not_claimed(
     result = pq.quantize(tiny("qwen2_vl"), RTN, tmp_path / "out", calibration_file)
     assert result.record.calibration == ""
     assert any("needs no calibration data" in remark for remark in result.plan.remarks)
+
+
+def test_options_of_data_that_no_layer_needs_are_told(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    given = {"samples": 3, "batch_size": 2, "max_pixels": 9, "max_frames": 2, "max_length": 8}
+    result = pq.quantize(tiny("qwen2_vl"), RTN, tmp_path / "out", **given)
+    (note,) = result.plan.remarks
+    assert note == (
+        "the recipe needs no calibration data: --samples, --batch-size, --max-pixels, "
+        "--max-frames, --max-length have no effect"
+    )
+    result = pq.quantize(tiny("qwen2_vl"), RTN, tmp_path / "other", max_frames=2)
+    assert result.plan.remarks == (
+        "the recipe needs no calibration data: --max-frames has no effect",
+    )
