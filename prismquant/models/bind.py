@@ -40,6 +40,7 @@ from prismquant.models.config import (
 )
 from prismquant.models.config_findings import config_findings
 from prismquant.models.dry_forward import forward_findings
+from prismquant.models.index_notes import index_notes
 from prismquant.models.load import empty_model
 from prismquant.models.misfits import Misfits, kind_of
 from prismquant.models.names import NameMap, choose_layout
@@ -96,7 +97,7 @@ def bind(
     streams = bind_streams(arch, modules, edges, probe, misfits)
     misfits.add_all(config_findings(config.get_text_config(), modules))
     unused = [f"config.json: {key} is not used" for key in unused_keys(arch, folder, config)]
-    notes = list(unused)
+    notes = [*unused, *index_notes(folder, infos)]
     if says_tied and not tied:
         notes.append(
             f"config.json ties the head to the embeddings, but {names.to_disk(head_weight)} is "

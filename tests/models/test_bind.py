@@ -681,6 +681,26 @@ def test_an_index_without_shards_shows_the_layout(tiny: Callable[..., Path], tmp
     assert bind(tmp_path, headers_required=False).names.layout == "native"
 
 
+def test_what_the_index_does_not_name_is_told(
+    tiny: Callable[..., Path], copy: Callable[[Path], Path]
+):
+    folder = copy(tiny("qwen2_vl"))
+    names = sorted(ShardReader(folder).names)
+    forgotten, *named = names
+    write_json(
+        folder / "model.safetensors.index.json",
+        {"weight_map": dict.fromkeys(named, "model.safetensors")},
+    )
+    write_tensors(folder / "consolidated.safetensors", {"w": torch.ones(2)})
+    assert bind(folder).notes == (
+        f"tensors that the index does not name are read from their shards: {forgotten}",
+        "shards that the index does not name are not read: consolidated.safetensors",
+    )
+    weight_map = dict.fromkeys(named[4:], "model.safetensors")
+    write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
+    assert bind(folder).notes[0].endswith(f"{', '.join(names[:3])} and 2 more")
+
+
 def test_the_model_is_built_for_evaluation(tiny_folder: Path, family: str):
     config = native_config(identify(tiny_folder), tiny_folder)
     model = empty_model(config, known_archs()[family])
