@@ -34,12 +34,21 @@ class PrismQuantError(Exception):
         what: One sentence that names the problem and the offending value.
         where: The file, line, layer or key that it concerns.
         remedy: What the user can do about it.
+        findings: All that was found, a line each, where ``what`` shows no more than fits a screen.
     """
 
-    def __init__(self, what: str, *, where: str | None = None, remedy: str | None = None) -> None:
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        remedy: str | None = None,
+        findings: Iterable[str] = (),
+    ) -> None:
         self.what = what
         self.where = where
         self.remedy = remedy
+        self.findings = tuple(findings)
         super().__init__(what)
 
     def __str__(self) -> str:

@@ -71,6 +71,7 @@ def guarded(command: Callable[[], Any], *, debug: bool = False, resumable: bool 
             _tell("".join(traceback.format_exception(error)))
         shown = in_words(error)
         _tell(str(shown), heading="error: ")
+        _tell_findings(shown, debug=debug)
         return 2 if isinstance(shown, ArgumentError) else 1
     return status if isinstance(status, int) else 0
 
@@ -92,6 +93,16 @@ def in_words(error: BaseException) -> PrismQuantError:
         where=_place(error),
         remedy=f"this should have been told in words: {_DEBUG}, and please report it",
     )
+
+
+def _tell_findings(error: PrismQuantError, *, debug: bool) -> None:
+    """Where the error is too long for a screen: the rest of it, or how to see that."""
+    if all(finding in error.what for finding in error.findings):
+        return
+    if debug:
+        _tell("".join(f"\n  - {line}" for line in error.findings), heading="all that was found:")
+    else:
+        _tell("  all that was found: run again with --debug")
 
 
 def _place(error: BaseException) -> str:

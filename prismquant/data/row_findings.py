@@ -62,6 +62,7 @@ def findings_error(name: str, findings: Sequence[Finding]) -> DataError:
     places: dict[str, list[str]] = {}
     for finding in findings:
         places.setdefault(finding.what, []).append(finding.where)
+    every = [_printable(f"{', '.join(where)}: {what}") for what, where in places.items()]
     lines = [f"{_listed(where)}: {what}" for what, where in places.items()]
     shown = lines[:_MOST_SHOWN]
     if len(lines) > _MOST_SHOWN:
@@ -73,6 +74,7 @@ def findings_error(name: str, findings: Sequence[Finding]) -> DataError:
         + "\n".join(f"  - {_printable(line)}" for line in shown),
         where=name,
         remedy="correct or remove these samples; nothing was started",
+        findings=every,
     )
 
 

@@ -55,6 +55,7 @@ class Misfits:
             "\n".join([f"the checkpoint does not fit {arch.title}: {count}", *shown]),
             where=str(folder),
             remedy="; ".join(dict.fromkeys(self._remedies.values())),
+            findings=folded,
         )
 
 

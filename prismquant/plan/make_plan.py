@@ -64,11 +64,12 @@ def make_plan(recipe: Recipe, bound: BoundModel) -> Plan:
     if not findings and kv_cache is None and not any(row.quantized for row in rows):
         findings.append("no layer is quantized: no rule with `weights` stays in force")
     if findings:
+        folded = grouped(findings)
         raise PlanError(
-            f"recipe {recipe.name!r} does not fit this {bound.arch.title}:"
-            + listed(grouped(findings)),
+            f"recipe {recipe.name!r} does not fit this {bound.arch.title}:" + listed(folded),
             where=str(bound.folder),
             remedy=remedy or _LOOK,
+            findings=folded,
         )
     return Plan(
         recipe=recipe.name,

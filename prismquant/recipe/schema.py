@@ -247,7 +247,8 @@ def parse_recipe(content: Mapping[str, Any], *, source: str) -> Recipe:
         return Recipe.model_validate(content)
     except ValidationError as error:
         findings = [_finding(item) for item in error.errors(include_url=False)]
-        raise RecipeError(f"the recipe is not valid:{listed(findings)}", where=source) from error
+        what = f"the recipe is not valid:{listed(findings)}"
+        raise RecipeError(what, where=source, findings=findings) from error
 
 
 def _refuse_missing(name: str) -> NoReturn:

@@ -130,10 +130,12 @@ def refuse_nonfinite(nonfinite: Mapping[str, str], source: Path) -> None:
         NumericsError: There are such; names them all.
     """
     if nonfinite:
+        found = told_of(nonfinite)
         raise NumericsError(
-            f"tensors that stay in floating point are damaged:{listed(told_of(nonfinite))}",
+            f"tensors that stay in floating point are damaged:{listed(found)}",
             where=str(source),
             remedy="download or convert the model again, or leave out --strict",
+            findings=found,
         )
 
 

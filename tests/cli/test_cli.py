@@ -398,6 +398,23 @@ def test_the_trace_of_an_error_on_purpose_is_shown_too(run: Cli, tmp_path: Path)
     assert "remedy: give a folder with config.json" in err.splitlines()[-1]
 
 
+def test_findings_that_fit_no_screen_are_shown_on_demand(run: Cli, tmp_path: Path) -> None:
+    (tmp_path / "many.yaml").write_text(
+        yaml.safe_dump({"rules": [{"weigths": 3} for _ in range(50)]})
+    )
+    status, out, err = run("recipe", "validate", tmp_path / "many.yaml")
+    assert (status, out) == (1, "")
+    assert "rules[49]" not in err
+    assert err.splitlines()[-1] == "  all that was found: run again with --debug"
+    status, out, err = run("recipe", "validate", tmp_path / "many.yaml", "--debug")
+    assert (status, out) == (1, "")
+    assert all(f"rules[{number}]" in err for number in range(50))
+    (tmp_path / "few.yaml").write_text(
+        yaml.safe_dump({"rules": [{"weigths": 3} for _ in range(2)]})
+    )
+    assert "all that was found" not in run("recipe", "validate", tmp_path / "few.yaml")[2]
+
+
 def test_a_word_behind_two_hyphens_is_no_flag(run: Cli) -> None:
     status, _, err = run("recipe", "show", "--", "--debug")
     assert status == 1

@@ -152,6 +152,9 @@ def test_all_findings_come_at_once_but_no_more_than_ten(tmp_path: Path) -> None:
         read_samples(write_lines(tmp_path / "many.jsonl", lines))
     assert caught.value.what.count("\n") == 11
     assert caught.value.what.endswith("and 30 more")
+    assert [finding.split(":")[0] for finding in caught.value.findings] == [
+        f"line {number}" for number in range(1, 41)
+    ]
 
 
 def test_the_same_of_many_rows_is_one_line(tmp_path: Path) -> None:

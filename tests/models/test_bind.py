@@ -554,8 +554,9 @@ def test_findings_fit_on_one_screen(tiny: Callable[..., Path], copy: Callable[[P
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
         tensors |= {f"stray_{number}": torch.ones(1) for number in range(37)}
 
-    with pytest.raises(ModelError, match=r"37 findings(.|\n)* and 7 more"):
+    with pytest.raises(ModelError, match=r"37 findings(.|\n)* and 7 more") as caught:
         bind(_rewrite(copy(tiny("qwen2_vl")), spoil))
+    assert len(caught.value.findings) == 37
 
 
 def test_layers_that_no_site_claims_are_found(

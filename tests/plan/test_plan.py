@@ -489,6 +489,7 @@ def test_all_misfits_are_told_together_and_long_lists_are_cut(tiny: Callable[...
         )
     assert "rules[1] matches no layer" in caught.value.what
     assert re.search(r"- and \d+ more$", caught.value.what)
+    assert any("rules[30]" in finding for finding in caught.value.findings)
     assert len(caught.value.what.splitlines()) == 22
 
 

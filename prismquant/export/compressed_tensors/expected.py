@@ -232,6 +232,7 @@ def require_tensors(folder: Path, faults: Sequence[Fault]) -> None:
         "\n".join(["tensors are not what the configuration says:", *lines]),
         where=str(folder),
         remedy=faults[0].remedy,
+        findings=told,
     )
 
 

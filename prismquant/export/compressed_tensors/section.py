@@ -294,6 +294,7 @@ class Section:
             "\n".join([f"{CONFIG_KEY} cannot be read:", *lines]),
             where="config.json",
             remedy=remedies.pop() if len(remedies) == 1 else "correct them, or restore the file",
+            findings=told,
         )
 
 
