@@ -7,14 +7,29 @@ import os
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from prismquant.arguments import as_choice, as_path
+from prismquant.cli.options import (
+    AsJson,
+    Fallback,
+    KVCache,
+    MaxFrames,
+    MaxLength,
+    MaxPixels,
+    Model,
+    OnFailure,
+    RecipeOption,
+    Shards,
+    Trust,
+)
 from prismquant.cli.output import console as make_console
 from prismquant.cli.output import say, say_json, show
-from prismquant.errors import PrismQuantError, StorageError
+from prismquant.cli.recipe_commands import recipes
+from prismquant.cli.written import print_findings, print_remarks, require_sound, tell_run
+from prismquant.errors import PrismQuantError
 from prismquant.report.tables import as_text
 from prismquant.version import __version__
 
@@ -24,16 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Quantize vision-language models after training, and prove what was lost.",
 )
-recipes = typer.Typer(no_args_is_help=True, help="List, show and check recipes.")
 app.add_typer(recipes, name="recipe")
-
-# Not typer's paths: an empty word is no folder, and must not become the current one.
-Model = Annotated[str, typer.Argument(help="Folder of a checkpoint.", show_default=False)]
-RecipeOption = Annotated[str, typer.Option("--recipe", help="A preset's name or a YAML file.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Trust = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that lies in the checkpoint's folder.")
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -67,34 +73,6 @@ def demo(
         return
     show(comparison_table(report.rows, title=report.title))
     show(as_text(f"checkpoints, records and results.json: {out}"), soft_wrap=True)
-
-
-Fallback = Annotated[
-    bool,
-    typer.Option("--fallback", help="Where a format cannot hold a layer, take the nearest."),
-]
-OnFailure = Annotated[
-    str | None,
-    typer.Option("--on-failure", help="Where a solver fails: stop, or rtn to round to nearest."),
-]
-Shards = Annotated[
-    int | None,
-    typer.Option("--tensor-parallel", min=1, help="Devices that will share each layer."),
-]
-MaxPixels = Annotated[
-    int | None,
-    typer.Option(
-        "--max-pixels", min=1, help="Of a picture or a frame; by default what its processor allows."
-    ),
-]
-MaxFrames = Annotated[
-    int | None, typer.Option("--max-frames", min=1, help="Of a clip; 64 of a file by default.")
-]
-MaxLength = Annotated[
-    int | None,
-    typer.Option("--max-length", min=1, help="Cut samples to so many tokens, and say which."),
-]
-KVCache = Annotated[str | None, typer.Option("--kv-cache", help="fp8, fp8-head, int8 .., or none.")]
 
 
 @app.command()
@@ -183,11 +161,8 @@ def quantize(
     """Quantize a checkpoint into a folder that transformers and vLLM load."""
     from prismquant.api import quantize as run
     from prismquant.check import check
-    from prismquant.diagnostics.failed_layers import failed_layers
     from prismquant.distributed import joined
-    from prismquant.report.plans import memory_line, run_table, token_lines
     from prismquant.report.progress import ProgressReporter
-    from prismquant.report.run_files import RunFiles
     from prismquant.threads import use_threads
 
     pace = use_threads(threads, _earlier_threads(out) if resume else None)
@@ -224,44 +199,8 @@ def quantize(
     if not first:
         return
     report = check(out)
-    if as_json:
-        body = {
-            "out": str(out),
-            "failed": [name for step in result.record.steps for name in failed_layers(step.layers)],
-            "notes": [*result.plan.remarks, *result.notes],
-            "record": result.record.to_dict(),
-            "check": report.to_dict(),
-        }
-        say_json(body)
-    else:
-        files = RunFiles.read(result.folder)
-        console.print(run_table(files))
-        console.print(memory_line(files.record))
-        for line in token_lines(files):
-            console.print(as_text(line))
-        _print_remarks(console, [*result.plan.remarks, *result.notes])
-        _print_findings(console, report)
-        console.print(as_text(f"written: {out}"), soft_wrap=True)
-    _require_sound(report, damaged=bool(result.record.damaged))
-
-
-def _require_sound(report: Any, *, damaged: bool = False) -> None:
-    """End with an error where the check of what was written has found one.
-
-    Args:
-        report: Of the check.
-        damaged: Whether the source holds NaN or infinities, which the result has kept.
-
-    Raises:
-        StorageError: It has.
-    """
-    if not report.ok:
-        why = "the source model is damaged itself" if damaged else "please report it"
-        raise StorageError(
-            "the files were written, but the check of them found errors: see above",
-            where=str(report.folder),
-            remedy=f"do not serve them; `prismquant check` tells all there is; {why}",
-        )
+    tell_run(result, report, out, console, as_json=as_json)
+    require_sound(report, damaged=bool(result.record.damaged))
 
 
 def _earlier_threads(out: str) -> int | None:
@@ -272,20 +211,6 @@ def _earlier_threads(out: str) -> int | None:
         return RunDirectory(Path(out)).load().threads[-1]
     except (PrismQuantError, IndexError):
         return None  # what is wrong with the folder is told when the run looks at it
-
-
-def _print_remarks(console: Any, remarks: Sequence[str]) -> None:
-    """Print what a user should know of the checkpoint before serving it."""
-    for remark in remarks:
-        console.print(as_text(f"note: {remark}", "yellow"))
-
-
-def _print_findings(console: Any, report: Any) -> None:
-    """Errors and warnings about what was written, a line each."""
-    from prismquant.report.checks import finding_lines
-
-    for line in finding_lines(report):
-        console.print(as_text(line, "yellow"), soft_wrap=True)
 
 
 @app.command()
@@ -322,12 +247,12 @@ def export(
     if as_json:
         say_json(result.to_dict() | {"check": report.to_dict()})
     else:
-        _print_remarks(console, result.remarks)
-        _print_findings(console, report)
+        print_remarks(console, result.remarks)
+        print_findings(console, report)
         size = f"{result.bytes / 2**20:.1f} MiB"
         told = f"written: {out} ({result.format}, {result.layers} quantized layers, {size})"
         console.print(as_text(told), soft_wrap=True)
-    _require_sound(report)
+    require_sound(report)
 
 
 @app.command("check")
@@ -429,38 +354,3 @@ def _result_file(out: str, inputs: Sequence[str | None]) -> Path:
     read = [Path(name) for name in inputs if name and os.path.lexists(name)]
     require_result_file(path, inputs=read, keys=[field.name for field in fields(Fidelity)])
     return path
-
-
-@recipes.command("list")
-def list_recipes(as_json: AsJson = False) -> None:
-    """Name the presets."""
-    from prismquant.recipe.presets import PRESETS
-
-    if as_json:
-        say_json(sorted(PRESETS))
-    else:
-        say("\n".join(PRESETS))
-
-
-@recipes.command("show")
-def show_recipe(recipe: Annotated[str, typer.Argument(help="A preset's name or a file.")]) -> None:
-    """Print a recipe as YAML, e.g. to start one of your own from a preset."""
-    from prismquant.recipe.presets import PRESETS, preset_yaml
-
-    if recipe in PRESETS:
-        say(preset_yaml(recipe), newline=False)
-        return
-    from prismquant.recipe.schema import load_recipe
-
-    say(load_recipe(recipe).to_yaml(), newline=False)
-
-
-@recipes.command("validate")
-def validate_recipe(
-    recipe: Annotated[str, typer.Argument(help="A preset's name or a file.")],
-) -> None:
-    """Check a recipe against the grammar."""
-    from prismquant.recipe.schema import load_recipe
-
-    loaded = load_recipe(recipe)
-    show(as_text(f"{loaded.name}: {len(loaded.rules)} rules, valid"), soft_wrap=True)
