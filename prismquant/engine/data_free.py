@@ -21,8 +21,9 @@ from dataclasses import dataclass
 import torch
 
 from prismquant.diagnostics.step_record import StepRecord
-from prismquant.engine.quantize import QuantizedUnit, Quantizing, UnitPlan, quantize_unit
+from prismquant.engine.quantize import quantize_unit
 from prismquant.engine.setup import RunSetup
+from prismquant.engine.unit_plan import QuantizedUnit, Quantizing, UnitPlan
 from prismquant.engine.walk import ModelWalk, Unit
 from prismquant.errors import PlanError
 from prismquant.memory import keep_heap_compact

@@ -36,8 +36,8 @@ from torch.nn import functional
 from prismquant.data import Sample, balanced_subset, media_of
 from prismquant.data.batches import Batch
 from prismquant.engine.activation_store import ActivationStore
+from prismquant.engine.calls import StepCall
 from prismquant.engine.placement import Placement
-from prismquant.engine.replay import StepCall
 from prismquant.engine.walk import ModelWalk, Unit, Visit
 from prismquant.errors import DataError, NumericsError, PrismQuantError
 from prismquant.memory import keep_heap_compact

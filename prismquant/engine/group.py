@@ -18,8 +18,8 @@ from prismquant.algorithms.split import outlying_columns
 from prismquant.diagnostics.failed_layers import FAILED
 from prismquant.diagnostics.step_record import LayerRecord
 from prismquant.distributed import Ranks
+from prismquant.engine.calls import StepCall
 from prismquant.engine.failure import Guarded, failure_notes, with_way_out
-from prismquant.engine.replay import StepCall
 from prismquant.errors import NumericsError
 from prismquant.formats.quantized_layer import (
     OutlierColumns,

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from prismquant.distributed import Ranks
-from prismquant.engine.replay import Enough, StepCall
+from prismquant.engine.calls import StepCall
+from prismquant.engine.stand_ins import Enough
 from prismquant.errors import NumericsError
 from prismquant.formats.kv_formats import KVCacheSpec
 from prismquant.formats.quantized_layer import KVScales

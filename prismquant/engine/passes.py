@@ -21,7 +21,8 @@ from typing import Any, Protocol
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
-from prismquant.engine.replay import Enough, StepCall, replaced_forwards
+from prismquant.engine.calls import StepCall
+from prismquant.engine.stand_ins import Enough, replaced_forwards
 
 Output = tuple[Callable[[Any], None], Any]
 Around = Callable[[], contextlib.AbstractContextManager[None]]

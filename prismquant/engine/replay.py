@@ -15,18 +15,24 @@ images and once for its videos, and the language model once.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prismquant.data import Kind
 from prismquant.data.batches import Batch
 from prismquant.engine.activation_store import ActivationStore, InMemory
+from prismquant.engine.calls import StepCall, TowerPass
+from prismquant.engine.stand_ins import (
+    Captured,
+    capture_here,
+    chain_link,
+    first_tensor,
+    no_embedding,
+    replaced_forwards,
+)
 from prismquant.errors import ModelError, NumericsError, PrismQuantError
 from prismquant.memory import memory_error
 from prismquant.models.arch import Modality
@@ -34,97 +40,6 @@ from prismquant.models.bound import BoundModel, BoundStep
 from prismquant.models.config import brief
 from prismquant.numerics.affine import all_finite, finiteness
 from prismquant.statistics.tokens import Tokens
-
-
-class _Captured(Exception):  # noqa: N818 - it ends a pass, nothing is wrong
-    """Ends a forward pass at the step in question; carries how the step was called."""
-
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        super().__init__()
-        self.args_of_step = args
-        self.kwargs_of_step = kwargs
-
-
-class Enough(Exception):  # noqa: N818 - likewise
-    """Raised by a hook that has seen all that it needs; ends a step's forward pass early."""
-
-
-@dataclass
-class _TowerPass:
-    """What is kept of one call between steps.
-
-    Attributes:
-        inputs: Gives the keyword arguments of the model (vision) or of the language model (llm); of
-            pixels they have the shape.
-        row_weights: [tokens] float32, 0 for padding; None: every row counts.
-        vision: [tokens] bool, rows of images and videos in the language model; None elsewhere.
-        tokens: How many rows of each modality count in the language model; None elsewhere.
-        kind: What a pass of the vision tower is of.
-        latest: Name of the last finished step of the chain.
-        hidden: Gives its output.
-        entry_shape: Shape of the entry step's output, for a stand-in that costs nothing.
-        features: Give the outputs of finished projector steps, by name.
-        finished: Give the outputs of all finished units of the language model, where they are kept.
-        ids: Samples of the batch.
-        pixels: Makes the pixels, by their key, until the entry step has read them.
-    """
-
-    inputs: Callable[[], dict[str, Any]]
-    row_weights: Tensor | None
-    vision: Tensor | None = None
-    tokens: Tokens | None = None
-    kind: Kind = "text"
-    latest: str = ""
-    hidden: Callable[[], Any] = lambda: None
-    entry_shape: torch.Size = field(default_factory=torch.Size)
-    features: dict[str, Callable[[], Any]] = field(default_factory=dict)
-    finished: dict[str, Callable[[], Any]] = field(default_factory=dict)
-    ids: tuple[str, ...] = ()
-    pixels: Callable[[], dict[str, Tensor]] | None = None
-
-    def whole_inputs(self) -> dict[str, Any]:
-        """The keyword arguments with pixels, as long as these are needed."""
-        return self.inputs() | (self.pixels() if self.pixels else {})
-
-
-@dataclass(frozen=True)
-class StepCall:
-    """How the model calls a step.
-
-    Attributes:
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-        row_weights: [tokens] float32 weights of the rows for statistics, or None: all count alike.
-        vision: [tokens] bool, which rows are of an image or video, in the language model; else
-            None.
-        keep: Stores the step's output, which later steps will see.
-        tokens: How many rows of each modality count in the language model; None elsewhere.
-        kind: What all rows are of elsewhere.
-        ids: Samples of the batch, in the language model.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    row_weights: Tensor | None
-    vision: Tensor | None
-    keep: Callable[[Any], None]
-    tokens: Tokens | None = None
-    kind: Kind = "text"
-    ids: tuple[str, ...] = ()
-
-    def seen(self, rows: int) -> Tokens:
-        """How many of a layer's rows are of each modality; padding is of none."""
-        if self.tokens is not None:
-            return self.tokens
-        counted = rows if self.row_weights is None else int((self.row_weights > 0).sum())
-        return Tokens(**{self.kind: counted})
-
-    def token_weights(self, vision_weight: float) -> Tensor | None:
-        """``row_weights`` with rows of images and videos counted ``vision_weight`` times."""
-        if self.vision is None or vision_weight == 1:
-            return self.row_weights
-        weights = torch.where(self.vision, vision_weight, 1.0)
-        return weights if self.row_weights is None else weights * self.row_weights
 
 
 class Replay:
@@ -163,7 +78,7 @@ class Replay:
             self._vision_passes(inputs, batch)
             for inputs, batch in zip(self._batches, batches, strict=True)
         ]
-        self._llm: list[_TowerPass] = []
+        self._llm: list[TowerPass] = []
         self._ids = [batch.ids for batch in batches]
         self._keep_all = keep_all
         self._steps = {step.name: step for step in bound.steps}
@@ -187,7 +102,7 @@ class Replay:
             def stand_in(*args: Any, **kwargs: Any) -> Any:
                 order.append(step)
                 if len(order) == len(steps):
-                    raise _Captured(args, kwargs)
+                    raise Captured(args, kwargs)
                 return forward(*args, **kwargs) if step.kind == "entry" else args[0]
 
             return stand_in
@@ -210,7 +125,7 @@ class Replay:
             embed: In place of the model's embeddings, from ids [B, T] to [B, T, hidden].
         """
         root = self._llm_root()
-        known = {self.bound.arch.embeddings: embed, root: _capture_here}
+        known = {self.bound.arch.embeddings: embed, root: capture_here}
         for inputs, passes, vision, ids in zip(
             self._batches, self._vision, self._vision_tokens, self._ids, strict=True
         ):
@@ -224,7 +139,7 @@ class Replay:
                     where=self.bound.arch.name,
                 )
             kept = self._states.keep(captured.kwargs_of_step)
-            self._llm.append(_TowerPass(kept, weights, vision, tokens, ids=ids))
+            self._llm.append(TowerPass(kept, weights, vision, tokens, ids=ids))
         self._vision.clear()
         self._batches.clear()
 
@@ -244,13 +159,13 @@ class Replay:
         elif step.modality is Modality.LLM:
             root = self.model.get_submodule(self._llm_root())
             for state in self._llm:
-                stand_ins = self._chain_stand_ins(state) | {step.name: _capture_here}
+                stand_ins = self._chain_stand_ins(state) | {step.name: capture_here}
                 captured = self._capture(state.inputs(), stand_ins, root)
                 yield self._step_call(step, state, captured)
         else:
             for passes in self._vision:
                 for state in passes:
-                    stand_ins = self._vision_stand_ins([state]) | {step.name: _capture_here}
+                    stand_ins = self._vision_stand_ins([state]) | {step.name: capture_here}
                     captured = self._capture(state.whole_inputs(), stand_ins)
                     yield self._step_call(step, state, captured)
                     # Its pixels must be gone before the next ones are made.
@@ -273,13 +188,13 @@ class Replay:
             if step.kind == "head":
                 call = self._head_call(state)
             else:
-                stand_ins = self._chain_stand_ins(state) | {step.name: _capture_here}
+                stand_ins = self._chain_stand_ins(state) | {step.name: capture_here}
                 root = self.model.get_submodule(self._llm_root())
                 call = self._step_call(step, state, self._capture(state.inputs(), stand_ins, root))
             yield call, leaf
 
     @staticmethod
-    def _rewind(state: _TowerPass, latest: str) -> Tensor | None:
+    def _rewind(state: TowerPass, latest: str) -> Tensor | None:
         """Let a unit be the last one that is finished; gives its output as a leaf."""
         state.latest = latest
         if not latest:
@@ -301,7 +216,7 @@ class Replay:
             for key, value in batch.inputs.items()
         }
 
-    def _vision_passes(self, inputs: dict[str, Any], batch: Batch) -> list[_TowerPass]:
+    def _vision_passes(self, inputs: dict[str, Any], batch: Batch) -> list[TowerPass]:
         """One pass for each group of vision inputs that the batch has, e.g. images, then videos."""
         groups = self.bound.arch.input_groups
         vision_keys = {key for group in groups for key in group}
@@ -313,7 +228,7 @@ class Replay:
             return {key: _moved(batch.whole().inputs[key], self._device, self._dtype)}
 
         return [
-            _TowerPass(
+            TowerPass(
                 partial(of_group, group),
                 None,
                 kind="video" if "video" in group[0] else "image",
@@ -323,7 +238,7 @@ class Replay:
             if inputs.get(group[0]) is not None
         ]
 
-    def _head_call(self, state: _TowerPass) -> StepCall:
+    def _head_call(self, state: TowerPass) -> StepCall:
         root = self.model.get_submodule(self._llm_root())
         with replaced_forwards(self.model, self._chain_stand_ins(state)):
             output = root(**state.inputs())
@@ -337,7 +252,7 @@ class Replay:
             ids=state.ids,
         )
 
-    def _step_call(self, step: BoundStep, state: _TowerPass, captured: _Captured) -> StepCall:
+    def _step_call(self, step: BoundStep, state: TowerPass, captured: Captured) -> StepCall:
         def keep(output: Any) -> None:
             values = output if isinstance(output, Tensor) else output[0]
             if not all_finite(values):
@@ -373,17 +288,17 @@ class Replay:
             state.ids,
         )
 
-    def _vision_stand_ins(self, passes: Sequence[_TowerPass]) -> dict[str, Callable[..., Any]]:
+    def _vision_stand_ins(self, passes: Sequence[TowerPass]) -> dict[str, Callable[..., Any]]:
         """Stand-ins for finished vision steps; the passes follow each other within one forward."""
         queue = list(passes)
-        current: list[_TowerPass] = queue[:1]
+        current: list[TowerPass] = queue[:1]
 
         def entry(*args: Any, **_: Any) -> Any:
             state = queue.pop(0)
             current[:] = [state]
             if state.latest in self._steps and self._steps[state.latest].kind == "entry":
                 return state.hidden()
-            return _first_tensor(args).new_zeros(1).expand(state.entry_shape)
+            return first_tensor(args).new_zeros(1).expand(state.entry_shape)
 
         stand_ins: dict[str, Callable[..., Any]] = {}
         for step in self.bound.steps:
@@ -396,12 +311,12 @@ class Replay:
                 if all(state.latest for state in passes):
                     stand_ins[step.name] = entry
             else:
-                stand_ins[step.name] = _chain_link(step.name, lambda: current[0])
+                stand_ins[step.name] = chain_link(step.name, lambda: current[0])
         return stand_ins
 
-    def _chain_stand_ins(self, state: _TowerPass) -> dict[str, Callable[..., Any]]:
+    def _chain_stand_ins(self, state: TowerPass) -> dict[str, Callable[..., Any]]:
         return {
-            step.name: _chain_link(step.name, lambda: state)
+            step.name: chain_link(step.name, lambda: state)
             for step in self.bound.steps
             if step.modality is Modality.LLM and step.kind == "block"
         }
@@ -411,19 +326,19 @@ class Replay:
         inputs: dict[str, Any],
         stand_ins: dict[str, Callable[..., Any]],
         root: nn.Module | None = None,
-    ) -> _Captured:
+    ) -> Captured:
         name = self.bound.arch.embeddings
         table = self.model.get_parameter(f"{name}.weight")
         if table.is_meta:
             # In the vision tower's turn, text embeddings are computed first and then not used.
-            stand_ins = {name: _no_embedding(table)} | stand_ins
+            stand_ins = {name: no_embedding(table)} | stand_ins
         try:
             with replaced_forwards(self.model, stand_ins):
                 if root is None:
                     self.model(**inputs, use_cache=False)
                 else:
                     root(**inputs)
-        except _Captured as captured:
+        except Captured as captured:
             # Its frames would hold this pass, and what waits for it, until the next collection.
             return captured.with_traceback(None)
         except Exception as error:
@@ -442,47 +357,6 @@ class Replay:
 
     def _llm_root(self) -> str:
         return next(t.root for t in self.bound.arch.towers if t.modality is Modality.LLM)
-
-
-def _capture_here(*args: Any, **kwargs: Any) -> Any:
-    raise _Captured(args, kwargs)
-
-
-def _chain_link(name: str, state: Callable[[], _TowerPass]) -> Callable[..., Any]:
-    """The last finished step gives its output; every other hands its input through."""
-
-    def stand_in(*args: Any, **kwargs: Any) -> Any:
-        now = state()
-        return now.hidden() if now.latest == name else _first_tensor(args or tuple(kwargs.values()))
-
-    return stand_in
-
-
-@contextlib.contextmanager
-def replaced_forwards(model: nn.Module, forwards: dict[str, Callable[..., Any]]) -> Iterator[None]:
-    """Within the block, the modules named run other functions in place of their ``forward``."""
-    modules = {model.get_submodule(name): forward for name, forward in forwards.items()}
-    for module, forward in modules.items():
-        module.forward = forward
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.forward
-
-
-def _no_embedding(table: Tensor) -> Callable[..., Any]:
-    """Zeros for every token, which take no memory."""
-
-    def embed(ids: Tensor) -> Tensor:
-        zero = torch.zeros(1, dtype=table.dtype, device=ids.device)
-        return zero.expand(*ids.shape, table.shape[1])
-
-    return embed
-
-
-def _first_tensor(args: tuple[Any, ...]) -> Tensor:
-    return next(value for value in args if isinstance(value, Tensor))
 
 
 def _hollow(x: Tensor) -> Tensor:

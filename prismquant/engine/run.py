@@ -17,17 +17,10 @@ import torch
 from prismquant.diagnostics.step_record import StepRecord
 from prismquant.engine.data_free import run_without_data
 from prismquant.engine.memory_forecast import weight_dtype
-from prismquant.engine.quantize import (
-    QuantizedUnit,
-    Quantizing,
-    UnitPlan,
-    blaming,
-    quantize_unit,
-    replace_layer,
-    unit_plans,
-)
+from prismquant.engine.quantize import blaming, quantize_unit, replace_layer
 from prismquant.engine.setup import RunSetup
 from prismquant.engine.streamed_model import ServedAs
+from prismquant.engine.unit_plan import QuantizedUnit, Quantizing, UnitPlan, unit_plans
 from prismquant.engine.walk import ModelWalk, Unit, Visit
 from prismquant.memory import give_back_freed, keep_heap_compact
 from prismquant.models.attention import quantize_cache

@@ -12,9 +12,10 @@ from torch.nn import functional
 
 from prismquant.data.batches import Batch
 from prismquant.engine.activation_store import ActivationStore
+from prismquant.engine.calls import StepCall
 from prismquant.engine.passes import Passes, PausedPasses, ReplayedPasses, StepRun
 from prismquant.engine.placement import Placement
-from prismquant.engine.replay import Replay, StepCall
+from prismquant.engine.replay import Replay
 from prismquant.models.arch import Modality
 from prismquant.models.attention import unhook_attention
 from prismquant.models.bound import BoundModel, BoundStep

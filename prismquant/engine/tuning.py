@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from prismquant.algorithms.block_tuner import BlockLayer, BlockProblem, Tuner
 from prismquant.algorithms.methods import build_tuner
-from prismquant.engine.replay import StepCall
+from prismquant.engine.calls import StepCall
 from prismquant.formats.quantized_layer import QuantizedLayer, QuantizedTensor
 from prismquant.plan.plan import PlanRow
 

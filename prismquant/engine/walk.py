@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from prismquant.data.batches import Batch
 from prismquant.distributed import Alone, Ranks
 from prismquant.engine.activation_store import ActivationStore, InMemory
+from prismquant.engine.calls import StepCall
 from prismquant.engine.passes import Output, Passes
 from prismquant.engine.placement import Placement
-from prismquant.engine.replay import StepCall
 from prismquant.engine.streamed_model import ServedAs, StreamedModel
 from prismquant.models.arch import Modality
 from prismquant.models.bound import BoundModel, BoundSite, BoundStep

@@ -20,9 +20,9 @@ from prismquant.diagnostics.step_record import LayerRecord, StepRecord
 from prismquant.engine import data_free
 from prismquant.engine.data_free import run_without_data
 from prismquant.engine.placement import Placement
-from prismquant.engine.quantize import unit_plans
 from prismquant.engine.run import _walk
 from prismquant.engine.setup import RunSetup
+from prismquant.engine.unit_plan import unit_plans
 from prismquant.errors import NumericsError, PlanError, StorageError
 from prismquant.export.compressed_tensors.writer import CheckpointWriter
 from prismquant.formats.quantized_layer import QuantizedLayer

@@ -30,10 +30,10 @@ from prismquant.diagnostics.failed_layers import (
     failed_layers,
     failure_lines,
 )
+from prismquant.engine.calls import StepCall
 from prismquant.engine.collectives import Task, solve_all
 from prismquant.engine.failure import Guarded
 from prismquant.engine.group import Group, GroupSettings
-from prismquant.engine.replay import StepCall
 from prismquant.engine.setup import Silent
 from prismquant.errors import DataError, NumericsError, PrismQuantError, RecipeError
 from prismquant.export.load_quantized import load_model

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from prismquant.algorithms.problem import LayerResult
 from prismquant.algorithms.split import Split
+from prismquant.engine.calls import StepCall
 from prismquant.engine.group import Group, GroupSettings
-from prismquant.engine.replay import StepCall
 from prismquant.errors import NumericsError
 from prismquant.formats.quantized_layer import scale_and_zero_point
 from prismquant.formats.spec import spec

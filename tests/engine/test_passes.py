@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import prismquant as pq
 from prismquant.engine import streamed_model
+from prismquant.engine.calls import StepCall
 from prismquant.engine.passes import PausedPasses, ReplayedPasses, StepRun
-from prismquant.engine.replay import StepCall
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -7,7 +7,6 @@ block is in the cache. Codes, losses and notes are those of the solver, bit for 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,14 +16,12 @@ from prismquant.algorithms.problem import Note, scale_format
 from prismquant.algorithms.rtn import RTN, round_weight
 from prismquant.diagnostics.step_record import LayerRecord
 from prismquant.engine.group import require_finite
+from prismquant.engine.unit_plan import Quantizing
 from prismquant.engine.walk import Unit
 from prismquant.errors import NumericsError
 from prismquant.formats.quantized_layer import QuantizedLayer
 from prismquant.numerics.affine import check_finite
 from prismquant.plan.plan import PlanRow
-
-if TYPE_CHECKING:
-    from prismquant.engine.quantize import Quantizing
 
 
 def is_rounded(row: PlanRow) -> bool:

@@ -1,0 +1,91 @@
+"""A call: how the model runs one unit for one batch, and what is kept of it between units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prismquant.data import Kind
+from prismquant.statistics.tokens import Tokens
+
+
+@dataclass
+class TowerPass:
+    """What is kept of one call between steps.
+
+    Attributes:
+        inputs: Gives the keyword arguments of the model (vision) or of the language model (llm); of
+            pixels they have the shape.
+        row_weights: [tokens] float32, 0 for padding; None: every row counts.
+        vision: [tokens] bool, rows of images and videos in the language model; None elsewhere.
+        tokens: How many rows of each modality count in the language model; None elsewhere.
+        kind: What a pass of the vision tower is of.
+        latest: Name of the last finished step of the chain.
+        hidden: Gives its output.
+        entry_shape: Shape of the entry step's output, for a stand-in that costs nothing.
+        features: Give the outputs of finished projector steps, by name.
+        finished: Give the outputs of all finished units of the language model, where they are kept.
+        ids: Samples of the batch.
+        pixels: Makes the pixels, by their key, until the entry step has read them.
+    """
+
+    inputs: Callable[[], dict[str, Any]]
+    row_weights: Tensor | None
+    vision: Tensor | None = None
+    tokens: Tokens | None = None
+    kind: Kind = "text"
+    latest: str = ""
+    hidden: Callable[[], Any] = lambda: None
+    entry_shape: torch.Size = field(default_factory=torch.Size)
+    features: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    finished: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    ids: tuple[str, ...] = ()
+    pixels: Callable[[], dict[str, Tensor]] | None = None
+
+    def whole_inputs(self) -> dict[str, Any]:
+        """The keyword arguments with pixels, as long as these are needed."""
+        return self.inputs() | (self.pixels() if self.pixels else {})
+
+
+@dataclass(frozen=True)
+class StepCall:
+    """How the model calls a step.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        row_weights: [tokens] float32 weights of the rows for statistics, or None: all count alike.
+        vision: [tokens] bool, which rows are of an image or video, in the language model; else
+            None.
+        keep: Stores the step's output, which later steps will see.
+        tokens: How many rows of each modality count in the language model; None elsewhere.
+        kind: What all rows are of elsewhere.
+        ids: Samples of the batch, in the language model.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    row_weights: Tensor | None
+    vision: Tensor | None
+    keep: Callable[[Any], None]
+    tokens: Tokens | None = None
+    kind: Kind = "text"
+    ids: tuple[str, ...] = ()
+
+    def seen(self, rows: int) -> Tokens:
+        """How many of a layer's rows are of each modality; padding is of none."""
+        if self.tokens is not None:
+            return self.tokens
+        counted = rows if self.row_weights is None else int((self.row_weights > 0).sum())
+        return Tokens(**{self.kind: counted})
+
+    def token_weights(self, vision_weight: float) -> Tensor | None:
+        """``row_weights`` with rows of images and videos counted ``vision_weight`` times."""
+        if self.vision is None or vision_weight == 1:
+            return self.row_weights
+        weights = torch.where(self.vision, vision_weight, 1.0)
+        return weights if self.row_weights is None else weights * self.row_weights

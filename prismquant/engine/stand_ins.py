@@ -1,0 +1,66 @@
+"""Stand-ins: functions that run in place of the forward passes of a model's modules."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prismquant.engine.calls import TowerPass
+
+
+class Captured(Exception):  # noqa: N818 - it ends a pass, nothing is wrong
+    """Ends a forward pass at the step in question; carries how the step was called."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.args_of_step = args
+        self.kwargs_of_step = kwargs
+
+
+class Enough(Exception):  # noqa: N818 - likewise
+    """Raised by a hook that has seen all that it needs; ends a step's forward pass early."""
+
+
+def capture_here(*args: Any, **kwargs: Any) -> Any:
+    raise Captured(args, kwargs)
+
+
+def chain_link(name: str, state: Callable[[], TowerPass]) -> Callable[..., Any]:
+    """The last finished step gives its output; every other hands its input through."""
+
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        now = state()
+        return now.hidden() if now.latest == name else first_tensor(args or tuple(kwargs.values()))
+
+    return stand_in
+
+
+@contextlib.contextmanager
+def replaced_forwards(model: nn.Module, forwards: dict[str, Callable[..., Any]]) -> Iterator[None]:
+    """Within the block, the modules named run other functions in place of their ``forward``."""
+    modules = {model.get_submodule(name): forward for name, forward in forwards.items()}
+    for module, forward in modules.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def no_embedding(table: Tensor) -> Callable[..., Any]:
+    """Zeros for every token, which take no memory."""
+
+    def embed(ids: Tensor) -> Tensor:
+        zero = torch.zeros(1, dtype=table.dtype, device=ids.device)
+        return zero.expand(*ids.shape, table.shape[1])
+
+    return embed
+
+
+def first_tensor(args: tuple[Any, ...]) -> Tensor:
+    return next(value for value in args if isinstance(value, Tensor))
