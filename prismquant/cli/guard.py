@@ -14,7 +14,6 @@ from typing import Any
 
 import typer
 
-import prismquant
 from prismquant.cli.output import console
 from prismquant.errors import ArgumentError, PrismQuantError, StorageError
 from prismquant.memory import memory_error
@@ -22,7 +21,7 @@ from prismquant.report.tables import as_text
 
 # Newer versions of typer swallow Ctrl-C and return this; older ones raise Abort.
 _TYPERS_INTERRUPT = 130
-_PACKAGE = Path(prismquant.__file__).parent
+_PACKAGE = Path(__file__).parent.parent
 _LONGEST = 2000
 _DEBUG = "run again with --debug for the trace"
 # What the system's refusals mean, and what helps.

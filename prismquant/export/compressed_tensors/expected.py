@@ -15,6 +15,7 @@ from torch import nn
 
 from prismquant.errors import FormatError, grouped
 from prismquant.export.compressed_tensors.quantization_args import Args
+from prismquant.export.compressed_tensors.reader import StoredLayer
 from prismquant.export.compressed_tensors.section import (
     FLOAT,
     INT,
@@ -24,21 +25,22 @@ from prismquant.export.compressed_tensors.section import (
     NAIVE,
     NVFP4,
     PACK,
+    SIGNS,
+    SPLIT_INDEX,
+    SPLIT_WEIGHT,
     Fault,
     SchemeGroup,
 )
 from prismquant.headers import TensorInfo
 
 if TYPE_CHECKING:
-    from prismquant.export.compressed_tensors.reader import StoredLayer
     from prismquant.models.names import NameMap
 
 REAL = (torch.bfloat16, torch.float16, torch.float32)
 SCALES = (*REAL, torch.float64)
 _E4M3, _E8M0 = (torch.float8_e4m3fn,), (torch.uint8, torch.float8_e8m0fnu)
 _WORD = 32
-# What PrismQuant alone reads, and what it is.
-SIGNS, SPLIT_INDEX, SPLIT_WEIGHT = "input_signs", "split_index", "split_weight"
+# Tensors that PrismQuant alone reads, and what they are.
 OURS: Mapping[str, str] = {
     SIGNS: "signs before a rotation",
     SPLIT_INDEX: "columns in floating point",

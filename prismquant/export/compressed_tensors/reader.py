@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from prismquant.errors import FormatError, NumericsError
-from prismquant.export.compressed_tensors.expected import SPLIT_INDEX, SPLIT_WEIGHT
 from prismquant.export.compressed_tensors.quantization_args import spec_of
 from prismquant.export.compressed_tensors.section import (
     PACK,
+    SPLIT_INDEX,
+    SPLIT_WEIGHT,
     SchemeGroup,
     Section,
     group_in_prismquant,

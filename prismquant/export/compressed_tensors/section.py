@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 
 CONFIG_KEY = "quantization_config"
 METHOD = "compressed-tensors"
-# Of our own section, beside it.
+# Of our own section, beside it, and of tensors that PrismQuant alone reads.
 PRIVATE_KEY = "prismquant"
+SIGNS, SPLIT_INDEX, SPLIT_WEIGHT = "input_signs", "split_index", "split_weight"
 
 PACK, INT, FLOAT, NAIVE = PACK_QUANTIZED, INT_QUANTIZED, FLOAT_QUANTIZED, NAIVE_QUANTIZED
 NVFP4, MXFP4 = NVFP4_PACK_QUANTIZED, MXFP4_PACK_QUANTIZED

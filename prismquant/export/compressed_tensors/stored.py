@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from prismquant.errors import FormatError, ModelError, StorageError
 from prismquant.export.compressed_tensors.expected import (
-    SIGNS,
     layer_faults_of,
     model_faults,
     require_tensors,
@@ -30,7 +29,13 @@ from prismquant.export.compressed_tensors.reader import (
     split_columns,
     static_scale,
 )
-from prismquant.export.compressed_tensors.section import CONFIG_KEY, METHOD, PRIVATE_KEY, Section
+from prismquant.export.compressed_tensors.section import (
+    CONFIG_KEY,
+    METHOD,
+    PRIVATE_KEY,
+    SIGNS,
+    Section,
+)
 from prismquant.export.compressed_tensors.section_grammar import read_section
 from prismquant.formats.quantized_layer import OutlierColumns, QuantizedTensor, StaticScale
 from prismquant.formats.spec import NumberSpec

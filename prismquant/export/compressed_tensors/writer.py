@@ -22,14 +22,18 @@ from prismquant.export.compressed_tensors.config_writer import (
     quantization_config,
     transform_name,
 )
-from prismquant.export.compressed_tensors.expected import SIGNS, SPLIT_INDEX, SPLIT_WEIGHT
 from prismquant.export.compressed_tensors.reader import (
     StoredScheme,
     read_weight,
     split_columns,
     static_scale,
 )
-from prismquant.export.compressed_tensors.section import CONFIG_KEY
+from prismquant.export.compressed_tensors.section import (
+    CONFIG_KEY,
+    SIGNS,
+    SPLIT_INDEX,
+    SPLIT_WEIGHT,
+)
 from prismquant.export.compressed_tensors.stored import untied_config
 from prismquant.formats.packed import pack
 from prismquant.formats.quantized_layer import (

@@ -48,7 +48,7 @@ _FILE_TYPES = {
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _GgufTensor:
     """One tensor of a file: what it is called there, its type, and where it comes from."""
 
     name: str
@@ -195,9 +195,9 @@ def _parts(source: StoredCheckpoint, config: Any, name: str) -> tuple[bool, list
     return parts(_names(source), source.names.to_module(name), levels)
 
 
-def _pieces(source: StoredCheckpoint, config: Any) -> tuple[list[_Piece], list[_Piece]]:
+def _pieces(source: StoredCheckpoint, config: Any) -> tuple[list[_GgufTensor], list[_GgufTensor]]:
     """The tensors of the language model's file, and of the vision tower's."""
-    files: tuple[list[_Piece], list[_Piece]] = ([], [])
+    files: tuple[list[_GgufTensor], list[_GgufTensor]] = ([], [])
     tied = source.tied
     for layer, name in source.walk():
         found = _parts(source, config, name)
@@ -208,7 +208,7 @@ def _pieces(source: StoredCheckpoint, config: Any) -> tuple[list[_Piece], list[_
         kind = _type(source, layer, name, own[0], vision=vision)
         for part in own:
             cut = _cut_shape(shape, part)
-            files[vision].append(_Piece(_title(part), cut, kind, layer, name, part))
+            files[vision].append(_GgufTensor(_title(part), cut, kind, layer, name, part))
     return files
 
 
@@ -236,14 +236,18 @@ def _cut_shape(shape: Sequence[int], part: Part) -> tuple[int, ...]:
     return (shape[0] // part.count, *shape[1:])
 
 
-def _common_type(pieces: Sequence[_Piece]) -> str:
+def _common_type(pieces: Sequence[_GgufTensor]) -> str:
     quantized = Counter(piece.type for piece in pieces if piece.type in BYTES)
     floats = Counter(piece.type for piece in pieces if len(piece.shape) > 1)
     return (quantized or floats).most_common(1)[0][0]
 
 
 def _write_file(
-    writer: Any, path: Path, pieces: Sequence[_Piece], source: StoredCheckpoint, count: _Counter
+    writer: Any,
+    path: Path,
+    pieces: Sequence[_GgufTensor],
+    source: StoredCheckpoint,
+    count: _Counter,
 ) -> None:
     library = _gguf()
     for piece in pieces:
@@ -263,8 +267,8 @@ def _write_file(
 
 
 def _data(
-    pieces: Sequence[_Piece], source: StoredCheckpoint, count: _Counter
-) -> Iterator[tuple[_Piece, Tensor]]:
+    pieces: Sequence[_GgufTensor], source: StoredCheckpoint, count: _Counter
+) -> Iterator[tuple[_GgufTensor, Tensor]]:
     """The bytes of every tensor, in order; what several are cut from is read once."""
     last, whole = "", None
     for piece in pieces:
@@ -277,7 +281,7 @@ def _data(
         yield piece, _bytes(piece, whole)
 
 
-def _bytes(piece: _Piece, whole: QuantizedTensor | Tensor) -> Tensor:
+def _bytes(piece: _GgufTensor, whole: QuantizedTensor | Tensor) -> Tensor:
     """One piece, as uint8."""
     if isinstance(whole, QuantizedTensor):
         packed = pack(whole, piece.type)
@@ -293,7 +297,7 @@ def _bytes(piece: _Piece, whole: QuantizedTensor | Tensor) -> Tensor:
     return values.view(torch.uint8)
 
 
-def _bytes_of_row(piece: _Piece) -> int:
+def _bytes_of_row(piece: _GgufTensor) -> int:
     if piece.type in BYTES:
         return piece.shape[-1] // BLOCK * BYTES[piece.type]
     return piece.shape[-1] * _SIZES[piece.type]
