@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
 # No finding that a person reads is longer.
@@ -94,6 +95,13 @@ class StorageError(PrismQuantError):
 
 class OutOfMemory(PrismQuantError):  # noqa: N818 - what it says is all there is to say
     """Memory ran out, of the process or of a device."""
+
+
+def brief(error: BaseException) -> str:
+    """Text of an error of another library, on one line."""
+    said = textwrap.shorten(str(error), 300, placeholder=" ..")
+    # That of a KeyError is the key alone.
+    return f"{type(error).__name__} {said}" if not said or isinstance(error, KeyError) else said
 
 
 def suggest(name: str, options: Iterable[str]) -> str:

@@ -4,7 +4,8 @@
 weight, and holds them against a table of rules (:data:`RULES`), each a small pure function.
 """
 
+from prismquant.check.apply_rules import check
 from prismquant.check.findings import Finding, Reader, Report, Rule, Severity
-from prismquant.check.rule_table import RULES, check
+from prismquant.check.rule_table import RULES
 
 __all__ = ["RULES", "Finding", "Reader", "Report", "Rule", "Severity", "check"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from prismquant.check import vllm_view as vllm
 from prismquant.check.findings import Reader
-from prismquant.errors import FormatError, ModelError, PrismQuantError, StorageError
+from prismquant.errors import FormatError, PrismQuantError
 from prismquant.export.compressed_tensors.expected import (
     by_layer,
     is_stored_packed,
@@ -29,7 +29,6 @@ from prismquant.export.compressed_tensors.expected import (
 )
 from prismquant.export.compressed_tensors.private_section import read_private
 from prismquant.export.compressed_tensors.section import (
-    CONFIG_KEY,
     DENSE,
     METHOD,
     Fault,
@@ -37,17 +36,11 @@ from prismquant.export.compressed_tensors.section import (
     SchemeGroup,
     Section,
     Targets,
-    group_in_prismquant,
-    group_in_transformers,
 )
-from prismquant.export.compressed_tensors.section_grammar import read_section
-from prismquant.export.compressed_tensors.stored import other_names
-from prismquant.headers import TensorInfo, read_header
-from prismquant.models.arch import Cached, Parallel, SiteKind
-from prismquant.models.arch_files import known_archs
-from prismquant.models.bind import bind
+from prismquant.headers import TensorInfo
+from prismquant.models.arch import Cached, Parallel
 from prismquant.models.bound import BoundModel, BoundSite
-from prismquant.storage import INDEX_NAME, ShardReader, read_index, read_json
+from prismquant.storage import ShardReader
 
 COMPRESSED_TENSORS = METHOD
 GGUF = "gguf"
@@ -63,8 +56,6 @@ SCALE_SUFFIXES = frozenset(
     }
 )
 _VALUES = SCALE_SUFFIXES | {"weight_shape", "weight_g_idx", "input_zero_point"}
-# Far more shards than any real checkpoint has.
-_MOST_SHARDS = 10_000
 
 
 @dataclass(frozen=True)
@@ -300,182 +291,3 @@ def _has_codes(checkpoint: Checkpoint, layer: Layer) -> bool:
     if checkpoint.method not in ("", METHOD):
         return True
     return layer.group is not None and layer.group.layout != DENSE
-
-
-def open_checkpoint(folder: Path, target: Reader | None) -> Checkpoint:
-    """Read what the rules look at.
-
-    Raises:
-        ModelError: There is no folder, or no readable ``config.json`` in it.
-    """
-    config = _config(folder)
-    modelopt_file = _modelopt_file(folder)
-    read, section = read_section(config), config.get(CONFIG_KEY)
-    section = section if isinstance(section, Mapping) else {}
-    if not section and modelopt_file and not read.faults:
-        # Older exports of ModelOpt say how they are quantized in a file of their own only.
-        read, section = Section("modelopt"), {"quant_method": "modelopt"}
-    if not config:
-        read, section = Section(GGUF), {"quant_method": GGUF}
-    headers: dict[str, Mapping[str, TensorInfo]] = {}
-    unreadable: dict[str, str] = {}
-    index = _index(folder, unreadable)
-    for name in _shards(folder, index, unreadable):
-        try:
-            headers[name] = read_header(folder / name)
-        except StorageError as error:
-            unreadable[name] = error.what
-    model, fault = _model(folder)
-    checkpoint = Checkpoint(
-        folder=folder,
-        target=target,
-        config=config,
-        section=section,
-        read=read,
-        headers=headers,
-        unreadable=unreadable,
-        index=index,
-        modelopt_file=modelopt_file,
-        model=model,
-        model_fault=fault,
-        model_known=_is_known(config),
-    )
-    if model is None:
-        return checkpoint
-    try:
-        return replace(checkpoint, layers=tuple(_layers(checkpoint, model)))
-    except PrismQuantError as error:
-        # Its patterns take too long: the grammar is told, and nothing about layers.
-        faults = (*read.faults, Fault("config.pattern", error.what, CONFIG_KEY, error.remedy or ""))
-        return replace(
-            checkpoint,
-            read=replace(read, faults=faults),
-            model=None,
-            model_fault=error.what,
-            model_known=False,
-        )
-
-
-def _config(folder: Path) -> Mapping[str, Any]:
-    if not folder.is_dir():
-        raise ModelError(f"there is no folder {str(folder)!r}")
-    if not (folder / "config.json").exists() and any(folder.glob("*.gguf")):
-        return {}
-    try:
-        config = read_json(folder / "config.json")
-    except StorageError as error:
-        raise ModelError(
-            error.what,
-            where=str(folder),
-            remedy="config.json is written last: without it the run is unfinished, run it "
-            "again with --resume; or restore it from the original checkpoint",
-        ) from error
-    if not isinstance(config, Mapping) or not config:
-        raise ModelError(
-            "config.json is not an object with keys", where=str(folder / "config.json")
-        )
-    return config
-
-
-def _modelopt_file(folder: Path) -> Mapping[str, Any] | None:
-    if not (folder / MODELOPT_FILE).is_file():
-        return None
-    try:
-        content = read_json(folder / MODELOPT_FILE)
-    except StorageError:
-        return {}
-    return content if isinstance(content, Mapping) else {}
-
-
-def _index(folder: Path, unreadable: dict[str, str]) -> Mapping[str, Any] | None:
-    try:
-        if (weight_map := read_index(folder)) is None:
-            return None
-        metadata = read_json(folder / INDEX_NAME).get("metadata")
-    except StorageError as error:
-        unreadable[INDEX_NAME] = error.what
-        return None
-    return {"weight_map": weight_map, "metadata": metadata}
-
-
-def _shards(folder: Path, index: Mapping[str, Any] | None, unreadable: dict[str, str]) -> list[str]:
-    """Names of shards: those of the index, and those that lie there besides."""
-    named = set(index["weight_map"].values()) if index else set()
-    if len(named) > _MOST_SHARDS:
-        unreadable[INDEX_NAME] = f"the index names {len(named)} shards"
-        named = set()
-    lying = {path.name for path in folder.glob("*.safetensors") if not path.name.startswith(".")}
-    return sorted(named | lying)
-
-
-def _model(folder: Path) -> tuple[BoundModel | None, str]:
-    try:
-        return bind(folder, headers_required=False, quantized=True), ""
-    except PrismQuantError as error:
-        return None, error.what
-
-
-def _is_known(config: Mapping[str, Any]) -> bool:
-    """Whether the folder claims to be a model that PrismQuant knows, or claims nothing."""
-    kind = config.get("model_type")
-    return not isinstance(kind, str) or any(
-        kind in arch.model_types for arch in known_archs().values()
-    )
-
-
-def _layers(checkpoint: Checkpoint, model: BoundModel) -> Iterator[Layer]:
-    sites = {site.name: site for site in model.sites if site.kind is SiteKind.LINEAR}
-    spare = [item.name for item in model.left_alone if item.is_linear]
-    found = _found_in_vllm(checkpoint, model, [*sites, *spare])
-    for name in [*sites, *spare]:
-        disk = _disk(model, name)
-        called = disk if model.arch.config_map is not None else name
-        out_features, in_features = model.shapes[f"{name}.weight"]
-        in_transformers = group_in_transformers(called, checkpoint.read)
-        in_vllm, group = found.get(name), in_transformers
-        if checkpoint.target in (Reader.VLLM, Reader.SGLANG) and in_vllm is not None:
-            group = in_vllm.group
-        elif checkpoint.target is Reader.PRISMQUANT:
-            (names,) = other_names({called: name}, model.arch).values()
-            group = group_in_prismquant((called, *names), checkpoint.read)
-        yield Layer(
-            name=name,
-            called=called,
-            disk=disk,
-            out_features=out_features,
-            in_features=in_features,
-            site=sites.get(name),
-            is_head=name == model.arch.head,
-            group=group,
-            in_vllm=in_vllm,
-            in_transformers=in_transformers,
-        )
-
-
-def _found_in_vllm(
-    checkpoint: Checkpoint, model: BoundModel, names: list[str]
-) -> dict[str, vllm.Found]:
-    own_names = model.arch.vllm
-    if own_names is None or model.arch.config_map is not None:
-        return {}
-    keys = {site.name: site.fuse_key for site in model.sites}
-    parts: dict[str, list[str]] = {}
-    for name in names:
-        parts.setdefault(keys.get(name) or name, []).append(name)
-    found: dict[str, vllm.Found] = {}
-    section = vllm.renamed(checkpoint.read, own_names)
-    for key, members in parts.items():
-        label = key.rpartition(":")[2] if keys.get(members[0]) else None
-        one = vllm.find_group(
-            members,
-            model.arch.fused.get(label or ""),
-            section,
-            own_names,
-            head=members[0] == model.arch.head,
-        )
-        found |= dict.fromkeys(members, one)
-    return found
-
-
-def _disk(model: BoundModel, name: str) -> str:
-    return model.names.to_disk(f"{name}.weight").removesuffix(".weight")

@@ -1,9 +1,8 @@
-"""The table of rules, and the command that goes through it."""
+"""The table of rules."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 from prismquant.check import coverage_rules as coverage
 from prismquant.check import file_rules as files
@@ -20,19 +19,14 @@ from prismquant.check.checkpoint import (
     COMPRESSED_TENSORS,
     GGUF,
     Checkpoint,
-    open_checkpoint,
 )
 from prismquant.check.findings import (
     Problem,
     Reader,
-    Report,
     Rule,
     Severity,
-    by_severity,
-    findings_of,
     told,
 )
-from prismquant.errors import PrismQuantError
 from prismquant.export.compressed_tensors.expected import VLLM_EXTRA
 
 _Find = Callable[[Checkpoint], Iterable[Problem]]
@@ -372,7 +366,7 @@ _OWNERS: tuple[tuple[tuple[Rule, ...], tuple[str, ...]], ...] = (
     (_PACKED, packed_int.METHODS),
     (_GGUF, (GGUF,)),
 )
-_METHODS = {rule.name: methods for rules, methods in _OWNERS for rule in rules}
+METHODS = {rule.name: methods for rules, methods in _OWNERS for rule in rules}
 
 RULES = (
     *_FILES,
@@ -390,58 +384,3 @@ RULES = (
     *_OURS,
     *_GGUF,
 )
-
-
-def check(folder: str | Path, target: Reader | str | None = None) -> Report:
-    """Hold a checkpoint against the rules of those who are to read it.
-
-    Reads ``config.json``, headers, and scales, norms and biases of some MB; no weight.
-
-    Args:
-        folder: The checkpoint.
-        target: Who is to load it: ``vllm``, ``transformers``, ``sglang`` or ``prismquant``. Without
-            one, what only some reader refuses is a warning, unless it is PrismQuant itself.
-
-    Returns:
-        All findings, the worst first.
-
-    Raises:
-        ModelError: There is no readable ``config.json``.
-        ValueError: There is no such target.
-    """
-    reader = Reader(target) if target is not None else None
-    checkpoint = open_checkpoint(Path(folder), reader)
-    rules = [rule for rule in RULES if rule.concerns(reader) and _applies(rule, checkpoint)]
-    found = [one for rule in rules for one in findings_of(rule, _found(rule, checkpoint), reader)]
-    return Report(
-        folder=str(folder),
-        target=reader,
-        method=checkpoint.method,
-        layers=_quantized(checkpoint),
-        rules=len(rules),
-        findings=by_severity(found),
-    )
-
-
-def _found(rule: Rule, checkpoint: Checkpoint) -> list[Problem]:
-    """What a rule finds; what keeps it from looking counts as well."""
-    try:
-        return list(rule.find(checkpoint))
-    except PrismQuantError as error:
-        return [Problem(error.what, (error.where or str(checkpoint.folder),), error.remedy or "")]
-
-
-def _applies(rule: Rule, checkpoint: Checkpoint) -> bool:
-    if rule.layered and checkpoint.model is None:
-        return False
-    if rule.name not in _METHODS:
-        return checkpoint.method != GGUF
-    return checkpoint.method in _METHODS[rule.name]
-
-
-def _quantized(checkpoint: Checkpoint) -> int:
-    """Layers that are stored in codes; those of compressed-tensors by their groups."""
-    if checkpoint.method == COMPRESSED_TENSORS:
-        return len(checkpoint.quantized)
-    codes = (packed_int.is_packed, modelopt.is_stored_quantized)
-    return sum(any(one(checkpoint, layer) for one in codes) for layer in checkpoint.layers)

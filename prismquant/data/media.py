@@ -15,16 +15,10 @@ import numpy as np
 import torch
 
 from prismquant.data import Sample, located, media_of
+from prismquant.data.frame_sampling import Sampling
 from prismquant.data.pictures import DECODING_BYTES, header_size, read_picture
 from prismquant.data.sizes import OwnSizes, Size, fitted, frame_size, picture_size, sized
-from prismquant.data.video import (
-    Clip,
-    Outline,
-    Sampling,
-    outline_video,
-    read_frames,
-    read_video,
-)
+from prismquant.data.video import Clip, Outline, outline_video, read_frames, read_video
 from prismquant.errors import DataError
 
 if TYPE_CHECKING:

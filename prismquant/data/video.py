@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from prismquant.data.frame_sampling import Sampling, chosen_frames, spread_frames
 from prismquant.data.pictures import MAX_PIXELS, Source, read_picture
 from prismquant.errors import DataError
 from prismquant.opening import open_regular
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 Scaling = Callable[["Size", int], "Size"]
 Frames = npt.NDArray[np.uint8]
 
-FRAME_KEYS = ("nframes", "min_frames", "max_frames", "video_start", "video_end")
 # As FFmpeg names what reads them. Playlists (hls, dash, concat ..) would open other files.
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,flv,gif,ogg,asf"
 _OPEN_OPTIONS = {
@@ -50,42 +50,6 @@ _OPEN_OPTIONS = {
 _INSTALL_VIDEO = (
     "pip install 'prismquant[video]' (PyAV), or give the clip as a list of frame pictures"
 )
-# qwen-vl-utils: numbers of frames are even, and these unless the item says other.
-_PAIR = 2
-_FRAMES = (4, 768)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How frames of a video file are chosen, and the rate of clips that do not say theirs.
-
-    Attributes:
-        fps: Frames for each second of video; also the rate assumed for a list of frames without
-            one.
-        min_frames: The least number of frames, as far as the file has them.
-        max_frames: The greatest number; longer files are sampled more thinly.
-        limit: The greatest number whatever a clip's item says, and for lists of frames too.
-    """
-
-    fps: float = 2.0
-    min_frames: int = 4
-    max_frames: int = 64
-    limit: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.fps <= 0 or not 1 <= self.min_frames <= self.max_frames:
-            raise DataError(
-                f"frames cannot be sampled with fps={self.fps}, min_frames={self.min_frames}, "
-                f"max_frames={self.max_frames}",
-                remedy="fps above 0 and 1 <= min_frames <= max_frames",
-            )
-
-    @classmethod
-    def limited(cls, limit: int | None) -> Sampling:
-        """The default, with at most so many frames for any clip."""
-        if limit is None:
-            return cls()
-        return cls(min_frames=min(cls.min_frames, limit), max_frames=limit, limit=limit)
 
 
 @dataclass(frozen=True)
@@ -159,46 +123,11 @@ def read_frames(
     """
     fps = float(options.get("fps", sampling.fps))
     total = len(sources)
-    indices = _spread(total, min(total, sampling.limit or total))
+    indices = spread_frames(total, min(total, sampling.limit or total))
     frames = _Stack(len(indices), scaling)
     for number in indices:
         frames.add(np.asarray(read_picture(sources[number]), dtype=np.uint8))
     return Clip(frames.array, indices, fps, total)
-
-
-def choose_frames(total: int, fps: float, sampling: Sampling) -> tuple[int, ...]:
-    """Numbers of the frames to keep of ``total`` that were taken ``fps`` times a second.
-
-    The first and the last frame are among them, the others evenly between.
-    """
-    wanted = round(total / fps * sampling.fps)
-    return _spread(total, min(max(wanted, sampling.min_frames), sampling.max_frames, total))
-
-
-def asked_frames(
-    total: int, fps: float, options: Mapping[str, Any], sampling: Sampling
-) -> tuple[int, ...]:
-    """Numbers of the frames to keep of a file, as qwen-vl-utils chooses them by an item's options.
-
-    Raises:
-        DataError: The options ask for more frames than there are, or for none.
-    """
-    first, last = _cut_out(total, fps, options)
-    there = last - first + 1
-    if "nframes" in options:
-        count = round(options["nframes"] / _PAIR) * _PAIR
-        if not _PAIR <= count <= there:
-            raise DataError(
-                f"{options['nframes']} frames (nframes) of a clip that has {there}",
-                remedy=f"nframes from {_PAIR} to {there}, or max_frames",
-            )
-    else:
-        least = math.ceil(options.get("min_frames", _FRAMES[0]) / _PAIR) * _PAIR
-        most = options.get("max_frames", min(_FRAMES[1], there)) // _PAIR * _PAIR
-        wanted = there / fps * options.get("fps", sampling.fps)
-        count = int(min(max(wanted, least), most, there)) // _PAIR * _PAIR
-    count = max(min(count, sampling.limit or count), 1)
-    return tuple(first + number for number in _spread(there, count))
 
 
 def probe_video(path: Path) -> None:
@@ -230,7 +159,7 @@ def outline_video(path: Path, options: Mapping[str, Any], sampling: Sampling) ->
         size = context.height or 0, context.width or 0
     with contextlib.suppress(DataError):
         if total:
-            return Outline(size, len(_chosen(total, rate, options, sampling)))
+            return Outline(size, len(chosen_frames(total, rate, options, sampling)))
     return Outline(size, sampling.limit or max(options.get("nframes", 0), sampling.max_frames))
 
 
@@ -252,7 +181,7 @@ def read_video(
         DataError: PyAV is not installed, or the file is missing, broken or without pictures.
     """
     total, rate = _count_frames(path)
-    indices = _chosen(total, float(rate), options or {}, sampling)
+    indices = chosen_frames(total, float(rate), options or {}, sampling)
     kept = set(indices)
     frames = _Stack(len(indices), scaling)
     with _opened(path) as container:
@@ -288,38 +217,6 @@ class _Stack:
             frame = np.asarray(Image.fromarray(frame).resize((width, height)))
         self.array[self._filled] = frame
         self._filled += 1
-
-
-# Frames
-
-
-def _chosen(
-    total: int, fps: float, options: Mapping[str, Any], sampling: Sampling
-) -> tuple[int, ...]:
-    if any(key in options for key in ("fps", *FRAME_KEYS)):
-        return asked_frames(total, fps, options, sampling)
-    return choose_frames(total, fps, sampling)
-
-
-def _cut_out(total: int, fps: float, options: Mapping[str, Any]) -> tuple[int, int]:
-    """First and last frame between ``video_start`` and ``video_end``, in seconds."""
-    seconds = total / fps
-    start = min(max(options.get("video_start", 0.0), 0.0), seconds)
-    end = min(max(options.get("video_end", seconds), 0.0), seconds)
-    first, last = math.ceil(start * fps), min(math.floor(end * fps), total - 1)
-    if first > last or (first == last and total > 1):
-        raise DataError(
-            f"no frames between {start:g} and {end:g} s of a clip of {seconds:g} s",
-            remedy="another video_start and video_end",
-        )
-    return first, last
-
-
-def _spread(total: int, count: int) -> tuple[int, ...]:
-    if count == 1:
-        return (0,)
-    # Whole numbers only: a float grid would round differently from one machine to the next.
-    return tuple((2 * step * (total - 1) + count - 1) // (2 * (count - 1)) for step in range(count))
 
 
 # Files

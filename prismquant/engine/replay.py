@@ -33,11 +33,10 @@ from prismquant.engine.stand_ins import (
     no_embedding,
     replaced_forwards,
 )
-from prismquant.errors import ModelError, NumericsError, PrismQuantError
+from prismquant.errors import ModelError, NumericsError, PrismQuantError, brief
 from prismquant.memory import memory_error
 from prismquant.models.arch import Modality
 from prismquant.models.bound import BoundModel, BoundStep
-from prismquant.models.config import brief
 from prismquant.numerics.affine import all_finite, finiteness
 from prismquant.statistics.tokens import Tokens
 

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from prismquant.errors import ModelError, StorageError, suggest
+from prismquant.errors import ModelError, StorageError, brief, suggest
 from prismquant.headers import TensorInfo
-from prismquant.models.arch import ArchSpec, ConfigMap, ConfigSection, Inference
+from prismquant.models.arch import ArchSpec
 from prismquant.models.arch_files import known_archs
 from prismquant.models.names import any_layout
 from prismquant.storage import ShardReader, read_index, read_json
@@ -127,7 +127,13 @@ def native_config(
     _check_counts(read_config(folder), folder)
     infos = header_infos(folder) if infos is None else infos
     if arch.config_map is not None:
-        config = _converted(arch, arch.config_map, folder, infos)
+        from prismquant.models.remote_config import converted_values  # of few checkpoints
+
+        values = converted_values(arch.config_map, read_config(folder), folder, infos)
+        try:
+            config = getattr(import_transformers(), arch.config_map.hf_class)(**values)
+        except Exception as error:
+            raise _bad_config(arch, folder, error) from error
     else:
         transformers = import_transformers()
         try:
@@ -290,13 +296,6 @@ def _listed(folder: Path) -> list[str]:
         ) from error
 
 
-def brief(error: BaseException) -> str:
-    """What an error of another library says, on one line."""
-    said = textwrap.shorten(str(error), 300, placeholder=" ..")
-    # That of a KeyError is the key alone.
-    return f"{type(error).__name__} {said}" if not said or isinstance(error, KeyError) else said
-
-
 def _bad_config(arch: ArchSpec, folder: Path, error: Exception) -> ModelError:
     return ModelError(
         f"transformers refuses the config of this {arch.title}: {brief(error)}",
@@ -306,93 +305,6 @@ def _bad_config(arch: ArchSpec, folder: Path, error: Exception) -> ModelError:
 
 
 # ------------------------------------------------------------------------------- config conversion
-
-
-def _converted(
-    arch: ArchSpec, table: ConfigMap, folder: Path, infos: Mapping[str, TensorInfo]
-) -> Any:
-    raw = read_config(folder)
-    where = str(folder / "config.json")
-    for key, expected in table.require.items():
-        if raw.get(key, expected) != expected:
-            raise ModelError(
-                f"{key} is {raw[key]!r}; only {expected!r} is supported",
-                where=where,
-                remedy="use one of the released checkpoints of this architecture",
-            )
-    native: dict[str, Any] = {key: raw[key] for key in table.keys if key in raw}
-    for section in table.sections:
-        native[section.target] = _converted_section(raw, section, folder, infos)
-    tokens = added_tokens(folder)
-    native |= {key: tokens[text] for key, text in table.tokens.items() if text in tokens}
-    transformers = import_transformers()
-    try:
-        return getattr(transformers, table.hf_class)(**native)
-    except Exception as error:
-        raise _bad_config(arch, folder, error) from error
-
-
-def _converted_section(
-    raw: Mapping[str, Any],
-    section: ConfigSection,
-    folder: Path,
-    infos: Mapping[str, TensorInfo],
-) -> dict[str, Any]:
-    source = raw.get(section.source) if section.source else raw
-    result: dict[str, Any] = dict(section.values)
-    if isinstance(source, dict) and source:
-        return result | {key: source[key] for key in section.keys if key in source}
-    for key, rule in section.infer.items():
-        value = _inferred(rule, infos, result)
-        if value is None:
-            raise ModelError(
-                f"config.json has no {section.source!r}, and the tensors do not show {key}",
-                where=str(folder / "config.json"),
-                remedy=f"add {section.source!r} with the vision encoder's own config",
-            )
-        result[key] = value
-    return result
-
-
-def _inferred(
-    rule: Inference, infos: Mapping[str, TensorInfo], known: Mapping[str, Any]
-) -> int | None:
-    if rule.tensor is not None:
-        shape = infos[rule.tensor].shape if rule.tensor in infos else ()
-        return shape[rule.axis] if rule.axis < len(shape) else None
-    if rule.count is not None:
-        prefix = rule.count + "."
-        members = {name[len(prefix) :].split(".")[0] for name in infos if name.startswith(prefix)}
-        return len(members) or None
-    value = known.get(rule.divide or "")
-    return value // rule.by if value is not None and value % rule.by == 0 else None
-
-
-def added_tokens(folder: Path) -> dict[str, int]:
-    """Text -> id of the tokens that a tokenizer adds to its vocabulary.
-
-    Raises:
-        ModelError: A tokenizer file lists them in a way that no tokenizer does.
-        StorageError: A tokenizer file cannot be read.
-    """
-    tokens: dict[str, int] = {}
-    for file, key in (
-        ("tokenizer_config.json", "added_tokens_decoder"),
-        ("tokenizer.json", "added_tokens"),
-    ):
-        if not (folder / file).exists():
-            continue
-        try:
-            added = read_json(folder / file).get(key) or []
-            pairs = added.items() if isinstance(added, dict) else ((t["id"], t) for t in added)
-            tokens |= {str(entry["content"]): int(number) for number, entry in pairs}
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise ModelError(
-                f"{file} lists its added tokens in an unknown way: {brief(error)}",
-                where=str(folder / file),
-                remedy="restore the file from the original checkpoint",
-            ) from error
-    return tokens
 
 
 # ---------------------------------------------------------------------------------- transformers

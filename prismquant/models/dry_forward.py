@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from prismquant.errors import brief
 from prismquant.memory import memory_error
-from prismquant.models.config import brief, config_value
+from prismquant.models.config import config_value
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from prismquant.errors import ModelError
-from prismquant.models.config import brief, import_transformers
+from prismquant.errors import ModelError, brief
+from prismquant.models.config import import_transformers
 from prismquant.storage import ShardReader
 
 if TYPE_CHECKING:

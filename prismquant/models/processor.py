@@ -15,9 +15,8 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prismquant.errors import DataError, PrismQuantError
+from prismquant.errors import DataError, PrismQuantError, brief
 from prismquant.models.config import (
-    brief,
     config_value,
     identify,
     import_transformers,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from prismquant.models.bound import BoundModel
-from prismquant.models.rotation import RotatedReader
+from prismquant.models.rotated_reader import RotatedReader
 from prismquant.plan.plan import Plan
 from prismquant.storage import ShardReader
 

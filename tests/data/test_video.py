@@ -16,17 +16,8 @@ from PIL import Image
 from tiny_data import save_picture, save_video, turns, write_lines
 
 from prismquant.data import read_samples, video
-from prismquant.data.video import (
-    Clip,
-    Outline,
-    Sampling,
-    asked_frames,
-    choose_frames,
-    outline_video,
-    probe_video,
-    read_frames,
-    read_video,
-)
+from prismquant.data.frame_sampling import Sampling, asked_frames, choose_frames
+from prismquant.data.video import Clip, Outline, outline_video, probe_video, read_frames, read_video
 from prismquant.errors import DataError
 
 if TYPE_CHECKING:

@@ -226,7 +226,8 @@ def test_tuning_behind_transforms_and_a_correction(
     seen = outputs_of(load_model(tmp_path / "out"), name, batches)
     wanted = outputs_of(load_float(folder), name, batches)
     assert seen.norm(dim=1) == pytest.approx(wanted.norm(dim=1), rel=0.5)
-    from prismquant.models.rotation import RotatedReader, Rotation
+    from prismquant.models.rotated_reader import RotatedReader
+    from prismquant.models.rotation import Rotation
 
     bound = bind(folder)
     embedding = bound.names.to_disk(f"{bound.arch.embeddings}.weight")

@@ -19,8 +19,8 @@ import torch
 import prismquant
 from prismquant.errors import DataError, ModelError
 from prismquant.models.bind import bind
-from prismquant.models.config import added_tokens
 from prismquant.models.processor import load_processor
+from prismquant.models.remote_config import added_tokens
 from prismquant.storage import write_json
 
 if TYPE_CHECKING:

@@ -14,19 +14,14 @@ import torch
 from torch import nn
 
 from prismquant.errors import ModelError, RecipeError
-from prismquant.models import rotation as rotation_module
+from prismquant.models import rotated_reader
 from prismquant.models.arch import EdgeKind, Modality
 from prismquant.models.bind import bind
 from prismquant.models.bound import BoundModel
 from prismquant.models.load import empty_model, materialize
 from prismquant.models.processor import load_processor
-from prismquant.models.rotation import (
-    OnlineRotation,
-    RotatedReader,
-    Rotation,
-    online_rotations,
-    untied,
-)
+from prismquant.models.rotated_reader import RotatedReader
+from prismquant.models.rotation import OnlineRotation, Rotation, online_rotations, untied
 from prismquant.numerics.hadamard import block_hadamard
 from prismquant.storage import ShardReader
 
@@ -192,7 +187,7 @@ def test_widths_that_are_no_power_of_two_are_rotated(
     tmp_path: Path, calibration_file: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Heads of 36 channels, a stream of 144, MLPs of 264; and tensors a few rows at a time."""
-    monkeypatch.setattr(rotation_module, "_CHUNK", 1000)
+    monkeypatch.setattr(rotated_reader, "_CHUNK", 1000)
     monkeypatch.setattr(tiny_vlm, "HIDDEN", 144)
     monkeypatch.setattr(tiny_vlm, "INTERMEDIATE", 264)
     bound = bind(tiny_vlm.build("video_llama_3", tmp_path, dtype=torch.float64))

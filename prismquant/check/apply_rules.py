@@ -1,0 +1,68 @@
+"""Rules applied to a checkpoint: all that concern its method and its reader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prismquant.check import modelopt_rules as modelopt
+from prismquant.check import packed_int_rules as packed_int
+from prismquant.check.checkpoint import COMPRESSED_TENSORS, GGUF, Checkpoint
+from prismquant.check.findings import Problem, Reader, Report, Rule, by_severity, findings_of
+from prismquant.check.open_checkpoint import open_checkpoint
+from prismquant.check.rule_table import METHODS, RULES
+from prismquant.errors import PrismQuantError
+
+
+def check(folder: str | Path, target: Reader | str | None = None) -> Report:
+    """Hold a checkpoint against the rules of those who are to read it.
+
+    Reads ``config.json``, headers, and scales, norms and biases of some MB; no weight.
+
+    Args:
+        folder: The checkpoint.
+        target: Who is to load it: ``vllm``, ``transformers``, ``sglang`` or ``prismquant``. Without
+            one, what only some reader refuses is a warning, unless it is PrismQuant itself.
+
+    Returns:
+        All findings, the worst first.
+
+    Raises:
+        ModelError: There is no readable ``config.json``.
+        ValueError: There is no such target.
+    """
+    reader = Reader(target) if target is not None else None
+    checkpoint = open_checkpoint(Path(folder), reader)
+    rules = [rule for rule in RULES if rule.concerns(reader) and _applies(rule, checkpoint)]
+    found = [one for rule in rules for one in findings_of(rule, _found(rule, checkpoint), reader)]
+    return Report(
+        folder=str(folder),
+        target=reader,
+        method=checkpoint.method,
+        layers=_quantized(checkpoint),
+        rules=len(rules),
+        findings=by_severity(found),
+    )
+
+
+def _found(rule: Rule, checkpoint: Checkpoint) -> list[Problem]:
+    """What a rule finds; what keeps it from looking counts as well."""
+    try:
+        return list(rule.find(checkpoint))
+    except PrismQuantError as error:
+        return [Problem(error.what, (error.where or str(checkpoint.folder),), error.remedy or "")]
+
+
+def _applies(rule: Rule, checkpoint: Checkpoint) -> bool:
+    if rule.layered and checkpoint.model is None:
+        return False
+    if rule.name not in METHODS:
+        return checkpoint.method != GGUF
+    return checkpoint.method in METHODS[rule.name]
+
+
+def _quantized(checkpoint: Checkpoint) -> int:
+    """Layers that are stored in codes; those of compressed-tensors by their groups."""
+    if checkpoint.method == COMPRESSED_TENSORS:
+        return len(checkpoint.quantized)
+    codes = (packed_int.is_packed, modelopt.is_stored_quantized)
+    return sum(any(one(checkpoint, layer) for one in codes) for layer in checkpoint.layers)
