@@ -152,7 +152,7 @@ def test_a_run_that_runs_out_of_memory_ends_with_the_flags_that_help(
     """Nothing that it leaves blocks the next one."""
     with monkeypatch.context() as patch:
         patch.setattr(
-            "prismquant.engine.weight_rounding.round_weight", lambda *_, **__: [0] * (1 << 60)
+            "prismquant.algorithms.rtn.RTN.solve_weight", lambda *_, **__: [0] * (1 << 60)
         )
         with pytest.raises(OutOfMemory, match="memory ran out") as caught:
             pq.quantize(

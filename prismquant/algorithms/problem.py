@@ -42,6 +42,21 @@ Note = float | int | str
 LOSS_BLOCK = 512
 
 
+@dataclass(frozen=True)
+class ProblemShape:
+    """Sizes of a problem, on which its cost and its memory depend.
+
+    Attributes:
+        in_features: Columns of the weights.
+        rows: Of all layers that are solved together.
+        hessian: Whether there is a Hessian.
+    """
+
+    in_features: int
+    rows: int
+    hessian: bool = True
+
+
 @dataclass(frozen=True, eq=False)
 class LayerProblem:
     """Layers to quantize that are all fed by the same input.
@@ -115,6 +130,12 @@ class LayerProblem:
         return int(self.weights[0].shape[-1])
 
     @property
+    def shape(self) -> ProblemShape:
+        """The sizes of the problem."""
+        rows = sum(len(weight) for weight in self.weights)
+        return ProblemShape(self.in_features, rows, self.hessian is not None)
+
+    @property
     def scale_format(self) -> ScaleFormat:
         """How scales are stored; one global scale serves all layers, as servers fuse them."""
         largest = (weight.abs().amax() for weight in self.weights)
@@ -166,6 +187,21 @@ class LayerResult:
     weights: tuple[QuantizedTensor, ...]
     losses: tuple[float, ...]
     baseline_losses: tuple[float, ...]
+    notes: Mapping[str, Note] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class SolvedWeight:
+    """A weight that was solved by itself.
+
+    Attributes:
+        weight: Its codes and scales.
+        loss: The squared error, summed over the weight.
+        notes: Facts for the record.
+    """
+
+    weight: QuantizedTensor
+    loss: float
     notes: Mapping[str, Note] = field(default_factory=dict)
 
 

@@ -1,11 +1,27 @@
-"""Protocols that methods follow."""
+"""Protocols that methods follow, and what each declares so that others need not know its name."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from prismquant.algorithms.problem import LayerProblem, LayerResult
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import Tensor
+
+    from prismquant.algorithms.problem import (
+        LayerProblem,
+        LayerResult,
+        Note,
+        ProblemShape,
+        SolvedWeight,
+    )
+    from prismquant.formats.spec import NumberSpec
+    from prismquant.numerics.rules import RangeRule
+    from prismquant.numerics.scales import ScaleFormat
+
+Statistic = Literal["hessian"]
+"""Statistics of an input that a solver may ask for."""
 
 
 class Solver(Protocol):
@@ -18,10 +34,46 @@ class Solver(Protocol):
     name: ClassVar[str]
 
     @property
-    def needs_hessian(self) -> bool:
-        """Whether a problem without a Hessian is refused."""
+    def statistics(self) -> tuple[Statistic, ...]:
+        """Statistics without which a problem is refused."""
         ...
 
     def solve(self, problem: LayerProblem) -> LayerResult:
         """Choose the codes of every layer of a problem."""
+        ...
+
+    def cost(self, shape: ProblemShape) -> float:
+        """About how many multiplications a problem takes."""
+        ...
+
+    def peak_bytes(self, shape: ProblemShape) -> int:
+        """The most memory that a solve takes on a CPU, beside its problem."""
+        ...
+
+    def merge(self, parts: Sequence[Mapping[str, Note]]) -> dict[str, Note]:
+        """Notes of a whole problem, from those of its row shards."""
+        ...
+
+
+@runtime_checkable
+class WeightSolver(Protocol):
+    """A solver that can take a weight by itself, as it is stored, a block of rows at a time."""
+
+    def solve_weight(
+        self,
+        weight: Tensor,
+        spec: NumberSpec,
+        rule: RangeRule,
+        form: ScaleFormat,
+        pulse: Callable[[], None] | None = None,
+    ) -> SolvedWeight:
+        """Choose the codes of one weight, without statistics.
+
+        Args:
+            weight: ``[out, in]``, any floating dtype.
+            spec: A static format.
+            rule: How scales are chosen.
+            form: How scales are stored, with the global scale where there is one.
+            pulse: Called before every block; what it raises ends the work.
+        """
         ...

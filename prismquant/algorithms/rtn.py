@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from prismquant.algorithms.layer_scales import Scales, choose_scales, decode, nearest_codes
-from prismquant.algorithms.problem import LayerProblem, LayerResult, Note, row_losses
+from prismquant.algorithms.problem import (
+    LayerProblem,
+    LayerResult,
+    Note,
+    ProblemShape,
+    SolvedWeight,
+    row_losses,
+)
 from prismquant.errors import NumericsError
 from prismquant.formats.quantized_layer import QuantizedTensor
 from prismquant.kernels.range_search import weight_scales
@@ -22,8 +29,9 @@ from prismquant.numerics.kinds import Granularity, block_rows
 from prismquant.numerics.ranges import RangeRule, coupled_weight_scales
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
+    from prismquant.algorithms.protocols import Statistic
     from prismquant.formats.spec import NumberSpec
     from prismquant.numerics.scales import ScaleFormat
 
@@ -51,9 +59,9 @@ class RTN:
     scale_weighting: Literal["none", "diagonal", "group"] = "none"
 
     @property
-    def needs_hessian(self) -> bool:
-        """Only when scales are weighed with it."""
-        return self.scale_weighting != "none"
+    def statistics(self) -> tuple[Statistic, ...]:
+        """The Hessian, only when scales are weighed with it."""
+        return () if self.scale_weighting == "none" else ("hessian",)
 
     @property
     def notes(self) -> dict[str, Note]:
@@ -84,12 +92,80 @@ class RTN:
             weights.append(scales.quantized(codes, problem.spec))
         return LayerResult(tuple(weights), tuple(losses), tuple(losses), notes)
 
-    @staticmethod
-    def _without_data(problem: LayerProblem, notes: dict[str, Note]) -> LayerResult:
-        """Nothing ties rows together: each block of them is settled while it is in the cache."""
+    def solve_weight(
+        self,
+        weight: Tensor,
+        spec: NumberSpec,
+        rule: RangeRule,
+        form: ScaleFormat,
+        pulse: Callable[[], None] | None = None,
+    ) -> SolvedWeight:
+        """Round a weight to nearest with scales from its own values, a block of rows at a time.
+
+        The size of the blocks does not change a bit of the result: a scale never spans two of them
+        (one of the whole tensor makes a single block), and a row's loss is summed by itself.
+
+        Args:
+            weight: ``[out, in]``, any floating dtype; blocks are converted to float32.
+            spec: A static format.
+            rule: How scales are chosen.
+            form: How scales are stored, with the global scale where there is one.
+            pulse: Called before every block; what it raises ends the work.
+
+        Returns:
+            Codes, scales and the loss.
+
+        Raises:
+            NumericsError: The weight is not finite.
+            RecipeError: The rule is not one for weights.
+            FormatError: The group size does not divide.
+        """
+        rows, columns = weight.shape
+        codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
+        losses = torch.empty(rows, dtype=torch.float64, device=weight.device)
+        unit = (spec.grid, spec.symmetric, spec.granularity, spec.group_size)
+        scales: list[Tensor] = []
+        zeros: list[Tensor] = []
+        height = _block_height(weight, spec)
+        for start in range(0, rows, height):
+            if pulse is not None:
+                pulse()
+            block = weight[start : start + height].to(torch.float32)
+            scale, zero = weight_scales(block, *unit, rule, form)
+            lines = slice(start, start + len(block))
+            codes[lines], values = quantize_with_values(
+                block, scale, zero, spec.grid, spec.granularity, spec.group_size
+            )
+            error = torch.sub(block, values, out=values)
+            # Sums are in float64, twice as wide: a part of the block at a time.
+            parts = error.split(max(1, height // 2))
+            losses[lines] = torch.cat([row_losses(part, None) for part in parts])
+            scales.append(scale)
+            zeros += [] if zero is None else [zero]
+        zero_point = torch.cat(zeros) if zeros else None
+        quantized = QuantizedTensor(codes, torch.cat(scales), zero_point, spec, form.global_scale)
+        # Sums of fewer numbers are never split among threads, whose count must not matter.
+        loss = sum(float(part.sum()) for part in losses.split(_SERIAL_SUM))
+        return SolvedWeight(quantized, loss, self.notes)
+
+    def cost(self, shape: ProblemShape) -> float:
+        """About how many multiplications a problem takes; a Hessian measures the loss."""
+        return float(shape.in_features * shape.rows * (shape.in_features if shape.hessian else 1))
+
+    def peak_bytes(self, shape: ProblemShape) -> int:
+        """The weight, its codes, and what is made of both on the way; a Hessian once more."""
+        own = 4 * shape.in_features**2 if shape.hessian else 0
+        return 3 * 4 * shape.in_features * shape.rows + own
+
+    def merge(self, parts: Sequence[Mapping[str, Note]]) -> dict[str, Note]:
+        """Notes of a whole problem; those of any part are those of the whole."""
+        return dict(parts[0]) if parts else {}
+
+    def _without_data(self, problem: LayerProblem, notes: dict[str, Note]) -> LayerResult:
+        """Round all weights; nothing ties rows together, so each block stays in the cache."""
         form = problem.scale_format
         rounded = [
-            round_weight(weight, problem.spec, problem.range_rule, form)
+            self.solve_weight(weight, problem.spec, problem.range_rule, form)
             for weight in problem.weights
         ]
         losses = tuple(one.loss for one in rounded)
@@ -107,75 +183,6 @@ class RTN:
         if self.scale_weighting == "diagonal":
             return choose_scales(problem, problem.hessian.diagonal())
         return _coupled_scales(problem, problem.hessian)
-
-
-@dataclass(frozen=True, eq=False)
-class RoundedWeight:
-    """A weight that was rounded without data.
-
-    Attributes:
-        weight: Its codes and scales.
-        loss: The squared error, summed over the weight.
-    """
-
-    weight: QuantizedTensor
-    loss: float
-
-
-def round_weight(
-    weight: Tensor,
-    spec: NumberSpec,
-    rule: RangeRule,
-    form: ScaleFormat,
-    pulse: Callable[[], None] | None = None,
-) -> RoundedWeight:
-    """Round a weight to nearest with scales from its own values, a block of rows at a time.
-
-    The size of the blocks does not change a bit of the result: a scale never spans two of them
-    (one of the whole tensor makes a single block), and a row's loss is summed by itself.
-
-    Args:
-        weight: ``[out, in]``, any floating dtype; blocks are converted to float32.
-        spec: A static format.
-        rule: How scales are chosen.
-        form: How scales are stored, with the global scale where there is one.
-        pulse: Called before every block; what it raises ends the work.
-
-    Returns:
-        Codes, scales and the loss.
-
-    Raises:
-        NumericsError: The weight is not finite.
-        RecipeError: The rule is not one for weights.
-        FormatError: The group size does not divide.
-    """
-    rows, columns = weight.shape
-    codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
-    losses = torch.empty(rows, dtype=torch.float64, device=weight.device)
-    unit = (spec.grid, spec.symmetric, spec.granularity, spec.group_size)
-    scales: list[Tensor] = []
-    zeros: list[Tensor] = []
-    height = _block_height(weight, spec)
-    for start in range(0, rows, height):
-        if pulse is not None:
-            pulse()
-        block = weight[start : start + height].to(torch.float32)
-        scale, zero = weight_scales(block, *unit, rule, form)
-        lines = slice(start, start + len(block))
-        codes[lines], values = quantize_with_values(
-            block, scale, zero, spec.grid, spec.granularity, spec.group_size
-        )
-        error = torch.sub(block, values, out=values)
-        # Sums are in float64, twice as wide: a part of the block at a time.
-        parts = error.split(max(1, height // 2))
-        losses[lines] = torch.cat([row_losses(part, None) for part in parts])
-        scales.append(scale)
-        zeros += [] if zero is None else [zero]
-    zero_point = torch.cat(zeros) if zeros else None
-    quantized = QuantizedTensor(codes, torch.cat(scales), zero_point, spec, form.global_scale)
-    # Sums of fewer numbers are never split among threads: the loss does not hang on their count.
-    loss = sum(float(part.sum()) for part in losses.split(_SERIAL_SUM))
-    return RoundedWeight(quantized, loss)
 
 
 def _block_height(weight: Tensor, spec: NumberSpec) -> int:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prismquant.algorithms.parts import cuts, joined, part_of
 from prismquant.algorithms.problem import LayerProblem, LayerResult
 from prismquant.algorithms.protocols import Solver
+from prismquant.algorithms.row_shards import joined, problem_of, row_shards
 from prismquant.data import Sample
 from prismquant.diagnostics.failed_layers import FAILED
 from prismquant.distributed import Ranks
-from prismquant.engine.failure import rounded
+from prismquant.engine.failure import Guarded
 from prismquant.errors import DataError, PlanError
 from prismquant.formats.quantized_layer import QuantizedTensor
 from prismquant.formats.spec import NumberSpec
@@ -91,7 +91,7 @@ def solve_all(tasks: Sequence[Task], ranks: Ranks) -> list[LayerResult]:
         return [task.solver.solve(task.problem) for task in tasks]
     if len(tasks) < ranks.size:
         return [_solve_in_parts(task, ranks) for task in tasks]
-    owners = _owners([_cost(task.problem) for task in tasks], ranks.size)
+    owners = _owners([task.solver.cost(task.problem.shape) for task in tasks], ranks.size)
     mine = {
         str(number): task.solver.solve(task.problem)
         for number, task in enumerate(tasks)
@@ -108,25 +108,19 @@ def solve_all(tasks: Sequence[Task], ranks: Ranks) -> list[LayerResult]:
 
 
 def _solve_in_parts(task: Task, ranks: Ranks) -> LayerResult:
-    problem, shares = task.problem, cuts(task.problem, ranks.size)
-    own = shares[ranks.rank]
-    mine = _packed(task.solver.solve(part_of(problem, own))) if own else {}
+    problem, shards = task.problem, row_shards(task.problem, ranks.size)
+    own = shards[ranks.rank]
+    mine = _packed(task.solver.solve(problem_of(problem, own))) if own else {}
     device = problem.weights[0].device
     results = [
         _unpacked(state, problem.spec, device) if state else None for state in ranks.gather(mine)
     ]
     parts = [result for result in results if result is not None]
     failed = [part for part in parts if FAILED in part.notes]
-    if failed and len(failed) < len(parts):
+    if isinstance(task.solver, Guarded) and 0 < len(failed) < len(parts):
         # Ranks may differ in their hardware, but a layer has one method.
-        return rounded(problem, failed[0].notes)
-    return joined(problem, shares, results)
-
-
-def _cost(problem: LayerProblem) -> float:
-    """About how many multiplications it takes."""
-    n, rows = problem.in_features, sum(len(weight) for weight in problem.weights)
-    return float(n * rows) if problem.hessian is None else float(n * n * (n + 6 * rows))
+        return task.solver.fall_back(problem, failed[0].notes)
+    return joined(task.solver, problem, shards, results)
 
 
 def _owners(costs: Sequence[float], ranks: int) -> list[int]:

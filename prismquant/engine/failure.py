@@ -1,4 +1,4 @@
-"""What becomes of layers that their solver cannot solve: the run stops, or they are rounded.
+"""Failure of a solver: the run stops, or the layers are rounded.
 
 A solver can fail where rounding to nearest cannot: its Hessian has no factorization, or is not
 finite, or no calibration token reached the layer. A recipe's ``on_failure`` says what then.
@@ -12,13 +12,13 @@ What rounding shares stops in any case: a damaged weight, a static range that ha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from prismquant.algorithms.problem import LayerProblem, LayerResult, Note
-from prismquant.algorithms.protocols import Solver
-from prismquant.algorithms.rtn import RTN
+from prismquant.algorithms.methods import build_solver
+from prismquant.algorithms.problem import LayerProblem, LayerResult, Note, ProblemShape
+from prismquant.algorithms.protocols import Solver, Statistic
 from prismquant.diagnostics.failed_layers import FAILED, WANTED
 from prismquant.errors import NumericsError
 
@@ -44,9 +44,9 @@ class Guarded:
     on_failure: OnFailure
 
     @property
-    def needs_hessian(self) -> bool:
-        """Whether the solver does."""
-        return self.solver.needs_hessian
+    def statistics(self) -> tuple[Statistic, ...]:
+        """Those of the solver."""
+        return self.solver.statistics
 
     def solve(self, problem: LayerProblem) -> LayerResult:
         """Solve a problem, or round it to nearest where that is what the plan says.
@@ -66,24 +66,36 @@ class Guarded:
         except NumericsError as error:
             if self.on_failure == "stop":
                 raise with_way_out(error) from error
-            return rounded(problem, failure_notes(error.what, self.solver.name))
+            return self.fall_back(problem, failure_notes(error.what, self.solver.name))
 
+    def fall_back(self, problem: LayerProblem, notes: Mapping[str, Note]) -> LayerResult:
+        """Solve by the other method what could not be solved.
 
-def rounded(problem: LayerProblem, notes: Mapping[str, Note]) -> LayerResult:
-    """Round to nearest what could not be solved.
+        The Hessian, if there is one, is not to be trusted: neither scales nor losses look at it, so
+        the losses are squared errors of the weight.
 
-    The Hessian, if there is one, is not to be trusted: neither scales nor losses look at it, so the
-    losses are squared errors of the weight.
+        Args:
+            problem: The layers.
+            notes: From :func:`failure_notes`.
 
-    Args:
-        problem: The layers.
-        notes: From :func:`failure_notes`.
+        Raises:
+            NumericsError: The other method fails too.
+        """
+        result = build_solver(self.on_failure).solve(replace(problem, hessian=None))
+        return replace(result, notes={**result.notes, **notes})
 
-    Raises:
-        NumericsError: Rounding fails too.
-    """
-    result = RTN().solve(replace(problem, hessian=None))
-    return replace(result, notes={**result.notes, **notes})
+    def cost(self, shape: ProblemShape) -> float:
+        """About how many multiplications a problem takes; without a Hessian the solver has none."""
+        falls_back = self.statistics and not shape.hessian and self.on_failure != "stop"
+        return (build_solver(self.on_failure) if falls_back else self.solver).cost(shape)
+
+    def peak_bytes(self, shape: ProblemShape) -> int:
+        """The most memory that the solver takes."""
+        return self.solver.peak_bytes(shape)
+
+    def merge(self, parts: Sequence[Mapping[str, Note]]) -> dict[str, Note]:
+        """Notes of a whole problem, as the solver merges them."""
+        return self.solver.merge(parts)
 
 
 def failure_notes(why: str, wanted: str) -> dict[str, Note]:

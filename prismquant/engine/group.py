@@ -13,7 +13,6 @@ from prismquant.algorithms.correction import correct
 from prismquant.algorithms.methods import build_solver
 from prismquant.algorithms.problem import LayerProblem, LayerResult, Note
 from prismquant.algorithms.protocols import Solver
-from prismquant.algorithms.rtn import RTN
 from prismquant.algorithms.split import outlying_columns
 from prismquant.diagnostics.failed_layers import FAILED
 from prismquant.diagnostics.step_record import LayerRecord
@@ -94,7 +93,7 @@ class Group:
         solver = build_solver(rows[0].config.solver, rows[0].config.options)
         # Plain rounding has nothing to fall back to.
         self.solver: Solver = (
-            Guarded(solver, rows[0].config.on_failure) if solver.needs_hessian else solver
+            Guarded(solver, rows[0].config.on_failure) if solver.statistics else solver
         )
         self._failed: str | None = None
         self.columns: Tensor | None = None
@@ -120,7 +119,7 @@ class Group:
             return row.split is not None
         if what == "ranges":
             return row.config.static_input or any(row.config.static_output for row in self.rows)
-        return self.solver.needs_hessian or row.config.correction is not None
+        return bool(self.solver.statistics) or row.config.correction is not None
 
     def observe(self, x: Tensor, call: StepCall, what: What, wanted: Tensor | None = None) -> None:
         """Take in one call's input of the layers, any shape that reshapes to [rows, in].
@@ -256,7 +255,8 @@ class Group:
             strict=True,
         )
         facts = dict(result.notes) | self._notes
-        method = RTN.name if FAILED in facts else self.rows[0].config.solver
+        config = self.rows[0].config
+        method = config.on_failure if FAILED in facts else config.solver
         return [
             (
                 QuantizedLayer(
@@ -332,7 +332,7 @@ class Group:
         """The Hessian, if it was gathered; the split columns are no longer in it."""
         record = self._drift or self._hessian
         if record is None:
-            if self.solver.needs_hessian or self.rows[0].config.correction is not None:
+            if self.wants("moments"):
                 raise NumericsError(_UNSEEN, where=self.name, remedy=_MORE_SAMPLES)
             return None
         hessian = record.result(consume=True)

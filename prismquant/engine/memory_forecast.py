@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from prismquant.algorithms.gptq.row_chunks import peak_solve_bytes
+from prismquant.algorithms.methods import build_solver
+from prismquant.algorithms.problem import ProblemShape
 from prismquant.data.batches import Batch
 from prismquant.data.media import Cost
 from prismquant.engine.placement import Placement
@@ -292,13 +293,14 @@ class _Outline:
 
     def _solving(self, rows: Sequence[PlanRow], itemsize: int) -> int:
         columns, count = rows[0].site.in_features, sum(row.site.out_features for row in rows)
-        if not rows[0].config.needs_hessian:
-            # The weight, its codes, and what is made of both on the way.
-            return 3 * columns * count * _FLOAT32
-        moments = _FLOAT32 * columns**2
+        config = rows[0].config
+        shape = ProblemShape(columns, count, hessian=config.needs_hessian)
+        peak = build_solver(config.solver, config.options).peak_bytes(shape)
+        if not shape.hessian:
+            return peak
         # Solvers work on float32: weights in another dtype are converted.
         own = _FLOAT32 * columns * count if itemsize < _FLOAT32 else 0
-        return moments + peak_solve_bytes(columns, count) + own
+        return _FLOAT32 * columns**2 + peak + own
 
     def _tokens(self, step: BoundStep) -> Tokens:
         return self.tokens[self._tower(step)]

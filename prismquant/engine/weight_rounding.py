@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prismquant.algorithms.methods import build_solver
 from prismquant.algorithms.problem import Note, scale_format
-from prismquant.algorithms.rtn import RTN, round_weight
+from prismquant.algorithms.protocols import WeightSolver
 from prismquant.diagnostics.step_record import LayerRecord
 from prismquant.engine.group import require_finite
 from prismquant.engine.unit_plan import Quantizing
@@ -27,7 +27,7 @@ from prismquant.plan.plan import PlanRow
 def is_rounded(row: PlanRow) -> bool:
     """Whether a layer's codes and scales come from its weight alone."""
     solver = build_solver(row.config.solver, row.config.options)
-    return not row.needs_data and isinstance(solver, RTN)
+    return not row.needs_data and isinstance(solver, WeightSolver)
 
 
 def round_layers(
@@ -47,7 +47,8 @@ def round_layers(
         NumericsError: A weight is not finite; names the layer and says how many values.
     """
     spec, site = rows[0].config.weights, rows[0].site
-    if spec is None:
+    solver = build_solver(rows[0].config.solver, rows[0].config.options)
+    if spec is None or not isinstance(solver, WeightSolver):
         return
 
     def weight_of(row: PlanRow) -> Tensor:
@@ -61,8 +62,9 @@ def round_layers(
         form = scale_format(spec, rows[0].config.weight_range, site.dtype, largest)
         for index, row in enumerate(rows):
             weight = kept[index] if kept else weight_of(row)
-            rounded = round_weight(weight, spec, row.config.weight_range, form, how.pulse)
-            notes = dict(RTN().notes) | _notes(how.vision_weight(row))
+            rule = row.config.weight_range
+            rounded = solver.solve_weight(weight, spec, rule, form, how.pulse)
+            notes = dict(rounded.notes) | _notes(how.vision_weight(row))
             record = LayerRecord(
                 row.site.name, row.config.solver, rounded.loss, rounded.loss, notes
             )

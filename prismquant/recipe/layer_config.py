@@ -109,7 +109,7 @@ class LayerConfig:
     @property
     def needs_hessian(self) -> bool:
         """Whether its solver asks for second moments."""
-        return build_solver(self.solver, self.options).needs_hessian
+        return "hessian" in build_solver(self.solver, self.options).statistics
 
     @property
     def needs_float_chain(self) -> bool:

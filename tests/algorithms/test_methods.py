@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
+from prismquant import algorithms
 from prismquant.algorithms.gptq import GPTQ
 from prismquant.algorithms.layer_scales import choose_scales, decode
 from prismquant.algorithms.methods import SOLVERS, build_solver
-from prismquant.algorithms.problem import LayerProblem, row_losses
+from prismquant.algorithms.problem import LayerProblem, ProblemShape, row_losses
+from prismquant.algorithms.protocols import WeightSolver
 from prismquant.algorithms.rtn import RTN
 from prismquant.errors import FormatError, NumericsError, RecipeError
 from prismquant.formats.spec import spec
@@ -85,9 +89,9 @@ def test_a_value_of_the_wrong_type_or_out_of_bounds_is_refused(options):
 
 
 def test_only_a_solver_that_reads_the_hessian_asks_for_it():
-    assert build_solver("gptq").needs_hessian
-    assert not build_solver("rtn").needs_hessian
-    assert build_solver("rtn", {"scale_weighting": "diagonal"}).needs_hessian
+    assert build_solver("gptq").statistics == ("hessian",)
+    assert build_solver("rtn").statistics == ()
+    assert build_solver("rtn", {"scale_weighting": "diagonal"}).statistics == ("hessian",)
 
 
 @pytest.mark.parametrize(
@@ -145,3 +149,47 @@ def test_importance_of_any_magnitude_gives_the_same_scales():
         for scales, same in zip(choose_scales(one, importance * factor), expected, strict=True):
             assert torch.equal(scales.scale, same.scale)
     assert decode(torch.ones(6, 8, dtype=torch.int8), expected[0], one.spec).dtype == torch.float32
+
+
+# What a solver declares
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "statistics"),
+    [
+        ("gptq", {}, ("hessian",)),
+        ("rtn", {}, ()),
+        ("rtn", {"scale_weighting": "group"}, ("hessian",)),
+    ],
+)
+def test_a_solver_declares_statistics_cost_and_peak(name, options, statistics):
+    solver = build_solver(name, options)
+    assert solver.statistics == statistics
+    small, large = ProblemShape(64, 100), ProblemShape(128, 300)
+    assert 0 < solver.cost(small) < solver.cost(large)
+    assert 0 < solver.peak_bytes(small) < solver.peak_bytes(large)
+
+
+def test_notes_of_row_shards_merge_as_the_solver_says():
+    parts = [
+        {"damping": 0.1, "swept_loss": 2.0, "refined_loss": 1.5, "nearest_rows": 1},
+        {"damping": 0.1, "swept_loss": 3.0, "refined_loss": 2.5, "nearest_rows": 0},
+    ]
+    whole = {"damping": 0.1, "swept_loss": 5.0, "refined_loss": 4.0, "nearest_rows": 1}
+    assert build_solver("gptq").merge(parts) == whole
+    assert build_solver("gptq").merge([]) == {}
+    notes = build_solver("rtn").merge([{"scale_weighting": "none"}] * 2)
+    assert notes == {"scale_weighting": "none"}
+
+
+def test_only_a_solver_that_takes_weights_by_themselves_says_so():
+    assert isinstance(build_solver("rtn"), WeightSolver)
+    assert not isinstance(build_solver("gptq"), WeightSolver)
+
+
+def test_nothing_above_algorithms_names_a_solver():
+    """Forecast, exchange among ranks, groups and runs without data go by what a solver declares."""
+    engine = Path(algorithms.__file__).parents[1] / "engine"
+    for path in engine.glob("*.py"):
+        imported = re.findall(r"prismquant\.algorithms\.(\w+)", path.read_text())
+        assert not {"gptq", "rtn", "awq", "smoothquant"} & set(imported), path.name

@@ -7,7 +7,7 @@ import torch
 
 from prismquant.algorithms import rtn
 from prismquant.algorithms.problem import LayerProblem
-from prismquant.algorithms.rtn import RTN, round_weight
+from prismquant.algorithms.rtn import RTN
 from prismquant.errors import NumericsError, RecipeError
 from prismquant.formats.spec import spec
 from prismquant.numerics import ranges
@@ -232,7 +232,7 @@ def test_blocks_of_rows_change_no_bit(monkeypatch, name, kind):
     found = []
     for block in (1, 64 * 5, 64 * 16, 1 << 20):
         monkeypatch.setattr(rtn, "_CPU_BLOCK", block)
-        found.append(round_weight(weight, form, RangeRule(kind), stored))
+        found.append(RTN().solve_weight(weight, form, RangeRule(kind), stored))
     for other in found[1:]:
         assert torch.equal(other.weight.codes, found[0].weight.codes)
         assert torch.equal(other.weight.scale.float(), found[0].weight.scale.float())

@@ -124,7 +124,7 @@ def test_what_falls_back_is_rounded_to_nearest_in_its_own_format(
 def test_rounding_that_needs_a_hessian_falls_back_to_rounding_that_does_not() -> None:
     problem = a_problem(rule=RangeRule("mse"))
     guarded = Guarded(RTN("group"), "rtn")
-    assert guarded.needs_hessian
+    assert guarded.statistics == ("hessian",)
     result = guarded.solve(problem)
     plain = RTN().solve(problem)
     assert torch.equal(result.weights[0].codes, plain.weights[0].codes)
@@ -408,7 +408,7 @@ class Refusing:
     """A solver that never succeeds."""
 
     name = "refusing"
-    needs_hessian = True
+    statistics = ("hessian",)
 
     def solve(self, problem: LayerProblem) -> LayerResult:
         raise NumericsError("not on this machine", where=problem.title)
@@ -466,15 +466,15 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> None:
     """The moments of one block's attention output and up projection are no Hessian."""
-    mean = Hessian.mean
+    result = Hessian.result
 
     def damaged(record: Hessian, *, consume: bool = False) -> Tensor:
-        found = mean(record, consume=consume)
+        found = result(record, consume=consume)
         if record.name in {f"{LLM}.0.self_attn.o_proj", f"{LLM}.0.mlp.gate_proj"}:
             found[0, 1] = found[1, 0] = 1e6
         return found
 
-    monkeypatch.setattr(Hessian, "mean", damaged)
+    monkeypatch.setattr(Hessian, "result", damaged)
 
 
 FAILING = {f"{LLM}.0.self_attn.o_proj", f"{LLM}.0.mlp.gate_proj", UP}

@@ -109,7 +109,7 @@ class Exact:
     """A solver that rounds nothing, so that only what transforms do is left."""
 
     name = "rtn"
-    needs_hessian = False
+    statistics = ()
 
     def solve(self, problem: LayerProblem) -> LayerResult:
         kept: Any = tuple(Kept(weight) for weight in problem.weights)

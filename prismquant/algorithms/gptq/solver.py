@@ -12,7 +12,7 @@ not ``H_kk``; the search for scales weighs errors with that by default.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -26,14 +26,28 @@ from prismquant.algorithms.gptq.damped_factor import (
     Order,
 )
 from prismquant.algorithms.gptq.refine import refine
-from prismquant.algorithms.gptq.row_chunks import RowChunk, ScaleTable, chunk_size, chunks_of
+from prismquant.algorithms.gptq.row_chunks import (
+    RowChunk,
+    ScaleTable,
+    chunk_size,
+    chunks_of,
+    peak_solve_bytes,
+)
 from prismquant.algorithms.gptq.shared_hessian import SharedHessian
 from prismquant.algorithms.layer_scales import Scales, choose_scales
-from prismquant.algorithms.problem import LayerProblem, LayerResult, Note
+from prismquant.algorithms.problem import LayerProblem, LayerResult, Note, ProblemShape
 from prismquant.errors import NumericsError, check_bounds
 from prismquant.kernels import descent, sweep
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from prismquant.algorithms.protocols import Statistic
+
 Weighting = Literal["pivot", "diagonal", "none"]
+
+# Notes that count or sum over rows; all others are the same for every row shard.
+_SUMMED = ("swept_loss", "refined_loss", "nearest_rows")
 
 
 @dataclass(frozen=True)
@@ -85,9 +99,27 @@ class GPTQ:
         return {} if self.damping else {"damping_basis": "damping is 0"}
 
     @property
-    def needs_hessian(self) -> bool:
-        """True: there is no GPTQ without a Hessian."""
-        return True
+    def statistics(self) -> tuple[Statistic, ...]:
+        """The Hessian: there is no GPTQ without it."""
+        return ("hessian",)
+
+    def cost(self, shape: ProblemShape) -> float:
+        """About how many multiplications factorization, column loop and its losses take."""
+        n = shape.in_features
+        return float(n * n * (n + 6 * shape.rows))
+
+    def peak_bytes(self, shape: ProblemShape) -> int:
+        """The most memory beside the problem, as long as float32 is precise enough."""
+        return peak_solve_bytes(shape.in_features, shape.rows)
+
+    def merge(self, parts: Sequence[Mapping[str, Note]]) -> dict[str, Note]:
+        """Notes of a whole problem: losses and rows that fell back add up, all else is alike."""
+        merged = dict(parts[0]) if parts else {}
+        for name in _SUMMED:
+            numbers = [part[name] for part in parts if name in part]
+            if numbers:
+                merged[name] = sum(number for number in numbers if not isinstance(number, str))
+        return merged
 
     def solve(self, problem: LayerProblem) -> LayerResult:
         """Choose the codes of all layers in one column loop.

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prismquant.algorithms.methods import build_solver
-from prismquant.algorithms.parts import cuts, joined, part_of
 from prismquant.algorithms.problem import LayerProblem
+from prismquant.algorithms.row_shards import joined, problem_of, row_shards
 from prismquant.distributed import Alone
 from prismquant.engine.collectives import Task, _owners, _packed, _unpacked, solve_all
 from prismquant.formats.spec import spec
@@ -41,7 +41,7 @@ def test_every_row_is_in_one_part_and_parts_are_even(
     rows: list[int], parts: int, form: str
 ) -> None:
     whole = problem(form, tuple(rows))
-    shares = cuts(whole, parts)
+    shares = row_shards(whole, parts)
     assert len(shares) == parts
     flat = [cut for share in shares for cut in share]
     for layer, count in enumerate(rows):
@@ -61,9 +61,9 @@ def test_parts_give_the_codes_of_the_whole(form: str, solver: str, parts: int) -
     method = build_solver(solver, {})
     whole = method.solve(problem(form))
     fresh = problem(form)
-    shares = cuts(fresh, parts)
-    results = [method.solve(part_of(problem(form), rows)) if rows else None for rows in shares]
-    found = joined(fresh, shares, results)
+    shares = row_shards(fresh, parts)
+    results = [method.solve(problem_of(problem(form), rows)) if rows else None for rows in shares]
+    found = joined(method, fresh, shares, results)
     for mine, theirs in zip(found.weights, whole.weights, strict=True):
         assert torch.equal(mine.codes, theirs.codes)
         assert torch.equal(mine.scale.float(), theirs.scale.float())

@@ -1,4 +1,4 @@
-"""Cutting a problem by rows, so that several processes can solve it, and joining what they found.
+"""Row shards of a problem, which several processes solve, and the result of the whole.
 
 Rows of a weight never interact: with the same scales and the same Hessian each part's codes are
 those that the whole would have given. Only what decides scales limits where a cut may be: the unit
@@ -19,12 +19,11 @@ from prismquant.numerics.kinds import Granularity
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-# Notes that count or sum over rows; all others are the same for every part.
-_SUMMED = ("swept_loss", "refined_loss", "nearest_rows")
+    from prismquant.algorithms.protocols import Solver
 
 
 @dataclass(frozen=True)
-class Cut:
+class RowSpan:
     """Some rows of one layer.
 
     Attributes:
@@ -37,52 +36,56 @@ class Cut:
     stop: int
 
 
-def cuts(problem: LayerProblem, parts: int) -> list[list[Cut]]:
-    """Divide the rows of all layers among so many parts, as evenly as scales allow.
+def row_shards(problem: LayerProblem, count: int) -> list[list[RowSpan]]:
+    """Divide the rows of all layers into so many shards, as evenly as scales allow.
 
     Args:
         problem: What to divide.
-        parts: 1 or more.
+        count: Of shards, 1 or more.
 
     Returns:
-        For each part its rows, in order; a part may have none.
+        For each shard its rows, in order; a shard may have none.
     """
     units = [_unit(problem, len(weight)) for weight in problem.weights]
     total = sum(len(weight) for weight in problem.weights)
-    found: list[list[Cut]] = [[] for _ in range(parts)]
+    found: list[list[RowSpan]] = [[] for _ in range(count)]
     done = 0
     for layer, (weight, unit) in enumerate(zip(problem.weights, units, strict=True)):
         start = 0
         while start < len(weight):
-            part = min(parts * done // total, parts - 1)
-            # Up to where the next part's share begins, in whole units.
-            room = -(-total * (part + 1) // parts) - done
+            shard = min(count * done // total, count - 1)
+            # Up to where the next shard begins, in whole units.
+            room = -(-total * (shard + 1) // count) - done
             stop = min(start + max(-(-room // unit), 1) * unit, len(weight))
-            found[part].append(Cut(layer, start, stop))
+            found[shard].append(RowSpan(layer, start, stop))
             done, start = done + stop - start, stop
     return found
 
 
-def part_of(problem: LayerProblem, rows: Sequence[Cut]) -> LayerProblem:
+def problem_of(problem: LayerProblem, shard: Sequence[RowSpan]) -> LayerProblem:
     """The problem of these rows alone; there must be some."""
     return replace(
         problem,
-        names=tuple(problem.names[cut.layer] for cut in rows),
-        weights=tuple(problem.weights[cut.layer][cut.start : cut.stop] for cut in rows),
+        names=tuple(problem.names[span.layer] for span in shard),
+        weights=tuple(problem.weights[span.layer][span.start : span.stop] for span in shard),
         # The global scale, if there is one, is that of all the rows.
         scale_dtype=problem.scale_format,
     )
 
 
 def joined(
-    problem: LayerProblem, shares: Sequence[Sequence[Cut]], results: Sequence[LayerResult | None]
+    solver: Solver,
+    problem: LayerProblem,
+    shards: Sequence[Sequence[RowSpan]],
+    results: Sequence[LayerResult | None],
 ) -> LayerResult:
-    """Put together what the parts of a problem have become.
+    """Join the results of all shards of a problem.
 
     Args:
+        solver: Whose results they are; it merges their notes.
         problem: The whole.
-        shares: From :func:`cuts`.
-        results: One for each share; None where it is empty.
+        shards: From :func:`row_shards`.
+        results: One for each shard; None where it is empty.
 
     Returns:
         The result that solving the whole would have given, but for the order of summation in
@@ -90,17 +93,17 @@ def joined(
     """
     pieces: list[list[tuple[QuantizedTensor, float, float]]] = [[] for _ in problem.names]
     notes: list[Mapping[str, Note]] = []
-    for rows, result in zip(shares, results, strict=True):
+    for rows, result in zip(shards, results, strict=True):
         if result is not None:
             notes.append(result.notes)
             outcomes = zip(result.weights, result.losses, result.baseline_losses, strict=True)
-            for cut, outcome in zip(rows, outcomes, strict=True):
-                pieces[cut.layer].append(outcome)
+            for span, outcome in zip(rows, outcomes, strict=True):
+                pieces[span.layer].append(outcome)
     return LayerResult(
         tuple(_stacked([weight for weight, _, _ in layer]) for layer in pieces),
         tuple(sum(loss for _, loss, _ in layer) for layer in pieces),
         tuple(sum(baseline for _, _, baseline in layer) for layer in pieces),
-        _merged(notes),
+        solver.merge(notes),
     )
 
 
@@ -123,13 +126,3 @@ def _stacked(pieces: Sequence[QuantizedTensor]) -> QuantizedTensor:
         scale=torch.cat([piece.scale for piece in pieces]),
         zero_point=torch.cat(zeros) if zeros else None,
     )
-
-
-def _merged(notes: Sequence[Mapping[str, Note]]) -> dict[str, Note]:
-    merged = dict(notes[0]) if notes else {}
-    for name in _SUMMED:
-        values = [part[name] for part in notes if name in part]
-        numbers = [value for value in values if not isinstance(value, str)]
-        if numbers:
-            merged[name] = sum(numbers)
-    return merged
