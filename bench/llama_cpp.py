@@ -28,8 +28,9 @@ from prismquant.api import export, quantize
 from prismquant.export.gguf.vocabulary import QWEN2_WORDS
 from prismquant.models.float_model import load_float
 from prismquant.models.processor import load_processor
+from prismquant.opening import read_json
 from prismquant.recipe.schema import load_recipe
-from prismquant.storage import read_json, write_json
+from prismquant.storage import write_json
 
 sys.path.append("tests")
 import tiny_vlm

@@ -27,8 +27,9 @@ from bench.engine.process import measure, thread_environment
 from prismquant.demo.main_job import CHECKPOINT
 from prismquant.demo.scenes import write_dataset
 from prismquant.models.config import import_transformers
+from prismquant.opening import read_json
 from prismquant.report.tables import format_bytes, rich_table
-from prismquant.storage import ShardReader, read_json
+from prismquant.shards import ShardReader
 
 
 def random_model(folder: Path, *, width: int, blocks: int) -> Path:

@@ -87,7 +87,7 @@ from prismquant.run.fingerprint import (
 from prismquant.run.identity import Identity
 from prismquant.run.record import RunRecord, refuse_nonfinite, told_of
 from prismquant.runtime.mixed import Precision, Wanted
-from prismquant.storage import ShardReader
+from prismquant.shards import ShardReader
 
 # Tokens of a call on a CPU: products are as fast as with more, and activations as large as these
 # come from memory that is already there.

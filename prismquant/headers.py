@@ -14,11 +14,14 @@ import math
 import os
 import reprlib
 import struct
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from prismquant.errors import StorageError
@@ -137,6 +140,27 @@ def in_file_order(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
     """The tensors in the order in which the safetensors library writes them."""
     order = sorted(tensors, key=lambda name: (_ORDER[tensors[name].dtype], name))
     return {name: tensors[name] for name in order}
+
+
+def raw_bytes(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
+    """The memory of a contiguous tensor on the CPU as bytes; nothing is copied."""
+    if tensor.numel() == 0:
+        return np.empty(0, dtype=np.uint8)
+    raw: npt.NDArray[np.uint8] = tensor.reshape(-1).view(torch.uint8).numpy()
+    return raw
+
+
+def little_endian(
+    raw: npt.NDArray[np.uint8], dtype: torch.dtype, out: npt.NDArray[np.uint8] | None = None
+) -> npt.NDArray[np.uint8]:
+    """Bytes of numbers as they are on disk, or back; the same bytes on nearly all machines."""
+    if sys.byteorder == "little":
+        return raw
+    size = dtype.itemsize // (2 if dtype.is_complex else 1)
+    swapped = raw.reshape(-1, size)[:, ::-1].reshape(-1)
+    if out is not None:
+        out[:] = swapped
+    return swapped
 
 
 def _header_text(path: Path) -> tuple[bytes, int]:

@@ -78,6 +78,25 @@ def read_bounded(path: Path, most: int) -> bytes:
         return file.read(most)
 
 
+def read_json(path: Path, most: int = MAX_JSON_BYTES) -> Any:
+    """Read a JSON file of ``most`` bytes.
+
+    Raises:
+        StorageError: The file is missing, cannot be read, is no regular file, or is not JSON; the
+            message says at which line.
+    """
+    try:
+        return parse_json(read_bounded(path, most))
+    except OSError as error:
+        raise unreadable(error, path) from error
+    except ValueError as error:
+        raise StorageError(
+            f"{path.name} is not valid JSON: {error}",
+            where=str(path),
+            remedy="restore the file from the original checkpoint",
+        ) from error
+
+
 def unreadable(error: OSError, path: Path) -> StorageError:
     """What to tell a user of a failure to open or read ``path``."""
     if isinstance(error, FileNotFoundError):

@@ -14,8 +14,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 from prismquant.errors import StorageError
-from prismquant.opening import require_regular
-from prismquant.storage import is_temporary, read_json, storage_error
+from prismquant.opening import read_json, require_regular
+from prismquant.storage import is_temporary, storage_error
 
 _SHOWN = 3
 # What names of files end with that are written into a result: no folder may have such a name.

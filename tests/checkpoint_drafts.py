@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prismquant.storage import INDEX_NAME, ShardReader, read_json, write_json, write_tensors
+from prismquant.opening import read_json
+from prismquant.shards import INDEX_NAME, ShardReader
+from prismquant.storage import write_json, write_tensors
 
 BLOCK = "model.layers.0"
 CALLED = "model.language_model.layers.0"

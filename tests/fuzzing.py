@@ -39,7 +39,7 @@ from prismquant.memory import peak_memory_bytes, resident_bytes
 from prismquant.models.processor import load_processor
 from prismquant.recipe.presets import PRESETS
 from prismquant.recipe.schema import load_recipe
-from prismquant.storage import ShardReader
+from prismquant.shards import ShardReader
 
 CPU_SECONDS = 5
 MEMORY_BYTES = 1 << 30

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prismquant.errors import StorageError
-from prismquant.opening import open_regular, parse_json, read_bounded
-from prismquant.storage import read_json
+from prismquant.opening import open_regular, parse_json, read_bounded, read_json
 
 
 def test_a_regular_file_and_a_link_to_one_are_opened(tmp_path: Path) -> None:

@@ -25,16 +25,14 @@ from safetensors.torch import save_file
 import prismquant
 from prismquant.errors import StorageError
 from prismquant.headers import read_header
+from prismquant.opening import read_json
+from prismquant.shards import INDEX_NAME, ShardReader, weight_bytes
 from prismquant.storage import (
-    INDEX_NAME,
-    ShardReader,
     atomic_path,
     copy_file,
     file_digest,
     is_temporary,
-    read_json,
     remove_temporaries,
-    weight_bytes,
     write_bytes,
     write_json,
     write_tensors,

@@ -42,7 +42,8 @@ from bench.engine.process import measure, thread_environment
 from bench.peers.worker import REPORT
 from prismquant.api import inspect
 from prismquant.report.tables import NOTHING, format_bytes, markdown_table, rich_table
-from prismquant.storage import weight_bytes, write_json, write_text
+from prismquant.shards import weight_bytes
+from prismquant.storage import write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = "prismquant"

@@ -29,7 +29,8 @@ from prismquant.models.arch_files import known_archs
 from prismquant.models.config import import_transformers
 from prismquant.models.load import empty_model
 from prismquant.models.names import NameMap
-from prismquant.storage import INDEX_NAME, write_json, write_tensors
+from prismquant.shards import INDEX_NAME
+from prismquant.storage import write_json, write_tensors
 
 TOKENS_OF_A_PICTURE = 256
 _MOST_TOKENS_OF_A_PICTURE = 1280

@@ -34,7 +34,7 @@ PHASES: tuple[tuple[str, str, str], ...] = (
     ("load", "prismquant.models.load", "materialize"),
     ("load", "prismquant.models.load", "release"),
     ("load", "prismquant.models.load", "empty_model"),
-    ("load", "prismquant.storage", "ShardReader.read"),
+    ("load", "prismquant.shards", "ShardReader.read"),
     (_REPLAY, "prismquant.engine.replay", "Replay._capture"),
     ("round inputs", "prismquant.runtime.linear", "ActivationQuantizer.forward"),
     ("Hessian", "prismquant.statistics.hessian", "Hessian.update"),

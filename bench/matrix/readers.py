@@ -26,10 +26,11 @@ from prismquant.models.bound import BoundModel
 from prismquant.models.config import import_transformers
 from prismquant.models.float_model import load_float
 from prismquant.models.processor import load_processor
+from prismquant.opening import read_json
 from prismquant.plan.bit_layout import DENSE
 from prismquant.plan.plan import Plan, PlanRow, problem_groups
 from prismquant.runtime.linear import quantize_inputs
-from prismquant.storage import INDEX_NAME, ShardReader, read_json
+from prismquant.shards import INDEX_NAME, ShardReader
 
 # An input on the edge between two codes may fall either way; share of what rounding changed.
 TIES = 0.1

@@ -40,7 +40,7 @@ from prismquant.export.compressed_tensors.section import (
 from prismquant.headers import TensorInfo
 from prismquant.models.arch import Cached, Parallel
 from prismquant.models.bound import BoundModel, BoundSite
-from prismquant.storage import ShardReader
+from prismquant.shards import ShardReader
 
 COMPRESSED_TENSORS = METHOD
 GGUF = "gguf"

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 
 from prismquant.check.checkpoint import Checkpoint
 from prismquant.check.findings import Problem
-from prismquant.storage import INDEX_NAME, is_temporary, read_json
+from prismquant.opening import read_json
+from prismquant.shards import INDEX_NAME
+from prismquant.storage import is_temporary
 
 _COPY = "copy the file again from where the checkpoint was made"
 _FROM_SOURCE = "copy it from the original checkpoint"

@@ -25,7 +25,8 @@ from prismquant.models.arch import SiteKind
 from prismquant.models.arch_files import known_archs
 from prismquant.models.bind import bind
 from prismquant.models.bound import BoundModel
-from prismquant.storage import INDEX_NAME, read_index, read_json
+from prismquant.opening import read_json
+from prismquant.shards import INDEX_NAME, read_index
 
 # Far more shards than any real checkpoint has.
 _MOST_SHARDS = 10_000

@@ -304,7 +304,8 @@ def evaluate(
     """Exact match, NLL, and KL divergence to the reference, by kind of question and of token."""
     from prismquant.api import measure
     from prismquant.report.tables import comparison_table, detail_table, reference_variant, variant
-    from prismquant.storage import weight_bytes, write_json
+    from prismquant.shards import weight_bytes
+    from prismquant.storage import write_json
     from prismquant.threads import use_threads
 
     inputs = (model, reference, data)

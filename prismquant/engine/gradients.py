@@ -45,7 +45,7 @@ from prismquant.models.arch import Modality
 from prismquant.models.bound import BoundModel, BoundSite
 from prismquant.plan.plan import Plan
 from prismquant.runtime.mixed import Precision
-from prismquant.storage import ShardReader
+from prismquant.shards import ShardReader
 
 # Enough for a standard error of about a quarter of a ratio, as measured on the demo model.
 GRADIENT_SAMPLES = 32

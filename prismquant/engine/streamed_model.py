@@ -24,7 +24,7 @@ from prismquant.models.rotation import OnlineRotation
 from prismquant.runtime.kv_cache import cache_in_float
 from prismquant.runtime.linear import QuantLinear, activations_in_float
 from prismquant.runtime.online_rotation import rotate_inputs
-from prismquant.storage import ShardReader
+from prismquant.shards import ShardReader
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from prismquant.engine.streamed_model import ServedAs, StreamedModel
 from prismquant.models.arch import Modality
 from prismquant.models.bound import BoundModel, BoundSite, BoundStep
 from prismquant.runtime.linear import ActivationQuantizer, quant_linear
-from prismquant.storage import ShardReader
+from prismquant.shards import ShardReader
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from prismquant.export.companions import files_to_copy
 from prismquant.export.compressed_tensors.reader import StoredLayer
 from prismquant.export.compressed_tensors.stored import StoredCheckpoint
 from prismquant.headers import read_header
-from prismquant.storage import INDEX_NAME, copy_file, write_json, write_tensors
+from prismquant.shards import INDEX_NAME
+from prismquant.storage import copy_file, write_json, write_tensors
 
 # A shard is written when it has grown to so many bytes; it is held in memory until then.
 SHARD_BYTES = 1 << 30

@@ -13,7 +13,8 @@ from typing import ClassVar
 from prismquant.export.companions import files_to_copy
 from prismquant.export.compressed_tensors.stored import StoredCheckpoint
 from prismquant.export.exporter import Progress, Refusal
-from prismquant.storage import INDEX_NAME, copy_file
+from prismquant.shards import INDEX_NAME
+from prismquant.storage import copy_file
 
 
 @dataclass(frozen=True)

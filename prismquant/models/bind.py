@@ -45,7 +45,7 @@ from prismquant.models.load import empty_model
 from prismquant.models.misfits import Misfits, kind_of
 from prismquant.models.names import NameMap, choose_layout
 from prismquant.models.norm_probe import NormProbe
-from prismquant.storage import read_index
+from prismquant.shards import read_index
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -24,7 +24,8 @@ from prismquant.headers import TensorInfo
 from prismquant.models.arch import ArchSpec
 from prismquant.models.arch_files import known_archs
 from prismquant.models.names import any_layout
-from prismquant.storage import ShardReader, read_index, read_json
+from prismquant.opening import read_json
+from prismquant.shards import ShardReader, read_index
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

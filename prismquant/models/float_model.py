@@ -9,7 +9,7 @@ from torch import nn
 
 from prismquant.models.bind import bind
 from prismquant.models.load import empty_model, materialize
-from prismquant.storage import ShardReader
+from prismquant.shards import ShardReader
 
 
 def load_float(

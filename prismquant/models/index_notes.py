@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from prismquant.storage import read_index
+from prismquant.shards import read_index
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

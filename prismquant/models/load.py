@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from prismquant.errors import ModelError, brief
 from prismquant.models.config import import_transformers
-from prismquant.storage import ShardReader
+from prismquant.shards import ShardReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator

@@ -23,7 +23,8 @@ from prismquant.errors import ModelError, NumericsError
 from prismquant.models.arch import EdgeKind, Modality
 from prismquant.models.bind import bind
 from prismquant.models.bound import BoundEdge, BoundModel
-from prismquant.storage import INDEX_NAME, ShardReader, copy_file, write_tensors
+from prismquant.shards import INDEX_NAME, ShardReader
+from prismquant.storage import copy_file, write_tensors
 
 # How often a block has a channel of its own in place of a common one.
 _OWN = 0.2

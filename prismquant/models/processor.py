@@ -22,8 +22,7 @@ from prismquant.models.config import (
     import_transformers,
     native_config,
 )
-from prismquant.opening import MAX_JSON_BYTES, require_regular
-from prismquant.storage import read_json
+from prismquant.opening import MAX_JSON_BYTES, read_json, require_regular
 
 if TYPE_CHECKING:
     from prismquant.models.arch import ArchSpec, ProcessorMap

@@ -9,7 +9,7 @@ from typing import Any
 from prismquant.errors import ModelError, brief
 from prismquant.headers import TensorInfo
 from prismquant.models.arch import ConfigMap, ConfigSection, Inference
-from prismquant.storage import read_json
+from prismquant.opening import read_json
 
 
 def converted_values(

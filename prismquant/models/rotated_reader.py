@@ -30,7 +30,7 @@ from prismquant.models.rotation import (
     untied,
 )
 from prismquant.numerics.hadamard import Orthogonal, block_hadamard, orthogonal
-from prismquant.storage import ShardReader
+from prismquant.shards import ShardReader
 
 # Numbers of a tensor that are in float64 at one time, unless both its sides are rotated.
 _CHUNK = 2**22
@@ -50,7 +50,7 @@ class RotatedReader(ShardReader):
     Raises:
         RecipeError: Two rotations are for one tower.
         ModelError: The architecture or the checkpoint does not allow a rotation.
-        StorageError: As for :class:`~prismquant.storage.ShardReader`.
+        StorageError: As for :class:`~prismquant.shards.ShardReader`.
     """
 
     def __init__(

@@ -29,7 +29,7 @@ from prismquant.plan.transform_plan import plan_edges, plan_rotations, plan_spli
 from prismquant.recipe.layer_config import LayerConfig, Options
 from prismquant.recipe.resolve import Resolved, resolve
 from prismquant.recipe.schema import Recipe
-from prismquant.storage import ShardReader
+from prismquant.shards import ShardReader
 
 _LOOK = "`prismquant inspect MODEL` lists every layer with its modality, role and shape"
 

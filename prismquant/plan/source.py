@@ -5,7 +5,7 @@ from __future__ import annotations
 from prismquant.models.bound import BoundModel
 from prismquant.models.rotated_reader import RotatedReader
 from prismquant.plan.plan import Plan
-from prismquant.storage import ShardReader
+from prismquant.shards import ShardReader
 
 
 def source_reader(plan: Plan, bound: BoundModel) -> ShardReader:

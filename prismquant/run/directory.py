@@ -30,6 +30,7 @@ from prismquant.engine.activation_store import ActivationStore, InMemory, OnDisk
 from prismquant.engine.placement import Store
 from prismquant.errors import StorageError
 from prismquant.memory import readable_bytes
+from prismquant.opening import read_json
 from prismquant.outputs import require_empty, require_regular_files
 from prismquant.plan.plan import Plan
 from prismquant.recipe.schema import Recipe
@@ -40,7 +41,6 @@ from prismquant.storage import (
     file_digest,
     is_temporary,
     json_text,
-    read_json,
     remove_temporaries,
     storage_error,
     utf8,

@@ -21,7 +21,8 @@ from prismquant.models.bind import bind
 from prismquant.models.float_model import load_float
 from prismquant.models.processor import load_processor
 from prismquant.numerics.hadamard import block_hadamard
-from prismquant.storage import ShardReader, write_tensors
+from prismquant.shards import ShardReader
+from prismquant.storage import write_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

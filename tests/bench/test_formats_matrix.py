@@ -17,7 +17,8 @@ from bench.matrix.cells import Cell, compared, foretold, refused, shortened
 from prismquant.errors import FormatError
 from prismquant.formats.kv_formats import KV_PRESETS
 from prismquant.formats.spec import PRESETS
-from prismquant.storage import ShardReader, write_tensors
+from prismquant.shards import ShardReader
+from prismquant.storage import write_tensors
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -26,9 +26,11 @@ from prismquant.export.compressed_tensors.quantization_args import Args, args_fa
 from prismquant.export.compressed_tensors.section import SchemeGroup, Targets
 from prismquant.models.bind import bind
 from prismquant.models.bound import BoundModel
+from prismquant.opening import read_json
 from prismquant.recipe.schema import load_recipe
 from prismquant.report.checks import finding_lines, findings_table, verdict
-from prismquant.storage import INDEX_NAME, ShardReader, read_json, write_json
+from prismquant.shards import INDEX_NAME, ShardReader
+from prismquant.storage import write_json
 
 # ----------------------------------------------------------------------------------------- fixtures
 

@@ -25,8 +25,10 @@ from prismquant.errors import (
     RecipeError,
     StorageError,
 )
+from prismquant.opening import read_json
 from prismquant.run.directory import RunDirectory
-from prismquant.storage import ShardReader, read_json, write_json, write_tensors
+from prismquant.shards import ShardReader
+from prismquant.storage import write_json, write_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable

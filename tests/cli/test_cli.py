@@ -19,8 +19,9 @@ import yaml
 
 import prismquant as pq
 from prismquant import api, cli
+from prismquant.opening import read_json
 from prismquant.recipe.presets import PRESETS
-from prismquant.storage import read_json, write_json
+from prismquant.storage import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -32,7 +32,8 @@ from prismquant.plan.plan import PlanRow, problem_groups
 from prismquant.plan.source import source_reader
 from prismquant.recipe.presets import PRESETS
 from prismquant.runtime.mixed import Precision
-from prismquant.storage import ShardReader, write_tensors
+from prismquant.shards import ShardReader
+from prismquant.storage import write_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence

@@ -217,7 +217,7 @@ def test_rounding_without_data_equals_rounding_each_weight(
 def test_what_the_recipe_leaves_alone_is_stored_bit_for_bit(
     tiny_folder: Path, calibration_file: Path, tmp_path: Path
 ) -> None:
-    from prismquant.storage import ShardReader
+    from prismquant.shards import ShardReader
 
     result = pq.quantize(tiny_folder, recipe("w4a16"), tmp_path / "out", calibration_file)
     before, after = ShardReader(tiny_folder), ShardReader(tmp_path / "out")

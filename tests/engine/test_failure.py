@@ -40,6 +40,7 @@ from prismquant.export.load_quantized import load_model
 from prismquant.formats.spec import spec
 from prismquant.models.bind import bind
 from prismquant.numerics.ranges import RangeRule
+from prismquant.opening import read_json
 from prismquant.plan.make_plan import make_plan
 from prismquant.plan.plan import PlanRow, problem_groups
 from prismquant.recipe.resolve import resolve
@@ -47,8 +48,9 @@ from prismquant.recipe.schema import load_recipe
 from prismquant.report.plan_summary import PlanSummary
 from prismquant.report.plans import layer_table, run_table
 from prismquant.report.run_files import RunFiles
+from prismquant.shards import ShardReader
 from prismquant.statistics.hessian import Hessian
-from prismquant.storage import ShardReader, read_json, write_tensors
+from prismquant.storage import write_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -34,7 +34,7 @@ from prismquant.models.processor import load_processor
 from prismquant.plan.make_plan import make_plan
 from prismquant.plan.source import source_reader
 from prismquant.runtime.mixed import Precision
-from prismquant.storage import ShardReader
+from prismquant.shards import ShardReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence

@@ -22,7 +22,7 @@ from prismquant.errors import DataError, PlanError
 from prismquant.models.bind import bind
 from prismquant.plan.make_plan import make_plan
 from prismquant.run.directory import RunDirectory
-from prismquant.storage import ShardReader
+from prismquant.shards import ShardReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -27,11 +27,13 @@ from prismquant.models.config import import_transformers
 from prismquant.models.float_model import load_float
 from prismquant.models.load import empty_model, materialize
 from prismquant.models.processor import load_processor
+from prismquant.opening import read_json
 from prismquant.plan.make_plan import make_plan
 from prismquant.plan.source import source_reader
 from prismquant.runtime.linear import QuantLinear
 from prismquant.runtime.online_rotation import rotate_inputs
-from prismquant.storage import ShardReader, read_json, write_tensors
+from prismquant.shards import ShardReader
+from prismquant.storage import write_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

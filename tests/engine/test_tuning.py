@@ -16,7 +16,7 @@ from prismquant.export.load_quantized import load_model
 from prismquant.models.bind import bind
 from prismquant.models.float_model import load_float
 from prismquant.models.processor import load_processor
-from prismquant.storage import ShardReader
+from prismquant.shards import ShardReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -17,7 +17,7 @@ from prismquant.models.bind import bind
 from prismquant.models.float_model import load_float
 from prismquant.models.processor import load_processor
 from prismquant.runtime.mixed import Precision
-from prismquant.storage import ShardReader
+from prismquant.shards import ShardReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

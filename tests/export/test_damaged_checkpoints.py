@@ -29,7 +29,9 @@ from prismquant.formats.bits import pack_bits
 from prismquant.models.bind import bind
 from prismquant.models.bound import BoundModel
 from prismquant.models.load import empty_model
-from prismquant.storage import ShardReader, read_json, write_json
+from prismquant.opening import read_json
+from prismquant.shards import ShardReader
+from prismquant.storage import write_json
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())

@@ -21,8 +21,9 @@ from prismquant.models.bind import bind
 from prismquant.models.config import import_transformers
 from prismquant.models.float_model import load_float
 from prismquant.models.processor import load_processor
+from prismquant.opening import read_json
 from prismquant.recipe.presets import PRESETS
-from prismquant.storage import ShardReader, read_json
+from prismquant.shards import ShardReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,8 +15,9 @@ from prismquant.errors import StorageError
 from prismquant.export import exporter
 from prismquant.export.companions import files_to_copy, links_outside
 from prismquant.export.staging import staged
+from prismquant.opening import read_json
 from prismquant.run.lock import locked
-from prismquant.storage import read_json, storage_error, write_text
+from prismquant.storage import storage_error, write_text
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CUT = ".prismquant-export"

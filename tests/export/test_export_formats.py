@@ -31,7 +31,9 @@ from prismquant.formats.quantized_layer import QuantizedTensor
 from prismquant.formats.spec import spec
 from prismquant.models.float_model import load_float
 from prismquant.models.processor import load_processor
-from prismquant.storage import ShardReader, read_json, write_json, write_tensors
+from prismquant.opening import read_json
+from prismquant.shards import ShardReader
+from prismquant.storage import write_json, write_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -27,7 +27,9 @@ from prismquant.export.compressed_tensors.stored import open_checkpoint
 from prismquant.export.load_quantized import load_model
 from prismquant.models.config import import_transformers
 from prismquant.numerics.kinds import Granularity
-from prismquant.storage import ShardReader, read_json, write_json
+from prismquant.opening import read_json
+from prismquant.shards import ShardReader
+from prismquant.storage import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable

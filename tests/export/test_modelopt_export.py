@@ -15,7 +15,8 @@ from prismquant.check import check
 from prismquant.errors import FormatError
 from prismquant.export.compressed_tensors.stored import open_checkpoint
 from prismquant.export.load_quantized import load_model
-from prismquant.storage import ShardReader, read_json
+from prismquant.opening import read_json
+from prismquant.shards import ShardReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -21,10 +21,10 @@ from prismquant.formats.spec import PRESETS as FORMATS
 from prismquant.formats.spec import spec
 from prismquant.models.bind import bind
 from prismquant.models.float_model import load_float
+from prismquant.opening import read_json
 from prismquant.plan.bit_layout import layout_of
 from prismquant.plan.fallback import fit
 from prismquant.recipe.resolve import resolve
-from prismquant.storage import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -144,7 +144,7 @@ def test_the_words_of_the_configuration_mean_the_format(name: str) -> None:
 def test_nvfp4_shards_that_servers_fuse_have_one_global_scale(
     tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path
 ) -> None:
-    from prismquant.storage import ShardReader
+    from prismquant.shards import ShardReader
 
     folder = tiny("qwen3_vl")
     out = quantized(folder, tmp_path / "out", calibration_file, "nvfp4")

@@ -27,7 +27,8 @@ from prismquant.models.config import identify, import_transformers, native_confi
 from prismquant.models.float_model import load_float
 from prismquant.models.load import empty_model
 from prismquant.models.processor import load_processor
-from prismquant.storage import ShardReader, write_json, write_tensors
+from prismquant.shards import ShardReader
+from prismquant.storage import write_json, write_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -15,7 +15,7 @@ from prismquant.models.config import import_transformers
 from prismquant.models.float_model import load_float
 from prismquant.models.load import empty_model, materialize, release
 from prismquant.models.processor import load_processor
-from prismquant.storage import ShardReader
+from prismquant.shards import ShardReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

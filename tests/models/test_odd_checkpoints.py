@@ -13,7 +13,8 @@ from known_failures import decompressed_by_transformers
 import prismquant as pq
 from prismquant.export.load_quantized import load_model
 from prismquant.models.config import import_transformers
-from prismquant.storage import ShardReader, write_json, write_tensors
+from prismquant.shards import ShardReader
+from prismquant.storage import write_json, write_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -23,7 +23,7 @@ from prismquant.models.processor import load_processor
 from prismquant.models.rotated_reader import RotatedReader
 from prismquant.models.rotation import OnlineRotation, Rotation, online_rotations, untied
 from prismquant.numerics.hadamard import block_hadamard
-from prismquant.storage import ShardReader
+from prismquant.shards import ShardReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

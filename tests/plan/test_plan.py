@@ -13,15 +13,17 @@ import tiny_vlm
 import torch
 
 import prismquant as pq
-from prismquant import storage
+from prismquant import shards
 from prismquant.errors import ModelError, PlanError, PrismQuantError, RecipeError
 from prismquant.formats.spec import NumberSpec, spec
 from prismquant.models.bind import bind
+from prismquant.opening import read_json
 from prismquant.plan.make_plan import make_plan
 from prismquant.plan.plan import Plan, problem_groups
 from prismquant.recipe.presets import PRESETS
 from prismquant.recipe.schema import load_recipe
-from prismquant.storage import ShardReader, read_json, write_json, write_tensors
+from prismquant.shards import ShardReader
+from prismquant.storage import write_json, write_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,7 +55,7 @@ def check_bytes(plan: Plan, folder: Path) -> None:
         own.pop("bias", None)
         assert sum(own.values()) == row.stored_bytes, (row.site.name, own)
     assert sum(written.values()) == plan.total_bytes
-    index = read_json(folder / storage.INDEX_NAME)
+    index = read_json(folder / shards.INDEX_NAME)
     assert index["metadata"]["total_size"] == plan.total_bytes
 
 
@@ -661,7 +663,7 @@ def test_inspecting_reads_headers_only(tiny_folder: Path, monkeypatch: pytest.Mo
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("tensor data were opened")
 
-    monkeypatch.setattr(storage.ShardReader, "read", refuse)
+    monkeypatch.setattr(shards.ShardReader, "read", refuse)
     plan = pq.inspect(tiny_folder, "w4a16-all")
     assert plan.float_bytes == sum(tensor_bytes(tiny_folder).values())
 

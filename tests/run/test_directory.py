@@ -26,13 +26,15 @@ from prismquant.engine.setup import Silent
 from prismquant.errors import StorageError
 from prismquant.export.compressed_tensors.writer import CheckpointWriter
 from prismquant.models.bind import bind
+from prismquant.opening import read_json
 from prismquant.plan.make_plan import make_plan
 from prismquant.plan.plan import Plan
 from prismquant.recipe.schema import Recipe, load_recipe
 from prismquant.run.directory import RunDirectory
 from prismquant.run.identity import FileStamp, Identity
 from prismquant.run.record import RECORD_VERSION, RestartRecord, RunRecord
-from prismquant.storage import ShardReader, read_json, write_tensors
+from prismquant.shards import ShardReader
+from prismquant.storage import write_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from prismquant.opening import read_json
 from prismquant.recipe.schema import Recipe, load_recipe
 from prismquant.run.directory import RunDirectory
-from prismquant.storage import file_digest, read_json
+from prismquant.storage import file_digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

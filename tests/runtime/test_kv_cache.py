@@ -38,10 +38,12 @@ from prismquant.models.float_model import load_float
 from prismquant.models.processor import load_processor
 from prismquant.numerics.hadamard import hadamard_matrix
 from prismquant.numerics.ranges import RangeRule
+from prismquant.opening import read_json
 from prismquant.plan.make_plan import make_plan
 from prismquant.recipe.schema import load_recipe, parse_recipe
 from prismquant.runtime.kv_cache import KVHook, KVQuantizer, KVWatch, cache_in_float
-from prismquant.storage import ShardReader, read_json, write_json, write_tensors
+from prismquant.shards import ShardReader
+from prismquant.storage import write_json, write_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -19,7 +19,7 @@ from prismquant.models.bind import bind
 from prismquant.runtime import mixed
 from prismquant.runtime.linear import quant_linear
 from prismquant.runtime.mixed import Precision
-from prismquant.storage import ShardReader
+from prismquant.shards import ShardReader
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 MIXED = Precision(torch.float32, torch.bfloat16)

@@ -12,12 +12,14 @@ import prismquant as pq
 from prismquant.engine.setup import Silent
 from prismquant.errors import NumericsError, PlanError
 from prismquant.models.processor import load_processor
+from prismquant.opening import read_json
 from prismquant.recipe.schema import load_recipe
 from prismquant.report.plans import token_lines
 from prismquant.report.run_files import RunFiles
 from prismquant.run.directory import RunDirectory
+from prismquant.shards import ShardReader
 from prismquant.statistics.tokens import Tokens
-from prismquant.storage import ShardReader, read_json, write_tensors
+from prismquant.storage import write_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -21,7 +21,7 @@ from prismquant.models.arch import ArchSpec, Cached, Modality
 from prismquant.models.attention import quantize_cache
 from prismquant.models.config import config_value
 from prismquant.models.names import NameMap
-from prismquant.storage import ShardReader
+from prismquant.shards import ShardReader
 
 _STRATEGIES = {"tensor": "tensor", "head": "attn_head"}
 _TYPES = {"fp8": ("float", 8), "int8": ("int", 8), "int4": ("int", 4)}

@@ -35,7 +35,7 @@ from prismquant.formats.quantized_layer import (
 )
 from prismquant.formats.spec import NumberSpec
 from prismquant.headers import TensorInfo
-from prismquant.storage import ShardReader
+from prismquant.shards import ShardReader
 
 _NO_ALIASES: Mapping[str, Collection[str]] = MappingProxyType({})
 _WEIGHT_SUFFIXES = (

@@ -43,7 +43,7 @@ from prismquant.models.arch import ArchSpec
 from prismquant.models.config import identify, native_config, read_config
 from prismquant.models.load import empty_model
 from prismquant.models.names import NameMap, choose_layout
-from prismquant.storage import ShardReader
+from prismquant.shards import ShardReader
 
 _CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale", ".k_zero_point", ".v_zero_point")
 

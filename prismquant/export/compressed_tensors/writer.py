@@ -48,19 +48,14 @@ from prismquant.models.bound import BoundModel, BoundStep
 from prismquant.models.rotation import untied
 from prismquant.numerics.affine import nonfinite
 from prismquant.numerics.hadamard import hadamard_matrix
+from prismquant.opening import read_json
 from prismquant.plan.bit_layout import DENSE
 from prismquant.plan.kv_plan import KVLayer
 from prismquant.plan.plan import Plan, PlanRow
 from prismquant.plan.source import source_reader
 from prismquant.run.record import refuse_nonfinite
-from prismquant.storage import (
-    INDEX_NAME,
-    ShardReader,
-    copy_file,
-    read_json,
-    write_json,
-    write_tensors,
-)
+from prismquant.shards import INDEX_NAME, ShardReader
+from prismquant.storage import copy_file, write_json, write_tensors
 
 
 class CheckpointWriter:

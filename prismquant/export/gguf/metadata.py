@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from prismquant.errors import FormatError
 from prismquant.export.companions import own_file
 from prismquant.export.gguf.vocabulary import Vocabulary
-from prismquant.storage import read_json
+from prismquant.opening import read_json
 from prismquant.version import __version__
 
 if TYPE_CHECKING:

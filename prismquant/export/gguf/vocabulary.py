@@ -14,8 +14,7 @@ from typing import Any
 
 from prismquant.errors import StorageError
 from prismquant.export.companions import own_file
-from prismquant.opening import MAX_JSON_BYTES, read_bounded
-from prismquant.storage import read_json
+from prismquant.opening import MAX_JSON_BYTES, read_bounded, read_json
 
 # How Qwen2's tokenizer, and those of all later Qwen models here, cuts text into words.
 QWEN2_WORDS = (
