@@ -15,7 +15,7 @@ from prismquant.statistics.tokens import Tokens
 
 @dataclass
 class TowerPass:
-    """What is kept of one call between steps.
+    """State of one call between units.
 
     Attributes:
         inputs: Gives the keyword arguments of the model (vision) or of the language model (llm); of
@@ -53,7 +53,7 @@ class TowerPass:
 
 @dataclass(frozen=True)
 class StepCall:
-    """How the model calls a step.
+    """A call of one unit by the model.
 
     Attributes:
         args: Positional arguments.
@@ -77,7 +77,7 @@ class StepCall:
     ids: tuple[str, ...] = ()
 
     def seen(self, rows: int) -> Tokens:
-        """How many of a layer's rows are of each modality; padding is of none."""
+        """Rows of a layer by modality; padding is of none."""
         if self.tokens is not None:
             return self.tokens
         counted = rows if self.row_weights is None else int((self.row_weights > 0).sum())

@@ -1,4 +1,4 @@
-"""What the ranks of a run tell one another: what each has seen, and what each has solved."""
+"""Collectives: the ranks of a run share what each has seen, and what each has solved."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def _solve_in_parts(task: Task, ranks: Ranks) -> LayerResult:
 
 
 def _owners(costs: Sequence[float], ranks: int) -> list[int]:
-    """Who solves what: the most expensive first, each to whoever has least to do."""
+    """The rank that solves each problem: the dearest first, each to whoever has least to do."""
     loads = [0.0] * ranks
     owners = [0] * len(costs)
     for number in sorted(range(len(costs)), key=lambda n: (-costs[n], n)):

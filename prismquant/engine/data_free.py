@@ -81,7 +81,7 @@ def run_without_data(
 
 
 class _Task:
-    """What is done with one unit. Called from many threads, it changes nothing of its own."""
+    """The work on one unit. Called from many threads, it changes nothing of its own."""
 
     def __init__(self, setup: RunSetup, planned: Mapping[str, UnitPlan]) -> None:
         self.setup, self.planned = setup, planned

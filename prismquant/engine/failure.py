@@ -99,7 +99,7 @@ class Guarded:
 
 
 def failure_notes(why: str, wanted: str) -> dict[str, Note]:
-    """What the record is told of a layer that could not be solved.
+    """Notes for the record on a layer that could not be solved.
 
     Args:
         why: What the solver, or what gathers its statistics, said.

@@ -1,4 +1,4 @@
-"""What a vision token counts for in each layer of the language model, told by gradients.
+"""Weights of vision tokens in each layer of the language model, told by gradients.
 
 Statistics of a layer sum squared errors over tokens, and a picture has many more tokens than the
 question about it. How much an error at a token matters is told by the answer: MBQ (Li et al., CVPR
@@ -92,7 +92,7 @@ def vision_weights(
     placement: Placement | None = None,
     store: ActivationStore | None = None,
 ) -> dict[str, float]:
-    """What a vision token counts for at the layers whose plan says ``gradient``.
+    """Weight of a vision token at each layer whose plan says ``gradient``.
 
     The floating-point model is walked through forth and back, one unit in memory at a time. Each
     weight is at least the median over the blocks, as in MBQ: where vision tokens have little or no
@@ -232,7 +232,7 @@ def floored(ratios: Mapping[str, float], bound: BoundModel) -> dict[str, float]:
 
 @dataclass(frozen=True, eq=False)
 class _Places:
-    """Which tokens of a batch are what.
+    """Tokens of a batch by their class.
 
     Attributes:
         classes: Float64 [2, B, T] on the CPU: ones at text and at vision tokens of rows that count.

@@ -52,7 +52,7 @@ _MORE_SAMPLES = "add samples of the modality that passes it"
 
 @dataclass(frozen=True)
 class GroupSettings:
-    """What a group needs to know of the run.
+    """Settings of a run that a group needs.
 
     Attributes:
         device: Where the arithmetic happens.
@@ -109,7 +109,7 @@ class Group:
 
     @property
     def name(self) -> str:
-        """Of its first layer."""
+        """Name of its first layer."""
         return self.rows[0].site.name
 
     def wants(self, what: What) -> bool:
@@ -203,7 +203,7 @@ class Group:
         return {name: ranges[name] for name in names if ranges[name].count}
 
     def problem(self) -> LayerProblem:
-        """What the solver is given, once everything was observed.
+        """The problem for the solver, once everything was observed.
 
         Raises:
             NumericsError: A weight is not finite, or no calibration token has reached layers that
@@ -268,7 +268,7 @@ class Group:
         ]
 
     def _seen_by(self, row: PlanRow) -> dict[str, Tokens]:
-        """How many tokens each of a layer's statistics has seen; outputs are each layer's own."""
+        """Tokens that each of a layer's statistics has seen; outputs are each layer's own."""
         own = row.config.static_output
         return {name: seen for name, seen in self._seen.items() if own or name != "output_range"}
 
@@ -349,7 +349,7 @@ class Group:
         return list(corrected), told
 
     def _tokens(self) -> float | None:
-        """How many tokens the moments are of."""
+        """Number of tokens that the Hessian is of."""
         record = self._drift or self._hessian
         return None if record is None else record.count
 

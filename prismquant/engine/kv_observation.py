@@ -36,7 +36,7 @@ Notes = dict[str, float | int | str]
 
 
 class KVRecord:
-    """What calibration sees of one layer's keys, or of its values.
+    """Ranges of one layer's keys, or of its values, as calibration sees them.
 
     Args:
         heads: Records to keep: one for each key-value head, or one in all.
@@ -72,7 +72,7 @@ class KVRecord:
 
 @dataclass
 class _Constant:
-    """How much of the keys the rotated bias is.
+    """Share of the rotated bias in the keys.
 
     Attributes:
         energy: Sum of squares of all counted keys.
@@ -193,7 +193,7 @@ class KVObservation:
         )
 
     def notes(self) -> Notes:
-        """What to keep of it in the record.
+        """Notes for the record.
 
         ``text_tokens``, ``image_tokens`` and ``video_tokens`` are how many of each were looked at,
         ``key_amax`` and ``value_amax`` the largest magnitudes of what is rounded. Where the

@@ -40,7 +40,7 @@ _COMPILER = 130 << 20
 
 @dataclass(frozen=True)
 class Tokens:
-    """How many rows pass a tower.
+    """Rows that pass a tower.
 
     Attributes:
         total: In all calls.
@@ -246,7 +246,7 @@ class _Outline:
         return number * self._hidden(step) * self.itemsize * self.chains
 
     def _pixels(self, step: BoundStep, rows: Sequence[PlanRow]) -> int:
-        """Of a batch at the entry step: while they are made, or while they pass it."""
+        """Bytes of a batch's pixels at the entry unit, while they are made or pass it."""
         if step.kind != "entry":
             return 0
         pixels = self.making.pixels

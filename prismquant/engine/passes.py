@@ -30,7 +30,7 @@ Around = Callable[[], contextlib.AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class StepRun:
-    """What passes of a step need.
+    """Everything that passes of a unit need.
 
     Attributes:
         model: Holds the step; its weights are real while passes run.
@@ -56,7 +56,7 @@ class Passes(Protocol):
     def inputs(
         self, layers: Sequence[str], stage: Sequence[str] = (), unsolved: Sequence[str] = ()
     ) -> Iterator[tuple[StepCall, Mapping[str, Tensor]]]:
-        """What the layers are given, call by call.
+        """Inputs of the layers, call by call.
 
         Args:
             layers: Module paths.

@@ -1,4 +1,4 @@
-"""Where a model runs while it is walked through, and where its hidden states wait meanwhile."""
+"""Placement of a walk: device, precision, and where hidden states wait."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Store = Literal["device", "host", "disk"]
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a walk computes, in which precision, and where hidden states wait between units.
+    """Device and precision of a walk, and the place where hidden states wait between units.
 
     Attributes:
         device: Where units run.

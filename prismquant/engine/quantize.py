@@ -120,7 +120,7 @@ class _UnitWork:
     def _channels(
         self, edges: Sequence[PlanEdge]
     ) -> tuple[dict[str, ChannelSizes], dict[str, Tokens]]:
-        """What calibration sees of each edge's consumers, and of how many tokens; by the first."""
+        """Statistics of each edge's consumers, and their tokens, by the first consumer."""
         names = list(dict.fromkeys(edge.edge.consumers[0] for edge in edges))
         device, bound = self.unit.walk.placement.device, self.unit.walk.bound
         records = {

@@ -143,7 +143,7 @@ class Replay:
         self._batches.clear()
 
     def _count(self, ids: Tensor, weights: Tensor | None, vision: Tensor) -> Tokens:
-        """How many tokens of each modality count."""
+        """Tokens of each modality that count."""
         keys = zip(self.bound.arch.vision_token_ids, self.bound.vision_token_ids, strict=True)
         videos = torch.tensor([i for key, i in keys if "video" in key], device=ids.device)
         counted = torch.ones_like(vision) if weights is None else weights > 0
@@ -152,7 +152,7 @@ class Replay:
         return Tokens(*(int((part & counted).sum()) for part in parts))
 
     def calls(self, step: BoundStep) -> Iterator[StepCall]:
-        """How the model calls ``step``, pass by pass; all steps before it must be finished."""
+        """Calls of ``step`` by the model, pass by pass; all steps before it must be finished."""
         if step.kind == "head":
             yield from map(self._head_call, self._llm)
         elif step.modality is Modality.LLM:
@@ -171,7 +171,7 @@ class Replay:
                     del captured
 
     def graph_calls(self, step: BoundStep) -> Iterator[tuple[StepCall, Tensor | None]]:
-        """How the model calls a unit of its language model, as a function of the unit before it.
+        """Calls of a unit of the language model, as functions of the unit before it.
 
         All units must be finished and their outputs kept; gradients must be enabled. Units are
         asked for from the last one to the first: what follows one is forgotten.

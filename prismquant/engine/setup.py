@@ -20,7 +20,7 @@ from prismquant.plan.plan import Plan, PlanRow
 
 
 class Sink(Protocol):
-    """Where finished steps go."""
+    """Destination of finished units."""
 
     def write_step(
         self, step: BoundStep, layers: Sequence[QuantizedLayer], changed: Mapping[str, Tensor]

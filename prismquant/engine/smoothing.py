@@ -24,7 +24,7 @@ _RANGE_STEPS = 20
 
 
 def channel_of_column(edge: BoundEdge, in_features: int) -> Tensor:
-    """Which channel of an edge's upper end feeds each column of its readers, int64 ``[in]``."""
+    """Channel of the producer that feeds each column of the consumers, int64 ``[in]``."""
     columns = torch.arange(in_features)
     if edge.kind is not EdgeKind.VALUE:
         return columns % edge.size
@@ -41,7 +41,7 @@ def edge_problem(
     record: ChannelSizes,
     vision_weight: float,
 ) -> EdgeProblem:
-    """What an equalizer is given of an edge.
+    """The problem of one smooth edge, for an equalizer.
 
     Args:
         model: Its readers must be loaded.

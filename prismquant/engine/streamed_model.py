@@ -29,7 +29,7 @@ from prismquant.shards import ShardReader
 
 @dataclass(frozen=True)
 class ServedAs:
-    """How layers run while a model is walked through.
+    """Settings of layers while a model is walked through.
 
     Attributes:
         quantized_inputs: Inputs, outputs, keys and values of finished layers go through their
@@ -87,7 +87,7 @@ class StreamedModel:
         return self.model.get_submodule(name)
 
     def calls(self, step: BoundStep) -> Iterator[StepCall]:
-        """How the model calls a unit; all units before it must be finished."""
+        """Calls of a unit by the model; all units before it must be finished."""
         return self.replay.calls(step)
 
     def passes(self, step: BoundStep, *, paused: bool = False) -> Passes:

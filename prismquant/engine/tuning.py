@@ -41,7 +41,7 @@ class TunedBlock:
     vision_weight: float = 1.0
 
     def token_weights(self, call: int) -> Tensor | None:
-        """What each token of a call counts for."""
+        """Weight of each token of a call."""
         return self.calls[call].token_weights(self.vision_weight)
 
 
@@ -107,7 +107,7 @@ def _problem(
 
 
 def _targets(block: TunedBlock, tuner: Tuner) -> list[Tensor]:
-    """What the step should put out, call by call."""
+    """Targets of the unit's output, call by call."""
     if tuner.same_inputs and block.teacher is not None:
         return [_rows(block.teacher(*call.args, **call.kwargs)) for call in block.calls]
     return [_rows(output) for output in block.wanted]

@@ -1,4 +1,4 @@
-"""What is to be done to one unit of a walk, what holds for all of them, and what came of one."""
+"""The plan of one unit of a walk, settings for all units, and the result of one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _never() -> None:
 
 @dataclass(frozen=True)
 class UnitPlan:
-    """What a plan says of one unit.
+    """The part of a plan that is about one unit.
 
     Attributes:
         rows: Layers to quantize.
@@ -57,7 +57,7 @@ def unit_plans(plan: Plan, bound: BoundModel) -> dict[str, UnitPlan]:
 
 @dataclass(frozen=True)
 class Quantizing:
-    """What holds for all units of a run.
+    """Settings that hold for all units of a run.
 
     Attributes:
         plan: What is done.
@@ -75,7 +75,7 @@ class Quantizing:
     pulse: Callable[[], None] = _never
 
     def vision_weight(self, row: PlanRow) -> float:
-        """What a vision token counts for in a layer's statistics."""
+        """Weight of a vision token in a layer's statistics."""
         if row.config.vision_weight == "gradient":
             return self.vision_weights.get(row.site.name, 1.0)
         return row.config.vision_weight
@@ -83,7 +83,7 @@ class Quantizing:
 
 @dataclass
 class QuantizedUnit:
-    """What has become of a unit so far; filled as the work goes.
+    """Results of a unit so far; filled as the work goes.
 
     Attributes:
         layers: Its quantized layers.

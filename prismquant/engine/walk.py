@@ -41,7 +41,7 @@ from prismquant.shards import ShardReader
 
 @dataclass(frozen=True)
 class Visit:
-    """What a visitor wants of a walk.
+    """Wishes of a walk's visitor.
 
     Attributes:
         layers: Names of the layers that it looks at or replaces. Data flow no further than the last
@@ -242,7 +242,7 @@ class Unit:
         return self.main.model.get_parameter(name).detach()
 
     def calls(self) -> Iterator[StepCall]:
-        """How the quantized model calls it."""
+        """Calls of the unit by the quantized model."""
         return self.main.calls(self.step)
 
     def graph_calls(self) -> Iterator[tuple[StepCall, Tensor | None]]:
