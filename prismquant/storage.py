@@ -151,12 +151,12 @@ def write_json(path: Path, value: Any) -> None:
 def json_text(value: Any) -> str:
     """The text that :func:`write_json` writes."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    # What cannot be encoded is told in letters, which no reader takes for a broken character.
+    # What cannot be encoded is written in letters, which no reader takes for a broken character.
     return _HALVES.sub(lambda found: f"\\\\u{ord(found[0]):04x}", text)
 
 
 def utf8(text: str) -> bytes:
-    """A text in UTF-8. Halves of characters, as names of files may hold, are told in letters."""
+    """A text in UTF-8. Halves of characters, as names of files may hold, are written in letters."""
     return text.encode(errors="backslashreplace")
 
 

@@ -210,7 +210,7 @@ def _earlier_threads(out: str) -> int | None:
     try:
         return RunDirectory(Path(out)).load().threads[-1]
     except (PrismQuantError, IndexError):
-        return None  # what is wrong with the folder is told when the run looks at it
+        return None  # what is wrong with the folder is said when the run looks at it
 
 
 @app.command()
@@ -250,8 +250,8 @@ def export(
         print_remarks(console, result.remarks)
         print_findings(console, report)
         size = f"{result.bytes / 2**20:.1f} MiB"
-        told = f"written: {out} ({result.format}, {result.layers} quantized layers, {size})"
-        console.print(as_text(told), soft_wrap=True)
+        line = f"written: {out} ({result.format}, {result.layers} quantized layers, {size})"
+        console.print(as_text(line), soft_wrap=True)
     require_sound(report)
 
 
@@ -351,7 +351,7 @@ def _result_file(out: str, inputs: Sequence[str | None]) -> Path:
     from prismquant.outputs import require_result_file
 
     path = as_path(out, "out")
-    # An input that is no path may be the name of a data set; what is wrong with it is told later.
+    # An input that is no path may be the name of a data set; what is wrong with it is said later.
     read = [Path(name) for name in inputs if name and os.path.lexists(name)]
     require_result_file(path, inputs=read, keys=[field.name for field in fields(Fidelity)])
     return path

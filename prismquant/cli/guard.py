@@ -39,7 +39,7 @@ _SYSTEM = {
 
 
 def guarded(command: Callable[[], Any], *, debug: bool = False, resumable: bool = False) -> int:
-    """Run a command to its exit status; whatever it raises is told on one screen.
+    """Run a command to its exit status; whatever it raises is shown on one screen.
 
     Args:
         command: What to run; it may return a status.
@@ -79,9 +79,9 @@ def in_words(error: BaseException) -> PrismQuantError:
     """The words for an error: itself, where it was raised on purpose."""
     if isinstance(error, PrismQuantError):
         return error
-    told = memory_error(error)
-    if told is not None:
-        return told
+    memory = memory_error(error)
+    if memory is not None:
+        return memory
     if isinstance(error, OSError) and error.errno is not None:
         what, remedy = _SYSTEM.get(error.errno, (str(error.strerror), _DEBUG))
         return StorageError(what, where=str(error.filename or _place(error)), remedy=remedy)

@@ -27,7 +27,7 @@ SHARD_BYTES = 1 << 30
 _BLOCK = re.compile(r"(?P<before>.*?[.])(?P<number>\d+)(?P<after>[.].*)")
 
 Progress = Callable[[int, int, str], None]
-"""Is told ``(tensors done, tensors in all, name of the next)``."""
+"""Called with ``(tensors done, tensors in all, name of the next)``."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,8 @@ def _ranges(numbers: Sequence[int]) -> str:
             runs[-1].append(number)
         else:
             runs.append([number])
-    told = ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
-    return f"{{{told}}}" if len(numbers) > 1 else told
+    text = ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+    return f"{{{text}}}" if len(numbers) > 1 else text
 
 
 def write_checkpoint(
@@ -151,7 +151,7 @@ def write_checkpoint(
     Args:
         source: The checkpoint that is exported.
         out: The folder.
-        progress: Is told how far it is.
+        progress: Called as the work goes on.
         convert: The tensors of a layer in codes, or whose input is rotated, by the suffix of their
             names. Of other layers only the quantizers of inputs and outputs are left out.
         config: The whole content of ``config.json``, which is written last.

@@ -108,7 +108,7 @@ def export_checkpoint(
         out: The result's folder; must not exist or be empty.
         weights_only: Agree that quantized inputs, outputs and caches are dropped where the format
             cannot say them.
-        progress: Is told how far it is.
+        progress: Called as the work goes on.
 
     Raises:
         PrismQuantError: The checkpoint cannot be read, the folder is in use, or the format cannot
@@ -162,8 +162,8 @@ def _dropped(source: StoredCheckpoint, exporter: Exporter) -> list[str]:
     if exporter.drops_inputs == "never":
         return []
     count = len(source.simulated)
-    told = [f"the inputs or outputs of {count} layers are quantized no more"] if count else []
-    return told + ["the key-value cache is quantized no more"] * source.has_cache_scales
+    lines = [f"the inputs or outputs of {count} layers are quantized no more"] if count else []
+    return lines + ["the key-value cache is quantized no more"] * source.has_cache_scales
 
 
 def _require_static_scales(source: StoredCheckpoint) -> None:

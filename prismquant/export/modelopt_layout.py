@@ -163,7 +163,7 @@ def config_section(source: StoredCheckpoint, section: Mapping[str, Any]) -> dict
     for layer in source.quantized:
         groups.setdefault(str(algorithm(layer)), []).append(layer.called)
     most = Counter({algo: len(names) for algo, names in groups.items()}).most_common(1)[0][0]
-    told = {
+    config_groups = {
         f"group_{number}": _group_words(algo) | {"targets": sorted(names)}
         for number, (algo, names) in enumerate(groups.items())
     }
@@ -171,7 +171,7 @@ def config_section(source: StoredCheckpoint, section: Mapping[str, Any]) -> dict
         "quant_method": METHOD,
         "quant_algo": section["quant_algo"],
         "group_size": section.get("group_size", _group(most)),
-        "config_groups": told,
+        "config_groups": config_groups,
         "ignore": section["exclude_modules"],
         "producer": _producer(),
     }
@@ -188,7 +188,7 @@ def _refusal(source: StoredCheckpoint, layer: StoredLayer) -> Refusal | None:
         return Refusal(layer.name, why)
     if layer.outputs is not None:
         return Refusal(layer.name, "its output is quantized, which the format cannot say")
-    # Some inputs are told in our own section only, which an algorithm's name would pass over.
+    # Some inputs are declared in our own section only, which an algorithm's name would pass over.
     undeclared = layer.inputs is not None and (not layer.scheme or not layer.scheme.activations)
     if layer.scheme is None and not undeclared:
         return None

@@ -124,9 +124,10 @@ class BitLayout(ABC):
         missing = sorted(required - set(tensors))
         extra = sorted(set(tensors) - required - optional)
         if missing or extra:
-            told = [f"lacks {', '.join(missing)}"] * bool(missing)
-            told += [f"must not hold {', '.join(extra)}"] * bool(extra)
-            raise FormatError(f"a weight of {spec.describe()} in {self.name} {' and '.join(told)}")
+            faults = [f"lacks {', '.join(missing)}"] * bool(missing)
+            faults += [f"must not hold {', '.join(extra)}"] * bool(extra)
+            what = f"a weight of {spec.describe()} in {self.name}"
+            raise FormatError(f"{what} {' and '.join(faults)}")
 
 
 @functools.cache

@@ -299,8 +299,8 @@ def finite_fault(x: Tensor) -> str | None:
     if all(bool(end.isfinite()) for end in x.aminmax()):
         return None
     nan, infinite = int(x.isnan().sum()), int(x.isinf().sum())
-    told = [f"{nan} NaN"] * bool(nan) + [f"{infinite} infinite"] * bool(infinite)
-    return f"holds {' and '.join(told)} of {x.numel()} values"
+    found = [f"{nan} NaN"] * bool(nan) + [f"{infinite} infinite"] * bool(infinite)
+    return f"holds {' and '.join(found)} of {x.numel()} values"
 
 
 def scale_fault(scale: Tensor, *, signed: bool) -> str | None:

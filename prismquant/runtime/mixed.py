@@ -101,8 +101,8 @@ class Precision:
 
 def multiplies_bfloat16() -> bool:
     """True if this processor has instructions for products of bfloat16."""
-    told: Callable[[], Mapping[str, object]] = getattr(torch.cpu, "get_capabilities", dict)
-    return any(told().get(name) for name in _INSTRUCTIONS)
+    capabilities: Callable[[], Mapping[str, object]] = getattr(torch.cpu, "get_capabilities", dict)
+    return any(capabilities().get(name) for name in _INSTRUCTIONS)
 
 
 def _forward_in(dtype: torch.dtype, module: nn.Module, *args: Any, **kwargs: Any) -> Any:

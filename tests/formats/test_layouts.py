@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import compressed_tensors_library as library
 import pytest
@@ -15,6 +16,7 @@ from prismquant.errors import FormatError, NumericsError
 from prismquant.formats.bits import pack_patterns, unpack_patterns
 from prismquant.formats.packed import (
     LAYOUTS,
+    PackedWeight,
     check_declarable,
     check_layout,
     declared_kind,
@@ -127,7 +129,7 @@ def test_what_is_simulated_is_what_is_stored(
     assert same_bits(q.dequantize(dtype), want)
     for layout in layouts_for(number):
         tensors = pack(q, layout)
-        back = unpack(tensors, number, layout)
+        back = PackedWeight(tensors, number, layout, q.shape).unpack()
         assert same_bits(back.codes, q.codes)
         assert same_bits(back.scale, q.scale)
         assert same_bits(back.dequantize(dtype), want)
@@ -135,6 +137,18 @@ def test_what_is_simulated_is_what_is_stored(
         assert size == stored_bytes(w.shape, number, layout, scale_dtype)
         assert all(t.is_contiguous() for t in tensors.values())
         assert torch.float8_e8m0fnu not in {t.dtype for t in tensors.values()}
+
+
+def test_a_packed_weight_of_another_shape_or_format_is_refused() -> None:
+    q = quantized(edge_weight(0, 4), spec("int4-g128"))
+    tensors = pack(q, "pack-quantized")
+    packed = PackedWeight(tensors, q.spec, "pack-quantized", (4, COLUMNS + 128))
+    with pytest.raises(FormatError, match="weight_shape"):
+        packed.unpack()
+    with pytest.raises(FormatError, match="lacks weight and must not hold weight_packed"):
+        replace(packed, layout="int-quantized").unpack()
+    with pytest.raises(FormatError, match="no layout"):
+        replace(packed, layout="packed").unpack()
 
 
 @pytest.mark.parametrize("name", [*MICRO, "mxint8", "mxfp6-e3m2", "mxfp8-e5m2", "fp8-b128"])

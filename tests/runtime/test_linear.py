@@ -305,3 +305,21 @@ def test_what_is_around_a_layer_survives_what_comes_after() -> None:
     assert torch.equal(state["inner.0.input_rotation.signs"], signs)
     assert state["inner.0.input_quantizer.columns"].tolist() == [1]
     assert state["inner.0.output_quantizer.scale"].item() == 0.25
+
+
+def test_the_store_multiplies_and_the_layer_does_what_is_around_it() -> None:
+    class Negated:
+        """A store that holds the weight with the other sign."""
+
+        def __init__(self, weight: Tensor) -> None:
+            self.weight = -weight
+
+        def product(self, layer: nn.Linear, input: Tensor) -> Tensor:
+            return nn.functional.linear(input, -self.weight, layer.bias)
+
+    model = nn.Sequential(nn.Linear(8, 4))
+    quantize_inputs(model, "0", spec("int8-token"), None, None)
+    layer, x = model[0], torch.randn(3, 8)
+    wanted = model(x)
+    layer.store = Negated(layer.weight.detach())
+    assert torch.equal(model(x), wanted)

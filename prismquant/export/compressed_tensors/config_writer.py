@@ -38,8 +38,8 @@ _Key = tuple[NumberSpec | None, NumberSpec | None, NumberSpec | None, str]
 def quantization_config(plan: Plan, bound: BoundModel) -> dict[str, Any] | None:
     """The ``quantization_config`` of a plan; None where there is nothing to say.
 
-    A rotation at run time, or a quantized key-value cache, is told even where no layer is stored
-    quantized.
+    A rotation at run time, or a quantized key-value cache, is declared even where no layer is
+    stored quantized.
     """
     schemes: dict[_Key, list[str]] = {}
     for row in plan.quantized:

@@ -48,7 +48,7 @@ OURS: Mapping[str, str] = {
 }
 # Tensors by which a layer is seen to be stored in codes.
 _CODES = ("weight_packed", "weight_scale", "weight_global_scale", "qweight")
-_MOST_TOLD = 10
+_MOST_SHOWN = 10
 _AGAIN = "export the layer again"
 VLLM_EXTRA = "tensors.vllm-extra"
 """The rule about tensors that harm no reader but vLLM, which stops at what it does not know."""
@@ -227,14 +227,14 @@ def require_tensors(folder: Path, faults: Sequence[Fault]) -> None:
     """
     if not faults:
         return
-    told = grouped(f"{fault.where}: {fault.what}" for fault in faults)
-    lines = [f"  - {one}" for one in told[:_MOST_TOLD]]
-    lines += [f"  - and {len(told) - _MOST_TOLD} more"] * (len(told) > _MOST_TOLD)
+    findings = grouped(f"{fault.where}: {fault.what}" for fault in faults)
+    lines = [f"  - {one}" for one in findings[:_MOST_SHOWN]]
+    lines += [f"  - and {len(findings) - _MOST_SHOWN} more"] * (len(findings) > _MOST_SHOWN)
     raise FormatError(
         "\n".join(["tensors are not what the configuration says:", *lines]),
         where=str(folder),
         remedy=faults[0].remedy,
-        findings=told,
+        findings=findings,
     )
 
 

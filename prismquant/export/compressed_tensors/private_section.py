@@ -17,7 +17,7 @@ from prismquant.export.compressed_tensors.section import PRIVATE_KEY
 from prismquant.formats.spec import NumberSpec
 
 INPUT, OUTPUT = "input", "output"
-_MOST_TOLD = 5
+_MOST_SHOWN = 5
 
 
 def read_private(
@@ -45,11 +45,11 @@ def read_private(
         except FormatError as error:
             faults.append(f"{name}: {error.what}")
     if faults:
-        told = faults[:_MOST_TOLD] + [f"and {len(faults) - _MOST_TOLD} more"] * (
-            len(faults) > _MOST_TOLD
+        shown = faults[:_MOST_SHOWN] + [f"and {len(faults) - _MOST_SHOWN} more"] * (
+            len(faults) > _MOST_SHOWN
         )
         raise FormatError(
-            f"our own section of config.json cannot be read: {'; '.join(told)}",
+            f"our own section of config.json cannot be read: {'; '.join(shown)}",
             where=PRIVATE_KEY,
             remedy="restore the file from the finished run, or delete the section: inputs and "
             "outputs that it is about are then in floating point",

@@ -58,7 +58,7 @@ _MOST_SECONDS = 3.0
 # What a target is, the most exact first.
 NAME, PATTERN, CLASS = 1, 2, 3
 
-_MOST_TOLD = 10
+_MOST_SHOWN = 10
 
 
 # ----------------------------------------------------------------------------------------- targets
@@ -287,15 +287,15 @@ class Section:
             )
         if not self.faults:
             return
-        told = grouped(dict.fromkeys(f"{fault.where}: {fault.what}" for fault in self.faults))
-        lines = [f"  - {one}" for one in told[:_MOST_TOLD]]
-        lines += [f"  - and {len(told) - _MOST_TOLD} more"] * (len(told) > _MOST_TOLD)
+        findings = grouped(dict.fromkeys(f"{fault.where}: {fault.what}" for fault in self.faults))
+        lines = [f"  - {one}" for one in findings[:_MOST_SHOWN]]
+        lines += [f"  - and {len(findings) - _MOST_SHOWN} more"] * (len(findings) > _MOST_SHOWN)
         remedies = {fault.remedy for fault in self.faults}
         raise FormatError(
             "\n".join([f"{CONFIG_KEY} cannot be read:", *lines]),
             where="config.json",
             remedy=remedies.pop() if len(remedies) == 1 else "correct them, or restore the file",
-            findings=told,
+            findings=findings,
         )
 
 

@@ -122,8 +122,8 @@ class GGUF:
         names = {tensor.name: title for tensor, title in library.MODEL_ARCH_NAMES.items()}
         writer = library.GGUFWriter(None, names[own_names.architecture])
         common = _common_type(text)
-        told = _FILE_TYPES.get(common, f"MOSTLY_{common}")
-        file_type = int(getattr(library.LlamaFileType, told))
+        name = _FILE_TYPES.get(common, f"MOSTLY_{common}")
+        file_type = int(getattr(library.LlamaFileType, name))
         size = config.text_config.vocab_size
         metadata.write_text(writer, config, name, file_type)
         vocabulary = read_vocabulary(source.folder, size, config.text_config)
