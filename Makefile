@@ -13,12 +13,13 @@ PYTEST := python -m pytest -q -m "not slow" -n auto --maxprocesses 4
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help venv demo test test-slow test-newest test-oldest newest lock lint bench clean
+.PHONY: help venv demo test test-slow test-gpu test-newest test-oldest newest lock lint bench clean
 
 help:
 	@echo "make demo       quantize the embedded model: float, RTN and GPTQ side by side"
 	@echo "make test       lint, types, import contract and the default tests"
 	@echo "make test-slow  the tests that take minutes, then make test-oldest"
+	@echo "make test-gpu   the tests that need a CUDA device"
 	@echo "make test-newest, make test-oldest   the default tests on the newest and oldest versions allowed"
 	@echo "make lock       take the newest versions over into constraints.txt"
 	@echo "make bench      the tables of the README"
@@ -50,6 +51,10 @@ test: venv lint
 test-slow: venv
 	$(BIN)/python -m pytest -q -m slow
 	$(MAKE) test-oldest
+
+# Fails where there is no device: a check that ran nothing has shown nothing.
+test-gpu: venv
+	$(BIN)/python -m pytest -q -m gpu
 
 # What was released since counts as well: brought up to date each time.
 newest:

@@ -23,6 +23,24 @@ settings.register_profile(
 settings.load_profile("patient")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a device where there is none."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail where tests for a GPU were asked for and none of them ran."""
+    asked = "gpu" in session.config.option.markexpr.replace("not gpu", "")
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if not asked or reporter is None or hasattr(session.config, "workerinput"):
+        return
+    ran = [*reporter.getreports("passed"), *reporter.getreports("failed")]
+    if not any("gpu" in report.keywords for report in ran):
+        reporter.write_line("no test for a GPU ran: there is no CUDA device", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """``tiny(family, **options)``: folder of a small checkpoint; equal arguments share one folder.

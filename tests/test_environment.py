@@ -77,7 +77,7 @@ def test_no_test_has_a_deadline() -> None:
     """One profile for all; and who waits for another process waits long enough."""
     assert settings().deadline is None
     assert HealthCheck.too_slow in settings().suppress_health_check
-    for path in sorted((ROOT / "tests").glob("*.py")):
+    for path in sorted((ROOT / "tests").rglob("*.py")):
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"\bdeadline=(?!None)", text), path.name
         waits = [float(seconds) for seconds in re.findall(r"\btimeout=([\d.]+)", text)]

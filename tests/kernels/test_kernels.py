@@ -43,6 +43,8 @@ runs_triton = pytest.mark.skipif(
     not INSTALLED or (DEVICE == "cpu" and not INTERPRETED),
     reason="needs the package triton, and a GPU or TRITON_INTERPRET=1",
 )
+# Interpreted, the same tests run anywhere.
+ON_GPU = () if INTERPRETED else (pytest.mark.gpu,)
 runs_numba = pytest.mark.skipif(
     importlib.util.find_spec("numba") is None, reason="the package numba is not installed"
 )
@@ -50,13 +52,13 @@ with_each_kernel = pytest.mark.parametrize(
     "kernel",
     [
         "torch",
-        pytest.param("triton", marks=runs_triton),
+        pytest.param("triton", marks=(runs_triton, *ON_GPU)),
         pytest.param("numba", marks=runs_numba),
     ],
 )
 with_each_compiled_kernel = pytest.mark.parametrize(
     "kernel",
-    [pytest.param("triton", marks=runs_triton), pytest.param("numba", marks=runs_numba)],
+    [pytest.param("triton", marks=(runs_triton, *ON_GPU)), pytest.param("numba", marks=runs_numba)],
 )
 GRIDS = [IntGrid(bits) for bits in range(2, 9)] + [IntGrid(4, narrow=True)]
 GRIDS += [FloatGrid(kind) for kind in FLOAT_KINDS]
