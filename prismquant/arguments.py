@@ -65,7 +65,7 @@ def as_path(value: Any, name: str) -> Path:
 
 
 def as_source(value: Any, name: str) -> str | Path:
-    """Where data come from: a file, or the name of a data set.
+    """A source of data: a file, or the name of a data set.
 
     Raises:
         ArgumentError: It is neither.

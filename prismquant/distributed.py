@@ -37,7 +37,7 @@ class Ranks(Protocol):
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """Number of ranks."""
 
     @property
     def device(self) -> str:
@@ -47,10 +47,10 @@ class Ranks(Protocol):
         """Replace ``x`` by its sum over all ranks; equal shapes, and an equal result, on all."""
 
     def gather(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-        """What each rank gives, in their order, on the CPU; names and shapes may differ."""
+        """Tensors of each rank, in their order, on the CPU; names and shapes may differ."""
 
     def gather_json(self, value: Any) -> list[Any]:
-        """What each rank gives, in their order; anything that JSON holds."""
+        """Values of each rank, in their order; anything that JSON holds."""
 
 
 @dataclass(frozen=True)

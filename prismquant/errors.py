@@ -66,7 +66,7 @@ class ArgumentError(PrismQuantError):
 
 
 class RecipeError(PrismQuantError):
-    """What the user asked for is malformed or impossible."""
+    """Something that the user asked for is malformed or impossible."""
 
 
 class PlanError(PrismQuantError):
@@ -164,7 +164,7 @@ def grouped(findings: Iterable[str]) -> list[str]:
 
 
 def _which(members: Iterable[str]) -> str:
-    """How many layers a folded line is about, and which where one number tells."""
+    """The layers that a folded line is about: how many, and which where one number tells."""
     found = [[int(number) for number in _INDEX.findall(member)] for member in members]
     if any(len(set(numbers)) != 1 for numbers in found):
         return f"{len(found)} of them"

@@ -1,4 +1,4 @@
-"""What a safetensors file says of its tensors, read as strictly as its own library reads it.
+"""Headers of safetensors files, read as strictly as the library of that format reads them.
 
 A header that two readers understand differently is how a checkpoint shows one model to a person and
 another to a program. So nothing is guessed: the tensors' bytes follow one another without gap or
@@ -64,7 +64,7 @@ _MAX_COUNT = 2**63 - 1
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a safetensors header says of one tensor.
+    """One tensor, as a safetensors header describes it.
 
     Attributes:
         dtype: Element type on disk.
@@ -184,7 +184,7 @@ def _header_text(path: Path) -> tuple[bytes, int]:
 
 
 def _entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
-    """What one entry of a header says, checked by itself."""
+    """The content of one entry of a header, checked by itself."""
     if not isinstance(entry, dict) or entry.keys() != _ENTRY:
         raise _invalid(
             path, f"tensor {name!r} has {reprlib.repr(entry)}, not dtype, shape and data_offsets"
@@ -213,7 +213,7 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, tuple[int, in
 
 
 def _counts(value: Any) -> bool:
-    """Whether a value is a list of whole numbers from zero up."""
+    """True if a value is a list of whole numbers from zero up."""
     return isinstance(value, list) and all(
         type(item) is int and 0 <= item <= _MAX_COUNT for item in value
     )

@@ -1,4 +1,4 @@
-"""How much memory the process takes, keeping it to what is alive, and saying that it ran out."""
+"""Memory of the process: how much it takes, keeping it to what is alive, saying that it ran out."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def give_back_freed() -> None:
 
 
 def memory_error(error: BaseException, *flags: str, where: str | None = None) -> OutOfMemory | None:
-    """What to tell a user of an error that means that memory ran out; None if it means another.
+    """The error for a user where another one means that memory ran out; None if it means more.
 
     Args:
         error: Whatever was raised: by Python, NumPy, torch on a CPU, or a device.

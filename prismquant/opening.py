@@ -1,4 +1,4 @@
-"""What may be opened, and how much of it is taken.
+"""Files that may be opened, and how much of them is taken.
 
 A checkpoint, a recipe and a data file come from strangers. Every file that they are, or that they
 name, is opened here: only regular files, as a named pipe or a device waits for ever or does
@@ -98,7 +98,7 @@ def read_json(path: Path, most: int = MAX_JSON_BYTES) -> Any:
 
 
 def unreadable(error: OSError, path: Path) -> StorageError:
-    """What to tell a user of a failure to open or read ``path``."""
+    """The error for a user of a failure to open or read ``path``."""
     if isinstance(error, FileNotFoundError):
         return StorageError(f"{path.name} is missing", where=str(path))
     return StorageError(

@@ -1,4 +1,4 @@
-"""What may lie where a result is to be written.
+"""Files that may lie where a result is to be written.
 
 A folder is empty, or an earlier run has left it: then all that belongs to that run is in regular
 files. A single file does not exist, or an earlier run of the same command wrote it. A link would

@@ -35,7 +35,7 @@ class Pattern:
     expression: str
 
     def match(self, text: str) -> bool:
-        """Whether the expression matches at the beginning of ``text``.
+        """True if the expression matches at the beginning of ``text``.
 
         Raises:
             PrismQuantError: It takes too long.
@@ -43,7 +43,7 @@ class Pattern:
         return self._tried(_compiled(self.expression).match, text)
 
     def fullmatch(self, text: str) -> bool:
-        """Whether the expression matches the whole of ``text``.
+        """True if the expression matches the whole of ``text``.
 
         Raises:
             PrismQuantError: It takes too long.

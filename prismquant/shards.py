@@ -166,7 +166,7 @@ def weight_bytes(folder: Path) -> int:
 
 
 def read_index(folder: Path) -> dict[str, str] | None:
-    """Where a checkpoint's index places each tensor: name -> file name; None without an index.
+    """The index of a checkpoint: tensor name -> file name; None without one.
 
     Raises:
         StorageError: It cannot be read, names nothing, or names something that is no
@@ -196,7 +196,7 @@ def read_index(folder: Path) -> dict[str, str] | None:
 
 
 def _is_shard_name(name: Any) -> bool:
-    """Whether a name is that of a shard, and no path to somewhere else."""
+    """True if a name is that of a shard, and no path to somewhere else."""
     plain = isinstance(name, str) and not any(sign in name for sign in "/\\:\0")
     return plain and name.endswith(".safetensors")
 

@@ -114,7 +114,7 @@ def remove_temporaries(folder: Path) -> None:
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether this is a file that :func:`atomic_path` has made: by its whole name, and no link."""
+    """True if this is a file that :func:`atomic_path` has made: by its whole name, and no link."""
     if not _TEMPORARY.fullmatch(path.name):
         return False
     with contextlib.suppress(OSError):
@@ -189,7 +189,7 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def storage_error(error: OSError, path: Path) -> StorageError:
-    """What to tell a user of a failure to write ``path``."""
+    """The error for a user of a failure to write ``path``."""
     number, reason = error.errno, error.strerror or error
     if number in (errno.ENOSPC, errno.EDQUOT):
         what = f"the disk is full: {path.name} was not written"

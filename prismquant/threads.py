@@ -1,4 +1,4 @@
-"""How many threads to compute with: measured, not assumed.
+"""The number of threads to compute with: measured, not assumed.
 
 By default torch takes as many threads as there are cores. Where cores are shared, with other
 processes or as halves of one physical core, its threads wait for one another more than they work,
@@ -138,7 +138,7 @@ class Pace:
 
 
 def _seconds(threads: int) -> float:
-    """Of both pieces of work on so many threads; torch is left as it was."""
+    """Seconds of both pieces of work on so many threads; torch is left as it was."""
     import torch
 
     before = torch.get_num_threads()

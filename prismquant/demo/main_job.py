@@ -29,7 +29,7 @@ EVALUATION_SAMPLES = 600
 
 @dataclass(frozen=True)
 class DemoReport:
-    """What the demonstration measured.
+    """The measures of the demonstration.
 
     Attributes:
         title: What the rows have in common.

@@ -1,1 +1,1 @@
-"""What a model answers, and how far it strays from a reference."""
+"""Answers of a model, and how far it strays from a reference."""

@@ -1,4 +1,4 @@
-"""How well a model answers, and how far it has moved from a reference.
+"""Fidelity: how well a model answers, and how far it has moved from a reference.
 
 One teacher-forced pass over a sample gives every number: the model reads question and right
 answer, and its distribution before each token is looked at.
@@ -64,7 +64,7 @@ class Deviation:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was measured on one sample.
+    """The measures of one sample.
 
     Attributes:
         id: The sample.
@@ -447,7 +447,7 @@ def _outcome(
 
 
 def _generated_matches(model: nn.Module, batch: Batch, processor: Any) -> list[bool | None]:
-    """Whether the decoded text of each row is its answer; None for rows without one."""
+    """True if the decoded text of each row is its answer; None for rows without one."""
     answers = [batch.inputs["input_ids"][row][mask] for row, mask in enumerate(batch.answer_mask)]
     if not any(len(answer) for answer in answers):
         return [None] * len(answers)

@@ -1,4 +1,4 @@
-"""Whether two models speak of the same tokens, so that their distributions can be compared."""
+"""A check that two models speak of the same tokens, so that their distributions compare."""
 
 from __future__ import annotations
 
