@@ -50,7 +50,8 @@ from prismquant.engine.placement import Store, placements
 from prismquant.engine.run import run
 from prismquant.engine.setup import Reporter, RunSetup, Silent
 from prismquant.errors import DataError, PlanError, StorageError
-from prismquant.evaluate.fidelity import Fidelity, evaluate_model
+from prismquant.evaluate.fidelity import evaluate_model
+from prismquant.evaluate.figures import Fidelity
 from prismquant.evaluate.shared_vocabulary import require_same_vocabulary
 from prismquant.export.companions import files_to_copy, links_outside, links_remark
 from prismquant.export.compressed_tensors.writer import CheckpointWriter

@@ -347,7 +347,7 @@ def _result_file(out: str, inputs: Sequence[str | None]) -> Path:
         ArgumentError: No file is called so.
         StorageError: Something lies there that is not to be replaced, or it cannot be written.
     """
-    from prismquant.evaluate.fidelity import Fidelity
+    from prismquant.evaluate.figures import Fidelity
     from prismquant.outputs import require_result_file
 
     path = as_path(out, "out")

@@ -19,15 +19,8 @@ from torch import Tensor, nn
 from prismquant.data import read_samples
 from prismquant.data.batches import Batch, make_batches
 from prismquant.errors import DataError, ModelError, NumericsError
-from prismquant.evaluate.fidelity import (
-    Deviation,
-    Fidelity,
-    Outcome,
-    evaluate_model,
-    normalize_answer,
-    prompt_inputs,
-    summarize,
-)
+from prismquant.evaluate.fidelity import evaluate_model, normalize_answer, prompt_inputs
+from prismquant.evaluate.figures import Deviation, Fidelity, Outcome, summarize
 from prismquant.models.float_model import load_float
 from prismquant.models.processor import load_processor
 

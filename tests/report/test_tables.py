@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from prismquant.evaluate.fidelity import Deviation, Fidelity, Outcome, summarize
+from prismquant.evaluate.figures import Deviation, Fidelity, Outcome, summarize
 from prismquant.report.tables import (
     Variant,
     as_text,
