@@ -129,7 +129,7 @@ def solve_ours(case: Case, solver: GPTQ, products: torch.dtype, repeats: int) ->
 
     took = timed(repeats, work)
     loss = case.loss([w.dequantize() for w in results[0].weights])
-    return {**took, "loss": loss, "kernel": results[0].notes["kernel"]}
+    return {**took, "loss": loss, "kernel": results[0].diagnostics.kernel}
 
 
 def warm_up() -> float:

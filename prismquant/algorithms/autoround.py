@@ -14,7 +14,7 @@ and where those lie further than half a step from the weight, the offset's bound
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from prismquant.algorithms.block_tuner import (
     refine,
     schedule_bounds,
 )
-from prismquant.algorithms.problem import Note
+from prismquant.diagnostics.tuning_diagnostics import TuningDiagnostics
 from prismquant.errors import check_bounds
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class AutoRound:
         RecipeError: A value is out of bounds.
     """
 
-    name: ClassVar[str] = "autoround"
+    name: ClassVar[Literal["autoround"]] = "autoround"
     same_inputs: ClassVar[bool] = False
 
     iterations: int = 200
@@ -97,9 +97,7 @@ class AutoRound:
             problem: The block.
 
         Returns:
-            Codes and scales, never worse than the start over all calls. Notes: ``iterations``
-            done (fewer when the output stops being finite), ``batch``, ``learning_rate``, and those
-            of :func:`prismquant.algorithms.block_tuner.conclude`.
+            Codes and scales, never worse than the start over all calls. With diagnostics.
 
         Raises:
             NumericsError: The start's loss is not finite.
@@ -111,9 +109,9 @@ class AutoRound:
         descent = _SignedDescent(latents, self.momentum, range_rate if self.learn_range else 0.0)
         schedule = Schedule(self.iterations, self.batch, self.seed)
         settle = replace(schedule, iterations=self.settle if self.learn_range else 0)
-        notes: dict[str, Note] = {"learning_rate": rate}
+        known = TuningDiagnostics(self.name, rate)
         return refine(
-            problem, latents, schedule, settle, lambda left: descent.step(rate, left), notes
+            problem, latents, schedule, settle, lambda left: descent.step(rate, left), known
         )
 
 

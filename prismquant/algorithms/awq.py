@@ -27,6 +27,7 @@ from prismquant.algorithms.equalizer import (
     hopeless,
     settle,
 )
+from prismquant.diagnostics.edge_diagnostics import AWQChoice
 from prismquant.errors import check_bounds
 from prismquant.numerics.affine import to_groups
 from prismquant.numerics.kinds import Granularity
@@ -34,7 +35,6 @@ from prismquant.numerics.kinds import Granularity
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from prismquant.algorithms.problem import Note
 
 # Weights looked at in one pass: bounds the temporary memory.
 _PIECE = 1 << 24
@@ -82,9 +82,8 @@ class AWQ:
             problem: The edge.
 
         Returns:
-            The scale, or ``None`` unless it lowers the error of the outputs; and notes:
-            ``exponent``, ``weight_term`` (0 or 1), ``tried``, the errors before and after, the
-            smallest and the largest scale.
+            The scale, or ``None`` unless it lowers the error of the outputs; and an
+            :class:`AWQChoice` among its diagnostics.
 
         Raises:
             NumericsError: Scaled weights or inputs leave float32.
@@ -97,7 +96,7 @@ class AWQ:
         weights = problem.channel_mean(_mean_weights(problem).to(inputs.device))
         live = (inputs > 0) & (weights > 0)
 
-        def candidates() -> Iterator[tuple[dict[str, Note], Tensor]]:
+        def candidates() -> Iterator[tuple[AWQChoice, Tensor]]:
             for weight_term in range(1 + self.duo):
                 # The two forms meet at exponent 1, and exponent 0 of the plain one is no scaling.
                 for step in range(1, self.grid + 1 - weight_term):
@@ -106,7 +105,7 @@ class AWQ:
                     if weight_term:
                         logs = logs - (1 - exponent) * weights.log2()
                     scale = settle(logs, live, self.max_scale, self.power_of_two)
-                    yield {"exponent": exponent, "weight_term": weight_term}, scale
+                    yield AWQChoice(exponent, bool(weight_term)), scale
 
         return best_scale(problem, candidates(), self.rows)
 

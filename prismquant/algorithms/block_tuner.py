@@ -25,13 +25,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from prismquant.algorithms.problem import Note
+from prismquant.diagnostics.tuning_diagnostics import TuningDiagnostics
 from prismquant.errors import FormatError, NumericsError, PrismQuantError
 from prismquant.formats.quantized_layer import QuantizedTensor
 from prismquant.numerics.affine import check_finite, from_groups, quantize, simulate, to_groups
@@ -159,13 +159,13 @@ class BlockResult:
         weights: One for each layer of the problem, in its order.
         loss: The module's loss of these weights over all calls.
         start_loss: That of the start.
-        notes: Facts for the record.
+        diagnostics: What the record keeps of it.
     """
 
     weights: tuple[QuantizedTensor, ...]
     loss: float
     start_loss: float
-    notes: Mapping[str, Note] = field(default_factory=dict)
+    diagnostics: TuningDiagnostics
 
 
 class Tuner(Protocol):
@@ -460,7 +460,7 @@ def refine(
     schedule: Schedule,
     settle: Schedule,
     step: Callable[[float], None],
-    notes: Mapping[str, Note],
+    diagnostics: TuningDiagnostics,
 ) -> BlockResult:
     """What every tuner does around its own step: measure the start, descend, keep the best.
 
@@ -470,10 +470,10 @@ def refine(
         schedule: Of the descent.
         settle: Of the phase after it, see :func:`conclude`.
         step: As for :func:`descend`.
-        notes: The tuner's facts.
+        diagnostics: Those that the tuner knows itself.
 
     Returns:
-        The best weights. Notes gain ``iterations`` done, ``batch``, and those of :func:`conclude`.
+        The best weights, and all diagnostics.
 
     Raises:
         NumericsError: The start's loss is not finite.
@@ -481,9 +481,10 @@ def refine(
     """
     start_loss = starting_loss(problem)
     done = descend(problem, latents, schedule, start_loss, step) if start_loss > 0 else 0
-    facts = {"iterations": done, "batch": min(schedule.batch, problem.calls), **notes}
+    batch = min(schedule.batch, problem.calls)
     tuned = [latent.quantized() for latent in latents]
-    return conclude(problem, start_loss, tuned, settle, facts)
+    known = replace(diagnostics, iterations=done, batch=batch)
+    return conclude(problem, start_loss, tuned, settle, known)
 
 
 def descend(
@@ -520,7 +521,7 @@ def conclude(
     start_loss: float,
     tuned: Sequence[QuantizedTensor],
     settle: Schedule,
-    notes: Mapping[str, Note],
+    diagnostics: TuningDiagnostics,
 ) -> BlockResult:
     """Keep the better of start and tuned weights over all calls, then let their scales settle.
 
@@ -529,29 +530,35 @@ def conclude(
         start_loss: The start's loss.
         tuned: What the first phase found, one for each layer.
         settle: Of the second phase; no iterations leave it out.
-        notes: The tuner's facts.
+        diagnostics: What is known of the first phase.
 
     Returns:
-        The best weights. Notes gain the losses ``tuned_loss`` and ``settled_loss`` (over all calls,
-        whether kept or not), ``kept_start_codes`` (0 or 1), and the fractions ``changed_codes`` and
-        ``changed_scales``.
+        The best weights, and all diagnostics.
     """
     start = tuple(layer.start for layer in problem.layers)
     tuned_loss = block_loss(problem, tuned)
     # Written so that a loss that is not a number loses.
     kept = not tuned_loss < start_loss
     weights, loss = (start, start_loss) if kept else (tuple(tuned), tuned_loss)
-    facts: dict[str, Note] = {**notes, "tuned_loss": tuned_loss, "kept_start_codes": int(kept)}
+    settled_loss = None
     if settle.iterations and loss > 0:
         settled = _settle(problem, weights, settle, loss)
-        settled_loss = facts["settled_loss"] = block_loss(problem, settled)
+        settled_loss = block_loss(problem, settled)
         if settled_loss < loss:
             weights, loss = settled, settled_loss
     pairs = list(zip(start, weights, strict=True))
-    facts["changed_codes"] = _changed([(a.codes, b.codes) for a, b in pairs])
     scales = [(a.scale.to(torch.float32), b.scale.to(torch.float32)) for a, b in pairs]
-    facts["changed_scales"] = _changed(scales)
-    return BlockResult(weights, loss, start_loss, facts)
+    told = replace(
+        diagnostics,
+        loss_before=start_loss,
+        loss=loss,
+        tuned_loss=tuned_loss,
+        kept_start_codes=kept,
+        settled_loss=settled_loss,
+        changed_codes=_changed([(a.codes, b.codes) for a, b in pairs]),
+        changed_scales=_changed(scales),
+    )
+    return BlockResult(weights, loss, start_loss, told)
 
 
 def _settle(

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from prismquant.diagnostics.solver_diagnostics import CorrectionDiagnostics
 from prismquant.errors import NumericsError, check_bounds
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Correction:
 
 def correct(
     drift: Drift, weights: Sequence[Tensor], how: Correction
-) -> tuple[tuple[Tensor, ...], dict[str, float | int | str]]:
+) -> tuple[tuple[Tensor, ...], CorrectionDiagnostics]:
     """Correct the weights of all layers that read this input.
 
     Args:
@@ -77,8 +78,7 @@ def correct(
         how: Strength and damping.
 
     Returns:
-        Corrected weights, and notes: ``correction`` (the mean strength) and
-        ``correction_damping``.
+        Corrected weights, and how far they were corrected.
 
     Raises:
         NumericsError: No token was counted, the damped moments cannot be factorized, or what
@@ -113,7 +113,7 @@ def correct(
             remedy="leave out `correction` for this layer, or raise its damping",
         )
     mean = sum(strengths) / len(strengths)
-    return corrected, {"correction": mean, "correction_damping": damping}
+    return corrected, CorrectionDiagnostics(mean, damping)
 
 
 def _choose(

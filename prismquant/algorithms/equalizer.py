@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from prismquant.algorithms.problem import scale_format
+from prismquant.diagnostics.edge_diagnostics import EdgeDiagnostics
 from prismquant.errors import FormatError, NumericsError, PrismQuantError
 from prismquant.kernels.range_search import weight_scales
 from prismquant.numerics.affine import (
@@ -37,11 +38,15 @@ from prismquant.numerics.scales import ScaleFormat, global_scale
 from prismquant.statistics.input_range import InputRange
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator
 
-    from prismquant.algorithms.problem import Note
+    from prismquant.diagnostics.edge_diagnostics import Choice
     from prismquant.formats.spec import NumberSpec
     from prismquant.statistics.channel_sizes import ChannelSizes
+
+_NO_GAIN = "no scale lowers the error of the outputs"
+_NO_TOKEN = "no calibration token has reached this edge"
+_FLOAT_READERS = "nothing that reads this edge is quantized"
 
 # Numbers in a piece of a weight, or of the outputs of its rows: bounds the temporary memory.
 _PIECE = 1 << 24
@@ -186,13 +191,11 @@ class EdgeResult:
     Attributes:
         scale: float32 ``[size]``, positive: the upper end is divided by it, the readers' columns
             are multiplied. ``None``: the edge stays as it is.
-        notes: Facts for the record. ``skipped`` says why there is no scale; ``error_before`` and
-            ``error_after`` are the :func:`output_error` without and with the scale, the latter
-            also of one that was refused.
+        diagnostics: What the record keeps of it; errors are those of :func:`output_error`.
     """
 
     scale: Tensor | None
-    notes: Mapping[str, Note] = field(default_factory=dict)
+    diagnostics: EdgeDiagnostics
 
 
 class Equalizer(Protocol):
@@ -429,15 +432,15 @@ def settle(logs: Tensor, live: Tensor, max_scale: float, power_of_two: bool) -> 
 
 def best_scale(
     problem: EdgeProblem,
-    candidates: Iterable[tuple[Mapping[str, Note], Tensor]],
+    candidates: Iterable[tuple[Choice, Tensor]],
     rows: int,
 ) -> EdgeResult:
     """Try scales on some rows, judge the best on all, and keep it only if it lowers the error.
 
     Args:
         problem: The edge.
-        candidates: Scales ``[size]``, each with what the notes should say about it. Those that are
-            1 everywhere are passed over: no scaling is always a candidate.
+        candidates: Scales ``[size]``, each with how it was chosen. Those that are 1 everywhere are
+            passed over: no scaling is always a candidate.
         rows: Rows of each reader that are looked at in the search.
 
     Returns:
@@ -448,22 +451,22 @@ def best_scale(
     """
     trials = Trials(problem, rows)
     least = before = trials.error(None)
-    best: tuple[Mapping[str, Note], Tensor] | None = None
+    best: tuple[Choice, Tensor] | None = None
     tried = 0
-    for notes, scale in candidates:
+    for choice, scale in candidates:
         if bool((scale == 1).all()):
             continue
         tried += 1
         error = trials.error(scale)
         if error < least:
-            least, best = error, (notes, scale)
+            least, best = error, (choice, scale)
     if best is None:
-        facts: dict[str, Note] = {"tried": tried, "error_before": before}
-        return EdgeResult(None, facts | {"skipped": "no scale lowers the error of the outputs"})
+        return EdgeResult(None, EdgeDiagnostics(skipped=_NO_GAIN, tried=tried, error_before=before))
     return judge(
         problem,
         best[1],
-        {**best[0], "tried": tried},
+        best[0],
+        tried=tried,
         must_gain=True,
         known=(before, least) if trials.complete else None,
     )
@@ -472,8 +475,9 @@ def best_scale(
 def judge(
     problem: EdgeProblem,
     scale: Tensor,
-    notes: Mapping[str, Note],
+    choice: Choice,
     *,
+    tried: int = 0,
     must_gain: bool,
     known: tuple[float, float] | None = None,
 ) -> EdgeResult:
@@ -482,7 +486,8 @@ def judge(
     Args:
         problem: The edge.
         scale: ``[size]``. One that is 1 everywhere is an exact no-op, and none.
-        notes: What to say about it.
+        choice: How it was chosen.
+        tried: Scales that a search has looked at.
         must_gain: Refuse it unless it lowers the error.
         known: The errors without and with it, where they have been measured already.
 
@@ -493,18 +498,20 @@ def judge(
         NumericsError: Scaled weights or inputs leave float32.
     """
     if bool((scale == 1).all()):
-        return EdgeResult(None, {**notes, "skipped": "all scales are one"})
+        diagnostics = EdgeDiagnostics(choice, skipped="all scales are one", tried=tried)
+        return EdgeResult(None, diagnostics)
     before, after = known or (output_error(problem, None), output_error(problem, scale))
-    facts: dict[str, Note] = {
-        **notes,
-        "error_before": before,
-        "error_after": after,
-        "smallest_scale": float(scale.min()),
-        "largest_scale": float(scale.max()),
-    }
-    if must_gain and not after < before:
-        return EdgeResult(None, facts | {"skipped": "no scale lowers the error of the outputs"})
-    return EdgeResult(scale, facts)
+    refused = must_gain and not after < before
+    diagnostics = EdgeDiagnostics(
+        choice=choice,
+        skipped=_NO_GAIN if refused else "",
+        tried=tried,
+        error_before=before,
+        error_after=after,
+        smallest_scale=float(scale.min()),
+        largest_scale=float(scale.max()),
+    )
+    return EdgeResult(None if refused else scale, diagnostics)
 
 
 def hopeless(problem: EdgeProblem) -> EdgeResult | None:
@@ -517,7 +524,7 @@ def hopeless(problem: EdgeProblem) -> EdgeResult | None:
         A result without a scale where nothing is quantized or no token was seen.
     """
     if not problem.quantized:
-        return EdgeResult(None, {"skipped": "nothing that reads this edge is quantized"})
+        return EdgeResult(None, EdgeDiagnostics(skipped=_FLOAT_READERS))
     if not len(problem.record.inputs):
-        return EdgeResult(None, {"skipped": "no calibration token has reached this edge"})
+        return EdgeResult(None, EdgeDiagnostics(skipped=_NO_TOKEN))
     return None

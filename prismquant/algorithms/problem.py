@@ -13,7 +13,7 @@ rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,11 +32,10 @@ from prismquant.numerics.scales import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
+    from prismquant.diagnostics.solver_diagnostics import Failure, SolverDiagnostics
     from prismquant.formats.spec import NumberSpec
-
-Note = float | int | str
 
 # Columns of a Hessian multiplied at once where its symmetry is used.
 LOSS_BLOCK = 512
@@ -181,13 +180,15 @@ class LayerResult:
         weights: One for each layer of the problem, in its order.
         losses: The module's loss of each layer.
         baseline_losses: The loss of rounding to nearest with the same scales.
-        notes: Facts for the record, about all the layers together: damping, fallbacks and such.
+        diagnostics: How the codes of all the layers were chosen, for the record.
+        failure: Why they were rounded to nearest in place of being solved; None: they were solved.
     """
 
     weights: tuple[QuantizedTensor, ...]
     losses: tuple[float, ...]
     baseline_losses: tuple[float, ...]
-    notes: Mapping[str, Note] = field(default_factory=dict)
+    diagnostics: SolverDiagnostics
+    failure: Failure | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,12 +198,12 @@ class SolvedWeight:
     Attributes:
         weight: Its codes and scales.
         loss: The squared error, summed over the weight.
-        notes: Facts for the record.
+        diagnostics: How its codes were chosen, for the record.
     """
 
     weight: QuantizedTensor
     loss: float
-    notes: Mapping[str, Note] = field(default_factory=dict)
+    diagnostics: SolverDiagnostics
 
 
 def scale_format(

@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
     from prismquant.algorithms.problem import (
         LayerProblem,
         LayerResult,
-        Note,
         ProblemShape,
         SolvedWeight,
     )
+    from prismquant.diagnostics.solver_diagnostics import SolverDiagnostics
     from prismquant.formats.spec import NumberSpec
     from prismquant.numerics.rules import RangeRule
     from prismquant.numerics.scales import ScaleFormat
@@ -50,8 +50,8 @@ class Solver(Protocol):
         """The most memory that a solve takes on a CPU, beside its problem."""
         ...
 
-    def merge(self, parts: Sequence[Mapping[str, Note]]) -> dict[str, Note]:
-        """Notes of a whole problem, from those of its row shards."""
+    def merge(self, parts: Sequence[SolverDiagnostics]) -> SolverDiagnostics:
+        """Diagnostics of a whole problem, from those of its row shards; there is one at least."""
         ...
 
 

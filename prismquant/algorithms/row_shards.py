@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from prismquant.algorithms.problem import LayerProblem, LayerResult, Note
+from prismquant.algorithms.problem import LayerProblem, LayerResult
 from prismquant.formats.quantized_layer import QuantizedTensor
 from prismquant.numerics.kinds import Granularity
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from prismquant.algorithms.protocols import Solver
 
@@ -82,7 +82,7 @@ def joined(
     """Join the results of all shards of a problem.
 
     Args:
-        solver: Whose results they are; it merges their notes.
+        solver: Whose results they are; it merges their diagnostics.
         problem: The whole.
         shards: From :func:`row_shards`.
         results: One for each shard; None where it is empty.
@@ -92,10 +92,9 @@ def joined(
         losses.
     """
     pieces: list[list[tuple[QuantizedTensor, float, float]]] = [[] for _ in problem.names]
-    notes: list[Mapping[str, Note]] = []
+    solved = [result for result in results if result is not None]
     for rows, result in zip(shards, results, strict=True):
         if result is not None:
-            notes.append(result.notes)
             outcomes = zip(result.weights, result.losses, result.baseline_losses, strict=True)
             for span, outcome in zip(rows, outcomes, strict=True):
                 pieces[span.layer].append(outcome)
@@ -103,7 +102,8 @@ def joined(
         tuple(_stacked([weight for weight, _, _ in layer]) for layer in pieces),
         tuple(sum(loss for _, loss, _ in layer) for layer in pieces),
         tuple(sum(baseline for _, _, baseline in layer) for layer in pieces),
-        solver.merge(notes),
+        solver.merge([result.diagnostics for result in solved]),
+        solved[0].failure,
     )
 
 

@@ -16,11 +16,11 @@ from prismquant.algorithms.layer_scales import Scales, choose_scales, decode, ne
 from prismquant.algorithms.problem import (
     LayerProblem,
     LayerResult,
-    Note,
     ProblemShape,
     SolvedWeight,
     row_losses,
 )
+from prismquant.diagnostics.solver_diagnostics import RTNDiagnostics
 from prismquant.errors import NumericsError
 from prismquant.formats.quantized_layer import QuantizedTensor
 from prismquant.kernels.range_search import weight_scales
@@ -29,9 +29,10 @@ from prismquant.numerics.kinds import Granularity, block_rows
 from prismquant.numerics.ranges import RangeRule, coupled_weight_scales
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from prismquant.algorithms.protocols import Statistic
+    from prismquant.diagnostics.solver_diagnostics import SolverDiagnostics
     from prismquant.formats.spec import NumberSpec
     from prismquant.numerics.scales import ScaleFormat
 
@@ -64,9 +65,9 @@ class RTN:
         return () if self.scale_weighting == "none" else ("hessian",)
 
     @property
-    def notes(self) -> dict[str, Note]:
-        """What the record is told of every layer."""
-        return {"scale_weighting": self.scale_weighting}
+    def diagnostics(self) -> RTNDiagnostics:
+        """How every layer is rounded, for the record."""
+        return RTNDiagnostics(self.scale_weighting)
 
     def solve(self, problem: LayerProblem) -> LayerResult:
         """Round every layer to nearest.
@@ -81,16 +82,15 @@ class RTN:
             NumericsError: The weighting needs a Hessian and there is none.
             RecipeError: The range rule is not one for weights.
         """
-        notes = self.notes
         if self.scale_weighting == "none" and problem.hessian is None:
-            return self._without_data(problem, notes)
+            return self._without_data(problem)
         weights, losses = [], []
         for weight, scales in zip(problem.weights, self._scales(problem), strict=True):
             codes = nearest_codes(weight, scales, problem.spec)
             error = weight - decode(codes, scales, problem.spec)
             losses.append(float(row_losses(error, problem.hessian).sum()))
             weights.append(scales.quantized(codes, problem.spec))
-        return LayerResult(tuple(weights), tuple(losses), tuple(losses), notes)
+        return LayerResult(tuple(weights), tuple(losses), tuple(losses), self.diagnostics)
 
     def solve_weight(
         self,
@@ -146,7 +146,7 @@ class RTN:
         quantized = QuantizedTensor(codes, torch.cat(scales), zero_point, spec, form.global_scale)
         # Sums of fewer numbers are never split among threads, whose count must not matter.
         loss = sum(float(part.sum()) for part in losses.split(_SERIAL_SUM))
-        return SolvedWeight(quantized, loss, self.notes)
+        return SolvedWeight(quantized, loss, self.diagnostics)
 
     def cost(self, shape: ProblemShape) -> float:
         """About how many multiplications a problem takes; a Hessian measures the loss."""
@@ -157,11 +157,11 @@ class RTN:
         own = 4 * shape.in_features**2 if shape.hessian else 0
         return 3 * 4 * shape.in_features * shape.rows + own
 
-    def merge(self, parts: Sequence[Mapping[str, Note]]) -> dict[str, Note]:
-        """Notes of a whole problem; those of any part are those of the whole."""
-        return dict(parts[0]) if parts else {}
+    def merge(self, parts: Sequence[SolverDiagnostics]) -> SolverDiagnostics:
+        """Diagnostics of a whole problem; those of any part are those of the whole."""
+        return parts[0]
 
-    def _without_data(self, problem: LayerProblem, notes: dict[str, Note]) -> LayerResult:
+    def _without_data(self, problem: LayerProblem) -> LayerResult:
         """Round all weights; nothing ties rows together, so each block stays in the cache."""
         form = problem.scale_format
         rounded = [
@@ -169,7 +169,7 @@ class RTN:
             for weight in problem.weights
         ]
         losses = tuple(one.loss for one in rounded)
-        return LayerResult(tuple(one.weight for one in rounded), losses, losses, notes)
+        return LayerResult(tuple(one.weight for one in rounded), losses, losses, self.diagnostics)
 
     def _scales(self, problem: LayerProblem) -> tuple[Scales, ...]:
         if self.scale_weighting == "none":

@@ -25,12 +25,12 @@ from prismquant.algorithms.equalizer import (
     judge,
     settle,
 )
+from prismquant.diagnostics.edge_diagnostics import SmoothQuantChoice
 from prismquant.errors import RecipeError, check_bounds
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from prismquant.algorithms.problem import Note
     from prismquant.statistics.channel_sizes import ChannelSizes
 
 _TEXT, _VISION = 0, 1
@@ -109,8 +109,7 @@ class SmoothQuant:
             problem: The edge.
 
         Returns:
-            The scale, and notes: ``alpha``, ``modality`` (whose inputs counted), ``tried``, the
-            errors before and after, the smallest and the largest scale.
+            The scale, and a :class:`SmoothQuantChoice` among its diagnostics.
 
         Raises:
             NumericsError: Scaled weights or inputs leave float32.
@@ -128,16 +127,16 @@ class SmoothQuant:
             logs = alpha * inputs.log2() - (1 - alpha) * weights.log2()
             return settle(logs, live, self.max_scale, self.power_of_two)
 
-        def candidates() -> Iterator[tuple[dict[str, Note], Tensor]]:
+        def candidates() -> Iterator[tuple[SmoothQuantChoice, Tensor]]:
             for step in range(self.grid + 1):
                 alpha = step / self.grid
-                yield {"alpha": alpha, "modality": source}, scale(alpha)
+                yield SmoothQuantChoice(alpha, source), scale(alpha)
 
         if self.searches:
             return best_scale(problem, candidates(), self.rows)
         alpha = 0.5 if self.alpha is None else self.alpha
-        notes: dict[str, Note] = {"alpha": alpha, "modality": source}
-        return judge(problem, scale(alpha), notes, must_gain=False)
+        choice = SmoothQuantChoice(alpha, source)
+        return judge(problem, scale(alpha), choice, must_gain=False)
 
     def _source(self, record: ChannelSizes) -> str:
         text, vision = (bool(count > 0) for count in record.counts)

@@ -13,7 +13,7 @@ factors on those of the start.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
@@ -27,7 +27,7 @@ from prismquant.algorithms.block_tuner import (
     refine,
     schedule_bounds,
 )
-from prismquant.algorithms.problem import Note
+from prismquant.diagnostics.tuning_diagnostics import TuningDiagnostics
 from prismquant.errors import check_bounds
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class ZeroQuant:
         RecipeError: A value is out of bounds.
     """
 
-    name: ClassVar[str] = "zeroquant"
+    name: ClassVar[Literal["zeroquant"]] = "zeroquant"
     same_inputs: ClassVar[bool] = True
 
     iterations: int = 200
@@ -82,9 +82,7 @@ class ZeroQuant:
             problem: The block.
 
         Returns:
-            Codes and scales, never worse than the start over all calls. Notes: ``iterations``
-            done (fewer when the output stops being finite), ``batch``, ``learning_rate``, and those
-            of :func:`prismquant.algorithms.block_tuner.conclude`.
+            Codes and scales, never worse than the start over all calls.
 
         Raises:
             NumericsError: The start's loss is not finite.
@@ -103,8 +101,8 @@ class ZeroQuant:
 
         schedule = Schedule(self.iterations, self.batch, self.seed)
         settle = replace(schedule, iterations=self.settle if self.learn_range else 0)
-        notes: dict[str, Note] = {"learning_rate": self.learning_rate}
-        return refine(problem, latents, schedule, settle, step, notes)
+        known = TuningDiagnostics(self.name, self.learning_rate)
+        return refine(problem, latents, schedule, settle, step, known)
 
     def _parameters(self, latents: Sequence[Latent]) -> list[dict[str, object]]:
         groups: list[dict[str, object]] = [

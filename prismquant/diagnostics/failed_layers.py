@@ -6,17 +6,12 @@ from collections.abc import Iterable
 
 from prismquant.diagnostics.step_record import LayerRecord, StepRecord
 
-FAILED = "failed"
-"""The note that says why a layer could not be solved."""
-WANTED = "wanted"
-"""The note that says by which method it was to be solved."""
-
 _NAMES = 3
 
 
 def failed_layers(layers: Iterable[LayerRecord]) -> dict[str, str]:
     """Why layers were rounded to nearest in place of being solved, by their names."""
-    return {layer.name: str(layer.notes[FAILED]) for layer in layers if FAILED in layer.notes}
+    return {layer.name: layer.failure.why for layer in layers if layer.failure is not None}
 
 
 def failure_lines(steps: Iterable[StepRecord]) -> tuple[str, ...]:

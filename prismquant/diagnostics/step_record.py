@@ -1,4 +1,4 @@
-"""What became of one step of a model, its layers and its smooth edges, as the record keeps it."""
+"""One step of a model as the record keeps it: its layers, its smooth edges, its shard."""
 
 from __future__ import annotations
 
@@ -6,6 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from prismquant.arguments import EXACT
+from prismquant.diagnostics.edge_diagnostics import EdgeDiagnostics
+from prismquant.diagnostics.kv_diagnostics import KVDiagnostics
+from prismquant.diagnostics.solver_diagnostics import (
+    CorrectionDiagnostics,
+    Failure,
+    SolverDiagnostics,
+    StaticInputRange,
+)
+from prismquant.diagnostics.tuning_diagnostics import TuningDiagnostics
 from prismquant.statistics.tokens import Tokens
 
 
@@ -15,34 +24,49 @@ class LayerRecord:
 
     Attributes:
         name: Module path.
-        solver: The method that chose the codes.
         loss: The method's objective: mean squared output error summed over outputs, or the squared
             weight error where no statistics were needed.
         baseline_loss: The same for rounding to nearest with the same scales.
-        notes: Damping, fallbacks, input range and other facts worth keeping.
+        diagnostics: How its codes were chosen, of all layers that were solved with it.
         tokens: How many tokens each of its statistics has seen, by its name: ``input_range``,
             ``output_range`` and ``hessian``.
+        input_range: Range of its input; None where its scale is not static.
+        vision_weight: Weight of a vision token in its statistics.
+        correction: How far its weight was corrected; None: not.
+        split_columns: Input columns that are kept in floating point.
+        tuning: How its block was tuned; None: not.
+        failure: Why it was rounded to nearest in place of being solved; None: it was solved.
     """
 
     __pydantic_config__ = EXACT
 
     name: str
-    solver: str
     loss: float
     baseline_loss: float
-    notes: Mapping[str, float | int | str]
+    diagnostics: SolverDiagnostics
     tokens: Mapping[str, Tokens] = field(default_factory=dict)
+    input_range: StaticInputRange | None = None
+    vision_weight: float = 1.0
+    correction: CorrectionDiagnostics | None = None
+    split_columns: tuple[int, ...] = ()
+    tuning: TuningDiagnostics | None = None
+    failure: Failure | None = None
+
+    @property
+    def solver(self) -> str:
+        """The method that chose the codes."""
+        return self.diagnostics.method
 
 
 @dataclass(frozen=True)
 class EdgeRecord:
-    """What became of one edge.
+    """What became of one smooth edge.
 
     Attributes:
-        source: Module path of its upper end.
+        source: Module path of its norm or producer.
         readers: Module paths of the layers that read it.
         equalizer: The method that chose the scale.
-        notes: What it chose and gained, or why it left the edge alone.
+        diagnostics: What it chose and gained, or why it left the edge alone.
         tokens: How many tokens its readers' input was looked at of.
     """
 
@@ -51,7 +75,7 @@ class EdgeRecord:
     source: str
     readers: tuple[str, ...]
     equalizer: str
-    notes: Mapping[str, float | int | str]
+    diagnostics: EdgeDiagnostics
     tokens: Tokens = field(default_factory=Tokens)
 
 
@@ -65,7 +89,8 @@ class StepRecord:
         seconds: Wall time.
         layers: Its quantized layers.
         edges: Edges along which scale was moved, or was not worth moving.
-        kv_cache: Ranges of the keys and values of its attention, where their cache is quantized.
+        kv_cache: Ranges of the keys and values of its attention; None: their cache is not
+            quantized.
         threads: Threads that torch computed with; 0 where they change nothing.
         nonfinite: Tensors of the shard that stay in floating point and hold NaN or infinities, with
             how many of them.
@@ -80,7 +105,7 @@ class StepRecord:
     seconds: float
     layers: tuple[LayerRecord, ...]
     edges: tuple[EdgeRecord, ...] = ()
-    kv_cache: Mapping[str, float | int | str] = field(default_factory=dict)
+    kv_cache: KVDiagnostics | None = None
     threads: int = 0
     nonfinite: Mapping[str, str] = field(default_factory=dict)
     size: int = 0

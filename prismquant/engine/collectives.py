@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from prismquant.algorithms.problem import LayerProblem, LayerResult
 from prismquant.algorithms.protocols import Solver
 from prismquant.algorithms.row_shards import joined, problem_of, row_shards
 from prismquant.data import Sample
-from prismquant.diagnostics.failed_layers import FAILED
+from prismquant.diagnostics.solver_diagnostics import Failure, solver_diagnostics
 from prismquant.distributed import Ranks
 from prismquant.engine.failure import Guarded
 from prismquant.errors import DataError, PlanError
@@ -116,10 +116,10 @@ def _solve_in_parts(task: Task, ranks: Ranks) -> LayerResult:
         _unpacked(state, problem.spec, device) if state else None for state in ranks.gather(mine)
     ]
     parts = [result for result in results if result is not None]
-    failed = [part for part in parts if FAILED in part.notes]
-    if isinstance(task.solver, Guarded) and 0 < len(failed) < len(parts):
+    failures = [part.failure for part in parts if part.failure is not None]
+    if isinstance(task.solver, Guarded) and 0 < len(failures) < len(parts):
         # Ranks may differ in their hardware, but a layer has one method.
-        return task.solver.fall_back(problem, failed[0].notes)
+        return task.solver.fall_back(problem, failures[0])
     return joined(task.solver, problem, shards, results)
 
 
@@ -141,13 +141,14 @@ def _packed(result: LayerResult) -> dict[str, Tensor]:
         for name in _SCALES:
             if (value := getattr(weight, name)) is not None:
                 tensors[f"{number}.{name}"] = value
-    facts = json.dumps([result.losses, result.baseline_losses, dict(result.notes)]).encode()
+    told = asdict(result.diagnostics), result.failure and asdict(result.failure)
+    facts = json.dumps([result.losses, result.baseline_losses, *told]).encode()
     tensors[_FACTS] = torch.frombuffer(bytearray(facts), dtype=torch.uint8)
     return tensors
 
 
 def _unpacked(tensors: Mapping[str, Tensor], spec: NumberSpec, device: torch.device) -> LayerResult:
-    losses, baselines, notes = json.loads(tensors[_FACTS].numpy().tobytes())
+    losses, baselines, diagnostics, failure = json.loads(tensors[_FACTS].numpy().tobytes())
 
     def part(number: int, name: str) -> Any:
         value = tensors.get(f"{number}.{name}")
@@ -163,7 +164,13 @@ def _unpacked(tensors: Mapping[str, Tensor], spec: NumberSpec, device: torch.dev
         )
         for number in range(len(losses))
     )
-    return LayerResult(weights, tuple(losses), tuple(baselines), notes)
+    return LayerResult(
+        weights,
+        tuple(losses),
+        tuple(baselines),
+        solver_diagnostics(diagnostics),
+        Failure(**failure) if failure else None,
+    )
 
 
 def _flat(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -3,9 +3,9 @@
 Where nothing must be seen of any input, no unit waits for another. Units start in the model's
 order, as many at a time as memory allows, and each is its tensors: read, rounded, written.
 
-The invariant: shards, losses and notes are the same whatever the number of workers, and records are
-yielded in the model's order. A unit that is ready before its turn lies on the disk already, but it
-is not claimed until its turn comes.
+The invariant: shards, losses and diagnostics are the same whatever the number of workers, and
+records are yielded in the model's order. A unit that is ready before its turn lies on the disk
+already, but it is not claimed until its turn comes.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A solver can fail where rounding to nearest cannot: its Hessian has no factoriza
 finite, or no calibration token reached the layer. A recipe's ``on_failure`` says what then.
 ``stop`` ends the run with the layer's name and figures; ``rtn`` rounds the layer to nearest with
 the same format and range rule. The invariant: no layer is silently another than the plan says. One
-that fell back carries the reason in its notes, where the record, the table and the command line
+that fell back carries the reason, where the record, the table and the command line
 find it.
 
 What rounding shares stops in any case: a damaged weight, a static range that has seen nothing.
@@ -12,14 +12,14 @@ What rounding shares stops in any case: a damaged weight, a static range that ha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from prismquant.algorithms.methods import build_solver
-from prismquant.algorithms.problem import LayerProblem, LayerResult, Note, ProblemShape
+from prismquant.algorithms.problem import LayerProblem, LayerResult, ProblemShape
 from prismquant.algorithms.protocols import Solver, Statistic
-from prismquant.diagnostics.failed_layers import FAILED, WANTED
+from prismquant.diagnostics.solver_diagnostics import Failure, SolverDiagnostics
 from prismquant.errors import NumericsError
 
 if TYPE_CHECKING:
@@ -55,8 +55,7 @@ class Guarded:
             problem: The layers, with whatever statistics there are.
 
         Returns:
-            The solver's result, or one whose notes say what failed (``failed``) and what was to be
-            done (``wanted``).
+            The solver's result, or one that says what failed.
 
         Raises:
             NumericsError: The solver failed and the plan says ``stop``, or rounding fails as well.
@@ -66,9 +65,9 @@ class Guarded:
         except NumericsError as error:
             if self.on_failure == "stop":
                 raise with_way_out(error) from error
-            return self.fall_back(problem, failure_notes(error.what, self.solver.name))
+            return self.fall_back(problem, Failure(error.what, self.solver.name))
 
-    def fall_back(self, problem: LayerProblem, notes: Mapping[str, Note]) -> LayerResult:
+    def fall_back(self, problem: LayerProblem, failure: Failure) -> LayerResult:
         """Solve by the other method what could not be solved.
 
         The Hessian, if there is one, is not to be trusted: neither scales nor losses look at it, so
@@ -76,13 +75,13 @@ class Guarded:
 
         Args:
             problem: The layers.
-            notes: From :func:`failure_notes`.
+            failure: Why, and by which method they were to be solved.
 
         Raises:
             NumericsError: The other method fails too.
         """
         result = build_solver(self.on_failure).solve(replace(problem, hessian=None))
-        return replace(result, notes={**result.notes, **notes})
+        return replace(result, failure=failure)
 
     def cost(self, shape: ProblemShape) -> float:
         """About how many multiplications a problem takes; without a Hessian the solver has none."""
@@ -93,19 +92,9 @@ class Guarded:
         """The most memory that the solver takes."""
         return self.solver.peak_bytes(shape)
 
-    def merge(self, parts: Sequence[Mapping[str, Note]]) -> dict[str, Note]:
-        """Notes of a whole problem, as the solver merges them."""
+    def merge(self, parts: Sequence[SolverDiagnostics]) -> SolverDiagnostics:
+        """Diagnostics of a whole problem, as the solver merges them."""
         return self.solver.merge(parts)
-
-
-def failure_notes(why: str, wanted: str) -> dict[str, Note]:
-    """Notes for the record on a layer that could not be solved.
-
-    Args:
-        why: What the solver, or what gathers its statistics, said.
-        wanted: The method that the plan names.
-    """
-    return {FAILED: why, WANTED: wanted}
 
 
 def with_way_out(error: NumericsError) -> NumericsError:

@@ -11,14 +11,18 @@ from torch import Tensor, nn
 
 from prismquant.algorithms.correction import correct
 from prismquant.algorithms.methods import build_solver
-from prismquant.algorithms.problem import LayerProblem, LayerResult, Note
+from prismquant.algorithms.problem import LayerProblem, LayerResult
 from prismquant.algorithms.protocols import Solver
 from prismquant.algorithms.split import outlying_columns
-from prismquant.diagnostics.failed_layers import FAILED
+from prismquant.diagnostics.solver_diagnostics import (
+    CorrectionDiagnostics,
+    Failure,
+    StaticInputRange,
+)
 from prismquant.diagnostics.step_record import LayerRecord
 from prismquant.distributed import Ranks
 from prismquant.engine.calls import StepCall
-from prismquant.engine.failure import Guarded, failure_notes, with_way_out
+from prismquant.engine.failure import Guarded, with_way_out
 from prismquant.errors import NumericsError
 from prismquant.formats.quantized_layer import (
     OutlierColumns,
@@ -105,7 +109,7 @@ class Group:
         self._seen: dict[str, Tokens] = {}
         self._input: StaticScale | None = None
         self._kept: list[OutlierColumns | None] = [None] * len(rows)
-        self._notes: dict[str, Note] = {}
+        self._correction: CorrectionDiagnostics | None = None
 
     @property
     def name(self) -> str:
@@ -212,27 +216,20 @@ class Group:
         row = self.rows[0]
         weights = [self._weight(row) for row in self.rows]
         self._require_ranges()
-        notes = self._input_notes()
-        if self.settings.vision_weight != 1:
-            notes["vision_weight"] = self.settings.vision_weight
-        tokens, hessian, told = self._tokens(), None, notes
+        tokens, hessian = self._tokens(), None
         if self._failed is None:
             try:
                 hessian = self._moments()
-                weights, told = self._corrected(weights)
+                weights = self._corrected(weights)
             except NumericsError as error:
                 if row.config.on_failure == "stop":
                     raise with_way_out(error) from error
                 self._give_up(error.what)
         if self._failed is not None:
             # The solver refuses a problem without a Hessian, and its guard rounds it.
-            hessian, told = None, failure_notes(self._failed, row.config.solver)
-        notes = notes | told
+            hessian, self._correction = None, None
         self._hessian, self._drift = None, None
         self._kept = self._take_columns(weights)
-        if self.columns is not None:
-            notes["split_columns"] = ", ".join(str(int(c)) for c in self.columns)
-        self._notes = notes
         return LayerProblem(
             names=tuple(row.site.name for row in self.rows),
             weights=tuple(weights),
@@ -254,15 +251,27 @@ class Group:
             result.baseline_losses,
             strict=True,
         )
-        facts = dict(result.notes) | self._notes
-        config = self.rows[0].config
-        method = config.on_failure if FAILED in facts else config.solver
+        # The first reason counts: without statistics the solver only says that they are missing.
+        wanted = self.rows[0].config.solver
+        failure = Failure(self._failed, wanted) if self._failed else result.failure
+        columns = () if self.columns is None else tuple(int(column) for column in self.columns)
         return [
             (
                 QuantizedLayer(
                     row.site.name, weight, self._input_scale(), self._output_scale(row), kept
                 ),
-                LayerRecord(row.site.name, method, loss, baseline, facts, self._seen_by(row)),
+                LayerRecord(
+                    row.site.name,
+                    loss,
+                    baseline,
+                    result.diagnostics,
+                    tokens=self._seen_by(row),
+                    input_range=self._input_range(),
+                    vision_weight=self.settings.vision_weight,
+                    correction=self._correction,
+                    split_columns=columns,
+                    failure=failure,
+                ),
             )
             for row, weight, kept, loss, baseline in outcomes
         ]
@@ -340,13 +349,13 @@ class Group:
             return hessian
         return hessian.index_fill(0, self.columns, 0.0).index_fill(1, self.columns, 0.0)
 
-    def _corrected(self, weights: list[Tensor]) -> tuple[list[Tensor], dict[str, Note]]:
-        """The weights that are to be approached, and what to tell of them."""
+    def _corrected(self, weights: list[Tensor]) -> list[Tensor]:
+        """The weights that are to be approached."""
         correction = self.rows[0].config.correction
         if self._drift is None or correction is None:
-            return weights, {}
-        corrected, told = correct(self._drift, weights, correction)
-        return list(corrected), told
+            return weights
+        corrected, self._correction = correct(self._drift, weights, correction)
+        return list(corrected)
 
     def _tokens(self) -> float | None:
         """Number of tokens that the Hessian is of."""
@@ -426,19 +435,17 @@ class Group:
         zero_point = None if zero_point is None else zero_point.to(device)
         return StaticScale(scale.to(device), zero_point, low, high)
 
-    def _input_notes(self) -> dict[str, float | int | str]:
+    def _input_range(self) -> StaticInputRange | None:
         """The static input range for the record, of the modalities together and apart."""
-        static = self._input_scale()
-        if static is None:
-            return {}
-        notes: dict[str, float | int | str] = {"input_low": static.low, "input_high": static.high}
-        if len(self._ranges) > 1:
-            for name, record in self._ranges.items():
-                spec, rule = self.rows[0].config.activations, RangeRule("minmax")
-                if spec is not None:
-                    low, high = record.result(rule, spec.grid, spec.symmetric)
-                    notes |= {f"input_low_{name}": low, f"input_high_{name}": high}
-        return notes
+        static, spec = self._input_scale(), self.rows[0].config.activations
+        if static is None or spec is None:
+            return None
+        apart = self._ranges if len(self._ranges) > 1 else {}
+        extremes = {
+            name: record.result(RangeRule("minmax"), spec.grid, spec.symmetric)
+            for name, record in apart.items()
+        }
+        return StaticInputRange(static.low, static.high, extremes)
 
     def _weight(self, row: PlanRow) -> Tensor:
         matrix = self._weight_of(row.site).to(torch.float32)

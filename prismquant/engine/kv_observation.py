@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor, nn
 
+from prismquant.diagnostics.kv_diagnostics import KeyBias, KVDiagnostics
 from prismquant.distributed import Ranks
 from prismquant.engine.calls import StepCall
 from prismquant.engine.stand_ins import Enough
@@ -31,8 +32,6 @@ from prismquant.plan.kv_plan import KVLayer, KVPlan
 from prismquant.runtime.kv_cache import KVWatch, rotated
 from prismquant.statistics.input_range import InputRange
 from prismquant.statistics.tokens import Tokens, summed
-
-Notes = dict[str, float | int | str]
 
 
 class KVRecord:
@@ -93,12 +92,13 @@ class _Constant:
         self.amax = max(self.amax, float(constant.abs().max()))
         self.rest_amax = max(self.rest_amax, float(rest.abs().max()))
 
-    def notes(self, keys_amax: float) -> Notes:
-        return {
-            "key_bias_energy": self.own / self.energy if self.energy else 0.0,
-            "key_bias_range": self.amax / keys_amax if keys_amax else 0.0,
-            "key_amax_without_bias": self.rest_amax,
-        }
+    def diagnostics(self, keys_amax: float) -> KeyBias:
+        """The same relative to the keys, whose largest magnitude is given."""
+        return KeyBias(
+            energy=self.own / self.energy if self.energy else 0.0,
+            range=self.amax / keys_amax if keys_amax else 0.0,
+            key_amax_without=self.rest_amax,
+        )
 
 
 @dataclass
@@ -192,20 +192,11 @@ class KVObservation:
             self._values.scale(spec, rule, stored).to(device),
         )
 
-    def notes(self) -> Notes:
-        """Notes for the record.
-
-        ``text_tokens``, ``image_tokens`` and ``video_tokens`` are how many of each were looked at,
-        ``key_amax`` and ``value_amax`` the largest magnitudes of what is rounded. Where the
-        projection has a bias: ``key_bias_energy`` is the rotated bias's sum of squares relative to
-        the keys' (1: the keys are little else), ``key_bias_range`` its largest magnitude relative
-        to theirs, and ``key_amax_without_bias`` the largest magnitude that is left when it is
-        subtracted.
-        """
+    def diagnostics(self) -> KVDiagnostics:
+        """Diagnostics for the record."""
         amax = self._keys.amax
-        notes: Notes = {f"{kind}_tokens": count for kind, count in asdict(self._seen).items()}
-        notes |= {"key_amax": amax, "value_amax": self._values.amax}
-        return notes | ({} if self._constant is None else self._constant.notes(amax))
+        bias = None if self._constant is None else self._constant.diagnostics(amax)
+        return KVDiagnostics(self._seen, amax, self._values.amax, bias)
 
 
 def _keys_and_values(

@@ -145,9 +145,8 @@ class _UnitWork:
         weight = self.how.vision_weight(first)
         problem = edge_problem(model, edge, rows, record, weight)
         result = build_equalizer(planned.equalizer, planned.options).equalize(problem)
-        notes = dict(result.notes)
         self.found.edges.append(
-            EdgeRecord(edge.source, edge.consumers, planned.equalizer, notes, seen)
+            EdgeRecord(edge.source, edge.consumers, planned.equalizer, result.diagnostics, seen)
         )
         if result.scale is not None:
             stored = self.unit.walk.stored_dtype(f"{edge.source}.weight")
@@ -176,7 +175,7 @@ class _UnitWork:
         scales = observation.scales(layer.key.dtype, unit.walk.placement.device)
         quantize_cache(unit.main.model, layer.attention, plan.spec, scales)
         self.found.kv_scales = scales.named(layer.tensors)
-        self.found.kv_notes = observation.notes()
+        self.found.kv_diagnostics = observation.diagnostics()
         unit.restart()
 
     def _quantize_stage(self, rows: Sequence[PlanRow]) -> None:
@@ -259,12 +258,12 @@ class _UnitWork:
             self.how.vision_weight(next(row for row in self.planned.rows if row.config.tuner)),
         )
         solved = [layer for layer in self.found.layers if layer.name not in failed]
-        for layers, notes in tune(block, solved, floats):
+        for layers, tuning in tune(block, solved, floats):
             for layer in layers:
                 index = [old.name for old in self.found.layers].index(layer.name)
                 record = self.found.records[index]
                 self.found.layers[index] = layer
-                self.found.records[index] = replace(record, notes=dict(record.notes) | notes)
+                self.found.records[index] = replace(record, tuning=tuning)
                 replace_layer(unit, self.rows[layer.name], layer)
 
     def _keep(self, layer: QuantizedLayer, record: LayerRecord) -> None:

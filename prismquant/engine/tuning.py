@@ -11,11 +11,10 @@ from torch.func import functional_call
 
 from prismquant.algorithms.block_tuner import BlockLayer, BlockProblem, Tuner
 from prismquant.algorithms.methods import build_tuner
+from prismquant.diagnostics.tuning_diagnostics import TuningDiagnostics
 from prismquant.engine.calls import StepCall
 from prismquant.formats.quantized_layer import QuantizedLayer, QuantizedTensor
 from prismquant.plan.plan import PlanRow
-
-Notes = dict[str, float | int | str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +48,7 @@ def tune(
     block: TunedBlock,
     layers: Sequence[QuantizedLayer],
     floats: Mapping[str, Tensor],
-) -> Iterator[tuple[list[QuantizedLayer], Notes]]:
+) -> Iterator[tuple[list[QuantizedLayer], TuningDiagnostics]]:
     """Tune the layers that ask for it.
 
     Args:
@@ -58,7 +57,7 @@ def tune(
         floats: Float weights ``[out, in]`` of those that are to be tuned, by name.
 
     Yields:
-        For each tuner that layers ask for, the layers with their new codes, and notes for each.
+        For each tuner that layers ask for, the layers with their new codes, and its diagnostics.
     """
     groups: dict[object, list[QuantizedLayer]] = {}
     for layer in layers:
@@ -69,16 +68,11 @@ def tune(
         row = block.rows[members[0].name]
         tuner = build_tuner(str(row.config.tuner), row.config.tuner_options)
         result = tuner.tune(_problem(block, members, floats, tuner))
-        notes: Notes = {
-            "tuner": tuner.name,
-            "block_loss_before": result.start_loss,
-            "block_loss": result.loss,
-        }
         tuned = [
             replace(layer, weight=weight)
             for layer, weight in zip(members, result.weights, strict=True)
         ]
-        yield tuned, notes | dict(result.notes)
+        yield tuned, result.diagnostics
 
 
 def _problem(

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from prismquant.diagnostics.kv_diagnostics import KVDiagnostics
 from prismquant.diagnostics.step_record import EdgeRecord, LayerRecord, StepRecord
 from prismquant.distributed import Alone, Ranks
-from prismquant.engine.kv_observation import Notes
 from prismquant.engine.walk import Unit
 from prismquant.formats.quantized_layer import QuantizedLayer
 from prismquant.models.bound import BoundModel
@@ -91,7 +91,7 @@ class QuantizedUnit:
         edges: What to tell of its smooth edges.
         moved: Names of tensors that scale was moved in.
         kv_scales: Scales of keys and values, by module tensor name.
-        kv_notes: What to tell of them.
+        kv_diagnostics: What to tell of them.
     """
 
     layers: list[QuantizedLayer] = field(default_factory=list)
@@ -99,7 +99,7 @@ class QuantizedUnit:
     edges: list[EdgeRecord] = field(default_factory=list)
     moved: set[str] = field(default_factory=set)
     kv_scales: dict[str, Tensor] = field(default_factory=dict)
-    kv_notes: Notes = field(default_factory=dict)
+    kv_diagnostics: KVDiagnostics | None = None
 
     def sort(self, names: Sequence[str]) -> None:
         """Bring the last layers, which have these names, into this order."""
@@ -122,7 +122,7 @@ class QuantizedUnit:
             time.monotonic() - started,
             tuple(self.records),
             tuple(self.edges),
-            self.kv_notes,
+            self.kv_diagnostics,
             threads=threads,
         )
 

@@ -1,7 +1,7 @@
 """Layers that need nothing from data: rounded straight from their weights, as stored on disk.
 
 A weight stays in the dtype that it has on disk and is widened a block of rows at a time, while the
-block is in the cache. Codes, losses and notes are those of the solver, bit for bit.
+block is in the cache. Codes, losses and diagnostics are those of the solver, bit for bit.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prismquant.algorithms.methods import build_solver
-from prismquant.algorithms.problem import Note, scale_format
+from prismquant.algorithms.problem import scale_format
 from prismquant.algorithms.protocols import WeightSolver
 from prismquant.diagnostics.step_record import LayerRecord
 from prismquant.engine.group import require_finite
@@ -64,19 +64,18 @@ def round_layers(
             weight = kept[index] if kept else weight_of(row)
             rule = row.config.weight_range
             rounded = solver.solve_weight(weight, spec, rule, form, how.pulse)
-            notes = dict(rounded.notes) | _notes(how.vision_weight(row))
             record = LayerRecord(
-                row.site.name, row.config.solver, rounded.loss, rounded.loss, notes
+                row.site.name,
+                rounded.loss,
+                rounded.loss,
+                rounded.diagnostics,
+                vision_weight=how.vision_weight(row),
             )
             yield QuantizedLayer(row.site.name, rounded.weight), record
     except NumericsError:
         for row in rows:
             require_finite(weight_of(row), row.site.name)
         raise
-
-
-def _notes(vision_weight: float) -> dict[str, Note]:
-    return {} if vision_weight == 1 else {"vision_weight": vision_weight}
 
 
 def _magnitude(weight: Tensor) -> Tensor:

@@ -139,25 +139,23 @@ def token_lines(files: RunFiles) -> list[str]:
 def _remark(step: StepRecord) -> str:
     """What did not go as the plan's words may suggest, and what tuning brought."""
     parts = []
-    kept = [edge for edge in step.edges if "skipped" in edge.notes]
+    kept = [edge for edge in step.edges if edge.diagnostics.skipped]
     if kept:
         parts.append(f"{len(kept)} of {len(step.edges)} edges not worth scaling")
     failed = failed_layers(step.layers)
     if failed:
         parts.append(f"{len(failed)} of {len(step.layers)} layers failed: rounded to nearest")
-    split = [layer for layer in step.layers if "split_columns" in layer.notes]
+    split = [layer for layer in step.layers if layer.split_columns]
     if split:
         parts.append(f"columns split off in {len(split)}")
-    for notes in (layer.notes for layer in step.layers):
-        before, after = notes.get("block_loss_before"), notes.get("block_loss")
-        if isinstance(before, float) and isinstance(after, float) and before > 0:
-            parts.append(f"block error tuned to {after / before:.2f}")
-            break
-    energy, reach = (step.kv_cache.get(f"key_bias_{name}") for name in ("energy", "range"))
-    if energy is not None and reach is not None:
+    tuned = next((layer.tuning for layer in step.layers if layer.tuning), None)
+    if tuned is not None and tuned.loss_before > 0:
+        parts.append(f"block error tuned to {tuned.loss / tuned.loss_before:.2f}")
+    bias = None if step.kv_cache is None else step.kv_cache.bias
+    if bias is not None:
         parts.append(
-            f"the key bias makes {100 * float(energy):.0f} % of the keys' energy and "
-            f"{100 * float(reach):.0f} % of their range"
+            f"the key bias makes {100 * bias.energy:.0f} % of the keys' energy and "
+            f"{100 * bias.range:.0f} % of their range"
         )
     return "; ".join(parts)
 

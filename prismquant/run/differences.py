@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from prismquant.errors import PrismQuantError
+from prismquant.formats.spec import NumberSpec
 from prismquant.run.identity import FileStamp, Identity
 
 _SHOWN = 5
@@ -15,6 +17,8 @@ _LONGEST = 60
 # What follows from other fields of a plan, or is only said for people.
 _DERIVED = {"stored_bytes", "float_bytes", "other_bytes", "total_bytes", "totals"}
 _SPOKEN = {"recipe", "remarks", "note"}
+# Told as a whole, in the words of tables.
+_FORMATS = {"weights", "activations", "outputs"}
 
 
 def differences(
@@ -95,8 +99,19 @@ def _leaves(value: Any, path: str = "") -> dict[str, Any]:
         if key not in _DERIVED | _SPOKEN:
             # The settings of a layer are told as a recipe has them.
             inside = f"{path}.{key}" if path else str(key)
-            leaves |= _leaves(inner, "" if inside == "config" else inside)
+            if inside in _FORMATS:
+                leaves[key] = _format(inner)
+            else:
+                leaves |= _leaves(inner, "" if inside == "config" else inside)
     return leaves
+
+
+def _format(fields: Any) -> Any:
+    """A number format in a few words; None where there is none."""
+    try:
+        return None if fields is None else NumberSpec.from_dict(fields).describe()
+    except (PrismQuantError, TypeError, AttributeError):
+        return fields
 
 
 def _brief(value: Any) -> str:

@@ -40,7 +40,7 @@ def test_letting_scales_settle_gains_beyond_rounding():
     problem = tiny_blocks.block("int3-g16")
     rough = AutoRound(iterations=60, settle=0).tune(problem)
     settled = AutoRound(iterations=60).tune(problem)
-    assert settled.notes["tuned_loss"] == rough.loss
+    assert settled.diagnostics.tuned_loss == rough.loss
     assert settled.loss < 0.97 * rough.loss
 
 
@@ -58,21 +58,21 @@ def test_offsets_stay_within_half_a_step_of_the_weight_or_of_the_start(solver):
         high = torch.maximum(start, place.ceil()).clamp(-8, 7)
         assert bool(((codes >= low) & (codes <= high)).all())
         moved += int((codes != start).sum())
-    assert moved > 0 or result.notes["kept_start_codes"] == 1
+    assert moved > 0 or result.diagnostics.kept_start_codes == 1
 
 
 def test_the_rate_of_the_first_step_is_one_over_the_iterations_unless_given():
     problem = tiny_blocks.block(calls=2, tokens=8)
-    assert AutoRound(iterations=8, settle=0).tune(problem).notes["learning_rate"] == 1 / 8
+    assert AutoRound(iterations=8, settle=0).tune(problem).diagnostics.learning_rate == 1 / 8
     given = AutoRound(iterations=8, settle=0, learning_rate=0.01).tune(problem)
-    assert given.notes["learning_rate"] == 0.01
+    assert given.diagnostics.learning_rate == 0.01
 
 
 def test_notes_say_what_was_done():
-    notes = AutoRound(iterations=60, batch=100).tune(tiny_blocks.block()).notes
-    assert (notes["iterations"], notes["batch"]) == (60, 8)
-    assert 0 < notes["changed_codes"] < 0.5
-    assert 0 < notes["changed_scales"] <= 1
+    notes = AutoRound(iterations=60, batch=100).tune(tiny_blocks.block()).diagnostics
+    assert (notes.iterations, notes.batch) == (60, 8)
+    assert 0 < notes.changed_codes < 0.5
+    assert 0 < notes.changed_scales <= 1
 
 
 @pytest.mark.parametrize(

@@ -96,10 +96,10 @@ def test_the_scale_is_the_best_of_the_formula(monkeypatch, name, group, tile, du
     errors = {key: output_error(task, scale) for key, scale in scales.items()}
     best = min(errors, key=errors.__getitem__)
     result = AWQ(grid=6, duo=duo).equalize(task)
-    assert (result.notes["exponent"], result.notes["weight_term"]) == best
+    assert (result.diagnostics.choice.exponent, result.diagnostics.choice.weight_term) == best
     torch.testing.assert_close(result.scale, scales[best], rtol=1e-5, atol=0)
-    assert result.notes["error_after"] == pytest.approx(errors[best], rel=1e-3)
-    assert result.notes["tried"] == (11 if duo else 6)
+    assert result.diagnostics.error_after == pytest.approx(errors[best], rel=1e-3)
+    assert result.diagnostics.tried == (11 if duo else 6)
 
 
 def test_a_salient_channel_is_protected():
@@ -110,7 +110,7 @@ def test_a_salient_channel_is_protected():
     record = ChannelSizes(SIZE)
     record.update(x)
     result = AWQ().equalize(EdgeProblem(**{**vars(task), "record": record}))
-    assert result.notes["error_after"] < 0.6 * result.notes["error_before"]
+    assert result.diagnostics.error_after < 0.6 * result.diagnostics.error_before
     assert int(result.scale.argmax()) == 3
 
 
@@ -127,7 +127,7 @@ def test_it_is_never_worse_than_no_scaling(seed, weights, activations, spread, p
     task = problem(weights, activations, seed=seed, spread=spread)
     result = AWQ(grid=3, rows=rows, power_of_two=power_of_two).equalize(task)
     if result.scale is None:
-        assert result.notes["skipped"]
+        assert result.diagnostics.skipped
     else:
         assert output_error(task, result.scale) < output_error(task, None)
         assert bool(torch.isfinite(result.scale).all())
@@ -137,7 +137,7 @@ def test_it_is_never_worse_than_no_scaling(seed, weights, activations, spread, p
 def test_looking_both_ways_is_never_worse_than_one_way():
     for seed in range(5):
         task = problem(seed=seed)
-        both, one = (AWQ(duo=duo).equalize(task).notes["error_after"] for duo in (True, False))
+        both, one = (AWQ(duo=duo).equalize(task).diagnostics.error_after for duo in (True, False))
         assert both <= one
 
 
@@ -148,22 +148,22 @@ def test_even_inputs_leave_the_edge_as_it_is():
     task = EdgeProblem("n", 8, torch.arange(8), (reader,), None, RangeRule(), torch.float32, record)
     result = AWQ().equalize(task)
     assert result.scale is None
-    assert result.notes["tried"] == 0
+    assert result.diagnostics.tried == 0
 
 
 def test_scales_follow_the_range_rule_of_the_weights():
-    plain, searched = (AWQ().equalize(problem(kind=k)).notes for k in ("minmax", "mse"))
-    assert searched["error_after"] < plain["error_after"]
+    plain, searched = (AWQ().equalize(problem(kind=k)).diagnostics for k in ("minmax", "mse"))
+    assert searched.error_after < plain.error_after
 
 
 @pytest.mark.parametrize("vision_weight", [0.0, 0.1, 10.0])
 def test_vision_tokens_count_as_told_in_means_and_errors(vision_weight):
     task = problem()
     result = AWQ(grid=4, duo=False, vision_weight=vision_weight).equalize(task)
-    expected = by_formula(task, result.notes["exponent"], 0, 8, vision_weight)
+    expected = by_formula(task, result.diagnostics.choice.exponent, 0, 8, vision_weight)
     torch.testing.assert_close(result.scale, expected, rtol=1e-5, atol=0)
     weighed = EdgeProblem(**{**vars(task), "vision_weight": vision_weight})
-    assert result.notes["error_before"] == pytest.approx(output_error(weighed, None), rel=1e-6)
+    assert result.diagnostics.error_before == pytest.approx(output_error(weighed, None), rel=1e-6)
 
 
 def test_where_only_vision_tokens_came_their_weight_does_not_matter():
@@ -190,13 +190,13 @@ def test_powers_of_two_and_bounds():
     task = problem(spread=3.0)
     result = AWQ(power_of_two=True, max_scale=5.0).equalize(task)
     assert set(result.scale.tolist()) <= {0.25, 0.5, 1.0, 2.0, 4.0}
-    assert result.notes["largest_scale"] == float(result.scale.max())
+    assert result.diagnostics.largest_scale == float(result.scale.max())
 
 
 def test_edges_without_tokens_or_formats_are_skipped_with_the_reason():
-    assert "quantized" in AWQ().equalize(problem(None, None)).notes["skipped"]
+    assert "quantized" in AWQ().equalize(problem(None, None)).diagnostics.skipped
     empty = EdgeProblem(**{**vars(problem()), "record": ChannelSizes(SIZE)})
-    assert "calibration" in AWQ().equalize(empty).notes["skipped"]
+    assert "calibration" in AWQ().equalize(empty).diagnostics.skipped
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from prismquant.algorithms.block_tuner import (
 )
 from prismquant.algorithms.gptq import GPTQ
 from prismquant.algorithms.zeroquant import ZeroQuant
+from prismquant.diagnostics.tuning_diagnostics import TuningDiagnostics
 from prismquant.errors import FormatError, NumericsError
 from prismquant.formats.quantized_layer import QuantizedTensor
 from prismquant.formats.spec import spec
@@ -249,7 +250,7 @@ def test_a_seed_fixes_the_result_and_the_problem_stays_as_it_was(tuner):
     for one, two in zip(first.weights, second.weights, strict=True):
         assert_same(one, two)
     assert first.loss == second.loss
-    assert dict(first.notes) == dict(second.notes)
+    assert first.diagnostics == second.diagnostics
     for layer, (weight, codes) in zip(problem.layers, before, strict=True):
         assert torch.equal(layer.weight, weight)
         assert torch.equal(layer.start.codes, codes)
@@ -269,8 +270,8 @@ def test_rounding_alone_leaves_scales_and_zero_points(tuner):
     problem = tiny_blocks.block("int3-g16-asym")
     result = replace(tuner, learn_range=False).tune(problem)
     assert result.loss < result.start_loss
-    assert result.notes["changed_scales"] == 0
-    assert "settled_loss" not in result.notes
+    assert result.diagnostics.changed_scales == 0
+    assert result.diagnostics.settled_loss is None
     for layer, quantized in zip(problem.layers, result.weights, strict=True):
         assert torch.equal(layer.start.scale, quantized.scale)
         assert torch.equal(layer.start.zero_point, quantized.zero_point)
@@ -283,7 +284,7 @@ def test_a_block_without_error_is_left_alone(tuner):
     exact = replace(problem, target=lambda call: problem.output(call, values))
     result = tuner.tune(exact)
     assert (result.loss, result.start_loss) == (0.0, 0.0)
-    assert result.notes["iterations"] == 0
+    assert result.diagnostics.iterations == 0
     for layer, quantized in zip(problem.layers, result.weights, strict=True):
         assert_same(layer.start, quantized)
 
@@ -307,7 +308,7 @@ def test_descent_ends_where_the_output_stops_being_finite(tuner):
         return result * math.inf if next(runs) == 8 + 5 * 4 else result
 
     result = tuner.tune(replace(problem, output=output))
-    assert result.notes["iterations"] == 5
+    assert result.diagnostics.iterations == 5
     assert result.loss <= result.start_loss
 
 
@@ -339,19 +340,23 @@ def test_steps_are_told_what_is_left():
     assert told == [1.0, 0.75, 0.5, 0.25]
 
 
+KNOWN = TuningDiagnostics("autoround", 0.5)
+
+
 def test_worse_codes_are_dropped_and_the_scales_of_the_start_settle():
     problem = tiny_blocks.block()
     worse = [
         replace(layer.start, codes=torch.zeros_like(layer.start.codes)) for layer in problem.layers
     ]
     start_loss = starting_loss(problem)
-    kept = conclude(problem, start_loss, worse, Schedule(0, 1, 0), {"note": 1})
-    assert (kept.loss, kept.notes["kept_start_codes"], kept.notes["note"]) == (start_loss, 1, 1)
-    settled = conclude(problem, start_loss, worse, Schedule(30, 4, 0), {})
+    kept = conclude(problem, start_loss, worse, Schedule(0, 1, 0), KNOWN)
+    assert (kept.loss, kept.diagnostics.kept_start_codes) == (start_loss, True)
+    assert (kept.diagnostics.method, kept.diagnostics.learning_rate) == ("autoround", 0.5)
+    settled = conclude(problem, start_loss, worse, Schedule(30, 4, 0), KNOWN)
     assert settled.loss < start_loss
-    assert settled.notes["changed_codes"] == 0
-    assert settled.notes["changed_scales"] > 0
-    assert settled.loss == settled.notes["settled_loss"]
+    assert settled.diagnostics.changed_codes == 0
+    assert settled.diagnostics.changed_scales > 0
+    assert settled.loss == settled.diagnostics.settled_loss
 
 
 def test_layers_that_do_not_fit_are_refused_by_name():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,6 +15,7 @@ import prismquant as pq
 from prismquant.algorithms.correction import Correction, correct
 from prismquant.data import read_samples
 from prismquant.data.batches import make_batches
+from prismquant.diagnostics.solver_diagnostics import CorrectionDiagnostics
 from prismquant.errors import DataError, NumericsError, RecipeError
 from prismquant.export.load_quantized import load_model
 from prismquant.models.bind import bind
@@ -98,7 +100,7 @@ def test_at_full_strength_it_is_the_least_squares_solution(seed: int, calls: int
         assert result.dtype == torch.float32
         torch.testing.assert_close(result.double(), truth, rtol=1e-3, atol=1e-3)
         assert lost(weight, result, seen) <= lost(weight, weight, seen) * (1 + 1e-6)
-    assert notes["correction"] == 1.0
+    assert notes.strength == 1.0
 
 
 @settings(max_examples=25)
@@ -110,7 +112,7 @@ def test_given_strength_and_damping_are_taken(seed: int, strength: float, dampin
     step = weight.double() @ drift @ torch.linalg.inv(damped(hessian, damping))
     truth = weight.double() + strength * step
     torch.testing.assert_close(result.double(), truth, rtol=1e-4, atol=1e-4)
-    assert notes == {"correction": strength, "correction_damping": damping}
+    assert notes == CorrectionDiagnostics(strength, damping)
 
 
 @settings(max_examples=15)
@@ -131,11 +133,11 @@ def test_the_chosen_strength_and_damping_do_best_on_held_out_calls(seed: int) ->
 
     found = {d: [best(w, s) for w, s in zip(weights, steps[d], strict=True)] for d in DAMPINGS}
     corrected, notes = correct(recorded(calls), weights, Correction())
-    damping = notes["correction_damping"]
+    damping = notes.damping
     totals = {d: sum(loss for loss, _ in found[d]) for d in DAMPINGS}
     assert totals[damping] == pytest.approx(min(totals.values()), rel=1e-3)
     expected = sum(strength for _, strength in found[damping]) / len(weights)
-    assert notes["correction"] == pytest.approx(expected, abs=0.011)
+    assert notes.strength == pytest.approx(expected, abs=0.011)
     # What was tried on the held-out calls is then done with all of them.
     whole, all_drift = moments(calls)
     inverse = torch.linalg.inv(damped(whole, damping))
@@ -176,7 +178,7 @@ def test_a_drift_that_is_noise_is_not_followed() -> None:
     (weight,) = weights_of(3)
     (full,), _ = correct(recorded(calls), [weight], Correction(strength=1.0, damping=0.003))
     (chosen,), notes = correct(recorded(calls), [weight], Correction())
-    assert notes["correction"] < 0.7
+    assert notes.strength < 0.7
     assert (chosen - weight).norm() < 0.7 * (full - weight).norm()
 
 
@@ -191,7 +193,7 @@ def test_the_order_of_tokens_and_of_calls_of_a_part_does_not_matter() -> None:
     for order in ([0, 1, 2, 3, 4, 5, 6, 7], [6, 5, 4, 7, 2, 1, 0, 3]):
         (second,), other = correct(recorded([shuffled[i] for i in order]), [weight], Correction())
         torch.testing.assert_close(second, first, rtol=1e-4, atol=1e-5)
-        assert other == pytest.approx(notes, rel=1e-4)
+        assert asdict(other) == pytest.approx(asdict(notes), rel=1e-4)
 
 
 def test_padding_is_ignored_whatever_it_holds() -> None:
@@ -232,7 +234,7 @@ def test_one_call_alone_gets_a_careful_correction() -> None:
     """There is nothing to test on: half of the way, with the strongest damping."""
     calls, (weight,) = drawn(8, 1), weights_of(8)
     (result,), notes = correct(recorded(calls), [weight], Correction())
-    assert notes == {"correction": 0.5, "correction_damping": 0.3}
+    assert notes == CorrectionDiagnostics(0.5, 0.3)
     hessian, drift = moments(calls)
     step = weight.double() @ drift @ torch.linalg.inv(damped(hessian, 0.3))
     torch.testing.assert_close(result.double(), weight.double() + step / 2, rtol=1e-4, atol=1e-4)
@@ -355,7 +357,7 @@ def test_the_quantized_model_comes_closer_to_the_float_chain(
             )
             for name in names
         }
-        notes = [layer.notes for step in record.steps for layer in step.layers]
-        assert all(("correction" in note) == (kind != "none") for note in notes)
+        told = [layer.correction for step in record.steps for layer in step.layers]
+        assert all((one is not None) == (kind != "none") for one in told)
     for kind in ("full", "auto"):
         assert sum(losses[kind].values()) < 0.97 * sum(losses["none"].values())

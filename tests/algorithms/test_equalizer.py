@@ -22,6 +22,7 @@ from prismquant.algorithms.equalizer import (
     output_error,
     settle,
 )
+from prismquant.diagnostics.edge_diagnostics import AWQChoice, EdgeDiagnostics
 from prismquant.errors import FormatError, NumericsError
 from prismquant.formats.spec import NumberSpec, spec
 from prismquant.numerics.affine import dynamic_scale_zero_point, scale_zero_point, simulate
@@ -219,10 +220,10 @@ def test_every_reader_counts_by_its_relative_error():
 def test_nothing_is_lost_where_nothing_is_quantized_or_nothing_arrives():
     floating = edge(None, None)
     assert output_error(floating, positive()) == 0
-    assert hopeless(floating).notes["skipped"]
+    assert hopeless(floating).diagnostics.skipped
     empty = edge(record=ChannelSizes(SIZE * TILE))
     assert output_error(empty, positive()) == 0
-    assert "no calibration token" in hopeless(empty).notes["skipped"]
+    assert "no calibration token" in hopeless(empty).diagnostics.skipped
     assert hopeless(edge()) is None
 
 
@@ -319,27 +320,30 @@ def test_channels_gather_what_their_columns_hold():
 # --- choosing ---------------------------------------------------------------------------------
 
 
+NO = AWQChoice(0.0, False)
+
+
 def test_the_best_candidate_is_kept_with_its_notes():
     problem = edge("int4-g8")
     scales = [positive(seed) for seed in range(6)]
     scales.append(settle(problem.channel_max(problem.record.absmax.amax(0)).log2() / 2, *ALL))
     errors = [output_error(problem, scale) for scale in scales]
-    result = best_scale(problem, [({"which": i}, s) for i, s in enumerate(scales)], rows=100)
+    result = best_scale(problem, [(AWQChoice(i, False), s) for i, s in enumerate(scales)], rows=100)
     winner = errors.index(min(errors))
     assert errors[winner] < output_error(problem, None)
-    assert result.notes["which"] == winner
+    assert result.diagnostics.choice.exponent == winner
     assert torch.equal(result.scale, scales[winner])
-    assert result.notes["error_after"] == pytest.approx(errors[winner], rel=1e-6)
-    assert result.notes["error_before"] == pytest.approx(output_error(problem, None), rel=1e-6)
-    assert result.notes["tried"] == 7
+    assert result.diagnostics.error_after == pytest.approx(errors[winner], rel=1e-6)
+    assert result.diagnostics.error_before == pytest.approx(output_error(problem, None), rel=1e-6)
+    assert result.diagnostics.tried == 7
 
 
 def test_no_candidate_is_kept_that_does_not_gain():
     problem = edge("int8-channel")
-    result = best_scale(problem, [({}, torch.full((SIZE,), 4.0)), ({}, torch.ones(SIZE))], rows=9)
+    result = best_scale(problem, [(NO, torch.full((SIZE,), 4.0)), (NO, torch.ones(SIZE))], rows=9)
     assert result.scale is None
-    assert result.notes["tried"] == 1
-    assert "no scale" in result.notes["skipped"]
+    assert result.diagnostics.tried == 1
+    assert "no scale" in result.diagnostics.skipped
 
 
 def test_what_wins_on_some_rows_must_win_on_all():
@@ -362,15 +366,15 @@ def test_what_wins_on_some_rows_must_win_on_all():
     scale = torch.tensor([1 / 20.0, 1, 1, 1, 1, 1, 1, 1])
     assert Trials(problem, 1).error(scale) < Trials(problem, 1).error(None)
     assert output_error(problem, scale) > output_error(problem, None)
-    result = best_scale(problem, [({}, scale)], rows=1)
+    result = best_scale(problem, [(NO, scale)], rows=1)
     assert result.scale is None
-    assert result.notes["error_after"] > result.notes["error_before"]
+    assert result.diagnostics.error_after > result.diagnostics.error_before
 
 
 def test_scales_of_one_are_an_exact_no_op():
-    result = judge(edge(), torch.ones(SIZE), {"alpha": 0.5}, must_gain=False)
+    result = judge(edge(), torch.ones(SIZE), NO, must_gain=False)
     assert result.scale is None
-    assert result.notes == {"alpha": 0.5, "skipped": "all scales are one"}
+    assert result.diagnostics == EdgeDiagnostics(NO, skipped="all scales are one")
 
 
 # --- bad input --------------------------------------------------------------------------------

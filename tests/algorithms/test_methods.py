@@ -16,6 +16,7 @@ from prismquant.algorithms.methods import SOLVERS, build_solver
 from prismquant.algorithms.problem import LayerProblem, ProblemShape, row_losses
 from prismquant.algorithms.protocols import WeightSolver
 from prismquant.algorithms.rtn import RTN
+from prismquant.diagnostics.solver_diagnostics import GPTQDiagnostics, RTNDiagnostics
 from prismquant.errors import FormatError, NumericsError, RecipeError
 from prismquant.formats.spec import spec
 from prismquant.numerics.ranges import RangeRule
@@ -170,16 +171,14 @@ def test_a_solver_declares_statistics_cost_and_peak(name, options, statistics):
     assert 0 < solver.peak_bytes(small) < solver.peak_bytes(large)
 
 
-def test_notes_of_row_shards_merge_as_the_solver_says():
-    parts = [
-        {"damping": 0.1, "swept_loss": 2.0, "refined_loss": 1.5, "nearest_rows": 1},
-        {"damping": 0.1, "swept_loss": 3.0, "refined_loss": 2.5, "nearest_rows": 0},
-    ]
-    whole = {"damping": 0.1, "swept_loss": 5.0, "refined_loss": 4.0, "nearest_rows": 1}
-    assert build_solver("gptq").merge(parts) == whole
-    assert build_solver("gptq").merge([]) == {}
-    notes = build_solver("rtn").merge([{"scale_weighting": "none"}] * 2)
-    assert notes == {"scale_weighting": "none"}
+def test_diagnostics_of_row_shards_merge_as_the_solver_says():
+    how = (0.1, 1, "float32", "pivot", "none", "torch", 3)
+    parts = [GPTQDiagnostics(*how, 2.0, 1.5, 1), GPTQDiagnostics(*how, 3.0, 2.5, 0)]
+    assert build_solver("gptq").merge(parts) == GPTQDiagnostics(*how, 5.0, 4.0, 1)
+    assert build_solver("gptq").merge(parts[:1]) == parts[0]
+    # Shards that fell back are of another method.
+    assert build_solver("gptq").merge([RTNDiagnostics()] * 2) == RTNDiagnostics()
+    assert build_solver("rtn").merge([RTNDiagnostics("group")] * 2) == RTNDiagnostics("group")
 
 
 def test_only_a_solver_that_takes_weights_by_themselves_says_so():

@@ -70,9 +70,10 @@ def test_parts_give_the_codes_of_the_whole(form: str, solver: str, parts: int) -
         assert torch.equal(mine.dequantize(), theirs.dequantize())
     assert found.losses == pytest.approx(whole.losses, rel=1e-4)
     assert found.baseline_losses == pytest.approx(whole.baseline_losses, rel=1e-4)
-    assert found.notes.keys() == whole.notes.keys()
+    assert type(found.diagnostics) is type(whole.diagnostics)
     for name in ("damping", "nearest_rows", "dead_columns"):
-        assert found.notes.get(name) == whole.notes.get(name)
+        told = (getattr(one.diagnostics, name, None) for one in (found, whole))
+        assert len(set(told)) == 1
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -81,7 +82,7 @@ def test_a_result_survives_the_journey(form: str) -> None:
     result = build_solver("gptq", {}).solve(problem(form))
     back = _unpacked(_packed(result), whole.spec, torch.device("cpu"))
     assert (back.losses, back.baseline_losses) == (result.losses, result.baseline_losses)
-    assert dict(back.notes) == dict(result.notes)
+    assert back.diagnostics == result.diagnostics
     for mine, theirs in zip(back.weights, result.weights, strict=True):
         assert torch.equal(mine.dequantize(), theirs.dequantize())
 

@@ -76,7 +76,7 @@ def test_weighing_scales_with_the_diagonal_lowers_the_loss():
     task = problem("int3-channel", "mse", x.T @ x / 512)
     plain, weighted = RTN().solve(task), RTN("diagonal").solve(task)
     assert sum(weighted.losses) < sum(plain.losses)
-    assert weighted.notes["scale_weighting"] == "diagonal"
+    assert weighted.diagnostics.scale_weighting == "diagonal"
 
 
 @pytest.mark.parametrize("weighting", ["diagonal", "group"])
@@ -172,7 +172,7 @@ def test_other_rules_do_not_look_at_the_hessian(kind):
     task = problem("int4-g8", kind, correlated())
     plain, group = RTN().solve(task), RTN("group").solve(task)
     assert torch.equal(plain.weights[0].codes, group.weights[0].codes)
-    assert group.notes["scale_weighting"] == "group"
+    assert group.diagnostics.scale_weighting == "group"
 
 
 def test_columns_that_calibration_never_excites_are_rounded_with_care():

@@ -77,8 +77,10 @@ def test_scales_are_those_of_the_paper(alpha, tile):
     result = SmoothQuant(alpha=alpha, search=False).equalize(task)
     torch.testing.assert_close(result.scale, by_formula(task, alpha), rtol=1e-5, atol=0)
     assert result.scale.dtype == torch.float32
-    assert result.notes["alpha"] == alpha
-    assert result.notes["error_after"] == pytest.approx(output_error(task, result.scale), rel=1e-6)
+    assert result.diagnostics.choice.alpha == alpha
+    assert result.diagnostics.error_after == pytest.approx(
+        output_error(task, result.scale), rel=1e-6
+    )
 
 
 def test_a_strength_that_is_given_is_taken() -> None:
@@ -90,15 +92,15 @@ def test_a_strength_that_is_given_is_taken() -> None:
     torch.testing.assert_close(scales[0], by_formula(task, 0.1), rtol=1e-5, atol=0)
     torch.testing.assert_close(scales[1], by_formula(task, 0.9), rtol=1e-5, atol=0)
     half = SmoothQuant(search=False).equalize(task)
-    assert half.notes["alpha"] == 0.5
+    assert half.diagnostics.choice.alpha == 0.5
     with pytest.raises(RecipeError, match=r"alpha 0\.5 is given, but search: true chooses it"):
         SmoothQuant(alpha=0.5, search=True)
 
 
 def test_outliers_of_a_static_input_cost_far_less_after_it():
     for activations in ("int8-tensor", "int8-token"):
-        notes = SmoothQuant().equalize(problem(activations=activations)).notes
-        assert notes["error_after"] < 0.3 * notes["error_before"]
+        notes = SmoothQuant().equalize(problem(activations=activations)).diagnostics
+        assert notes.error_after < 0.3 * notes.error_before
 
 
 def test_the_search_finds_the_best_strength_of_its_grid():
@@ -108,8 +110,8 @@ def test_the_search_finds_the_best_strength_of_its_grid():
         for step in range(9)
     }
     result = SmoothQuant(grid=8).equalize(task)
-    assert result.notes["alpha"] == min(errors, key=errors.__getitem__)
-    assert result.notes["error_after"] == pytest.approx(min(errors.values()), rel=1e-6)
+    assert result.diagnostics.choice.alpha == min(errors, key=errors.__getitem__)
+    assert result.diagnostics.error_after == pytest.approx(min(errors.values()), rel=1e-6)
 
 
 @settings(max_examples=25)
@@ -124,7 +126,7 @@ def test_the_search_is_never_worse_than_no_scaling(seed, weights, activations, p
     task = problem(weights, activations, seed=seed, outlier=1.0 + seed % 5)
     result = SmoothQuant(grid=4, rows=rows, power_of_two=power_of_two).equalize(task)
     if result.scale is None:
-        assert result.notes["skipped"]
+        assert result.diagnostics.skipped
     else:
         assert output_error(task, result.scale) < output_error(task, None)
 
@@ -150,7 +152,7 @@ def test_a_strength_that_can_only_harm_is_refused_by_the_search_and_obeyed_witho
     assert SmoothQuant().equalize(task).scale is None
     forced = SmoothQuant(alpha=0.5, search=False).equalize(task)
     assert forced.scale is not None
-    assert forced.notes["error_after"] > 1e-6
+    assert forced.diagnostics.error_after > 1e-6
 
 
 def test_scales_that_are_all_one_are_an_exact_no_op():
@@ -161,7 +163,7 @@ def test_scales_that_are_all_one_are_an_exact_no_op():
     for method in (SmoothQuant(search=False), SmoothQuant()):
         result = method.equalize(task)
         assert result.scale is None
-        assert result.notes["skipped"]
+        assert result.diagnostics.skipped
 
 
 @pytest.mark.parametrize("search", [True, False])
@@ -186,7 +188,7 @@ def test_each_modality_can_decide_alone():
         inputs = record.inputs[rows].abs().amax(0)
         result = SmoothQuant(search=False, modality=modality).equalize(task)
         torch.testing.assert_close(result.scale, by_formula(task, 0.5, inputs), rtol=1e-5, atol=0)
-        assert result.notes["modality"] == modality
+        assert result.diagnostics.choice.modality == modality
     # The outlier of the vision tokens is none to the text.
     text, vision, both = (
         SmoothQuant(search=False, modality=m).equalize(task).scale
@@ -202,7 +204,7 @@ def test_where_a_modality_has_no_tokens_the_other_decides(modality, share, only)
     task = problem(vision=share)
     result = SmoothQuant(search=False, modality=modality).equalize(task)
     torch.testing.assert_close(result.scale, by_formula(task, 0.5), rtol=1e-5, atol=0)
-    assert result.notes["modality"] == only
+    assert result.diagnostics.choice.modality == only
 
 
 def test_a_percentile_stands_for_the_largest_magnitude():
@@ -242,17 +244,17 @@ def test_scales_are_bounded():
 
 def test_the_weight_of_vision_tokens_reaches_the_measure():
     task = problem("int4-channel", "int8-tensor")
-    deaf, fond = (SmoothQuant(vision_weight=w).equalize(task).notes for w in (0.0, 100.0))
-    assert deaf["error_before"] != fond["error_before"]
+    deaf, fond = (SmoothQuant(vision_weight=w).equalize(task).diagnostics for w in (0.0, 100.0))
+    assert deaf.error_before != fond.error_before
 
 
 def test_edges_without_tokens_or_formats_are_skipped_with_the_reason():
-    assert "quantized" in SmoothQuant().equalize(problem(None, None)).notes["skipped"]
+    assert "quantized" in SmoothQuant().equalize(problem(None, None)).diagnostics.skipped
     task = problem()
     empty = EdgeProblem(**{**vars(task), "record": ChannelSizes(SIZE)})
     result = SmoothQuant(search=False).equalize(empty)
     assert result.scale is None
-    assert "calibration" in result.notes["skipped"]
+    assert "calibration" in result.diagnostics.skipped
 
 
 @pytest.mark.parametrize(

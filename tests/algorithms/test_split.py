@@ -201,7 +201,7 @@ def test_a_column_is_found_wherever_it_is_and_stays_in_floating_point(
     out = tmp_path / "out"
     result = pq.quantize(folder, recipe(activations), out, data)
     layers = [layer for step in result.record.steps for layer in step.layers]
-    assert [layer.notes["split_columns"] for layer in layers] == [str(column)] * 2
+    assert [layer.split_columns for layer in layers] == [(column,)] * 2
     reader, names = ShardReader(out), bind(folder).names
     static = {}
     for block in range(2):
@@ -240,9 +240,7 @@ def test_where_none_stands_out_none_is_split_and_room_is_left_empty(
     split = SPLIT | {"options": {"threshold": 50.0, "columns": 3}}
     chosen = recipe("int8-tensor", transforms=[split])
     result = pq.quantize(folder, chosen, out, data)
-    assert not [
-        layer for s in result.record.steps for layer in s.layers if "split_columns" in layer.notes
-    ]
+    assert not [layer for s in result.record.steps for layer in s.layers if layer.split_columns]
     reader = ShardReader(out)
     index = [reader.read(n) for n in reader.names if n.endswith("split_index")]
     assert [entry.tolist() for entry in index] == [[-1] * 3] * 3
@@ -276,9 +274,9 @@ def test_several_columns_of_a_layer_of_the_language_model(
     layers = {layer.name: layer for step in result.record.steps for layer in step.layers}
     for number in range(2):
         down = layers[f"model.language_model.layers.{number}.mlp.down_proj"]
-        assert down.notes["split_columns"] == "7, 201"
-        assert down.notes["input_high"] < 60
-        assert "split_columns" not in layers[down.name.replace("down", "up")].notes
+        assert down.split_columns == (7, 201)
+        assert down.input_range.high < 60
+        assert not layers[down.name.replace("down", "up")].split_columns
     model = load_model(tmp_path / "out")
     weight = model.get_parameter("model.language_model.layers.0.mlp.down_proj.weight")
     before = tensors[names.to_disk("model.language_model.layers.0.mlp.down_proj.weight")]

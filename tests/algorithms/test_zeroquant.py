@@ -79,9 +79,9 @@ def test_the_unit_of_the_output_does_not_matter():
 
 
 def test_notes_say_what_was_done():
-    notes = ZeroQuant(iterations=10, batch=100).tune(tiny_blocks.block()).notes
-    assert (notes["iterations"], notes["batch"], notes["learning_rate"]) == (10, 8, 0.01)
-    assert 0 < notes["changed_codes"] < 0.5
+    notes = ZeroQuant(iterations=10, batch=100).tune(tiny_blocks.block()).diagnostics
+    assert (notes.iterations, notes.batch, notes.learning_rate) == (10, 8, 0.01)
+    assert 0 < notes.changed_codes < 0.5
 
 
 @pytest.mark.parametrize(

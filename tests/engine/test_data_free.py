@@ -85,15 +85,11 @@ def by_hand(setup: RunSetup) -> Iterator[StepRecord]:
                         scale_dtype=first.site.dtype,
                     )
                 )
-                counts = (
-                    {}
-                    if first.config.vision_weight == 1
-                    else {"vision_weight": first.config.vision_weight}
-                )
                 for row, weight, loss in zip(group, result.weights, result.losses, strict=True):
-                    notes = {**result.notes, **counts}
                     layers.append(QuantizedLayer(row.site.name, weight))
-                    records.append(LayerRecord(row.site.name, "rtn", loss, loss, notes))
+                    record = LayerRecord(row.site.name, loss, loss, result.diagnostics)
+                    weight_of_vision = first.config.vision_weight
+                    records.append(replace(record, vision_weight=weight_of_vision))
         yield StepRecord(step.name, setup.sink.write_step(step, layers, {}), 0.0, tuple(records))
 
 

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from prismquant.diagnostics.solver_diagnostics import StaticInputRange
+    from prismquant.run.record import RunRecord
+
 RECIPES = ("w8a8-static-all", "w4a16-all", "w4a8-static-all", "w3a16", "vision-w8a8-llm-w4a8")
 
 
@@ -58,6 +61,14 @@ def inputs_seen(model: nn.Module, name: str, runs: list[dict[str, Any]]) -> torc
             model(**run, use_cache=False)
     handle.remove()
     return torch.cat(seen)
+
+
+def input_range_of(record: RunRecord, name: str) -> StaticInputRange:
+    """The static range that a run has chosen for the input of a layer."""
+    layers = {layer.name: layer for step in record.steps for layer in step.layers}
+    found = layers[name].input_range
+    assert found is not None
+    return found
 
 
 @pytest.mark.parametrize("solver", ["rtn", "gptq"])
@@ -130,11 +141,9 @@ def test_static_ranges_are_those_of_the_counted_tokens(
     name = "model.language_model.layers.1.mlp.down_proj"
     finished = load_model(out, dtype=torch.float32)
     x = inputs_seen(finished, name, inputs_of(folder, calibration_file))
-    notes = next(
-        layer.notes for s in result.record.steps for layer in s.layers if layer.name == name
-    )
-    assert math.isclose(notes["input_low"], float(x.min()), rel_tol=1e-4)
-    assert math.isclose(notes["input_high"], float(x.max()), rel_tol=1e-4)
+    seen = input_range_of(result.record, name)
+    assert math.isclose(seen.low, float(x.min()), rel_tol=1e-4)
+    assert math.isclose(seen.high, float(x.max()), rel_tol=1e-4)
 
 
 def test_padding_changes_nothing(tiny: Callable[..., Path], tmp_path: Path) -> None:
@@ -165,10 +174,7 @@ def test_propagation_can_be_turned_off(
         out = tmp_path / str(propagate)
         chosen = recipe("w4a8-static", "rtn", block_sequential=propagate)
         result = pq.quantize(folder, chosen, out, calibration_file)
-        notes = next(
-            layer.notes for s in result.record.steps for layer in s.layers if layer.name == name
-        )
-        ranges[propagate] = float(notes["input_high"])
+        ranges[propagate] = input_range_of(result.record, name).high
     assert math.isclose(ranges[False], float(x.max()), rel_tol=1e-5)
     assert not math.isclose(ranges[True], float(x.max()), rel_tol=1e-5)
 
@@ -185,10 +191,7 @@ def test_sequential_stages_can_be_turned_off(
         out = tmp_path / str(sequential)
         chosen = recipe("w4a8-static", "rtn", layer_sequential=sequential)
         record = pq.quantize(folder, chosen, out, calibration_file).record
-        layers = [layer for step in record.steps for layer in step.layers]
-        highs[sequential] = next(
-            layer.notes["input_high"] for layer in layers if layer.name == name
-        )
+        highs[sequential] = input_range_of(record, name).high
     assert math.isclose(highs[False], float(x.max()), rel_tol=1e-5)
     assert not math.isclose(highs[True], float(x.max()), rel_tol=1e-5)
 
@@ -249,7 +252,7 @@ def test_the_head_can_be_quantized_too(
     finished = load_model(out, dtype=torch.float32)
     x = inputs_seen(finished, "lm_head", inputs_of(folder, calibration_file))
     assert head.name == "lm_head"
-    assert math.isclose(head.notes["input_high"], float(x.max()), rel_tol=1e-4)
+    assert math.isclose(input_range_of(record, "lm_head").high, float(x.max()), rel_tol=1e-4)
     assert isinstance(finished.lm_head.input_quantizer, ActivationQuantizer)
 
 
@@ -279,11 +282,11 @@ def test_quantized_activations_can_be_kept_from_the_next_block(
     name = "model.language_model.layers.1.self_attn.q_proj"
     chosen = recipe("w4a8-static", "rtn", quantized_inputs=False)
     record = pq.quantize(folder, chosen, out, calibration_file).record
-    notes = next(layer.notes for s in record.steps for layer in s.layers if layer.name == name)
+    seen = input_range_of(record, name)
     finished = load_model(out, dtype=torch.float32)
     runs = inputs_of(folder, calibration_file)
     with activations_in_float(finished):
         in_float = inputs_seen(finished, name, runs)
     as_served = inputs_seen(finished, name, runs)
-    assert math.isclose(notes["input_high"], float(in_float.max()), rel_tol=1e-5)
-    assert not math.isclose(notes["input_high"], float(as_served.max()), rel_tol=1e-5)
+    assert math.isclose(seen.high, float(in_float.max()), rel_tol=1e-5)
+    assert not math.isclose(seen.high, float(as_served.max()), rel_tol=1e-5)

@@ -9,7 +9,7 @@ import shutil
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -24,12 +24,8 @@ from prismquant import cli
 from prismquant.algorithms.gptq import GPTQ
 from prismquant.algorithms.problem import LayerProblem, LayerResult
 from prismquant.algorithms.rtn import RTN
-from prismquant.diagnostics.failed_layers import (
-    FAILED,
-    WANTED,
-    failed_layers,
-    failure_lines,
-)
+from prismquant.diagnostics.failed_layers import failed_layers, failure_lines
+from prismquant.diagnostics.solver_diagnostics import Failure, RTNDiagnostics
 from prismquant.engine.calls import StepCall
 from prismquant.engine.collectives import Task, solve_all
 from prismquant.engine.failure import Guarded
@@ -118,9 +114,10 @@ def test_what_falls_back_is_rounded_to_nearest_in_its_own_format(
         error = weight.double() - ours.dequantize(torch.float32).double()
         assert loss == pytest.approx(float(error.square().sum()), rel=1e-5)
     assert result.losses == result.baseline_losses
-    assert result.notes[WANTED] == "gptq"
     why = "cannot be factorized" if hessian is not None else "none has reached this layer"
-    assert why in str(result.notes[FAILED])
+    assert result.failure is not None
+    assert why in result.failure.why
+    assert result.failure.wanted == "gptq"
 
 
 def test_rounding_that_needs_a_hessian_falls_back_to_rounding_that_does_not() -> None:
@@ -130,7 +127,8 @@ def test_rounding_that_needs_a_hessian_falls_back_to_rounding_that_does_not() ->
     result = guarded.solve(problem)
     plain = RTN().solve(problem)
     assert torch.equal(result.weights[0].codes, plain.weights[0].codes)
-    assert (result.notes[WANTED], result.notes["scale_weighting"]) == ("rtn", "none")
+    assert result.failure is not None
+    assert (result.failure.wanted, result.diagnostics) == ("rtn", RTNDiagnostics("none"))
     with pytest.raises(NumericsError, match="without calibration data") as caught:
         Guarded(RTN("group"), "stop").solve(problem)
     assert "on_failure: rtn" in str(caught.value.remedy)
@@ -142,7 +140,8 @@ def test_what_can_be_solved_is_solved_as_ever(on_failure: Any) -> None:
     problem = a_problem(hessian=x.T @ x / 200)
     result, expected = Guarded(GPTQ(), on_failure).solve(problem), GPTQ().solve(problem)
     assert torch.equal(result.weights[0].codes, expected.weights[0].codes)
-    assert result.notes == expected.notes
+    assert result.diagnostics == expected.diagnostics
+    assert result.failure is None
 
 
 # What layers of one input are given
@@ -190,8 +189,9 @@ def assert_rounded(group: Group, why: str, wanted: str) -> None:
     expected = RTN().solve(problem)
     assert torch.equal(result.weights[0].codes, expected.weights[0].codes)
     assert record.solver == "rtn"
-    assert why in str(record.notes[FAILED])
-    assert record.notes[WANTED] == wanted
+    assert record.failure is not None
+    assert why in record.failure.why
+    assert record.failure.wanted == wanted
 
 
 @pytest.mark.parametrize("rule", [{"solver": "gptq"}, GROUPED, {"correction": "auto"}])
@@ -369,7 +369,8 @@ def test_all_ranks_do_without_moments_where_one_has_lost_them_or_none_has_any(
 
     (one, codes), *others = Meeting(3).run(work)
     assert one.solver == "rtn"
-    assert why in str(one.notes[FAILED])
+    assert one.failure is not None
+    assert why in one.failure.why
     for record, theirs in others:
         assert record == one
         assert torch.equal(theirs, codes)
@@ -386,7 +387,9 @@ def test_what_a_rank_cannot_solve_is_rounded_for_all(count: int) -> None:
     # Ranks are processes, each with moments of its own.
     for results in Meeting(3).run(lambda ranks: solve_all(copy.deepcopy(tasks), ranks)):
         for result, expected in zip(results, alone, strict=True):
-            assert dict(result.notes) == pytest.approx(dict(expected.notes))
+            told, known = asdict(result.diagnostics), asdict(expected.diagnostics)
+            assert told == pytest.approx(known)
+            assert result.failure == expected.failure
             for ours, theirs in zip(result.weights, expected.weights, strict=True):
                 assert torch.equal(ours.codes, theirs.codes)
 
@@ -401,7 +404,7 @@ def test_a_layer_of_which_one_rank_fails_at_its_part_has_one_method() -> None:
 
     expected = RTN().solve(problem)
     for result in Meeting(2).run(work):
-        assert result.notes[FAILED] == "not on this machine"
+        assert result.failure == Failure("not on this machine", "refusing")
         for ours, theirs in zip(result.weights, expected.weights, strict=True):
             assert torch.equal(ours.codes, theirs.codes)
 
@@ -520,10 +523,12 @@ def test_a_run_that_falls_back_says_so_everywhere(
     folder, out = tiny("qwen2_vl"), tmp_path / "out"
     result = pq.quantize(folder, a_recipe("rtn"), out, few)
     layers = layers_of(result)
-    assert {name for name, layer in layers.items() if FAILED in layer.notes} == FAILING
+    assert {name for name, layer in layers.items() if layer.failure} == FAILING
     for name, layer in layers.items():
         assert layer.solver == ("rtn" if name in FAILING else "gptq")
-        assert layer.notes.get(WANTED) == ("gptq" if name in FAILING else None)
+        assert (layer.failure.wanted if layer.failure else "") == (
+            "gptq" if name in FAILING else ""
+        )
     told = [note for note in result.notes if "rounded to nearest" in note]
     assert len(told) == 1
     assert told[0].startswith("3 layers rounded to nearest in place of being solved: ")
@@ -534,7 +539,7 @@ def test_a_run_that_falls_back_says_so_everywhere(
     rows = read_json(out / "prismquant" / "plan.json")["rows"]
     assert {row["config"]["on_failure"] for row in rows if row["config"]["weights"]} == {"rtn"}
     stored = read_json(out / "prismquant" / "record.json")
-    assert "failed" in str(stored["steps"])
+    assert "cannot be factorized" in str(stored["steps"])
     rounding = a_recipe("stop", {"solver": "rtn"})
     pq.quantize(folder, rounding, tmp_path / "rtn")
     mine, nearest = (load_model(path).state_dict() for path in (out, tmp_path / "rtn"))
@@ -585,7 +590,7 @@ def test_a_tuner_leaves_layers_alone_that_fell_back(
     rule = {"tuner": tuner, "tuner_options": {"iterations": 4, "settle": 0}}
     result = pq.quantize(folder, a_recipe("rtn", rule), tmp_path / "out", few)
     for name, layer in layers_of(result).items():
-        assert ("tuner" in layer.notes) == (name not in FAILING)
+        assert (layer.tuning is not None) == (name not in FAILING)
     pq.quantize(folder, a_recipe("stop", {"solver": "rtn"}), tmp_path / "rtn")
     mine, nearest = (load_model(tmp_path / name).state_dict() for name in ("out", "rtn"))
     for name in FAILING:
@@ -612,10 +617,12 @@ def test_a_tower_that_no_sample_reaches(
     for row in result.plan.quantized:
         layer = layers_of(result)[row.site.name]
         if row.site.modality == "vision":
-            assert layer.notes[FAILED] == "no calibration token reached this layer"
-            assert (layer.solver, layer.notes[WANTED]) == ("rtn", row.config.solver)
+            assert layer.failure == Failure(
+                "no calibration token reached this layer", row.config.solver
+            )
+            assert layer.solver == "rtn"
         else:
-            assert FAILED not in layer.notes
+            assert layer.failure is None
     assert len(result.notes) == 1
     assert load_model(out) is not None
 
@@ -744,7 +751,7 @@ def test_the_command_line_has_the_option_and_tells_what_it_did(
     said = json.loads(out)
     assert set(said["failed"]) == FAILING
     layers = [layer for step in said["record"]["steps"] for layer in step["layers"]]
-    assert {layer["name"] for layer in layers if "failed" in layer["notes"]} == FAILING
+    assert {layer["name"] for layer in layers if layer["failure"]} == FAILING
     status, out, _ = prismquant("inspect", folder, "--recipe", recipe, "--on-failure", "rtn")
     assert (status, "gptq, or rtn" in out) == (0, True)
     status, out, _ = prismquant("inspect", folder, "--recipe", recipe)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from prismquant.diagnostics.step_record import LayerRecord
     from prismquant.formats.quantized_layer import QuantizedLayer
 
 UP = "model.language_model.layers.0.mlp.up_proj"
@@ -76,11 +77,11 @@ def call(weights: Tensor | None = None, vision: Tensor | None = None) -> StepCal
     return StepCall((), {}, weights, vision, lambda _: None)
 
 
-def solve(group: Group) -> tuple[LayerResult, list[QuantizedLayer], dict[str, Any]]:
-    """The solver's result, the layers, and the group's notes."""
+def solve(group: Group) -> tuple[LayerResult, list[QuantizedLayer], LayerRecord]:
+    """The solver's result, the layers, and the record of the first."""
     result = group.solver.solve(group.problem())
     pairs = group.solved(result)
-    return result, [layer for layer, _ in pairs], dict(pairs[0][1].notes)
+    return result, [layer for layer, _ in pairs], pairs[0][1]
 
 
 def tokens(count: int, seed: int = 0) -> Tensor:
@@ -106,10 +107,11 @@ def test_ranges_are_those_of_counted_tokens_together_and_by_modality(
     group.observe(x.reshape(2, 3, IN), call(weights, vision), "ranges")
     group.observe(x[1:2], call(None, torch.tensor([True])), "ranges")
     group.observe(tokens(4), call(weights[:4], torch.zeros(4, dtype=torch.bool)), "moments")
-    _, (layer,), notes = solve(group)
-    assert (notes["input_low"], notes["input_high"]) == (-9.0, 11.0)
-    assert (notes["input_low_text"], notes["input_high_text"]) == (-9.0, 7.0)
-    assert notes["input_high_vision"] == 11.0
+    _, (layer,), record = solve(group)
+    assert record.input_range is not None
+    assert (record.input_range.low, record.input_range.high) == (-9.0, 11.0)
+    assert record.input_range.by_modality["text"] == (-9.0, 7.0)
+    assert record.input_range.by_modality["vision"][1] == 11.0
     scale, zero = scale_and_zero_point(layer.input)
     assert scale is not None
     assert zero is not None
@@ -126,8 +128,9 @@ def test_a_batch_of_padding_alone_leaves_no_trace(row: Callable[..., PlanRow]) -
             group.observe_outputs(tokens(3) * 100, call(torch.zeros(3)))
             group.observe_outputs(tokens(40), call())
         group.observe(tokens(40), call(), what)  # type: ignore[arg-type]
-    _, (solved,), notes = solve(group)
-    assert notes["input_high"] == pytest.approx(float(tokens(40).max()))
+    _, (solved,), record = solve(group)
+    assert record.input_range is not None
+    assert record.input_range.high == pytest.approx(float(tokens(40).max()))
     largest = float(layer(tokens(40)).abs().max())
     assert float(solved.output.scale) == pytest.approx(largest / 127.5)  # type: ignore[union-attr]
 
@@ -170,7 +173,7 @@ def test_the_input_is_rotated_before_anything_is_seen_of_it(row: Callable[..., P
         group.observe(x, call(), what)  # type: ignore[arg-type]
     truth = turned.double().T @ turned.double() / len(x)
     torch.testing.assert_close(hessian_of(group), truth, rtol=2e-2, atol=1e-2)
-    assert group._input_notes()["input_high"] == pytest.approx(float(turned.max()))
+    assert group._input_range().high == pytest.approx(float(turned.max()))
 
 
 def test_split_columns_leave_range_moments_and_codes(row: Callable[..., PlanRow]) -> None:
@@ -195,8 +198,9 @@ def test_split_columns_leave_range_moments_and_codes(row: Callable[..., PlanRow]
     ((solved, record),) = group.solved(result)
     rest = x.clone()
     rest[:, [5, 77]] = 0
-    assert record.notes["split_columns"] == "5, 77"
-    assert record.notes["input_high"] == pytest.approx(float(rest.max()))
+    assert record.input_range is not None
+    assert record.split_columns == (5, 77)
+    assert record.input_range.high == pytest.approx(float(rest.max()))
     assert result.weights[0].dequantize()[:, [5, 77]].abs().max() == 0
     values = solved.values(torch.float32)
     kept = layer.weight[:, [5, 77]].to(torch.bfloat16).float()
@@ -222,8 +226,9 @@ def test_corrections_aim_at_what_the_float_model_has(row: Callable[..., PlanRow]
     for part in range(4):
         rows = slice(100 * part, 100 * part + 100)
         group.observe(seen[rows], call(), "moments", wanted[rows])
-    _, layers, notes = solve(group)
-    assert notes["correction"] == 1.0
+    _, layers, record = solve(group)
+    assert record.correction is not None
+    assert record.correction.strength == 1.0
     for linear, solved in zip((layer, other), layers, strict=True):
         # Wanted is a linear map of what is seen, so the correction can be perfect.
         truth = linear.weight @ (torch.eye(IN) + 0.2 * turn.T)

@@ -17,6 +17,7 @@ from prismquant.algorithms.methods import build_solver
 from prismquant.algorithms.problem import LayerProblem, LayerResult
 from prismquant.data import read_samples
 from prismquant.data.batches import Batch, make_batches
+from prismquant.diagnostics.solver_diagnostics import RTNDiagnostics
 from prismquant.engine import group, quantize
 from prismquant.engine.run import run
 from prismquant.engine.setup import RunSetup
@@ -116,7 +117,7 @@ class Exact:
     def solve(self, problem: LayerProblem) -> LayerResult:
         kept: Any = tuple(Kept(weight) for weight in problem.weights)
         zeros = (0.0,) * len(kept)
-        return LayerResult(kept, zeros, zeros)
+        return LayerResult(kept, zeros, zeros, RTNDiagnostics())
 
 
 class Memory:
@@ -190,7 +191,7 @@ def test_without_rounding_the_function_stays(
     moved = [n for n, p in model.named_parameters() if (p - before[n]).abs().max() > 1e-3]
     assert len(moved) > 10
     assert len(edges) == len(plan.edges)
-    skipped = [e for e in edges if e.equalizer == "smoothquant" and "skipped" in e.notes]
+    skipped = [e for e in edges if e.equalizer == "smoothquant" and e.diagnostics.skipped]
     assert not skipped
     if transforms == [SMOOTH]:
         assert {edge.source for edge in edges} == {edge.source for edge in bound.edges}
@@ -258,16 +259,16 @@ def test_every_layer_of_the_loaded_model_sees_what_it_was_calibrated_on(
     result = pq.quantize(tiny_folder, recipe, tmp_path / "out", three)
     seen = ranges_seen(load_model(tmp_path / "out"), batches_of(tiny_folder, three))
     layers = [layer for step in result.record.steps for layer in step.layers]
-    noted = {layer.name: layer.notes for layer in layers if "input_low" in layer.notes}
+    noted = {layer.name: layer for layer in layers if layer.input_range}
     assert noted.keys() == seen.keys()
     assert len(seen) == len(layers) - 1
-    assert [layer.name for layer in layers if "split_columns" in layer.notes]
-    assert [layer.name for layer in layers if "block_loss" in layer.notes]
-    for name, notes in noted.items():
+    assert [layer.name for layer in layers if layer.split_columns]
+    assert [layer.name for layer in layers if layer.tuning]
+    for name, layer in noted.items():
         # A tuner moves the codes of a whole step, after the ranges inside it were chosen.
-        if "block_loss" in notes and bound_to(tiny_folder).site(name).stage > 0:
+        if layer.tuning and bound_to(tiny_folder).site(name).stage > 0:
             continue
-        expected = notes["input_low"], notes["input_high"]
+        expected = layer.input_range.low, layer.input_range.high
         assert seen[name] == pytest.approx(expected, rel=2e-3), name
 
 
@@ -346,7 +347,7 @@ def test_transformers_gives_our_logits(
     out, batches = tmp_path / "out", batches_of(tiny_folder, three)
     result = pq.quantize(tiny_folder, recipe_of(*rules, transforms=transforms), out, three)
     assert not result.plan.remarks
-    assert [e for step in result.record.steps for e in step.edges if "skipped" not in e.notes]
+    assert [e for step in result.record.steps for e in step.edges if not e.diagnostics.skipped]
     ours, full = logits(load_model(out), batches), logits(load_float(tiny_folder), batches)
     assert apart(logits(from_transformers(out), batches), ours) < 1e-4
     assert 1e-3 < apart(ours, full) < 0.7

@@ -88,11 +88,11 @@ def test_the_recorded_loss_is_that_of_the_loaded_model(
     tuned, plain = load_model(tmp_path / "tuned"), load_model(tmp_path / "plain")
     for number in range(2):
         name = BLOCK.format(number)
-        notes = [note.notes for layer, note in layers.items() if layer.startswith(f"{name}.")]
+        notes = [one.tuning for layer, one in layers.items() if layer.startswith(f"{name}.")]
         assert len(notes) == 7
-        (loss,) = {note["block_loss"] for note in notes}
-        (before,) = {note["block_loss_before"] for note in notes}
-        assert all(note["tuner"] == "autoround" for note in notes)
+        (loss,) = {note.loss for note in notes}
+        (before,) = {note.loss_before for note in notes}
+        assert all(note.method == "autoround" for note in notes)
         assert loss < 0.97 * before
         wanted = outputs_of(full, name, batches)
         error = (outputs_of(tuned, name, batches) - wanted).square().sum(1).mean()
@@ -109,8 +109,8 @@ def test_zeroquant_aims_at_the_float_block_on_the_same_inputs(
     folder, name = tiny("qwen2_vl"), BLOCK.format(1)
     rule = {"tuner": "zeroquant", "tuner_options": {"iterations": 10}}
     layers = layers_of(pq.quantize(folder, recipe_of(rule), tmp_path / "out", data))
-    notes = layers[f"{name}.mlp.up_proj"].notes
-    assert notes["block_loss"] <= notes["block_loss_before"]
+    notes = layers[f"{name}.mlp.up_proj"].tuning
+    assert notes.loss <= notes.loss_before
     batches = batches_of(folder, data)
     model, full = load_model(tmp_path / "out"), load_float(folder)
     seen = outputs_of(model, name, batches)
@@ -118,7 +118,7 @@ def test_zeroquant_aims_at_the_float_block_on_the_same_inputs(
     blocks: Any = model.get_submodule("model.language_model.layers")
     blocks[1] = full.get_submodule(name)
     error = (seen - outputs_of(model, name, batches)).square().sum(1).mean()
-    assert float(error) == pytest.approx(notes["block_loss"], rel=0.01)
+    assert float(error) == pytest.approx(notes.loss, rel=0.01)
 
 
 def test_nobody_tunes_where_none_is_asked_for(
@@ -158,9 +158,9 @@ def test_nobody_tunes_where_none_is_asked_for(
     up = f"{BLOCK.format(0)}.mlp.up_proj"
     later = {name for name in differing("up only") if not name.startswith(BLOCK.format(1))}
     assert later == {up}
-    assert "block_loss" in layers["up only"][up].notes
-    assert "block_loss" not in layers["up only"][up.replace("up", "down")].notes
-    assert not [x for x in layers["never"].values() if "tuner" in x.notes]
+    assert layers["up only"][up].tuning is not None
+    assert layers["up only"][up.replace("up", "down")].tuning is None
+    assert not [x for x in layers["never"].values() if x.tuning]
 
 
 def test_two_tuners_in_one_block_follow_each_other(
@@ -174,17 +174,17 @@ def test_two_tuners_in_one_block_follow_each_other(
     ]
     layers = layers_of(pq.quantize(folder, recipe_of(*rules), tmp_path / "out", data))
     for number in range(2):
-        attention = layers[f"{BLOCK.format(number)}.self_attn.q_proj"].notes
-        mlp = layers[f"{BLOCK.format(number)}.mlp.up_proj"].notes
-        assert attention["block_loss"] < attention["block_loss_before"]
-        assert mlp["block_loss"] < mlp["block_loss_before"]
-        assert mlp["block_loss_before"] == pytest.approx(attention["block_loss"], rel=1e-4)
+        attention = layers[f"{BLOCK.format(number)}.self_attn.q_proj"].tuning
+        mlp = layers[f"{BLOCK.format(number)}.mlp.up_proj"].tuning
+        assert attention.loss < attention.loss_before
+        assert mlp.loss < mlp.loss_before
+        assert mlp.loss_before == pytest.approx(attention.loss, rel=1e-4)
         wanted = outputs_of(load_float(folder), BLOCK.format(number), batches_of(folder, data))
         seen = outputs_of(
             load_model(tmp_path / "out"), BLOCK.format(number), batches_of(folder, data)
         )
         error = float((seen - wanted).square().sum(1).mean())
-        assert error == pytest.approx(mlp["block_loss"], rel=0.01)
+        assert error == pytest.approx(mlp.loss, rel=0.01)
 
 
 def test_the_head_and_the_tower_are_tuned_or_left_as_fits(
@@ -197,7 +197,7 @@ def test_the_head_and_the_tower_are_tuned_or_left_as_fits(
     calibration = {"batch_size": 2, "samples": 3}
     recipe = {"rules": [everything | {"solver": "rtn"}], "calibration": calibration}
     layers = layers_of(pq.quantize(folder, recipe, tmp_path / "out", data))
-    untuned = [name for name, layer in layers.items() if "tuner" not in layer.notes]
+    untuned = [name for name, layer in layers.items() if layer.tuning is None]
     assert untuned == ["lm_head"]
     assert torch.isfinite(
         load_model(tmp_path / "out")(**batches_of(folder, data)[0].inputs).logits
@@ -217,9 +217,9 @@ def test_tuning_behind_transforms_and_a_correction(
     ]
     recipe = recipe_of(rule | {"correction": "auto"}, transforms=transforms)
     layers = layers_of(pq.quantize(folder, recipe, tmp_path / "out", data))
-    assert [layer for layer in layers.values() if "split_columns" in layer.notes]
-    notes = layers[f"{name}.mlp.down_proj"].notes
-    assert notes["block_loss"] < notes["block_loss_before"]
+    assert [layer for layer in layers.values() if layer.split_columns]
+    notes = layers[f"{name}.mlp.down_proj"].tuning
+    assert notes.loss < notes.loss_before
     # Each block's output is the residual stream, rotated alike in both models.
     batches = batches_of(folder, data)
     head = "model.language_model.norm"
@@ -236,4 +236,4 @@ def test_tuning_behind_transforms_and_a_correction(
     matrix = torch.linalg.lstsq(ShardReader(folder).read(embedding).double(), turned.double())
     rotated = wanted.double() @ matrix.solution
     error = float((seen.double() - rotated).square().sum(1).mean())
-    assert error == pytest.approx(notes["block_loss"], rel=0.02), head
+    assert error == pytest.approx(notes.loss, rel=0.02), head

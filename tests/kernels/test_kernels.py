@@ -165,7 +165,7 @@ def found_out_anew():
 def test_a_processor_sweeps_with_numba():
     assert sweep.kernel_for(CPU) == "numba"
     assert not sweep.supports("triton", CPU)
-    assert GPTQ().solve(problem_of("int4-g16")).notes["kernel"] == "numba"
+    assert GPTQ().solve(problem_of("int4-g16")).diagnostics.kernel == "numba"
 
 
 @pytest.mark.usefixtures("found_out_anew")
@@ -173,7 +173,7 @@ def test_a_processor_without_numba_sweeps_with_torch(monkeypatch):
     monkeypatch.setitem(sys.modules, "prismquant.kernels.cpu_sweep", None)
     monkeypatch.delattr("prismquant.kernels.cpu_sweep", raising=False)
     assert sweep.kernel_for(CPU) == "torch"
-    assert GPTQ().solve(problem_of("int4-g16")).notes["kernel"] == "torch"
+    assert GPTQ().solve(problem_of("int4-g16")).diagnostics.kernel == "torch"
 
 
 @pytest.mark.usefixtures("found_out_anew")
@@ -568,11 +568,11 @@ def test_a_solve_with_the_kernel_is_that_with_torch(name, kernel, monkeypatch):
     reference = solver.solve(problem)
     monkeypatch.setattr(sweep, "kernel_for", lambda device: kernel)
     result = solver.solve(problem)
-    assert (reference.notes["kernel"], result.notes["kernel"]) == ("torch", kernel)
+    assert (reference.diagnostics.kernel, result.diagnostics.kernel) == ("torch", kernel)
     assert result.losses == pytest.approx(reference.losses, rel=1e-5)
     assert result.baseline_losses == pytest.approx(reference.baseline_losses, rel=1e-5)
     for key in ("swept_loss", "refined_loss"):
-        assert result.notes[key] == pytest.approx(reference.notes[key], rel=1e-5)
+        assert result.diagnostics[key] == pytest.approx(reference.diagnostics[key], rel=1e-5)
     for own, other in zip(result.weights, reference.weights, strict=True):
         assert torch.equal(own.codes.view(torch.int8), other.codes.view(torch.int8))
 

@@ -21,7 +21,17 @@ import tiny_vlm
 import torch
 
 import prismquant as pq
+from prismquant.diagnostics.edge_diagnostics import AWQChoice, EdgeDiagnostics
+from prismquant.diagnostics.kv_diagnostics import KeyBias, KVDiagnostics
+from prismquant.diagnostics.solver_diagnostics import (
+    CorrectionDiagnostics,
+    Failure,
+    GPTQDiagnostics,
+    RTNDiagnostics,
+    StaticInputRange,
+)
 from prismquant.diagnostics.step_record import EdgeRecord, LayerRecord, StepRecord
+from prismquant.diagnostics.tuning_diagnostics import TuningDiagnostics
 from prismquant.engine.setup import Silent
 from prismquant.errors import StorageError
 from prismquant.export.compressed_tensors.writer import CheckpointWriter
@@ -34,6 +44,7 @@ from prismquant.run.directory import RunDirectory
 from prismquant.run.identity import FileStamp, Identity
 from prismquant.run.record import RECORD_VERSION, RestartRecord, RunRecord
 from prismquant.shards import ShardReader
+from prismquant.statistics.tokens import Tokens
 from prismquant.storage import write_tensors
 
 if TYPE_CHECKING:
@@ -60,8 +71,30 @@ STEP = StepRecord(
     "model.layers.0",
     "model-00001-of-00002.safetensors",
     1.5,
-    (LayerRecord("model.layers.0.up", "gptq", 0.25, 0.5, {"damping": 0.01, "fallback": "rtn"}),),
-    (EdgeRecord("model.layers.0.norm", ("model.layers.0.up",), "awq", {"skipped": "no gain"}),),
+    (
+        LayerRecord(
+            "model.layers.0.up",
+            0.25,
+            0.5,
+            GPTQDiagnostics(0.01, 1, "float32", "pivot", "none", "torch", 0, 0.5, 0.25, 0),
+            input_range=StaticInputRange(-1.5, 2.5, {"text": (-1.5, 0.5)}),
+            correction=CorrectionDiagnostics(0.5, 0.25),
+            split_columns=(3,),
+            tuning=TuningDiagnostics("autoround", 0.5),
+        ),
+        LayerRecord(
+            "model.layers.0.down", 1.5, 2.5, RTNDiagnostics(), failure=Failure("no token", "gptq")
+        ),
+    ),
+    (
+        EdgeRecord(
+            "model.layers.0.norm",
+            ("model.layers.0.up",),
+            "awq",
+            EdgeDiagnostics(AWQChoice(0.5, True), "no gain"),
+        ),
+    ),
+    KVDiagnostics(Tokens(text=3), 1.5, 2.5, KeyBias(0.5, 0.25, 0.75)),
 )
 
 
@@ -170,7 +203,7 @@ def test_a_run_that_finished_no_step_does_not_block_the_next(
 ) -> None:
     """Of another recipe, say, as the first one took too much memory; what waited on disk goes."""
     begun(tmp_path, plan, recipe)
-    with RunDirectory(tmp_path).activation_store(0, "disk") as states:
+    with RunDirectory(tmp_path).activation_store(0, "disk", "units") as states:
         held = states.keep(torch.ones(1 << 16))
         (tmp_path / "prismquant" / LEFTOVER).write_text("half")
         changed = replace(RECORD, identity=replace(IDENTITY, plan="q"))

@@ -21,6 +21,7 @@ from prismquant.data.batches import Batch
 from prismquant.engine.setup import Silent
 from prismquant.errors import NumericsError, StorageError
 from prismquant.export.compressed_tensors.writer import CheckpointWriter
+from prismquant.formats.spec import spec
 from prismquant.recipe.schema import load_recipe
 from prismquant.run.differences import differences, plan_differences
 from prismquant.run.directory import RunDirectory
@@ -242,7 +243,7 @@ def test_a_processor_file_explains_other_tokens() -> None:
 
 def row(name: str, **values: Any) -> dict[str, Any]:
     beside = {key: values.pop(key) for key in ("stored_bytes", "note") if key in values}
-    config = {"weights": {"bits": 4, "group_size": 128}, "options": {"damping": 0.01}, **values}
+    config = {"weights": spec("int4-g128").to_dict(), "options": {"damping": 0.01}, **values}
     return {"site": {"name": name}, "config": config, **beside}
 
 
@@ -258,8 +259,8 @@ def test_layers_with_the_same_change_are_told_together() -> None:
     now = {
         "recipe": "b",
         "rows": [
-            row("a", weights={"bits": 8, "group_size": 128}, stored_bytes=2, note="x"),
-            row("b", weights={"bits": 8, "group_size": 128}),
+            row("a", weights=spec("int8-channel").to_dict(), stored_bytes=2, note="x"),
+            row("b", weights=spec("int8-channel").to_dict()),
             row("c", options={"damping": 0.1}),
         ],
         "calibration": {"samples": 128, "seed": 0},
@@ -271,7 +272,7 @@ def test_layers_with_the_same_change_are_told_together() -> None:
         "kv_cache": {"spec": "fp8"},
     }
     assert plan_differences(earlier, now) == [
-        "a and 1 other: weights.bits 4 -> 8",
+        "a and 1 other: weights int4 g128 sym -> int8 channel sym",
         "c: options.damping 0.01 -> 0.1",
         "calibration: samples 64 -> 128",
         "edges norm: equalizer awq -> smoothquant",

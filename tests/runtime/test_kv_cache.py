@@ -368,7 +368,7 @@ def test_scales_hold_every_counted_token_of_the_finished_model(
             amax = x.abs().amax(dim=(0, 2)) if spec.per_head else x.abs().max()
             # On some processors an input of block 0 falls to the other side of a tie.
             assert torch.allclose(scale.flatten(), (amax / top).reshape(-1), rtol=2e-3)
-            assert math.isclose(notes[f"{which}_amax"], float(x.abs().max()), rel_tol=2e-3)
+            assert math.isclose(getattr(notes, f"{which}_amax"), float(x.abs().max()), rel_tol=2e-3)
 
 
 def test_what_follows_in_the_block_sees_rounded_values(
@@ -384,7 +384,7 @@ def test_what_follows_in_the_block_sees_rounded_values(
     served = largest_input(finished, name, runs)
     with cache_in_float(finished):
         in_float = largest_input(finished, name, runs)
-    assert math.isclose(layers[name].notes["input_high"], served, rel_tol=1e-5)
+    assert math.isclose(layers[name].input_range.high, served, rel_tol=1e-5)
     assert not math.isclose(served, in_float, rel_tol=1e-5)
 
 
@@ -491,8 +491,8 @@ def test_a_tuned_block_has_the_ranges_of_its_last_weights(
     notes = next(step.kv_cache for step in record.steps if step.kv_cache)
     runs = inputs_of(folder, calibration_file)
     key, value = keys_and_values(load_model(tmp_path), 0, runs)
-    assert math.isclose(notes["key_amax"], float(key.abs().max()), rel_tol=1e-5)
-    assert math.isclose(notes["value_amax"], float(value.abs().max()), rel_tol=1e-5)
+    assert math.isclose(notes.key_amax, float(key.abs().max()), rel_tol=1e-5)
+    assert math.isclose(notes.value_amax, float(value.abs().max()), rel_tol=1e-5)
 
 
 def test_ranges_can_be_chosen_by_every_rule(
@@ -537,7 +537,7 @@ def test_rotated_keys_lose_less_where_a_few_channels_stand_out(
         told = {"rules": [], "kv_cache": name}
         record = pq.quantize(spiky, told, tmp_path / name, calibration_file).record
         loss[name] = float((logits(load_model(tmp_path / name), run) - wanted).square().mean())
-        reach[name] = next(step.kv_cache["key_amax"] for step in record.steps if step.kv_cache)
+        reach[name] = next(step.kv_cache.key_amax for step in record.steps if step.kv_cache)
     assert reach["int8-head-rotated"] < 0.5 * float(reach["int8-head"])
     assert loss["int8-head-rotated"] < 0.7 * loss["int8-head"]
 
@@ -621,12 +621,12 @@ def test_what_the_bias_adds_to_keys_is_measured(
     constant = keys - rest
     energy = float(constant.double().square().sum() / keys.double().square().sum())
     assert energy > 0.9
-    assert math.isclose(notes["key_bias_energy"], energy, rel_tol=1e-4)
+    assert math.isclose(notes.bias.energy, energy, rel_tol=1e-4)
     reach = float(constant.abs().max() / keys.abs().max())
-    assert math.isclose(notes["key_bias_range"], reach, rel_tol=1e-4)
+    assert math.isclose(notes.bias.range, reach, rel_tol=1e-4)
     left = float(rest.abs().max())
-    assert math.isclose(notes["key_amax_without_bias"], left, rel_tol=1e-3)
-    assert left < 0.1 * notes["key_amax"]
+    assert math.isclose(notes.bias.key_amax_without, left, rel_tol=1e-3)
+    assert left < 0.1 * notes.key_amax
 
 
 def test_keys_without_a_bias_have_nothing_to_tell_of_it(

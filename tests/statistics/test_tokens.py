@@ -148,8 +148,7 @@ def test_every_statistic_says_how_many_tokens_of_each_modality_it_has_seen(
         for edge in step.edges:
             assert edge.tokens == expected[modality[edge.readers[0]]]
         if step.kv_cache:
-            kv = Tokens(*(step.kv_cache[f"{k}_tokens"] for k in ("text", "image", "video")))
-            assert kv == expected["llm"]
+            assert step.kv_cache.tokens == expected["llm"]
     lines = token_lines(RunFiles.read(result.folder))
     assert len(lines) == 3
     assert lines[2] == f"statistics of the language model have seen {expected['llm'].describe()}"

@@ -11,7 +11,7 @@ not ``H_kk``; the search for scales weighs errors with that by default.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -35,19 +35,18 @@ from prismquant.algorithms.gptq.row_chunks import (
 )
 from prismquant.algorithms.gptq.shared_hessian import SharedHessian
 from prismquant.algorithms.layer_scales import Scales, choose_scales
-from prismquant.algorithms.problem import LayerProblem, LayerResult, Note, ProblemShape
+from prismquant.algorithms.problem import LayerProblem, LayerResult, ProblemShape
+from prismquant.diagnostics.solver_diagnostics import GPTQDiagnostics
 from prismquant.errors import NumericsError, check_bounds
 from prismquant.kernels import descent, sweep
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from prismquant.algorithms.protocols import Statistic
+    from prismquant.diagnostics.solver_diagnostics import SolverDiagnostics
 
 Weighting = Literal["pivot", "diagonal", "none"]
-
-# Notes that count or sum over rows; all others are the same for every row shard.
-_SUMMED = ("swept_loss", "refined_loss", "nearest_rows")
 
 
 @dataclass(frozen=True)
@@ -112,14 +111,18 @@ class GPTQ:
         """The most memory beside the problem, as long as float32 is precise enough."""
         return peak_solve_bytes(shape.in_features, shape.rows)
 
-    def merge(self, parts: Sequence[Mapping[str, Note]]) -> dict[str, Note]:
-        """Notes of a whole problem: losses and rows that fell back add up, all else is alike."""
-        merged = dict(parts[0]) if parts else {}
-        for name in _SUMMED:
-            numbers = [part[name] for part in parts if name in part]
-            if numbers:
-                merged[name] = sum(number for number in numbers if not isinstance(number, str))
-        return merged
+    def merge(self, parts: Sequence[SolverDiagnostics]) -> SolverDiagnostics:
+        """Diagnostics of a whole problem: losses and rows that fell back add up."""
+        own = [part for part in parts if isinstance(part, GPTQDiagnostics)]
+        if len(own) < len(parts):
+            # All shards fell back to another method, and are alike.
+            return parts[0]
+        return replace(
+            own[0],
+            swept_loss=sum(part.swept_loss for part in own),
+            refined_loss=sum(part.refined_loss for part in own),
+            nearest_rows=sum(part.nearest_rows for part in own),
+        )
 
     def solve(self, problem: LayerProblem) -> LayerResult:
         """Choose the codes of all layers in one column loop.
@@ -131,11 +134,7 @@ class GPTQ:
             problem: The layers, with a Hessian.
 
         Returns:
-            Codes, losses, and notes: ``damping`` (the fraction used), ``damping_attempts``,
-            ``precision`` of the factorization, ``order``, ``scale_weighting``, ``kernel`` (of the
-            column loop: ``torch``, ``numba`` or ``triton``), ``dead_columns`` (never excited by
-            calibration: rounded to nearest), ``swept_loss`` and ``refined_loss`` (under the damped
-            Hessian, all layers together), ``nearest_rows`` (that fell back).
+            Codes, losses, and :class:`GPTQDiagnostics`.
 
         Raises:
             NumericsError: There is no Hessian, or it cannot be factorized with any damping.
@@ -158,18 +157,18 @@ class GPTQ:
             found = self._solve_rows(problem, shared, factor, scales)
         finally:
             shared.restore()
-        notes: dict[str, Note] = {
-            "damping": factor.attempt.damping,
-            "damping_attempts": factor.attempt.number,
-            "precision": factor.attempt.precision,
-            "order": self.order,
-            "scale_weighting": self.scale_weighting,
-            "kernel": kernel,
-            "dead_columns": int((shared.diagonal == 0).sum()),
-            "swept_loss": found.swept_loss,
-            "refined_loss": found.refined_loss,
-            "nearest_rows": int((found.losses > found.baselines).sum()),
-        }
+        diagnostics = GPTQDiagnostics(
+            damping=factor.attempt.damping,
+            damping_attempts=factor.attempt.number,
+            precision=factor.attempt.precision,
+            order=self.order,
+            scale_weighting=self.scale_weighting,
+            kernel=kernel,
+            dead_columns=int((shared.diagonal == 0).sum()),
+            swept_loss=found.swept_loss,
+            refined_loss=found.refined_loss,
+            nearest_rows=int((found.losses > found.baselines).sum()),
+        )
         rows = [len(part) for part in found.codes]
         kept = torch.minimum(found.losses, found.baselines)
         pairs = zip(scales, found.codes, strict=True)
@@ -177,7 +176,7 @@ class GPTQ:
             tuple(own.quantized(part, problem.spec) for own, part in pairs),
             tuple(float(part.sum()) for part in kept.split(rows)),
             tuple(float(part.sum()) for part in found.baselines.split(rows)),
-            notes,
+            diagnostics,
         )
 
     def _solve_rows(

@@ -236,7 +236,7 @@ def test_rows_that_come_out_worse_fall_back_and_are_counted():
         )
         for seed in range(5)
     ]
-    assert sum(result.notes["nearest_rows"] for result in results) > 0
+    assert sum(result.diagnostics.nearest_rows for result in results) > 0
 
 
 def test_strongly_correlated_inputs_gain_a_lot():
@@ -251,33 +251,33 @@ def test_the_squares_of_the_sweep_add_up_to_the_damped_loss(order, basis):
     """The identity that the left-looking form rests on."""
     problem = make("int3-g16", (10, 7), seed=2)
     result = GPTQ(order=order, damping_basis=basis, refine_passes=0).solve(problem)
-    assert result.notes["nearest_rows"] == 0
-    damped = damp(problem.hessian, result.notes["damping"], basis)
+    assert result.diagnostics.nearest_rows == 0
+    damped = damp(problem.hessian, result.diagnostics.damping, basis)
     total = sum(
         loss_under(damped, w, q) for w, q in zip(problem.weights, result.weights, strict=True)
     )
-    assert result.notes["swept_loss"] == pytest.approx(total, rel=1e-5)
+    assert result.diagnostics.swept_loss == pytest.approx(total, rel=1e-5)
 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_what_refinement_gains_adds_up_to_the_damped_loss(order):
     problem = make("int3-g16", (10, 7), seed=2)
     result = GPTQ(order=order, refine_passes=3).solve(problem)
-    assert result.notes["nearest_rows"] == 0
+    assert result.diagnostics.nearest_rows == 0
     damped = damp(problem.hessian, 0.1, "column")
     total = sum(
         loss_under(damped, w, q) for w, q in zip(problem.weights, result.weights, strict=True)
     )
-    assert result.notes["refined_loss"] == pytest.approx(total, rel=1e-5)
-    assert result.notes["refined_loss"] < result.notes["swept_loss"]
+    assert result.diagnostics.refined_loss == pytest.approx(total, rel=1e-5)
+    assert result.diagnostics.refined_loss < result.diagnostics.swept_loss
 
 
 @settings(max_examples=20)
 @given(seed=st.integers(0, 10_000), name=st.sampled_from(["int2-g8", "int3-g8-asym", "int4-g16"]))
 def test_each_pass_of_refinement_lowers_the_damped_loss_or_leaves_it(seed, name):
     problem = make(name, (8,), 32, seed=seed, tokens=100)
-    notes = [GPTQ(refine_passes=n).solve(problem).notes for n in (1, 2, 3, 8)]
-    losses = [notes[0]["swept_loss"]] + [n["refined_loss"] for n in notes]
+    notes = [GPTQ(refine_passes=n).solve(problem).diagnostics for n in (1, 2, 3, 8)]
+    losses = [notes[0].swept_loss] + [n.refined_loss for n in notes]
     for before, after in itertools.pairwise(losses):
         assert after <= before * (1 + 1e-5)
 
@@ -364,7 +364,7 @@ def test_the_order_by_groups_keeps_columns_of_a_group_together(name):
         problem.hessian[order][:, order].contiguous(),
     )
     result = GPTQ(order="group", refine_passes=0).solve(problem)
-    assert result.notes["order"] == "group"
+    assert result.diagnostics.order == "group"
     beforehand = GPTQ(order="original", refine_passes=0).solve(permuted)
     assert torch.equal(result.weights[0].codes[:, order], beforehand.weights[0].codes)
 
@@ -435,8 +435,8 @@ def test_columns_that_calibration_never_excites_disturb_nothing(solver):
     codes = result.weights[0].codes
     assert torch.equal(codes[:, live], expected.weights[0].codes)
     assert torch.equal(codes[:, dead], RTN().solve(problem).weights[0].codes[:, dead])
-    assert result.notes["dead_columns"] == 3
-    assert result.notes["swept_loss"] == pytest.approx(expected.notes["swept_loss"], rel=1e-6)
+    assert result.diagnostics.dead_columns == 3
+    assert result.diagnostics.swept_loss == pytest.approx(expected.diagnostics.swept_loss, rel=1e-6)
 
 
 def test_an_input_that_is_always_zero_means_rounding_to_nearest():
@@ -444,7 +444,7 @@ def test_an_input_that_is_always_zero_means_rounding_to_nearest():
     result = GPTQ().solve(problem)
     assert torch.equal(result.weights[0].codes, RTN().solve(problem).weights[0].codes)
     assert result.losses == (0.0,)
-    assert result.notes["dead_columns"] == 48
+    assert result.diagnostics.dead_columns == 48
 
 
 @pytest.mark.parametrize("basis", ["column", "mean"])
@@ -452,7 +452,7 @@ def test_an_input_that_is_always_zero_means_rounding_to_nearest():
 def test_fewer_tokens_than_columns_still_factorize(basis, order):
     problem = make("int4-g16", (16,), 64, tokens=5)
     result = GPTQ(damping_basis=basis, order=order).solve(problem)
-    assert result.notes["damping"] == 0.1
+    assert result.diagnostics.damping == 0.1
     assert result.losses[0] < 0.5 * result.baseline_losses[0]
 
 
@@ -468,8 +468,8 @@ def test_without_damping_a_singular_hessian_climbs_the_ladder(order):
     """No precision can factorize it; the first rung of damping, in float64, can."""
     problem = make("int4-channel", (4,), 8, hessian=twins())
     result = GPTQ(damping=0.0, order=order).solve(problem)
-    assert result.notes["damping"] == 1e-6
-    assert result.notes["damping_attempts"] == 4
+    assert result.diagnostics.damping == 1e-6
+    assert result.diagnostics.damping_attempts == 4
     assert result.losses[0] <= result.baseline_losses[0]
 
 
@@ -477,10 +477,10 @@ def test_without_damping_a_singular_hessian_climbs_the_ladder(order):
 def test_more_precision_is_tried_before_more_damping(order):
     """A pivot of a ten-millionth of its diagonal is noise in float32 and sound in float64."""
     problem = make("int4-channel", (4,), 8, hessian=twins())
-    notes = GPTQ(damping=1e-7, order=order).solve(problem).notes
-    assert (notes["damping"], notes["precision"]) == (1e-7, "float64")
-    assert notes["damping_attempts"] == 2
-    assert GPTQ(order=order).solve(problem).notes["precision"] == "float32"
+    notes = GPTQ(damping=1e-7, order=order).solve(problem).diagnostics
+    assert (notes.damping, notes.precision) == (1e-7, "float64")
+    assert notes.damping_attempts == 2
+    assert GPTQ(order=order).solve(problem).diagnostics.precision == "float32"
 
 
 @pytest.mark.skipif(
@@ -495,13 +495,13 @@ def test_a_factorization_that_rounding_spoils_is_made_in_float32(order, monkeypa
     problem = make("int4-channel", (4,), 600, hessian=x.T @ x / len(x))
     rounded = replace(problem, products=torch.bfloat16)
     solver = GPTQ(order=order)
-    notes = solver.solve(rounded).notes
-    assert notes["precision"] == "float32, products of bfloat16"
-    assert notes["damping_attempts"] == 1
+    notes = solver.solve(rounded).diagnostics
+    assert notes.precision == "float32, products of bfloat16"
+    assert notes.damping_attempts == 1
     monkeypatch.setattr(cholesky, "_HEAVY", float("inf"))
-    notes = solver.solve(rounded).notes
-    assert (notes["precision"], notes["damping"]) == ("float32", solver.damping)
-    assert notes["damping_attempts"] == 2
+    notes = solver.solve(rounded).diagnostics
+    assert (notes.precision, notes.damping) == ("float32", solver.damping)
+    assert notes.damping_attempts == 2
 
 
 def test_what_is_no_hessian_is_refused_with_names_and_values():
@@ -541,7 +541,7 @@ def test_padded_tokens_equal_dropped_ones():
 def test_scales_are_searched_with_each_weighting(weighting):
     problem = make("int3-g16", (32,), kind="mse", seed=7)
     result = GPTQ(scale_weighting=weighting).solve(problem)
-    assert result.notes["scale_weighting"] == weighting
+    assert result.diagnostics.scale_weighting == weighting
     assert sum(result.losses) < 0.5 * sum(RTN().solve(problem).losses)
 
 
@@ -565,7 +565,7 @@ def test_solving_leaves_the_problem_as_it_was():
         assert torch.equal(old, new)
     for one, two in zip(first.weights, second.weights, strict=True):
         assert torch.equal(one.codes, two.codes)
-    assert dict(first.notes) == dict(second.notes)
+    assert first.diagnostics == second.diagnostics
 
 
 def test_pivots_are_ordered_across_blocks():
@@ -597,7 +597,8 @@ def test_how_many_rows_are_solved_at_once_changes_no_code(name, passes, monkeypa
         assert torch.equal(one.codes, two.codes)
     assert parts.losses == pytest.approx(whole.losses, rel=1e-5)
     for note in ("swept_loss", "refined_loss"):
-        assert parts.notes[note] == pytest.approx(whole.notes[note], rel=1e-5)
+        told = (getattr(one.diagnostics, note) for one in (parts, whole))
+        assert next(told) == pytest.approx(next(told), rel=1e-5)
 
 
 @pytest.mark.parametrize("damping", [0.1, 1e-4])

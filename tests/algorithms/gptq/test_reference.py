@@ -68,7 +68,7 @@ def test_rows_that_lose_more_than_rounded_to_nearest_take_the_nearest_points() -
     """With damping that drowns the Hessian there are some, in the solver as in the reference."""
     given = problem("int2-channel", rows=200, features=4)
     result = GPTQ(damping=5.0, refine_passes=0).solve(given)
-    assert result.notes["nearest_rows"]
+    assert result.diagnostics.nearest_rows
     expected = expected_points(given, result.weights[0], damping=5.0, passes=0)
     assert torch.equal(given.spec.grid.read(result.weights[0].codes).double(), expected)
 
