@@ -95,7 +95,7 @@ def in_words(error: BaseException) -> PrismQuantError:
 
 
 def _tell_findings(error: PrismQuantError, *, debug: bool) -> None:
-    """Where the error is too long for a screen: the rest of it, or how to see that."""
+    """Rest of an error that is too long for a screen, or the way to see it."""
     if all(finding in error.what for finding in error.findings):
         return
     if debug:

@@ -263,7 +263,7 @@ def _parts(
 
 
 def _processed(sample: Sample, text: str, processor: Any, limits: Limits) -> dict[str, Tensor]:
-    """What the processor makes of a sample, as a batch of one."""
+    """A sample as the processor's batch of one."""
     with _naming(sample):
         media = processor_inputs(sample, processor, limits)
     try:

@@ -17,7 +17,7 @@ _FRAMES = (4, 768)
 
 @dataclass(frozen=True)
 class Sampling:
-    """How frames of a video file are chosen, and the rate of clips that do not say theirs.
+    """Sampling of a video file's frames, and the rate of clips that do not say theirs.
 
     Attributes:
         fps: Frames for each second of video; also the rate assumed for a list of frames without

@@ -32,7 +32,7 @@ _ONE, _SEVERAL = 1.7, 2.1
 
 @dataclass(frozen=True)
 class Limits:
-    """What samples have at most, whatever the data and the processor say.
+    """Limits of samples, whatever the data and the processor say.
 
     Attributes:
         max_pixels: Pixels of a picture, or of a frame of a clip, as the model sees it.
@@ -95,7 +95,7 @@ def processor_inputs(sample: Sample, processor: Any, limits: Limits) -> dict[str
 
 
 def media_cost(sample: Sample, processor: Any, limits: Limits) -> Cost:
-    """What a sample's pictures and clips will take, from the headers of their files.
+    """Cost of a sample's pictures and clips, from the headers of their files.
 
     Raises:
         DataError: A file cannot be opened, or a size cannot be had.
@@ -123,7 +123,7 @@ def media_cost(sample: Sample, processor: Any, limits: Limits) -> Cost:
 
 @dataclass(frozen=True)
 class _Pictures:
-    """How a sample's pictures are read.
+    """Reader of a sample's pictures.
 
     Attributes:
         processor: The image processor.
@@ -181,7 +181,7 @@ class _Pictures:
 
 @dataclass(frozen=True)
 class _Clips:
-    """How a sample's clips are read; see :class:`_Pictures`."""
+    """Reader of a sample's clips; see :class:`_Pictures`."""
 
     processor: Any
     factor: int
@@ -254,7 +254,7 @@ class _Clips:
 
 
 def _told(processor: Any, name: str, *sizes: int) -> int | None:
-    """How many patches a processor makes of something; None where it does not say."""
+    """Number of patches that a processor makes of something; None where it does not say."""
     count = getattr(processor, name, None)
     try:
         return None if count is None else int(count(*sizes, {}))

@@ -1,4 +1,4 @@
-"""Which file goes where: markers and items without a file take the files that a row lists."""
+"""Places of files: markers and items without a file take the files that a row lists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with data, gathered: a user sees all the broken rows of a file at once."""
+"""Findings on data, gathered: a user sees all the broken rows of a file at once."""
 
 from __future__ import annotations
 

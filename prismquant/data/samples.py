@@ -144,7 +144,7 @@ def items_of(message: Message) -> list[Mapping[str, Any]]:
 
 
 def kind_of(messages: Iterable[Message]) -> Kind:
-    """What a conversation shows."""
+    """Kind of a conversation, by what it shows."""
     shown = {item["type"] for message in messages for item in items_of(message)}
     return "video" if "video" in shown else "image" if "image" in shown else "text"
 

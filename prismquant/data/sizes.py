@@ -30,7 +30,7 @@ _PAIR = 2
 
 @dataclass(frozen=True)
 class OwnSizes:
-    """How a processor scales pictures by itself.
+    """Scaling of pictures by a processor.
 
     Attributes:
         factor: Sides are multiples of this many pixels.

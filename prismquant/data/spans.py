@@ -110,7 +110,7 @@ def _tokenized(tokenizer: Any, text: str, start: int) -> tuple[list[int], int]:
 
 
 def _start(sample: Sample, processor: Any, messages: list[Any], text: str) -> int:
-    """How many characters come before the answer."""
+    """Number of characters before the answer."""
     plain = isinstance(messages[-1]["content"], str)
     content = _STAND_IN if plain else [{"type": "text", "text": _STAND_IN}]
     try:

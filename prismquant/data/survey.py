@@ -33,7 +33,7 @@ _MAX_FINDINGS = 10
 
 @dataclass(frozen=True)
 class Survey:
-    """What the first pass has found.
+    """Findings of the first pass over the data.
 
     Attributes:
         batches: Without pixels, but for those that stay.
@@ -52,7 +52,7 @@ class Survey:
     unknown: Mapping[str, str] = field(default_factory=dict)
 
     def remarks(self, *, answers: bool) -> tuple[str, ...]:
-        """What a user should know of the data, a line each.
+        """Remarks on the data for a user, a line each.
 
         Args:
             answers: Whether answers are needed.
@@ -129,7 +129,7 @@ def let_go(found: Survey, batches: Batches) -> Survey:
 
 
 def position_limit(config: Any) -> int | None:
-    """How many tokens a model was made for; None where its configuration does not say.
+    """Number of tokens that a model was made for; None where its configuration does not say.
 
     Args:
         config: Of transformers.
@@ -173,7 +173,7 @@ class _Again:
 
 
 class _Findings:
-    """What is wrong with the data, told together."""
+    """Findings on the data, told together."""
 
     def __init__(self, positions: int | None) -> None:
         self._positions = positions

@@ -1,4 +1,4 @@
-"""What a row holds beyond its conversation: notes are kept, but nothing may be lost in silence.
+"""Keys of a row beyond its conversation: notes are kept, but nothing may be lost in silence.
 
 A picture that is named and never shown calibrates a model on half of its question. So every key of
 a row that looks as if it named a picture, a clip or a sound is looked at, however deep it lies, and
@@ -150,7 +150,7 @@ def _names_media(path: Sequence[str], value: str, shows: bool) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _meaning(key: str) -> str:
-    """What the name of a key says of its value."""
+    """Meaning of a key's value, told by its name."""
     snake = re.sub(r"\W", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key)).lower()
     return next((name for name, pattern in _MEANINGS.items() if pattern.fullmatch(snake)), "")
 

@@ -70,7 +70,7 @@ class Clip:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What the processors of transformers want to know of a clip that is already sampled."""
+        """Metadata of a sampled clip, as the processors of transformers want it."""
         height, width = self.frames.shape[1:3]
         return {
             "total_num_frames": self.total,
@@ -93,7 +93,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Outline:
-    """What the header of a clip says, which may be wrong.
+    """Header of a clip, which may be wrong.
 
     Attributes:
         size: Height and width of its frames.
@@ -141,7 +141,7 @@ def probe_video(path: Path) -> None:
 
 
 def outline_video(path: Path, options: Mapping[str, Any], sampling: Sampling) -> Outline:
-    """How large the frames of a file are and how many would be kept, without decoding any.
+    """Size of a file's frames and how many would be kept, without decoding any.
 
     Args:
         path: The file.

@@ -47,7 +47,7 @@ LANES = Lanes()
 
 
 def _place(context, builder, signature, arguments, element):
-    """Where ``WIDTH`` elements of an array begin: the first argument, at the second."""
+    """Pointer to ``WIDTH`` elements of the first argument, from the second on."""
     data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
     return builder.bitcast(builder.gep(data, [arguments[1]]), element.as_pointer())
 

@@ -54,7 +54,7 @@ def weight_scales(
     scale_dtype: AnyScale,
     importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """What :func:`prismquant.numerics.ranges.weight_scales` gives, bit for bit, but sooner.
+    """Scales of :func:`prismquant.numerics.ranges.weight_scales`, bit for bit, but sooner.
 
     Args:
         weight: ``[out, in]``, any floating dtype.

@@ -1,1 +1,1 @@
-"""What a model is: architectures as data, their binding to a checkpoint, and its weights."""
+"""Models: architectures as data, their binding to a checkpoint, and its weights."""

@@ -1,4 +1,4 @@
-"""What an architecture is: towers, sites and edges, as data.
+"""Architectures as data: towers, sites and edges.
 
 One TOML file in ``archs/`` describes one model family. It says which modules can be quantized
 (sites), in which order they run, what shares an input, what must share a scheme because servers
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Modality(StrEnum):
-    """Which part of the model a layer belongs to."""
+    """Part of the model that a layer belongs to."""
 
     VISION = "vision"
     PROJECTOR = "projector"
@@ -30,7 +30,7 @@ class Modality(StrEnum):
 
 
 class SiteKind(StrEnum):
-    """How a site's weight becomes a matrix."""
+    """Rule by which a site's weight becomes a matrix."""
 
     LINEAR = "linear"
     # A convolution whose kernel equals its stride reads disjoint patches: a reshaped matrix.
@@ -38,7 +38,7 @@ class SiteKind(StrEnum):
 
 
 class Parallel(StrEnum):
-    """Which side of a layer servers cut when they split a model over devices."""
+    """Side of a layer that servers cut when they split a model over devices."""
 
     # the rows of W: outputs
     COLUMN = "column"
@@ -47,14 +47,14 @@ class Parallel(StrEnum):
 
 
 class Cached(StrEnum):
-    """What a layer's outputs become in the cache of a language model."""
+    """Part of a language model's cache that a layer's outputs become."""
 
     KEYS = "keys"
     VALUES = "values"
 
 
 class EdgeKind(StrEnum):
-    """Which rescaling an edge allows without changing the float function."""
+    """Rescaling that an edge allows without changing the float function."""
 
     # norm weight (and bias) times s, consumer columns divided by s
     NORM = "norm"
@@ -176,7 +176,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Layout:
-    """How tensor names on disk become module paths.
+    """Rule by which tensor names on disk become module paths.
 
     Attributes:
         name: Short name for messages.
@@ -190,7 +190,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Inference:
-    """How a missing config value follows from the safetensors headers or from another value.
+    """Rule by which a missing config value follows from headers or from another value.
 
     Exactly one of three forms: the size of ``tensor`` along ``axis``; the ``count`` of numbered
     members below a path; or the value of key ``divide`` divided by ``by``.
@@ -224,7 +224,7 @@ class ConfigSection:
 
 @dataclass(frozen=True)
 class ConfigMap:
-    """How the config.json of a remote-code checkpoint becomes a native config.
+    """Map from the config.json of a remote-code checkpoint to a native config.
 
     Attributes:
         hf_class: Native config class.
@@ -245,7 +245,7 @@ class ConfigMap:
 
 @dataclass(frozen=True)
 class ProcessorMap:
-    """How a native processor is built for a checkpoint whose own processor is remote code.
+    """Recipe of a native processor for a checkpoint whose own processor is remote code.
 
     Attributes:
         hf_class, image_class, video_class: Native classes.

@@ -99,7 +99,7 @@ def _attend(
 
 
 def _own_function(module: nn.Module) -> Any:
-    """What the module would have called: an entry of the table, or its file's plain function."""
+    """Function that the module would have called: a table's entry, or its file's plain one."""
     plain = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     implementation = getattr(module, _CONFIG)._attn_implementation
     return _attention_functions().get_interface(implementation, plain)

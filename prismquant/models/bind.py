@@ -276,7 +276,7 @@ def _is_float(dtype: torch.dtype) -> bool:
 
 
 def _leftover(section: Any, folder: Path, *, is_float: bool) -> str:
-    """What to note of a ``quantization_config`` beside weights in floating point.
+    """Note on a ``quantization_config`` beside weights in floating point.
 
     Raises:
         ModelError: The weights are quantized, or the section may say how inputs are.

@@ -1,4 +1,4 @@
-"""Who claims each parameter of a model: a site, or a reason to leave it alone."""
+"""Claims on each parameter of a model: a site, or a reason to leave it alone."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def claim_parameters(
 
 
 def _reason(arch: ArchSpec, owner: str, name: str) -> str | None:
-    """Why an architecture leaves a parameter alone; patterns name it or its module."""
+    """Reason for which an architecture leaves a parameter alone, by a pattern of its name."""
     for pattern, reason in arch.left_alone.items():
         if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(owner, pattern):
             return reason

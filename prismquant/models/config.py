@@ -356,7 +356,7 @@ def _declare_torchvision_operators() -> torch.library.Library:
 
 
 def header_infos(folder: Path) -> dict[str, TensorInfo]:
-    """What the headers of a folder's shards say; nothing without shards.
+    """Headers of a folder's shards; nothing without shards.
 
     Raises:
         StorageError: A shard or the index is broken.

@@ -14,7 +14,7 @@ __all__ = ["config_findings"]
 
 
 def config_findings(text: Any, modules: Mapping[str, nn.Module]) -> list[str]:
-    """What contradicts itself in the configuration of a language model.
+    """Contradictions in the configuration of a language model.
 
     Args:
         text: The language model's config.

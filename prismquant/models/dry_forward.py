@@ -95,7 +95,7 @@ def _on_shapes(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 @torch.no_grad()
 def _refusal(model: nn.Module, inputs: dict[str, Any]) -> str | None:
-    """What the model says against a call; None where it can be called."""
+    """Objection of the model to a call; None where it can be called."""
     try:
         model(**inputs, use_cache=False)
     except _NoNumbersError:

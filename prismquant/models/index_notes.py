@@ -1,4 +1,4 @@
-"""What the index of a checkpoint leaves out, which readers treat differently."""
+"""Tensors that the index of a checkpoint leaves out, which readers treat differently."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What does not fit between a checkpoint, its model and an architecture file, as one error."""
+"""Misfits between a checkpoint, its model and an architecture file, as one error."""
 
 from __future__ import annotations
 

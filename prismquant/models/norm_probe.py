@@ -24,7 +24,7 @@ _CALL_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError
 
 @dataclass(frozen=True)
 class NormBehaviour:
-    """How a norm treats its input.
+    """Treatment of its input by a norm.
 
     Attributes:
         gain: What it multiplies each channel by.
@@ -43,7 +43,7 @@ class NormProbe:
         self._known: dict[tuple[type, str, int], NormBehaviour | None] = {}
 
     def behaviour(self, module: nn.Module | None) -> NormBehaviour | None:
-        """How a norm treats its input; None for a module that is no norm with a weight."""
+        """Treatment of its input by a norm; None for a module that is no norm with a weight."""
         weight = getattr(module, "weight", None)
         if module is None or not isinstance(weight, Tensor) or weight.dim() != 1:
             return None

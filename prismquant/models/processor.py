@@ -202,7 +202,7 @@ def _missing(folder: Path, why: str) -> DataError:
 
 
 def _no_processor(folder: Path, error: Exception) -> DataError:
-    """What to say when transformers could not build the processor."""
+    """Error to raise when transformers could not build the processor."""
     if "trust_remote_code" in str(error):
         return DataError(
             "the checkpoint's processor is Python code in its folder, which is not run",
@@ -219,7 +219,7 @@ def _no_processor(folder: Path, error: Exception) -> DataError:
 
 
 def _unreadable_tokenizer(folder: Path) -> str | None:
-    """Why the tokenizers library cannot read tokenizer.json; None: it can."""
+    """Reason for which the tokenizers library cannot read tokenizer.json; None: it can."""
     if not (folder / "tokenizer.json").exists():
         return None
     try:

@@ -133,7 +133,7 @@ class RotatedReader(ShardReader):
 
 @dataclass
 class _Edit:
-    """What happens to the tensors of one module, in this order.
+    """Operations on the tensors of one module, in this order.
 
     Attributes:
         plain_norm: The module is a norm whose scale and shift went elsewhere.

@@ -37,7 +37,7 @@ _WIDEST_BLOCK = 1024
 
 @dataclass(frozen=True)
 class Rotation:
-    """How one tower is rotated.
+    """Rotation of one tower.
 
     Attributes:
         modality: ``vision`` or ``llm``.

@@ -222,7 +222,7 @@ def extremes(
 
 
 def _block_extremes(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Of blocks, whose last row may be cut off: first along the features, then down the rows."""
+    """Expansion of blocks, the last of which may be cut off: along features, then down rows."""
     across = extremes(x, Granularity.GROUP, size)
     if not len(x):
         return across

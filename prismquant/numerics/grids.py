@@ -56,12 +56,12 @@ class IntGrid:
 
     @property
     def levels(self) -> int:
-        """How many codes there are."""
+        """Number of codes."""
         return self.qmax - self.qmin + 1
 
     @property
     def span(self) -> float:
-        """What a symmetric scale divides the largest magnitude by: half the number of steps."""
+        """Divisor of the largest magnitude for a symmetric scale: half the number of steps."""
         return (self.levels - 1) / 2
 
     @property
@@ -81,7 +81,7 @@ class IntGrid:
         return x.clamp_(self.qmin, self.qmax).round_()
 
     def rounded(self, x: Tensor, out: Tensor) -> Tensor:
-        """What :meth:`round_` gives, written to ``out``, of the dtype and shape of ``x``."""
+        """Rounding as :meth:`round_` does, into ``out``, of the dtype and shape of ``x``."""
         return torch.clamp(x, self.qmin, self.qmax, out=out).round_()
 
     def write(self, points: Tensor, codes: Tensor) -> None:
@@ -100,7 +100,7 @@ class IntGrid:
 
 @dataclass(frozen=True)
 class _Layout:
-    """How a floating-point format lays out its bits.
+    """Bit layout of a floating-point format.
 
     Attributes:
         mantissa: Bits of the mantissa that are stored.
@@ -141,7 +141,7 @@ _FLOAT32_BIAS = 127
 
 
 def _magnitudes(layout: _Layout) -> list[float]:
-    """What the codes without a sign stand for, of a layout that gives none up."""
+    """Values of the codes without a sign, of a layout that gives none up."""
     size = 1 << layout.mantissa
     subnormal = [i * 2.0 ** (layout.lowest - layout.mantissa) for i in range(size)]
     binades = range(layout.lowest, layout.highest + 1)
@@ -199,7 +199,7 @@ class FloatGrid:
 
     @property
     def span(self) -> float:
-        """What a symmetric scale divides the largest magnitude by: the largest point."""
+        """Divisor of the largest magnitude for a symmetric scale: the largest point."""
         return self._layout.largest
 
     @property
@@ -239,7 +239,7 @@ class FloatGrid:
         return x.copy_(torch.copysign((values + power).sub_(power), values))
 
     def rounded(self, x: Tensor, out: Tensor) -> Tensor:
-        """What :meth:`round_` gives, written to ``out``, of the dtype and shape of ``x``."""
+        """Rounding as :meth:`round_` does, into ``out``, of the dtype and shape of ``x``."""
         return self.round_(out.copy_(x))
 
     def write(self, points: Tensor, codes: Tensor) -> None:

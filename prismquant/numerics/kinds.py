@@ -27,7 +27,7 @@ SCALE_KINDS: tuple[ScaleKind, ...] = get_args(ScaleKind)
 
 
 class Granularity(StrEnum):
-    """What shares one scale."""
+    """Values that share one scale."""
 
     TENSOR = "tensor"
     CHANNEL = "channel"
@@ -60,7 +60,7 @@ def check_bits(bits: object) -> None:
 
 
 def block_rows(rows: int, size: int) -> int:
-    """How many blocks of ``size`` rows it takes to cover so many rows."""
+    """Number of blocks of ``size`` rows that cover so many rows."""
     return -(-rows // size)
 
 

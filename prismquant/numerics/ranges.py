@@ -1,4 +1,4 @@
-"""How the ranges of weights are chosen: which values a scale must hold, and which it may clip.
+"""Ranges of weights: the values that a scale must hold, and those that it may clip.
 
 Weights are at hand whole, so :func:`weight_scales` reads them directly. Activations pass by in
 batches: see :mod:`prismquant.statistics.input_range`.

@@ -25,7 +25,7 @@ _USED: dict[RuleKind, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class RangeRule:
-    """How to choose the range of a scale.
+    """Rule that chooses the range of a scale.
 
     Attributes:
         kind: ``minmax`` holds every value. ``percentile`` clips the outermost values. ``mse``

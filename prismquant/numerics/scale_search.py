@@ -169,7 +169,7 @@ class Search:
     def _pick(
         self, low: Tensor, high: Tensor, factors: Tensor, choose: Choice
     ) -> tuple[tuple[Tensor, Tensor | None], Tensor]:
-        """Of factors ``[T, *units]`` the best: scale, zero point; and that factor, ``[1, ...]``."""
+        """Best of factors ``[T, *units]``: scale, zero point; and that factor, ``[1, ...]``."""
         scales, zeros = self.scales(low, high, factors)
         unit, _ = self.scales(low, high, torch.ones((), device=low.device))
         index = choose(scales, zeros, unit)
@@ -203,7 +203,7 @@ class Search:
         return choose
 
     def per_step(self, scales: Tensor, unit: Tensor) -> Tensor:
-        """What losses in steps of scales ``[T, *units]`` are multiplied by to be compared.
+        """Factors that make losses in steps of scales ``[T, *units]`` comparable.
 
         The min-max scale ``[*units]`` is the common unit, far from 0 and infinity where a power of
         the scale itself might not be.
@@ -285,7 +285,7 @@ def pair_losses_in_steps(
     search: Search,
     importance: Tensor | None,
 ) -> Tensor:
-    """What :func:`losses_in_steps` gives, bit for bit, for some pairs of a unit and a trial.
+    """Losses of :func:`losses_in_steps`, bit for bit, for some pairs of a unit and a trial.
 
     Args:
         values: float32 ``[units, group]``.

@@ -54,7 +54,7 @@ _TOP_E4M3_CODE = 0x7E
 
 @dataclass(frozen=True, eq=False)
 class ScaleFormat:
-    """How scales are stored.
+    """Storage format of scales.
 
     Attributes:
         dtype: Dtype of a ``float`` scale; the other kinds do not look at it.
@@ -204,7 +204,7 @@ class ScaleFormat:
         return [_e8m0(exponent - step, grid).to(torch.float32) for step in range(count)]
 
     def levels(self, scale: Tensor) -> Tensor:
-        """What each block stores of an ``e4m3`` scale.
+        """Stored part of an ``e4m3`` scale, block by block.
 
         Args:
             scale: Stored scales, float32.

@@ -67,12 +67,12 @@ class RunDirectory:
 
     @property
     def record_path(self) -> Path:
-        """Where the record is."""
+        """Path of the record."""
         return self._inside / "record.json"
 
     @property
     def lock_path(self) -> Path:
-        """Where the lock is, while a run is at work."""
+        """Path of the lock, while a run is at work."""
         return self._inside / "lock"
 
     @contextlib.contextmanager
@@ -152,7 +152,7 @@ class RunDirectory:
         require_empty(self.folder, ours=self._leftovers(anew=anew), remedy=remedy)
 
     def _leftovers(self, *, anew: bool) -> Callable[[Path], bool]:
-        """What an earlier run may have left without there being anything to go on with."""
+        """Files that an earlier run may have left without there being anything to go on with."""
         known = {self.lock_path}
         states = ""
         record = self._readable_record()
@@ -349,7 +349,7 @@ class RunDirectory:
         return record.steps, []
 
     def _damage(self, name: str, checksum: str, size: int | None = None) -> str:
-        """What has become of a file since it was claimed; empty if it is whole."""
+        """Damage to a file since it was claimed; empty if it is whole."""
         path = self.folder / name
         if not path.is_file():
             return f"{name} is gone"

@@ -128,7 +128,7 @@ def code_versions() -> dict[str, str]:
 
 
 def _version_if_any(package: str) -> str:
-    """Of a package that there may be to do without."""
+    """Version of an optional package, or 'none'."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -34,7 +34,7 @@ class FileStamp:
 
 @dataclass(frozen=True)
 class Identity:
-    """What decides the bytes of a result.
+    """Identity of a run: everything that decides the bytes of its result.
 
     Attributes:
         plan: Fingerprint of the plan.

@@ -163,7 +163,7 @@ def _holder() -> dict[str, str | int]:
 
 
 def _told(path: Path) -> str:
-    """Who holds the lock, as far as the file tells by now."""
+    """Holder of the lock, as far as the file tells by now."""
     try:
         holder = json.loads(path.read_text(encoding="utf-8"))
         return f": process {holder['pid']} on {holder['host']}, since {holder['since']}"

@@ -1,4 +1,4 @@
-"""What a run writes down of itself: what was done to each layer, and how well.
+"""The record of a run: what was done to each layer, and how well.
 
 A record is read back strictly: a file that was damaged or edited is an error that says where, never
 a surprise later.
@@ -43,7 +43,7 @@ class RestartRecord:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What was done, and how well.
+    """Record of what was done, and how well.
 
     Attributes:
         identity: What decides the bytes of the result; a run is only resumed when it agrees.
@@ -119,7 +119,7 @@ class RunRecord:
 
 
 def told_of(nonfinite: Mapping[str, str]) -> list[str]:
-    """What is said of tensors with NaN or infinities, a line each; of many layers in one."""
+    """Lines about tensors with NaN or infinities; many layers share one."""
     return grouped(f"{name} holds {said}" for name, said in nonfinite.items())
 
 
