@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 from prismquant.cli.commands import app
 from prismquant.cli.guard import guarded
@@ -31,9 +32,18 @@ def main() -> None:
         guarded(
             lambda: app(words, standalone_mode=False),
             debug=debug or os.environ.get("PRISMQUANT_DEBUG", "0") not in ("", "0"),
-            resumable=command == "quantize",
+            run_folder=_run_folder(words) if command == "quantize" else None,
         )
     )
+
+
+def _run_folder(words: list[str]) -> Path | None:
+    """The folder of the result, as the words of a command name it."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name = following if word == "--out" else word.removeprefix("--out=")
+        if name and (word == "--out" or name != word):
+            return Path(name)
+    return None
 
 
 def _without_debug(words: list[str]) -> tuple[list[str], bool]:

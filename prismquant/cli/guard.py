@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import typer
 from prismquant.cli.output import console
 from prismquant.errors import ArgumentError, PrismQuantError, StorageError
 from prismquant.memory import memory_error
+from prismquant.opening import MAX_JSON_BYTES, parse_json, read_bounded
 from prismquant.report.tables import as_text
 
 # Newer versions of typer swallow Ctrl-C and return this; older ones raise Abort.
@@ -38,19 +39,20 @@ _SYSTEM = {
 }
 
 
-def guarded(command: Callable[[], Any], *, debug: bool = False, resumable: bool = False) -> int:
+def guarded(
+    command: Callable[[], Any], *, debug: bool = False, run_folder: Path | None = None
+) -> int:
     """Run a command to its exit status; whatever it raises is shown on one screen.
 
     Args:
         command: What to run; it may return a status.
         debug: Show the trace of an error, too.
-        resumable: Whether the command can go on after it was stopped.
+        run_folder: Where a command writes that can go on after it was stopped.
     """
     try:
         status = _run(command)
     except (KeyboardInterrupt, typer.Abort):
-        later = "; finished steps are kept, `--resume` goes on after the last one"
-        _tell(f"stopped{later if resumable else ''}")
+        _tell("stopped" if run_folder is None else f"stopped; {_kept(run_folder)}")
         return 1
     except typer.Exit as leave:
         return leave.exit_code
@@ -102,6 +104,17 @@ def _tell_findings(error: PrismQuantError, *, debug: bool) -> None:
         _tell("".join(f"\n  - {line}" for line in error.findings), heading="all that was found:")
     else:
         _tell("  all that was found: run again with --debug")
+
+
+def _kept(folder: Path) -> str:
+    """What a run that was stopped has left to go on with."""
+    path = folder / "prismquant" / "record.json"
+    steps: Sequence[Any] = ()
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        steps = parse_json(read_bounded(path, MAX_JSON_BYTES))["steps"]
+    if steps:
+        return "finished steps are kept, `--resume` goes on after the last one"
+    return "no step was finished" if path.exists() else "nothing was written"
 
 
 def _place(error: BaseException) -> str:

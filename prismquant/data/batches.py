@@ -279,8 +279,11 @@ def _processed(sample: Sample, text: str, processor: Any, limits: Limits) -> dic
     except Exception as error:
         if memory_error(error) is not None:
             raise
+        thin = "aspect ratio" in str(error)
         raise DataError(
-            f"the model's processor refuses the data: {error}", where=f"sample {sample.id}"
+            f"the model's processor refuses the data: {error}",
+            where=f"sample {sample.id}",
+            remedy="crop the picture" if thin else "correct or remove the sample",
         ) from error
     return {name: value for name, value in encoded.items() if isinstance(value, Tensor)}
 

@@ -15,6 +15,8 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from prismquant.errors import DataError, PrismQuantError, brief
 from prismquant.models.config import (
     config_value,
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
 __all__ = ["load_processor"]
 
 _SETTINGS = ("processor_config.json", "preprocessor_config.json")
+# A plain picture and a plain clip, on which a processor is tried.
+_SIDE = 224
+_FRAMES = 4
 # The only folder that transformers looks into.
 _TEMPLATES = "additional_chat_templates"
 # What a processor says of itself -> what the vision part of the config calls it.
@@ -67,6 +72,12 @@ def load_processor(folder: Path | str, *, trust_remote_code: bool = False) -> An
     config = native_config(arch, folder)
     try:
         processor = _load(arch, folder, config, trust_remote_code)
+        if broken := _trial_findings(processor):
+            raise DataError(
+                f"the checkpoint's processor is broken: {'; '.join(broken)}",
+                where=" and ".join(str(folder / n) for n in _SETTINGS if (folder / n).exists()),
+                remedy="restore these files from the original checkpoint: no data are at fault",
+            )
         findings = [*_strange_ids(processor, config), *_other_sizes(arch, processor, config)]
     except PrismQuantError:
         raise
@@ -188,6 +199,45 @@ def _other_sizes(arch: ArchSpec, processor: Any, config: Any) -> list[str]:
             if ours is not None and theirs is not None and ours != theirs:
                 findings.append(f"{part}.{name} is {ours}, but vision_config.{key} is {theirs}")
     return findings
+
+
+def _trial_findings(processor: Any) -> list[str]:
+    """Findings on a processor that can process nothing, or lacks a part.
+
+    Args:
+        processor: As transformers has loaded it.
+    """
+    parts = ("image_processor", "video_processor", "tokenizer")
+    missing = [part for part in parts if getattr(processor, part, None) is None]
+    if missing:
+        return [
+            f"it is a {type(processor).__name__} without {' and '.join(missing)}: processor_class "
+            "is not known, or the files of these parts are missing"
+        ]
+    clip = torch.full((_FRAMES, 3, _SIDE, _SIDE), 128, dtype=torch.uint8)
+    trials: dict[str, tuple[Any, dict[str, Any]]] = {
+        "picture": (processor.image_processor, {"images": [clip[0]]}),
+        "clip": (processor.video_processor, {"videos": [clip], "do_sample_frames": False}),
+    }
+    return [
+        f"it cannot process any {kind}: {said}"
+        for kind, (part, media) in trials.items()
+        if (said := _refusal(part, media)) is not None
+    ]
+
+
+def _refusal(part: Any, media: dict[str, Any]) -> str | None:
+    """What a part of a processor says against plain media; None where it takes them."""
+    try:
+        part(**media, return_tensors="pt")
+    # Third-party code over settings of a stranger.
+    except Exception as error:
+        from prismquant.memory import memory_error
+
+        if memory_error(error) is not None:
+            raise
+        return brief(error)
+    return None
 
 
 # ----------------------------------------------------------------------------------------- errors

@@ -76,11 +76,13 @@ def locked(path: Path) -> Iterator[bool]:
 
 def _take(path: Path) -> tuple[int, bool]:
     """Open and lock the file, and write into it who holds it."""
+    made = False
     for _ in range(_TRIES):
         try:
             if path.parent.is_symlink():
                 raise _no_lock(path.parent)
             make_folder(path.parent)
+            made = True
             handle = os.open(path, _OPENED, 0o666)
         except FileNotFoundError:
             continue
@@ -104,7 +106,11 @@ def _take(path: Path) -> tuple[int, bool]:
             raise
         os.close(handle)
     raise StorageError(
-        "the output folder is deleted again and again", where=str(path.parent.parent)
+        "the output folder is deleted again and again"
+        if made
+        else "the output folder cannot be created there",
+        where=str(path.parent.parent),
+        remedy="choose another --out",
     )
 
 

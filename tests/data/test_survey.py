@@ -263,6 +263,7 @@ def test_all_that_is_wrong_is_told_at_once(
         survey(batches_of(samples, processors("qwen2_vl")), most_bytes=PLENTY, positions=60)
     told = caught.value.what
     assert "sample thin: the model's processor refuses the data" in told
+    assert "crop the picture" in told
     assert "sample sly: 0 images, but 1 placeholders" in told
     assert "samples long, longer: 91 tokens, 131 tokens: more than the 60 positions" in told
     assert "fine" not in told

@@ -444,6 +444,11 @@ def test_the_nearest_known_architecture_is_suggested(tmp_path: Path):
     with pytest.raises(ModelError) as caught:
         identify(tmp_path)
     assert "did you mean 'qwen2_5_vl'" in str(caught.value)
+    write_json(tmp_path / "config.json", {"model_type": "llama", "vision_config": {"depth": 2}})
+    with pytest.raises(ModelError, match="no architecture describes") as caught:
+        bind(tmp_path)
+    assert "did you mean" not in str(caught.value)
+    assert "video_llama_3" in str(caught.value)
 
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}

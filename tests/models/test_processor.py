@@ -65,6 +65,34 @@ def test_a_native_processor_is_built_for_the_remote_layout(
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_processor": {"resample": 99}}, "cannot process any picture"),
+        ({"video_processor": {"resample": 99}}, "cannot process any clip"),
+        (
+            {"image_processor": {"size": {"shortest_edge": -9, "longest_edge": -3}}},
+            "cannot process any picture",
+        ),
+        ({"image_processor": {"image_mean": "x"}}, "cannot process any picture"),
+        ({"processor_class": "FooProcessor"}, "without image_processor .* processor_class"),
+    ],
+)
+def test_a_broken_processor_is_no_fault_of_the_data(
+    tiny: Callable[..., Path], tmp_path: Path, change: dict[str, Any], message: str
+):
+    def spoil(content: dict[str, Any]) -> None:
+        for key, value in change.items():
+            content[key] = content[key] | value if isinstance(value, dict) else value
+
+    folder = shutil.copytree(tiny("qwen2_vl"), tmp_path / "copy")
+    _edit(folder, "processor_config.json", spoil)
+    with pytest.raises(DataError, match=message) as caught:
+        load_processor(folder)
+    assert caught.value.where == str(folder / "processor_config.json")
+    assert "from the original checkpoint" in str(caught.value.remedy)
+
+
+@pytest.mark.parametrize(
     ("names", "message"),
     [
         (("tokenizer.json",), "neither tokenizer.json nor vocab.json"),

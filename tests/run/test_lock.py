@@ -133,6 +133,23 @@ def test_a_folder_that_is_deleted_again_and_again_is_an_error(
     assert before == after
 
 
+def test_a_folder_that_cannot_be_created_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in /proc, where the system says that the folder above is not there."""
+
+    def missing(path: Path) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))
+
+    monkeypatch.setattr(lock, "make_folder", missing)
+    with pytest.raises(StorageError, match="cannot be created there") as caught:
+        take(tmp_path / "out" / "prismquant" / "lock")
+    assert (caught.value.where, caught.value.remedy) == (
+        str(tmp_path / "out"),
+        "choose another --out",
+    )
+
+
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
 def test_a_file_system_without_locks_is_told_and_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
