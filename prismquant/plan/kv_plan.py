@@ -11,6 +11,7 @@ from prismquant.models.arch import Cached, Modality
 from prismquant.models.bound import BoundModel, BoundSite
 from prismquant.models.config import config_value
 from prismquant.numerics.ranges import RangeRule
+from prismquant.numerics.scales import SCALE_DTYPES
 from prismquant.recipe.schema import Recipe
 
 
@@ -98,7 +99,8 @@ def plan_kv_cache(recipe: Recipe, bound: BoundModel) -> KVPlan | None:
     """Find the attention layers whose keys and values a recipe quantizes.
 
     Raises:
-        PlanError: The model's language model has no separate key and value projections.
+        PlanError: The model's language model has no separate key and value projections, or they are
+            stored in a dtype that no scale can have.
     """
     if recipe.kv_cache is None:
         return None
@@ -110,6 +112,12 @@ def plan_kv_cache(recipe: Recipe, bound: BoundModel) -> KVPlan | None:
         raise PlanError(
             "kv_cache: the architecture file names no key projections, or no number of heads",
             remedy="leave kv_cache out",
+        )
+    if wide := [site for site in keys if site.dtype not in SCALE_DTYPES]:
+        dtype = str(wide[0].dtype).removeprefix("torch.")
+        raise PlanError(
+            f"kv_cache: {wide[0].name} is stored as {dtype}, and scales cannot be",
+            remedy="save the model in float32, bfloat16 or float16 first",
         )
     kv_heads = int(config_value(bound.config, heads_key))
     layers = tuple(_layer(bound, key, kv_heads) for key in keys)

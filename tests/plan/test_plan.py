@@ -193,6 +193,20 @@ def test_weights_in_float64_are_refused_by_name_and_copied_elsewhere(
         assert torch.equal(ShardReader(out).read(name), tensors[name])
 
 
+def test_a_cache_of_keys_in_float64_is_refused_by_name(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny("qwen2_vl"), tmp_path / "wide")
+    reader = ShardReader(folder)
+    tensors = {name: reader.read(name) for name in reader.names}
+    name = "model.layers.1.self_attn.k_proj.weight"
+    write_tensors(folder / "model.safetensors", tensors | {name: tensors[name].double()})
+    rule = {"match": {"modality": "llm", "role": "mlp"}, "weights": "int8-channel"}
+    recipe = {"rules": [rule], "kv_cache": "fp8"}
+    with pytest.raises(PlanError, match=r"layers\.1\.self_attn\.k_proj is stored as float64"):
+        pq.inspect(folder, recipe)
+
+
 def test_totals_add_up_and_each_modality_has_its_own(tiny_folder: Path) -> None:
     plan = make_plan(load_recipe("w4a16"), bound(tiny_folder))
     totals = plan.totals()
