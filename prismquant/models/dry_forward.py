@@ -93,11 +93,12 @@ def _on_shapes(forward: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-@torch.no_grad()
 def _refusal(model: nn.Module, inputs: dict[str, Any]) -> str | None:
     """Objection of the model to a call; None where it can be called."""
     try:
-        model(**inputs, use_cache=False)
+        # Its code makes tensors on the default device, which may be the caller's choice.
+        with torch.no_grad(), torch.device("cpu"):
+            model(**inputs, use_cache=False)
     except _NoNumbersError:
         raise
     except Exception as error:
@@ -111,7 +112,7 @@ def _text(arch: ArchSpec, config: Any) -> dict[str, Any]:
     """A row of tokens that stand for no picture and no clip."""
     media = {int(config_value(config, key)) for key in arch.vision_token_ids}
     token = next(number for number in range(len(media) + 1) if number not in media)
-    ids = torch.full((1, _TOKENS), token)
+    ids = torch.full((1, _TOKENS), token, device="cpu")
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
@@ -131,16 +132,16 @@ def _picture(arch: ArchSpec, config: Any, width: int) -> dict[str, Any] | None:
     side = _CELLS * merge
     for key in group:
         if key.startswith("pixel"):
-            made[key] = torch.zeros(side * side, width)
+            made[key] = torch.zeros(side * side, width, device="cpu")
         elif key.endswith("grid_thw"):
-            made[key] = torch.tensor([[1, side, side]])
+            made[key] = torch.tensor([[1, side, side]], device="cpu")
         elif key.endswith("merge_sizes"):
-            made[key] = torch.tensor([merge])
+            made[key] = torch.tensor([merge], device="cpu")
         else:
             return None
     if len(made) < 2:
         return None
-    marks = torch.tensor([[0] * 2 + [1] * _CELLS**2 + [0] * 2])
+    marks = torch.tensor([[0] * 2 + [1] * _CELLS**2 + [0] * 2], device="cpu")
     token = int(config_value(config, arch.vision_token_ids[0]))
     ids = torch.where(marks > 0, token, _text(arch, config)["input_ids"][0, 0])
     text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -41,6 +41,13 @@ def test_every_family_runs_all_its_steps(tiny_folder: Path) -> None:
     assert forward_findings(model, bound.arch, bound.config, bound.steps) == []
 
 
+def test_the_default_device_of_a_caller_changes_nothing(tiny: Callable[..., Path]) -> None:
+    bound = bind(tiny("qwen2_5_vl"))
+    model = empty_model(bound.config, bound.arch)
+    with torch.device("meta"):
+        assert forward_findings(model, bound.arch, bound.config, bound.steps) == []
+
+
 def test_no_weight_takes_memory(tiny_folder: Path) -> None:
     bound = bind(tiny_folder)
     model = empty_model(bound.config, bound.arch)
