@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = ["forward_findings"]
 
+# More than any real model has: such a pass would take long, or much memory.
+_MOST_STEPS = 300
+_MOST_ROWS = 1 << 21
 # Of a text, and of the small picture in each direction.
 _TOKENS = 4
 _CELLS = 2
@@ -48,8 +51,12 @@ def forward_findings(
         steps: All modules that are to run, at the latest for a picture.
 
     Returns:
-        Nothing where all passes come to their end, or where that cannot be told.
+        Nothing where all passes come to their end, or where that cannot be told: also for a model
+        larger than any real one.
     """
+    rows = max((p.shape[0] for p in model.parameters() if p.dim() > 1), default=0)
+    if len(steps) > _MOST_STEPS or rows > _MOST_ROWS:
+        return []
     left = {step.name for step in steps}
     for name in left.copy():
         model.get_submodule(name).register_forward_pre_hook(lambda *_, n=name: left.discard(n))

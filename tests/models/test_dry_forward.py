@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from prismquant.errors import ModelError
+from prismquant.models import dry_forward
 from prismquant.models.bind import bind
 from prismquant.models.dry_forward import forward_findings
 from prismquant.models.load import empty_model
@@ -19,6 +20,9 @@ from prismquant.storage import write_json
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+
+SMALL = {"num_hidden_layers": 2, "vocab_size": 200}
 
 
 @pytest.fixture
@@ -46,6 +50,24 @@ def test_the_default_device_of_a_caller_changes_nothing(tiny: Callable[..., Path
     model = empty_model(bound.config, bound.arch)
     with torch.device("meta"):
         assert forward_findings(model, bound.arch, bound.config, bound.steps) == []
+
+
+@pytest.mark.parametrize("change", [{"num_hidden_layers": 400}, {"vocab_size": 10**7}])
+def test_models_larger_than_any_are_not_run(
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, int],
+) -> None:
+    """A configuration alone may come from a stranger, and says what it likes."""
+    config = json.loads((tiny("qwen2_vl") / "config.json").read_text())
+    config["text_config"] |= {"layer_types": None, **change}
+    write_json(tmp_path / "config.json", config)
+    monkeypatch.setattr(dry_forward, "_refusal", lambda *_: "it was run")
+    assert bind(tmp_path, headers_required=False).steps
+    write_json(tmp_path / "config.json", {**config, "text_config": config["text_config"] | SMALL})
+    with pytest.raises(ModelError, match="it was run"):
+        bind(tmp_path, headers_required=False)
 
 
 def test_no_weight_takes_memory(tiny_folder: Path) -> None:
