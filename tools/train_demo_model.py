@@ -36,7 +36,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prismquant.demo import scenes
+from prismquant.demo import board, scenes
 
 
 def _import_torchvision() -> None:
@@ -63,7 +63,8 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers  # noq
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from prismquant.demo.scenes import Kind, Sample, Turn
+    from prismquant.demo.questions import Turn
+    from prismquant.demo.scenes import Kind, SceneSample
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
@@ -71,7 +72,7 @@ IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 SPECIALS = (PAD, START, END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
 PATCH, MERGE = 8, 2
 """Pixels along a patch, patches merged along each side into one token."""
-GRID = scenes.FRAME_PIXELS // PATCH
+GRID = board.FRAME_PIXELS // PATCH
 """Patches along each side of a frame."""
 SIDE = GRID // MERGE
 """Tokens along each side of a frame."""
@@ -194,7 +195,7 @@ class Family:
 
     config: Callable[[Settings, Mapping[str, int], int], Any]
     processor: Callable[[Any], Any]
-    prefix: Callable[[Encode, Sample], Prefix]
+    prefix: Callable[[Encode, SceneSample], Prefix]
     hidden: Callable[[Any, Batch], tuple[Tensor, Tensor]]
     frames: int = 2
     wording: tuple[str, ...] = ()
@@ -289,8 +290,8 @@ def vision_processing(frames: int, clip_frames: int) -> dict[str, Any]:
         "merge_size": MERGE,
         "temporal_patch_size": frames,
         "size": {
-            "shortest_edge": scenes.FRAME_PIXELS**2 // 2,
-            "longest_edge": scenes.FRAME_PIXELS**2 * clip_frames,
+            "shortest_edge": board.FRAME_PIXELS**2 // 2,
+            "longest_edge": board.FRAME_PIXELS**2 * clip_frames,
         },
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
@@ -423,7 +424,7 @@ def qwen2_vl_processor(tokenizer: Any) -> Any:
     )
 
 
-def qwen2_vl_prefix(encode: Encode, sample: Sample) -> Prefix:
+def qwen2_vl_prefix(encode: Encode, sample: SceneSample) -> Prefix:
     """Return the start of the user's message with the picture or the clip, if there is one."""
     writer = PrefixWriter(encode)
     writer.text(f"{START}user\n")
@@ -500,7 +501,7 @@ def qwen3_vl_processor(tokenizer: Any) -> Any:
     )
 
 
-def qwen3_vl_prefix(encode: Encode, sample: Sample) -> Prefix:
+def qwen3_vl_prefix(encode: Encode, sample: SceneSample) -> Prefix:
     """Return the start of the user's message; before each pair of frames stands its time.
 
     The processor writes the marks of a pair inside those that the template writes around a clip.
@@ -594,7 +595,7 @@ def video_llama_3_processor(tokenizer: Any) -> Any:
     )
 
 
-def video_llama_3_prefix(encode: Encode, sample: Sample) -> Prefix:
+def video_llama_3_prefix(encode: Encode, sample: SceneSample) -> Prefix:
     """Return the start of the user's message; before each frame of a clip stands its time.
 
     The processor drops the tokens of a frame that hardly differ from the frame before. The grain
@@ -698,15 +699,15 @@ def initialise(model: nn.Module, layers: int, vision_layers: int) -> None:
 
 
 PROBED = (
-    len(scenes.PLACES),
-    len(scenes.SIZES) + 1,
-    len(scenes.COLOURS) + 1,
-    len(scenes.SHAPES) + 1,
+    len(board.PLACES),
+    len(board.SIZES) + 1,
+    len(board.COLOURS) + 1,
+    len(board.SHAPES) + 1,
 )
 """Values of each attribute of a cell: its place; size, colour and shape of its object, or none."""
 
 
-def cell_labels(sample: Sample, frames: int) -> np.ndarray:
+def cell_labels(sample: SceneSample, frames: int) -> np.ndarray:
     """Return the attributes of each cell, (views, cells, len(PROBED)); -1 where one moves.
 
     A view of a clip has ``frames`` frames.
@@ -714,24 +715,24 @@ def cell_labels(sample: Sample, frames: int) -> np.ndarray:
     scene = sample.scene
     if scene is None:
         raise ValueError("a sample without a scene has no cells")
-    labels = np.zeros((len(scenes.PLACES), len(PROBED)), dtype=np.int64)
+    labels = np.zeros((len(board.PLACES), len(PROBED)), dtype=np.int64)
     labels[:, 0] = np.arange(len(labels))
-    colours = tuple(scenes.COLOURS)
+    colours = tuple(board.COLOURS)
     for index, thing in enumerate(scene.things):
         row, column = thing.cell
-        number = row * scenes.BOARD_CELLS + column
+        number = row * board.BOARD_CELLS + column
         if scene.motion is None or scene.motion.index != index:
             words = (
-                scenes.SIZES.index(thing.size),
+                board.SIZES.index(thing.size),
                 colours.index(thing.colour),
-                scenes.SHAPES.index(thing.shape),
+                board.SHAPES.index(thing.shape),
             )
             labels[number, 1:] = [1 + word for word in words]
             continue
         end_row, end_column = scene.motion.end
         for way_row in range(min(row, end_row), max(row, end_row) + 1):
             for way_column in range(min(column, end_column), max(column, end_column) + 1):
-                labels[way_row * scenes.BOARD_CELLS + way_column, 1:] = -1
+                labels[way_row * board.BOARD_CELLS + way_column, 1:] = -1
     return np.repeat(labels[None], max(1, len(sample.frames) // frames), axis=0)
 
 
@@ -754,7 +755,7 @@ class Packer:
                 self._cache[text] = ids
         return ids
 
-    def patches(self, frames: Sequence[scenes.Frame]) -> np.ndarray:
+    def patches(self, frames: Sequence[board.Frame]) -> np.ndarray:
         """Return the frames as (views, patches, values); a picture fills a patch's frames."""
         depth = self._family.frames
         stack = np.stack(frames if len(frames) > 1 else [frames[0]] * depth)
@@ -767,7 +768,7 @@ class Packer:
         question = self.encode(turn.question) + self.encode(f"{END}\n{START}assistant\n")
         return question, self.encode(turn.answer) + self.encode(END)
 
-    def pack(self, samples: Sequence[Sample], tokens: int | None = None) -> Batch:
+    def pack(self, samples: Sequence[SceneSample], tokens: int | None = None) -> Batch:
         """Pack one sample a row, with those of its questions that fit into ``tokens``, if given."""
         rows = []
         lengths: list[int] = []
@@ -875,7 +876,7 @@ class Scores:
 
 @torch.no_grad()
 def score(
-    model: Any, family: Family, packer: Packer, samples: Sequence[Sample], rows: int = 100
+    model: Any, family: Family, packer: Packer, samples: Sequence[SceneSample], rows: int = 100
 ) -> Scores:
     """Ask each sample's first question in a row of its own; compare the answers token by token."""
     logits, targets = [], []
@@ -994,7 +995,7 @@ LATE_ROWS: tuple[Kind, ...] = ("image", "text", "video", "image", "text", "image
 """Kinds of the rows of a step, over and over, before and after the run settles."""
 
 
-def training_samples(step: int, settings: Settings) -> list[Sample]:
+def training_samples(step: int, settings: Settings) -> list[SceneSample]:
     """Return the rows of a step, ten questions each; they depend on the seed and the step only."""
     hardness = min(1.0, step / settings.curriculum)
     kinds = EARLY_ROWS if step < settings.settle else LATE_ROWS
@@ -1168,7 +1169,7 @@ class Run:
             f" {settings.inner} in the MLP ({language / 1e6:.2f} M parameters in its layers);"
             f" vision tower 128 wide, {settings.vision_layers} blocks,"
             f" patches of {PATCH} x {PATCH} pixels on"
-            f" {scenes.FRAME_PIXELS} x {scenes.FRAME_PIXELS} frames, {SIDE**2} tokens for a picture"
+            f" {board.FRAME_PIXELS} x {board.FRAME_PIXELS} frames, {SIDE**2} tokens for a picture"
             f" or {'a pair of frames' if self.family.frames == 2 else 'a frame'}. The inputs and"
             f" outputs of every Linear are multiples of {WIDTH_UNIT}.",
             f"- Training: {self.step} steps{state} of {settings.rows} rows of"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prismquant.demo import scenes
+from prismquant.demo import board, scenes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 SAMPLES = 150
 
 
-def _samples(kind: scenes.Kind, turns: int = 6) -> list[scenes.Sample]:
+def _samples(kind: scenes.Kind, turns: int = 6) -> list[scenes.SceneSample]:
     return [
         scenes.make_sample(kind, scenes.sample_rng("evaluation", 3, index), 1.0, turns)
         for index in range(SAMPLES)
     ]
 
 
-def _same(first: scenes.Sample, second: scenes.Sample) -> bool:
+def _same(first: scenes.SceneSample, second: scenes.SceneSample) -> bool:
     return (
         first.turns == second.turns
         and len(first.frames) == len(second.frames)
@@ -63,7 +63,7 @@ def test_frames_fit_the_kind(kind: scenes.Kind, hardness: float) -> None:
         assert len(sample.frames) in counts
         assert len(sample.turns) == 2
         for frame in sample.frames:
-            assert frame.shape == (scenes.FRAME_PIXELS, scenes.FRAME_PIXELS, 3)
+            assert frame.shape == (board.FRAME_PIXELS, board.FRAME_PIXELS, 3)
             assert frame.dtype == np.uint8
 
 
@@ -114,7 +114,7 @@ def test_motion_starts_and_ends_on_free_cells() -> None:
         assert scene is not None
         assert scene.motion is not None
         mover = scene.things[scene.motion.index]
-        down, across = scenes.DIRECTIONS[scene.motion.direction]
+        down, across = board.DIRECTIONS[scene.motion.direction]
         still = {thing.cell for thing in scene.things if thing is not mover}
         row, column = mover.cell
         steps = max(abs(scene.motion.end[0] - row), abs(scene.motion.end[1] - column))
@@ -152,9 +152,9 @@ def test_paint_comes_close_to_its_colour() -> None:
         for thing in sample.scene.things:
             if thing.shape in ("ring", "triangle") or thing.size == "small":
                 continue
-            corner = [index * scenes.CELL_PIXELS + scenes.CELL_PIXELS // 2 for index in thing.cell]
+            corner = [index * board.CELL_PIXELS + board.CELL_PIXELS // 2 for index in thing.cell]
             patch = sample.frames[0][corner[0] - 1 : corner[0] + 1, corner[1] - 1 : corner[1] + 1]
-            errors.append(patch.mean(axis=(0, 1)) - scenes.COLOURS[thing.colour])
+            errors.append(patch.mean(axis=(0, 1)) - board.COLOURS[thing.colour])
     assert len(errors) > 50
     assert np.abs(np.mean(errors, axis=0)).max() < 12
 
@@ -180,7 +180,7 @@ def test_dataset_format(tmp_path: Path) -> None:
         files = [item["image"]] if record["kind"] == "image" else item["video"]
         for name in files:
             with Image.open(tmp_path / name) as image:
-                assert image.size == (scenes.FRAME_PIXELS, scenes.FRAME_PIXELS)
+                assert image.size == (board.FRAME_PIXELS, board.FRAME_PIXELS)
                 assert image.mode == "RGB"
 
 
