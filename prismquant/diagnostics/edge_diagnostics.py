@@ -47,7 +47,7 @@ Choice = Annotated[SmoothQuantChoice | AWQChoice, Field(discriminator="method")]
 
 @dataclass(frozen=True)
 class EdgeDiagnostics:
-    """What came of one smooth edge.
+    """Outcome of one smooth edge.
 
     Attributes:
         choice: The scale that was judged last; None: there was none to judge.

@@ -27,7 +27,7 @@ class KeyBias:
 
 @dataclass(frozen=True)
 class KVDiagnostics:
-    """What calibration saw of the keys and values of one layer.
+    """Keys and values of one layer as calibration saw them.
 
     Attributes:
         tokens: Tokens that were looked at.

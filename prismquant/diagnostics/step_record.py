@@ -20,7 +20,7 @@ from prismquant.statistics.tokens import Tokens
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """What became of one layer.
+    """Record of one layer.
 
     Attributes:
         name: Module path.
@@ -60,7 +60,7 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class EdgeRecord:
-    """What became of one smooth edge.
+    """Record of one smooth edge.
 
     Attributes:
         source: Module path of its norm or producer.
@@ -81,7 +81,7 @@ class EdgeRecord:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What became of one step.
+    """Record of one step.
 
     Attributes:
         name: Module path of the step.

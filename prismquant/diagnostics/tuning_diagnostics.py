@@ -10,7 +10,7 @@ from prismquant.arguments import EXACT
 
 @dataclass(frozen=True)
 class TuningDiagnostics:
-    """What a tuner did to the layers of one block together.
+    """Work of a tuner on the layers of one block together.
 
     Attributes:
         method: Name of the tuner.

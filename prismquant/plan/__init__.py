@@ -1,1 +1,1 @@
-"""What will be done to a model, row by row, before anything is done."""
+"""Plans: a recipe laid over a model, row by row, before anything is done."""

@@ -1,4 +1,4 @@
-"""Which attention layers get a quantized cache of keys and values, and what it costs on disk."""
+"""Attention layers with a quantized cache of keys and values, and what it costs on disk."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class KVLayer:
 
 @dataclass(frozen=True)
 class KVPlan:
-    """What happens to keys and values.
+    """Numbers in which keys and values are cached, and the layers they are of.
 
     Attributes:
         spec: The numbers.

@@ -1,4 +1,4 @@
-"""What will be done, row by row: a recipe laid over a model.
+"""The plan, or what will be done, row by row: a recipe laid over a model.
 
 Everything that can be known without weights is decided here, before any long work: the number
 format of every layer, how its codes are chosen, in which layout it is stored, and how many bytes

@@ -12,6 +12,7 @@ from prismquant.recipe.transform_rule import SPLIT
 
 
 def idle_splits(recipe: Recipe, rows: Sequence[PlanRow]) -> list[str]:
+    """Splits of columns that reach no layer."""
     splittable = [row.site for row in rows if row.split is not None]
     return [
         f"transforms[{index}] ({SPLIT}) matches no layer that is stored quantized"
@@ -21,6 +22,7 @@ def idle_splits(recipe: Recipe, rows: Sequence[PlanRow]) -> list[str]:
 
 
 def idle_rules(recipe: Recipe, bound: BoundModel, resolved: Iterable[Resolved]) -> list[str]:
+    """Rules that match no layer."""
     used = {index for one in resolved for index in one.rules}
     modalities = sorted({str(site.modality) for site in bound.sites})
     roles = sorted({site.role for site in bound.sites})
@@ -34,7 +36,7 @@ def idle_rules(recipe: Recipe, bound: BoundModel, resolved: Iterable[Resolved]) 
 
 
 def idle_entries(recipe: Recipe, bound: BoundModel) -> list[str]:
-    """What stands in a rule's lists and means no layer, although the rule itself does."""
+    """Entries of a rule's lists that mean no layer, although the rule itself does."""
     matches = [(f"rules[{index}]", rule.match) for index, rule in enumerate(recipe.rules)]
     matches += [(f"transforms[{index}]", t.match) for index, t in enumerate(recipe.transforms)]
     return [

@@ -1,1 +1,1 @@
-"""What the user asks for: recipes, their grammar and the presets."""
+"""Recipes: their grammar, the presets, and one configuration a layer."""

@@ -1,4 +1,4 @@
-"""What a call adds to a recipe: options of the command line, arguments in Python."""
+"""Additions of a call to a recipe: options of the command line, arguments in Python."""
 
 from __future__ import annotations
 

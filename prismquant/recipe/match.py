@@ -1,4 +1,4 @@
-"""Which layers a rule speaks of."""
+"""Criteria by which a rule means layers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Strict(BaseModel):
 
 
 class Layer(Protocol):
-    """What a rule asks of a layer."""
+    """Properties of a layer that a rule asks for."""
 
     @property
     def modality(self) -> Modality: ...
@@ -38,7 +38,7 @@ class Layer(Protocol):
 
 
 class Match(Strict):
-    """Which layers a rule speaks of: all the criteria given must hold; in a list, any entry may.
+    """Criteria of a rule: a layer must meet all that are given; in a list, any entry may hold.
 
     Attributes:
         modality: ``vision``, ``projector`` or ``llm``.

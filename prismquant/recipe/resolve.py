@@ -1,4 +1,4 @@
-"""What a recipe says of one layer: the rules that match it, merged."""
+"""Resolving a recipe for one layer: the rules that match it, merged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prismquant.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class Resolved:
-    """What the rules of a recipe come to for one layer.
+    """Rules of a recipe, merged for one layer.
 
     Attributes:
         config: What is done to it.

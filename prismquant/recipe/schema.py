@@ -1,4 +1,4 @@
-"""What the user wants: ordered rules over modalities, roles and names.
+"""The recipe, or what the user wants: ordered rules over modalities, roles and names.
 
     version: 1
     rules:
@@ -186,7 +186,7 @@ class Recipe(Strict):
         )
 
     def to_dict(self) -> Fields:
-        """What :func:`parse_recipe` reads back: JSON types only, nothing that was left out."""
+        """The recipe as :func:`parse_recipe` reads it back, without what was left out."""
         said = self.model_dump(mode="json", exclude_unset=True)
         return {"version": self.version, "name": self.name} | said
 

@@ -58,7 +58,7 @@ def totals_table(plan: PlanSummary) -> Table:
 
 
 def transform_table(plan: PlanSummary) -> Table | None:
-    """What changes the model before anything is rounded; None where nothing does."""
+    """Changes of the model before anything is rounded; None where there are none."""
     headers = ["transform", "where", "count", "options"]
     rows = [
         ["rotation", f"{r['modality']} tower", "1", _options(r, {"modality"})]
@@ -137,7 +137,7 @@ def token_lines(files: RunFiles) -> list[str]:
 
 
 def _remark(step: StepRecord) -> str:
-    """What did not go as the plan's words may suggest, and what tuning brought."""
+    """Remarks on a step that did not go as the plan may suggest, and on what tuning brought."""
     parts = []
     kept = [edge for edge in step.edges if edge.diagnostics.skipped]
     if kept:
@@ -161,7 +161,7 @@ def _remark(step: StepRecord) -> str:
 
 
 def _likeness(layer: PlannedLayer) -> tuple[str, ...]:
-    """What layers of one row of the table share: their name but for numbers, and all columns."""
+    """Key of layers that share a row of the table: name without numbers, and all columns."""
     return (
         re.sub(r"\d+", "*", layer.name),
         layer.role,

@@ -14,7 +14,7 @@ from prismquant.run.record import RunRecord
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What a run directory says of a run.
+    """Plan and record of a run, as its directory holds them.
 
     Attributes:
         plan: What was to be done.
