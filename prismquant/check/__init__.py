@@ -5,7 +5,7 @@ weight, and holds them against a table of rules (:data:`RULES`), each a small pu
 """
 
 from prismquant.check.apply_rules import check
-from prismquant.check.findings import Finding, Reader, Report, Rule, Severity
+from prismquant.check.findings import Finding, Report, Rule, Severity, TargetReader
 from prismquant.check.rule_table import RULES
 
-__all__ = ["RULES", "Finding", "Reader", "Report", "Rule", "Severity", "check"]
+__all__ = ["RULES", "Finding", "Report", "Rule", "Severity", "TargetReader", "check"]

@@ -7,13 +7,13 @@ from pathlib import Path
 from prismquant.check import modelopt_rules as modelopt
 from prismquant.check import packed_int_rules as packed_int
 from prismquant.check.checkpoint import COMPRESSED_TENSORS, GGUF, Checkpoint
-from prismquant.check.findings import Problem, Reader, Report, Rule, by_severity, findings_of
+from prismquant.check.findings import Problem, Report, Rule, TargetReader, by_severity, findings_of
 from prismquant.check.open_checkpoint import open_checkpoint
 from prismquant.check.rule_table import METHODS, RULES
 from prismquant.errors import PrismQuantError
 
 
-def check(folder: str | Path, target: Reader | str | None = None) -> Report:
+def check(folder: str | Path, target: TargetReader | str | None = None) -> Report:
     """Hold a checkpoint against the rules of those who are to read it.
 
     Reads ``config.json``, headers, and scales, norms and biases of some MB; no weight.
@@ -30,7 +30,7 @@ def check(folder: str | Path, target: Reader | str | None = None) -> Report:
         ModelError: There is no readable ``config.json``.
         ValueError: There is no such target.
     """
-    reader = Reader(target) if target is not None else None
+    reader = TargetReader(target) if target is not None else None
     checkpoint = open_checkpoint(Path(folder), reader)
     rules = [rule for rule in RULES if rule.concerns(reader) and _applies(rule, checkpoint)]
     found = [one for rule in rules for one in findings_of(rule, _found(rule, checkpoint), reader)]
@@ -45,7 +45,7 @@ def check(folder: str | Path, target: Reader | str | None = None) -> Report:
 
 
 def _found(rule: Rule, checkpoint: Checkpoint) -> list[Problem]:
-    """What a rule finds; what keeps it from looking counts as well."""
+    """Problems that a rule finds; what keeps it from looking counts as one."""
     try:
         return list(rule.find(checkpoint))
     except PrismQuantError as error:

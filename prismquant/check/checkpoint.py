@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from prismquant.check import vllm_view as vllm
-from prismquant.check.findings import Reader
+from prismquant.check.findings import TargetReader
 from prismquant.errors import FormatError, PrismQuantError
 from prismquant.export.compressed_tensors.expected import (
     by_layer,
@@ -59,7 +59,7 @@ _VALUES = SCALE_SUFFIXES | {"weight_shape", "weight_g_idx", "input_zero_point"}
 
 
 @dataclass(frozen=True)
-class Layer:
+class CheckedLayer:
     """One linear layer.
 
     Attributes:
@@ -92,7 +92,7 @@ class Layer:
 
     @property
     def role(self) -> str:
-        """Its role; empty for a linear without one."""
+        """Role of the layer; empty for a linear without one."""
         return self.site.role if self.site else ""
 
     @property
@@ -103,7 +103,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What the rules look at.
+    """Checkpoint with all that rules look at.
 
     Attributes:
         folder: Where it is.
@@ -122,7 +122,7 @@ class Checkpoint:
     """
 
     folder: Path
-    target: Reader | None
+    target: TargetReader | None
     config: Mapping[str, Any]
     section: Mapping[str, Any]
     read: Section
@@ -133,7 +133,7 @@ class Checkpoint:
     model: BoundModel | None
     model_fault: str
     model_known: bool
-    layers: tuple[Layer, ...] = ()
+    layers: tuple[CheckedLayer, ...] = ()
     _values: dict[str, tuple[float, ...] | None] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -161,30 +161,30 @@ class Checkpoint:
 
     @property
     def ignore(self) -> Targets:
-        """What a compressed-tensors configuration leaves alone."""
+        """Layers that a compressed-tensors configuration leaves alone."""
         return self.read.ignore
 
     @property
-    def quantized(self) -> tuple[Layer, ...]:
+    def quantized(self) -> tuple[CheckedLayer, ...]:
         """Layers that belong to a group."""
         return tuple(layer for layer in self.layers if layer.group is not None)
 
-    def of_group(self) -> Iterator[tuple[SchemeGroup, tuple[Layer, ...]]]:
+    def of_group(self) -> Iterator[tuple[SchemeGroup, tuple[CheckedLayer, ...]]]:
         """Well-formed groups that have layers, with them."""
         for group in self.groups:
             members = tuple(layer for layer in self.layers if layer.group is group)
             if members and group.well_formed:
                 yield group, members
 
-    def fused(self) -> Iterator[tuple[Layer, ...]]:
+    def fused(self) -> Iterator[tuple[CheckedLayer, ...]]:
         """Sets of layers that servers fuse."""
-        sets: dict[str, list[Layer]] = {}
+        sets: dict[str, list[CheckedLayer]] = {}
         for layer in self.layers:
             if layer.fuse_key is not None:
                 sets.setdefault(layer.fuse_key, []).append(layer)
         return (tuple(members) for members in sets.values())
 
-    def attentions(self) -> dict[str, Layer]:
+    def attentions(self) -> dict[str, CheckedLayer]:
         """Prefix on disk of each attention module of the language model -> its key projection."""
         return {
             layer.disk.rpartition(".")[0]: layer
@@ -194,12 +194,12 @@ class Checkpoint:
 
     @functools.cached_property
     def faults(self) -> tuple[Fault, ...]:
-        """What loading refuses of the configuration and of the tensors, from their headers."""
+        """Faults that loading refuses, of the configuration and of the tensors' headers."""
         return (*self.read.faults, *_header_faults(self))
 
     @functools.cached_property
     def private(self) -> Mapping[str, tuple[str, ...]]:
-        """Layer -> sides (``input``, ``output``) of which our own section tells the format."""
+        """Layer name -> sides (``input``, ``output``) whose format our own section tells."""
         try:
             found = read_private(self.config, {layer.called for layer in self.layers})
         except FormatError:
@@ -222,7 +222,7 @@ class Checkpoint:
 
     @functools.cached_property
     def small(self) -> frozenset[str]:
-        """Those of them that may be read: the smallest ones, all together in moments."""
+        """Names of values that may be read: the smallest ones, all together in moments."""
         sizes = sorted((self.tensors[name].nbytes, name) for name in self.of_values)
         held = itertools.accumulate(size for size, _ in sizes)
         return frozenset(
@@ -258,7 +258,7 @@ class Checkpoint:
 
 
 def _header_faults(checkpoint: Checkpoint) -> Iterator[Fault]:
-    """What loading refuses of the tensors, from their headers."""
+    """Faults of the tensors that loading refuses, from their headers."""
     held, coded = by_layer(checkpoint.tensors), checkpoint.method in ("", METHOD)
     for layer in checkpoint.layers:
         group = layer.group
@@ -286,7 +286,7 @@ def _plain(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield model.names.to_disk(name), shape
 
 
-def _has_codes(checkpoint: Checkpoint, layer: Layer) -> bool:
+def _has_codes(checkpoint: Checkpoint, layer: CheckedLayer) -> bool:
     """Whether a layer's weight is another rule's matter: quantized, or of another method."""
     if checkpoint.method not in ("", METHOD):
         return True

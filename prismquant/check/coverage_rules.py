@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prismquant.check.checkpoint import Checkpoint, Layer
+from prismquant.check.checkpoint import CheckedLayer, Checkpoint
 from prismquant.check.findings import Problem, gathered
 from prismquant.export.compressed_tensors.section import SchemeGroup, Targets, groups_by_name
 
@@ -103,7 +103,7 @@ def unknown_to_vllm(checkpoint: Checkpoint) -> Iterator[Problem]:
         )
 
 
-def _in_codes(checkpoint: Checkpoint, layer: Layer) -> bool:
+def _in_codes(checkpoint: Checkpoint, layer: CheckedLayer) -> bool:
     """Whether the tensors of a layer are those of a quantized one."""
     suffixes = ("weight_packed", "weight_scale")
     return any(f"{layer.disk}.{suffix}" in checkpoint.tensors for suffix in suffixes)
@@ -134,7 +134,7 @@ def _named(group: SchemeGroup | None) -> str:
     return group.name if group else "floating point"
 
 
-def _torn_by_schemes(checkpoint: Checkpoint, layer: Layer) -> bool:
+def _torn_by_schemes(checkpoint: Checkpoint, layer: CheckedLayer) -> bool:
     """Whether the fused neighbours disagree already, which another rule tells."""
     if layer.fuse_key is None:
         return False

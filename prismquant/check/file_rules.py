@@ -98,7 +98,7 @@ def companions(checkpoint: Checkpoint) -> Iterator[Problem]:
 
 
 def unknown_model(checkpoint: Checkpoint) -> Iterator[Problem]:
-    """Why rules about layers were left out."""
+    """Reason that rules about layers were left out."""
     if checkpoint.model is None and not (checkpoint.unreadable or checkpoint.model_known):
         yield Problem(
             f"layers were not compared with the model: {checkpoint.model_fault.splitlines()[0]}",

@@ -1,4 +1,4 @@
-"""What a rule says, and the report that gathers it.
+"""Findings of rules, and the report that gathers them.
 
 A rule has one severity. Where it concerns only some readers (vLLM, say), it is an error for those:
 a report that is not made for a certain reader shows it as a warning, because another one may well
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Severity(StrEnum):
-    """How bad a finding is."""
+    """Severity of a finding."""
 
     # it will not load, or computes nonsense
     ERROR = "error"
@@ -27,8 +27,8 @@ class Severity(StrEnum):
     NOTE = "note"
 
 
-class Reader(StrEnum):
-    """Who is to load the checkpoint."""
+class TargetReader(StrEnum):
+    """Reader that is to load the checkpoint."""
 
     VLLM = "vllm"
     TRANSFORMERS = "transformers"
@@ -42,7 +42,7 @@ _ORDER = tuple(Severity)
 
 @dataclass(frozen=True)
 class Problem:
-    """What one rule found once.
+    """Problem that one rule found once.
 
     Attributes:
         what: One sentence that names the offending value.
@@ -73,17 +73,17 @@ class Rule:
     severity: Severity
     says: str
     find: Callable[[Checkpoint], Iterable[Problem]]
-    readers: tuple[Reader, ...] = ()
+    readers: tuple[TargetReader, ...] = ()
     layered: bool = False
 
-    def concerns(self, target: Reader | None) -> bool:
+    def concerns(self, target: TargetReader | None) -> bool:
         """Whether the rule matters for a reader."""
         return target is None or not self.readers or target in self.readers
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong, where, and what to do about it.
+    """Finding: what is wrong, where, and what to do about it.
 
     Attributes:
         severity: How bad it is for the reader in question.
@@ -99,15 +99,15 @@ class Finding:
     what: str
     where: tuple[str, ...]
     remedy: str
-    readers: tuple[Reader, ...] = ()
+    readers: tuple[TargetReader, ...] = ()
 
     @property
     def place(self) -> str:
-        """Where, on one line."""
+        """Places, on one line."""
         return folded(self.where)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
+        """JSON types of all that is said."""
         return {
             "severity": str(self.severity),
             "rule": self.rule,
@@ -132,7 +132,7 @@ class Report:
     """
 
     folder: str
-    target: Reader | None
+    target: TargetReader | None
     method: str
     layers: int
     rules: int
@@ -149,11 +149,11 @@ class Report:
         return not self.errors
 
     def count(self, severity: Severity) -> int:
-        """How many findings are so severe."""
+        """Number of findings that are so severe."""
         return sum(finding.severity is severity for finding in self.findings)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
+        """JSON types of all that is said."""
         return {
             "folder": self.folder,
             "for": str(self.target) if self.target else None,
@@ -174,7 +174,7 @@ def gathered(found: Iterable[tuple[str, str, str]]) -> list[Problem]:
 
 
 def told(rule: str) -> Callable[[Checkpoint], list[Problem]]:
-    """What finds the faults that are told under a rule's name."""
+    """Function that finds the faults that are told under a rule's name."""
 
     def find(checkpoint: Checkpoint) -> list[Problem]:
         return gathered((f.what, f.where, f.remedy) for f in checkpoint.faults if f.rule == rule)
@@ -182,11 +182,13 @@ def told(rule: str) -> Callable[[Checkpoint], list[Problem]]:
     return find
 
 
-def findings_of(rule: Rule, problems: Iterable[Problem], target: Reader | None) -> list[Finding]:
-    """What a rule found, as findings for a reader."""
+def findings_of(
+    rule: Rule, problems: Iterable[Problem], target: TargetReader | None
+) -> list[Finding]:
+    """Problems of a rule as findings for a reader."""
     severity = rule.severity
     # What we ourselves refuse is never called fine.
-    others = rule.readers and Reader.PRISMQUANT not in rule.readers
+    others = rule.readers and TargetReader.PRISMQUANT not in rule.readers
     if target is None and others and severity is Severity.ERROR:
         severity = Severity.WARNING
     return [Finding(severity, rule.name, p.what, p.where, p.remedy, rule.readers) for p in problems]

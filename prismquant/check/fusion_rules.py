@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prismquant.check.checkpoint import Checkpoint, Layer
+from prismquant.check.checkpoint import CheckedLayer, Checkpoint
 from prismquant.check.findings import Problem, gathered
 from prismquant.export.compressed_tensors.section import (
     FLOAT,
@@ -114,7 +114,7 @@ def tensor_parallel(checkpoint: Checkpoint) -> Iterator[Problem]:
 
 
 def _obstacles(checkpoint: Checkpoint, size: int) -> dict[str, list[str]]:
-    """Why layers of the language model cannot be split over so many GPUs."""
+    """Reasons that layers of the language model cannot be split over so many GPUs."""
     found: dict[str, list[str]] = {}
     heads = _heads(checkpoint)
     if heads % size:
@@ -134,7 +134,7 @@ def _heads(checkpoint: Checkpoint) -> int:
     return int(getattr(getattr(config, "text_config", config), "num_attention_heads", 0))
 
 
-def _split_fault(group: SchemeGroup, layer: Layer, size: int) -> str:
+def _split_fault(group: SchemeGroup, layer: CheckedLayer, size: int) -> str:
     weights = group.weights
     split = layer.in_features if layer.row_parallel else layer.out_features
     if layer.is_head or weights is None:
@@ -154,14 +154,14 @@ def _split_fault(group: SchemeGroup, layer: Layer, size: int) -> str:
     return ""
 
 
-def _block(layer: Layer) -> tuple[int, int] | None:
+def _block(layer: CheckedLayer) -> tuple[int, int] | None:
     group = layer.group
     if group is None or group.weights is None or group.layout not in (FLOAT, NAIVE):
         return None
     return group.weights.block
 
 
-def _first(checkpoint: Checkpoint, layer: Layer) -> SchemeGroup | None:
+def _first(checkpoint: Checkpoint, layer: CheckedLayer) -> SchemeGroup | None:
     """The first group that names a layer, as servers look for the parts of a fused one."""
     if checkpoint.ignore.meets(layer.called, checkpoint.matcher):
         return None

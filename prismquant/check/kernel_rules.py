@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 from prismquant.check import vllm_view as vllm
 from prismquant.check.checkpoint import Checkpoint
-from prismquant.check.findings import Problem, Reader, gathered
+from prismquant.check.findings import Problem, TargetReader, gathered
 from prismquant.export.compressed_tensors.section import (
     MXFP4,
     MXFP6,
@@ -267,8 +267,8 @@ def token_inputs_of_towers(checkpoint: Checkpoint) -> list[Problem]:
 
 
 def unread_sglang(checkpoint: Checkpoint) -> Iterator[Problem]:
-    """What the rules do not say about SGLang."""
-    if checkpoint.section and checkpoint.target is Reader.SGLANG:
+    """Limits of the rules about SGLang."""
+    if checkpoint.section and checkpoint.target is TargetReader.SGLANG:
         yield Problem(
             "kernels of SGLang were not read: its grammar, tensors and fused layers were checked",
             ("config.json",),

@@ -20,7 +20,7 @@ _CALIBRATE = "quantize with kv_cache and calibration data, or serve with a 16-bi
 
 @dataclass(frozen=True)
 class TriedReaders:
-    """What releases of transformers make of the cache, with releases of compressed-tensors.
+    """Tried releases of transformers and compressed-tensors, and what became of the cache.
 
     Attributes:
         transformers: First and last release that was tried.
@@ -42,7 +42,7 @@ class TriedReaders:
 
 
 def tried_readers() -> list[TriedReaders]:
-    """What is known of transformers' cache, from ``transformers.toml``."""
+    """Tried releases, from ``transformers.toml``."""
     text = (Path(__file__).parent / "transformers.toml").read_text(encoding="utf-8")
     return [
         TriedReaders(tuple(one["transformers"]), tuple(one["compressed-tensors"]), one["rounded"])
@@ -66,7 +66,7 @@ def passed_over(checkpoint: Checkpoint) -> Iterator[Problem]:
 
 
 def kind(checkpoint: Checkpoint) -> Iterator[Problem]:
-    """What vLLM takes: symmetric FP8 with a scale a tensor or a head."""
+    """Caches that vLLM does not take: it has symmetric FP8 with a scale a tensor or a head."""
     args = _args(checkpoint)
     if args is None:
         return

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from prismquant.check import modelopt_rules as modelopt
 from prismquant.check import packed_int_rules as packed_int
 from prismquant.check.checkpoint import COMPRESSED_TENSORS, GGUF, Checkpoint
-from prismquant.check.findings import Problem, Reader, gathered
+from prismquant.check.findings import Problem, TargetReader, gathered
 from prismquant.errors import FormatError, shortened
 from prismquant.export.compressed_tensors.expected import layer_faults_of
 from prismquant.export.compressed_tensors.stored import Linear, is_leftover, read_layers
 
 
 def unread(checkpoint: Checkpoint) -> list[Problem]:
-    """What is well formed, and yet nothing that PrismQuant reads."""
+    """Formats that are well formed, and yet nothing that PrismQuant reads."""
     model = checkpoint.model
     if model is None or checkpoint.read.faults or checkpoint.method not in ("", COMPRESSED_TENSORS):
         return []
@@ -37,7 +37,7 @@ def unread(checkpoint: Checkpoint) -> list[Problem]:
 def other_method(checkpoint: Checkpoint) -> Iterator[Problem]:
     """Methods of other tools: those that have rules, for whoever asks what PrismQuant reads."""
     fine = {"", COMPRESSED_TENSORS, GGUF}
-    if checkpoint.target is not Reader.PRISMQUANT:
+    if checkpoint.target is not TargetReader.PRISMQUANT:
         fine |= {*modelopt.METHODS, *packed_int.METHODS}
     if checkpoint.method not in fine and not is_leftover(checkpoint.folder, checkpoint.config):
         yield Problem(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from prismquant.check.checkpoint import MODELOPT_FILE, Checkpoint, Layer
+from prismquant.check.checkpoint import MODELOPT_FILE, CheckedLayer, Checkpoint
 from prismquant.check.findings import Problem, gathered
 from prismquant.export.compressed_tensors.expected import REAL, SCALES, Expected
 from prismquant.export.compressed_tensors.quantization_args import shown
@@ -64,7 +64,7 @@ def types(checkpoint: Checkpoint) -> list[Problem]:
 
 
 def fields(checkpoint: Checkpoint) -> Iterator[Problem]:
-    """What hf_quant_config.json must say of NVFP4 where config.json says nothing."""
+    """Fields of NVFP4 that hf_quant_config.json must have where config.json has none."""
     own = _own_file(checkpoint)
     if own is None or checkpoint.section.get("quant_algo"):
         return
@@ -151,7 +151,7 @@ def tensors(checkpoint: Checkpoint) -> list[Problem]:
 
 
 def shapes(checkpoint: Checkpoint) -> list[Problem]:
-    """Their shapes and dtypes."""
+    """Shapes and dtypes of quantized layers."""
     found = []
     for layer, algo, suffix, wanted in _wanted(checkpoint):
         info = checkpoint.tensors.get(f"{layer.disk}.{suffix}")
@@ -183,14 +183,14 @@ def excluded(checkpoint: Checkpoint) -> list[Problem]:
     )
 
 
-def is_stored_quantized(checkpoint: Checkpoint, layer: Layer) -> bool:
+def is_stored_quantized(checkpoint: Checkpoint, layer: CheckedLayer) -> bool:
     """Whether a layer's weight is of a dtype for codes."""
     info = checkpoint.tensors.get(f"{layer.disk}.weight")
     return info is not None and info.dtype not in REAL
 
 
 def in_transformers(checkpoint: Checkpoint) -> Iterator[Problem]:
-    """Who else reads it."""
+    """Checkpoints of ModelOpt, which transformers does not read."""
     if _is_modelopt(checkpoint):
         yield Problem(
             "transformers has no reader for quant_method modelopt",
@@ -223,14 +223,14 @@ def expected_tensors(algo: str, rows: int, columns: int) -> dict[str, Expected]:
     return found | ({"input_scale": scalar} if algo == "FP8" else {})
 
 
-def _wanted(checkpoint: Checkpoint) -> Iterator[tuple[Layer, str, str, Expected]]:
+def _wanted(checkpoint: Checkpoint) -> Iterator[tuple[CheckedLayer, str, str, Expected]]:
     for layer, algo in _quantized(checkpoint):
         wanted = expected_tensors(algo, layer.out_features, layer.in_features)
         for suffix, one in wanted.items():
             yield layer, algo, suffix, one
 
 
-def _quantized(checkpoint: Checkpoint) -> Iterator[tuple[Layer, str]]:
+def _quantized(checkpoint: Checkpoint) -> Iterator[tuple[CheckedLayer, str]]:
     """Layers that the configuration calls quantized, with the algorithm of each."""
     if not _is_modelopt(checkpoint):
         return
@@ -248,7 +248,7 @@ def _quantized(checkpoint: Checkpoint) -> Iterator[tuple[Layer, str]]:
             yield layer, algo
 
 
-def _is_excluded(checkpoint: Checkpoint, layer: Layer) -> bool:
+def _is_excluded(checkpoint: Checkpoint, layer: CheckedLayer) -> bool:
     patterns = _described(checkpoint).get("exclude_modules")
     if patterns is None:
         patterns = _described(checkpoint).get("ignore")
@@ -272,7 +272,7 @@ def _is_modelopt(checkpoint: Checkpoint) -> bool:
 
 
 def _described(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """Where the scheme is told: in config.json, else in ModelOpt's own file."""
+    """File that tells the scheme: config.json, else ModelOpt's own."""
     if checkpoint.section.get("quant_algo"):
         return checkpoint.section
     return _own_file(checkpoint) or {}

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from prismquant.check import vllm_view as vllm
-from prismquant.check.checkpoint import GGUF, MODELOPT_FILE, Checkpoint, Layer
-from prismquant.check.findings import Reader
+from prismquant.check.checkpoint import GGUF, MODELOPT_FILE, CheckedLayer, Checkpoint
+from prismquant.check.findings import TargetReader
 from prismquant.errors import ModelError, PrismQuantError, StorageError
 from prismquant.export.compressed_tensors.section import (
     CONFIG_KEY,
@@ -32,7 +32,7 @@ from prismquant.shards import INDEX_NAME, read_index
 _MOST_SHARDS = 10_000
 
 
-def open_checkpoint(folder: Path, target: Reader | None) -> Checkpoint:
+def open_checkpoint(folder: Path, target: TargetReader | None) -> Checkpoint:
     """Read what the rules look at.
 
     Raises:
@@ -153,7 +153,7 @@ def _is_known(config: Mapping[str, Any]) -> bool:
     )
 
 
-def _layers(checkpoint: Checkpoint, model: BoundModel) -> Iterator[Layer]:
+def _layers(checkpoint: Checkpoint, model: BoundModel) -> Iterator[CheckedLayer]:
     sites = {site.name: site for site in model.sites if site.kind is SiteKind.LINEAR}
     spare = [item.name for item in model.left_alone if item.is_linear]
     found = _found_in_vllm(checkpoint, model, [*sites, *spare])
@@ -163,12 +163,12 @@ def _layers(checkpoint: Checkpoint, model: BoundModel) -> Iterator[Layer]:
         out_features, in_features = model.shapes[f"{name}.weight"]
         in_transformers = group_in_transformers(called, checkpoint.read)
         in_vllm, group = found.get(name), in_transformers
-        if checkpoint.target in (Reader.VLLM, Reader.SGLANG) and in_vllm is not None:
+        if checkpoint.target in (TargetReader.VLLM, TargetReader.SGLANG) and in_vllm is not None:
             group = in_vllm.group
-        elif checkpoint.target is Reader.PRISMQUANT:
+        elif checkpoint.target is TargetReader.PRISMQUANT:
             (names,) = other_names({called: name}, model.arch).values()
             group = group_in_prismquant((called, *names), checkpoint.read)
-        yield Layer(
+        yield CheckedLayer(
             name=name,
             called=called,
             disk=disk,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from prismquant.check.checkpoint import Checkpoint, Layer
+from prismquant.check.checkpoint import CheckedLayer, Checkpoint
 from prismquant.check.findings import Problem, gathered
 from prismquant.export.compressed_tensors.expected import REAL, Expected
 from prismquant.export.compressed_tensors.quantization_args import is_count, shown
@@ -30,7 +30,7 @@ _TYPES: Mapping[str, tuple[type | tuple[type, ...], str]] = {
 
 
 def keys(checkpoint: Checkpoint) -> Iterator[Problem]:
-    """What the configuration must say."""
+    """Keys that the configuration must have."""
     lacking = tuple(
         key for key in _KEYS.get(checkpoint.method, ()) if key not in checkpoint.section
     )
@@ -161,17 +161,17 @@ def excluded(checkpoint: Checkpoint) -> list[Problem]:
     )
 
 
-def is_packed(checkpoint: Checkpoint, layer: Layer) -> bool:
+def is_packed(checkpoint: Checkpoint, layer: CheckedLayer) -> bool:
     """Whether a layer is stored in one of these layouts."""
     return f"{layer.disk}.qweight" in checkpoint.tensors
 
 
-def _packed(checkpoint: Checkpoint) -> Iterator[Layer]:
+def _packed(checkpoint: Checkpoint) -> Iterator[CheckedLayer]:
     if checkpoint.method in METHODS:
         yield from (layer for layer in checkpoint.layers if is_packed(checkpoint, layer))
 
 
-def _wanted(checkpoint: Checkpoint) -> Iterator[tuple[Layer, str, Expected]]:
+def _wanted(checkpoint: Checkpoint) -> Iterator[tuple[CheckedLayer, str, Expected]]:
     for layer in _packed(checkpoint):
         bits = _setting(checkpoint, layer, "bits")
         if not is_count(bits) or not 1 < bits <= 8:
@@ -181,7 +181,7 @@ def _wanted(checkpoint: Checkpoint) -> Iterator[tuple[Layer, str, Expected]]:
             yield layer, suffix, one
 
 
-def _expected(method: str, layer: Layer, bits: int, groups: int) -> dict[str, Expected]:
+def _expected(method: str, layer: CheckedLayer, bits: int, groups: int) -> dict[str, Expected]:
     rows, columns, words = layer.out_features, layer.in_features, (torch.int32,)
     packed_rows, packed_columns = rows * bits // _WORD, columns * bits // _WORD
     shape = (packed_columns, rows) if method == GPTQ else (columns, packed_rows)
@@ -195,12 +195,12 @@ def _expected(method: str, layer: Layer, bits: int, groups: int) -> dict[str, Ex
     return found
 
 
-def _size(checkpoint: Checkpoint, layer: Layer) -> int:
+def _size(checkpoint: Checkpoint, layer: CheckedLayer) -> int:
     size = _setting(checkpoint, layer, "group_size")
     return size if is_count(size) else layer.in_features
 
 
-def _setting(checkpoint: Checkpoint, layer: Layer, key: str) -> Any:
+def _setting(checkpoint: Checkpoint, layer: CheckedLayer, key: str) -> Any:
     """A setting of one layer: GPTQ configurations may have patterns with others."""
     for pattern, override in _dynamic(checkpoint).items():
         sign, _, rest = pattern.partition(":")
@@ -210,7 +210,7 @@ def _setting(checkpoint: Checkpoint, layer: Layer, key: str) -> Any:
     return checkpoint.section.get(key)
 
 
-def _left_out(checkpoint: Checkpoint, layer: Layer) -> bool:
+def _left_out(checkpoint: Checkpoint, layer: CheckedLayer) -> bool:
     if checkpoint.method == AWQ:
         listed = _listed(checkpoint, "modules_to_not_convert")
         return any(str(one) in name for one in listed for name in (layer.called, layer.disk))
@@ -232,6 +232,6 @@ def _dynamic(checkpoint: Checkpoint) -> Mapping[str, Any]:
     return dynamic if isinstance(dynamic, Mapping) else {}
 
 
-def _fits(checkpoint: Checkpoint, pattern: str, layer: Layer) -> bool:
+def _fits(checkpoint: Checkpoint, pattern: str, layer: CheckedLayer) -> bool:
     names = (layer.called, layer.disk)
     return any(checkpoint.matcher.matches(name, f"re:{pattern}") for name in names)

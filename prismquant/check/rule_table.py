@@ -22,16 +22,16 @@ from prismquant.check.checkpoint import (
 )
 from prismquant.check.findings import (
     Problem,
-    Reader,
     Rule,
     Severity,
+    TargetReader,
     told,
 )
 from prismquant.export.compressed_tensors.expected import VLLM_EXTRA
 
 _Find = Callable[[Checkpoint], Iterable[Problem]]
 _E, _W, _N = Severity.ERROR, Severity.WARNING, Severity.NOTE
-_VLLM, _HF, _SGL = Reader.VLLM, Reader.TRANSFORMERS, Reader.SGLANG
+_VLLM, _HF, _SGL = TargetReader.VLLM, TargetReader.TRANSFORMERS, TargetReader.SGLANG
 _SERVERS = (_VLLM, _SGL)
 
 
@@ -346,7 +346,7 @@ _OURS = (
         _E,
         "prismquant.load reads what the configuration says",
         ours.unread,
-        (Reader.PRISMQUANT,),
+        (TargetReader.PRISMQUANT,),
         layered=True,
     ),
     Rule(
@@ -354,7 +354,7 @@ _OURS = (
         _E,
         "prismquant.load reads the method",
         ours.other_method,
-        (Reader.PRISMQUANT,),
+        (TargetReader.PRISMQUANT,),
     ),
 )
 _GGUF = (Rule("gguf.unread", _N, "there are rules for the format", files.unread_gguf),)

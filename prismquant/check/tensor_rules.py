@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from prismquant.check.checkpoint import SCALE_SUFFIXES, Checkpoint, Layer
+from prismquant.check.checkpoint import SCALE_SUFFIXES, CheckedLayer, Checkpoint
 from prismquant.check.findings import Problem, gathered
 from prismquant.export.compressed_tensors.expected import (
     OURS,
@@ -47,7 +47,7 @@ def rounded_scales(checkpoint: Checkpoint) -> list[Problem]:
 
 
 def only_ours(checkpoint: Checkpoint) -> list[Problem]:
-    """What PrismQuant alone reads."""
+    """Tensors that PrismQuant alone reads."""
     remedy = "serve it with prismquant.load, or quantize again without (see the plan's remarks)"
     pairs = (name.rpartition(".")[::2] for name in sorted(checkpoint.tensors))
     found = {
@@ -211,7 +211,7 @@ def uncalibrated(checkpoint: Checkpoint) -> Iterator[Problem]:
             )
 
 
-def _wanted(checkpoint: Checkpoint) -> Iterator[tuple[SchemeGroup, Layer, str, Expected]]:
+def _wanted(checkpoint: Checkpoint) -> Iterator[tuple[SchemeGroup, CheckedLayer, str, Expected]]:
     for group, members in checkpoint.of_group():
         for layer in members:
             wanted = expected_tensors(group, layer.out_features, layer.in_features)
@@ -229,7 +229,7 @@ def _are_even(index: Tensor, group: SchemeGroup) -> bool:
     return inside and bool((index.long().bincount(minlength=groups) == size).all())
 
 
-def _static_scales(checkpoint: Checkpoint) -> Iterator[tuple[Layer, str, tuple[float, ...]]]:
+def _static_scales(checkpoint: Checkpoint) -> Iterator[tuple[CheckedLayer, str, tuple[float, ...]]]:
     for _, layer, suffix, _ in _wanted(checkpoint):
         if suffix.endswith("_scale") and suffix != "weight_scale":
             values = checkpoint.scalar(f"{layer.disk}.{suffix}")

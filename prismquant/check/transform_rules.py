@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prismquant.check.checkpoint import Checkpoint, Layer
+from prismquant.check.checkpoint import CheckedLayer, Checkpoint
 from prismquant.check.findings import Problem, gathered
 from prismquant.export.compressed_tensors.section import DeclaredTransform
 
@@ -71,7 +71,7 @@ def one_gpu(checkpoint: Checkpoint) -> list[Problem]:
 
 
 def in_transformers(checkpoint: Checkpoint) -> Iterator[Problem]:
-    """What transformers makes of it: nothing."""
+    """Transforms, of which transformers makes nothing."""
     names = tuple(
         transform.name
         for transform in checkpoint.read.transforms
@@ -104,7 +104,7 @@ def matrices(checkpoint: Checkpoint) -> list[Problem]:
     return gathered(found)
 
 
-def _rotated(checkpoint: Checkpoint) -> Iterator[tuple[DeclaredTransform, Layer]]:
+def _rotated(checkpoint: Checkpoint) -> Iterator[tuple[DeclaredTransform, CheckedLayer]]:
     """Transforms of inputs, with the layers that they match."""
     for transform in checkpoint.read.transforms:
         for apply in transform.applies:

@@ -42,7 +42,7 @@ def _rename_target(target: str, names: VllmNames) -> str:
 
 @dataclass(frozen=True)
 class Renamed:
-    """What a configuration names, as vLLM compares it with its own paths.
+    """Names of a configuration, as vLLM compares them with its own paths.
 
     Attributes:
         ignore: What is left alone.
@@ -64,7 +64,7 @@ def renamed(section: Section, names: VllmNames) -> Renamed:
 
 @dataclass(frozen=True)
 class Found:
-    """What vLLM makes of one of its layers.
+    """Scheme group that vLLM finds for one of its layers.
 
     Attributes:
         group: The group whose scheme all parts get; None for floating point.

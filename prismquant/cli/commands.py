@@ -265,11 +265,11 @@ def check_folder(
     as_json: AsJson = False,
 ) -> None:
     """Say whether a checkpoint will load, and as it is meant. Reads no weight."""
-    from prismquant.check import Reader
+    from prismquant.check import TargetReader
     from prismquant.check import check as look
     from prismquant.report.checks import findings_table, verdict
 
-    reader = None if target is None else as_choice(target, "reader", Reader)
+    reader = None if target is None else as_choice(target, "reader", TargetReader)
     report = look(as_path(folder, "folder"), reader)
     if as_json:
         say_json(report.to_dict())

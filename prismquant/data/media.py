@@ -46,7 +46,7 @@ class Limits:
 
     @property
     def sampling(self) -> Sampling:
-        """How frames of clips are chosen."""
+        """Sampling of clips' frames."""
         return Sampling.limited(self.max_frames)
 
 
@@ -153,7 +153,7 @@ class _Pictures:
 
     @property
     def _takes_tensors(self) -> bool:
-        """Those of transformers do, which saves a copy; others may know Pillow's images alone."""
+        """Whether it takes tensors, which saves a copy; others know Pillow's images alone."""
         return type(self.processor).__module__.startswith("transformers.")
 
     def target(self, size: Size, item: Mapping[str, Any]) -> Size:

@@ -10,7 +10,7 @@ from prismquant.data.dialects import conversation_of
 from prismquant.data.items import MEDIA, parse_message
 from prismquant.data.pictures import check_picture
 from prismquant.data.places import listed, place_files
-from prismquant.data.row_findings import Finding, Findings, collect, findings_error
+from prismquant.data.row_findings import Findings, RowFinding, collect, findings_error
 from prismquant.data.rows import Row, read_rows
 from prismquant.data.samples import (
     Message,
@@ -58,16 +58,16 @@ def read_samples(
         raise DataError(f"a limit of {limit} samples leaves nothing", remedy="a limit of 1 or more")
     name = str(source)
     rows, folder = read_rows(source, limit, seed)
-    findings: list[Finding] = []
+    findings: list[RowFinding] = []
     found: list[tuple[str, Sample]] = []
     for row in rows:
-        if isinstance(row, Finding):
+        if isinstance(row, RowFinding):
             findings.append(row)
             continue
         try:
             found.append((row.where, sample_of(row, folder, Path(name).stem)))
         except Findings as wrong:
-            findings += [Finding(row.where, line) for line in wrong.lines]
+            findings += [RowFinding(row.where, line) for line in wrong.lines]
     findings += _duplicate_ids(found)
     if not found and not findings:
         raise DataError(
@@ -138,27 +138,27 @@ def _identity(value: Any) -> str:
     return str(value)
 
 
-def _duplicate_ids(found: Sequence[tuple[str, Sample]]) -> list[Finding]:
+def _duplicate_ids(found: Sequence[tuple[str, Sample]]) -> list[RowFinding]:
     first: dict[str, str] = {}
     findings = []
     for where, sample in found:
         if sample.id in first:
             what = f"id {sample.id!r} is already taken by {first[sample.id]}"
-            findings.append(Finding(where, what))
+            findings.append(RowFinding(where, what))
         first.setdefault(sample.id, where)
     return findings
 
 
 def _check(
     chosen: Sequence[tuple[str, Sample]], require_answers: bool, most_bytes: int | None
-) -> list[Finding]:
+) -> list[RowFinding]:
     """Findings about answers and files; a file that many samples share is read once."""
-    findings: list[Finding] = []
+    findings: list[RowFinding] = []
     seen: dict[Path, tuple[int, int]] = {}
     for where, sample in chosen:
         if require_answers and not sample.answer:
             what = "the conversation does not end with an answer of the assistant"
-            findings.append(Finding(where, what))
+            findings.append(RowFinding(where, what))
         for kind, item in media_of(sample):
             files = item[kind] if isinstance(item[kind], list) else [item[kind]]
             is_clip_file = kind == "video" and not isinstance(item[kind], list)
@@ -166,12 +166,12 @@ def _check(
                 sizes = {_size(file, sample, is_clip_file, seen, most_bytes) for file in files}
             except DataError as error:
                 remedy = f" ({error.remedy})" if error.remedy else ""
-                findings.append(Finding(where, f"{error.what}{remedy}"))
+                findings.append(RowFinding(where, f"{error.what}{remedy}"))
                 continue
             if len(sizes) > 1:
                 listed_sizes = ", ".join(f"{width}x{height}" for width, height in sorted(sizes))
                 findings.append(
-                    Finding(where, f"frames of one clip differ in size: {listed_sizes}")
+                    RowFinding(where, f"frames of one clip differ in size: {listed_sizes}")
                 )
     return findings
 

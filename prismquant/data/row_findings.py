@@ -25,7 +25,7 @@ class Findings(Exception):  # noqa: N818
 
 
 @dataclass(frozen=True)
-class Finding:
+class RowFinding:
     """Something that is wrong, and the row in which it is."""
 
     where: str
@@ -57,7 +57,7 @@ def collect(
     return results
 
 
-def findings_error(name: str, findings: Sequence[Finding]) -> DataError:
+def findings_error(name: str, findings: Sequence[RowFinding]) -> DataError:
     """One error of all findings: the same of many rows is one line, and ten lines are shown."""
     places: dict[str, list[str]] = {}
     for finding in findings:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prismquant.data.row_findings import Finding
+from prismquant.data.row_findings import RowFinding
 from prismquant.data.samples import excerpt
 from prismquant.errors import DataError
 from prismquant.opening import parse_json, read_bounded, require_regular
@@ -42,7 +42,7 @@ class Row:
     plain: bool = False
 
 
-_Rows = list[Row | Finding]
+_Rows = list[Row | RowFinding]
 
 _LIST_START = re.compile(r"\s*\[\s*")
 _LIST_NEXT = re.compile(r"\s*,?\s*")
@@ -118,14 +118,14 @@ def _rows_of_json(data: bytes) -> _Rows:
     except json.JSONDecodeError as error:
         line = text.split("\n")[error.lineno - 1]
         hint = "; objects on lines of their own are a .jsonl file" * (error.msg == "Extra data")
-        return [Finding(f"line {error.lineno}", _no_json(error, line) + hint)]
+        return [RowFinding(f"line {error.lineno}", _no_json(error, line) + hint)]
     except ValueError as error:  # one entry is at fault: its number helps more than the file's name
         try:
             return _parsed("entry", list(_entries(text)))
         except (ValueError, RecursionError):
-            return [Finding("the file", _no_json(error, text))]
+            return [RowFinding("the file", _no_json(error, text))]
     if not isinstance(value, list):
-        return [Finding("the file", "it holds no list of samples")]
+        return [RowFinding("the file", "it holds no list of samples")]
     return [Row(f"entry {i}", i, entry) for i, entry in enumerate(value, start=1)]
 
 
@@ -150,7 +150,7 @@ def _parsed(label: str, texts: Iterable[tuple[int, bytes]]) -> _Rows:
         try:
             rows.append(Row(where, number, parse_json(text.decode())))
         except ValueError as error:
-            rows.append(Finding(where, _no_json(error, text.decode(errors="replace"))))
+            rows.append(RowFinding(where, _no_json(error, text.decode(errors="replace"))))
     return rows
 
 

@@ -43,7 +43,7 @@ class OwnSizes:
 
     @classmethod
     def of(cls, processor: Any) -> OwnSizes | None:
-        """Those of an image or video processor; None where it does not go by numbers of pixels."""
+        """Sizes of an image or video processor; None where it does not go by numbers of pixels."""
         try:
             sides = processor.patch_size, processor.merge_size
             area = processor.size["shortest_edge"], processor.size["longest_edge"]

@@ -21,7 +21,7 @@ _STAND_IN = "Answer-of-the-Sample"
 
 
 class NoSpan(Exception):  # noqa: N818 - nothing is wrong with the sample
-    """Where the answer starts cannot be told; says why."""
+    """Says why the start of the answer cannot be told."""
 
 
 @dataclass(frozen=True)

@@ -298,7 +298,7 @@ def _leftover(section: Any, folder: Path, *, is_float: bool) -> str:
 
 @dataclass(frozen=True)
 class _Dtypes:
-    """In what dtype tensors are stored.
+    """Dtypes in which tensors are stored.
 
     Attributes:
         names: Of the checkpoint.
@@ -311,7 +311,7 @@ class _Dtypes:
     usual: torch.dtype
 
     def of(self, name: str) -> torch.dtype:
-        """That of one tensor of the model; the usual one where it is not stored as a float."""
+        """Dtype of one tensor of the model; the usual one where it is not stored as a float."""
         info = self.infos.get(self.names.to_disk(name))
         return info.dtype if info is not None and _is_float(info.dtype) else self.usual
 

@@ -227,7 +227,7 @@ def _trial_findings(processor: Any) -> list[str]:
 
 
 def _refusal(part: Any, media: dict[str, Any]) -> str | None:
-    """What a part of a processor says against plain media; None where it takes them."""
+    """Refusal of plain media by a part of a processor; None where it takes them."""
     try:
         part(**media, return_tensors="pt")
     # Third-party code over settings of a stranger.

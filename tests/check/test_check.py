@@ -17,7 +17,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 import prismquant as pq
-from prismquant.check import RULES, Reader, Report, Severity, check, checkpoint
+from prismquant.check import RULES, Report, Severity, TargetReader, check, open_checkpoint
 from prismquant.check.findings import Problem, Rule, findings_of, folded
 from prismquant.check.vllm_view import scheme_class
 from prismquant.cli import app
@@ -81,7 +81,7 @@ def bound_once(models: dict[str, BoundModel], monkeypatch: pytest.MonkeyPatch) -
             models[key] = bind(folder, **options)
         return models[key]
 
-    monkeypatch.setattr(checkpoint, "bind", remembered)
+    monkeypatch.setattr(open_checkpoint, "bind", remembered)
 
 
 def rules_of(report: Report) -> set[str]:
@@ -93,9 +93,9 @@ def rules_of(report: Report) -> set[str]:
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 @pytest.mark.parametrize("preset", ["w4a16", "w8a8-all", "w8a8-static", "fp8"])
-@pytest.mark.parametrize("target", [None, *Reader])
+@pytest.mark.parametrize("target", [None, *TargetReader])
 def test_what_we_write_for_servers_has_no_error_and_no_warning(
-    made: Callable[[str, str], Path], preset: str, family: str, target: Reader | None
+    made: Callable[[str, str], Path], preset: str, family: str, target: TargetReader | None
 ) -> None:
     report = check(made(preset, family), target)
     loud = [f for f in report.findings if f.severity is not Severity.NOTE]
@@ -339,11 +339,11 @@ def hollow(path: Path, keep: set[str]) -> None:
 
 
 def test_what_only_some_reader_refuses_is_a_warning_for_nobody_in_particular() -> None:
-    rule = Rule("a.b", Severity.ERROR, "says", lambda c: [Problem("x")], (Reader.VLLM,))
+    rule = Rule("a.b", Severity.ERROR, "says", lambda c: [Problem("x")], (TargetReader.VLLM,))
     assert findings_of(rule, [Problem("x")], None)[0].severity is Severity.WARNING
-    assert findings_of(rule, [Problem("x")], Reader.VLLM)[0].severity is Severity.ERROR
+    assert findings_of(rule, [Problem("x")], TargetReader.VLLM)[0].severity is Severity.ERROR
     assert rule.concerns(None)
-    assert not rule.concerns(Reader.TRANSFORMERS)
+    assert not rule.concerns(TargetReader.TRANSFORMERS)
 
 
 def test_places_are_folded() -> None:

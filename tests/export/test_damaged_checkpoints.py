@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from prismquant.api import export
-from prismquant.check import check, checkpoint
+from prismquant.check import check
+from prismquant.check import open_checkpoint as opening_for_rules
 from prismquant.errors import FormatError, NumericsError, PrismQuantError
 from prismquant.export.compressed_tensors import stored
 from prismquant.export.compressed_tensors.section import CONFIG_KEY
@@ -102,7 +103,7 @@ def _built_once(monkeypatch: pytest.MonkeyPatch) -> None:
             models[said] = empty_model(config, arch)
         return models[said]
 
-    monkeypatch.setattr(checkpoint, "bind", bind_once)
+    monkeypatch.setattr(opening_for_rules, "bind", bind_once)
     monkeypatch.setattr(stored, "empty_model", build_once)
 
 

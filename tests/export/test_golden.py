@@ -18,7 +18,7 @@ from torch import nn
 
 from prismquant import cli
 from prismquant.api import export
-from prismquant.check import Reader, Severity, check
+from prismquant.check import Severity, TargetReader, check
 from prismquant.errors import FormatError
 from prismquant.export.compressed_tensors.rotations import read_rotations
 from prismquant.export.compressed_tensors.section import CONFIG_KEY
@@ -189,18 +189,18 @@ def test_quantized_embeddings_are_refused_by_name(tmp_path: Path) -> None:
 def test_check_tells_the_two_readers_apart(name: str) -> None:
     """vLLM renames the names on disk that ignore holds; transformers does not."""
 
-    def errors(target: Reader) -> set[str]:
+    def errors(target: TargetReader) -> set[str]:
         report = check(GOLDEN / name, target)
         return {f.rule for f in report.findings if f.severity is Severity.ERROR}
 
     config = read_json(GOLDEN / name / "config.json")[CONFIG_KEY]
     by_class = any(group["targets"] == ["Linear"] for group in config["config_groups"].values())
     by_disk = any(entry.startswith("visual.") for entry in config["ignore"])
-    misread = "names.transformers" in errors(Reader.TRANSFORMERS)
+    misread = "names.transformers" in errors(TargetReader.TRANSFORMERS)
     assert misread == (by_class and by_disk)
     # Left are shapes and kernels: k_proj is narrower than a block, and so on. To vLLM a head is no
     # "Linear".
-    about_names = {r for r in errors(Reader.VLLM) if r.startswith(("names.", "tensors."))}
+    about_names = {r for r in errors(TargetReader.VLLM) if r.startswith(("names.", "tensors."))}
     assert ("names.vllm" in about_names) == bool(about_names) == (name == "w4a16-head")
 
 
