@@ -15,9 +15,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prismquant.api import Result, inspect, measure, quantize
+    from prismquant.api import inspect, measure, quantize
     from prismquant.errors import PrismQuantError
     from prismquant.export.load_quantized import load
+    from prismquant.quantization.request import Result
     from prismquant.recipe.schema import Recipe, load_recipe
     from prismquant.version import __version__
 
@@ -37,7 +38,7 @@ _HOMES = {
     "__version__": "prismquant.version",
     "PrismQuantError": "prismquant.errors",
     "Recipe": "prismquant.recipe.schema",
-    "Result": "prismquant.api",
+    "Result": "prismquant.quantization.request",
     "inspect": "prismquant.api",
     "load": "prismquant.export.load_quantized",
     "load_recipe": "prismquant.recipe.schema",

@@ -10,8 +10,8 @@ from prismquant.errors import StorageError
 from prismquant.report.tables import as_text
 
 if TYPE_CHECKING:
-    from prismquant.api import Result
     from prismquant.check import Report
+    from prismquant.quantization.request import Result
 
 
 def tell_run(result: Result, report: Report, out: str, console: Any, *, as_json: bool) -> None:

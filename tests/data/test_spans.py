@@ -10,11 +10,11 @@ import pytest
 from tiny_data import text, turns, write_lines
 
 import prismquant as pq
-from prismquant import api
 from prismquant.data import batches, read_samples
 from prismquant.data.batches import Batch, make_batches
 from prismquant.data.spans import NoSpan, Rendered, answer_span
 from prismquant.models.processor import load_processor
+from prismquant.quantization import perform
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -190,11 +190,11 @@ def test_gradients_leave_such_samples_out_and_say_so(
     assert last.answer is not None
     seen: list[str] = []
 
-    def weights(plan: Any, bound: Any, given: Sequence[Batch], **_: Any) -> dict[str, float]:
+    def weights(plan: Any, bound: Any, given: Sequence[Batch], *_: Any) -> dict[str, float]:
         seen.extend(name for batch in given for name in batch.ids)
         return {}
 
-    monkeypatch.setattr(api, "vision_weights", weights)
+    monkeypatch.setattr(perform, "vision_weights", weights)
     hide(monkeypatch, last.answer)
     gradient = {"match": {"modality": "llm"}, "vision_weight": "gradient"}
     recipe = pq.load_recipe("w4a16").with_rules(gradient)

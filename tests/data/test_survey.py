@@ -14,7 +14,6 @@ import torch
 from tiny_data import image, mixed_samples, save_picture, text, turns, write_lines
 
 import prismquant as pq
-from prismquant import api
 from prismquant.data import Sample, read_samples
 from prismquant.data import survey as surveying
 from prismquant.data.batch_fingerprint import fingerprint_batch
@@ -28,6 +27,8 @@ from prismquant.memory import resident_bytes
 from prismquant.models.arch import Modality
 from prismquant.models.bind import bind
 from prismquant.plan.make_plan import make_plan
+from prismquant.quantization import prepare
+from prismquant.runtime.mixed import Precision
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -158,7 +159,7 @@ def test_pixels_count_in_the_forecast_where_they_are_made(tiny: Callable[..., Pa
     tokens = {Modality.VISION: Tokens(400, 40), Modality.LLM: Tokens(100, 10)}
     given: dict[str, Any] = {
         "resident": 0,
-        "placement": placements(torch.device("cpu"), api.Precision())[-1],
+        "placement": placements(torch.device("cpu"), Precision())[-1],
     }
     for recipe, held in (("w4a16", 0), ("w4a16-all", 1)):
         plan = make_plan(pq.load_recipe(recipe), bound)
@@ -220,11 +221,11 @@ def test_the_least_that_helps_is_to_let_pixels_go(
     found = survey(batches, most_bytes=PLENTY)
     assert found.kept_bytes > 0
     given = plan, bound, batches, found
-    rest = torch.device("cpu"), api.Precision()
-    monkeypatch.setattr(api, "resident_bytes", lambda: 10**9)
-    wide, kept = api._forecast(*given, None, *rest)
+    rest = torch.device("cpu"), Precision()
+    monkeypatch.setattr(prepare, "resident_bytes", lambda: 10**9)
+    wide, kept = prepare.forecast_memory(*given, None, *rest)
     assert kept is found
-    narrow, gone = api._forecast(*given, wide.peak_bytes - 1, *rest)
+    narrow, gone = prepare.forecast_memory(*given, wide.peak_bytes - 1, *rest)
     assert gone.kept_bytes == 0
     assert (narrow.placement, narrow.where) == (Placement(), wide.where)
     assert narrow.peak_bytes == wide.peak_bytes - found.kept_bytes

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import prismquant as pq
-from prismquant import api
 from prismquant.engine.memory_forecast import (
     _COMPILER,
     _SLACK,
@@ -22,6 +21,7 @@ from prismquant.errors import PlanError
 from prismquant.models.arch import Modality
 from prismquant.models.bind import bind
 from prismquant.plan.make_plan import make_plan
+from prismquant.quantization import prepare
 from prismquant.runtime.mixed import Precision
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def test_the_placement_is_not_seen_in_the_result(
     recipe = recipe.with_calibration(samples=4, batch_size=2)
     given = tiny("qwen2_vl"), recipe
     pq.quantize(*given, tmp_path / "fast", calibration_file, dtype="mixed")
-    monkeypatch.setattr(api, "placements", lambda *given: placements(*given)[number:])
+    monkeypatch.setattr(prepare, "placements", lambda *given: placements(*given)[number:])
     result = pq.quantize(*given, tmp_path / "lean", calibration_file, dtype="mixed")
     assert result.record.memory["placement"] == PLACEMENTS[number].describe()
     assert not list((tmp_path / "lean").rglob("states*"))

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import prismquant as pq
-from prismquant import api
 from prismquant.engine.activation_store import OnHost
 from prismquant.engine.placement import placements
 from prismquant.export.load_quantized import load_model
+from prismquant.quantization import prepare
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,7 +34,7 @@ def test_the_placement_is_not_seen_in_the_result(
     recipe = pq.load_recipe("w4a8-static").with_calibration(samples=4, batch_size=2)
     given = {"calibration": calibration_file, "device": "cuda", "dtype": "float32"}
     pq.quantize(tiny("qwen2_vl"), recipe, tmp_path / "fast", **given)  # type: ignore[arg-type]
-    monkeypatch.setattr(api, "placements", lambda *where: placements(*where)[number:])
+    monkeypatch.setattr(prepare, "placements", lambda *where: placements(*where)[number:])
     pq.quantize(tiny("qwen2_vl"), recipe, tmp_path / "lean", **given)  # type: ignore[arg-type]
     for path in (tmp_path / "fast").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "lean" / path.name).read_bytes()

@@ -1,0 +1,1 @@
+"""Quantizing a checkpoint: from a request to a finished folder."""

@@ -1,0 +1,73 @@
+"""Request to quantize a checkpoint, its arguments checked, and the finished run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from prismquant.data.media import Limits
+from prismquant.distributed import Ranks
+from prismquant.engine.setup import Reporter
+from prismquant.plan.plan import Plan
+from prismquant.recipe.schema import Recipe
+from prismquant.run.record import RunRecord
+from prismquant.runtime.mixed import Wanted
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that a caller of :func:`prismquant.api.quantize` may say, checked.
+
+    Attributes:
+        model: Folder of the source checkpoint.
+        recipe: The recipe, with what the call adds to it.
+        out: Folder of the result.
+        calibration: A data file or the name of a data set, or None.
+        target: Device of the arithmetic.
+        wanted: Dtype of the arithmetic, or None for the default.
+        resume: Go on with a run that was cut off.
+        trust_remote_code: Allow code in the checkpoint's folder to build the processor.
+        reporter: Is told how far the run is.
+        memory_budget: Bytes that the process may take; None: what the system can spare.
+        ranks: The processes that share the work.
+        strict: Refuse what is only remarked on otherwise.
+        limits: Sizes of pictures, clips and samples.
+        of_data: Options that were given and are about calibration data alone.
+    """
+
+    model: Path
+    recipe: Recipe
+    out: Path
+    calibration: str | Path | None
+    target: torch.device
+    wanted: Wanted
+    resume: bool
+    trust_remote_code: bool
+    reporter: Reporter
+    memory_budget: int | None
+    ranks: Ranks
+    strict: bool
+    limits: Limits
+    of_data: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        folder: The checkpoint.
+        plan: What was done.
+        record: How well.
+        notes: What was damaged, or differs, of the earlier run that this one went on with; which
+            layers were rounded to nearest because their solver failed; and which tensors that stay
+            in floating point hold NaN or infinities.
+    """
+
+    folder: Path
+    plan: Plan
+    record: RunRecord
+    notes: tuple[str, ...] = ()
