@@ -173,7 +173,7 @@ def gathered(found: Iterable[tuple[str, str, str]]) -> list[Problem]:
     return [Problem(what, tuple(where), remedy) for (what, remedy), where in places.items()]
 
 
-def told(rule: str) -> Callable[[Checkpoint], list[Problem]]:
+def faults_under(rule: str) -> Callable[[Checkpoint], list[Problem]]:
     """Function that finds the faults that are told under a rule's name."""
 
     def find(checkpoint: Checkpoint) -> list[Problem]:

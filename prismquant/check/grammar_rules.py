@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from prismquant.check import modelopt_rules as modelopt
 from prismquant.check import packed_int_rules as packed_int
 from prismquant.check.checkpoint import COMPRESSED_TENSORS, Checkpoint
-from prismquant.check.findings import Problem, gathered, told
+from prismquant.check.findings import Problem, faults_under, gathered
 from prismquant.errors import shortened
 from prismquant.export.compressed_tensors.quantization_args import Args
 from prismquant.export.compressed_tensors.section import (
@@ -118,7 +118,7 @@ def format_name(checkpoint: Checkpoint) -> list[Problem]:
         for group in checkpoint.groups
         if group.layout not in (*LAYOUTS, DENSE)
     ]
-    return told("config.format-name")(checkpoint) or gathered(found)
+    return faults_under("config.format-name")(checkpoint) or gathered(found)
 
 
 def top_format(checkpoint: Checkpoint) -> Iterator[Problem]:

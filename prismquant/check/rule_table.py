@@ -25,7 +25,7 @@ from prismquant.check.findings import (
     Rule,
     Severity,
     TargetReader,
-    told,
+    faults_under,
 )
 from prismquant.export.compressed_tensors.expected import VLLM_EXTRA
 
@@ -35,9 +35,9 @@ _VLLM, _HF, _SGL = TargetReader.VLLM, TargetReader.TRANSFORMERS, TargetReader.SG
 _SERVERS = (_VLLM, _SGL)
 
 
-def _told(name: str, says: str, *, layered: bool = False) -> Rule:
+def _held_by_loading(name: str, says: str, *, layered: bool = False) -> Rule:
     """A rule that loading holds as well."""
-    return Rule(name, _E, says, told(name), layered=layered)
+    return Rule(name, _E, says, faults_under(name), layered=layered)
 
 
 _FILES = (
@@ -62,17 +62,17 @@ _FILES = (
 _SECTION = (
     Rule("config.none", _N, "there is a quantization_config", grammar.not_quantized),
     Rule("config.method", _W, "there are rules for its method", grammar.method),
-    _told("config.method-missing", "quantization_config names its method"),
+    _held_by_loading("config.method-missing", "quantization_config names its method"),
     Rule("sglang.kernels", _N, "kernels of SGLang are known", kernels.unread_sglang, (_SGL,)),
 )
 _CONFIG = (
-    _told("config.type", "values are of the types that readers expect"),
-    _told("config.group-shape", "groups have a list of targets"),
-    _told("config.unknown-key", "arguments have no unknown key"),
-    _told("config.group-key", "neither have groups"),
-    _told("config.misspelt", "no key is all but one that readers know"),
+    _held_by_loading("config.type", "values are of the types that readers expect"),
+    _held_by_loading("config.group-shape", "groups have a list of targets"),
+    _held_by_loading("config.unknown-key", "arguments have no unknown key"),
+    _held_by_loading("config.group-key", "neither have groups"),
+    _held_by_loading("config.misspelt", "no key is all but one that readers know"),
     Rule("config.top-key", _N, "the section has no key of others", grammar.unknown_top_keys),
-    _told("config.arguments", "arguments agree with each other"),
+    _held_by_loading("config.arguments", "arguments agree with each other"),
     Rule(
         "config.actorder",
         _E,
@@ -88,7 +88,7 @@ _CONFIG = (
     Rule("config.format-fits", _E, "formats hold their weights", grammar.format_holds),
     Rule("config.status", _E, "quantization_status is compressed", grammar.status, (_HF,)),
     Rule("config.sparsity", _E, "there is no sparsity", grammar.sparsity, _SERVERS),
-    _told("config.pattern", "patterns compile, and match in moments"),
+    _held_by_loading("config.pattern", "patterns compile, and match in moments"),
 )
 _NAMES = (
     Rule("names.overlap", _W, "each layer is in one group", coverage.overlap, layered=True),
@@ -115,16 +115,16 @@ _NAMES = (
     ),
 )
 _TENSORS = (
-    _told("tensors.missing", "quantized layers are complete", layered=True),
-    _told("tensors.shape", "their tensors have their shapes", layered=True),
-    _told("tensors.dtype", "their tensors have their dtypes", layered=True),
-    _told("tensors.old-packing", "codes are a dense stream", layered=True),
-    _told("tensors.extra", "they have no other tensor", layered=True),
+    _held_by_loading("tensors.missing", "quantized layers are complete", layered=True),
+    _held_by_loading("tensors.shape", "their tensors have their shapes", layered=True),
+    _held_by_loading("tensors.dtype", "their tensors have their dtypes", layered=True),
+    _held_by_loading("tensors.old-packing", "codes are a dense stream", layered=True),
+    _held_by_loading("tensors.extra", "they have no other tensor", layered=True),
     Rule(
         VLLM_EXTRA,
         _E,
         "nor one that only vLLM stops at",
-        told(VLLM_EXTRA),
+        faults_under(VLLM_EXTRA),
         (_VLLM,),
         layered=True,
     ),
@@ -145,9 +145,9 @@ _TENSORS = (
     ),
 )
 _PLAIN = (
-    _told("tensors.ungrouped", "stored codes belong to a group", layered=True),
-    _told("tensors.plain", "other tensors are complete", layered=True),
-    _told("tensors.plain-shape", "and as the model has them", layered=True),
+    _held_by_loading("tensors.ungrouped", "stored codes belong to a group", layered=True),
+    _held_by_loading("tensors.plain", "other tensors are complete", layered=True),
+    _held_by_loading("tensors.plain-shape", "and as the model has them", layered=True),
     Rule(
         "tensors.tied-codes",
         _E,
@@ -260,7 +260,7 @@ _KERNELS = (
     ),
 )
 _CACHE = (
-    _told("kv.arguments", "kv_cache_scheme is well formed"),
+    _held_by_loading("kv.arguments", "kv_cache_scheme is well formed"),
     Rule("kv.kind", _E, "the KV cache is one of vLLM's", kv.kind, _SERVERS),
     Rule("kv.passed-over", _W, "every transformers rounds the cache", kv.passed_over, (_HF,)),
     Rule("kv.missing", _W, "its scales are there", kv.missing, layered=True),
@@ -280,7 +280,7 @@ _CACHE = (
     Rule("kv.unused", _N, "they are declared", kv.unused, layered=True),
 )
 _TRANSFORMS = (
-    _told("transforms.grammar", "transform_config is well formed"),
+    _held_by_loading("transforms.grammar", "transform_config is well formed"),
     Rule("transforms.size", _E, "blocks divide the input", transforms.sizes, layered=True),
     Rule(
         "transforms.kernel",

@@ -98,15 +98,15 @@ class Site:
 
 @dataclass(frozen=True)
 class Edge:
-    """Two ends between which scale can move.
+    """Smooth edge: a producer and its consumers, between which scale can move.
 
     Paths are relative to the step's module, or absolute where an :class:`ArchSpec` holds the edge.
 
     Attributes:
-        kind: What the ends are.
-        norm: The norm at the upper end, for kind ``norm``.
-        producer: The linear at the upper end, for the other kinds.
-        consumers: All linears that read the upper end's output; the list is complete.
+        kind: Form of the producer.
+        norm: The norm that produces, for kind ``norm``.
+        producer: The linear that produces, for the other kinds.
+        consumers: All linears that read its output; the list is complete.
         part: ``v`` when the producer is a fused query-key-value layer, of which the last third
             counts.
     """
@@ -119,7 +119,7 @@ class Edge:
 
     @property
     def source(self) -> str:
-        """The upper end: the norm or the producer."""
+        """Path of what produces: the norm or the linear."""
         return self.norm or self.producer or ""
 
 

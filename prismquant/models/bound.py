@@ -88,15 +88,14 @@ class BoundStep:
 
 @dataclass(frozen=True)
 class BoundEdge:
-    """An edge of one concrete block, with module paths.
+    """Smooth edge of one concrete block, with module paths.
 
     Attributes:
         kind: Which rescaling it allows.
-        norm: Norm at the upper end, or None.
-        producer: Linear at the upper end, or None.
-        consumers: All readers of the upper end's output.
-        size: Channels at the upper end that can be scaled: of the norm; output rows of the
-            producer.
+        norm: The norm that produces, or None.
+        producer: The linear that produces, or None.
+        consumers: All readers of its output.
+        size: Channels that can be scaled: of the norm, or output rows of the linear.
         first_row: First row of the producer's weight that counts: two thirds down a fused
             query-key-value.
         tile: Times that the channels repeat in a consumer's input: 4 behind a concatenating merger.
@@ -117,7 +116,7 @@ class BoundEdge:
 
     @property
     def source(self) -> str:
-        """The upper end: the norm or the producer."""
+        """Path of what produces: the norm or the linear."""
         return self.norm or self.producer or ""
 
 
@@ -130,8 +129,8 @@ class BoundStream:
         width: Its channels.
         writers: Linears and convolutions whose output rows are its channels.
         embeddings: Tables whose rows are vectors of the stream.
-        norms: Norms through which it is read; each is the upper end of an edge, and each is as wide
-            as the stream or as several concatenated vectors of it.
+        norms: Norms through which it is read; each is the producer of an edge, and each is as
+            wide as the stream or as several concatenated vectors of it.
         centred: Whether a norm subtracts the mean over channels, as LayerNorm does.
     """
 
