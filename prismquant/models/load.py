@@ -55,7 +55,8 @@ def empty_model(config: Any, arch: ArchSpec) -> nn.Module:
             # A part with a dtype would change torch's default, in all threads, while it is built.
             part.dtype = None
             part._attn_implementation = None
-            part._experts_implementation = None
+            # Fused products of all experts pass by every layer of one.
+            part._experts_implementation = "eager"
         with _OnMeta():
             model: nn.Module = getattr(transformers, arch.hf_class)(config)
         for part, dtype in parts:

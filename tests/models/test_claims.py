@@ -20,6 +20,7 @@ from prismquant.models.arch_files import load_arch
 from prismquant.models.bind import bind
 from prismquant.models.bound import LeftAlone
 from prismquant.models.config import import_transformers
+from prismquant.models.load import empty_model
 from prismquant.models.norm_probe import NormBehaviour, NormProbe
 from prismquant.plan.make_plan import make_plan
 from prismquant.recipe.schema import load_recipe
@@ -126,6 +127,8 @@ def test_the_plan_tells_what_is_left_alone_and_why(describe: Callable[..., Path]
     assert [experts, "experts keep their precision"] in told
     assert ["model.visual.blocks.0.attn.qkv", "full precision"] in told
     assert {name for name, _ in told}.isdisjoint(site.name for site in bound.sites)
+    model = empty_model(bound.config, bound.arch)
+    assert model.config.text_config._experts_implementation == "eager"
 
 
 def test_every_matrix_of_a_supported_family_has_a_place(tiny_folder: Path):
