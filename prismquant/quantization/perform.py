@@ -29,7 +29,8 @@ from prismquant.models.bound import BoundModel
 from prismquant.plan.make_plan import make_plan
 from prismquant.quantization.prepare import Prepared, prepare
 from prismquant.quantization.request import Request, Result
-from prismquant.run.directory import RunDirectory, environment
+from prismquant.run.directory import RunDirectory
+from prismquant.run.environment import environment
 from prismquant.run.fingerprint import unchanged
 from prismquant.run.record import RunRecord, refuse_nonfinite, told_of
 from prismquant.runtime.mixed import Precision

@@ -26,7 +26,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Layer(Protocol):
+class Matchable(Protocol):
     """Properties of a layer that a rule asks for."""
 
     @property
@@ -86,11 +86,11 @@ class Match(Strict):
             and (not self.name or any(_has_name(name, entry) for entry in self.name))
         )
 
-    def means(self, layer: Layer) -> bool:
+    def means(self, layer: Matchable) -> bool:
         """Whether a layer is meant."""
         return self.matches(modality=layer.modality, role=layer.role, name=layer.name)
 
-    def idle_entries(self, layers: Iterable[Layer]) -> Iterator[str]:
+    def idle_entries(self, layers: Iterable[Matchable]) -> Iterator[str]:
         """Roles and names of lists that mean none of these layers, though others beside them do."""
         meant = [layer for layer in layers if self.means(layer)]
         for role in self.role:

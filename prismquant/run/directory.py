@@ -15,15 +15,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import platform
 import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from prismquant.diagnostics.step_record import StepRecord
 from prismquant.engine.activation_store import ActivationStore, InMemory, OnDisk, OnHost
@@ -35,6 +31,7 @@ from prismquant.outputs import require_empty, require_regular_files
 from prismquant.plan.plan import Plan
 from prismquant.recipe.schema import Recipe
 from prismquant.run.differences import differences
+from prismquant.run.environment import utc_now
 from prismquant.run.lock import locked
 from prismquant.run.record import RestartRecord, RunRecord
 from prismquant.storage import (
@@ -331,7 +328,7 @@ class RunDirectory:
             finished=False,
             files={},
             seconds=sum(step.seconds for step in steps),
-            restarts=(*earlier.restarts, RestartRecord(_now(), len(steps), notes)),
+            restarts=(*earlier.restarts, RestartRecord(utc_now(), len(steps), notes)),
         )
         self.save(resumed)
         return resumed
@@ -384,25 +381,3 @@ def _rounding_notes(record: RunRecord, now: Mapping[str, str]) -> list[str]:
         "otherwise, so the last bits may differ from those of a run without a break"
         for key in changed
     ]
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def environment(device: torch.device) -> dict[str, str]:
-    """Versions, the thread count and the processors, for the record."""
-    from prismquant.version import __version__
-
-    facts = {
-        "prismquant": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "threads": str(torch.get_num_threads()),
-        "started": _now(),
-    }
-    if device.type == "cuda":
-        facts["gpu"] = torch.cuda.get_device_name(device)
-    return facts
