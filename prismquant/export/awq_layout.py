@@ -33,7 +33,7 @@ from prismquant.export.packed_integers import (
     scales_by_group,
     zero_points_by_group,
 )
-from prismquant.formats.bits import pack_bits
+from prismquant.formats.bit_streams import pack_bits
 from prismquant.formats.quantized_layer import QuantizedTensor
 
 BITS = 4

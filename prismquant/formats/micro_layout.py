@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prismquant.errors import FormatError
-from prismquant.formats.bits import pack_patterns, pattern_bytes, unpack_patterns
+from prismquant.formats.bit_streams import pack_patterns, pattern_bytes, unpack_patterns
 from prismquant.formats.packed import (
     MXFP4_PACK_QUANTIZED,
     MXFP6_PACK_QUANTIZED,

@@ -54,7 +54,7 @@ MXFP8_QUANTIZED = "mxfp8-quantized"
 
 _MODULES: Mapping[str, str] = MappingProxyType(
     {
-        PACK_QUANTIZED: "integer_layout",
+        PACK_QUANTIZED: "bit_streams",
         INT_QUANTIZED: "byte_layout",
         FLOAT_QUANTIZED: "byte_layout",
         NAIVE_QUANTIZED: "byte_layout",

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from prismquant.errors import FormatError
-from prismquant.formats.bits import row_slices
 from prismquant.numerics.affine import dequantize
 from prismquant.numerics.grids import FloatGrid
 from prismquant.numerics.kinds import Granularity
@@ -24,6 +23,8 @@ if TYPE_CHECKING:
     from prismquant.formats.spec import NumberSpec
 
 
+# Rows are worked on in pieces of about so many codes: they stay in cache, temporaries stay small.
+_PIECE = 1 << 20
 # Of a number of 8 bits, all but its sign.
 _MAGNITUDE = 0x7F
 
@@ -259,6 +260,14 @@ class KVScales:
 
 
 # ------------------------------------------------------------------------------------------ checks
+
+
+def row_slices(rows: int, columns: int) -> list[slice]:
+    """Slices of rows that hold a piece's worth of codes each; none where there are no codes."""
+    if rows == 0 or columns == 0:
+        return []
+    height = max(1, _PIECE // columns)
+    return [slice(start, start + height) for start in range(0, rows, height)]
 
 
 def check_codes(codes: Tensor, spec: NumberSpec, what: str) -> None:

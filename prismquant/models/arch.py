@@ -15,7 +15,6 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from prismquant.errors import ModelError
-from prismquant.models.reader_names import FusedLayer, GgufNames, GptqNames, VllmNames
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -262,6 +261,65 @@ class ProcessorMap:
     min_tokens: str
     max_tokens: str
     chat_template: str
+
+
+# Names that readers of checkpoints have for the parts of a model.
+
+
+@dataclass(frozen=True)
+class FusedLayer:
+    """The layer that servers make of several sites with one fuse label.
+
+    Attributes:
+        name: Its name, beside which its parts would lie.
+        kind: Name of its class in vLLM, among which targets such as ``Linear`` are looked for.
+    """
+
+    name: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class VllmNames:
+    """Names in vLLM, as it makes them of those of a checkpoint.
+
+    Attributes:
+        prefixes: ``(on disk or in transformers, in vLLM)``, tried in order, each once.
+        head: What it compares with a configuration's targets for the language model's head, if not
+            the renamed path.
+    """
+
+    prefixes: tuple[tuple[str, str], ...]
+    head: str | None = None
+
+
+@dataclass(frozen=True)
+class GgufNames:
+    """Names that llama.cpp has for a family and its tensors, as members of the gguf package.
+
+    Attributes:
+        architecture: Member of ``MODEL_ARCH``.
+        projector: Member of ``VisionProjectorType``.
+        tensors: Module path, with ``*`` for the number of a block -> members of ``MODEL_TENSOR``,
+            of which a layer's rows are cut into as many; ``NAME:2`` where the number is not in the
+            path.
+    """
+
+    architecture: str
+    projector: str
+    tensors: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class GptqNames:
+    """Paths of layers in readers of GPTQ checkpoints, which differ in how they begin.
+
+    Attributes:
+        prefixes: Beginning of a path -> regular expression of what stands there in any reader; the
+            first that fits counts.
+    """
+
+    prefixes: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,9 @@ from prismquant.models.arch import (
     ConfigSection,
     Edge,
     EdgeKind,
+    FusedLayer,
+    GgufNames,
+    GptqNames,
     Inference,
     Layout,
     Modality,
@@ -29,8 +32,8 @@ from prismquant.models.arch import (
     SiteKind,
     Stream,
     Tower,
+    VllmNames,
 )
-from prismquant.models.reader_names import read_fused, read_gguf, read_gptq, read_vllm
 from prismquant.models.strict_table import StrictTable
 
 if TYPE_CHECKING:
@@ -80,10 +83,10 @@ def load_arch(path: Path) -> ArchSpec:
         edges=tuple(_edge(table) for table in top.tables("edges")),
         streams=tuple(_stream(table) for table in top.tables("streams")),
         left_alone=top.strings("left_alone"),
-        fused=read_fused(top.table("fused")),
-        vllm=read_vllm(top.table("vllm")),
-        gguf=read_gguf(top.table("gguf")),
-        gptq=read_gptq(top.table("gptq")),
+        fused=_fused(top.table("fused")),
+        vllm=_vllm(top.table("vllm")),
+        gguf=_gguf(top.table("gguf")),
+        gptq=_gptq(top.table("gptq")),
         ignored_tensors=top.texts("ignored_tensors", ()),
         config_map=_config_map(table) if (table := top.table("config")) else None,
         processor_map=_processor_map(table) if (table := top.table("processor")) else None,
@@ -303,3 +306,43 @@ def _check_streams(arch: ArchSpec, file: str) -> None:
                         f"the {stream.modality} tower's residual stream lacks {forgotten[0]!r}",
                         where=file,
                     )
+
+
+def _fused(table: StrictTable | None) -> dict[str, FusedLayer]:
+    """Fuse label -> the layer that servers make of its sites."""
+    result: dict[str, FusedLayer] = {}
+    for label, item in table.children() if table else ():
+        result[label] = FusedLayer(item.text("name"), item.text("class"))
+        item.finish()
+    return result
+
+
+def _vllm(table: StrictTable | None) -> VllmNames | None:
+    """The names of vLLM; None where it does not have the family."""
+    if table is None:
+        return None
+    names = VllmNames(table.pairs("prefixes"), table.maybe_text("head"))
+    table.finish()
+    return names
+
+
+def _gguf(table: StrictTable | None) -> GgufNames | None:
+    """The names of llama.cpp; None where it does not have the family."""
+    if table is None:
+        return None
+    names = GgufNames(
+        architecture=table.text("architecture"),
+        projector=table.text("projector"),
+        tensors=table.lists("tensors"),
+    )
+    table.finish()
+    return names
+
+
+def _gptq(table: StrictTable | None) -> GptqNames:
+    """The paths of readers of GPTQ layers; those of transformers where nothing is said."""
+    if table is None:
+        return GptqNames()
+    names = GptqNames(table.pairs("prefixes"))
+    table.finish()
+    return names

@@ -26,7 +26,7 @@ from prismquant.export.compressed_tensors.section import CONFIG_KEY
 from prismquant.export.compressed_tensors.section_grammar import read_section
 from prismquant.export.compressed_tensors.stored import open_checkpoint
 from prismquant.export.load_quantized import load_model
-from prismquant.formats.bits import pack_bits
+from prismquant.formats.bit_streams import pack_bits
 from prismquant.models.bind import bind
 from prismquant.models.bound import BoundModel
 from prismquant.models.load import empty_model

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from prismquant.errors import FormatError, NumericsError
-from prismquant.formats.bits import pack_patterns, unpack_patterns
+from prismquant.formats.bit_streams import pack_patterns, unpack_patterns
 from prismquant.formats.packed import (
     LAYOUTS,
     PackedWeight,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from prismquant.errors import FormatError
-from prismquant.formats.bits import pack_bits, unpack_bits
+from prismquant.formats.bit_streams import pack_bits, unpack_bits
 from prismquant.formats.packed import (
     check_declarable,
     check_layout,
