@@ -14,16 +14,15 @@ import typer
 from prismquant.arguments import as_choice, as_path
 from prismquant.cli.options import (
     AsJson,
+    EvalOptions,
     Fallback,
     KVCache,
-    MaxFrames,
-    MaxLength,
-    MaxPixels,
     Model,
     OnFailure,
+    QuantizeOptions,
     RecipeOption,
     Shards,
-    Trust,
+    takes,
 )
 from prismquant.cli.output import console as make_console
 from prismquant.cli.output import say, say_json, show
@@ -111,53 +110,8 @@ def inspect(
 
 
 @app.command()
-def quantize(
-    model: Model,
-    recipe: RecipeOption,
-    out: Annotated[str, typer.Option(help="Folder of the result.", show_default=False)],
-    calib: Annotated[
-        str | None,
-        typer.Option(help="Calibration samples: JSONL, LLaVA JSON, text, or a data set's name."),
-    ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="At most so many samples.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Samples run together.")] = None,
-    solver: Annotated[
-        str | None, typer.Option(help="Use this method for every layer: rtn or gptq.")
-    ] = None,
-    kv_cache: KVCache = None,
-    fallback: Fallback = False,
-    on_failure: OnFailure = None,
-    tensor_parallel: Shards = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ..")] = "cpu",
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a run that was cut off.")
-    ] = False,
-    memory_budget: Annotated[
-        str | None,
-        typer.Option("--memory-budget", help="Take no more than this, e.g. 4GiB; on a CPU."),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="float32, bfloat16 or mixed (linear layers in bfloat16; default if the CPU can)."
-        ),
-    ] = None,
-    max_pixels: MaxPixels = None,
-    max_frames: MaxFrames = None,
-    max_length: MaxLength = None,
-    threads: Annotated[
-        int | None,
-        typer.Option(min=1, max=1024, help="Threads to compute with; measured by default."),
-    ] = None,
-    strict: Annotated[
-        bool,
-        typer.Option(
-            "--strict", help="Refuse statistics without vision tokens, and NaN in any tensor."
-        ),
-    ] = False,
-    trust_remote_code: Trust = False,
-    as_json: AsJson = False,
-) -> None:
+@takes(QuantizeOptions)
+def quantize(asked: QuantizeOptions) -> None:
     """Quantize a checkpoint into a folder that transformers and vLLM load."""
     from prismquant.api import quantize as run
     from prismquant.check import check
@@ -165,41 +119,41 @@ def quantize(
     from prismquant.report.progress import ProgressReporter
     from prismquant.threads import use_threads
 
-    pace = use_threads(threads, _earlier_threads(out) if resume else None)
+    pace = use_threads(asked.threads, _earlier_threads(asked.out) if asked.resume else None)
     console = make_console(stderr=True)
     with joined() as ranks:
         first = ranks.rank == 0
-        pace = pace if ranks.size == 1 and device == "cpu" else None
+        pace = pace if ranks.size == 1 and asked.device == "cpu" else None
         shown = ProgressReporter(console, pace) if first else contextlib.nullcontext()
         with shown as reporter:
             result = run(
-                model,
-                recipe,
-                out,
-                calib,
-                samples=samples,
-                batch_size=batch_size,
-                solver=solver,
-                kv_cache=kv_cache,
-                fallback=fallback,
-                on_failure=on_failure,
-                tensor_parallel=tensor_parallel,
-                device=device if device != "cuda" else ranks.device,
-                dtype=dtype,
-                resume=resume,
-                trust_remote_code=trust_remote_code,
+                asked.model,
+                asked.recipe,
+                asked.out,
+                asked.calib,
+                samples=asked.samples,
+                batch_size=asked.batch_size,
+                solver=asked.solver,
+                kv_cache=asked.kv_cache,
+                fallback=asked.fallback,
+                on_failure=asked.on_failure,
+                tensor_parallel=asked.tensor_parallel,
+                device=asked.device if asked.device != "cuda" else ranks.device,
+                dtype=asked.dtype,
+                resume=asked.resume,
+                trust_remote_code=asked.trust_remote_code,
                 reporter=reporter,
-                max_pixels=max_pixels,
-                max_frames=max_frames,
-                max_length=max_length,
-                memory_budget=memory_budget,
+                max_pixels=asked.max_pixels,
+                max_frames=asked.max_frames,
+                max_length=asked.max_length,
+                memory_budget=asked.memory_budget,
                 ranks=ranks,
-                strict=strict,
+                strict=asked.strict,
             )
     if not first:
         return
-    report = check(out)
-    tell_run(result, report, out, console, as_json=as_json)
+    report = check(asked.out)
+    tell_run(result, report, asked.out, console, as_json=asked.as_json)
     require_sound(report, damaged=bool(result.record.damaged))
 
 
@@ -283,24 +237,8 @@ def check_folder(
 
 
 @app.command("eval")
-def evaluate(
-    model: Model,
-    data: Annotated[str, typer.Option(help="Samples with answers.", show_default=False)],
-    reference: Annotated[
-        str | None, typer.Option(help="Model to compare with, usually the unquantized one.")
-    ] = None,
-    out: Annotated[str | None, typer.Option(help="Write the result as JSON.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many samples.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples run together.")] = 16,
-    generated: Annotated[
-        bool, typer.Option("--generated", help="Also decode and compare normalized text.")
-    ] = False,
-    max_pixels: MaxPixels = None,
-    max_frames: MaxFrames = None,
-    max_length: MaxLength = None,
-    trust_remote_code: Trust = False,
-    as_json: AsJson = False,
-) -> None:
+@takes(EvalOptions)
+def evaluate(asked: EvalOptions) -> None:
     """Exact match, NLL, and KL divergence to the reference, by kind of question and of token."""
     from prismquant.api import measure
     from prismquant.report.tables import comparison_table, detail_table, reference_variant, variant
@@ -308,36 +246,36 @@ def evaluate(
     from prismquant.storage import write_json
     from prismquant.threads import use_threads
 
-    inputs = (model, reference, data)
-    target = None if out is None else _result_file(out, inputs)
+    inputs = (asked.model, asked.reference, asked.data)
+    target = None if asked.out is None else _result_file(asked.out, inputs)
     use_threads(None)
     result = measure(
-        model,
-        data,
-        reference=reference,
-        limit=limit,
-        max_pixels=max_pixels,
-        max_frames=max_frames,
-        max_length=max_length,
-        batch_size=batch_size,
-        generated=generated,
-        trust_remote_code=trust_remote_code,
+        asked.model,
+        asked.data,
+        reference=asked.reference,
+        limit=asked.limit,
+        max_pixels=asked.max_pixels,
+        max_frames=asked.max_frames,
+        max_length=asked.max_length,
+        batch_size=asked.batch_size,
+        generated=asked.generated,
+        trust_remote_code=asked.trust_remote_code,
     )
     measured = result.to_dict()
-    if out is not None and target is not None:
+    if asked.out is not None and target is not None:
         # Again: the work may have taken hours.
-        write_json(_result_file(out, inputs), measured)
-    if as_json:
+        write_json(_result_file(asked.out, inputs), measured)
+    if asked.as_json:
         say_json(measured)
         return
-    rows = [reference_variant(reference, measured)] if reference else []
-    rows.append(variant(model, measured, size=weight_bytes(Path(model))))
+    rows = [reference_variant(asked.reference, measured)] if asked.reference else []
+    rows.append(variant(asked.model, measured, size=weight_bytes(Path(asked.model))))
     show(comparison_table(rows), detail_table(measured))
     for note in result.notes:
         show(as_text(f"note: {note}", "yellow"), soft_wrap=True)
-    if reference is not None:
+    if asked.reference is not None:
         lost, won = len(result.right_to_wrong), len(result.wrong_to_right)
-        show(as_text(f"answers lost {lost}, won {won}, against {reference}"), soft_wrap=True)
+        show(as_text(f"answers lost {lost}, won {won}, against {asked.reference}"), soft_wrap=True)
 
 
 def _result_file(out: str, inputs: Sequence[str | None]) -> Path:

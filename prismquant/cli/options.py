@@ -1,10 +1,15 @@
-"""Arguments and options that several commands have."""
+"""Arguments and options of commands; of those with many, as one value."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
+
+T = TypeVar("T")
 
 # Not typer's paths: an empty word is no folder, and must not become the current one.
 Model = Annotated[str, typer.Argument(help="Folder of a checkpoint.", show_default=False)]
@@ -39,3 +44,101 @@ MaxLength = Annotated[
     typer.Option("--max-length", min=1, help="Cut samples to so many tokens, and say which."),
 ]
 KVCache = Annotated[str | None, typer.Option("--kv-cache", help="fp8, fp8-head, int8 .., or none.")]
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """The arguments and options of ``prismquant quantize``."""
+
+    model: Model
+    recipe: RecipeOption
+    out: Annotated[str, typer.Option(help="Folder of the result.", show_default=False)]
+    calib: Annotated[
+        str | None,
+        typer.Option(help="Calibration samples: JSONL, LLaVA JSON, text, or a data set's name."),
+    ] = None
+    samples: Annotated[int | None, typer.Option(min=1, help="At most so many samples.")] = None
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Samples run together.")] = None
+    solver: Annotated[
+        str | None, typer.Option(help="Use this method for every layer: rtn or gptq.")
+    ] = None
+    kv_cache: KVCache = None
+    fallback: Fallback = False
+    on_failure: OnFailure = None
+    tensor_parallel: Shards = None
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ..")] = "cpu"
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was cut off.")] = (
+        False
+    )
+    memory_budget: Annotated[
+        str | None,
+        typer.Option("--memory-budget", help="Take no more than this, e.g. 4GiB; on a CPU."),
+    ] = None
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16 or mixed (linear layers in bfloat16; default if the CPU can)."
+        ),
+    ] = None
+    max_pixels: MaxPixels = None
+    max_frames: MaxFrames = None
+    max_length: MaxLength = None
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, max=1024, help="Threads to compute with; measured by default."),
+    ] = None
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict", help="Refuse statistics without vision tokens, and NaN in any tensor."
+        ),
+    ] = False
+    trust_remote_code: Trust = False
+    as_json: AsJson = False
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """The arguments and options of ``prismquant eval``."""
+
+    model: Model
+    data: Annotated[str, typer.Option(help="Samples with answers.", show_default=False)]
+    reference: Annotated[
+        str | None, typer.Option(help="Model to compare with, usually the unquantized one.")
+    ] = None
+    out: Annotated[str | None, typer.Option(help="Write the result as JSON.")] = None
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many samples.")] = None
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples run together.")] = 16
+    generated: Annotated[
+        bool, typer.Option("--generated", help="Also decode and compare normalized text.")
+    ] = False
+    max_pixels: MaxPixels = None
+    max_frames: MaxFrames = None
+    max_length: MaxLength = None
+    trust_remote_code: Trust = False
+    as_json: AsJson = False
+
+
+def takes(options: type[T]) -> Callable[[Callable[[T], None]], Callable[..., None]]:
+    """Make a command of a function of one value, whose fields become arguments and options."""
+    hints = get_type_hints(options, include_extras=True)
+
+    def made(run: Callable[[T], None]) -> Callable[..., None]:
+        def command(**given: Any) -> None:
+            run(options(**given))
+
+        parameters = [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if field.default is MISSING else field.default,
+                annotation=hints[field.name],
+            )
+            for field in fields(options)  # type: ignore[arg-type]
+        ]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = hints
+        command.__name__, command.__doc__ = run.__name__, run.__doc__
+        return command
+
+    return made
