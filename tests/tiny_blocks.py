@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from prismquant.algorithms.block_tuner import BlockLayer, BlockProblem
+from prismquant.algorithms.block_problem import BlockLayer, BlockProblem
 from prismquant.algorithms.gptq import GPTQ
 from prismquant.algorithms.problem import LayerProblem
 from prismquant.algorithms.rtn import RTN

@@ -19,15 +19,14 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from prismquant.algorithms.block_tuner import (
-    BlockProblem,
-    BlockResult,
-    Latent,
+from prismquant.algorithms.block_descent import (
     Schedule,
     idle_without_ranges,
     refine,
     schedule_bounds,
 )
+from prismquant.algorithms.block_problem import BlockProblem, BlockResult
+from prismquant.algorithms.latent_weight import Latent
 from prismquant.diagnostics.tuning_diagnostics import TuningDiagnostics
 from prismquant.errors import check_bounds
 

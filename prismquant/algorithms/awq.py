@@ -4,7 +4,7 @@ A weight that is multiplied by ``s`` before rounding and divided after it has an
 times smaller, as long as the scale of its group does not grow. Columns with large inputs deserve
 that most (Lin et al., arXiv 2306.00978, section 3.2, equation 5):
 
-    s_j = (mean |x_j|)^a,    a searched in [0, 1] on the error of the readers' outputs
+    s_j = (mean |x_j|)^a,    a searched in [0, 1] on the error of the consumers' outputs
 
 The form with a weight term divides by ``wmean_j^(1 - a)``, where ``wmean_j`` is the mean of
 ``|w| / max |w| of its group`` over the column: columns that already are as large as their group
@@ -19,17 +19,11 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from prismquant.algorithms.equalizer import (
-    EdgeProblem,
-    EdgeResult,
-    Reader,
-    best_scale,
-    hopeless,
-    settle,
-)
+from prismquant.algorithms.edge_scale import best_scale, foldable_scale
+from prismquant.algorithms.smooth_edge import Consumer, EdgeProblem, EdgeResult, hopeless
 from prismquant.diagnostics.edge_diagnostics import AWQChoice
 from prismquant.errors import check_bounds
-from prismquant.numerics.affine import to_groups
+from prismquant.numerics.grouping import to_groups
 from prismquant.numerics.kinds import Granularity
 
 if TYPE_CHECKING:
@@ -49,7 +43,7 @@ class AWQ:
         duo: Search with and without the weight term; otherwise without.
         vision_weight: What vision tokens count for, where text tokens count 1: in the means and in
             the error.
-        rows: Output features of each reader that the search looks at; the verdict counts all.
+        rows: Output features of each consumer that the search looks at; the verdict counts all.
         max_scale: Scales stay within this factor of 1.
         power_of_two: Round scales to powers of two: folding them is then exact in floating point.
 
@@ -104,7 +98,7 @@ class AWQ:
                     logs = exponent * inputs.log2()
                     if weight_term:
                         logs = logs - (1 - exponent) * weights.log2()
-                    scale = settle(logs, live, self.max_scale, self.power_of_two)
+                    scale = foldable_scale(logs, live, self.max_scale, self.power_of_two)
                     yield AWQChoice(exponent, bool(weight_term)), scale
 
         return best_scale(problem, candidates(), self.rows)
@@ -121,15 +115,15 @@ def _mean_inputs(problem: EdgeProblem) -> Tensor:
 
 
 def _mean_weights(problem: EdgeProblem) -> Tensor:
-    """Mean over the rows of all readers of ``|w| / max |w|`` of its group, float32 ``[in]``."""
-    total = sum(_relative_sizes(reader) for reader in problem.readers)
-    rows = sum(len(reader.weight) for reader in problem.readers)
+    """Mean over the rows of all consumers of ``|w| / max |w|`` of its group, float32 ``[in]``."""
+    total = sum(_relative_sizes(consumer) for consumer in problem.consumers)
+    rows = sum(len(consumer.weight) for consumer in problem.consumers)
     return (torch.as_tensor(total) / rows).to(torch.float32)
 
 
-def _relative_sizes(reader: Reader) -> Tensor:
+def _relative_sizes(consumer: Consumer) -> Tensor:
     """The sum over rows of ``|w| / max |w|`` of its group, float64 ``[in]``."""
-    weight, spec = reader.weight, reader.spec
+    weight, spec = consumer.weight, consumer.spec
     grouped = spec is not None and spec.granularity == Granularity.GROUP
     granularity = Granularity.GROUP if grouped else Granularity.CHANNEL
     size = spec.group_size if spec is not None else None

@@ -17,9 +17,7 @@ from prismquant.errors import RecipeError, suggest
 if typing.TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from prismquant.algorithms.block_tuner import Tuner
-    from prismquant.algorithms.equalizer import Equalizer
-    from prismquant.algorithms.protocols import Solver
+    from prismquant.algorithms.protocols import Equalizer, Solver, Tuner
 
 SOLVERS: Mapping[str, str] = {
     "gptq": "prismquant.algorithms.gptq:GPTQ",

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from prismquant.errors import FormatError, NumericsError, PrismQuantError
 from prismquant.formats.quantized_layer import QuantizedTensor
-from prismquant.numerics.affine import check_finite
+from prismquant.numerics.finite import check_finite
 from prismquant.numerics.ranges import RangeRule
 from prismquant.numerics.scales import (
     E4M3_MOST,

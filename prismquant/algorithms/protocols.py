@@ -9,12 +9,14 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from prismquant.algorithms.block_problem import BlockProblem, BlockResult
     from prismquant.algorithms.problem import (
         LayerProblem,
         LayerResult,
         ProblemShape,
         SolvedWeight,
     )
+    from prismquant.algorithms.smooth_edge import EdgeProblem, EdgeResult
     from prismquant.diagnostics.solver_diagnostics import SolverDiagnostics
     from prismquant.formats.spec import NumberSpec
     from prismquant.numerics.rules import RangeRule
@@ -76,4 +78,33 @@ class WeightSolver(Protocol):
             form: How scales are stored, with the global scale where there is one.
             pulse: Called before every block; what it raises ends the work.
         """
+        ...
+
+
+class Equalizer(Protocol):
+    """A method that chooses scales: a frozen dataclass whose fields are its options.
+
+    Every field has a default; ``__post_init__`` raises RecipeError on a value out of bounds.
+    """
+
+    name: ClassVar[str]
+
+    def equalize(self, problem: EdgeProblem) -> EdgeResult:
+        """Choose the scale of one edge."""
+        ...
+
+
+class Tuner(Protocol):
+    """A method that tunes a block: a frozen dataclass whose fields are its options.
+
+    Every field has a default; ``__post_init__`` raises RecipeError on a value out of bounds.
+    ``same_inputs`` says what the targets are: the float block's outputs for the inputs that the
+    quantized model gives it, or those of the float model.
+    """
+
+    name: ClassVar[str]
+    same_inputs: ClassVar[bool]
+
+    def tune(self, problem: BlockProblem) -> BlockResult:
+        """Choose codes and scales of every layer of a block; never worse than the start."""
         ...

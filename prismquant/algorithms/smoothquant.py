@@ -17,14 +17,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from prismquant.algorithms.equalizer import (
-    EdgeProblem,
-    EdgeResult,
-    best_scale,
-    hopeless,
-    judge,
-    settle,
-)
+from prismquant.algorithms.edge_scale import best_scale, foldable_scale, judge
+from prismquant.algorithms.smooth_edge import EdgeProblem, EdgeResult, hopeless
 from prismquant.diagnostics.edge_diagnostics import SmoothQuantChoice
 from prismquant.errors import RecipeError, check_bounds
 
@@ -43,7 +37,7 @@ class SmoothQuant:
     Attributes:
         alpha: The strength, from 0 (weights become even) to 1 (inputs become even), taken
             unconditionally; ``None`` searches it, or takes one half where ``search`` is false.
-        search: Try strengths from 0 to 1 on the error of the readers' outputs and keep the best;
+        search: Try strengths from 0 to 1 on the error of the consumers' outputs and keep the best;
             the edge stays as it is unless that lowers the error. ``None`` searches where no
             ``alpha`` is given.
         grid: Steps of the search between 0 and 1.
@@ -53,7 +47,7 @@ class SmoothQuant:
             or one of them alone. Where the one has no tokens, the other counts.
         vision_weight: What an error at a vision token costs in the search, where one at a text
             token costs 1.
-        rows: Output features of each reader that the search looks at; the verdict counts all.
+        rows: Output features of each consumer that the search looks at; the verdict counts all.
         max_scale: Scales stay within this factor of 1.
         power_of_two: Round scales to powers of two: folding them is then exact in floating point.
 
@@ -125,7 +119,7 @@ class SmoothQuant:
 
         def scale(alpha: float) -> Tensor:
             logs = alpha * inputs.log2() - (1 - alpha) * weights.log2()
-            return settle(logs, live, self.max_scale, self.power_of_two)
+            return foldable_scale(logs, live, self.max_scale, self.power_of_two)
 
         def candidates() -> Iterator[tuple[SmoothQuantChoice, Tensor]]:
             for step in range(self.grid + 1):
@@ -159,7 +153,7 @@ class SmoothQuant:
 
 
 def largest_weights(problem: EdgeProblem) -> Tensor:
-    """The largest magnitude of each column over all readers, float32 ``[in]``."""
-    low = torch.stack([reader.weight.amin(0) for reader in problem.readers]).amin(0)
-    high = torch.stack([reader.weight.amax(0) for reader in problem.readers]).amax(0)
+    """The largest magnitude of each column over all consumers, float32 ``[in]``."""
+    low = torch.stack([consumer.weight.amin(0) for consumer in problem.consumers]).amin(0)
+    high = torch.stack([consumer.weight.amax(0) for consumer in problem.consumers]).amax(0)
     return torch.maximum(-low, high)

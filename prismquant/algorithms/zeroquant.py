@@ -17,16 +17,15 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
-from prismquant.algorithms.block_tuner import (
+from prismquant.algorithms.block_descent import (
     ADAM_EPSILON,
-    BlockProblem,
-    BlockResult,
-    Latent,
     Schedule,
     idle_without_ranges,
     refine,
     schedule_bounds,
 )
+from prismquant.algorithms.block_problem import BlockProblem, BlockResult
+from prismquant.algorithms.latent_weight import Latent
 from prismquant.diagnostics.tuning_diagnostics import TuningDiagnostics
 from prismquant.errors import check_bounds
 

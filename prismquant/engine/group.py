@@ -32,7 +32,7 @@ from prismquant.formats.quantized_layer import (
 )
 from prismquant.formats.spec import NumberSpec
 from prismquant.models.bound import BoundSite
-from prismquant.numerics.affine import all_finite, finiteness
+from prismquant.numerics.finite import all_finite, finiteness
 from prismquant.numerics.rules import RangeRule
 from prismquant.plan.plan import PlanRow
 from prismquant.runtime.linear import ActivationQuantizer, QuantLinear

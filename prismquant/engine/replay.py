@@ -37,7 +37,7 @@ from prismquant.errors import ModelError, NumericsError, PrismQuantError, brief
 from prismquant.memory import memory_error
 from prismquant.models.arch import Modality
 from prismquant.models.bound import BoundModel, BoundStep
-from prismquant.numerics.affine import all_finite, finiteness
+from prismquant.numerics.finite import all_finite, finiteness
 from prismquant.statistics.tokens import Tokens
 
 

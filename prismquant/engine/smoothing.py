@@ -1,8 +1,8 @@
 """Moving scale along the edges of a step, in the modules that are loaded.
 
-An equalizer says by how much; here the upper end is divided and its readers are multiplied, so that
-the function stays as it is. A norm is stored in the checkpoint's dtype and not quantized: its new
-values are rounded to that dtype first, and the readers take what was really divided.
+An equalizer says by how much; here the producer is divided and its consumers are multiplied, so
+that the function stays as it is. A norm is stored in the checkpoint's dtype and not quantized: its
+new values are rounded to that dtype first, and the consumers take what was really divided.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from prismquant.algorithms.equalizer import EdgeProblem, Reader
+from prismquant.algorithms.smooth_edge import Consumer, EdgeProblem
 from prismquant.models.arch import EdgeKind
 from prismquant.models.bound import BoundEdge
 from prismquant.plan.plan import PlanRow
@@ -44,25 +44,27 @@ def edge_problem(
     """The problem of one smooth edge, for an equalizer.
 
     Args:
-        model: Its readers must be loaded.
+        model: Its consumers must be loaded.
         edge: The edge.
         rows: Rows of the plan by the layer's name.
-        record: What calibration saw of the readers' input.
+        record: What calibration saw of the consumers' input.
         vision_weight: What a vision token counts for.
     """
-    readers = []
+    consumers = []
     for name in edge.consumers:
         row, weight = rows[name], model.get_submodule(name).get_parameter("weight")
         rule = row.config.weight_range
         if rule.kind == "mse":
             rule = replace(rule, steps=min(rule.steps, _RANGE_STEPS))
-        readers.append(Reader(name, weight.detach().to(torch.float32), row.config.weights, rule))
+        consumers.append(
+            Consumer(name, weight.detach().to(torch.float32), row.config.weights, rule)
+        )
     first = next(rows[name] for name in edge.consumers if rows[name].quantized)
     return EdgeProblem(
         name=edge.source,
         size=edge.size,
-        columns=channel_of_column(edge, record.in_features).to(readers[0].weight.device),
-        readers=tuple(readers),
+        columns=channel_of_column(edge, record.in_features).to(consumers[0].weight.device),
+        consumers=tuple(consumers),
         activations=first.config.activations,
         activation_range=first.config.activation_range,
         scale_dtype=first.site.dtype,
@@ -74,7 +76,7 @@ def edge_problem(
 def move_scale(
     model: nn.Module, edge: BoundEdge, scale: Tensor, stored_dtype: torch.dtype
 ) -> list[str]:
-    """Divide an edge's upper end by a scale and multiply its readers by it, in place.
+    """Divide the producer by a scale and multiply its consumers by it, in place.
 
     Args:
         model: Both ends must be loaded.
@@ -105,10 +107,10 @@ def move_scale(
         setattr(upper, leaf, nn.Parameter(parts, requires_grad=False))
         changed.append(f"{edge.source}.{leaf}")
     for name in edge.consumers:
-        reader = model.get_submodule(name)
-        old = reader.get_parameter("weight")
+        consumer = model.get_submodule(name)
+        old = consumer.get_parameter("weight")
         columns = channel_of_column(edge, old.shape[1]).to(old.device)
         values = (old.float() * scale[columns]).to(old.dtype)
-        reader.weight = nn.Parameter(values, requires_grad=False)
+        consumer.weight = nn.Parameter(values, requires_grad=False)
         changed.append(f"{name}.weight")
     return changed

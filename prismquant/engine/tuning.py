@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from prismquant.algorithms.block_tuner import BlockLayer, BlockProblem, Tuner
+from prismquant.algorithms.block_problem import BlockLayer, BlockProblem
 from prismquant.algorithms.methods import build_tuner
+from prismquant.algorithms.protocols import Tuner
 from prismquant.diagnostics.tuning_diagnostics import TuningDiagnostics
 from prismquant.engine.calls import StepCall
 from prismquant.formats.quantized_layer import QuantizedLayer, QuantizedTensor

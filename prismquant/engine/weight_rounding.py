@@ -20,7 +20,7 @@ from prismquant.engine.unit_plan import Quantizing
 from prismquant.engine.walk import Unit
 from prismquant.errors import NumericsError
 from prismquant.formats.quantized_layer import QuantizedLayer
-from prismquant.numerics.affine import check_finite
+from prismquant.numerics.finite import check_finite
 from prismquant.plan.plan import PlanRow
 
 

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from prismquant.errors import NumericsError, RecipeError
-from prismquant.numerics.affine import check_finite, extremes, scale_zero_point, simulate, to_groups
+from prismquant.numerics.affine import extremes, scale_zero_point, simulate
+from prismquant.numerics.finite import check_finite
+from prismquant.numerics.grouping import to_groups
 from prismquant.numerics.kinds import Granularity, block_rows, check_group_size
 from prismquant.numerics.rules import SEARCHES, RangeRule, RuleKind, check_rule, measured, rank_of
 from prismquant.numerics.scale_search import Search, after_a_look, losses_in_steps

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from prismquant.errors import DataError, NumericsError
-from prismquant.numerics.affine import check_finite
+from prismquant.numerics.finite import check_finite
 
 
 def counted_tokens(

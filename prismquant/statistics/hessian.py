@@ -16,7 +16,7 @@ from torch import Tensor
 from prismquant.errors import DataError, NumericsError
 from prismquant.kernels import products
 from prismquant.kernels.moments import two_sum
-from prismquant.numerics.affine import check_finite
+from prismquant.numerics.finite import check_finite
 from prismquant.statistics.counted import counted_tokens
 
 if TYPE_CHECKING:

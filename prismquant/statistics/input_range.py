@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from prismquant.errors import FormatError, NumericsError, RecipeError
-from prismquant.numerics.affine import check_finite, extremes, scale_zero_point
+from prismquant.numerics.affine import extremes, scale_zero_point
+from prismquant.numerics.finite import check_finite
 from prismquant.numerics.kinds import Granularity, ScaleKind
 from prismquant.numerics.rules import SEARCHES, RangeRule, measured, rank_of
 from prismquant.numerics.scale_search import Search, error_in_steps

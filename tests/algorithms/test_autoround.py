@@ -7,7 +7,7 @@ import tiny_blocks
 import torch
 
 from prismquant.algorithms.autoround import AutoRound
-from prismquant.algorithms.block_tuner import block_loss
+from prismquant.algorithms.block_problem import block_loss
 from prismquant.algorithms.gptq import GPTQ
 from prismquant.errors import RecipeError
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from prismquant.algorithms import awq
 from prismquant.algorithms.awq import AWQ
-from prismquant.algorithms.equalizer import EdgeProblem, Reader, output_error
+from prismquant.algorithms.output_error import output_error
+from prismquant.algorithms.smooth_edge import Consumer, EdgeProblem
 from prismquant.errors import RecipeError
 from prismquant.formats.spec import spec
 from prismquant.numerics.ranges import RangeRule
@@ -45,7 +46,7 @@ def problem(
         SIZE,
         torch.arange(SIZE).repeat(tile),
         tuple(
-            Reader(
+            Consumer(
                 name,
                 torch.randn(rows, SIZE * tile, generator=generator),
                 form,
@@ -68,7 +69,7 @@ def by_formula(
     costs = record.token_weights.double() * torch.where(record.vision, vision_weight, 1.0)
     inputs = (record.inputs.double().abs() * costs.unsqueeze(1)).sum(0) / costs.sum()
     sizes = torch.zeros(len(inputs), dtype=torch.float64)
-    rows = [row.double().abs() for reader in task.readers for row in reader.weight]
+    rows = [row.double().abs() for consumer in task.consumers for row in consumer.weight]
     for row in rows:
         for start in range(0, len(row), group):
             part = row[start : start + group]
@@ -144,8 +145,9 @@ def test_looking_both_ways_is_never_worse_than_one_way():
 def test_even_inputs_leave_the_edge_as_it_is():
     record = ChannelSizes(8)
     record.update(torch.full((5, 8), 2.0))
-    reader = Reader("r", torch.full((4, 8), 0.7), spec("int4-channel"))
-    task = EdgeProblem("n", 8, torch.arange(8), (reader,), None, RangeRule(), torch.float32, record)
+    consumer = Consumer("r", torch.full((4, 8), 0.7), spec("int4-channel"))
+    how = (None, RangeRule(), torch.float32)
+    task = EdgeProblem("n", 8, torch.arange(8), (consumer,), *how, record)
     result = AWQ().equalize(task)
     assert result.scale is None
     assert result.diagnostics.tried == 0

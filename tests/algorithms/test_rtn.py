@@ -11,13 +11,8 @@ from prismquant.algorithms.rtn import RTN
 from prismquant.errors import NumericsError, RecipeError
 from prismquant.formats.spec import spec
 from prismquant.numerics import ranges
-from prismquant.numerics.affine import (
-    dequantize,
-    quantize,
-    quantize_with_values,
-    scale_zero_point,
-    to_groups,
-)
+from prismquant.numerics.affine import dequantize, quantize, quantize_with_values, scale_zero_point
+from prismquant.numerics.grouping import to_groups
 from prismquant.numerics.ranges import RangeRule, coupled_weight_scales, weight_scales
 
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prismquant.algorithms.equalizer import EdgeProblem, Reader, output_error
+from prismquant.algorithms.output_error import output_error
+from prismquant.algorithms.smooth_edge import Consumer, EdgeProblem
 from prismquant.algorithms.smoothquant import SmoothQuant
 from prismquant.errors import RecipeError
 from prismquant.formats.spec import spec
@@ -48,7 +49,7 @@ def problem(
         SIZE,
         torch.arange(SIZE).repeat(tile),
         tuple(
-            Reader(name, torch.randn(rows, SIZE * tile, generator=generator) * sizes, form)
+            Consumer(name, torch.randn(rows, SIZE * tile, generator=generator) * sizes, form)
             for name, rows in (("gate", 24), ("up", 16))
         ),
         None if activations is None else spec(activations),
@@ -60,7 +61,7 @@ def problem(
 
 def by_formula(task: EdgeProblem, alpha: float, inputs: Tensor | None = None) -> Tensor:
     """Equation 4 of the paper, in float64, up to the common factor."""
-    weights = torch.cat([r.weight for r in task.readers]).double().abs().amax(0)
+    weights = torch.cat([r.weight for r in task.consumers]).double().abs().amax(0)
     inputs = task.record.inputs.double().abs().amax(0) if inputs is None else inputs.double()
 
     def channels(values: Tensor) -> Tensor:
@@ -142,7 +143,7 @@ def test_a_strength_that_can_only_harm_is_refused_by_the_search_and_obeyed_witho
         "n",
         16,
         torch.arange(16),
-        (Reader("r", weight, spec("int8-channel-narrow")),),
+        (Consumer("r", weight, spec("int8-channel-narrow")),),
         None,
         RangeRule(),
         torch.float32,
@@ -158,7 +159,7 @@ def test_a_strength_that_can_only_harm_is_refused_by_the_search_and_obeyed_witho
 def test_scales_that_are_all_one_are_an_exact_no_op():
     record = ChannelSizes(8)
     record.update(torch.full((5, 8), 3.0))
-    weights = (Reader("r", torch.full((4, 8), -0.7), spec("int8-channel")),)
+    weights = (Consumer("r", torch.full((4, 8), -0.7), spec("int8-channel")),)
     task = EdgeProblem("n", 8, torch.arange(8), weights, None, RangeRule(), torch.float32, record)
     for method in (SmoothQuant(search=False), SmoothQuant()):
         result = method.equalize(task)
@@ -176,8 +177,8 @@ def test_a_channel_that_is_never_active_keeps_its_scale(search):
 
 def test_a_channel_that_no_weight_reads_keeps_its_scale():
     task = problem()
-    for reader in task.readers:
-        reader.weight[:, 9] = 0.0
+    for consumer in task.consumers:
+        consumer.weight[:, 9] = 0.0
     assert float(SmoothQuant(search=False).equalize(task).scale[9]) == 1
 
 
@@ -219,8 +220,9 @@ def test_a_modality_that_the_sample_missed_still_counts_by_its_maximum():
     record.update(torch.tensor([[100.0, 1, 1, 1]]), None, torch.tensor([True]))
     record.update(torch.ones(1, 4))
     assert not bool(record.vision.any())
-    reader = Reader("r", torch.ones(2, 4), spec("int8-channel"))
-    task = EdgeProblem("n", 4, torch.arange(4), (reader,), None, RangeRule(), torch.float32, record)
+    consumer = Consumer("r", torch.ones(2, 4), spec("int8-channel"))
+    how = (None, RangeRule(), torch.float32)
+    task = EdgeProblem("n", 4, torch.arange(4), (consumer,), *how, record)
     scale = SmoothQuant(search=False, percentile=0.9).equalize(task).scale
     assert float(scale[0] / scale[1]) == pytest.approx(10)
 
@@ -232,7 +234,7 @@ def test_powers_of_two_fold_without_rounding():
     ratio = result.scale / by_formula(task, 0.5)
     assert float(ratio.max()) <= 2**0.5 * 1.001
     assert float(ratio.min()) >= 2**-0.5 * 0.999
-    weight = task.readers[0].weight.bfloat16()
+    weight = task.consumers[0].weight.bfloat16()
     assert torch.equal(weight * result.scale.bfloat16() / result.scale.bfloat16(), weight)
 
 

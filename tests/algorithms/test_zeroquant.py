@@ -8,7 +8,7 @@ import pytest
 import tiny_blocks
 import torch
 
-from prismquant.algorithms.block_tuner import BlockLayer, BlockProblem, block_loss
+from prismquant.algorithms.block_problem import BlockLayer, BlockProblem, block_loss
 from prismquant.algorithms.gptq import GPTQ
 from prismquant.algorithms.zeroquant import ZeroQuant
 from prismquant.errors import RecipeError

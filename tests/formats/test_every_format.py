@@ -13,12 +13,14 @@ from torch import Tensor
 
 from prismquant.algorithms.autoround import AutoRound
 from prismquant.algorithms.awq import AWQ
-from prismquant.algorithms.block_tuner import BlockLayer, Latent, Scaled, block_loss
-from prismquant.algorithms.equalizer import EdgeProblem, Reader, Trials, output_error
+from prismquant.algorithms.block_problem import BlockLayer, block_loss
 from prismquant.algorithms.gptq import GPTQ
+from prismquant.algorithms.latent_weight import Latent, Scaled
 from prismquant.algorithms.layer_scales import Scales
+from prismquant.algorithms.output_error import Trials, output_error
 from prismquant.algorithms.problem import LayerProblem, scale_format
 from prismquant.algorithms.rtn import RTN
+from prismquant.algorithms.smooth_edge import Consumer, EdgeProblem
 from prismquant.algorithms.zeroquant import ZeroQuant
 from prismquant.errors import FormatError, RecipeError
 from prismquant.formats.packed import layouts_for, pack, unpack
@@ -263,7 +265,7 @@ def edge(
     x[:, 1] *= 20
     record.update(x, torch.ones(80), torch.zeros(80, dtype=torch.bool))
     readers = tuple(
-        Reader(
+        Consumer(
             f"reader{i}",
             torch.randn(count, SIZE, generator=generator) * (1 + 3 * i),
             None if weights is None else spec(weights),

@@ -13,18 +13,16 @@ from torch import Tensor
 
 from prismquant.errors import FormatError, NumericsError
 from prismquant.numerics.affine import (
-    all_finite,
-    check_finite,
     dequantize,
     dynamic_scale_zero_point,
     extremes,
-    from_groups,
     quantize,
     scale_zero_point,
     simulate,
-    to_groups,
 )
+from prismquant.numerics.finite import all_finite, check_finite
 from prismquant.numerics.grids import FloatGrid, Grid, IntGrid
+from prismquant.numerics.grouping import from_groups, to_groups
 from prismquant.numerics.kinds import FLOAT_KINDS, FloatKind, Granularity
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

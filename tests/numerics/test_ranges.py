@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from prismquant.errors import FormatError, NumericsError, PrismQuantError, RecipeError
-from prismquant.numerics.affine import dequantize, quantize, scale_zero_point, simulate, to_groups
+from prismquant.numerics.affine import dequantize, quantize, scale_zero_point, simulate
 from prismquant.numerics.grids import FloatGrid, Grid, IntGrid
+from prismquant.numerics.grouping import to_groups
 from prismquant.numerics.kinds import FLOAT_KINDS, FloatKind, Granularity
 from prismquant.numerics.ranges import (
     RangeRule,

@@ -13,18 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prismquant.algorithms.autoround import AutoRound
-from prismquant.algorithms.block_tuner import (
-    BlockLayer,
-    BlockProblem,
-    Latent,
-    Scaled,
-    Schedule,
-    block_loss,
-    conclude,
-    descend,
-    starting_loss,
-)
+from prismquant.algorithms.block_descent import Schedule, conclude, descend
+from prismquant.algorithms.block_problem import BlockLayer, BlockProblem, block_loss, starting_loss
 from prismquant.algorithms.gptq import GPTQ
+from prismquant.algorithms.latent_weight import Latent, Scaled
 from prismquant.algorithms.zeroquant import ZeroQuant
 from prismquant.diagnostics.tuning_diagnostics import TuningDiagnostics
 from prismquant.errors import FormatError, NumericsError

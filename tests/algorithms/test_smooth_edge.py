@@ -11,17 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prismquant.algorithms import equalizer as edges
-from prismquant.algorithms.equalizer import (
-    EdgeProblem,
-    Reader,
-    Trials,
-    best_scale,
-    hopeless,
-    judge,
-    output_error,
-    settle,
-)
+from prismquant.algorithms import output_error as measure
+from prismquant.algorithms.edge_scale import best_scale, foldable_scale, judge
+from prismquant.algorithms.output_error import Trials, output_error
+from prismquant.algorithms.smooth_edge import Consumer, EdgeProblem, hopeless
 from prismquant.diagnostics.edge_diagnostics import AWQChoice, EdgeDiagnostics
 from prismquant.errors import FormatError, NumericsError
 from prismquant.formats.spec import NumberSpec, spec
@@ -68,8 +61,8 @@ def edge(
         SIZE,
         torch.arange(SIZE).repeat(TILE),
         tuple(
-            Reader(
-                f"reader{i}",
+            Consumer(
+                f"consumer{i}",
                 torch.randn(count, SIZE * TILE, generator=generator) * (1 + 9 * i),
                 form,
                 weight_range,
@@ -115,7 +108,7 @@ def served(problem: EdgeProblem, x: Tensor, factors: Tensor) -> Tensor:
 
 
 def brute_force(problem: EdgeProblem, scale: Tensor | None) -> float:
-    """The definition, one reader at a time, products in float64."""
+    """The definition, one consumer at a time, products in float64."""
     scale = torch.ones(problem.size) if scale is None else scale
     factors = scale[problem.columns]
     record = problem.record
@@ -124,11 +117,11 @@ def brute_force(problem: EdgeProblem, scale: Tensor | None) -> float:
     costs = costs * torch.where(record.vision, problem.vision_weight, 1.0)
     shown = served(problem, x / factors, factors)
     errors = []
-    for reader in problem.readers:
-        weight = reader.weight * factors
-        if reader.spec is not None:
-            weight = rounded(weight, reader.spec, reader.range_rule)
-        exact = x.double() @ reader.weight.double().T
+    for consumer in problem.consumers:
+        weight = consumer.weight * factors
+        if consumer.spec is not None:
+            weight = rounded(weight, consumer.spec, consumer.range_rule)
+        exact = x.double() @ consumer.weight.double().T
         error = exact - shown.double() @ weight.double().T
         lost, total = ((part**2).sum(1) @ costs for part in (error, exact))
         errors.append(float(lost / total))
@@ -180,7 +173,7 @@ def test_the_static_range_holds_every_token_not_only_those_of_the_sample():
         "n",
         4,
         torch.arange(4),
-        (Reader("r", torch.eye(4), None),),
+        (Consumer("r", torch.eye(4), None),),
         spec("int8-tensor"),
         MINMAX,
         torch.float32,
@@ -202,7 +195,7 @@ def test_a_common_power_of_two_changes_nothing(name):
 
 
 def test_every_reader_counts_by_its_relative_error():
-    """The second reader's outputs are ten times larger; each counts half all the same."""
+    """The second consumer's outputs are ten times larger; each counts half all the same."""
     both = output_error(edge(), None)
     problem = edge()
     alone = [
@@ -212,7 +205,7 @@ def test_every_reader_counts_by_its_relative_error():
             ),
             None,
         )
-        for r in problem.readers
+        for r in problem.consumers
     ]
     assert both == pytest.approx(sum(alone) / 2, rel=1e-6)
 
@@ -229,7 +222,7 @@ def test_nothing_is_lost_where_nothing_is_quantized_or_nothing_arrives():
 
 def test_a_reader_that_puts_out_nothing_loses_nothing():
     problem = edge()
-    silent = Reader("silent", torch.zeros(3, SIZE * TILE), spec("int4-g8"))
+    silent = Consumer("silent", torch.zeros(3, SIZE * TILE), spec("int4-g8"))
     one = EdgeProblem("n", SIZE, problem.columns, (silent,), None, MINMAX, torch.bfloat16, seen())
     assert output_error(one, None) == 0
 
@@ -238,17 +231,17 @@ def test_a_reader_that_puts_out_nothing_loses_nothing():
 def test_how_rows_are_cut_into_pieces_does_not_matter(monkeypatch, name):
     problem = edge(name, "int8-token", rows=(23, 6))
     whole = output_error(problem, positive())
-    monkeypatch.setattr(edges, "_PIECE", 5 * TOKENS)
+    monkeypatch.setattr(measure, "_PIECE", 5 * TOKENS)
     assert output_error(problem, positive()) == pytest.approx(whole, rel=1e-6)
 
 
 def test_trials_on_some_rows_are_trials_of_an_edge_with_these_rows():
     problem = edge("int4-g8", rows=(20, 4))
     trials = Trials(problem, rows=5)
-    chosen = problem.readers[0].weight[[0, 4, 8, 12, 16]]
-    readers = (Reader("some", chosen, spec("int4-g8")), problem.readers[1])
+    chosen = problem.consumers[0].weight[[0, 4, 8, 12, 16]]
+    consumers = (Consumer("some", chosen, spec("int4-g8")), problem.consumers[1])
     fewer = EdgeProblem(
-        "n", SIZE, problem.columns, readers, None, MINMAX, torch.bfloat16, problem.record
+        "n", SIZE, problem.columns, consumers, None, MINMAX, torch.bfloat16, problem.record
     )
     assert not trials.complete
     assert trials.error(positive()) == pytest.approx(output_error(fewer, positive()), rel=1e-6)
@@ -270,7 +263,7 @@ def test_settled_scales_are_bounded_centred_and_one_where_dead(logs, dead, max_s
     live = torch.tensor([not dead >> i & 1 for i in range(len(logs))])
     values = torch.tensor(logs, dtype=torch.float64)
     values[~live] = math.nan
-    scale = settle(values, live, max_scale, power_of_two)
+    scale = foldable_scale(values, live, max_scale, power_of_two)
     assert scale.dtype == torch.float32
     assert bool((scale[~live] == 1).all())
     assert float(scale.max()) <= max_scale * (1 + 1e-6)
@@ -283,18 +276,18 @@ def test_settled_scales_are_bounded_centred_and_one_where_dead(logs, dead, max_s
 
 def test_settling_keeps_ratios_within_the_bound():
     logs = torch.tensor([0.0, 1.0, 3.5, -2.0])
-    scale = settle(logs, torch.ones(4, dtype=torch.bool), 1e6, False)
+    scale = foldable_scale(logs, torch.ones(4, dtype=torch.bool), 1e6, False)
     torch.testing.assert_close(scale / scale[0], torch.exp2(logs), rtol=1e-6, atol=0)
 
 
 def test_one_stray_channel_does_not_push_the_others_to_the_bound():
     logs = torch.tensor([0.0, 0.5, 1.0, -90.0])
-    scale = settle(logs, torch.ones(4, dtype=torch.bool), 1024.0, False)
+    scale = foldable_scale(logs, torch.ones(4, dtype=torch.bool), 1024.0, False)
     torch.testing.assert_close(scale[:3] / scale[0], torch.exp2(logs[:3]))
 
 
 def test_equal_logs_settle_to_exact_ones():
-    scale = settle(torch.full((5,), 3.3), torch.ones(5, dtype=torch.bool), 100.0, False)
+    scale = foldable_scale(torch.full((5,), 3.3), torch.ones(5, dtype=torch.bool), 100.0, False)
     assert torch.equal(scale, torch.ones(5))
 
 
@@ -307,7 +300,7 @@ def test_channels_gather_what_their_columns_hold():
         "n",
         3,
         torch.zeros(16, dtype=torch.int64),
-        problem.readers,
+        problem.consumers,
         None,
         MINMAX,
         torch.bfloat16,
@@ -326,7 +319,9 @@ NO = AWQChoice(0.0, False)
 def test_the_best_candidate_is_kept_with_its_notes():
     problem = edge("int4-g8")
     scales = [positive(seed) for seed in range(6)]
-    scales.append(settle(problem.channel_max(problem.record.absmax.amax(0)).log2() / 2, *ALL))
+    scales.append(
+        foldable_scale(problem.channel_max(problem.record.absmax.amax(0)).log2() / 2, *ALL)
+    )
     errors = [output_error(problem, scale) for scale in scales]
     result = best_scale(problem, [(AWQChoice(i, False), s) for i, s in enumerate(scales)], rows=100)
     winner = errors.index(min(errors))
@@ -357,7 +352,7 @@ def test_what_wins_on_some_rows_must_win_on_all():
         "n",
         8,
         torch.arange(8),
-        (Reader("r", weight, spec("int4-channel")),),
+        (Consumer("r", weight, spec("int4-channel")),),
         None,
         MINMAX,
         torch.bfloat16,
@@ -387,8 +382,8 @@ def test_scales_of_one_are_an_exact_no_op():
         ({"columns": torch.arange(16, dtype=torch.int32)}, "int64"),
         ({"columns": torch.arange(16)}, "0 to 15"),
         ({"columns": torch.arange(16) - 8}, "-8 to 7"),
-        ({"readers": ()}, "readers"),
-        ({"readers": (Reader("r", torch.ones(2, 5), None),)}, "input features"),
+        ({"consumers": ()}, "consumers"),
+        ({"consumers": (Consumer("r", torch.ones(2, 5), None),)}, "input features"),
         ({"activations": spec("int4-g8")}, "activations"),
     ],
 )
@@ -416,5 +411,5 @@ def test_a_vision_weight_must_be_a_number_from_zero_on(bad):
 )
 def test_a_reader_that_is_unfit_is_refused_by_name(weight, error):
     with pytest.raises(error) as caught:
-        Reader("up_proj", weight, spec("int4-g8"))
+        Consumer("up_proj", weight, spec("int4-g8"))
     assert caught.value.where == "up_proj"
