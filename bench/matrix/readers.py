@@ -82,8 +82,8 @@ def simulated(source: Source, plan: Plan, folder: Path) -> nn.Module:
         problem = LayerProblem(
             tuple(row.site.name for row in rows),
             tuple(source.weight(row) for row in rows),
-            first.weights,
-            first.weight_range,
+            first.config.weights,
+            first.config.weight_range,
             source.bound.dtype,
         )
         for row, q in zip(rows, RTN().solve(problem).weights, strict=True):
