@@ -74,7 +74,7 @@ class Alone:
 
 
 @dataclass(frozen=True)
-class Group:
+class ProcessGroup:
     """The processes of torch's default group.
 
     Attributes:
@@ -137,7 +137,7 @@ def joined() -> Iterator[Ranks]:
             remedy="start all ranks with torchrun; see docs/scaling.md",
         ) from error
     try:
-        yield Group(rank, size, f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+        yield ProcessGroup(rank, size, f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     finally:
         dist.destroy_process_group()
 

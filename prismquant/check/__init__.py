@@ -5,7 +5,8 @@ weight, and holds them against a table of rules (:data:`RULES`), each a small pu
 """
 
 from prismquant.check.apply_rules import check
-from prismquant.check.findings import Finding, Report, Rule, Severity, TargetReader
+from prismquant.check.findings import Finding, Report, Rule, Severity
 from prismquant.check.rule_table import RULES
+from prismquant.check.target_reader import TargetReader
 
 __all__ = ["RULES", "Finding", "Report", "Rule", "Severity", "TargetReader", "check"]

@@ -7,9 +7,10 @@ from pathlib import Path
 from prismquant.check import modelopt_rules as modelopt
 from prismquant.check import packed_int_rules as packed_int
 from prismquant.check.checkpoint import COMPRESSED_TENSORS, GGUF, Checkpoint
-from prismquant.check.findings import Problem, Report, Rule, TargetReader, by_severity, findings_of
+from prismquant.check.findings import Problem, Report, Rule, by_severity, findings_of
 from prismquant.check.open_checkpoint import open_checkpoint
 from prismquant.check.rule_table import METHODS, RULES
+from prismquant.check.target_reader import TargetReader
 from prismquant.errors import PrismQuantError
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from prismquant.check import vllm_view as vllm
-from prismquant.check.findings import TargetReader
+from prismquant.check.target_reader import TargetReader
 from prismquant.errors import FormatError, PrismQuantError
 from prismquant.export.compressed_tensors.expected import (
     by_layer,

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from prismquant.check.checkpoint import Checkpoint
+from prismquant.check.checkpoint import Checkpoint
+from prismquant.check.target_reader import TargetReader
 
 
 class Severity(StrEnum):
@@ -25,19 +25,6 @@ class Severity(StrEnum):
     WARNING = "warning"
     # a fact worth knowing before it is served
     NOTE = "note"
-
-
-class TargetReader(StrEnum):
-    """Reader that is to load the checkpoint."""
-
-    VLLM = "vllm"
-    TRANSFORMERS = "transformers"
-    SGLANG = "sglang"
-    # prismquant.load, and so eval and export
-    PRISMQUANT = "prismquant"
-
-
-_ORDER = tuple(Severity)
 
 
 @dataclass(frozen=True)
@@ -53,6 +40,9 @@ class Problem:
     what: str
     where: tuple[str, ...] = ()
     remedy: str = ""
+
+
+_ORDER = tuple(Severity)
 
 
 @dataclass(frozen=True)

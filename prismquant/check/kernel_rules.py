@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 
 from prismquant.check import vllm_view as vllm
 from prismquant.check.checkpoint import Checkpoint
-from prismquant.check.findings import Problem, TargetReader, gathered
+from prismquant.check.findings import Problem, gathered
+from prismquant.check.target_reader import TargetReader
 from prismquant.export.compressed_tensors.section import (
     MXFP4,
     MXFP6,

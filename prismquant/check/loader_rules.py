@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from prismquant.check import modelopt_rules as modelopt
 from prismquant.check import packed_int_rules as packed_int
 from prismquant.check.checkpoint import COMPRESSED_TENSORS, GGUF, Checkpoint
-from prismquant.check.findings import Problem, TargetReader, gathered
+from prismquant.check.findings import Problem, gathered
+from prismquant.check.target_reader import TargetReader
 from prismquant.errors import FormatError, shortened
 from prismquant.export.compressed_tensors.expected import layer_faults_of
 from prismquant.export.compressed_tensors.stored import Linear, is_leftover, read_layers

@@ -9,7 +9,7 @@ from typing import Any
 
 from prismquant.check import vllm_view as vllm
 from prismquant.check.checkpoint import GGUF, MODELOPT_FILE, CheckedLayer, Checkpoint
-from prismquant.check.findings import TargetReader
+from prismquant.check.target_reader import TargetReader
 from prismquant.errors import ModelError, PrismQuantError, StorageError
 from prismquant.export.compressed_tensors.section import (
     CONFIG_KEY,

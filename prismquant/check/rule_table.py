@@ -20,13 +20,8 @@ from prismquant.check.checkpoint import (
     GGUF,
     Checkpoint,
 )
-from prismquant.check.findings import (
-    Problem,
-    Rule,
-    Severity,
-    TargetReader,
-    faults_under,
-)
+from prismquant.check.findings import Problem, Rule, Severity, faults_under
+from prismquant.check.target_reader import TargetReader
 from prismquant.export.compressed_tensors.expected import VLLM_EXTRA
 
 _Find = Callable[[Checkpoint], Iterable[Problem]]

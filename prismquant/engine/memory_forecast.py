@@ -39,7 +39,7 @@ _COMPILER = 130 << 20
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TowerTokens:
     """Rows that pass a tower.
 
     Attributes:
@@ -68,7 +68,7 @@ class Forecast:
     device_bytes: int = 0
 
 
-def count_tokens(bound: BoundModel, batches: Sequence[Batch]) -> dict[Modality, Tokens]:
+def count_tokens(bound: BoundModel, batches: Sequence[Batch]) -> dict[Modality, TowerTokens]:
     """Patches in the vision tower, and tokens in the language model; padding included."""
     patches = next((s.in_features for s in bound.sites if bound.steps[s.step].kind == "entry"), 1)
     keys = [group[0] for group in bound.arch.input_groups]
@@ -80,13 +80,13 @@ def count_tokens(bound: BoundModel, batches: Sequence[Batch]) -> dict[Modality, 
     ]
     text = [batch.inputs["input_ids"].numel() for batch in batches]
     return {
-        Modality.VISION: Tokens(sum(vision), max(vision, default=0)),
-        Modality.LLM: Tokens(sum(text), max(text, default=0)),
+        Modality.VISION: TowerTokens(sum(vision), max(vision, default=0)),
+        Modality.LLM: TowerTokens(sum(text), max(text, default=0)),
     }
 
 
 def kept_for_gradients(
-    bound: BoundModel, samples: int, tokens: dict[Modality, Tokens], precision: Precision
+    bound: BoundModel, samples: int, tokens: dict[Modality, TowerTokens], precision: Precision
 ) -> int:
     """Bytes of what all blocks put out for the samples whose gradients are taken, at most.
 
@@ -104,7 +104,7 @@ def kept_for_gradients(
 def forecast(
     plan: Plan,
     bound: BoundModel,
-    tokens: dict[Modality, Tokens],
+    tokens: dict[Modality, TowerTokens],
     *,
     resident: int,
     placement: Placement,
@@ -187,7 +187,7 @@ class _Outline:
 
     plan: Plan
     bound: BoundModel
-    tokens: dict[Modality, Tokens]
+    tokens: dict[Modality, TowerTokens]
     placement: Placement
     making: Cost
 
@@ -302,7 +302,7 @@ class _Outline:
         own = _FLOAT32 * columns * count if itemsize < _FLOAT32 else 0
         return _FLOAT32 * columns**2 + peak + own
 
-    def _tokens(self, step: BoundStep) -> Tokens:
+    def _tokens(self, step: BoundStep) -> TowerTokens:
         return self.tokens[self._tower(step)]
 
     def _tower(self, step: BoundStep) -> Modality:

@@ -20,7 +20,7 @@ from prismquant.data.batch_fingerprint import fingerprint_batch
 from prismquant.data.batches import Batch, Batches, make_batches
 from prismquant.data.media import Cost, Limits
 from prismquant.data.survey import Survey, let_go, position_limit, survey
-from prismquant.engine.memory_forecast import Tokens, forecast
+from prismquant.engine.memory_forecast import TowerTokens, forecast
 from prismquant.engine.placement import Placement, placements
 from prismquant.errors import DataError
 from prismquant.memory import resident_bytes
@@ -156,7 +156,7 @@ def test_evaluation_holds_one_batch_at_a_time(
 
 def test_pixels_count_in_the_forecast_where_they_are_made(tiny: Callable[..., Path]) -> None:
     bound = bind(tiny("qwen2_vl"))
-    tokens = {Modality.VISION: Tokens(400, 40), Modality.LLM: Tokens(100, 10)}
+    tokens = {Modality.VISION: TowerTokens(400, 40), Modality.LLM: TowerTokens(100, 10)}
     given: dict[str, Any] = {
         "resident": 0,
         "placement": placements(torch.device("cpu"), Precision())[-1],

@@ -12,7 +12,7 @@ from prismquant.engine.memory_forecast import (
     _COMPILER,
     _SLACK,
     Forecast,
-    Tokens,
+    TowerTokens,
     choose_placement,
     forecast,
 )
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 PLACEMENTS = placements(CPU, Precision())
-TOKENS = {Modality.VISION: Tokens(40_000, 4_000), Modality.LLM: Tokens(10_000, 1_000)}
+TOKENS = {Modality.VISION: TowerTokens(40_000, 4_000), Modality.LLM: TowerTokens(10_000, 1_000)}
 
 
-def peaks(folder: Path, recipe: Any, tokens: dict[Modality, Tokens] = TOKENS) -> list[int]:
+def peaks(folder: Path, recipe: Any, tokens: dict[Modality, TowerTokens] = TOKENS) -> list[int]:
     bound = bind(folder)
     plan = make_plan(pq.load_recipe(recipe), bound)
     found = [forecast(plan, bound, tokens, resident=0, placement=one) for one in PLACEMENTS]
@@ -48,7 +48,7 @@ def test_leaner_placements_take_less(tiny_folder: Path) -> None:
 
 def test_more_tokens_take_more_only_where_they_are_held(tiny: Callable[..., Path]) -> None:
     """On disk only the largest batch counts."""
-    more = {modality: Tokens(3 * t.total, t.largest) for modality, t in TOKENS.items()}
+    more = {modality: TowerTokens(3 * t.total, t.largest) for modality, t in TOKENS.items()}
     few, many = peaks(tiny("qwen2_vl"), "w4a16"), peaks(tiny("qwen2_vl"), "w4a16", more)
     assert [a < b for a, b in zip(few, many, strict=True)] == [True, True, False]
 
@@ -68,7 +68,7 @@ def test_weights_in_bfloat16_take_less_where_nothing_but_a_solver_changes_them(
     def peak(recipe: str, precision: Precision) -> int:
         plan = make_plan(pq.load_recipe(recipe), bound)
         given: dict[str, Any] = {"resident": 0, "placement": placements(CPU, precision)[-1]}
-        found = forecast(plan, bound, {modality: Tokens(1, 1) for modality in TOKENS}, **given)
+        found = forecast(plan, bound, {modality: TowerTokens(1, 1) for modality in TOKENS}, **given)
         assert "layers" in found.where
         return found.peak_bytes
 

@@ -16,7 +16,7 @@ import torch
 
 import prismquant as pq
 from prismquant.data import read_samples
-from prismquant.distributed import Alone, Group, joined
+from prismquant.distributed import Alone, ProcessGroup, joined
 from prismquant.engine.collectives import require_sharable, share_of
 from prismquant.errors import DataError, PlanError
 from prismquant.models.bind import bind
@@ -138,7 +138,9 @@ def test_batches_are_dealt_whole_and_all_of_them(calibration_file: Path) -> None
     samples = read_samples(calibration_file)
     for size in (1, 2, 3):
         for batch in (1, 2):
-            shares = [share_of(samples, batch, Group(rank, size, "cuda:0")) for rank in range(size)]
+            shares = [
+                share_of(samples, batch, ProcessGroup(rank, size, "cuda:0")) for rank in range(size)
+            ]
             assert sorted(s.id for share in shares for s in share) == sorted(s.id for s in samples)
             first = [share[:batch] for share in shares]
             assert [s.id for group in first for s in group] == [
@@ -146,7 +148,7 @@ def test_batches_are_dealt_whole_and_all_of_them(calibration_file: Path) -> None
             ]
     assert share_of([], 4, Alone()) == []
     with pytest.raises(DataError, match=r"2 batches, too few for 3 ranks"):
-        share_of(samples, 3, Group(0, 3, "cuda:0"))
+        share_of(samples, 3, ProcessGroup(0, 3, "cuda:0"))
 
 
 @pytest.mark.parametrize(
