@@ -1,4 +1,4 @@
-"""Layers that share an input: what is gathered for them, and how they are solved together."""
+"""Layers that share an input: their statistics, and how they are solved together."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from prismquant.algorithms.correction import correct
 from prismquant.algorithms.methods import build_solver
 from prismquant.algorithms.problem import LayerProblem, LayerResult
 from prismquant.algorithms.protocols import Solver
@@ -17,29 +16,24 @@ from prismquant.algorithms.split import outlying_columns
 from prismquant.diagnostics.solver_diagnostics import (
     CorrectionDiagnostics,
     Failure,
-    StaticInputRange,
 )
 from prismquant.diagnostics.step_record import LayerRecord
 from prismquant.distributed import Ranks
 from prismquant.engine.calls import StepCall
 from prismquant.engine.failure import Guarded, with_way_out
+from prismquant.engine.group_moments import GroupMoments
+from prismquant.engine.static_ranges import MORE_SAMPLES, UNSEEN, StaticRanges
 from prismquant.errors import NumericsError
 from prismquant.formats.quantized_layer import (
     OutlierColumns,
     QuantizedLayer,
-    StaticScale,
     scale_and_zero_point,
 )
-from prismquant.formats.spec import NumberSpec
 from prismquant.models.bound import BoundSite
 from prismquant.numerics.finite import all_finite, finiteness
-from prismquant.numerics.rules import RangeRule
 from prismquant.plan.plan import PlanRow
 from prismquant.runtime.linear import ActivationQuantizer, QuantLinear
 from prismquant.statistics.channel_max import ChannelMax
-from prismquant.statistics.drift import Drift
-from prismquant.statistics.hessian import Hessian
-from prismquant.statistics.input_range import InputRange, static_scale_zero_point
 from prismquant.statistics.tokens import Tokens, summed
 
 What = Literal["columns", "ranges", "moments"]
@@ -49,9 +43,6 @@ _STATISTICS: dict[What, tuple[str, ...]] = {
     "ranges": ("input_range", "output_range"),
     "moments": ("hessian",),
 }
-
-_UNSEEN = "no calibration token reached this layer"
-_MORE_SAMPLES = "add samples of the modality that passes it"
 
 
 @dataclass(frozen=True)
@@ -73,7 +64,7 @@ class GroupSettings:
     products: torch.dtype = torch.float32
 
 
-class Group:
+class LayerGroup:
     """Layers that share an input and a scheme.
 
     Args:
@@ -99,15 +90,13 @@ class Group:
         self.solver: Solver = (
             Guarded(solver, rows[0].config.on_failure) if solver.statistics else solver
         )
-        self._failed: str | None = None
         self.columns: Tensor | None = None
-        self._hessian: Hessian | None = None
-        self._drift: Drift | None = None
-        self._ranges: dict[str, InputRange] = {}
-        self._outputs: dict[str, InputRange] = {}
-        self._channels = ChannelMax(rows[0].site.in_features, settings.device)
+        width = rows[0].site.in_features
+        self._channels = ChannelMax(width, settings.device)
+        self._ranges = StaticRanges(rows, settings.device, settings.stored_dtype)
+        correction = rows[0].config.correction
+        self._moments = GroupMoments(self.name, width, settings.device, correction)
         self._seen: dict[str, Tokens] = {}
-        self._input: StaticScale | None = None
         self._kept: list[OutlierColumns | None] = [None] * len(rows)
         self._correction: CorrectionDiagnostics | None = None
 
@@ -140,9 +129,9 @@ class Group:
                 self._channels.update(rows, call.row_weights)
             elif what == "ranges":
                 if self.rows[0].config.static_input:
-                    self._observe_range(self._ranges, self._without_columns(rows), call)
+                    self._ranges.update_input(self._without_columns(rows), call)
                     self._count("input_range", call.seen(len(rows)))
-            elif self._failed is None:
+            elif self._moments.failure is None:
                 self._observe_moments(rows, call, wanted)
         except NumericsError as error:
             # A static range cannot be had without these values; moments can be done without.
@@ -161,9 +150,7 @@ class Group:
         for row, module in self._pairs():
             if row.config.static_output:
                 rows = module(x).detach().reshape(-1, row.site.out_features)
-                counted = rows if call.row_weights is None else rows[call.row_weights > 0]
-                momentum = row.config.activation_range.momentum
-                self._outputs.setdefault(row.site.name, InputRange(momentum)).update(counted)
+                self._ranges.update_output(row, rows, call)
         if any(row.config.static_output for row in self.rows):
             self._count("output_range", call.seen(x.shape[:-1].numel()))
 
@@ -180,31 +167,12 @@ class Group:
             return
         names = _STATISTICS[what]
         self._seen |= summed({n: t for n, t in self._seen.items() if n in names}, ranks)
-        width = self.rows[0].site.in_features
         if what == "columns":
             self._channels.share(ranks)
         elif what == "ranges":
-            own = ("text", "vision") if self.rows[0].config.static_input else ()
-            self._ranges = self._shared(self._ranges, own, ranks)
-            outputs = [row.site.name for row in self.rows if row.config.static_output]
-            self._outputs = self._shared(self._outputs, outputs, ranks)
-        elif self._failed_on_any(ranks):
-            return
-        elif self.rows[0].config.correction is not None:
-            self._drift = self._drift or Drift(width, self.settings.device, self.name)
-            self._drift.share(ranks)
-        else:
-            self._hessian = self._hessian or Hessian(width, self.settings.device, self.name)
-            self._hessian.share(ranks)
-
-    def _shared(
-        self, ranges: dict[str, InputRange], names: Sequence[str], ranks: Ranks
-    ) -> dict[str, InputRange]:
-        """Ranges of what all ranks have seen, by those of the names that any has seen."""
-        momentum = self.rows[0].config.activation_range.momentum
-        for name in names:
-            ranges.setdefault(name, InputRange(momentum)).share(ranks)
-        return {name: ranges[name] for name in names if ranges[name].count}
+            self._ranges.share(ranks)
+        elif not self._failed_on_any(ranks):
+            self._moments.share(ranks)
 
     def problem(self) -> LayerProblem:
         """The problem for the solver, once everything was observed.
@@ -215,20 +183,22 @@ class Group:
         """
         row = self.rows[0]
         weights = [self._weight(row) for row in self.rows]
-        self._require_ranges()
-        tokens, hessian = self._tokens(), None
-        if self._failed is None:
+        self._ranges.require()
+        tokens, hessian = self._moments.tokens, None
+        if self._moments.failure is None:
             try:
-                hessian = self._moments()
-                weights = self._corrected(weights)
+                if self.wants("moments"):
+                    self._moments.require(MORE_SAMPLES, UNSEEN)
+                hessian = self._moments.hessian(self.columns)
+                weights, self._correction = self._moments.corrected(weights)
             except NumericsError as error:
                 if row.config.on_failure == "stop":
                     raise with_way_out(error) from error
                 self._give_up(error.what)
-        if self._failed is not None:
+        if self._moments.failure is not None:
             # The solver refuses a problem without a Hessian, and its guard rounds it.
             hessian, self._correction = None, None
-        self._hessian, self._drift = None, None
+        self._moments.release()
         self._kept = self._take_columns(weights)
         return LayerProblem(
             names=tuple(row.site.name for row in self.rows),
@@ -253,12 +223,17 @@ class Group:
         )
         # The first reason counts: without statistics the solver only says that they are missing.
         wanted = self.rows[0].config.solver
-        failure = Failure(self._failed, wanted) if self._failed else result.failure
+        lost = self._moments.failure
+        failure = Failure(lost, wanted) if lost else result.failure
         columns = () if self.columns is None else tuple(int(column) for column in self.columns)
         return [
             (
                 QuantizedLayer(
-                    row.site.name, weight, self._input_scale(), self._output_scale(row), kept
+                    row.site.name,
+                    weight,
+                    self._ranges.input_scale(),
+                    self._ranges.output_scale(row),
+                    kept,
                 ),
                 LayerRecord(
                     row.site.name,
@@ -266,7 +241,7 @@ class Group:
                     baseline,
                     result.diagnostics,
                     tokens=self._seen_by(row),
-                    input_range=self._input_range(),
+                    input_range=self._ranges.diagnostics(),
                     vision_weight=self.settings.vision_weight,
                     correction=self._correction,
                     split_columns=columns,
@@ -294,35 +269,11 @@ class Group:
     def _without_columns(self, rows: Tensor) -> Tensor:
         return rows if self.columns is None else rows.index_fill(1, self.columns, 0.0)
 
-    def _observe_range(self, records: dict[str, InputRange], rows: Tensor, call: StepCall) -> None:
-        """Text and vision tokens apart, so that the record can tell them apart.
-
-        A moving average is one of all tokens, batch after batch.
-        """
-        vision = None if self.rows[0].config.activation_range.kind == "ema" else call.vision
-        counted = None if call.row_weights is None else call.row_weights > 0
-        parts = {"text": None if vision is None else ~vision}
-        if vision is not None:
-            parts["vision"] = vision
-        for name, part in parts.items():
-            mask = part if counted is None else counted if part is None else part & counted
-            seen = rows if mask is None else rows[mask]
-            if len(seen):
-                momentum = self.rows[0].config.activation_range.momentum
-                records.setdefault(name, InputRange(momentum)).update(seen)
-
     def _observe_moments(self, rows: Tensor, call: StepCall, wanted: Tensor | None) -> None:
         weights = call.token_weights(self.settings.vision_weight)
         seen = self._quantized(rows)
-        if self.rows[0].config.correction is not None and wanted is not None:
-            if self._drift is None:
-                self._drift = Drift(rows.shape[1], rows.device, self.name)
-            self._drift.update(seen, self._rows(wanted), weights)
-        else:
-            if self._hessian is None:
-                self._hessian = Hessian(rows.shape[1], rows.device, self.name)
-            # What is rounded for the layer's product can be rounded here, where it saves time.
-            self._hessian.update(seen.to(self.settings.products), weights)
+        float_rows = None if wanted is None else self._rows(wanted)
+        self._moments.update(seen, float_rows, weights, self.settings.products)
         tokens = call.seen(len(rows))
         # Where vision tokens count for nothing, none of them has been seen.
         unseen = call.vision is not None and self.settings.vision_weight == 0
@@ -333,66 +284,23 @@ class Group:
         spec = self.rows[0].config.activations
         if spec is None or not self.settings.quantized_inputs:
             return rows
-        scale, zero_point = scale_and_zero_point(self._input_scale())
+        scale, zero_point = scale_and_zero_point(self._ranges.input_scale())
         seen: Tensor = ActivationQuantizer(spec, scale, zero_point, self.columns)(rows)
         return seen
 
-    def _moments(self) -> Tensor | None:
-        """The Hessian, if it was gathered; the split columns are no longer in it."""
-        record = self._drift or self._hessian
-        if record is None:
-            if self.wants("moments"):
-                raise NumericsError(_UNSEEN, where=self.name, remedy=_MORE_SAMPLES)
-            return None
-        hessian = record.result(consume=True)
-        if self.columns is None:
-            return hessian
-        return hessian.index_fill(0, self.columns, 0.0).index_fill(1, self.columns, 0.0)
-
-    def _corrected(self, weights: list[Tensor]) -> list[Tensor]:
-        """The weights that are to be approached."""
-        correction = self.rows[0].config.correction
-        if self._drift is None or correction is None:
-            return weights
-        corrected, self._correction = correct(self._drift, weights, correction)
-        return list(corrected)
-
-    def _tokens(self) -> float | None:
-        """Number of tokens that the Hessian is of."""
-        record = self._drift or self._hessian
-        return None if record is None else record.count
-
     def _give_up(self, why: str) -> None:
         """Do without moments."""
-        self._failed, self._hessian, self._drift = why, None, None
+        self._moments.give_up(why)
         self._seen.pop("hessian", None)
 
     def _failed_on_any(self, ranks: Ranks) -> bool:
         """Whether the moments are lost; every rank then does without, for the same reason."""
         if self.rows[0].config.on_failure == "stop":
             return False
-        told = [why for why in ranks.gather_json(self._failed) if why is not None]
+        told = [why for why in ranks.gather_json(self._moments.failure) if why is not None]
         if told:
             self._give_up(told[0])
         return bool(told)
-
-    def _require_ranges(self) -> None:
-        """Refuse a static range that has seen nothing: it has no scale, and rounding needs one."""
-        sides = [
-            ("input", row) for row in self.rows if row.config.static_input and not self._ranges
-        ]
-        sides += [
-            ("output", row)
-            for row in self.rows
-            if row.config.static_output and row.site.name not in self._outputs
-        ]
-        for side, row in sides:
-            raise NumericsError(
-                f"{_UNSEEN}, so its static {side} has no scale",
-                where=row.site.name,
-                remedy=f"{_MORE_SAMPLES}, or use dynamic activations; `on_failure: rtn` cannot "
-                "help a static range",
-            )
 
     def _take_columns(self, weights: list[Tensor]) -> list[OutlierColumns | None]:
         """Take the split columns out of the weights, in place of the list's entries."""
@@ -404,48 +312,6 @@ class Group:
             kept.append(OutlierColumns(self.columns, values))
             weights[index] = weight.index_fill(1, self.columns, 0.0)
         return kept
-
-    def _input_scale(self) -> StaticScale | None:
-        row = self.rows[0]
-        if (
-            row.config.activations is None
-            or not row.config.activations.calibrated
-            or not self._ranges
-        ):
-            return None
-        if self._input is None:
-            merged = InputRange(row.config.activation_range.momentum)
-            for record in self._ranges.values():
-                merged.merge(record)
-            self._input = self._static(merged, row.config.activations, row.config.activation_range)
-        return self._input
-
-    def _output_scale(self, row: PlanRow) -> StaticScale | None:
-        if row.config.outputs is None or row.site.name not in self._outputs:
-            return None
-        return self._static(
-            self._outputs[row.site.name], row.config.outputs, row.config.activation_range
-        )
-
-    def _static(self, record: InputRange, spec: NumberSpec, rule: RangeRule) -> StaticScale:
-        device, dtype = self.settings.device, self.settings.stored_dtype
-        scale, zero_point, low, high = static_scale_zero_point(
-            record, rule, spec.grid, spec.symmetric, dtype, spec.scale
-        )
-        zero_point = None if zero_point is None else zero_point.to(device)
-        return StaticScale(scale.to(device), zero_point, low, high)
-
-    def _input_range(self) -> StaticInputRange | None:
-        """The static input range for the record, of the modalities together and apart."""
-        static, spec = self._input_scale(), self.rows[0].config.activations
-        if static is None or spec is None:
-            return None
-        apart = self._ranges if len(self._ranges) > 1 else {}
-        extremes = {
-            name: record.result(RangeRule("minmax"), spec.grid, spec.symmetric)
-            for name, record in apart.items()
-        }
-        return StaticInputRange(static.low, static.high, extremes)
 
     def _weight(self, row: PlanRow) -> Tensor:
         matrix = self._weight_of(row.site).to(torch.float32)

@@ -17,7 +17,7 @@ from prismquant.algorithms.methods import build_equalizer
 from prismquant.diagnostics.failed_layers import failed_layers
 from prismquant.diagnostics.step_record import EdgeRecord, LayerRecord
 from prismquant.engine.collectives import Task, solve_all
-from prismquant.engine.group import Group, GroupSettings, What
+from prismquant.engine.group import GroupSettings, LayerGroup, What
 from prismquant.engine.kv_observation import KVObservation
 from prismquant.engine.smoothing import edge_problem, move_scale
 from prismquant.engine.tuning import TunedBlock, tune
@@ -188,7 +188,7 @@ class _UnitWork:
                 self._keep(layer, record)
         self.found.sort([row.site.name for members in groups for row in members])
 
-    def _solve(self, groups: Sequence[Group], rows: Sequence[PlanRow]) -> None:
+    def _solve(self, groups: Sequence[LayerGroup], rows: Sequence[PlanRow]) -> None:
         """Gather what each group wants, then solve them."""
         if not groups:
             return
@@ -213,7 +213,7 @@ class _UnitWork:
                 for layer, record in group.solved(result):
                     self._keep(layer, record)
 
-    def _group(self, rows: Sequence[PlanRow]) -> Group:
+    def _group(self, rows: Sequence[PlanRow]) -> LayerGroup:
         precision = self.unit.walk.placement.precision
         settings = GroupSettings(
             device=self.unit.walk.placement.device,
@@ -224,9 +224,9 @@ class _UnitWork:
         )
         flows = self.unit.flows
         modules = [self.unit.main.module(row.site.name) for row in rows] if flows else []
-        return Group(rows, modules, settings, self.unit.weight)
+        return LayerGroup(rows, modules, settings, self.unit.weight)
 
-    def _observe(self, stage: Sequence[str], groups: Sequence[Group], what: What) -> None:
+    def _observe(self, stage: Sequence[str], groups: Sequence[LayerGroup], what: What) -> None:
         """Feed each of a stage's groups the input of its layers, call by call."""
         if not self.unit.flows:
             return

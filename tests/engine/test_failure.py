@@ -29,7 +29,7 @@ from prismquant.diagnostics.solver_diagnostics import Failure, RTNDiagnostics
 from prismquant.engine.calls import StepCall
 from prismquant.engine.collectives import Task, solve_all
 from prismquant.engine.failure import Guarded
-from prismquant.engine.group import Group, GroupSettings
+from prismquant.engine.group import GroupSettings, LayerGroup
 from prismquant.engine.setup import Silent
 from prismquant.errors import DataError, NumericsError, PrismQuantError, RecipeError
 from prismquant.export.load_quantized import load_model
@@ -160,12 +160,12 @@ def row(tiny: Callable[..., Path]) -> Callable[..., PlanRow]:
     return get
 
 
-def a_group(row: PlanRow, weight: Tensor | None = None) -> Group:
+def a_group(row: PlanRow, weight: Tensor | None = None) -> LayerGroup:
     layer = nn.Linear(IN, 256, bias=False).requires_grad_(False)
     values = torch.randn(256, IN, generator=torch.Generator().manual_seed(0))
     layer.weight.copy_(values if weight is None else weight)
     settings = GroupSettings(torch.device("cpu"), torch.float32, True, 1.0)
-    return Group([row], [layer], settings, lambda _: layer.weight.detach())
+    return LayerGroup([row], [layer], settings, lambda _: layer.weight.detach())
 
 
 def tokens(count: int, seed: int = 0) -> Tensor:
@@ -175,14 +175,14 @@ def tokens(count: int, seed: int = 0) -> Tensor:
 CALL = StepCall((), {}, None, None, lambda _: None)
 
 
-def outcome(group: Group) -> tuple[LayerProblem, LayerResult, LayerRecord]:
+def outcome(group: LayerGroup) -> tuple[LayerProblem, LayerResult, LayerRecord]:
     problem = group.problem()
     result = group.solver.solve(problem)
     ((_, record),) = group.solved(result)
     return problem, result, record
 
 
-def assert_rounded(group: Group, why: str, wanted: str) -> None:
+def assert_rounded(group: LayerGroup, why: str, wanted: str) -> None:
     """Not solved but rounded, and said so."""
     problem, result, record = outcome(group)
     assert problem.hessian is None

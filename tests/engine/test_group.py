@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from prismquant.algorithms.problem import LayerResult
 from prismquant.algorithms.split import Split
 from prismquant.engine.calls import StepCall
-from prismquant.engine.group import Group, GroupSettings
+from prismquant.engine.group import GroupSettings, LayerGroup
 from prismquant.errors import NumericsError
 from prismquant.formats.quantized_layer import scale_and_zero_point
 from prismquant.formats.spec import spec
@@ -59,7 +59,7 @@ def module(seed: int = 0, out: int = 256) -> nn.Linear:
     return layer
 
 
-def group_of(row: PlanRow, *layers: nn.Module, **settings: Any) -> Group:
+def group_of(row: PlanRow, *layers: nn.Module, **settings: Any) -> LayerGroup:
     how = {
         "device": torch.device("cpu"),
         "stored_dtype": torch.float32,
@@ -70,14 +70,16 @@ def group_of(row: PlanRow, *layers: nn.Module, **settings: Any) -> Group:
     rows = [replace(row, site=name) for name in names] if len(layers) > 1 else [row]
     pairs = zip(rows, layers, strict=True)
     sites = {row.site.name: layer.get_parameter("weight") for row, layer in pairs}
-    return Group(rows, layers, GroupSettings(**(how | settings)), lambda site: sites[site.name])
+    return LayerGroup(
+        rows, layers, GroupSettings(**(how | settings)), lambda site: sites[site.name]
+    )
 
 
 def call(weights: Tensor | None = None, vision: Tensor | None = None) -> StepCall:
     return StepCall((), {}, weights, vision, lambda _: None)
 
 
-def solve(group: Group) -> tuple[LayerResult, list[QuantizedLayer], LayerRecord]:
+def solve(group: LayerGroup) -> tuple[LayerResult, list[QuantizedLayer], LayerRecord]:
     """The solver's result, the layers, and the record of the first."""
     result = group.solver.solve(group.problem())
     pairs = group.solved(result)
@@ -88,7 +90,7 @@ def tokens(count: int, seed: int = 0) -> Tensor:
     return torch.randn(count, IN, generator=torch.Generator().manual_seed(seed))
 
 
-def hessian_of(group: Group) -> Tensor:
+def hessian_of(group: LayerGroup) -> Tensor:
     """What the solver is given."""
     hessian = group.problem().hessian
     assert hessian is not None
@@ -173,7 +175,7 @@ def test_the_input_is_rotated_before_anything_is_seen_of_it(row: Callable[..., P
         group.observe(x, call(), what)  # type: ignore[arg-type]
     truth = turned.double().T @ turned.double() / len(x)
     torch.testing.assert_close(hessian_of(group), truth, rtol=2e-2, atol=1e-2)
-    assert group._input_range().high == pytest.approx(float(turned.max()))
+    assert group._ranges.diagnostics().high == pytest.approx(float(turned.max()))
 
 
 def test_split_columns_leave_range_moments_and_codes(row: Callable[..., PlanRow]) -> None:
