@@ -69,8 +69,7 @@ def inspect(
     on_failure: str | None = None,
     tensor_parallel: int | None = None,
 ) -> Plan:
-    """What a recipe would do to a model. Reads the configuration and the shards' headers, no
-    weights.
+    """Plan of a recipe for a model, from its configuration and the headers of its shards alone.
 
     Args:
         model: Folder of the checkpoint.

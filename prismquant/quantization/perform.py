@@ -159,7 +159,7 @@ def _recorded(
 
 
 def _notes(record: RunRecord, bound: BoundModel, directory: RunDirectory) -> tuple[str, ...]:
-    """What did not go as a user may expect."""
+    """Notes on what did not go as a user may expect."""
     failed, damaged = failure_lines(record.steps), _damage(record.damaged)
     foreign = directory.foreign_files(record) if record.finished else []
     beside = f"files that the run has not written lie in its folder: {', '.join(foreign)}"
@@ -171,7 +171,7 @@ def _damage(nonfinite: Mapping[str, str]) -> list[str]:
 
 
 def _unusual(bound: BoundModel, ranks: Ranks, *, locked: bool) -> dict[str, str]:
-    """What else to tell of the surroundings."""
+    """Unusual facts of the surroundings, for the record."""
     told = {} if locked else {"lock": "none"}
     if left := links_outside(bound.folder):
         told["links_outside"] = ", ".join(left)
