@@ -107,7 +107,7 @@ def _tell_findings(error: PrismQuantError, *, debug: bool) -> None:
 
 
 def _kept(folder: Path) -> str:
-    """What a run that was stopped has left to go on with."""
+    """Words on what a run that was stopped has left to go on with."""
     path = folder / "prismquant" / "record.json"
     steps: Sequence[Any] = ()
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
