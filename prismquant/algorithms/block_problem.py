@@ -126,7 +126,7 @@ class BlockProblem:
 
 @dataclass(frozen=True, eq=False)
 class BlockResult:
-    """What a tuner chose, and what it gained.
+    """Codes and scales that a tuner chose, and what it gained.
 
     Attributes:
         weights: One for each layer of the problem, in its order.

@@ -82,7 +82,7 @@ class Trials:
         self._kept = None if rows is None else list(self._pieces(rows))
 
     def error(self, scale: Tensor | None) -> float:
-        """What :func:`output_error` says, from the rows that are looked at.
+        """The :func:`output_error`, from the rows that are looked at.
 
         Args:
             scale: float32 ``[size]``, or ``None``.

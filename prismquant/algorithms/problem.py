@@ -147,7 +147,7 @@ class LayerProblem:
 
     @property
     def seen(self) -> str:
-        """Of how many tokens the Hessian is, for an error; empty where that is not known."""
+        """How many tokens the Hessian is of, for an error; empty where that is not known."""
         return "" if self.tokens is None else f" over {self.tokens:g} tokens"
 
     def _check_hessian(self, hessian: Tensor) -> None:
@@ -174,7 +174,7 @@ class LayerProblem:
 
 @dataclass(frozen=True, eq=False)
 class LayerResult:
-    """What a solver chose, and what it costs.
+    """Codes that a solver chose, and what they cost.
 
     Attributes:
         weights: One for each layer of the problem, in its order.

@@ -163,7 +163,7 @@ class EdgeProblem:
 
 @dataclass(frozen=True, eq=False)
 class EdgeResult:
-    """What a method chose.
+    """Scale that a method chose for an edge.
 
     Attributes:
         scale: float32 ``[size]``, positive: the producer is divided by it, the consumers' columns

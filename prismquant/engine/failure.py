@@ -45,7 +45,7 @@ class Guarded:
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:
-        """Those of the solver."""
+        """The solver's statistics."""
         return self.solver.statistics
 
     def solve(self, problem: LayerProblem) -> LayerResult:

@@ -93,12 +93,12 @@ class ChannelSizes:
 
     @property
     def token_weights(self) -> Tensor:
-        """What each token of the sample counts for, float32 ``[n]``."""
+        """Weight of each token of the sample, float32 ``[n]``."""
         return self._weights
 
     @property
     def vision(self) -> Tensor:
-        """Which tokens of the sample are of an image or video, bool ``[n]``."""
+        """Whether each token of the sample is of an image or video, bool ``[n]``."""
         return self._vision
 
     def update(

@@ -170,7 +170,7 @@ class Hessian:
         return mean
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What :meth:`from_state_dict` needs: ``sum``, ``rest`` and ``count``."""
+        """The whole statistic, for :meth:`from_state_dict`: ``sum``, ``rest`` and ``count``."""
         return {
             "sum": self._sum.clone(),
             "rest": self._rest.clone(),

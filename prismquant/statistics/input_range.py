@@ -283,7 +283,7 @@ def static_scale_zero_point(
     scale_dtype: torch.dtype,
     kind: ScaleKind = "float",
 ) -> tuple[Tensor, Tensor | None, float, float]:
-    """What calibration has to find for an activation.
+    """Static scale of an activation, as calibration finds it.
 
     Args:
         record: Its values.

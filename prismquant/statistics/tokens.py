@@ -33,7 +33,7 @@ class Tokens:
 
     @property
     def without_vision(self) -> Tokens:
-        """Those of text alone."""
+        """The text tokens alone."""
         return Tokens(text=self.text)
 
     def describe(self) -> str:
@@ -43,7 +43,7 @@ class Tokens:
 
 
 def summed(seen: Mapping[str, Tokens], ranks: Ranks) -> dict[str, Tokens]:
-    """What all ranks have seen, by the same names."""
+    """Tokens that all ranks have seen, by the same names."""
     total: dict[str, Tokens] = {}
     for part in ranks.gather_json({name: asdict(tokens) for name, tokens in seen.items()}):
         for name, counts in part.items():

@@ -58,7 +58,7 @@ def gptq_points(
         return grid.round_(target / step[:, columns] + zero[:, columns])
 
     def values(points: Tensor, columns: slice | int) -> Tensor:
-        """What points stand for."""
+        """The values that points stand for."""
         return (points - zero[:, columns]) * step[:, columns]
 
     damped = hessian + damping * torch.diag(hessian.diagonal())
