@@ -299,9 +299,9 @@ def brute_force(task: EdgeProblem, factors: Tensor) -> float:
         largest = torch.maximum(-task.record.low / factors, task.record.high / factors).amax()
         divisor = global_scale(largest, form.grid) if form.scale == "e4m3" else None
         seen = rounded(seen, form, divisor)
-    scaled = [reader.weight * factors for reader in task.readers]
+    scaled = [reader.weight * factors for reader in task.consumers]
     errors = []
-    for reader, weight in zip(task.readers, scaled, strict=True):
+    for reader, weight in zip(task.consumers, scaled, strict=True):
         shown, own = weight, reader.spec
         if own is not None:
             top = torch.stack([w.abs().amax() for w in scaled]).amax()
