@@ -35,7 +35,7 @@ PROBES = Path(__file__).with_name("structure_probes.py")
 # Numeric kernels take many arrays: a compiled function cannot take an object.
 MANY_PARAMETERS_ALLOWED = "kernels"
 # What loading a checkpoint has no need of.
-NOT_FOR_LOADING = {"engine", "plan", "recipe", "data", "pipeline"}
+NOT_FOR_LOADING = {"engine", "plan", "recipe", "data"}
 
 MAX_FILE_LINES = 399
 MAX_BODY_LINES = 59
