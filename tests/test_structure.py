@@ -31,16 +31,8 @@ LIMITS = {
 }
 # Where a limit is not kept yet: today's number. It shrinks with the number, and goes with the last.
 CEILINGS = {
-    "files over 399 lines": 25,
-    "function bodies over 59 lines": 4,
-    "functions over 10 parameters": 5,
-    "docstrings that begin with a fragment": 407,
-    "class names used twice": 14,
-    "file names used twice": 17,
-    "imports against the layers": 8,
-    "import circles of modules": 2,
-    "modules imported by load": 132,
-    "of these, modules that load has no need of": 47,
+    # quantize and measure, whose keywords are those of the command line.
+    "functions over 10 parameters": 2,
 }
 
 
@@ -93,12 +85,13 @@ def test_sizes_and_fragments_are_counted(tmp_path: Path) -> None:
         "wide.py": f"class A:\n    def f(self, {arguments}, *b, **c):\n        return 1\n",
         "kernels/wide.py": f"def f({arguments}, b, *, c): ...\n",
         "fits.py": f"def f({arguments}, *, c): ...\n",
+        "kernels/long.py": "def f():\n" + "    pass\n" * 60,
         "long.py": "def f():\n    '''Of a docstring.\n\n    '''\n" + "    pass\n" * 60,
         "short.py": "def f():\n    '''Often.\n\n    '''\n" + "    pass\n" * 59,
         "large.py": '"""What it is."""\n' + "\n" * 399,
     }
     found = {m.name: m for m in structure.size_measures(write(tmp_path, sources))}
-    assert found["modules"].value == 6
+    assert found["modules"].value == 7
     assert found["lines of the largest file"].found == ("large.py",)
     assert found["files over 399 lines"].found == ("large.py: 400",)
     assert found["function bodies over 59 lines"].found == ("long.py:1 f: 60",)

@@ -51,7 +51,7 @@ def idle_without_ranges() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long to descend, and on what.
+    """Schedule of a descent: its steps, and the calls that each sees.
 
     Attributes:
         iterations: Steps.

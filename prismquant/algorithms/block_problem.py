@@ -79,7 +79,7 @@ class BlockLayer:
 
     @property
     def scale_format(self) -> ScaleFormat:
-        """How scales are stored; a global scale stays that of the start."""
+        """Storage format of the scales; a global scale stays that of the start."""
         if self.start.spec.scale == "float":
             return as_scale_format(self.scale_dtype)
         return self.start.scale_format

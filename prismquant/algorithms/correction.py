@@ -38,7 +38,7 @@ _DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3)
 
 @dataclass(frozen=True)
 class Correction:
-    """How far weights are corrected for what precedes them.
+    """Strength of the correction of weights for what precedes them.
 
     Attributes:
         strength: From 0 (not at all) to 1 (wholly); ``None`` chooses it for each layer on held-out

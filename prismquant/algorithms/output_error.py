@@ -128,7 +128,7 @@ class Trials:
                 yield _ConsumerPiece(index, piece, self._inputs @ piece.T)
 
     def _forms(self, factors: Tensor | None) -> list[ScaleFormat | None]:
-        """How each consumer's scales are stored once its columns are scaled."""
+        """Storage format of each consumer's scales once its columns are scaled."""
         peaks = self._peaks.values()
         scaled = [(p if factors is None else p * factors).amax() for p in peaks]
         return [

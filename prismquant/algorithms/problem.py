@@ -136,7 +136,7 @@ class LayerProblem:
 
     @property
     def scale_format(self) -> ScaleFormat:
-        """How scales are stored; one global scale serves all layers, as servers fuse them."""
+        """Storage format of the scales; one global scale serves all layers, as in servers."""
         largest = (weight.abs().amax() for weight in self.weights)
         return scale_format(self.spec, self.range_rule, self.scale_dtype, largest)
 
@@ -147,7 +147,7 @@ class LayerProblem:
 
     @property
     def seen(self) -> str:
-        """How many tokens the Hessian is of, for an error; empty where that is not known."""
+        """Number of tokens that the Hessian is of, for an error; empty where that is not known."""
         return "" if self.tokens is None else f" over {self.tokens:g} tokens"
 
     def _check_hessian(self, hessian: Tensor) -> None:
@@ -209,7 +209,7 @@ class SolvedWeight:
 def scale_format(
     spec: NumberSpec, rule: RangeRule, scale_dtype: AnyScale, magnitudes: Iterable[Tensor]
 ) -> ScaleFormat:
-    """How the scales of weights that are served as one are stored.
+    """Storage format of the scales of weights that are served as one.
 
     Args:
         spec: Their format.

@@ -66,7 +66,7 @@ class RTN:
 
     @property
     def diagnostics(self) -> RTNDiagnostics:
-        """How every layer is rounded, for the record."""
+        """Diagnostics of every layer, for the record."""
         return RTNDiagnostics(self.scale_weighting)
 
     def solve(self, problem: LayerProblem) -> LayerResult:

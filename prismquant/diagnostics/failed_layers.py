@@ -10,7 +10,7 @@ _NAMES = 3
 
 
 def failed_layers(layers: Iterable[LayerRecord]) -> dict[str, str]:
-    """Why layers were rounded to nearest in place of being solved, by their names."""
+    """Reasons for which layers were rounded to nearest in place of being solved, by name."""
     return {layer.name: layer.failure.why for layer in layers if layer.failure is not None}
 
 

@@ -10,7 +10,7 @@ from prismquant.statistics.tokens import Tokens
 
 @dataclass(frozen=True)
 class KeyBias:
-    """How much of the keys the rotated bias of their projection is.
+    """Share of the keys that the rotated bias of their projection is.
 
     Attributes:
         energy: Its sum of squares relative to the keys'; 1: the keys are little else.

@@ -17,7 +17,7 @@ from prismquant.arguments import EXACT
 
 @dataclass(frozen=True)
 class GPTQDiagnostics:
-    """How GPTQ solved layers that share an input; all figures are of these layers together.
+    """Diagnostics of GPTQ; all figures are of layers that share an input, together.
 
     Attributes:
         damping: The fraction of damping that was used.
@@ -49,7 +49,7 @@ class GPTQDiagnostics:
 
 @dataclass(frozen=True)
 class RTNDiagnostics:
-    """How layers were rounded to nearest.
+    """Diagnostics of rounding to nearest.
 
     Attributes:
         scale_weighting: Cost of an error while a range rule searched.
@@ -76,7 +76,7 @@ def solver_diagnostics(fields: Mapping[str, Any]) -> SolverDiagnostics:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a layer was rounded to nearest in place of being solved.
+    """Reason for which a layer was rounded to nearest in place of being solved.
 
     Attributes:
         why: The error of the solver, or of what gathers its statistics.
@@ -91,7 +91,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class CorrectionDiagnostics:
-    """How far weights were corrected for what precedes them.
+    """Diagnostics of the correction of weights for what precedes them.
 
     Attributes:
         strength: Mean strength over layers that share an input.

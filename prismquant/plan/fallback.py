@@ -129,7 +129,7 @@ def _groups_are_free(weights: NumberSpec) -> bool:
 
 
 def _misfit(site: BoundSite, weights: NumberSpec, shards: int) -> str | None:
-    """Why a weight cannot have a format; None where it can."""
+    """Reason for which a weight cannot have a format; None where it can."""
     cut = _cut_misfit(site, shards)
     if cut is not None:
         return cut
@@ -149,7 +149,7 @@ def _misfit(site: BoundSite, weights: NumberSpec, shards: int) -> str | None:
 
 
 def _misfit_of_input(site: BoundSite, activations: NumberSpec | None, shards: int) -> str | None:
-    """Why an input cannot have a format; None where it can."""
+    """Reason for which an input cannot have a format; None where it can."""
     size = None if activations is None else activations.group_size
     width, _ = _shard(site, shards)
     if size is None or width % size == 0:

@@ -75,7 +75,7 @@ class KVPlan:
         }
 
     def remarks(self) -> tuple[str, ...]:
-        """Who cannot use the scales as they are, and why."""
+        """Remarks on readers that cannot use the scales as they are."""
         found = []
         if self.spec.rotated:
             found.append(

@@ -8,7 +8,7 @@ from prismquant.plan.plan import PlanRow
 
 
 def remarks_on(rows: Sequence[PlanRow]) -> tuple[str, ...]:
-    """Who cannot load the checkpoint as it will be, and why."""
+    """Remarks on readers that cannot load the checkpoint as it will be."""
     found: dict[str, list[str]] = {}
     for row in rows:
         for why in _obstacles(row):

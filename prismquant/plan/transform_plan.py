@@ -1,4 +1,4 @@
-"""Where the transforms of a recipe apply: rotated towers, split columns, smooth edges."""
+"""Places of a recipe's transforms: rotated towers, split columns, smooth edges."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def plan_rotations(recipe: Recipe, bound: BoundModel, findings: list[str]) -> tu
 
 
 def plan_splits(recipe: Recipe, bound: BoundModel) -> dict[str, Split]:
-    """Where columns may be split off; a later transform wins."""
+    """Layers of which columns may be split off; a later transform wins."""
     return {
         site.name: transform.split()
         for transform in recipe.transforms

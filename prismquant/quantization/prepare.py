@@ -134,7 +134,7 @@ def forecast_memory(
     device: torch.device,
     precision: Precision,
 ) -> tuple[Forecast, Survey]:
-    """How the run will go about it, and the peak that is expected; and the batches for it.
+    """Placement of the run with the peak that is expected, and the batches for it.
 
     Pixels that stay in memory are the first that must go.
 

@@ -64,7 +64,7 @@ def _count(most: int) -> Any:
 
 
 class Calibration(Strict):
-    """How statistics are gathered.
+    """Settings of the calibration.
 
     Attributes:
         samples: At most so many calibration samples, spread over the kinds that are present.

@@ -115,11 +115,11 @@ def memory_line(record: RunRecord) -> str:
     predicted = format_bytes(int(told.get("predicted_peak_bytes", 0)))
     budget = f", budget {format_bytes(int(told['budget_bytes']))}" if "budget_bytes" in told else ""
     measured = format_bytes(record.peak_memory_bytes)
-    return f"peak memory {measured}, predicted {predicted}{budget}; {told.get('way', '')}"
+    return f"peak memory {measured}, predicted {predicted}{budget}; {told.get('placement', '')}"
 
 
 def token_lines(files: RunFiles) -> list[str]:
-    """How many tokens of each modality the statistics have seen, a line for each tower; more where
+    """Tokens of each modality that the statistics have seen, a line for each tower; more where
     layers of one tower differ.
     """
     towers = {layer.name: layer.modality for layer in files.plan.layers}

@@ -65,7 +65,7 @@ class InputRange:
 
     @property
     def count(self) -> int:
-        """How many values have been seen."""
+        """Number of values seen."""
         return self._count
 
     @property

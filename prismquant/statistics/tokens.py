@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tokens:
-    """How many tokens of each modality something has seen, or rows in a vision tower.
+    """Numbers of tokens of each modality that were seen, or of rows in a vision tower.
 
     Attributes:
         text: Of text.

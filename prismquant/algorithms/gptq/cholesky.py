@@ -139,7 +139,7 @@ def blocks(count: int, size: int, first: int = 0) -> Iterator[slice]:
 
 @dataclass(frozen=True, eq=False)
 class _Move:
-    """Where ``m`` columns go when ``b`` of them are eliminated.
+    """Move of ``m`` columns when ``b`` of them are eliminated.
 
     Those of the last ``b`` columns that stay take the places of those further ahead that go. Lines
     and columns of the matrix move alike.
@@ -158,7 +158,7 @@ class _Move:
 
     @classmethod
     def of(cls, picked: list[int], end: int, device: torch.device) -> _Move:
-        """Where the columns ``picked``, in the order of elimination, are the ones that go."""
+        """Move that eliminates the columns ``picked``, in this order."""
         start, gone = end - len(picked), set(picked)
         free = sorted(i for i in picked if i < start)
         late = [i for i in range(start, end) if i not in gone]
@@ -170,7 +170,7 @@ class _Move:
 
     @property
     def start(self) -> int:
-        """How many columns stay."""
+        """Number of columns that stay."""
         return self.end - len(self.gone)
 
     def columns_of(self, matrix: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ class CholeskyFactor:
 
 @dataclass(frozen=True)
 class Damping:
-    """How a Hessian is damped, and its columns ordered.
+    """Damping of a Hessian, and the order of its columns.
 
     Attributes:
         fraction: Added to the diagonal, as a fraction of ``basis``.

@@ -58,7 +58,7 @@ class ChunkRows:
 
     @property
     def widths(self) -> list[int]:
-        """How many rows each piece has."""
+        """Number of rows of each piece."""
         return [rows.stop - rows.start for _, rows in self.pieces]
 
 
@@ -145,7 +145,7 @@ class RowChunk:
         self.sums = self.errors.new_zeros(len(self.costs), self.errors.shape[1]).double()
 
     def __len__(self) -> int:
-        """How many columns there are."""
+        """Number of columns."""
         return len(self.weights)
 
     @property
@@ -191,7 +191,7 @@ class RowChunk:
         )
 
     def accumulator(self, block: slice) -> LossAccumulator:
-        """Where the losses of some columns are added up."""
+        """Accumulator of the losses of some columns."""
         return LossAccumulator(self.costs[:, block], self.sums)
 
     def row_losses(self, hessian: SharedHessian) -> Tensor:
