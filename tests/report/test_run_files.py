@@ -45,6 +45,12 @@ def test_what_is_read_is_what_was_done(run: pq.Result) -> None:
     assert files.plan.total_bytes == run.plan.total_bytes
 
 
+def test_the_line_on_memory_says_where_states_waited(run: pq.Result) -> None:
+    line = plans.memory_line(RunFiles.read(run.folder).record)
+    assert str(run.record.memory["placement"]) in line
+    assert "passes" in line
+
+
 def test_a_report_is_made_without_torch(run: pq.Result) -> None:
     """In a process of its own: every module of the folder is imported, every table is made."""
     package = Path(plans.__file__).parent
