@@ -86,7 +86,7 @@ def quantized(
     return {"peak": peak, "seconds": seconds, "budget": budget, **memory}
 
 
-def ways_of(model: Path, data: Path, work: Path, log: Path) -> list[dict[str, Any]]:
+def placements_of(model: Path, data: Path, work: Path, log: Path) -> list[dict[str, Any]]:
     """Runs under smaller and smaller budgets, each just below what the last was predicted to take,
     until one is refused."""
     runs = [quantized(model, data, work / "budget", log)]
@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             size = 2 * sum(reader.info(name).nbytes for name in reader.names)
             run = quantized(model, data, work / f"o{blocks}", log)
             results.append({"blocks": blocks, "float32": size, **run})
-        budgets = ways_of(work / f"m{options.blocks[0]}", data, work, log)
+        budgets = placements_of(work / f"m{options.blocks[0]}", data, work, log)
     first = results[0]
     rows = [
         [

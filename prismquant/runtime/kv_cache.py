@@ -9,7 +9,7 @@ Scales are static, so a key is rounded to the same number whenever it is read.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from prismquant.formats.kv_formats import KVCacheSpec
 from prismquant.numerics.affine import simulate
 from prismquant.numerics.hadamard import block_hadamard, power_of_two_block
 from prismquant.numerics.kinds import Granularity
-from prismquant.runtime.linear import straight_through
+from prismquant.runtime.linear import straight_through, switched_off
 
 
 class KVHook(nn.Module):
@@ -113,14 +113,6 @@ def rotated(key: Tensor) -> Tensor:
     return block_hadamard(key, power_of_two_block(key.shape[-1]))
 
 
-@contextlib.contextmanager
-def cache_in_float(model: nn.Module) -> Iterator[None]:
+def cache_in_float(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Within the block, keys and values are not quantized."""
-    quantizers = [m for m in model.modules() if isinstance(m, KVQuantizer) and m.enabled]
-    for quantizer in quantizers:
-        quantizer.enabled = False
-    try:
-        yield
-    finally:
-        for quantizer in quantizers:
-            quantizer.enabled = True
+    return switched_off(model, KVQuantizer)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -197,13 +197,24 @@ def quantize_outputs(
 
 
 @contextlib.contextmanager
-def activations_in_float(model: nn.Module) -> Iterator[None]:
-    """Within the block, inputs and outputs are not quantized."""
-    quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer) and m.enabled]
-    for quantizer in quantizers:
+def switched_off(model: nn.Module, kind: type[nn.Module]) -> Iterator[None]:
+    """Within the block, quantizers of a kind pass on what they are given.
+
+    Args:
+        model: Holds them.
+        kind: Their class, which has an attribute ``enabled``.
+    """
+    quantizers: list[Any] = [m for m in model.modules() if isinstance(m, kind)]
+    enabled = [quantizer for quantizer in quantizers if quantizer.enabled]
+    for quantizer in enabled:
         quantizer.enabled = False
     try:
         yield
     finally:
-        for quantizer in quantizers:
+        for quantizer in enabled:
             quantizer.enabled = True
+
+
+def activations_in_float(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Within the block, inputs and outputs are not quantized."""
+    return switched_off(model, ActivationQuantizer)
