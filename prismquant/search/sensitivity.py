@@ -50,8 +50,9 @@ class FormatOption:
         stored_bytes: Bytes of the unit's weights on disk: codes, scales, zero points, padding.
         cache_bytes: Bytes of keys and values for each token in the cache; 0 for units of layers.
         scores: Loss by class of token; classes that the samples lack are left out.
-        formats: Format of each layer's weight as it will really be, where it is not the one that
-            was asked for: its shape did not fit.
+        formats: By layer, where they are not the ones that were asked for because its shape did not
+            fit: names of its formats as they will really be, that of the weight and, after a
+            slash, that of the input, e.g. ``int4-g32`` or ``fp8-channel/fp8-token``.
         refused: Readers that cannot load the unit in this format, each with the reason.
     """
 
@@ -73,6 +74,9 @@ class LayerShape:
         name: Its module path.
         role: What it does, e.g. ``attn.qkv``.
         out_features, in_features: Of its weight as a matrix.
+        parallel: Side of the weight that servers cut over devices: ``row`` its inputs, ``column``
+            its outputs; None: each device holds the whole layer.
+        fused: Whether servers fuse it with others.
     """
 
     __pydantic_config__ = EXACT
@@ -81,6 +85,13 @@ class LayerShape:
     role: str
     out_features: int
     in_features: int
+    parallel: Literal["row", "column"] | None = None
+    fused: bool = False
+
+    @property
+    def weights(self) -> int:
+        """Number of its weights."""
+        return self.out_features * self.in_features
 
 
 @dataclass(frozen=True)
@@ -93,7 +104,8 @@ class ChoiceUnit:
         step: Module path of the model's unit (a block, the projector, the head) that holds it.
         kind: ``layers``, or ``kv_cache`` for the keys and values of the whole language model.
         layers: Its layers; empty for the key-value cache.
-        options: What it may be; the first is to leave it alone.
+        options: What it may be; the first is to leave it alone, and the only one where its layers
+            were left out of the choice.
     """
 
     __pydantic_config__ = EXACT
@@ -114,6 +126,8 @@ class Choice:
         weights: Fields of the weights' number format; None: of the key-value cache alone.
         activations: Fields of the inputs' number format; None: they stay in floating point.
         cache: Fields of the format of keys and values; None: it is of layers.
+        weight_range, activation_range: Fields of the rules by which ranges are chosen, as a recipe
+            has them; None: its default.
     """
 
     __pydantic_config__ = EXACT
@@ -121,6 +135,8 @@ class Choice:
     weights: Mapping[str, Any] | None = None
     activations: Mapping[str, Any] | None = None
     cache: Mapping[str, Any] | None = None
+    weight_range: Mapping[str, Any] | None = None
+    activation_range: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -140,9 +156,10 @@ class Sensitivity:
         calibration: Samples, by kind; their source; tokens by class.
         weights: Weight of each class of token in the sum of scores.
         formats: Formats on offer, by name.
-        units: Units of choice, in the order in which the model runs them.
-        fixed_bytes: Bytes of all tensors that no unit chooses for: embeddings, norms, biases, and
-            layers that were left out of the choice.
+        units: Units of choice, in the order in which the model runs them. Every layer that a recipe
+            could quantize is in one, so that a recipe can be written that leaves the others alone.
+        fixed_bytes: Bytes on disk of all tensors that no unit holds: embeddings, norms, biases.
+        fixed_weights: How many numbers these tensors hold.
         notes: Things that a user should know: fallbacks, samples without a class.
     """
 
@@ -162,4 +179,5 @@ class Sensitivity:
     formats: Mapping[str, Choice]
     units: tuple[ChoiceUnit, ...]
     fixed_bytes: int
+    fixed_weights: int
     notes: tuple[str, ...] = ()
