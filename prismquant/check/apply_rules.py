@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from prismquant.check import modelopt_rules as modelopt
 from prismquant.check import packed_int_rules as packed_int
 from prismquant.check.checkpoint import COMPRESSED_TENSORS, GGUF, Checkpoint
-from prismquant.check.findings import Problem, Report, Rule, by_severity, findings_of
+from prismquant.check.findings import (
+    Finding,
+    Problem,
+    Report,
+    Rule,
+    by_severity,
+    findings_of,
+)
 from prismquant.check.open_checkpoint import open_checkpoint
 from prismquant.check.rule_table import METHODS, RULES
 from prismquant.check.target_reader import TargetReader
@@ -34,15 +42,25 @@ def check(folder: str | Path, target: TargetReader | str | None = None) -> Repor
     reader = TargetReader(target) if target is not None else None
     checkpoint = open_checkpoint(Path(folder), reader)
     rules = [rule for rule in RULES if rule.concerns(reader) and _applies(rule, checkpoint)]
-    found = [one for rule in rules for one in findings_of(rule, _found(rule, checkpoint), reader)]
     return Report(
         folder=str(folder),
         target=reader,
         method=checkpoint.method,
         layers=_quantized(checkpoint),
         rules=len(rules),
-        findings=by_severity(found),
+        findings=by_severity(apply(rules, checkpoint)),
     )
+
+
+def apply(rules: Iterable[Rule], checkpoint: Checkpoint) -> list[Finding]:
+    """Findings of those rules that concern a checkpoint's method and reader."""
+    reader = checkpoint.target
+    return [
+        finding
+        for rule in rules
+        if rule.concerns(reader) and _applies(rule, checkpoint)
+        for finding in findings_of(rule, _found(rule, checkpoint), reader)
+    ]
 
 
 def _found(rule: Rule, checkpoint: Checkpoint) -> list[Problem]:

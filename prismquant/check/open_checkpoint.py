@@ -73,7 +73,7 @@ def open_checkpoint(folder: Path, target: TargetReader | None) -> Checkpoint:
     if model is None:
         return checkpoint
     try:
-        return replace(checkpoint, layers=tuple(_layers(checkpoint, model)))
+        return replace(checkpoint, layers=tuple(checked_layers(checkpoint, model)))
     except PrismQuantError as error:
         # Its patterns take too long: the grammar is told, and nothing about layers.
         faults = (*read.faults, Fault("config.pattern", error.what, CONFIG_KEY, error.remedy or ""))
@@ -153,7 +153,12 @@ def _is_known(config: Mapping[str, Any]) -> bool:
     )
 
 
-def _layers(checkpoint: Checkpoint, model: BoundModel) -> Iterator[CheckedLayer]:
+def checked_layers(checkpoint: Checkpoint, model: BoundModel) -> Iterator[CheckedLayer]:
+    """The linear layers of a model, each with the groups that readers find for it.
+
+    Raises:
+        PrismQuantError: The patterns of the configuration take too long.
+    """
     sites = {site.name: site for site in model.sites if site.kind is SiteKind.LINEAR}
     spare = [item.name for item in model.left_alone if item.is_linear]
     found = _found_in_vllm(checkpoint, model, [*sites, *spare])

@@ -35,7 +35,7 @@ def _held_by_loading(name: str, says: str, *, layered: bool = False) -> Rule:
     return Rule(name, _E, says, faults_under(name), layered=layered)
 
 
-_FILES = (
+FILE_RULES = (
     Rule("files.shards", _E, "every shard is there and whole", files.broken_shards),
     Rule("files.index", _E, "every indexed tensor is in its shard", files.index_and_headers),
     Rule("files.unindexed", _E, "every tensor is in the index", files.unindexed),
@@ -45,6 +45,8 @@ _FILES = (
     Rule("files.companions", _W, "tokenizer and image processor are there", files.companions),
     Rule("model.unknown", _N, "the architecture is known", files.unknown_model),
     Rule("model.config", _E, "the configuration describes it", files.broken_model),
+)
+_MODEL = (
     Rule(
         "model.vllm",
         _E,
@@ -364,7 +366,8 @@ _OWNERS: tuple[tuple[tuple[Rule, ...], tuple[str, ...]], ...] = (
 METHODS = {rule.name: methods for rules, methods in _OWNERS for rule in rules}
 
 RULES = (
-    *_FILES,
+    *FILE_RULES,
+    *_MODEL,
     *_SECTION,
     *_CONFIG,
     *_NAMES,
