@@ -14,9 +14,11 @@ import fnmatch
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from prismquant.check.planned_checkpoint import KV_CACHE, refusals
+from prismquant.check.target_reader import TargetReader
 from prismquant.errors import ArgumentError, grouped, shortened
 from prismquant.models.arch import Modality, Parallel
 from prismquant.models.bound import BoundModel, BoundSite
@@ -28,9 +30,6 @@ from prismquant.recipe.schema import Recipe, parse_recipe
 from prismquant.search.format_grammar import numbers_of, rule_of
 from prismquant.search.sensitivity import FLOAT, Choice, ChoiceUnit, FormatOption, LayerShape
 from prismquant.shards import ShardReader
-
-KV_CACHE = "kv_cache"
-"""Name and kind of the unit of keys and values."""
 
 # Layers of a unit whose names a unit's name spells out.
 _SPELLED = 4
@@ -104,11 +103,12 @@ def make_choices(
     """
     names, patterns = tuple(modalities) or tuple(Modality), tuple(disable)
     alone, notes = _left_alone(bound, names, patterns)
-    cannot = [site for site in bound.sites if _obstacle(site)]
+    _refuse_idle(bound, formats, names, alone)
     plans = {
-        name: make_plan(_recipe(name, choice, cannot, solver, solver_options or {}), bound)
+        name: make_plan(_recipe(name, choice, alone, solver, solver_options or {}), bound)
         for name, choice in formats.items()
     }
+    refused = {name: _refusals(plan, bound) for name, plan in plans.items()}
     caches = {name: plan for name, plan in plans.items() if formats[name].cache is not None}
     chosen = {name: _by_layer(plan) for name, plan in plans.items() if name not in caches}
     every = next(iter(plans.values()))
@@ -118,13 +118,8 @@ def make_choices(
         for sites in _fused(bound)
     ]
     if caches:
-        units.append(_cache_unit(bound, names, caches))
-    if not any(len(one.unit.options) > 1 for one in units):
-        raise ArgumentError(
-            "nothing is left to choose: every layer is left alone",
-            where="--modalities and --disable",
-            remedy="name other modalities, or disable fewer layers",
-        )
+        units.append(_cache_unit(bound, caches))
+    units = [_with_refusals(one, refused) for one in units]
     held = sum(layer.weights for one in units for layer in one.unit.layers)
     return Choices(
         formats=dict(formats),
@@ -134,6 +129,56 @@ def make_choices(
         fixed_weights=_numbers(bound) - held,
         notes=(*notes, *_fallbacks(units)),
     )
+
+
+def _refuse_idle(
+    bound: BoundModel,
+    formats: Mapping[str, Choice],
+    modalities: Sequence[str],
+    alone: Sequence[tuple[BoundSite, ...]],
+) -> None:
+    """Refuse formats that no unit could have."""
+    cached = [name for name, choice in formats.items() if choice.cache is not None]
+    if len(cached) < len(formats) and len(alone) == len(_fused(bound)):
+        raise ArgumentError(
+            "nothing is left to choose: every layer is left alone",
+            where="--modalities and --disable",
+            remedy="name other modalities, or disable fewer layers",
+        )
+    if cached and Modality.LLM not in modalities:
+        raise ArgumentError(
+            "formats of the key-value cache are named, but the language model is left out",
+            where="--formats and --modalities",
+            remedy=f"leave out {', '.join(cached)}, or choose for llm, too",
+        )
+
+
+def _refusals(plan: Plan, bound: BoundModel) -> dict[str, dict[str, str]]:
+    """By layer, and for keys and values, the readers that refuse the plan's format, with why."""
+    found: dict[str, dict[str, str]] = {}
+    for reader in TargetReader:
+        for layer, why in refusals(plan, bound, reader).items():
+            found.setdefault(layer, {})[reader.value] = why
+    return found
+
+
+def _with_refusals(
+    unit: UnitRows, refused: Mapping[str, Mapping[str, Mapping[str, str]]]
+) -> UnitRows:
+    """The unit, each option with the readers that refuse any of its layers."""
+    names = [site.name for site in unit.sites] or [KV_CACHE]
+
+    def told(option: FormatOption) -> FormatOption:
+        by_layer = refused.get(option.format, {})
+        readers = {
+            reader: why
+            for name in reversed(names)
+            for reader, why in by_layer.get(name, {}).items()
+        }
+        return replace(option, refused=dict(sorted(readers.items())))
+
+    options = tuple(told(option) for option in unit.unit.options)
+    return replace(unit, unit=replace(unit.unit, options=options))
 
 
 def _fused(bound: BoundModel) -> list[tuple[BoundSite, ...]]:
@@ -186,19 +231,19 @@ def _obstacle(site: BoundSite) -> str:
 def _recipe(
     name: str,
     choice: Choice,
-    left: Sequence[BoundSite],
+    alone: Sequence[tuple[BoundSite, ...]],
     solver: str,
     options: Mapping[str, Any],
 ) -> Recipe:
-    """The recipe that gives a format to everything that can have it."""
+    """The recipe that gives a format to everything that is chosen for."""
     if choice.cache is not None:
-        return parse_recipe(
-            {"name": name, "kv_cache": dict(choice.cache), "rules": []}, source=name
-        )
+        content = {"name": name, "kv_cache": dict(choice.cache), "rules": []}
+        return parse_recipe(content, source=name)
     rule = rule_of(choice) | {"solver": solver} | ({"options": dict(options)} if options else {})
     rules = [rule, _PATCH_EMBED]
-    if left:
-        rules.append({"match": {"name": [site.name for site in left]}, "skip": True})
+    if alone:
+        names = [site.name for sites in alone for site in sites]
+        rules.append({"match": {"name": names}, "skip": True})
     return parse_recipe({"name": name, "rules": rules}, source=name)
 
 
@@ -207,7 +252,7 @@ def _by_layer(plan: Plan) -> dict[str, PlanRow]:
 
 
 def _numbers(bound: BoundModel) -> int:
-    """How many numbers lie on the disk; without shards, as the configuration implies."""
+    """Count of all numbers on disk; without shards, as the configuration implies."""
     if bound.has_weights:
         reader = ShardReader(bound.folder)
         return sum(math.prod(reader.info(name).shape) for name in reader.names)
@@ -266,15 +311,7 @@ def _names(row: PlanRow) -> tuple[str, ...]:
     return tuple(spec.name for spec in specs if spec is not None)
 
 
-def _cache_unit(
-    bound: BoundModel, modalities: Sequence[str], plans: Mapping[str, Plan]
-) -> UnitRows:
-    if Modality.LLM not in modalities:
-        raise ArgumentError(
-            "formats of the key-value cache are named, but the language model is left out",
-            where="--formats and --modalities",
-            remedy=f"leave out {', '.join(plans)}, or choose for llm, too",
-        )
+def _cache_unit(bound: BoundModel, plans: Mapping[str, Plan]) -> UnitRows:
     cached = [site for site in bound.sites if site.cache is not None]
     numbers = sum(site.out_features for site in cached)
     alone = sum(site.out_features * site.dtype.itemsize for site in cached)

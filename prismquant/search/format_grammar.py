@@ -146,7 +146,7 @@ def _number(name: str, part: str) -> NumberSpec:
 
 
 def _usual_range(weights: NumberSpec) -> str:
-    """How the recipes choose ranges: 8-bit integers have no need of a search."""
+    """The range rule that recipes use: 8-bit integers have no need of a search."""
     return "minmax" if weights.kind == "int" and weights.bits == 8 else "mse"
 
 

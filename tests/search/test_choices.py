@@ -10,11 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prismquant.check.planned_checkpoint import KV_CACHE, refusals
 from prismquant.errors import ArgumentError
 from prismquant.models.bind import bind
 from prismquant.plan.make_plan import make_plan
 from prismquant.recipe.schema import parse_recipe
-from prismquant.search.choices import KV_CACHE, Choices, make_choices
+from prismquant.search.choices import Choices, make_choices
 from prismquant.search.format_grammar import formats_on_offer, rule_of
 from prismquant.search.sensitivity import FLOAT
 
@@ -193,3 +194,25 @@ def test_nothing_to_choose_and_a_cache_without_its_model_are_refused(
         make_choices(model, formats_on_offer("w4a8"), disable=["*"])
     with pytest.raises(ArgumentError, match="language model is left out"):
         make_choices(model, formats_on_offer("w4a8,kv:fp8"), modalities=["vision"])
+
+
+def test_readers_that_refuse_a_format_are_told(tiny: Callable[..., Path]) -> None:
+    folder = tiny("qwen3_vl")
+    choices = choices_of(folder)
+    for one in choices.units:
+        names = [site.name for site in one.sites] or [KV_CACHE]
+        for option in one.unit.options[1:]:
+            for reader in ("vllm", "transformers", "prismquant"):
+                told = refusals(choices.plans[option.format], bound(folder), reader)
+                reasons = [told[name] for name in names if name in told]
+                assert option.refused.get(reader) == next(iter(reasons), None)
+    refused = {(o.format, r) for one in choices.units for o in one.unit.options for r in o.refused}
+    assert ("mxfp6", "vllm") in refused
+    assert ("kv:int4-head", "vllm") in refused
+    assert ("int8-channel", "transformers") not in refused
+
+
+def test_a_cache_alone_can_be_chosen_for(tiny: Callable[..., Path]) -> None:
+    choices = choices_of(tiny("qwen3_vl"), "kv:fp8,kv:int8")
+    assert {len(one.unit.options) for one in choices.units[:-1]} == {1}
+    assert [o.format for o in choices.units[-1].unit.options] == [FLOAT, "kv:fp8", "kv:int8"]
