@@ -141,7 +141,7 @@ def samples(
 
     Args:
         folder: Where it goes.
-        kinds: Cycled through.
+        kinds: Cycled through; ``image+image+video`` has two pictures and a clip.
         count: Number of samples.
         seed: Of contents and sizes; picture sizes differ between samples.
 
@@ -156,15 +156,17 @@ def samples(
         colour, shape = draw.choice(_COLOURS), draw.choice(_SHAPES)
         size = (8 * draw.randint(2, 4), 8 * draw.randint(2, 4))
         content: list[dict[str, Any]] = []
-        if kind == "image":
-            name = f"{index}.png"
-            _picture(size, colour, shape, 0.3).save(folder / name)
-            content.append({"type": "image", "image": name})
-        elif kind == "video":
-            frames = [f"{index}-{frame}.png" for frame in range(4)]
-            for frame, name in enumerate(frames):
-                _picture(size, colour, shape, 0.15 * frame).save(folder / name)
-            content.append({"type": "video", "video": frames})
+        for number, part in enumerate(kind.split("+")):
+            stem = f"{index}.{number}" if number else f"{index}"
+            if part == "image":
+                name = f"{stem}.png"
+                _picture(size, colour, shape, 0.3).save(folder / name)
+                content.append({"type": "image", "image": name})
+            elif part == "video":
+                frames = [f"{stem}-{frame}.png" for frame in range(4)]
+                for frame, name in enumerate(frames):
+                    _picture(size, colour, shape, 0.15 * frame).save(folder / name)
+                content.append({"type": "video", "video": frames})
         question = f"what is the colour of the {shape} ?"
         content.append({"type": "text", "text": question})
         user = content if kind != "text" else question

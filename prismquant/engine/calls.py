@@ -12,6 +12,11 @@ from torch import Tensor
 from prismquant.data import Kind
 from prismquant.statistics.tokens import Tokens
 
+# A gradient for each loss; None where the loss does not depend on the tensor.
+Gradients = list[Tensor | None]
+# Name of the unit that put a tensor out, and which of its tensors it is.
+Source = tuple[str, int]
+
 
 @dataclass
 class TowerPass:
@@ -28,9 +33,14 @@ class TowerPass:
         hidden: Gives its output.
         entry_shape: Shape of the entry step's output, for a stand-in that costs nothing.
         features: Give the outputs of finished projector steps, by name.
-        finished: Give the outputs of all finished units of the language model, where they are kept.
+        finished: Give the outputs of all finished steps of the chain, where they are kept.
+        before: Name of the step of the chain that was finished before each finished step, by name;
+            where outputs are kept.
+        gradients: Give the gradients that have arrived at outputs, on the way back.
+        batch: Number of the batch.
         ids: Samples of the batch.
-        pixels: Makes the pixels, by their key, until the entry step has read them.
+        pixels: Makes the pixels, by their key, until the entry step has read them; for good where
+            outputs are kept.
     """
 
     inputs: Callable[[], dict[str, Any]]
@@ -43,6 +53,9 @@ class TowerPass:
     entry_shape: torch.Size = field(default_factory=torch.Size)
     features: dict[str, Callable[[], Any]] = field(default_factory=dict)
     finished: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    before: dict[str, str] = field(default_factory=dict)
+    gradients: dict[Source, Callable[[], Gradients]] = field(default_factory=dict)
+    batch: int = 0
     ids: tuple[str, ...] = ()
     pixels: Callable[[], dict[str, Tensor]] | None = None
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -36,7 +36,8 @@ from torch.nn import functional
 from prismquant.data import Sample, balanced_subset, media_of
 from prismquant.data.batches import Batch
 from prismquant.engine.activation_store import ActivationStore
-from prismquant.engine.calls import StepCall
+from prismquant.engine.calls import Gradients
+from prismquant.engine.graph_replay import GraphCall
 from prismquant.engine.placement import Placement
 from prismquant.engine.walk import ModelWalk, Unit, Visit
 from prismquant.errors import DataError, NumericsError, PrismQuantError
@@ -172,26 +173,17 @@ def gradient_ratios(
         bound, reader, [batch for batch, _ in counted], placement, visit=visit, store=store
     )
     sums = {site.input_key: torch.zeros(2, dtype=torch.float64) for site in sites}
-    # Of the output of the unit before, call by call.
-    arriving: list[Callable[[], Tensor]] = []
     with contextlib.closing(walk.units()) as units:
         for unit in units:
             with unit.loaded(), unit.as_served():
                 if not unit.backward:
                     _forward(unit)
                     continue
-                waiting = iter(arriving)
-                arriving = []
-                calls = iter(unit.graph_calls())
-                for batch, places in counted:
-                    gradient = None if unit.step.kind == "head" else next(waiting)()
-                    squares, leaf = _squared_gradients(unit, calls, batch, places, gradient)
-                    for key, rows in squares.items():
-                        sums[key] += _scaled_means(rows, places.tokens)
-                    if leaf is not None:
-                        # Where nothing depends on the unit before, none has arrived.
-                        found = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-                        arriving.append(walk.store.keep(found))
+                with torch.enable_grad():
+                    for call in unit.graph_calls():
+                        batch, places = counted[call.batch]
+                        for key, rows in _squared_gradients(unit, call, batch, places).items():
+                            sums[key] += _scaled_means(rows, places.tokens)
     means = {key: total.tolist() for key, total in sums.items()}
     return {key: vision / text if text else 1.0 for key, (text, vision) in means.items()}
 
@@ -265,63 +257,63 @@ def _places(batch: Batch) -> _Places | None:
 
 
 def _squared_gradients(
-    unit: Unit,
-    calls: Iterator[tuple[StepCall, Tensor | None]],
-    batch: Batch,
-    places: _Places,
-    gradient: Tensor | None,
-) -> tuple[dict[str, Tensor], Tensor | None]:
+    unit: Unit, call: GraphCall, batch: Batch, places: _Places
+) -> dict[str, Tensor]:
     """Sums of squared gradients of the outputs of a unit's layers, by the input's key.
 
     Args:
         unit: The unit; loaded.
-        calls: Its calls; the next one is taken.
+        call: One of its calls, which hands the gradients on.
         batch: The batch of that call.
         places: Which of its tokens are what.
-        gradient: Of the unit's output, or None for the head, whose output the loss is of.
 
     Returns:
-        Float64 [2, B] on the CPU: text and vision tokens of each row, over all output channels; and
-        the output of the unit before, with its gradient.
+        Float64 [2, B] on the CPU: text and vision tokens of each row, over all output channels.
     """
-    sums: dict[str, Tensor] = {}
-
-    def add(site: BoundSite, gradient: Tensor) -> None:
-        exact = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        squares = exact.square().sum(dim=-1).cpu().double()
-        if not torch.isfinite(squares).all():
-            raise NumericsError(
-                "a gradient is NaN or infinite",
-                where=f"output of {site.name}, samples {', '.join(batch.ids)}",
-                remedy="give `vision_weight` a number, or run in float32",
-            )
-        classes = places.classes
-        if squares.shape[1] < classes.shape[2]:
-            # The head ran only where an answer is predicted; elsewhere its gradient is zero.
-            classes = classes[:, :, places.columns]
-        rows = (classes * squares).sum(dim=2)
-        sums[site.input_key] = sums[site.input_key] + rows if site.input_key in sums else rows
+    outputs: dict[str, Tensor] = {}
 
     def watch(site: BoundSite) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Tensor) -> None:
             # The first layers' outputs are where the graph begins: no parameter asks for gradients.
-            output.requires_grad_(True)
-            output.register_hook(lambda gradient: add(site, gradient))
+            outputs[site.name] = output.requires_grad_(True)
 
         return hook
 
-    with contextlib.ExitStack() as stack, torch.enable_grad():
+    with contextlib.ExitStack() as stack:
         for site in unit.layers:
             handle = unit.main.module(site.name).register_forward_hook(watch(site))
             stack.callback(handle.remove)
-        call, leaf = next(calls)
-        if gradient is None:
-            _loss(unit.module, call.args[0], batch, places).backward()
+        if unit.step.kind == "head":
+            value = _loss(unit.module, call.call.args[0], batch, places)
+            arriving: Gradients = [torch.ones_like(value)]
         else:
-            output = unit.module(*call.args, **call.kwargs)
-            values = output if isinstance(output, Tensor) else output[0]
-            values.backward(gradient.to(values.device))
-    return sums, leaf
+            output = unit.module(*call.call.args, **call.call.kwargs)
+            value, arriving = output if isinstance(output, Tensor) else output[0], call.arriving
+        found = call.backward(value, arriving, list(outputs.values()))
+    sums: dict[str, Tensor] = {}
+    for name, gradients in zip(outputs, found, strict=True):
+        site = unit.walk.bound.site(name)
+        if gradients and gradients[0] is not None:
+            rows = _row_sums(site, gradients[0], batch, places)
+            sums[site.input_key] = sums.get(site.input_key, torch.zeros_like(rows)) + rows
+    return sums
+
+
+def _row_sums(site: BoundSite, gradient: Tensor, batch: Batch, places: _Places) -> Tensor:
+    """Sums of a layer's squared gradients over text and over vision tokens of each row, [2, B]."""
+    exact = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    squares = exact.square().sum(dim=-1).cpu().double()
+    if not torch.isfinite(squares).all():
+        raise NumericsError(
+            "a gradient is NaN or infinite",
+            where=f"output of {site.name}, samples {', '.join(batch.ids)}",
+            remedy="give `vision_weight` a number, or run in float32",
+        )
+    classes = places.classes
+    if squares.shape[1] < classes.shape[2]:
+        # The head ran only where an answer is predicted; elsewhere its gradient is zero.
+        classes = classes[:, :, places.columns]
+    return (classes * squares).sum(dim=2)
 
 
 def _loss(head: nn.Module, hidden: Tensor, batch: Batch, places: _Places) -> Tensor:

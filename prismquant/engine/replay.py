@@ -53,7 +53,7 @@ class Replay:
         device: Where steps run.
         dtype: Floating-point inputs are cast to it.
         states: Where states wait between steps; on the device by default.
-        keep_all: Keep the outputs of all units of the language model, for :meth:`graph_calls`.
+        keep_all: Keep the outputs of all units, to go back through them.
     """
 
     def __init__(
@@ -74,8 +74,8 @@ class Replay:
         self._batches = [self._without_pixels(batch) for batch in batches]
         self._vision_tokens = [batch.vision_mask.reshape(-1).to(device) for batch in batches]
         self._vision = [
-            self._vision_passes(inputs, batch)
-            for inputs, batch in zip(self._batches, batches, strict=True)
+            self._vision_passes(inputs, batch, number)
+            for number, (inputs, batch) in enumerate(zip(self._batches, batches, strict=True))
         ]
         self._llm: list[TowerPass] = []
         self._ids = [batch.ids for batch in batches]
@@ -118,7 +118,7 @@ class Replay:
     def begin_llm(self, embed: Callable[[Tensor], Tensor]) -> None:
         """Compute what the language model is given, and forget the vision tower's states.
 
-        All vision steps must be finished.
+        All vision steps must be finished. Where all outputs are kept, nothing is forgotten.
 
         Args:
             embed: In place of the model's embeddings, from ids [B, T] to [B, T, hidden].
@@ -138,9 +138,11 @@ class Replay:
                     where=self.bound.arch.name,
                 )
             kept = self._states.keep(captured.kwargs_of_step)
-            self._llm.append(TowerPass(kept, weights, vision, tokens, ids=ids))
-        self._vision.clear()
-        self._batches.clear()
+            number = len(self._llm)
+            self._llm.append(TowerPass(kept, weights, vision, tokens, batch=number, ids=ids))
+        if not self._keep_all:
+            self._vision.clear()
+            self._batches.clear()
 
     def _count(self, ids: Tensor, weights: Tensor | None, vision: Tensor) -> Tokens:
         """Tokens of each modality that count."""
@@ -165,45 +167,13 @@ class Replay:
             for passes in self._vision:
                 for state in passes:
                     stand_ins = self._vision_stand_ins([state]) | {step.name: capture_here}
-                    captured = self._capture(state.whole_inputs(), stand_ins)
-                    yield self._step_call(step, state, captured)
+                    whole = step.kind == "entry"
+                    inputs = state.whole_inputs() if whole else state.inputs()
+                    captured = self._capture(inputs, stand_ins)
                     # Its pixels must be gone before the next ones are made.
+                    del inputs
+                    yield self._step_call(step, state, captured)
                     del captured
-
-    def graph_calls(self, step: BoundStep) -> Iterator[tuple[StepCall, Tensor | None]]:
-        """Calls of a unit of the language model, as functions of the unit before it.
-
-        All units must be finished and their outputs kept; gradients must be enabled. Units are
-        asked for from the last one to the first: what follows one is forgotten.
-
-        Yields:
-            The call, whose arguments hang on the output of the unit before; and that output, a leaf
-            that takes gradients, or None for the first unit.
-        """
-        blocks = [s.name for s in self.bound.steps if s.modality is Modality.LLM]
-        before = blocks[: blocks.index(step.name)][-1:]
-        for state in self._llm:
-            leaf = self._rewind(state, before[0] if before else "")
-            if step.kind == "head":
-                call = self._head_call(state)
-            else:
-                stand_ins = self._chain_stand_ins(state) | {step.name: capture_here}
-                root = self.model.get_submodule(self._llm_root())
-                call = self._step_call(step, state, self._capture(state.inputs(), stand_ins, root))
-            yield call, leaf
-
-    @staticmethod
-    def _rewind(state: TowerPass, latest: str) -> Tensor | None:
-        """Let a unit be the last one that is finished; gives its output as a leaf."""
-        state.latest = latest
-        if not latest:
-            return None
-        output = state.finished.pop(latest)()
-        whole = (output,) if isinstance(output, Tensor) else output
-        leaf: Tensor = whole[0].detach().requires_grad_(True)
-        given = leaf if isinstance(output, Tensor) else (leaf, *whole[1:])
-        state.hidden = lambda: given
-        return leaf
 
     def _without_pixels(self, batch: Batch) -> dict[str, Any]:
         """A batch's inputs on the device; of pixels only the shape, which takes no memory."""
@@ -215,22 +185,24 @@ class Replay:
             for key, value in batch.inputs.items()
         }
 
-    def _vision_passes(self, inputs: dict[str, Any], batch: Batch) -> list[TowerPass]:
+    def _vision_passes(self, inputs: dict[str, Any], batch: Batch, number: int) -> list[TowerPass]:
         """One pass for each group of vision inputs that the batch has, e.g. images, then videos."""
         groups = self.bound.arch.input_groups
         vision_keys = {key for group in groups for key in group}
+        device, dtype = self._device, self._dtype
 
         def of_group(group: Sequence[str]) -> dict[str, Any]:
             return {k: v for k, v in inputs.items() if k not in vision_keys or k in group}
 
         def pixels(key: str) -> dict[str, Tensor]:
-            return {key: _moved(batch.whole().inputs[key], self._device, self._dtype)}
+            return {key: _moved(batch.whole().inputs[key], device, dtype)}
 
         return [
             TowerPass(
                 partial(of_group, group),
                 None,
                 kind="video" if "video" in group[0] else "image",
+                batch=number,
                 pixels=partial(pixels, group[0]),
             )
             for group in groups
@@ -261,12 +233,14 @@ class Replay:
                     remedy="check the source weights and the calibration samples; "
                     "float16 overflow is cured by running in float32",
                 )
+            if self._keep_all:
+                state.before[step.name] = state.latest
             if step.kind == "projector":
                 state.features[step.name] = self._states.keep(output)
                 return
             if step.kind == "entry":
                 state.entry_shape = values.shape
-                state.pixels = None
+                state.pixels = state.pixels if self._keep_all else None
             if step.modality is Modality.LLM and not state.latest and not self._keep_all:
                 # From now on only its shape is looked at.
                 inputs = state.inputs()

@@ -13,6 +13,7 @@ from torch.nn import functional
 from prismquant.data.batches import Batch
 from prismquant.engine.activation_store import ActivationStore
 from prismquant.engine.calls import StepCall
+from prismquant.engine.graph_replay import GraphReplay
 from prismquant.engine.passes import Passes, PausedPasses, ReplayedPasses, StepRun
 from prismquant.engine.placement import Placement
 from prismquant.engine.replay import Replay
@@ -54,7 +55,7 @@ class StreamedModel:
         placement: Where units run.
         store: Where hidden states wait.
         served: How layers run.
-        keep_all: Keep the outputs of all units of the language model.
+        backward: Whether its units are gone through again, from the last to the first.
     """
 
     def __init__(
@@ -66,20 +67,19 @@ class StreamedModel:
         store: ActivationStore,
         served: ServedAs,
         *,
-        keep_all: bool = False,
+        backward: bool = False,
     ) -> None:
         self.bound = bound
         self.model = empty_model(bound.config, bound.arch)
         self._reader, self._placement, self._served = reader, placement, served
         self._narrow = {step.name: narrow_modules(bound, step) for step in bound.steps}
-        self.replay = Replay(
+        self.replay = (GraphReplay if backward else Replay)(
             self.model,
             bound,
             batches,
             device=placement.device,
             dtype=placement.precision.dtype,
             states=store,
-            keep_all=keep_all,
         )
 
     def module(self, name: str) -> nn.Module:
@@ -139,6 +139,13 @@ class StreamedModel:
             disk_name = self.bound.names.to_disk(f"{path}.weight")
             if isinstance(module, nn.Linear) and self._reader.info(disk_name).dtype == dtype:
                 module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
+
+    @property
+    def graph(self) -> GraphReplay:
+        """The replay as one that goes back; it must have been asked for."""
+        if not isinstance(self.replay, GraphReplay):
+            raise RuntimeError("the model is walked through forth, not back")
+        return self.replay
 
     def begin_llm(self) -> None:
         """Compute what the language model is given; see :meth:`Replay.begin_llm`."""

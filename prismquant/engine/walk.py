@@ -30,6 +30,7 @@ from prismquant.data.batches import Batch
 from prismquant.distributed import Alone, Ranks
 from prismquant.engine.activation_store import ActivationStore, InMemory
 from prismquant.engine.calls import StepCall
+from prismquant.engine.graph_replay import GraphCall, GraphReplay
 from prismquant.engine.passes import Output, Passes
 from prismquant.engine.placement import Placement
 from prismquant.engine.streamed_model import ServedAs, StreamedModel
@@ -49,8 +50,8 @@ class Visit:
         attentions: Indices of units whose keys and values it looks at.
         stagewise: Layers are taken stage by stage, as the unit runs them; else all at once.
         float_chain: Whether the float model runs beside the quantized one.
-        backward: Whether the language model's units are gone through again, from the last to the
-            first, for their gradients.
+        backward: Whether the units are gone through again for their gradients, from the last to
+            the first that has a layer that the visitor looks at.
         served: How layers run.
     """
 
@@ -95,7 +96,7 @@ class ModelWalk:
         self.store = store or InMemory()
         if taken := list(batches):
             rest = (taken, self.placement, self.store, self.visit.served)
-            self.main = StreamedModel(bound, reader, *rest, keep_all=self.visit.backward)
+            self.main = StreamedModel(bound, reader, *rest, backward=self.visit.backward)
             if self.visit.float_chain:
                 self.float = StreamedModel(bound, reader, *rest)
 
@@ -112,8 +113,14 @@ class ModelWalk:
         vision = [s for s in self.bound.steps if s.modality is not Modality.LLM]
         llm = [s for s in self.bound.steps if s.modality is Modality.LLM]
         with contextlib.ExitStack() as around_llm:
+            order: list[BoundStep] = []
             with self._loaded_between(vision=True):
-                yield from self._vision_units(self.main, vision, llm)
+                order += self._vision_order(self.main, vision)
+                # Without images nothing passes the tower, and nothing in it needs data.
+                steps = order or vision
+                for index, step in enumerate(steps):
+                    needed = self._any_wanted([*steps[index:], *llm])
+                    yield Unit(self, step, flows=bool(order) and needed)
                 if self._any_wanted(llm):
                     around_llm.enter_context(self._loaded_between(vision=False))
                     for model in self.models:
@@ -121,7 +128,7 @@ class ModelWalk:
             for index, step in enumerate(llm):
                 yield Unit(self, step, flows=self._any_wanted(llm[index:]))
             if self.visit.backward:
-                yield from (Unit(self, step, flows=True, backward=True) for step in reversed(llm))
+                yield from self._back(self.main.graph, order, llm)
 
     def wanted(self, step: BoundStep) -> tuple[BoundSite, ...]:
         """The layers of a unit that the visitor looks at or replaces."""
@@ -131,22 +138,43 @@ class ModelWalk:
         """The dtype of a tensor in the checkpoint: norms may be wider than all else."""
         return self.reader.info(self.bound.names.to_disk(name)).dtype
 
-    def _vision_units(
-        self, main: StreamedModel, vision: Sequence[BoundStep], llm: Sequence[BoundStep]
-    ) -> Iterator[Unit]:
+    def _vision_order(self, main: StreamedModel, vision: Sequence[BoundStep]) -> list[BoundStep]:
+        """Steps before the language model in the order in which it runs them; none without images.
+
+        A rank without pictures is told the order by another.
+        """
         entries = [step.name for step in vision if step.kind == "entry"]
         with main.loaded(entries), self.placement.precision.in_force():
             own = main.replay.vision_steps()
-        # A rank without pictures is told the order by another.
         known = self._ranks.gather_json([step.index for step in own])
-        order = [self.bound.steps[index] for index in next(filter(None, known), [])]
-        # Without images nothing passes the tower, and nothing in it needs data.
-        steps = order or vision
-        for index, step in enumerate(steps):
-            needed = self._any_wanted([*steps[index:], *llm])
-            yield Unit(self, step, flows=bool(order) and needed)
+        return [self.bound.steps[index] for index in next(filter(None, known), [])]
+
+    def _back(
+        self, replay: GraphReplay, order: Sequence[BoundStep], llm: Sequence[BoundStep]
+    ) -> Iterator[Unit]:
+        """Units from the last to the first that is wanted."""
+        to_vision = self._has_wanted(order)
+        replay.turn_round(to_vision=to_vision)
+        for index in reversed(range(len(llm))):
+            if to_vision or self._has_wanted(llm[: index + 1]):
+                yield self._rewound(replay, llm[index])
+        if not to_vision:
+            return
+        with self._loaded_between(vision=True):
+            replay.leave_llm()
+            for index in reversed(range(len(order))):
+                if self._has_wanted(order[: index + 1]):
+                    yield self._rewound(replay, order[index])
+
+    def _rewound(self, replay: GraphReplay, step: BoundStep) -> Unit:
+        replay.rewind(step)
+        return Unit(self, step, flows=True, backward=True)
 
     def _any_wanted(self, steps: Sequence[BoundStep]) -> bool:
+        """Whether data must reach one of these units; the way back begins at the last of all."""
+        return self.visit.backward or self._has_wanted(steps)
+
+    def _has_wanted(self, steps: Sequence[BoundStep]) -> bool:
         return any(self.wanted(step) or step.index in self.visit.attentions for step in steps)
 
     @contextlib.contextmanager
@@ -245,9 +273,9 @@ class Unit:
         """Calls of the unit by the quantized model."""
         return self.main.calls(self.step)
 
-    def graph_calls(self) -> Iterator[tuple[StepCall, Tensor | None]]:
-        """Calls that hang on the output of the unit before; see :meth:`Replay.graph_calls`."""
-        return self.main.replay.graph_calls(self.step)
+    def graph_calls(self) -> Iterator[GraphCall]:
+        """Calls that hang on the outputs of units before; see :meth:`GraphReplay.graph_calls`."""
+        return self.main.graph.graph_calls(self.step)
 
     def as_served(self) -> contextlib.AbstractContextManager[None]:
         """Within the block, it runs in its precision, and finished layers as asked."""
