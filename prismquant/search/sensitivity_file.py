@@ -1,0 +1,107 @@
+"""The file of a sensitivity: JSON, written whole, and read back strictly."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import NoReturn
+
+from pydantic import TypeAdapter, ValidationError
+
+from prismquant.errors import StorageError
+from prismquant.opening import read_json
+from prismquant.search.sensitivity import FLOAT, SENSITIVITY_VERSION, ChoiceUnit, Sensitivity
+from prismquant.storage import write_json
+
+_AGAIN = "write it again with `prismquant analyze`"
+
+
+def write_sensitivity(path: Path, found: Sensitivity) -> None:
+    """Write a sensitivity as JSON, whole or not at all.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    write_json(path, asdict(found))
+
+
+def read_sensitivity(path: Path) -> Sensitivity:
+    """Read back what :func:`write_sensitivity` wrote.
+
+    Raises:
+        StorageError: The file is missing, is no such file, is of another version, or is damaged;
+            says where.
+    """
+    content = read_json(path)
+    if not isinstance(content, Mapping) or not {"units", "formats"} <= content.keys():
+        raise StorageError(
+            "this is no file of a sensitivity: it has no units and formats",
+            where=str(path),
+            remedy="`prismquant analyze MODEL --calib DATA --formats .. --out FILE` writes one",
+        )
+    version = content.get("version")
+    if version != SENSITIVITY_VERSION:
+        raise StorageError(
+            f"a sensitivity of version {version!r} cannot be read: this is version "
+            f"{SENSITIVITY_VERSION}",
+            where=str(path),
+            remedy=_AGAIN,
+        )
+    try:
+        found: Sensitivity = _reader().validate_json(json.dumps(content), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        _damaged(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+    for fault in _faults(found):
+        _damaged(path, fault)
+    return found
+
+
+def _damaged(path: Path, what: str) -> NoReturn:
+    raise StorageError(f"the sensitivity is damaged: {what}", where=str(path), remedy=_AGAIN)
+
+
+@cache
+def _reader() -> TypeAdapter[Sensitivity]:
+    return TypeAdapter(Sensitivity)
+
+
+def _faults(found: Sensitivity) -> Iterator[str]:
+    """Faults that no analysis writes, although every field is of its type."""
+    if not found.units:
+        yield "there are no units"
+    for names, what in (
+        ([unit.name for unit in found.units], "unit"),
+        ([layer.name for unit in found.units for layer in unit.layers], "layer"),
+    ):
+        twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
+        if twice is not None:
+            yield f"{what} {twice!r} is there twice"
+    if min(found.fixed_bytes, found.fixed_weights) < 0:
+        yield "fixed_bytes or fixed_weights is negative"
+    if not all(math.isfinite(weight) for weight in found.weights.values()):
+        yield "weights are no numbers"
+    for unit in found.units:
+        yield from (f"unit {unit.name!r}: {fault}" for fault in _unit_faults(unit, found))
+
+
+def _unit_faults(unit: ChoiceUnit, found: Sensitivity) -> Iterator[str]:
+    names = [option.format for option in unit.options]
+    if names[:1] != [FLOAT]:
+        yield f"the first option is not {FLOAT!r}"
+    if len(set(names)) < len(names):
+        yield "an option is there twice"
+    if (unit.kind == "layers") != bool(unit.layers):
+        yield f"a unit of kind {unit.kind} with {len(unit.layers)} layers"
+    for option in unit.options:
+        if option.format not in (FLOAT, *found.formats):
+            yield f"there is no format {option.format!r}"
+        if min(option.stored_bytes, option.cache_bytes) < 0:
+            yield f"{option.format}: bytes are negative"
+        for kind, score in option.scores.items():
+            if not math.isfinite(score.loss):
+                yield f"{option.format}: the loss of {kind} tokens is no number"

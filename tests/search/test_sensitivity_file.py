@@ -1,0 +1,78 @@
+"""A sensitivity survives its file, and what no analysis writes is refused with its place."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sensitivities import made
+
+from prismquant.errors import StorageError
+from prismquant.search.sensitivity_file import read_sensitivity, write_sensitivity
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_written_is_read_back(tmp_path: Path, seed: int) -> None:
+    found = made(seed, noise=0.1, notes=("a note",))
+    write_sensitivity(tmp_path / "s.json", found)
+    assert read_sensitivity(tmp_path / "s.json") == found
+
+
+def unit(content: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = content["units"][0]
+    return found
+
+
+DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "version": (lambda c: c.update(version=99), "version 99 cannot be read"),
+    "units": (lambda c: c.update(units=[]), "there are no units"),
+    "another file": (lambda c: c.pop("units"), "no file of a sensitivity"),
+    "a field more": (lambda c: unit(c).update(bits=4), "units.0.bits"),
+    "a field less": (lambda c: unit(c).pop("step"), "units.0.step"),
+    "a number as text": (lambda c: c.update(fixed_bytes="7"), "fixed_bytes"),
+    "a unit twice": (lambda c: c["units"].append(unit(c)), "is there twice"),
+    "no float": (lambda c: unit(c)["options"].pop(0), "the first option is not 'float'"),
+    "an option twice": (
+        lambda c: unit(c)["options"].append(unit(c)["options"][1]),
+        "an option is there twice",
+    ),
+    "no such format": (
+        lambda c: unit(c)["options"][1].update(format="int9"),
+        "there is no format 'int9'",
+    ),
+    "negative bytes": (lambda c: unit(c)["options"][1].update(stored_bytes=-1), "negative"),
+    "not a number": (
+        lambda c: unit(c)["options"][1]["scores"]["answer"].update(loss=float("nan")),
+        "no number",
+    ),
+    "no layers": (lambda c: unit(c).update(layers=[]), "kind layers with 0 layers"),
+    "no such class": (
+        lambda c: unit(c)["options"][1].update(scores={"audio": {"loss": 1.0}}),
+        "audio",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_told_with_its_place(tmp_path: Path, name: str) -> None:
+    damage, told = DAMAGE[name]
+    content = json.loads(json.dumps(asdict(made())))
+    damage(content)
+    (tmp_path / "s.json").write_text(json.dumps(content))
+    with pytest.raises(StorageError, match=told) as caught:
+        read_sensitivity(tmp_path / "s.json")
+    assert caught.value.remedy
+    assert caught.value.where == str(tmp_path / "s.json")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"units": 1, "units": 2}', "7"])
+def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "s.json").write_text(text)
+    with pytest.raises(StorageError):
+        read_sensitivity(tmp_path / "s.json")
