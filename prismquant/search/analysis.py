@@ -1,0 +1,93 @@
+"""An analysis: what each of its methods is given, and what it gives back.
+
+A method looks at a model once and gives the scores of one unit of choice after the other, each as
+soon as it is known for all formats. Whoever asks keeps them, so that an analysis that is cut off
+goes on where it was: units that are scored already are named, and a method passes them over, but
+carries through them all that the others depend on. What it gives for a unit must not depend on
+which units were passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from prismquant.data.batches import Batch
+from prismquant.distributed import Alone, Ranks
+from prismquant.engine.activation_store import ActivationStore, InMemory
+from prismquant.engine.placement import Placement
+from prismquant.models.bound import BoundModel
+from prismquant.search.choices import Choices, UnitRows
+from prismquant.search.sensitivity import Score, TokenClass
+
+
+@dataclass(frozen=True)
+class UnitScores:
+    """Scores of a unit of choice.
+
+    Attributes:
+        unit: Name of the unit.
+        scores: Loss by class of token for each of its formats; to leave it alone has none.
+    """
+
+    unit: str
+    scores: Mapping[str, Mapping[TokenClass, Score]]
+
+
+def _silent(unit: str, what: str) -> None:
+    """Tell nobody."""
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Everything that a method is given.
+
+    Attributes:
+        bound: The model.
+        choices: Its units of choice, with the rows of the plan that each format means: number
+            formats, solver, its options, ranges.
+        batches: Calibration batches, made anew whenever they are asked for.
+        placement: Where units run, in which precision, and where states wait.
+        store: Keeps hidden states between units.
+        kept: Keeps what a method comes back to: outputs of all units, gradients.
+        seed: Of everything that is drawn.
+        done: Names of units that need no scores: an earlier run has them.
+        stage: Is told a name and what is done to it next.
+        ranks: Processes that share the batches.
+    """
+
+    bound: BoundModel
+    choices: Choices
+    batches: Sequence[Batch]
+    placement: Placement = field(default_factory=Placement)
+    store: ActivationStore = field(default_factory=InMemory)
+    kept: ActivationStore = field(default_factory=InMemory)
+    seed: int = 0
+    done: frozenset[str] = frozenset()
+    stage: Callable[[str, str], None] = _silent
+    ranks: Ranks = field(default_factory=Alone)
+
+    @property
+    def wanted(self) -> tuple[UnitRows, ...]:
+        """Units that are to be scored: something can be chosen, and no earlier run has done it."""
+        units = self.choices.units
+        return tuple(
+            one for one in units if len(one.unit.options) > 1 and one.unit.name not in self.done
+        )
+
+
+class AnalysisMethod(Protocol):
+    """A way to score units; its fields are its options."""
+
+    @property
+    def needs_samples(self) -> bool:
+        """Whether it looks at calibration samples at all."""
+
+    def scores(self, analysis: Analysis) -> Iterator[UnitScores]:
+        """Score every wanted unit, in an order of the method's own.
+
+        Raises:
+            NumericsError: A weight, an activation or a loss is not finite.
+            PrismQuantError: The samples lack what the method cannot do without.
+        """
