@@ -20,13 +20,16 @@ if TYPE_CHECKING:
     from prismquant.export.load_quantized import load
     from prismquant.quantization.request import Result
     from prismquant.recipe.schema import Recipe, load_recipe
+    from prismquant.search.find_mix import FoundMix, find_mix
     from prismquant.version import __version__
 
 __all__ = [
+    "FoundMix",
     "PrismQuantError",
     "Recipe",
     "Result",
     "__version__",
+    "find_mix",
     "inspect",
     "load",
     "load_recipe",
@@ -39,6 +42,8 @@ _HOMES = {
     "PrismQuantError": "prismquant.errors",
     "Recipe": "prismquant.recipe.schema",
     "Result": "prismquant.quantization.request",
+    "find_mix": "prismquant.search.find_mix",
+    "FoundMix": "prismquant.search.find_mix",
     "inspect": "prismquant.api",
     "load": "prismquant.export.load_quantized",
     "load_recipe": "prismquant.recipe.schema",

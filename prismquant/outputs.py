@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 from prismquant.errors import StorageError
-from prismquant.opening import read_json, require_regular
+from prismquant.opening import open_regular, read_json, require_regular
 from prismquant.storage import is_temporary, storage_error
 
 _SHOWN = 3
@@ -91,10 +91,28 @@ def require_result_file(path: Path, *, inputs: Iterable[Path], keys: Collection[
         StorageError: It lies in no folder that can be written, or within an input; or something
             else than an earlier result is there.
     """
+    _require_free(path, inputs, lambda: _has_keys(path, keys))
+
+
+def require_text_result(path: Path, *, inputs: Iterable[Path], first_words: str) -> None:
+    """Refuse a file that is not free for a text, as :func:`require_result_file` does.
+
+    Args:
+        path: Where the text goes.
+        inputs: Files and folders that the command reads, as far as they exist.
+        first_words: Of the text; by them an earlier result is known.
+
+    Raises:
+        StorageError: As there.
+    """
+    _require_free(path, inputs, lambda: _begins_with(path, first_words))
+
+
+def _require_free(path: Path, inputs: Iterable[Path], is_ours: Callable[[], bool]) -> None:
     try:
         _require_outside(path, inputs)
         if os.path.lexists(path):
-            _require_earlier_result(path, keys)
+            _require_earlier_result(path, is_ours)
     except OSError as error:
         raise storage_error(error, path) from error
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
@@ -118,7 +136,7 @@ def _require_outside(path: Path, inputs: Iterable[Path]) -> None:
             )
 
 
-def _require_earlier_result(path: Path, keys: Collection[str]) -> None:
+def _require_earlier_result(path: Path, is_ours: Callable[[], bool]) -> None:
     """Refuse what exists and is not a result of the same command."""
     status = os.lstat(path)
     if stat.S_ISDIR(status.st_mode):
@@ -135,16 +153,25 @@ def _require_earlier_result(path: Path, keys: Collection[str]) -> None:
             where=str(path),
             remedy="choose another --out; --json prints the result",
         ) from error
-    try:
-        content = read_json(path)
-    except StorageError:
-        content = None
-    if not isinstance(content, dict) or not content.keys() >= set(keys):
+    if not is_ours():
         raise StorageError(
             "the file exists, and is not an earlier result of this command",
             where=str(path),
             remedy="choose another --out, or move the file away",
         )
+
+
+def _has_keys(path: Path, keys: Collection[str]) -> bool:
+    try:
+        content = read_json(path)
+    except StorageError:
+        return False
+    return isinstance(content, dict) and content.keys() >= set(keys)
+
+
+def _begins_with(path: Path, words: str) -> bool:
+    with open_regular(path) as file:
+        return file.read(len(words.encode())) == words.encode()
 
 
 def _entries(folder: Path) -> Iterator[tuple[str, str]]:

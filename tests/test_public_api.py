@@ -18,10 +18,12 @@ from prismquant import errors
 from prismquant.recipe.presets import PRESETS
 
 NAMES = [
+    "FoundMix",
     "PrismQuantError",
     "Recipe",
     "Result",
     "__version__",
+    "find_mix",
     "inspect",
     "load",
     "load_recipe",

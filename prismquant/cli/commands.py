@@ -21,6 +21,7 @@ from prismquant.cli.options import (
     OnFailure,
     QuantizeOptions,
     RecipeOption,
+    SearchOptions,
     Shards,
     takes,
 )
@@ -189,11 +190,11 @@ def export(
     """Write a quantized checkpoint in another format, or say which layers it cannot hold."""
     from prismquant.api import export as run
     from prismquant.check import check
-    from prismquant.report.progress import ExportProgress
+    from prismquant.report.progress import CountProgress
 
     console = make_console(stderr=True)
     options = {} if dtype is None else {"dtype": dtype}
-    with ExportProgress(console) as progress:
+    with CountProgress(console) as progress:
         result = run(
             model, format_name, out, weights_only=weights_only, options=options, progress=progress
         )
@@ -207,6 +208,40 @@ def export(
         line = f"written: {out} ({result.format}, {result.layers} quantized layers, {size})"
         console.print(as_text(line), soft_wrap=True)
     require_sound(report)
+
+
+@app.command()
+@takes(SearchOptions)
+def search(asked: SearchOptions) -> None:
+    """Find the best mix of formats within a budget, and write it as a recipe."""
+    from prismquant.report.fronts import front_table, mix_table
+    from prismquant.report.progress import CountProgress
+    from prismquant.search.constraints import Asked
+    from prismquant.search.find_mix import find_mix
+
+    given = {name: getattr(asked, name) for name in Asked.__annotations__}
+    console = make_console(stderr=True)
+    with CountProgress(console) as progress:
+        found = find_mix(
+            asked.sensitivity,
+            out=asked.out,
+            pareto=asked.pareto,
+            points=asked.points,
+            progress=progress,
+            **given,
+        )
+    content = found.to_dict()
+    if asked.as_json:
+        say_json(content | {"out": asked.out, "pareto": asked.pareto})
+        return
+    if found.front is not None:
+        show(front_table(found.front))
+    show(mix_table(content))
+    print_remarks(console, found.mix.notes)
+    if asked.out is None:
+        say(found.text, newline=False)
+    for written in filter(None, (asked.out, asked.pareto)):
+        console.print(as_text(f"written: {written}"), soft_wrap=True)
 
 
 @app.command("check")

@@ -119,6 +119,54 @@ class EvalOptions:
     as_json: AsJson = False
 
 
+@dataclass(frozen=True)
+class SearchOptions:
+    """The arguments and options of ``prismquant search``."""
+
+    sensitivity: Annotated[
+        str, typer.Argument(help="File that `prismquant analyze` wrote.", show_default=False)
+    ]
+    out: Annotated[str | None, typer.Option(help="Write the recipe to this file.")] = None
+    bits: Annotated[
+        str | None, typer.Option(help="Mean bits per weight of the whole model, e.g. 4.6.")
+    ] = None
+    size: Annotated[str | None, typer.Option(help="Bytes of all tensors, e.g. 3.2GB.")] = None
+    max_loss: Annotated[
+        str | None,
+        typer.Option("--max-loss", help="Predicted loss; by itself, the fewest bytes are found."),
+    ] = None
+    weight: Annotated[
+        list[str] | None, typer.Option(help="What classes of tokens count: answer=1,text=0.2.")
+    ] = None
+    cap: Annotated[
+        list[str] | None,
+        typer.Option(help="The most of a modality, in bits or bytes: vision=8, llm=2GB."),
+    ] = None
+    floor: Annotated[list[str] | None, typer.Option(help="The least of a modality: llm=4.")] = None
+    cache_bytes: Annotated[
+        str | None, typer.Option("--cache-bytes", help="Keys and values of a token, e.g. 64KiB.")
+    ] = None
+    latency: Annotated[
+        str | None, typer.Option(help="JSON file of milliseconds by layer and format.")
+    ] = None
+    latency_ms: Annotated[
+        str | None, typer.Option("--latency-ms", help="Milliseconds by that file.")
+    ] = None
+    tensor_parallel: Shards = None
+    reader: Annotated[
+        str | None,
+        typer.Option("--for", help="Who loads it: vllm, transformers, sglang or prismquant."),
+    ] = None
+    pareto: Annotated[
+        str | None,
+        typer.Option(help="Write the whole front to this folder: JSON, picture, recipes."),
+    ] = None
+    points: Annotated[
+        int, typer.Option(min=2, max=1000, help="Sizes at which the front is computed.")
+    ] = 64
+    as_json: AsJson = False
+
+
 def takes(options: type[T]) -> Callable[[Callable[[T], None]], Callable[..., None]]:
     """Make a command of a function of one value, whose fields become arguments and options."""
     hints = get_type_hints(options, include_extras=True)

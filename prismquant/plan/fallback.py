@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from prismquant.errors import PlanError
 from prismquant.formats.spec import NumberSpec, spec
@@ -24,6 +25,19 @@ Asked = tuple[NumberSpec, NumberSpec | None, Fallback]
 # Group sizes that servers have kernels for; a fallback only picks among these.
 _SERVED_GROUPS = (128, 64, 32)
 _LISTED_GROUPS = (256, 128, 96, 64, 48, 32, 16)
+
+
+class Cuttable(Protocol):
+    """Properties of a layer that decide which formats fit, and how servers cut it."""
+
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def parallel(self) -> Parallel | None: ...
+    @property
+    def fuse_key(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -65,15 +79,28 @@ def fit(
     Raises:
         PlanError: The shape does not fit, with what would.
     """
-    misfit = _misfit(site, weights, shards) or _misfit_of_input(site, activations, shards)
-    if misfit is None:
+    reason = misfit(site, weights, activations, shards)
+    if reason is None:
         return Fitted(weights, activations)
     candidates = [] if fallback == "error" else _ladder(weights, activations, fallback)
     for candidate in candidates:
-        fits = _misfit(site, candidate.weights, shards) is None
-        if fits and _misfit_of_input(site, candidate.activations, shards) is None:
-            return replace(candidate, note=f"{misfit}: {candidate.weights.describe()} instead")
-    raise _refusal(misfit, site, weights, shards)
+        if misfit(site, candidate.weights, candidate.activations, shards) is None:
+            return replace(candidate, note=f"{reason}: {candidate.weights.describe()} instead")
+    raise _refusal(reason, site, weights, shards)
+
+
+def misfit(
+    layer: Cuttable, weights: NumberSpec, activations: NumberSpec | None, shards: int = 1
+) -> str | None:
+    """Reason for which a layer cannot have formats, in words; None where it can.
+
+    Args:
+        layer: The layer.
+        weights: The format of its weight.
+        activations: That of its input; None: floating point.
+        shards: Over how many devices the layer will be split.
+    """
+    return _misfit(layer, weights, shards) or _misfit_of_input(layer, activations, shards)
 
 
 def fit_together(
@@ -128,7 +155,7 @@ def _groups_are_free(weights: NumberSpec) -> bool:
     return weights.scale == "float" and weights.granularity is not Granularity.BLOCK
 
 
-def _misfit(site: BoundSite, weights: NumberSpec, shards: int) -> str | None:
+def _misfit(site: Cuttable, weights: NumberSpec, shards: int) -> str | None:
     """Reason for which a weight cannot have a format; None where it can."""
     cut = _cut_misfit(site, shards)
     if cut is not None:
@@ -148,7 +175,7 @@ def _misfit(site: BoundSite, weights: NumberSpec, shards: int) -> str | None:
     return None
 
 
-def _misfit_of_input(site: BoundSite, activations: NumberSpec | None, shards: int) -> str | None:
+def _misfit_of_input(site: Cuttable, activations: NumberSpec | None, shards: int) -> str | None:
     """Reason for which an input cannot have a format; None where it can."""
     size = None if activations is None else activations.group_size
     width, _ = _shard(site, shards)
@@ -157,7 +184,7 @@ def _misfit_of_input(site: BoundSite, activations: NumberSpec | None, shards: in
     return f"the input's group size {size} does not divide {_width_of(site, width, shards)}"
 
 
-def _cut_misfit(site: BoundSite, shards: int) -> str | None:
+def _cut_misfit(site: Cuttable, shards: int) -> str | None:
     rows = site.parallel is Parallel.ROW
     features, side = (site.in_features, "inputs") if rows else (site.out_features, "outputs")
     if site.parallel is not None and features % shards:
@@ -165,36 +192,36 @@ def _cut_misfit(site: BoundSite, shards: int) -> str | None:
     return None
 
 
-def _shard(site: BoundSite, shards: int) -> tuple[int, int]:
+def _shard(site: Cuttable, shards: int) -> tuple[int, int]:
     """Inputs and outputs of the layer on one device."""
     inputs = shards if site.parallel is Parallel.ROW else 1
     outputs = shards if site.parallel is Parallel.COLUMN else 1
     return site.in_features // inputs, site.out_features // outputs
 
 
-def _width_of(site: BoundSite, width: int, shards: int) -> str:
+def _width_of(site: Cuttable, width: int, shards: int) -> str:
     if width == site.in_features:
         return f"its {width} input features"
     return f"the {width} of its {site.in_features} input features on each of {shards} devices"
 
 
-def _refusal(misfit: str, site: BoundSite, weights: NumberSpec, shards: int) -> PlanError:
+def _refusal(reason: str, site: Cuttable, weights: NumberSpec, shards: int) -> PlanError:
     """The error that says why a format does not fit, and what would."""
     if _cut_misfit(site, shards) is not None:
         remedy = (
             "plan for a number of devices that divides it, or leave the layer alone (skip: true)"
         )
-        return PlanError(misfit, remedy=remedy)
+        return PlanError(reason, remedy=remedy)
     if not _groups_are_free(weights):
         eight = "int8-channel" if weights.kind == "int" else "fp8-channel"
         remedy = (
             f"keep it in 8 bits (weights: {eight}), skip it, or set fallback: nearest (--fallback)"
         )
-        return PlanError(misfit, remedy=remedy)
+        return PlanError(reason, remedy=remedy)
     width, _ = _shard(site, shards)
     legal = [str(g) for g in _LISTED_GROUPS if width % g == 0][:3]
     fitting = f"; {', '.join(legal)} would" if legal else ""
     return PlanError(
-        misfit + fitting,
+        reason + fitting,
         remedy="use a group_size that does, granularity channel, or fallback: nearest (--fallback)",
     )

@@ -95,8 +95,8 @@ class ProgressReporter:
         self._console.print(as_text(line))
 
 
-class ExportProgress:
-    """A progress bar on a console for :func:`prismquant.api.export`; a context manager.
+class CountProgress:
+    """A progress bar on a console that counts pieces; a context manager.
 
     Args:
         console: Where to draw. Nothing is drawn on anything but a terminal.
@@ -114,7 +114,7 @@ class ExportProgress:
         )
         self._task = self._progress.add_task("checking", total=None)
 
-    def __enter__(self) -> ExportProgress:
+    def __enter__(self) -> CountProgress:
         self._progress.start()
         return self
 
@@ -127,5 +127,5 @@ class ExportProgress:
         self._progress.stop()
 
     def __call__(self, done: int, total: int, name: str) -> None:
-        """So many of so many pieces are written; the next is called ``name``."""
+        """So many of so many pieces are done; the next is called ``name``."""
         self._progress.update(self._task, completed=done, total=total, description=name)

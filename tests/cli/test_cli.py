@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 import prismquant as pq
-from prismquant import api, cli
+from prismquant import api
 from prismquant.opening import read_json
 from prismquant.recipe.presets import PRESETS
 from prismquant.storage import write_json
@@ -31,25 +31,6 @@ if TYPE_CHECKING:
 
 
 ENVIRONMENT = {**os.environ, "NO_COLOR": "1", "COLUMNS": "100"}
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """``run(*arguments)``: exit status, stdout and stderr of the real entry point."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setenv("TERM", "dumb")
-
-    def call(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["prismquant", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        out, err = capsys.readouterr()
-        code = left.value.code
-        return (code if isinstance(code, int) else 0 if code is None else 1), out, err
-
-    return call
 
 
 def one_object(text: str) -> Any:
@@ -81,7 +62,7 @@ def first_column(table: str) -> set[str]:
 def test_help_names_every_command(run: Cli) -> None:
     status, out, _ = run("--help")
     assert status == 0
-    for command in ("demo", "inspect", "quantize", "eval", "recipe"):
+    for command in ("demo", "inspect", "quantize", "search", "eval", "recipe"):
         assert re.search(rf"\b{command}\b", out)
 
 
@@ -95,6 +76,7 @@ def test_help_names_every_command(run: Cli) -> None:
         ),
         (["eval"], ["--data", "--reference", "--out", "--limit", "--json"]),
         (["demo"], ["--out", "--json"]),
+        (["search"], ["--bits", "--size", "--max-loss", "--for", "--pareto", "--out", "--json"]),
         (["recipe"], ["list", "show", "validate"]),
     ],
 )
@@ -159,6 +141,22 @@ def test_wrong_usage_ends_with_2_and_says_what(run: Cli, arguments: list[str], s
         ("export", "--format", "gtpq"),
         ("export", "--dtype", "int8"),
         ("check", "--for", "vlm"),
+        ("search", "--bits", "four"),
+        ("search", "--bits", "4.6GB"),
+        ("search", "--size", "large"),
+        ("search", "--max-loss", "nan"),
+        ("search", "--cap", "visoin=8"),
+        ("search", "--cap", "vision=0"),
+        ("search", "--floor", "llm=much"),
+        ("search", "--weight", "answr=1"),
+        ("search", "--weight", "answer=x"),
+        ("search", "--cache-bytes", "0"),
+        ("search", "--latency", "t.json"),
+        ("search", "--latency-ms", "3"),
+        ("search", "--tensor-parallel", "9" * 30),
+        ("search", "--for", "vlm"),
+        ("search", "--out", ""),
+        ("search", "--pareto", ""),
     ],
 )
 def test_a_value_that_cannot_be_ends_with_2_before_any_work(
@@ -175,6 +173,7 @@ def test_a_value_that_cannot_be_ends_with_2_before_any_work(
         "eval": {"--data": "d"},
         "export": {"--format": "dense", "--out": "o"},
         "check": {},
+        "search": {"--max-loss": "1"},
     }
     options = needed[command] | {option: value}
     words = [word for pair in options.items() for word in pair]
