@@ -1,0 +1,303 @@
+"""A walk forth and back that sums, for every option, what its error does to some losses.
+
+On the way back each step is loaded once. Its options are solved, its calls run again, and the
+gradients of all losses go back through them. At every layer an option's error of the output meets
+these gradients: what is summed of the two is the method's business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from prismquant.engine.calls import Gradients
+from prismquant.engine.graph_replay import GraphCall
+from prismquant.engine.walk import ModelWalk, Unit, Visit
+from prismquant.errors import NumericsError
+from prismquant.models.attention import attention_hooked
+from prismquant.numerics.finite import all_finite
+from prismquant.runtime.kv_cache import KVQuantizer, KVWatch
+from prismquant.search.analysis import Analysis
+from prismquant.search.option_errors import Option, StepErrors, solve_step
+from prismquant.search.sample_sums import SampleSums
+from prismquant.shards import ShardReader
+
+# Logits of so many bytes are looked at together.
+_LOGIT_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class PlaceLosses:
+    """Losses of one sample that look at the same places.
+
+    Attributes:
+        places: Int64 positions in the row, [P].
+        numbers: Numbers of the losses.
+        gradients: Gives their gradients ``[losses, p, vocabulary]`` at logits ``[p, vocabulary]``
+            of consecutive places, from the first to the last; and is told which these are.
+    """
+
+    places: Tensor
+    numbers: range
+    gradients: Callable[[Tensor, slice], Tensor]
+
+
+class Objective(Protocol):
+    """Losses whose gradients are taken, and what is summed of these and of errors."""
+
+    @property
+    def losses(self) -> int:
+        """Number of losses."""
+
+    def of_sample(self, number: int) -> Sequence[PlaceLosses]:
+        """Losses of a sample; all others are zero there."""
+
+    def change(self, error: Tensor, gradients: Tensor) -> Tensor:
+        """Sum over rows and features for each loss, [losses].
+
+        Args:
+            error: Of a layer's output, ``[rows, out]``.
+            gradients: Of the losses at that output, ``[losses, rows, out]``.
+        """
+
+
+def backward_sums(analysis: Analysis, objective: Objective) -> Iterator[SampleSums]:
+    """Sums over every sample of each loss, unit of choice by unit of choice.
+
+    Yields:
+        The sums of a unit when all its layers were gone through: from the head to the entry.
+
+    Raises:
+        NumericsError: A weight, an activation or a gradient is not finite.
+    """
+    wanted = analysis.wanted
+    if not wanted:
+        return
+    cached = {layer.step for one in wanted for plan in one.caches.values() for layer in plan.layers}
+    visit = Visit(
+        layers=[site.name for one in wanted if one.rows for site in one.sites],
+        attentions=sorted(cached),
+        stagewise=False,
+        backward=True,
+    )
+    walk = ModelWalk(
+        analysis.bound,
+        ShardReader(analysis.bound.folder),
+        analysis.batches,
+        analysis.placement,
+        visit=visit,
+        store=analysis.kept,
+        ranks=analysis.ranks,
+    )
+    caches = {
+        one.unit.name: SampleSums(one, analysis, objective.losses) for one in wanted if one.caches
+    }
+    with contextlib.closing(walk.units()) as units:
+        for unit in units:
+            with unit.loaded():
+                if not unit.backward:
+                    analysis.stage(unit.name, "forward")
+                    with torch.no_grad():
+                        unit.advance()
+                    continue
+                own = {
+                    one.unit.name: SampleSums(one, analysis, objective.losses)
+                    for one in wanted
+                    if one.rows and one.sites[0].step == unit.step.index
+                }
+                errors = solve_step(unit, analysis)
+                analysis.stage(unit.name, "backward")
+                work = _StepWork(unit, objective, errors, own | caches)
+                with unit.as_served(), torch.enable_grad():
+                    for call in unit.graph_calls():
+                        work.go_back(call)
+            yield from own.values()
+            cached.discard(unit.step.index)
+            if not cached:
+                yield from caches.values()
+                caches = {}
+
+
+@dataclass
+class _Watch:
+    """Tensors that passed the layers in question in one call.
+
+    Attributes:
+        layers: Names of layers, with their inputs and outputs.
+        caches: Keys and values.
+    """
+
+    layers: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
+    caches: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All whose gradients are wanted."""
+        return [out for *_, out in self.layers] + [x for pair in self.caches for x in pair]
+
+
+class _StepWork:
+    """The way back through one step."""
+
+    def __init__(
+        self,
+        unit: Unit,
+        objective: Objective,
+        errors: StepErrors,
+        sums: Mapping[str, SampleSums],
+    ) -> None:
+        self.unit, self.objective, self.errors, self.sums = unit, objective, errors, sums
+
+    def go_back(self, call: GraphCall) -> None:
+        """Run a call, take gradients back through it, and sum up what errors do."""
+        if self.unit.step.kind == "head":
+            self._head(call)
+            return
+        if not call.arriving:
+            return
+        with self._watched() as watch:
+            _begin_graph(call)
+            output = self.unit.module(*call.call.args, **call.call.kwargs)
+        value = output if isinstance(output, Tensor) else output[0]
+        found = call.backward(value, call.arriving, watch.tensors)
+        self._take(call.batch, watch, found)
+
+    def _head(self, call: GraphCall) -> None:
+        """Begin at the logits, some places at a time."""
+        hidden = call.call.args[0]
+        gradients: Gradients = [None] * self.objective.losses
+        for losses in self.objective.of_sample(call.batch):
+            sums = [torch.zeros_like(hidden) for _ in losses.numbers]
+            for part in self._parts(losses.places):
+                places = losses.places[part].to(hidden.device)
+                x = hidden.detach()[0, places].requires_grad_(True)
+                with self._watched() as watch:
+                    logits = self.unit.module(x)
+                self._require_finite(logits, call)
+                slopes = losses.gradients(logits.detach(), part)
+                found = self._from_logits(logits, slopes, [x, *watch.tensors], losses.numbers)
+                for sum_, number in zip(sums, losses.numbers, strict=True):
+                    own = found[0][number]
+                    if own is not None:
+                        sum_[0, places] += own
+                self._take(call.batch, watch, found[1:])
+            for sum_, number in zip(sums, losses.numbers, strict=True):
+                gradients[number] = sum_
+        call.backward(hidden, gradients)
+
+    def _from_logits(
+        self, logits: Tensor, slopes: Tensor, wanted: Sequence[Tensor], numbers: range
+    ) -> list[Gradients]:
+        """Gradients at tensors from those at the logits; None for all other losses."""
+        found: list[Gradients] = [[None] * self.objective.losses for _ in wanted]
+        for slope, number in zip(slopes, numbers, strict=True):
+            last = number == numbers[-1]
+            own = torch.autograd.grad(logits, wanted, slope.to(logits.dtype), retain_graph=not last)
+            for gathered, gradient in zip(found, own, strict=True):
+                gathered[number] = gradient
+        return found
+
+    def _parts(self, places: Tensor) -> Iterator[slice]:
+        words = self.unit.walk.bound.site(self.unit.name).out_features
+        step = max(1, _LOGIT_BYTES // (4 * words))
+        yield from (slice(start, start + step) for start in range(0, len(places), step))
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[_Watch]:
+        """Within the block, what passes the step's layers, keys and values is kept."""
+        watch, model = _Watch(), self.unit.main.model
+
+        def see_layer(name: str) -> Callable[..., None]:
+            def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+                watch.layers.append((name, args[0].detach(), output.requires_grad_(True)))
+
+            return hook
+
+        def see_cache(key: Tensor, value: Tensor) -> None:
+            watch.caches.append((key.requires_grad_(True), value.requires_grad_(True)))
+
+        with contextlib.ExitStack() as stack:
+            for name in self.errors.by_layer:
+                handle = model.get_submodule(name).register_forward_hook(see_layer(name))
+                stack.callback(handle.remove)
+            if self.errors.attention is not None:
+                attention = model.get_submodule(self.errors.attention)
+                stack.enter_context(attention_hooked(attention, KVWatch(see_cache)))
+            yield watch
+
+    @torch.no_grad()
+    def _take(self, sample: int, watch: _Watch, found: Sequence[Gradients]) -> None:
+        """Sum up what errors do to the losses of a sample."""
+        for (name, x, output), own in zip(watch.layers, found, strict=False):
+            numbers, gradients = _stacked(own, output)
+            if not numbers:
+                continue
+            rows = gradients.reshape(len(numbers), -1, self.errors.site(name).out_features)
+            self._require_gradients(rows, name)
+            for option, error in self.errors.outputs(name, x):
+                self._add(option, sample, numbers, self.objective.change(error, rows))
+        rest = iter(found[len(watch.layers) :])
+        for key, value in watch.caches:
+            (numbers, keys), (_, values) = _stacked(next(rest), key), _stacked(next(rest), value)
+            if not numbers:
+                continue
+            for option, quantizer in self.errors.caches.items():
+                change = _cache_change(self.objective, quantizer, (key, value), (keys, values))
+                self._add(option, sample, numbers, change)
+
+    def _add(self, option: Option, sample: int, numbers: list[int], change: Tensor) -> None:
+        unit, name = option
+        self.sums[unit].add(name, sample, numbers, change)
+
+    def _require_finite(self, logits: Tensor, call: GraphCall) -> None:
+        if not all_finite(logits.detach()):
+            raise NumericsError(
+                "the model's logits are not finite",
+                where=f"samples {', '.join(call.call.ids)}",
+                remedy="look for NaN in the checkpoint, or run in float32",
+            )
+
+    def _require_gradients(self, gradients: Tensor, name: str) -> None:
+        if not all_finite(gradients):
+            raise NumericsError(
+                "a gradient is NaN or infinite",
+                where=f"output of {name}",
+                remedy="run in float32 or bfloat16",
+            )
+
+
+def _begin_graph(call: GraphCall) -> None:
+    """Let the graph begin at what the call is given, where no unit before it takes gradients."""
+    given: list[Any] = [*call.call.args, *call.call.kwargs.values()]
+    floats = [x for x in given if isinstance(x, Tensor) and x.is_floating_point()]
+    if floats and not any(x.requires_grad for x in floats):
+        floats[0].requires_grad_(True)
+
+
+def _stacked(gradients: Gradients, like: Tensor) -> tuple[list[int], Tensor]:
+    """Numbers of the losses that have a gradient, and these, ``[losses, *shape]``."""
+    numbers = [number for number, gradient in enumerate(gradients) if gradient is not None]
+    given = [gradient for gradient in gradients if gradient is not None]
+    return numbers, torch.stack(given) if given else like.new_zeros(0, *like.shape)
+
+
+def _cache_change(
+    objective: Objective,
+    quantizer: KVQuantizer,
+    cached: tuple[Tensor, Tensor],
+    gradients: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Sums of the change that rounding keys and values makes, for each loss."""
+    rounded = quantizer(cached[0].detach(), cached[1].detach())
+    total = torch.zeros(())
+    for x, own, slopes in zip(cached, rounded, gradients, strict=True):
+        width = x.shape[-1]
+        error = (own - x.detach()).reshape(-1, width)
+        change = objective.change(error, slopes.reshape(len(slopes), -1, width))
+        total = total.to(change) + change
+    return total

@@ -1,0 +1,1 @@
+"""Methods of analysis: one file each."""
