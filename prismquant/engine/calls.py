@@ -78,6 +78,7 @@ class StepCall:
         tokens: How many rows of each modality count in the language model; None elsewhere.
         kind: What all rows are of elsewhere.
         ids: Samples of the batch, in the language model.
+        batch: Number of the batch.
     """
 
     args: tuple[Any, ...]
@@ -88,6 +89,7 @@ class StepCall:
     tokens: Tokens | None = None
     kind: Kind = "text"
     ids: tuple[str, ...] = ()
+    batch: int = 0
 
     def seen(self, rows: int) -> Tokens:
         """Rows of a layer by modality; padding is of none."""

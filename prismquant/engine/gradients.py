@@ -181,7 +181,7 @@ def gradient_ratios(
                     continue
                 with torch.enable_grad():
                     for call in unit.graph_calls():
-                        batch, places = counted[call.batch]
+                        batch, places = counted[call.call.batch]
                         for key, rows in _squared_gradients(unit, call, batch, places).items():
                             sums[key] += _scaled_means(rows, places.tokens)
     means = {key: total.tolist() for key, total in sums.items()}

@@ -36,13 +36,11 @@ class GraphCall:
 
     Attributes:
         call: The call.
-        batch: Number of its batch.
         arriving: Gradients at its output, one for each loss; empty for the head, and where nothing
             that was gone through depends on it.
     """
 
     call: StepCall
-    batch: int
     arriving: Gradients
     _leaves: Mapping[Source, Tensor]
     _keep: Callable[[Source, Gradients], None]
@@ -110,7 +108,7 @@ class GraphReplay(Replay):
             given = self._on_leaves(state, leaves)
             call = self._call(step, given)
             arriving = _taken(state, (step.name, 0))
-            yield GraphCall(call, state.batch, arriving, leaves, _keeper(state, self._states))
+            yield GraphCall(call, arriving, leaves, _keeper(state, self._states))
             # Its pixels must be gone before the next ones are made.
             del call, given
 

@@ -221,6 +221,7 @@ class Replay:
             lambda _: None,
             state.tokens,
             ids=state.ids,
+            batch=state.batch,
         )
 
     def _step_call(self, step: BoundStep, state: TowerPass, captured: Captured) -> StepCall:
@@ -259,6 +260,7 @@ class Replay:
             state.tokens,
             state.kind,
             state.ids,
+            state.batch,
         )
 
     def _vision_stand_ins(self, passes: Sequence[TowerPass]) -> dict[str, Callable[..., Any]]:

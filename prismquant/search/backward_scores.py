@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prismquant.engine.calls import Gradients
 from prismquant.engine.graph_replay import GraphCall
 from prismquant.engine.walk import ModelWalk, Unit, Visit
 from prismquant.errors import NumericsError
-from prismquant.models.attention import attention_hooked
 from prismquant.numerics.finite import all_finite
-from prismquant.runtime.kv_cache import KVQuantizer, KVWatch
 from prismquant.search.analysis import Analysis
-from prismquant.search.option_errors import Option, StepErrors, solve_step
+from prismquant.search.option_errors import StepErrors, solve_step
 from prismquant.search.sample_sums import SampleSums
+from prismquant.search.watched_step import WatchedCall, watched
 from prismquant.shards import ShardReader
 
 # Logits of so many bytes are looked at together.
@@ -123,24 +122,6 @@ def backward_sums(analysis: Analysis, objective: Objective) -> Iterator[SampleSu
                 caches = {}
 
 
-@dataclass
-class _Watch:
-    """Tensors that passed the layers in question in one call.
-
-    Attributes:
-        layers: Names of layers, with their inputs and outputs.
-        caches: Keys and values.
-    """
-
-    layers: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
-    caches: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All whose gradients are wanted."""
-        return [out for *_, out in self.layers] + [x for pair in self.caches for x in pair]
-
-
 class _StepWork:
     """The way back through one step."""
 
@@ -160,23 +141,23 @@ class _StepWork:
             return
         if not call.arriving:
             return
-        with self._watched() as watch:
+        with watched(self.unit, self.errors) as watch:
             _begin_graph(call)
             output = self.unit.module(*call.call.args, **call.call.kwargs)
         value = output if isinstance(output, Tensor) else output[0]
         found = call.backward(value, call.arriving, watch.tensors)
-        self._take(call.batch, watch, found)
+        self._take(call.call.batch, watch, found)
 
     def _head(self, call: GraphCall) -> None:
         """Begin at the logits, some places at a time."""
         hidden = call.call.args[0]
         gradients: Gradients = [None] * self.objective.losses
-        for losses in self.objective.of_sample(call.batch):
+        for losses in self.objective.of_sample(call.call.batch):
             sums = [torch.zeros_like(hidden) for _ in losses.numbers]
             for part in self._parts(losses.places):
                 places = losses.places[part].to(hidden.device)
                 x = hidden.detach()[0, places].requires_grad_(True)
-                with self._watched() as watch:
+                with watched(self.unit, self.errors) as watch:
                     logits = self.unit.module(x)
                 self._require_finite(logits, call)
                 slopes = losses.gradients(logits.detach(), part)
@@ -185,7 +166,7 @@ class _StepWork:
                     own = found[0][number]
                     if own is not None:
                         sum_[0, places] += own
-                self._take(call.batch, watch, found[1:])
+                self._take(call.call.batch, watch, found[1:])
             for sum_, number in zip(sums, losses.numbers, strict=True):
                 gradients[number] = sum_
         call.backward(hidden, gradients)
@@ -207,52 +188,17 @@ class _StepWork:
         step = max(1, _LOGIT_BYTES // (4 * words))
         yield from (slice(start, start + step) for start in range(0, len(places), step))
 
-    @contextlib.contextmanager
-    def _watched(self) -> Iterator[_Watch]:
-        """Within the block, what passes the step's layers, keys and values is kept."""
-        watch, model = _Watch(), self.unit.main.model
-
-        def see_layer(name: str) -> Callable[..., None]:
-            def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-                watch.layers.append((name, args[0].detach(), output.requires_grad_(True)))
-
-            return hook
-
-        def see_cache(key: Tensor, value: Tensor) -> None:
-            watch.caches.append((key.requires_grad_(True), value.requires_grad_(True)))
-
-        with contextlib.ExitStack() as stack:
-            for name in self.errors.by_layer:
-                handle = model.get_submodule(name).register_forward_hook(see_layer(name))
-                stack.callback(handle.remove)
-            if self.errors.attention is not None:
-                attention = model.get_submodule(self.errors.attention)
-                stack.enter_context(attention_hooked(attention, KVWatch(see_cache)))
-            yield watch
-
     @torch.no_grad()
-    def _take(self, sample: int, watch: _Watch, found: Sequence[Gradients]) -> None:
+    def _take(self, sample: int, watch: WatchedCall, found: Sequence[Gradients]) -> None:
         """Sum up what errors do to the losses of a sample."""
-        for (name, x, output), own in zip(watch.layers, found, strict=False):
-            numbers, gradients = _stacked(own, output)
-            if not numbers:
-                continue
-            rows = gradients.reshape(len(numbers), -1, self.errors.site(name).out_features)
-            self._require_gradients(rows, name)
-            for option, error in self.errors.outputs(name, x):
-                self._add(option, sample, numbers, self.objective.change(error, rows))
-        rest = iter(found[len(watch.layers) :])
-        for key, value in watch.caches:
-            (numbers, keys), (_, values) = _stacked(next(rest), key), _stacked(next(rest), value)
-            if not numbers:
-                continue
-            for option, quantizer in self.errors.caches.items():
-                change = _cache_change(self.objective, quantizer, (key, value), (keys, values))
-                self._add(option, sample, numbers, change)
-
-    def _add(self, option: Option, sample: int, numbers: list[int], change: Tensor) -> None:
-        unit, name = option
-        self.sums[unit].add(name, sample, numbers, change)
+        given = [_stacked(own, x) for own, x in zip(found, watch.tensors, strict=True)]
+        for (numbers, gradients), (name, *_) in zip(given, watch.layers, strict=False):
+            self._require_gradients(gradients, name if numbers else "")
+        for number, (unit, option), error in watch.changes():
+            numbers, gradients = given[number]
+            if numbers:
+                slopes = gradients.reshape(len(numbers), *error.shape)
+                self.sums[unit].add(option, sample, numbers, self.objective.change(error, slopes))
 
     def _require_finite(self, logits: Tensor, call: GraphCall) -> None:
         if not all_finite(logits.detach()):
@@ -284,20 +230,3 @@ def _stacked(gradients: Gradients, like: Tensor) -> tuple[list[int], Tensor]:
     numbers = [number for number, gradient in enumerate(gradients) if gradient is not None]
     given = [gradient for gradient in gradients if gradient is not None]
     return numbers, torch.stack(given) if given else like.new_zeros(0, *like.shape)
-
-
-def _cache_change(
-    objective: Objective,
-    quantizer: KVQuantizer,
-    cached: tuple[Tensor, Tensor],
-    gradients: tuple[Tensor, Tensor],
-) -> Tensor:
-    """Sums of the change that rounding keys and values makes, for each loss."""
-    rounded = quantizer(cached[0].detach(), cached[1].detach())
-    total = torch.zeros(())
-    for x, own, slopes in zip(cached, rounded, gradients, strict=True):
-        width = x.shape[-1]
-        error = (own - x.detach()).reshape(-1, width)
-        change = objective.change(error, slopes.reshape(len(slopes), -1, width))
-        total = total.to(change) + change
-    return total

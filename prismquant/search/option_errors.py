@@ -140,6 +140,8 @@ class StepErrors:
 def solve_step(unit: Unit, analysis: Analysis) -> StepErrors:
     """Solve every option of the layers of one step, and of its keys and values.
 
+    Options that need statistics are left out where no data flow.
+
     Args:
         unit: The step; its modules are loaded where data flow.
         analysis: The units of choice.
@@ -152,7 +154,7 @@ def solve_step(unit: Unit, analysis: Analysis) -> StepErrors:
         for one in analysis.wanted
         for option, rows in one.rows.items()
         for members in problem_groups([r for r in rows if r.site.step == unit.step.index])
-        if members[0].quantized
+        if members[0].quantized and (unit.flows or not members[0].needs_data)
     ]
     together: dict[object, list[tuple[Option, list[PlanRow]]]] = {}
     for option, members in groups:

@@ -119,7 +119,7 @@ def streamed_gradients(
                 for handle in handles:
                     handle.remove()
                 head = unit.step.kind == "head"
-                arriving: Gradients = [*given[call.batch]] if head else call.arriving
+                arriving: Gradients = [*given[call.call.batch]] if head else call.arriving
                 watched = [(name, one) for name, passes in outputs.items() for one in passes]
                 gradients = call.backward(output, arriving, [one for _, one in watched])
                 for (name, one), losses in zip(watched, gradients, strict=True):

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import tiny_vlm
 import torch
+from analyses import FORMATS, analysis_of, batches_of, rounded_weights, scores_of
 from torch import Tensor
 
 import prismquant as pq
-from prismquant.data import read_samples
-from prismquant.data.batches import make_batches
 from prismquant.engine import activation_store
 from prismquant.engine.activation_store import OnDisk
 from prismquant.engine.placement import Placement
@@ -20,15 +19,11 @@ from prismquant.errors import ArgumentError
 from prismquant.export.load_quantized import load_model
 from prismquant.models.bind import bind
 from prismquant.models.float_model import load_float
-from prismquant.models.processor import load_processor
 from prismquant.runtime.linear import ActivationQuantizer
-from prismquant.runtime.mixed import Precision
-from prismquant.search.analysis import Analysis
-from prismquant.search.choices import make_choices
-from prismquant.search.format_grammar import formats_on_offer, rule_of
+from prismquant.search.format_grammar import rule_of
 from prismquant.search.methods.fisher import Fisher
 from prismquant.search.probes import generator_of, probes
-from prismquant.search.sensitivity import TOKEN_CLASSES, Choice, Score, TokenClass
+from prismquant.search.sensitivity import TOKEN_CLASSES
 from prismquant.search.token_places import token_places
 
 if TYPE_CHECKING:
@@ -38,42 +33,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from prismquant.data.batches import Batch
-
-Losses = dict[str, dict[str, dict[TokenClass, Score]]]
-FORMATS = "int3-channel,int4-g32,int8-channel+int8-token"
-DOUBLE = Placement(precision=Precision(torch.float64))
-
-
-def batches_of(folder: Path, data: Path) -> list[Batch]:
-    ids = bind(folder).vision_token_ids
-    samples = read_samples(data)
-    return list(make_batches(samples, load_processor(folder), batch_size=1, vision_token_ids=ids))
-
-
-def analysis_of(
-    folder: Path, batches: list[Batch], formats: str = FORMATS, solver: str = "rtn", **more: Any
-) -> Analysis:
-    bound = bind(folder)
-    choices = make_choices(bound, formats_on_offer(formats), solver=solver)
-    return Analysis(bound, choices, batches, **{"placement": DOUBLE} | more)
-
-
-def scores_of(analysis: Analysis, method: Fisher) -> Losses:
-    return {
-        one.unit: {name: dict(own) for name, own in one.scores.items()}
-        for one in method.scores(analysis)
-    }
-
-
-def rounded_weights(folder: Path, choice: Choice, out: Path) -> dict[str, Tensor]:
-    """Weights of a checkpoint that a run of its own has rounded to nearest, by layer."""
-    rules = [
-        rule_of(choice) | {"solver": "rtn"},
-        {"match": {"role": "patch_embed"}, "activations": "none"},
-    ]
-    pq.quantize(folder, {"name": "whole", "rules": rules}, out)
-    model = load_model(out)
-    return {site.name: model.get_parameter(f"{site.name}.weight") for site in bind(folder).sites}
 
 
 class ByHand:
