@@ -15,12 +15,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prismquant.api import inspect, measure, quantize
+    from prismquant.api import find_mix, inspect, measure, quantize
     from prismquant.errors import PrismQuantError
     from prismquant.export.load_quantized import load
     from prismquant.quantization.request import Result
     from prismquant.recipe.schema import Recipe, load_recipe
-    from prismquant.search.find_mix import FoundMix, find_mix
+    from prismquant.search.find_mix import FoundMix
     from prismquant.version import __version__
 
 __all__ = [
@@ -42,7 +42,7 @@ _HOMES = {
     "PrismQuantError": "prismquant.errors",
     "Recipe": "prismquant.recipe.schema",
     "Result": "prismquant.quantization.request",
-    "find_mix": "prismquant.search.find_mix",
+    "find_mix": "prismquant.api",
     "FoundMix": "prismquant.search.find_mix",
     "inspect": "prismquant.api",
     "load": "prismquant.export.load_quantized",

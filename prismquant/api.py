@@ -5,10 +5,10 @@ Each puts together what the layers below do, in the order recipe, bind, plan, en
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
@@ -33,7 +33,7 @@ from prismquant.data.survey import position_limit, survey
 from prismquant.distributed import Alone, Ranks
 from prismquant.engine.setup import Reporter, Silent
 from prismquant.evaluate.fidelity import evaluate_model
-from prismquant.evaluate.figures import Fidelity
+from prismquant.evaluate.figures import Fidelity, Outcome
 from prismquant.evaluate.shared_vocabulary import require_same_vocabulary
 from prismquant.export.exporter import Progress
 from prismquant.export.exporters import EXPORTERS, Exported, build_exporter, export_checkpoint
@@ -52,6 +52,10 @@ from prismquant.quantization.prepare import memory_room
 from prismquant.quantization.request import Request, Result
 from prismquant.recipe.adapt import adapted
 from prismquant.recipe.schema import Recipe, load_recipe
+from prismquant.search.constraints import Asked, parse_constraints
+from prismquant.search.find_mix import FoundMix, SearchRequest, Verification, search_mix
+from prismquant.search.pareto import MAX_POINTS
+from prismquant.search.repair import MAX_SWAPS
 
 # No picture, clip or sample has more of anything.
 _MOST = 2**31 - 1
@@ -320,3 +324,72 @@ def measure(
         processor=processor,
     )
     return replace(result, notes=found.remarks(answers=True))
+
+
+@default_modes()
+def find_mix(
+    sensitivity: str | Path,
+    *,
+    out: str | Path | None = None,
+    pareto: str | Path | None = None,
+    points: int = 64,
+    verify: str | Path | None = None,
+    swaps: int = 8,
+    model: str | Path | None = None,
+    calibration: str | Path | None = None,
+    progress: Progress | None = None,
+    **asked: Unpack[Asked],
+) -> FoundMix:
+    """Find the mix of formats that loses least within constraints, and write it as a recipe.
+
+    Args:
+        sensitivity: The file that ``prismquant analyze`` wrote.
+        out: File of the recipe; an earlier one of the same command is replaced. None: none.
+        pareto: Folder of the whole front: ``front.json``, ``front.svg`` and a recipe a point; must
+            not exist or be empty. Without any bound the mix at the knee of the front is taken.
+        points: Sizes at which the front is computed.
+        verify: Samples with answers that no statistic saw: the model is quantized to the mix and
+            measured on them, and swaps of formats that help are kept.
+        swaps: At most so many are tried, each of which quantizes the model once.
+        model: Folder of the model, for ``verify``; by default where it lay when it was analyzed.
+        calibration: Calibration data, for ``verify``; by default those of the analysis.
+        progress: Is told how many sizes, or mixes to measure, are done, of how many, and the next.
+        asked: The constraints, see :class:`~prismquant.search.constraints.Asked`.
+
+    Raises:
+        ArgumentError: An argument is no such value, or nothing bounds the mix.
+        StorageError, DataError: A file cannot be read, or a result cannot be written there.
+        PlanError: No mix keeps to the constraints; says which least can, and what holds it there.
+        PrismQuantError: The mix cannot be quantized to, or measured.
+    """
+    given = {"swaps": swaps, "model": model, "calibration": calibration}
+    request = SearchRequest(
+        source=as_path(sensitivity, "sensitivity"),
+        constraints=parse_constraints(asked),
+        out=None if out is None else as_path(out, "out"),
+        pareto=None if pareto is None else as_path(pareto, "pareto"),
+        points=as_count(points, "points", least=2, most=MAX_POINTS),
+        verification=None if verify is None else _verification(verify, **given),
+    )
+    return search_mix(request, progress or (lambda done, total, name: None))
+
+
+def _verification(data: Any, *, swaps: Any, model: Any, calibration: Any) -> Verification:
+    source = as_source(data, "verify")
+    most = as_count(swaps, "swaps", least=0, most=MAX_SWAPS)
+    # What is wrong with the samples is said before anything is quantized.
+    read_samples(source, require_answers=True, most_bytes=available_bytes())
+
+    def trial(
+        folder: Path, recipe: Recipe, samples: str | None, place: Path
+    ) -> tuple[int, Sequence[Outcome]]:
+        result = quantize(folder, recipe, place, samples)
+        return result.plan.total_bytes, measure(place, source, reference=folder).outcomes
+
+    return Verification(
+        data=str(source),
+        trial=trial,
+        swaps=most,
+        model=None if model is None else as_path(model, "model"),
+        calibration=None if calibration is None else str(as_source(calibration, "calibration")),
+    )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from prismquant.formats.spec import spec
+from prismquant.search.choices import make_choices
+from prismquant.search.format_grammar import formats_on_offer
 from prismquant.search.sensitivity import (
     FLOAT,
     SENSITIVITY_VERSION,
@@ -16,6 +19,9 @@ from prismquant.search.sensitivity import (
     Score,
     Sensitivity,
 )
+
+if TYPE_CHECKING:
+    from prismquant.models.bound import BoundModel
 
 FORMATS = ("int2-g64", "int3-g128", "int4-g128", "int8-channel", "fp8-channel")
 ROLES = {
@@ -72,6 +78,35 @@ def made(
         "fixed_weights": 50_000,
     }
     return Sensitivity(**known | fields)
+
+
+def of_model(bound: BoundModel, seed: int, formats: str, **more: Any) -> Sensitivity:
+    """A real model's units and bytes, with losses that a die has thrown.
+
+    Args:
+        bound: The model.
+        seed: Of the losses.
+        formats: Formats on offer.
+        more: Arguments of :func:`make_choices`.
+    """
+    choices = make_choices(bound, formats_on_offer(formats), **more)
+    dice = random.Random(seed)
+    return replace(
+        made(0),
+        model=str(bound.folder),
+        formats=choices.formats,
+        units=tuple(_thrown(one.unit, dice) for one in choices.units),
+        weights={"answer": 1.0},
+        fixed_bytes=choices.fixed_bytes,
+        fixed_weights=choices.fixed_weights,
+    )
+
+
+def _thrown(unit: ChoiceUnit, dice: random.Random) -> ChoiceUnit:
+    options = [
+        replace(option, scores={"answer": Score(dice.random())}) for option in unit.options[1:]
+    ]
+    return replace(unit, options=(unit.options[0], *options))
 
 
 def _unit(

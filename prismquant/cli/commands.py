@@ -214,10 +214,10 @@ def export(
 @takes(SearchOptions)
 def search(asked: SearchOptions) -> None:
     """Find the best mix of formats within a budget, and write it as a recipe."""
-    from prismquant.report.fronts import front_table, mix_table
+    from prismquant.api import find_mix
+    from prismquant.report.fronts import front_table, mix_table, swap_table
     from prismquant.report.progress import CountProgress
     from prismquant.search.constraints import Asked
-    from prismquant.search.find_mix import find_mix
 
     given = {name: getattr(asked, name) for name in Asked.__annotations__}
     console = make_console(stderr=True)
@@ -227,6 +227,10 @@ def search(asked: SearchOptions) -> None:
             out=asked.out,
             pareto=asked.pareto,
             points=asked.points,
+            verify=asked.verify,
+            swaps=asked.swaps,
+            model=asked.model,
+            calibration=asked.calib,
             progress=progress,
             **given,
         )
@@ -237,6 +241,8 @@ def search(asked: SearchOptions) -> None:
     if found.front is not None:
         show(front_table(found.front))
     show(mix_table(content))
+    if found.verified is not None:
+        show(swap_table(content["verified"]))
     print_remarks(console, found.mix.notes)
     if asked.out is None:
         say(found.text, newline=False)

@@ -164,6 +164,20 @@ class SearchOptions:
     points: Annotated[
         int, typer.Option(min=2, max=1000, help="Sizes at which the front is computed.")
     ] = 64
+    verify: Annotated[
+        str | None,
+        typer.Option(help="Samples with answers: run the mix, measure it, keep swaps that help."),
+    ] = None
+    swaps: Annotated[
+        int,
+        typer.Option(min=0, max=1000, help="Swaps that --verify tries; each quantizes the model."),
+    ] = 8
+    model: Annotated[
+        str | None, typer.Option(help="For --verify, if the model has moved since the analysis.")
+    ] = None
+    calib: Annotated[
+        str | None, typer.Option(help="Calibration for --verify; by default as in the analysis.")
+    ] = None
     as_json: AsJson = False
 
 

@@ -50,6 +50,28 @@ def mix_table(found: Mapping[str, Any]) -> Table:
     return rich_table(["mix", found["name"]], rows)
 
 
+def swap_table(verified: Mapping[str, Any]) -> Table:
+    """Measure of a found mix, and the swaps that were tried."""
+    rows = [["the mix as found", _measured(verified["first"]), "", "", ""]]
+    for swap in verified["swaps"]:
+        units = "; ".join(f"{u}: {was} to {swap['after'][u]}" for u, was in swap["before"].items())
+        rows.append(
+            [
+                units,
+                f"{swap['measured']:+.4g} ± {swap['error']:.2g}",
+                f"{swap['predicted']:+.4g}",
+                f"{swap['bytes']:+,}",
+                "kept" if swap["kept"] else "",
+            ]
+        )
+    rows.append(["the mix as written", _measured(verified["last"]), "", "", ""])
+    return rich_table(["verified", "measured loss", "predicted", "bytes", ""], rows)
+
+
+def _measured(measure: Mapping[str, Any]) -> str:
+    return f"{measure['loss']:.4g} ± {measure['error']:.2g}"
+
+
 def gap_in_words(found: Mapping[str, Any]) -> str:
     """By how much another mix can be better at most."""
     if found["minimised"] == "bytes":

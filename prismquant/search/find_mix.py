@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
+import shutil
+import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
-from prismquant.arguments import as_count, as_path
-from prismquant.errors import PlanError
+from prismquant.errors import ModelError, PlanError
+from prismquant.evaluate.figures import Outcome
 from prismquant.export.exporter import Progress
 from prismquant.outputs import require_empty, require_text_result
 from prismquant.recipe.schema import Recipe
 from prismquant.search.allocate import Mix, allocate
-from prismquant.search.constraints import Asked, Constraints, parse_constraints
+from prismquant.search.constraints import Constraints
 from prismquant.search.found_recipe import FIRST_WORDS, WrittenRecipe, provenance, recipe_of
 from prismquant.search.front_picture import front_svg
-from prismquant.search.pareto import MAX_POINTS, Front, pareto_front
+from prismquant.search.pareto import Front, pareto_front
+from prismquant.search.repair import Measured, Verified, measured, told, verified_lines, verify
 from prismquant.search.sensitivity import Sensitivity
 from prismquant.search.sensitivity_file import read_sensitivity
 from prismquant.storage import file_digest, make_folder, write_json, write_text
 
 FRONT_VERSION = 1
 """Version of the layout of ``front.json``."""
+
+
+Trial = Callable[[Path, Recipe, str | None, Path], tuple[int, Sequence[Outcome]]]
+"""Quantizes a model by a recipe, with a source of calibration data, into a folder, and measures it
+against the model. Gives the bytes of all tensors on disk, and what became of each sample."""
 
 
 @dataclass(frozen=True)
@@ -35,68 +44,107 @@ class FoundMix:
         recipe: The recipe; laid over the model it gives every layer the format of the mix.
         text: The recipe as YAML, with where it comes from in a comment.
         front: The whole front as ``front.json`` has it; None: it was not asked for.
+        verified: What was measured and changed; None: the mix was not verified.
     """
 
     mix: Mix
     recipe: Recipe
     text: str
     front: Mapping[str, Any] | None = None
+    verified: Verified | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
-        front = {} if self.front is None else {"front": self.front}
-        return {"name": self.recipe.name, **summary(self.mix), **asdict(self.mix), **front}
+        found = {"name": self.recipe.name, **summary(self.mix), **asdict(self.mix)}
+        found |= {} if self.front is None else {"front": self.front}
+        return found | ({} if self.verified is None else {"verified": told(self.verified)})
 
 
-def find_mix(
-    sensitivity: str | Path,
-    *,
-    out: str | Path | None = None,
-    pareto: str | Path | None = None,
-    points: int = 64,
-    progress: Progress = lambda done, total, name: None,
-    **asked: Unpack[Asked],
+@dataclass(frozen=True)
+class Verification:
+    """Way in which a mix is to be measured.
+
+    Attributes:
+        data: Samples that no statistic saw, by file or name.
+        trial: Quantizes and measures.
+        swaps: At most so many swaps are tried.
+        model: Folder of the model; None: where it lay when it was analyzed.
+        calibration: Calibration data; None: those of the analysis.
+    """
+
+    data: str
+    trial: Trial
+    swaps: int
+    model: Path | None = None
+    calibration: str | None = None
+
+
+@dataclass(frozen=True)
+class SearchRequest:
+    """Everything that a caller of :func:`prismquant.api.find_mix` may say, checked.
+
+    Attributes:
+        source: The file of the sensitivity.
+        constraints: What a mix must keep to.
+        out: File of the recipe; None: none is written.
+        pareto: Folder of the front; None: none is computed.
+        points: Sizes at which it is computed.
+        verification: How the mix is to be measured; None: it is not.
+    """
+
+    source: Path
+    constraints: Constraints
+    out: Path | None
+    pareto: Path | None
+    points: int
+    verification: Verification | None
+
+
+def search_mix(
+    asked: SearchRequest, progress: Progress = lambda done, total, name: None
 ) -> FoundMix:
-    """Find the mix of formats that loses least within constraints, and write it as a recipe.
+    """Find the mix of formats that loses least within constraints, and write what is asked for.
 
     Args:
-        sensitivity: The file that ``prismquant analyze`` wrote.
-        out: File of the recipe; an earlier one of the same command is replaced. None: none.
-        pareto: Folder of the whole front: ``front.json``, ``front.svg`` and a recipe a point; must
-            not exist or be empty. Without any bound the mix at the knee of the front is taken.
-        points: Sizes at which the front is computed.
-        progress: Is told how many sizes are done, of how many, and the next one.
-        asked: The constraints, see :class:`~prismquant.search.constraints.Asked`.
+        asked: What is looked for, and where the results go.
+        progress: Is told how many sizes, or mixes to measure, are done, of how many, and the next.
 
     Raises:
-        ArgumentError: An argument is no such value, or nothing bounds the mix.
-        StorageError, DataError: A file cannot be read, or a result cannot be written there.
-        PlanError: No mix keeps to the constraints; says which least can, and what holds it there.
+        ArgumentError: Nothing bounds the mix.
+        PrismQuantError: A file cannot be read or written, no mix keeps to the constraints, or the
+            mix cannot be measured.
     """
-    source = as_path(sensitivity, "sensitivity")
-    constraints = parse_constraints(asked)
-    count = as_count(points, "points", least=2, most=MAX_POINTS)
-    folder = None if pareto is None else as_path(pareto, "pareto")
-    if folder is None:
+    constraints = asked.constraints
+    if asked.pareto is None:
         constraints.require_bounded()
     else:
-        require_empty(folder, remedy="choose another folder for --pareto, or delete it")
-    target = None if out is None else as_path(out, "out")
-    if target is not None:
-        require_text_result(target, inputs=[source], first_words=FIRST_WORDS)
-    search = _Search(read_sensitivity(source), constraints, source, file_digest(source))
+        require_empty(asked.pareto, remedy="choose another folder for --pareto, or delete it")
+    if asked.out is not None:
+        require_text_result(asked.out, inputs=[asked.source], first_words=FIRST_WORDS)
+    search = _Search(
+        read_sensitivity(asked.source), constraints, asked.source, file_digest(asked.source)
+    )
     mix = allocate(search.found, constraints) if constraints.bounded else None
     content = None
-    if folder is not None:
-        front = pareto_front(search.found, constraints, count, progress)
+    if asked.pareto is not None:
+        front = pareto_front(search.found, constraints, asked.points, progress)
         mix = mix or front.mixes[front.knee]
-        content = search.write_front(folder, front)
+        content = search.write_front(asked.pareto, front)
     if mix is None:
         raise PlanError("no mix was looked for", remedy="give a bound, or --pareto")
-    written = search.recipe(mix)
-    if target is not None:
-        write_text(target, written.text)
-    return FoundMix(mix, written.recipe, written.text, content)
+    verified = None
+    if asked.verification is not None:
+        verified = search.verify(mix, asked.verification, asked.out, progress)
+        mix = verified.mix
+    lines = (
+        []
+        if asked.verification is None or verified is None
+        else verified_lines(verified, asked.verification.data)
+    )
+    written = search.recipe(mix, lines)
+    if asked.out is not None:
+        write_text(asked.out, written.text)
+    return FoundMix(mix, written.recipe, written.text, content, verified)
 
 
 def summary(mix: Mix) -> dict[str, Any]:
@@ -113,11 +161,40 @@ class _Search:
     source: Path
     digest: str
 
-    def recipe(self, mix: Mix) -> WrittenRecipe:
-        """The recipe of a mix, with where it comes from in its comment."""
+    def recipe(self, mix: Mix, more: Sequence[str] = ()) -> WrittenRecipe:
+        """The recipe of a mix, with where it comes from in its comment, and more lines there."""
         name = f"{self.found.method}-{mix.bits:.2f}-bits"
         lines = provenance(self.found, mix, self.constraints, str(self.source), self.digest)
-        return recipe_of(self.found, mix, self.constraints, name, lines)
+        return recipe_of(self.found, mix, self.constraints, name, [*lines, *more])
+
+    def verify(
+        self, mix: Mix, asked: Verification, out: Path | None, progress: Progress
+    ) -> Verified:
+        """Measure the mix in folders beside the recipe, which are gone afterwards."""
+        model = asked.model or Path(self.found.model)
+        source = asked.calibration or str(self.found.calibration.get("source") or "") or None
+        weights = self.constraints.weights or self.found.weights
+        done = itertools.count()
+        with tempfile.TemporaryDirectory(
+            prefix=".prismquant-verify-", dir=None if out is None else out.parent
+        ) as place:
+
+            def run(tried: Mix) -> Measured:
+                number = next(done)
+                progress(number, asked.swaps + 1, f"measuring mix {number + 1}")
+                folder = Path(place) / str(number)
+                size, outcomes = asked.trial(model, self.recipe(tried).recipe, source, folder)
+                shutil.rmtree(folder, ignore_errors=True)
+                if size != tried.stored_bytes:
+                    raise ModelError(
+                        f"the checkpoint has {size:,} bytes of tensors, and the sensitivity says "
+                        f"{tried.stored_bytes:,}: it is of another model",
+                        where=str(model),
+                        remedy="name the one that was analyzed with --model",
+                    )
+                return measured(outcomes, weights)
+
+            return verify(self.found, mix, self.constraints, run, asked.swaps)
 
     def write_front(self, folder: Path, front: Front) -> dict[str, Any]:
         """Write recipes, ``front.svg`` and ``front.json``, which comes last; gives its content."""

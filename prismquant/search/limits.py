@@ -17,7 +17,7 @@ from prismquant.search.sensitivity import ChoiceUnit, Sensitivity
 
 # Names of bounds, as errors say them.
 _TOTAL, _OF = "size", "size of "
-_LOSS, _CACHE, _LATENCY = "loss", "size of keys and values of a token", "milliseconds"
+LOSS, _CACHE, _LATENCY = "loss", "size of keys and values of a token", "milliseconds"
 # Units that an error names as those that hold a budget where it is.
 _SHOWN = 5
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -62,7 +62,7 @@ def limits_of(
         times = constraints.latency.table(units)
         limits.append(Limit(_LATENCY, times, most=constraints.latency_ms))
     if constraints.max_loss is not None:
-        limits.append(Limit(_LOSS, losses, most=constraints.max_loss))
+        limits.append(Limit(LOSS, losses, most=constraints.max_loss))
     return tuple(limits)
 
 
@@ -168,7 +168,7 @@ class _Bound:
         return f"{self._amount(whole)}, {bits:.4f} bits per weight"
 
     def _amount(self, amount: Fraction | float) -> str:
-        if self.limit.name in (_LOSS, _LATENCY):
+        if self.limit.name in (LOSS, _LATENCY):
             return f"{float(amount):.6g}"
         return f"{math.ceil(amount):,} bytes ({readable_bytes(math.ceil(amount))})"
 

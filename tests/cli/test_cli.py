@@ -157,6 +157,7 @@ def test_wrong_usage_ends_with_2_and_says_what(run: Cli, arguments: list[str], s
         ("search", "--for", "vlm"),
         ("search", "--out", ""),
         ("search", "--pareto", ""),
+        ("search", "--verify", ""),
     ],
 )
 def test_a_value_that_cannot_be_ends_with_2_before_any_work(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from sensitivities import made
+from sensitivities import made, of_model
 
 import prismquant as pq
 from prismquant.errors import ArgumentError, StorageError
+from prismquant.models.bind import bind
 from prismquant.opening import read_json
 from prismquant.recipe.schema import load_recipe
 from prismquant.search.sensitivity_file import write_sensitivity
@@ -138,3 +140,20 @@ def test_the_function_refuses_what_the_command_refuses(file: Path, tmp_path: Pat
             pq.find_mix(file, **arguments)
     with pytest.raises(StorageError):
         pq.find_mix(tmp_path, bits=4)
+
+
+def test_a_mix_is_verified_on_data(
+    run: Cli, tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path
+) -> None:
+    found = replace(of_model(bind(tiny("qwen2_vl")), 5, "int4-g32,int8-channel"), solver="rtn")
+    write_sensitivity(tmp_path / "s.json", found)
+    words = ("search", tmp_path / "s.json", "--cap", "llm=6", "--verify", calibration_file)
+    status, said, _ = run(*words, "--swaps", "1", "--out", tmp_path / "r.yaml")
+    assert status == 0
+    assert "the mix as found" in said
+    status, said, _ = run(*words, "--swaps", "0", "--json")
+    assert status == 0
+    verified = json.loads(said)["verified"]
+    assert verified["swaps"] == []
+    assert verified["first"] == verified["last"]
+    assert verified["first"]["losses"]["answer"]["loss"] > 0

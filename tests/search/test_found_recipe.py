@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import yaml
-from sensitivities import made
+from sensitivities import made, of_model
 
 from prismquant.errors import PlanError
 from prismquant.models.bind import bind
 from prismquant.plan.make_plan import make_plan
 from prismquant.recipe.schema import load_recipe, parse_recipe
 from prismquant.search.allocate import Mix, allocate
-from prismquant.search.choices import make_choices
 from prismquant.search.constraints import parse_constraints
-from prismquant.search.format_grammar import formats_on_offer
 from prismquant.search.found_recipe import FIRST_WORDS, recipe_of
 from prismquant.search.offers import layer_formats
-from prismquant.search.sensitivity import FLOAT, Choice, ChoiceUnit, Score, Sensitivity
+from prismquant.search.sensitivity import FLOAT, Choice, Sensitivity
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,27 +27,6 @@ if TYPE_CHECKING:
     from prismquant.models.bound import BoundModel
 
 OFFERED = "int4-g128,int3-g32,w8a8,fp8,int8-channel-asym,nvfp4,fp8-channel+fp8-tensor"
-
-
-def scored(unit: ChoiceUnit, dice: random.Random) -> ChoiceUnit:
-    options = [
-        replace(option, scores={"answer": Score(dice.random())}) for option in unit.options[1:]
-    ]
-    return replace(unit, options=(unit.options[0], *options))
-
-
-def sensitivity(bound: BoundModel, seed: int, formats: str, **more: Any) -> Sensitivity:
-    """A real model's units and bytes, with losses that a die has thrown."""
-    choices = make_choices(bound, formats_on_offer(formats), **more)
-    dice = random.Random(seed)
-    return replace(
-        made(0),
-        formats=choices.formats,
-        units=tuple(scored(one.unit, dice) for one in choices.units),
-        weights={"answer": 1.0},
-        fixed_bytes=choices.fixed_bytes,
-        fixed_weights=choices.fixed_weights,
-    )
 
 
 def random_mix(found: Sensitivity, seed: int) -> Mix:
@@ -93,7 +70,7 @@ def require_laid_over(bound: BoundModel, found: Sensitivity, mix: Mix, text: str
 
 def test_random_mixes_come_back_from_their_recipes(tiny_folder: Path) -> None:
     bound = bind(tiny_folder)
-    found = sensitivity(bound, 0, f"{OFFERED},kv:fp8")
+    found = of_model(bound, 0, f"{OFFERED},kv:fp8")
     for seed in range(12):
         mix = random_mix(found, seed)
         require_laid_over(bound, found, mix, recipe_of(found, mix, parse_constraints({}), "x").text)
@@ -102,7 +79,7 @@ def test_random_mixes_come_back_from_their_recipes(tiny_folder: Path) -> None:
 @pytest.mark.parametrize("bits", [23, 25, 28, 31])
 def test_found_mixes_come_back_from_their_recipes(tiny: Callable[..., Path], bits: float) -> None:
     bound = bind(tiny("qwen3_vl"))
-    found = sensitivity(bound, 1, OFFERED, disable=["*blocks.1*"], modalities=["llm", "vision"])
+    found = of_model(bound, 1, OFFERED, disable=["*blocks.1*"], modalities=["llm", "vision"])
     constraints = parse_constraints({"bits": bits})
     mix = allocate(found, constraints)
     require_laid_over(bound, found, mix, recipe_of(found, mix, constraints, "x").text)
@@ -111,7 +88,7 @@ def test_found_mixes_come_back_from_their_recipes(tiny: Callable[..., Path], bit
 def test_layers_for_several_devices_stay_as_they_were_scored(tiny: Callable[..., Path]) -> None:
     """The recipe says over how many devices: a plan then refuses what it could not cut."""
     bound = bind(tiny("qwen3_vl"))
-    found = sensitivity(bound, 2, OFFERED)
+    found = of_model(bound, 2, OFFERED)
     constraints = parse_constraints({"bits": 24, "tensor_parallel": 2})
     mix = allocate(found, constraints)
     written = recipe_of(found, mix, constraints, "x")
@@ -121,7 +98,7 @@ def test_layers_for_several_devices_stay_as_they_were_scored(tiny: Callable[...,
 
 def test_other_options_of_ranges_and_solvers_are_said(tiny: Callable[..., Path]) -> None:
     bound = bind(tiny("qwen2_vl"))
-    found = sensitivity(bound, 3, "int4-g32,int8-channel")
+    found = of_model(bound, 3, "int4-g32,int8-channel")
     ranged = {
         "int4-g32": replace(found.formats["int4-g32"], weight_range={"kind": "mse", "steps": 40}),
         "int8-channel": Choice(
