@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from prismquant.quantization.request import Result
     from prismquant.recipe.schema import Recipe, load_recipe
     from prismquant.search.find_mix import FoundMix
+    from prismquant.search.public import analyze
     from prismquant.version import __version__
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Recipe",
     "Result",
     "__version__",
+    "analyze",
     "find_mix",
     "inspect",
     "load",
@@ -42,6 +44,7 @@ _HOMES = {
     "PrismQuantError": "prismquant.errors",
     "Recipe": "prismquant.recipe.schema",
     "Result": "prismquant.quantization.request",
+    "analyze": "prismquant.search.public",
     "find_mix": "prismquant.api",
     "FoundMix": "prismquant.search.find_mix",
     "inspect": "prismquant.api",

@@ -28,7 +28,6 @@ from prismquant.arguments import (
 )
 from prismquant.data import read_samples
 from prismquant.data.batches import make_batches
-from prismquant.data.media import Limits
 from prismquant.data.survey import position_limit, survey
 from prismquant.distributed import Alone, Ranks
 from prismquant.engine.setup import Reporter, Silent
@@ -49,16 +48,13 @@ from prismquant.plan.make_plan import make_plan
 from prismquant.plan.plan import Plan
 from prismquant.quantization.perform import perform
 from prismquant.quantization.prepare import memory_room
-from prismquant.quantization.request import Request, Result
+from prismquant.quantization.request import Request, Result, as_limits
 from prismquant.recipe.adapt import adapted
 from prismquant.recipe.schema import Recipe, load_recipe
 from prismquant.search.constraints import Asked, parse_constraints
 from prismquant.search.find_mix import FoundMix, SearchRequest, Verification, search_mix
 from prismquant.search.pareto import MAX_POINTS
 from prismquant.search.repair import MAX_SWAPS
-
-# No picture, clip or sample has more of anything.
-_MOST = 2**31 - 1
 
 RecipeSource = str | Path | Mapping[str, Any] | Recipe
 
@@ -198,20 +194,10 @@ def quantize(
         memory_budget=None if memory_budget is None else as_bytes(memory_budget, "memory_budget"),
         ranks=ranks or Alone(),
         strict=as_flag(strict, "strict"),
-        limits=_limits(max_pixels, max_frames, max_length),
+        limits=as_limits(max_pixels, max_frames, max_length),
         of_data=[option for option, value in of_data.items() if value is not None],
     )
     return perform(asked)
-
-
-def _limits(max_pixels: Any, max_frames: Any, max_length: Any) -> Limits:
-    given = {"max_pixels": max_pixels, "max_frames": max_frames, "max_length": max_length}
-    return Limits(
-        **{
-            name: None if value is None else as_count(value, name, most=_MOST)
-            for name, value in given.items()
-        }
-    )
 
 
 def _optional_dtype(value: Any) -> torch.dtype | None:
@@ -298,7 +284,7 @@ def measure(
     decoded = as_flag(generated, "generated")
     trusted = as_flag(trust_remote_code, "trust_remote_code")
     other = None if reference is None else as_path(reference, "reference")
-    limits = _limits(max_pixels, max_frames, max_length)
+    limits = as_limits(max_pixels, max_frames, max_length)
     room = memory_room(None)
     samples = read_samples(source, limit=most, require_answers=True, most_bytes=available_bytes())
     processor = load_processor(folder, trust_remote_code=trusted)

@@ -23,6 +23,7 @@ NAMES = [
     "Recipe",
     "Result",
     "__version__",
+    "analyze",
     "find_mix",
     "inspect",
     "load",
@@ -144,7 +145,7 @@ def test_suggestions_name_the_nearest_and_all() -> None:
 
 
 def test_public_functions_are_typed_and_name_their_errors() -> None:
-    for name in ("inspect", "load", "measure", "quantize"):
+    for name in ("analyze", "inspect", "load", "measure", "quantize"):
         function = getattr(pq, name)
         signature = inspect.signature(function)
         assert signature.return_annotation is not inspect.Signature.empty

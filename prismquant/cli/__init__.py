@@ -32,7 +32,7 @@ def main() -> None:
         guarded(
             lambda: app(words, standalone_mode=False),
             debug=debug or os.environ.get("PRISMQUANT_DEBUG", "0") not in ("", "0"),
-            run_folder=_run_folder(words) if command == "quantize" else None,
+            run_folder=_run_folder(words) if command in ("analyze", "quantize") else None,
         )
     )
 

@@ -12,7 +12,9 @@ from typing import Annotated
 import typer
 
 from prismquant.arguments import as_choice, as_path
+from prismquant.cli.analyze_command import analyze
 from prismquant.cli.options import (
+    AnalyzeOptions,
     AsJson,
     EvalOptions,
     Fallback,
@@ -39,6 +41,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Quantize vision-language models after training, and prove what was lost.",
 )
+app.command()(takes(AnalyzeOptions)(analyze))
 app.add_typer(recipes, name="recipe")
 
 

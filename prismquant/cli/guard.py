@@ -108,6 +108,9 @@ def _tell_findings(error: PrismQuantError, *, debug: bool) -> None:
 
 def _kept(folder: Path) -> str:
     """Words on what a run that was stopped has left to go on with."""
+    # An analysis has a file as its result, and its finished units beside it.
+    if units := len(list(folder.with_name(f"{folder.name}.partial").glob("unit-*.json"))):
+        return f"{units} finished units are kept, `--resume` goes on after them"
     path = folder / "prismquant" / "record.json"
     steps: Sequence[Any] = ()
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):

@@ -98,6 +98,63 @@ class QuantizeOptions:
 
 
 @dataclass(frozen=True)
+class AnalyzeOptions:
+    """The arguments and options of ``prismquant analyze``."""
+
+    model: Model
+    formats: Annotated[
+        list[str],
+        typer.Option(
+            help="On offer: int4-g128, w4a8, int8-channel+int8-token, kv:fp8 ..; commas or again.",
+            show_default=False,
+        ),
+    ]
+    out: Annotated[str, typer.Option(help="File of the result, JSON.", show_default=False)]
+    calib: Annotated[
+        str | None, typer.Option(help="Calibration samples; answers are not needed.")
+    ] = None
+    method: Annotated[
+        str | None, typer.Option(help="fisher (default), gradient, kl_div, output or weight.")
+    ] = None
+    solver: Annotated[str, typer.Option(help="Whose codes are scored: gptq or rtn.")] = "gptq"
+    samples: Annotated[int, typer.Option(min=1, help="At most so many samples.")] = 32
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples run together.")] = 8
+    draws: Annotated[int | None, typer.Option(min=1, help="Of random losses.")] = None
+    seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = 0
+    weight: Annotated[
+        str | None,
+        typer.Option(help="Of classes of tokens in the sum; answer=1,text=0.2 by default."),
+    ] = None
+    modalities: Annotated[
+        list[str] | None, typer.Option(help="vision, projector, llm; all by default.")
+    ] = None
+    disable: Annotated[
+        list[str] | None,
+        typer.Option(help="Leave layers alone: names with wildcards, e.g. '*lm_head*'; again."),
+    ] = None
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ..")] = "cpu"
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or mixed; on a CPU float32 by default.")
+    ] = None
+    memory_budget: Annotated[
+        str | None,
+        typer.Option("--memory-budget", help="Take no more than this, e.g. 4GiB; on a CPU."),
+    ] = None
+    max_pixels: MaxPixels = None
+    max_frames: MaxFrames = None
+    max_length: MaxLength = None
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, max=1024, help="Threads to compute with; measured by default."),
+    ] = None
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an analysis that was cut off.")
+    ] = False
+    trust_remote_code: Trust = False
+    as_json: AsJson = False
+
+
+@dataclass(frozen=True)
 class EvalOptions:
     """The arguments and options of ``prismquant eval``."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -62,6 +62,11 @@ class TowerPass:
     def whole_inputs(self) -> dict[str, Any]:
         """The keyword arguments with pixels, as long as these are needed."""
         return self.inputs() | (self.pixels() if self.pixels else {})
+
+    def copied(self) -> TowerPass:
+        """The same state, to go on from here by itself; no gradient has arrived at it."""
+        features, finished, before = dict(self.features), dict(self.finished), dict(self.before)
+        return replace(self, features=features, finished=finished, before=before, gradients={})
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ images and once for its videos, and the language model once.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -174,6 +175,56 @@ class Replay:
                     del inputs
                     yield self._step_call(step, state, captured)
                     del captured
+
+    def fork(self, batches: Sequence[int] | None = None) -> Replay:
+        """Another replay that goes on from here by itself.
+
+        Args:
+            batches: Numbers of the batches that it is of; None: all.
+        """
+        own = range(len(self._ids)) if batches is None else batches
+        other = copy.copy(self)
+        other._batches = [self._batches[number] for number in own if self._batches]
+        vision = [self._vision[number] for number in own if self._vision]
+        other._vision = [[state.copied() for state in passes] for passes in vision]
+        other._llm = [self._llm[number].copied() for number in own if self._llm]
+        other._vision_tokens = [self._vision_tokens[number] for number in own]
+        other._ids = [self._ids[number] for number in own]
+        return other
+
+    def seen_by_vision(self) -> list[int]:
+        """Numbers of the batches with pictures or clips; the language model must not have begun."""
+        return [number for number, passes in enumerate(self._vision) if passes]
+
+    def last_hidden(self, batch: int, embed: Callable[[Tensor], Tensor]) -> Tensor:
+        """Input of the head for a batch, by the model's own forward from where it is.
+
+        All units that are not finished, and the modules between units, must be real.
+
+        Args:
+            batch: Number of the batch.
+            embed: As that of :meth:`begin_llm`.
+
+        Returns:
+            ``[B, T, hidden]``.
+        """
+        passes = [self._llm[batch]] if self._llm else self._vision[batch]
+        latest = self._steps.get(passes[0].latest) if passes else None
+        done = -1 if latest is None or latest.kind == "entry" else latest.index
+        later = {s.name for s in self.bound.steps if s.kind == "block" and s.index > done}
+        known = self._chain_stand_ins(passes[0]) if self._llm else self._vision_stand_ins(passes)
+        known = {name: forward for name, forward in known.items() if name not in later}
+        if self._llm:
+            with replaced_forwards(self.model, known):
+                output = self.model.get_submodule(self._llm_root())(**passes[0].inputs())
+            hidden: Tensor = output.last_hidden_state
+            return hidden
+        inputs = dict(self._batches[batch])
+        for state in passes:
+            inputs |= state.pixels() if state.pixels else {}
+        known |= {self.bound.arch.embeddings: embed, self.bound.arch.head: capture_here}
+        captured = self._capture(inputs, known)
+        return first_tensor((*captured.args_of_step, *captured.kwargs_of_step.values()))
 
     def _without_pixels(self, batch: Batch) -> dict[str, Any]:
         """A batch's inputs on the device; of pixels only the shape, which takes no memory."""

@@ -149,9 +149,9 @@ class StreamedModel:
 
     def begin_llm(self) -> None:
         """Compute what the language model is given; see :meth:`Replay.begin_llm`."""
-        self.replay.begin_llm(self._embedding())
+        self.replay.begin_llm(self.embedding())
 
-    def _embedding(self) -> Callable[[Tensor], Tensor]:
+    def embedding(self) -> Callable[[Tensor], Tensor]:
         """The embeddings of the tokens in the batches: the whole table is far larger."""
         ids = self.replay.token_ids()
         name = self.bound.names.to_disk(f"{self.bound.arch.embeddings}.weight")

@@ -10,6 +10,7 @@ import torch
 
 from prismquant.data import Sample, read_samples, require_modalities
 from prismquant.data.batches import Batch, Batches, by_length, make_batches
+from prismquant.data.media import Limits
 from prismquant.data.survey import Survey, let_go, position_limit, survey
 from prismquant.distributed import Ranks
 from prismquant.engine.collectives import share_of
@@ -88,18 +89,15 @@ def prepare(asked: Request, bound: BoundModel, plan: Plan, precision: Precision)
     samples = _calibration_samples(plan, asked.calibration, room)
     plan = _with_unseen(plan, samples, reporter, strict=asked.strict)
     own = share_of(by_length(samples), size, ranks)
-    processor = (
-        load_processor(bound.folder, trust_remote_code=asked.trust_remote_code) if own else None
-    )
-    batches = make_batches(
+    batches, found = surveyed_batches(
         own,
-        processor,
+        bound,
         batch_size=size,
-        vision_token_ids=bound.vision_token_ids,
         limits=asked.limits,
-        most_tokens=_CPU_TOKENS if asked.target.type == "cpu" else None,
+        device=asked.target,
+        room=room,
+        trust_remote_code=asked.trust_remote_code,
     )
-    found = survey(batches, most_bytes=room, positions=position_limit(bound.config))
     plan, answers = _with_answers(plan, samples, found, ranks, reporter)
     memory, found = forecast_memory(
         plan, bound, batches, found, asked.memory_budget, asked.target, precision
@@ -107,6 +105,44 @@ def prepare(asked: Request, bound: BoundModel, plan: Plan, precision: Precision)
     arithmetic = f"{asked.target.type} {precision.describe()}"
     identity = _identity(plan, bound, samples, found.prints, arithmetic, ranks)
     return Prepared(plan, samples, batches, list(found.batches), answers, room, memory, identity)
+
+
+def surveyed_batches(
+    samples: Sequence[Sample],
+    bound: BoundModel,
+    *,
+    batch_size: int,
+    limits: Limits,
+    device: torch.device,
+    room: int,
+    trust_remote_code: bool,
+) -> tuple[Batches, Survey]:
+    """Batches of samples, made when they are asked for, and what a first look at all of them finds.
+
+    Args:
+        samples: Those of this rank, in the order in which they are batched.
+        bound: The model.
+        batch_size: Samples run together, at most.
+        limits: Sizes of pictures, clips and samples.
+        device: Where batches run.
+        room: Bytes that the process may take.
+        trust_remote_code: Allow code in the checkpoint's folder to build the processor.
+
+    Raises:
+        PrismQuantError: The processor cannot be loaded, or a sample cannot be read or is too long.
+    """
+    processor = (
+        load_processor(bound.folder, trust_remote_code=trust_remote_code) if samples else None
+    )
+    batches = make_batches(
+        samples,
+        processor,
+        batch_size=batch_size,
+        vision_token_ids=bound.vision_token_ids,
+        limits=limits,
+        most_tokens=_CPU_TOKENS if device.type == "cpu" else None,
+    )
+    return batches, survey(batches, most_bytes=room, positions=position_limit(bound.config))
 
 
 def memory_room(budget: int | None) -> int:
@@ -249,7 +285,7 @@ def _identity(
     dealt = sorted(one for own in ranks.gather_json(list(prints)) for one in own)
     return Identity(
         plan=plan.fingerprint(),
-        files=stamp_files(bound.folder, _source_files(bound.folder)),
+        files=stamp_files(bound.folder, source_files(bound.folder)),
         samples=fingerprint_samples(samples),
         inputs=fingerprint_batches(dealt),
         arithmetic=arithmetic,
@@ -257,7 +293,7 @@ def _identity(
     )
 
 
-def _source_files(folder: Path) -> list[Path]:
+def source_files(folder: Path) -> list[Path]:
     """All files of a source that decide the result, or become a part of it."""
     reader = ShardReader(folder)
     shards = {folder / reader.info(name).file for name in reader.names}

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from prismquant.arguments import as_count
 from prismquant.data.media import Limits
 from prismquant.distributed import Ranks
 from prismquant.engine.setup import Reporter
@@ -15,6 +17,9 @@ from prismquant.plan.plan import Plan
 from prismquant.recipe.schema import Recipe
 from prismquant.run.record import RunRecord
 from prismquant.runtime.mixed import Wanted
+
+# No picture, clip or sample has more of anything.
+_MOST = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -71,3 +76,18 @@ class Result:
     plan: Plan
     record: RunRecord
     notes: tuple[str, ...] = ()
+
+
+def as_limits(max_pixels: Any, max_frames: Any, max_length: Any) -> Limits:
+    """Sizes of pictures, clips and samples, as a caller gives them; None: no limit.
+
+    Raises:
+        ArgumentError: One is no count.
+    """
+    given = {"max_pixels": max_pixels, "max_frames": max_frames, "max_length": max_length}
+    return Limits(
+        **{
+            name: None if value is None else as_count(value, name, most=_MOST)
+            for name, value in given.items()
+        }
+    )

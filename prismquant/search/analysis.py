@@ -53,6 +53,7 @@ class Analysis:
         kept: Keeps what a method comes back to: outputs of all units, gradients.
         seed: Of everything that is drawn.
         done: Names of units that need no scores: an earlier run has them.
+        room: Bytes that the process may take; None: not known.
         stage: Is told a name and what is done to it next.
         ranks: Processes that share the batches.
     """
@@ -65,6 +66,7 @@ class Analysis:
     kept: ActivationStore = field(default_factory=InMemory)
     seed: int = 0
     done: frozenset[str] = frozenset()
+    room: int | None = None
     stage: Callable[[str, str], None] = _silent
     ranks: Ranks = field(default_factory=Alone)
 
@@ -83,6 +85,10 @@ class AnalysisMethod(Protocol):
     @property
     def needs_samples(self) -> bool:
         """Whether it looks at calibration samples at all."""
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether every batch must be of one sample."""
 
     def scores(self, analysis: Analysis) -> Iterator[UnitScores]:
         """Score every wanted unit, in an order of the method's own.

@@ -59,6 +59,11 @@ class Fisher:
         """It looks at samples."""
         return True
 
+    @property
+    def one_by_one(self) -> bool:
+        """Losses are of single samples."""
+        return True
+
     def scores(self, analysis: Analysis) -> Iterator[UnitScores]:
         """See :class:`~prismquant.search.analysis.AnalysisMethod`.
 

@@ -37,6 +37,11 @@ class SquaredGradients:
         """It looks at samples."""
         return True
 
+    @property
+    def one_by_one(self) -> bool:
+        """Losses are of single samples."""
+        return True
+
     def scores(self, analysis: Analysis) -> Iterator[UnitScores]:
         """See :class:`~prismquant.search.analysis.AnalysisMethod`.
 

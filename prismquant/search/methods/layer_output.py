@@ -40,6 +40,11 @@ class OutputError:
         """It looks at samples."""
         return True
 
+    @property
+    def one_by_one(self) -> bool:
+        """Sums are of single samples."""
+        return True
+
     def scores(self, analysis: Analysis) -> Iterator[UnitScores]:
         """See :class:`~prismquant.search.analysis.AnalysisMethod`.
 

@@ -37,6 +37,11 @@ class WeightError:
         """It looks at none, whatever the solver does."""
         return False
 
+    @property
+    def one_by_one(self) -> bool:
+        """Samples are only the solver's business."""
+        return False
+
     def scores(self, analysis: Analysis) -> Iterator[UnitScores]:
         """See :class:`~prismquant.search.analysis.AnalysisMethod`.
 

@@ -1,0 +1,112 @@
+"""``prismquant analyze``: what it prints, its exit status, and a real kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from prismquant import cli
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """``run(*arguments)``: exit status, stdout and stderr of the real entry point."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "dumb")
+
+    def call(*arguments: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["prismquant", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(left.value.code or 0), out, err
+
+    return call
+
+
+def words(folder: Path, out: Path, calibration: Path, *more: Any) -> list[str]:
+    given = ["analyze", folder, "--calib", calibration, "--out", out, "--threads", "1"]
+    return [str(word) for word in [*given, "--method", "kl_div", "--solver", "rtn", *more]]
+
+
+def test_tables_go_to_stdout_and_progress_to_stderr(
+    run: Cli, tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path
+) -> None:
+    more = ("--formats", "w8a8", "--formats", "int4-g32,kv:fp8", "--disable", "*lm_head*")
+    more = (*more, "--disable", "vpm", "--modalities", "llm", "--weight", "text=1")
+    status, out, err = run(*words(tiny("qwen2_vl"), tmp_path / "s.json", calibration_file, *more))
+    assert status == 0
+    assert "9 units" in out
+    assert "model.language_model.layers.0.mlp.down_proj" in out
+    assert f"written: {tmp_path / 's.json'}" in out
+    assert "note: --disable 'vpm' names no layer" in err
+    assert "left alone: lm_head: disabled" in err
+    assert "kv_cache: kv:fp8 answer" in err
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert found["weights"] == {"answer": 0.0, "text": 1.0, "image": 0.0, "video": 0.0}
+    assert list(found["formats"]) == ["w8a8", "int4-g32", "kv:fp8"]
+
+
+def test_json_is_what_is_written(
+    run: Cli, tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path
+) -> None:
+    more = ("--formats", "int4-g32", "--modalities", "llm", "--json")
+    status, out, _ = run(*words(tiny("qwen2_vl"), tmp_path / "s.json", calibration_file, *more))
+    assert status == 0
+    assert json.loads(out) == json.loads((tmp_path / "s.json").read_text())
+
+
+def test_wrong_words_end_with_status_2(
+    run: Cli, tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path
+) -> None:
+    given = words(tiny("qwen2_vl"), tmp_path / "s.json", calibration_file)
+    for more, said in (
+        (["--formats", "int4-g12x8"], "did you mean 'int4-g128'"),
+        (["--formats", "w4a8", "--weight", "anwser=1"], "did you mean 'answer'"),
+        ([], "--formats"),
+    ):
+        status, out, err = run(*given, *more)
+        assert (status, out) == (2, "")
+        assert said in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_killed_analysis_goes_on_to_the_same_bytes(
+    run: Cli, tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path, number: int
+) -> None:
+    out = tmp_path / "s.json"
+    more = ("--formats", "int4-g32,w8a8,int3-g32,int8-channel")
+    given = words(tiny("qwen3_vl"), out, calibration_file, *more)
+    command = [sys.executable, "-m", "prismquant", *given]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ}
+    ) as process:
+        folder, deadline = tmp_path / "s.json.partial", time.monotonic() + 120
+        while time.monotonic() < deadline and not list(folder.glob("unit-*.json")):
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, told = process.communicate()
+    assert process.returncode != 0
+    assert not out.exists()
+    if number == signal.SIGINT:
+        assert "finished units are kept, `--resume` goes on after them" in told
+    assert run(*given, "--resume")[0] == 0
+    first = out.read_bytes()
+    assert run(*given)[0] == 0
+    assert out.read_bytes() == first
+    assert [path.name for path in tmp_path.iterdir()] == ["s.json"]
