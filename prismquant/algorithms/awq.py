@@ -20,7 +20,13 @@ import torch
 from torch import Tensor
 
 from prismquant.algorithms.edge_scale import best_scale, foldable_scale
-from prismquant.algorithms.smooth_edge import Consumer, EdgeProblem, EdgeResult, hopeless
+from prismquant.algorithms.smooth_edge import (
+    Consumer,
+    EdgeProblem,
+    EdgeResult,
+    edges_meant,
+    hopeless,
+)
 from prismquant.diagnostics.edge_diagnostics import AWQChoice
 from prismquant.errors import check_bounds
 from prismquant.numerics.grouping import to_groups
@@ -28,6 +34,9 @@ from prismquant.numerics.kinds import Granularity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from prismquant.algorithms.edits import Edits, Scope
+    from prismquant.models.bound import BoundModel
 
 
 # Weights looked at in one pass: bounds the temporary memory.
@@ -69,7 +78,11 @@ class AWQ:
         }
         check_bounds(self, bounds)
 
-    def equalize(self, problem: EdgeProblem) -> EdgeResult:
+    def plan(self, bound: BoundModel, scope: Scope) -> Edits:
+        """Every smooth edge that ends in a layer which is meant may have its scale moved."""
+        return edges_meant(bound, scope)
+
+    def fit(self, problem: EdgeProblem) -> EdgeResult:
         """Choose the scale of one edge.
 
         Args:

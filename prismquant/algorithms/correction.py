@@ -66,54 +66,52 @@ class Correction:
         """Options that change nothing as the others stand, and why."""
         return {"damping": "strength is 0"} if self.strength == 0 else {}
 
+    def correct(
+        self, drift: Drift, weights: Sequence[Tensor]
+    ) -> tuple[tuple[Tensor, ...], CorrectionDiagnostics]:
+        """Correct the weights of all layers that read this input.
 
-def correct(
-    drift: Drift, weights: Sequence[Tensor], how: Correction
-) -> tuple[tuple[Tensor, ...], CorrectionDiagnostics]:
-    """Correct the weights of all layers that read this input.
+        Args:
+            drift: Of their input.
+            weights: float32 ``[out_i, in]``.
 
-    Args:
-        drift: Of their input.
-        weights: float32 ``[out_i, in]``.
-        how: Strength and damping.
+        Returns:
+            Corrected weights, and how far they were corrected.
 
-    Returns:
-        Corrected weights, and how far they were corrected.
-
-    Raises:
-        NumericsError: No token was counted, the damped moments cannot be factorized, or what
-            comes of them is not finite.
-    """
-    if not any(moments.count > 0 for moments in drift.moments):
-        raise NumericsError(
-            "no calibration token reached this layer",
-            where=drift.name,
-            remedy="add calibration samples of the modality that passes it",
+        Raises:
+            NumericsError: No token was counted, the damped moments cannot be factorized, or what
+                comes of them is not finite.
+        """
+        if not any(moments.count > 0 for moments in drift.moments):
+            raise NumericsError(
+                "no calibration token reached this layer",
+                where=drift.name,
+                remedy="add calibration samples of the modality that passes it",
+            )
+        joined = torch.cat(list(weights))
+        held_out = drift.moments[1].count > 0
+        damping, strength = self.damping, self.strength
+        if (damping is None or strength is None) and held_out:
+            rows = [len(weight) for weight in weights]
+            damping, strengths = _choose(drift, joined, rows, self)
+        else:
+            # One call alone: nothing to test on, so the careful end of each range.
+            damping = _DAMPINGS[-1] if damping is None else damping
+            strengths = [0.5 if strength is None else strength] * len(weights)
+        step = _step(drift, joined, damping, (0, 1))
+        parts = step.split([len(weight) for weight in weights])
+        corrected = tuple(
+            weight + strength * part
+            for weight, strength, part in zip(weights, strengths, parts, strict=True)
         )
-    joined = torch.cat(list(weights))
-    held_out = drift.moments[1].count > 0
-    damping, strength = how.damping, how.strength
-    if (damping is None or strength is None) and held_out:
-        rows = [len(weight) for weight in weights]
-        damping, strengths = _choose(drift, joined, rows, how)
-    else:
-        # One call alone: nothing to test on, so the careful end of each range.
-        damping = _DAMPINGS[-1] if damping is None else damping
-        strengths = [0.5 if strength is None else strength] * len(weights)
-    step = _step(drift, joined, damping, (0, 1))
-    parts = step.split([len(weight) for weight in weights])
-    corrected = tuple(
-        weight + strength * part
-        for weight, strength, part in zip(weights, strengths, parts, strict=True)
-    )
-    if not all(bool(torch.isfinite(weight).all()) for weight in corrected):
-        raise NumericsError(
-            "the corrected weights are not finite",
-            where=drift.name,
-            remedy="leave out `correction` for this layer, or raise its damping",
-        )
-    mean = sum(strengths) / len(strengths)
-    return corrected, CorrectionDiagnostics(mean, damping)
+        if not all(bool(torch.isfinite(weight).all()) for weight in corrected):
+            raise NumericsError(
+                "the corrected weights are not finite",
+                where=drift.name,
+                remedy="leave out `correction` for this layer, or raise its damping",
+            )
+        mean = sum(strengths) / len(strengths)
+        return corrected, CorrectionDiagnostics(mean, damping)
 
 
 def _choose(

@@ -17,7 +17,7 @@ from prismquant.errors import RecipeError, suggest
 if typing.TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from prismquant.algorithms.protocols import Equalizer, Solver, Tuner
+    from prismquant.algorithms.protocols import FittedTransform, Solver, Transform, Tuner
 
 SOLVERS: Mapping[str, str] = {
     "gptq": "prismquant.algorithms.gptq:GPTQ",
@@ -25,11 +25,15 @@ SOLVERS: Mapping[str, str] = {
 }
 """Solvers choose the codes of layers that share an input."""
 
-EQUALIZERS: Mapping[str, str] = {
+TRANSFORMS: Mapping[str, str] = {
+    "rotation": "prismquant.models.rotation:Rotation",
+    "split": "prismquant.algorithms.split:Split",
     "awq": "prismquant.algorithms.awq:AWQ",
     "smoothquant": "prismquant.algorithms.smoothquant:SmoothQuant",
 }
-"""Equalizers move scale along an edge before anything is quantized."""
+"""Transforms change the model before anything is rounded, and leave its float function alone."""
+WHOLE_TOWERS = frozenset({"rotation"})
+"""Transforms that take whole towers, and can only be matched by modality."""
 
 TUNERS: Mapping[str, str] = {
     "autoround": "prismquant.algorithms.autoround:AutoRound",
@@ -55,9 +59,14 @@ def build_solver(name: str, options: Mapping[str, Any] | None = None) -> Solver:
     return cast("Solver", _build(SOLVERS, "solver", name, options))
 
 
-def build_equalizer(name: str, options: Mapping[str, Any] | None = None) -> Equalizer:
-    """Make an equalizer from a recipe's words; as :func:`build_solver`, for :data:`EQUALIZERS`."""
-    return cast("Equalizer", _build(EQUALIZERS, "equalizer", name, options))
+def build_transform(name: str, options: Mapping[str, Any] | None = None) -> Transform:
+    """Make a transform from a recipe's words; as :func:`build_solver`, for :data:`TRANSFORMS`."""
+    return cast("Transform", _build(TRANSFORMS, "transform", name, options))
+
+
+def build_fitted(name: str, options: Mapping[str, Any] | None = None) -> FittedTransform[Any, Any]:
+    """Make a transform that is fitted to calibration data; as :func:`build_transform`."""
+    return cast("FittedTransform[Any, Any]", build_transform(name, options))
 
 
 def build_tuner(name: str, options: Mapping[str, Any] | None = None) -> Tuner:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -10,17 +10,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from prismquant.algorithms.block_problem import BlockProblem, BlockResult
+    from prismquant.algorithms.edits import Edits, Scope
     from prismquant.algorithms.problem import (
         LayerProblem,
         LayerResult,
         ProblemShape,
         SolvedWeight,
     )
-    from prismquant.algorithms.smooth_edge import EdgeProblem, EdgeResult
     from prismquant.diagnostics.solver_diagnostics import SolverDiagnostics
     from prismquant.formats.spec import NumberSpec
+    from prismquant.models.bound import BoundModel
     from prismquant.numerics.rules import RangeRule
     from prismquant.numerics.scales import ScaleFormat
+
+ProblemT = TypeVar("ProblemT", contravariant=True)
+FittedT = TypeVar("FittedT", covariant=True)
 
 Statistic = Literal["hessian"]
 """Statistics of an input that a solver may ask for."""
@@ -81,16 +85,35 @@ class WeightSolver(Protocol):
         ...
 
 
-class Equalizer(Protocol):
-    """A method that chooses scales: a frozen dataclass whose fields are its options.
+class Transform(Protocol):
+    """A change of the model before anything is rounded, which leaves its float function as it is.
 
-    Every field has a default; ``__post_init__`` raises RecipeError on a value out of bounds.
+    A frozen dataclass whose fields are its options. Every field has a default; ``__post_init__``
+    raises RecipeError on a value out of bounds. A property ``idle`` may name options that change
+    nothing as the others stand, and why.
     """
 
     name: ClassVar[str]
 
-    def equalize(self, problem: EdgeProblem) -> EdgeResult:
-        """Choose the scale of one edge."""
+    def plan(self, bound: BoundModel, scope: Scope) -> Edits:
+        """Say where it edits a model, from the model alone.
+
+        Raises:
+            PlanError: What is meant cannot be edited.
+        """
+        ...
+
+
+class FittedTransform(Transform, Protocol[ProblemT, FittedT]):
+    """A transform whose edits are fitted to what calibration sees at their places.
+
+    Edges ask for an :class:`EdgeProblem` and give an :class:`EdgeResult`; columns of a layer's
+    input ask for a :class:`ColumnProblem` and give the indices of those that stay in floating
+    point.
+    """
+
+    def fit(self, problem: ProblemT, /) -> FittedT:
+        """Fit the edit at one place."""
         ...
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from prismquant.algorithms.edits import Edits
 from prismquant.diagnostics.edge_diagnostics import EdgeDiagnostics
 from prismquant.errors import FormatError, NumericsError, PrismQuantError
 from prismquant.numerics.finite import check_finite
@@ -22,7 +23,9 @@ from prismquant.numerics.kinds import Granularity
 from prismquant.numerics.ranges import RangeRule
 
 if TYPE_CHECKING:
+    from prismquant.algorithms.edits import Scope
     from prismquant.formats.spec import NumberSpec
+    from prismquant.models.bound import BoundEdge, BoundModel
     from prismquant.statistics.channel_sizes import ChannelSizes
 
 _NO_TOKEN = "no calibration token has reached this edge"
@@ -159,6 +162,21 @@ class EdgeProblem:
         total = values.new_zeros(self.size).index_add_(0, columns, values)
         count = values.new_zeros(self.size).index_add_(0, columns, torch.ones_like(values))
         return total / count.clamp_min_(1.0)
+
+
+def edges_meant(bound: BoundModel, scope: Scope) -> Edits:
+    """The smooth edges of which a consumer is meant, and none shares its weight with another.
+
+    Args:
+        bound: The model.
+        scope: What is meant of it.
+    """
+
+    def meant(edge: BoundEdge) -> bool:
+        sites = [bound.site(name) for name in edge.consumers]
+        return not any(site.tied for site in sites) and any(map(scope.means, sites))
+
+    return Edits(edges=tuple(filter(meant, bound.edges)))
 
 
 @dataclass(frozen=True, eq=False)

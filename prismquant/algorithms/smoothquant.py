@@ -18,13 +18,20 @@ import torch
 from torch import Tensor
 
 from prismquant.algorithms.edge_scale import best_scale, foldable_scale, judge
-from prismquant.algorithms.smooth_edge import EdgeProblem, EdgeResult, hopeless
+from prismquant.algorithms.smooth_edge import (
+    EdgeProblem,
+    EdgeResult,
+    edges_meant,
+    hopeless,
+)
 from prismquant.diagnostics.edge_diagnostics import SmoothQuantChoice
 from prismquant.errors import RecipeError, check_bounds
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from prismquant.algorithms.edits import Edits, Scope
+    from prismquant.models.bound import BoundModel
     from prismquant.statistics.channel_sizes import ChannelSizes
 
 _TEXT, _VISION = 0, 1
@@ -96,7 +103,11 @@ class SmoothQuant:
         searched = ("grid", "rows", "vision_weight")
         return {} if self.searches else dict.fromkeys(searched, "no strength is searched")
 
-    def equalize(self, problem: EdgeProblem) -> EdgeResult:
+    def plan(self, bound: BoundModel, scope: Scope) -> Edits:
+        """Every smooth edge that ends in a layer which is meant may have its scale moved."""
+        return edges_meant(bound, scope)
+
+    def fit(self, problem: EdgeProblem) -> EdgeResult:
         """Choose the scale of one edge.
 
         Args:

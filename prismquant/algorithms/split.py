@@ -9,12 +9,14 @@ is, and whether it is worth it, is measured here, not assumed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
+from prismquant.algorithms.edits import Edits
 from prismquant.errors import check_bounds
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from prismquant.algorithms.edits import ColumnProblem, Scope
+    from prismquant.models.bound import BoundModel
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Split:
         RecipeError: A value is out of bounds.
     """
 
+    name: ClassVar[str] = "split"
+
     threshold: float = 2.0
     columns: int = 1
 
@@ -40,24 +44,27 @@ class Split:
         }
         check_bounds(self, bounds)
 
+    def plan(self, bound: BoundModel, scope: Scope) -> Edits:
+        """Every layer that is meant may have columns of its own."""
+        meant = (site.name for site in bound.sites if scope.means(site))
+        return Edits(outlier_columns=dict.fromkeys(meant, self.columns))
 
-def outlying_columns(magnitudes: Tensor, split: Split) -> list[int]:
-    """Columns that alone stretch the range of a layer's input.
+    def fit(self, problem: ColumnProblem) -> list[int]:
+        """Find the columns that alone stretch the range of a layer's input.
 
-    Args:
-        magnitudes: ``[in]``, the largest magnitude of each column.
-        split: When a column counts as one.
+        Args:
+            problem: Magnitudes of the input's columns.
 
-    Returns:
-        The fewest columns, at most ``split.columns`` and in ascending order, without which the
-        range is ``split.threshold`` times smaller; none when no number of them achieves that.
-    """
-    order = magnitudes.argsort(descending=True, stable=True)
-    count = min(split.columns, len(order) - 1)
-    if count < 1:
+        Returns:
+            The fewest columns, at most ``columns`` and in ascending order, without which the range
+            is ``threshold`` times smaller; none when no number of them achieves that.
+        """
+        order = problem.magnitudes.argsort(descending=True, stable=True)
+        count = min(self.columns, len(order) - 1)
+        if count < 1:
+            return []
+        ranked = problem.magnitudes[order].tolist()
+        for taken in range(1, count + 1):
+            if ranked[taken - 1] >= self.threshold * ranked[taken] and ranked[taken - 1] > 0:
+                return sorted(order[:taken].tolist())
         return []
-    ranked = magnitudes[order].tolist()
-    for taken in range(1, count + 1):
-        if ranked[taken - 1] >= split.threshold * ranked[taken] and ranked[taken - 1] > 0:
-            return sorted(order[:taken].tolist())
-    return []

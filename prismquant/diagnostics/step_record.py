@@ -65,7 +65,7 @@ class EdgeRecord:
     Attributes:
         source: Module path of its norm or producer.
         readers: Module paths of the layers that read it.
-        equalizer: The method that chose the scale.
+        transform: The method that chose the scale.
         diagnostics: What it chose and gained, or why it left the edge alone.
         tokens: How many tokens its readers' input was looked at of.
     """
@@ -74,7 +74,7 @@ class EdgeRecord:
 
     source: str
     readers: tuple[str, ...]
-    equalizer: str
+    transform: str
     diagnostics: EdgeDiagnostics
     tokens: Tokens = field(default_factory=Tokens)
 

@@ -46,7 +46,7 @@ def require_sharable(plan: Plan) -> None:
             remedy="run it in one process, which streams the shards with all cores",
         )
     for row in plan.quantized:
-        ordered = row.config.activation_range.kind == "ema" and (
+        ordered = row.config.activation_range.ordered and (
             row.config.static_input or row.config.static_output
         )
         why = "a moving average depends on the order of batches" if ordered else ""

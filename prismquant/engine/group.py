@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from prismquant.algorithms.methods import build_solver
+from prismquant.algorithms.edits import ColumnProblem
+from prismquant.algorithms.methods import build_fitted, build_solver
 from prismquant.algorithms.problem import LayerProblem, LayerResult
 from prismquant.algorithms.protocols import Solver
-from prismquant.algorithms.split import outlying_columns
 from prismquant.diagnostics.solver_diagnostics import (
     CorrectionDiagnostics,
     Failure,
@@ -109,7 +109,7 @@ class LayerGroup:
         """Whether a pass over the data is needed for this."""
         row = self.rows[0]
         if what == "columns":
-            return row.split is not None
+            return row.outliers is not None
         if what == "ranges":
             return row.config.static_input or any(row.config.static_output for row in self.rows)
         return bool(self.solver.statistics) or row.config.correction is not None
@@ -154,10 +154,13 @@ class LayerGroup:
         if any(row.config.static_output for row in self.rows):
             self._count("output_range", call.seen(x.shape[:-1].numel()))
 
-    def split_columns(self) -> None:
+    def fit_columns(self) -> None:
         """Decide which columns stay in floating point, once their magnitudes are known."""
-        split = self.rows[0].split
-        found = [] if split is None else outlying_columns(self._channels.result(), split)
+        room = self.rows[0].outliers
+        if room is None:
+            return
+        transform = build_fitted(room.transform, room.options)
+        found = transform.fit(ColumnProblem(self._channels.result()))
         if found:
             self.columns = torch.tensor(found, device=self.settings.device)
 

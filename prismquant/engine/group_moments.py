@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prismquant.algorithms.correction import Correction, correct
+from prismquant.algorithms.correction import Correction
 from prismquant.diagnostics.solver_diagnostics import CorrectionDiagnostics
 from prismquant.distributed import Ranks
 from prismquant.errors import NumericsError
@@ -83,7 +83,7 @@ class GroupMoments:
         """The weights that are to be approached."""
         if self._correction is None or not isinstance(self._record, Drift):
             return list(weights), None
-        corrected, diagnostics = correct(self._record, weights, self._correction)
+        corrected, diagnostics = self._correction.correct(self._record, weights)
         return list(corrected), diagnostics
 
     def release(self) -> None:

@@ -288,7 +288,7 @@ class _Outline:
     def _weight_itemsize(self, step: BoundStep) -> int:
         """Bytes of a weight while the step is run."""
         dtype = weight_dtype(self.plan, step, self.precision)
-        exact = dtype == self.bound.dtype and not self.plan.rotations
+        exact = dtype == self.bound.dtype and not self.plan.towers
         return dtype.itemsize if exact else self.itemsize
 
     def _solving(self, rows: Sequence[PlanRow], itemsize: int) -> int:

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from prismquant.algorithms.methods import build_equalizer
+from prismquant.algorithms.methods import build_fitted
 from prismquant.diagnostics.failed_layers import failed_layers
 from prismquant.diagnostics.step_record import EdgeRecord, LayerRecord
 from prismquant.engine.collectives import Task, solve_all
@@ -109,8 +109,8 @@ class _UnitWork:
         Edges further down come first, so that the rows of their producers are settled when those
         are consumers themselves. Within a method no edge changes the input of another's consumers.
         """
-        for method in dict.fromkeys(edge.equalizer for edge in self.planned.edges):
-            edges = [edge for edge in self.planned.edges if edge.equalizer == method]
+        for method in dict.fromkeys(edge.transform for edge in self.planned.edges):
+            edges = [edge for edge in self.planned.edges if edge.transform == method]
             self.how.stage(self.unit.name, method)
             records, seen = self._channels(edges)
             for edge in reversed(edges):
@@ -144,9 +144,9 @@ class _UnitWork:
         first = next(rows[name] for name in edge.consumers if rows[name].quantized)
         weight = self.how.vision_weight(first)
         problem = edge_problem(model, edge, rows, record, weight)
-        result = build_equalizer(planned.equalizer, planned.options).equalize(problem)
+        result = build_fitted(planned.transform, planned.options).fit(problem)
         self.found.edges.append(
-            EdgeRecord(edge.source, edge.consumers, planned.equalizer, result.diagnostics, seen)
+            EdgeRecord(edge.source, edge.consumers, planned.transform, result.diagnostics, seen)
         )
         if result.scale is not None:
             stored = self.unit.walk.stored_dtype(f"{edge.source}.weight")
@@ -201,7 +201,7 @@ class _UnitWork:
             for group in hungry:
                 group.share(what, self.how.ranks)
                 if what == "columns":
-                    group.split_columns()
+                    group.fit_columns()
         self.how.stage(self.unit.name, _title([row for group in groups for row in group.rows]))
         # One at a time where nobody else could solve another meanwhile: each has its own Hessian.
         batches = [[group] for group in groups] if self.how.ranks.size == 1 else [groups]

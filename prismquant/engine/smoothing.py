@@ -1,6 +1,6 @@
 """Moving scale along the edges of a step, in the modules that are loaded.
 
-An equalizer says by how much; here the producer is divided and its consumers are multiplied, so
+A transform says by how much; here the producer is divided and its consumers are multiplied, so
 that the function stays as it is. A norm is stored in the checkpoint's dtype and not quantized: its
 new values are rounded to that dtype first, and the consumers take what was really divided.
 """
@@ -41,7 +41,7 @@ def edge_problem(
     record: ChannelSizes,
     vision_weight: float,
 ) -> EdgeProblem:
-    """The problem of one smooth edge, for an equalizer.
+    """The problem of one smooth edge, for a transform.
 
     Args:
         model: Its consumers must be loaded.

@@ -44,7 +44,7 @@ class StaticRanges:
 
         A moving average is one of all tokens, batch after batch.
         """
-        vision = None if self._config.activation_range.kind == "ema" else call.vision
+        vision = None if self._config.activation_range.ordered else call.vision
         counted = None if call.row_weights is None else call.row_weights > 0
         parts = {"text": None if vision is None else ~vision}
         if vision is not None:

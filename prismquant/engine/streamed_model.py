@@ -17,11 +17,11 @@ from prismquant.engine.graph_replay import GraphReplay
 from prismquant.engine.passes import Passes, PausedPasses, ReplayedPasses, StepRun
 from prismquant.engine.placement import Placement
 from prismquant.engine.replay import Replay
+from prismquant.formats.online_rotation import OnlineRotation
 from prismquant.models.arch import Modality
 from prismquant.models.attention import unhook_attention
 from prismquant.models.bound import BoundModel, BoundStep
 from prismquant.models.load import empty_model, materialize, release
-from prismquant.models.rotation import OnlineRotation
 from prismquant.runtime.kv_cache import cache_in_float
 from prismquant.runtime.linear import QuantLinear, activations_in_float
 from prismquant.runtime.online_rotation import rotate_inputs

@@ -205,6 +205,11 @@ class OutlierColumns:
     index: Tensor
     weight: Tensor
 
+    @staticmethod
+    def stored_bytes(columns: int, out_features: int, itemsize: int) -> int:
+        """Bytes of so many columns and their int32 indices, in a dtype of ``itemsize`` bytes."""
+        return columns * (4 + out_features * itemsize)
+
     def put_into(self, weight: Tensor) -> Tensor:
         """A copy of a weight [out, in] with these columns in their places."""
         return weight.index_copy(1, self.index, self.weight.to(weight))

@@ -20,7 +20,7 @@ from prismquant.headers import TensorInfo
 from prismquant.models.arch import EdgeKind, Modality
 from prismquant.models.bound import BoundModel, BoundStream
 from prismquant.models.rotation import (
-    Rotation,
+    RotatedTower,
     by_modality,
     edges_of,
     gated_by,
@@ -43,7 +43,7 @@ class RotatedReader(ShardReader):
     Args:
         folder: The checkpoint.
         bound: What it is bound to.
-        rotations: One for each tower at most.
+        towers: Each tower once at most.
         exact: Names of module tensors that are returned in float32 even where fewer bits are
             stored: those that will be quantized, which need not be rounded twice.
 
@@ -57,15 +57,15 @@ class RotatedReader(ShardReader):
         self,
         folder: Path,
         bound: BoundModel,
-        rotations: Sequence[Rotation],
+        towers: Sequence[RotatedTower],
         exact: Collection[str] = (),
     ) -> None:
         super().__init__(folder)
         self._bound = bound
         self._exact = frozenset(exact)
-        self._edits = _edits(bound, rotations)
+        self._edits = _edits(bound, towers)
         head = f"{bound.arch.head}.weight"
-        self._head = bound.names.to_disk(head) if untied(bound, rotations) else None
+        self._head = bound.names.to_disk(head) if untied(bound, towers) else None
         self._embedding = bound.names.to_disk(f"{bound.arch.embeddings}.weight")
 
     @property
@@ -155,22 +155,22 @@ class _Edits(dict[str, _Edit]):
         return self.setdefault(name, _Edit())
 
 
-def _edits(bound: BoundModel, rotations: Sequence[Rotation]) -> dict[str, _Edit]:
+def _edits(bound: BoundModel, towers: Sequence[RotatedTower]) -> dict[str, _Edit]:
     """Module path -> what happens to it, for every module that is touched."""
     edits = _Edits()
-    for rotation in by_modality(rotations).values():
-        if rotation.residual:
-            _edit_stream(edits, bound, rotation)
-        if rotation.values:
-            _edit_values(edits, bound, rotation)
-        if rotation.online:
-            _edit_online(edits, bound, rotation)
+    for tower in by_modality(towers).values():
+        if tower.rotation.residual:
+            _edit_stream(edits, bound, tower)
+        if tower.rotation.values:
+            _edit_values(edits, bound, tower)
+        if tower.rotation.online:
+            _edit_online(edits, bound, tower)
     return dict(edits)
 
 
-def _edit_stream(edits: _Edits, bound: BoundModel, rotation: Rotation) -> None:
-    stream = _stream(bound, rotation.modality)
-    turn = _rotator(rotation, stream.width, "residual", fix_ones=stream.centred)
+def _edit_stream(edits: _Edits, bound: BoundModel, tower: RotatedTower) -> None:
+    stream = _stream(bound, tower.modality)
+    turn = _rotator(tower, stream.width, "residual", fix_ones=stream.centred)
     for name in stream.writers:
         edits[name].rows.append(turn)
     for name in stream.embeddings:
@@ -185,35 +185,36 @@ def _edit_stream(edits: _Edits, bound: BoundModel, rotation: Rotation) -> None:
             edits[consumer].columns.append(turn)
 
 
-def _edit_values(edits: _Edits, bound: BoundModel, rotation: Rotation) -> None:
-    edges = edges_of(bound, EdgeKind.VALUE, rotation.modality)
+def _edit_values(edits: _Edits, bound: BoundModel, tower: RotatedTower) -> None:
+    edges = edges_of(bound, EdgeKind.VALUE, tower.modality)
     for edge in edges:
-        turn = _rotator(rotation, edge.size // edge.kv_heads, "values")
+        turn = _rotator(tower, edge.size // edge.kv_heads, "values")
         rows = slice(edge.first_row, edge.first_row + edge.size)
         edits[edge.source].rows.append(functools.partial(_on_slice, rows, turn))
         for consumer in edge.consumers:
             edits[consumer].columns.append(turn)
 
 
-def _edit_online(edits: _Edits, bound: BoundModel, rotation: Rotation) -> None:
-    for site in online_sites(bound, rotation):
-        signs = online_signs(rotation, site)
+def _edit_online(edits: _Edits, bound: BoundModel, tower: RotatedTower) -> None:
+    for site in online_sites(bound, tower):
+        signs = online_signs(tower.rotation, site)
         edit = edits[site.name]
         if signs is not None:
             flip = functools.partial(torch.mul, signs.double())
             edit.columns.append(flip)
             if (producer := gated_by(bound, site)) is not None:
                 edits[producer].rows.append(flip)
-        block = online_block(rotation, site)
+        block = online_block(tower.rotation, site)
         edit.columns.append(functools.partial(block_hadamard, block=block))
 
 
-def _rotator(rotation: Rotation, width: int, part: str, *, fix_ones: bool = False) -> _Operation:
+def _rotator(tower: RotatedTower, width: int, part: str, *, fix_ones: bool = False) -> _Operation:
     """Rotates each piece of ``width`` along the last axis. The matrix is built when needed."""
 
     @functools.cache
     def matrix() -> Orthogonal:
-        seed = f"{rotation.seed}:{rotation.modality}:{part}"
+        rotation = tower.rotation
+        seed = f"{rotation.seed}:{tower.modality}:{part}"
         return orthogonal(width, seed, kind=rotation.kind, signs=rotation.signs, fix_ones=fix_ones)
 
     def turn(x: Tensor) -> Tensor:

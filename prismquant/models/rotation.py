@@ -5,7 +5,8 @@ multiplied by an orthogonal matrix, when its inverse goes into whatever reads th
 QuaRot, 2024, sections 3 and 4). In a rotated basis no channel is much larger than the others, and
 weights and activations lose less when they are rounded. The first two rotations live in the weights
 alone. The third, behind a nonlinearity, is *online*: the weights hold one half, and whoever runs
-the model multiplies the layer's input with the other; :class:`OnlineRotation` says how.
+the model multiplies the layer's input with the other, as
+:class:`~prismquant.formats.online_rotation.OnlineRotation` says.
 
 RMSNorm commutes with any rotation once its scale has moved into its readers. LayerNorm subtracts
 the mean over channels as well, and still commutes with a rotation that fixes the vector of ones:
@@ -16,31 +17,33 @@ result.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 
-from prismquant.errors import ModelError, RecipeError, suggest
+from prismquant.algorithms.edits import Edits, Scope
+from prismquant.errors import ModelError, PlanError, RecipeError, suggest
+from prismquant.formats.online_rotation import OnlineRotation
 from prismquant.models.arch import EdgeKind, Modality
 from prismquant.models.bound import BoundEdge, BoundModel, BoundSite
 from prismquant.numerics.hadamard import (
     KINDS,
     Kind,
-    block_hadamard,
     power_of_two_block,
     random_signs,
 )
 
 # Checkpoints hold the matrix of each layer: a block of 4096 would take 32 MB a layer.
 _WIDEST_BLOCK = 1024
+_TOWERS = (Modality.VISION, Modality.LLM)
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """Rotation of one tower.
+    """Transform that rotates every tower which is meant.
 
     Attributes:
-        modality: ``vision`` or ``llm``.
         residual: Rotate the residual stream.
         values: Rotate each attention head's values.
         online: Rotate the input of every block's last MLP layer, while the model runs.
@@ -55,7 +58,8 @@ class Rotation:
         RecipeError: An option is out of range, or nothing is rotated.
     """
 
-    modality: Modality
+    name: ClassVar[str] = "rotation"
+
     residual: bool = True
     values: bool = True
     online: bool = False
@@ -65,13 +69,6 @@ class Rotation:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        allowed = (Modality.VISION, Modality.LLM)
-        if self.modality not in allowed:
-            raise RecipeError(
-                f"the {self.modality} modality cannot be rotated",
-                remedy="rotate vision or llm; the projector follows both of its neighbours",
-            )
-        object.__setattr__(self, "modality", Modality(self.modality))
         if self.kind not in KINDS:
             raise RecipeError(f"unknown kind {self.kind!r}", remedy=suggest(self.kind, KINDS))
         if not (self.residual or self.values or self.online):
@@ -93,34 +90,48 @@ class Rotation:
         unsigned = self.kind == "random" and not self.online
         return {"signs": "a random matrix has none"} if unsigned else {}
 
+    def plan(self, bound: BoundModel, scope: Scope) -> Edits:
+        """Rotate the towers that are meant; their number does not depend on the model.
+
+        Raises:
+            PlanError: The projector is meant.
+        """
+        if Modality.PROJECTOR in scope.modality:
+            raise PlanError(
+                "the projector is not rotated itself, it follows both of its neighbours: match "
+                "vision or llm"
+            )
+        towers = (tower for tower in _TOWERS if not scope.modality or tower in scope.modality)
+        return Edits(towers=tuple(RotatedTower(tower, self) for tower in towers))
+
 
 @dataclass(frozen=True)
-class OnlineRotation:
-    """Rotation of a layer's input at run time: ``block_hadamard(x * signs, block)``.
+class RotatedTower:
+    """A tower that is seen as if it had been rotated.
 
     Attributes:
-        block: Width of the blocks.
-        features: Features of the input.
-        seed: Decides the signs; None where there are none, or the layer before has them in its
-            weights.
+        modality: ``vision`` or ``llm``.
+        rotation: What of it is rotated, and how.
+
+    Raises:
+        RecipeError: The modality is none that can be rotated.
     """
 
-    block: int
-    features: int
-    seed: str | None = None
+    modality: Modality
+    rotation: Rotation = field(default_factory=Rotation)
 
-    @property
-    def signs(self) -> Tensor | None:
-        """int8 ``[in]`` of one and minus one; None: not applied at run time."""
-        return None if self.seed is None else random_signs(self.features, self.seed)
-
-    def apply(self, x: Tensor) -> Tensor:
-        """The rotated input; ``[..., in]`` of any floating dtype."""
-        signs = self.signs
-        return block_hadamard(x if signs is None else x * signs.to(x), self.block)
+    def __post_init__(self) -> None:
+        if self.modality not in _TOWERS:
+            raise RecipeError(
+                f"the {self.modality} modality cannot be rotated",
+                remedy="rotate vision or llm; the projector follows both of its neighbours",
+            )
+        object.__setattr__(self, "modality", Modality(self.modality))
 
 
-def online_rotations(bound: BoundModel, rotations: Sequence[Rotation]) -> dict[str, OnlineRotation]:
+def online_rotations(
+    bound: BoundModel, towers: Sequence[RotatedTower]
+) -> dict[str, OnlineRotation]:
     """Site name -> what must be done to its input when the rotated model runs.
 
     Raises:
@@ -128,30 +139,30 @@ def online_rotations(bound: BoundModel, rotations: Sequence[Rotation]) -> dict[s
         ModelError: A block does not divide a layer's input.
     """
     result: dict[str, OnlineRotation] = {}
-    for rotation in by_modality(rotations).values():
-        for site in online_sites(bound, rotation):
-            folded = not rotation.signs or gated_by(bound, site) is not None
-            seed = None if folded else _online_seed(rotation, site)
-            block = online_block(rotation, site)
+    for tower in by_modality(towers).values():
+        for site in online_sites(bound, tower):
+            folded = not tower.rotation.signs or gated_by(bound, site) is not None
+            seed = None if folded else _online_seed(tower.rotation, site)
+            block = online_block(tower.rotation, site)
             result[site.name] = OnlineRotation(block, site.in_features, seed)
     return result
 
 
-def untied(bound: BoundModel, rotations: Sequence[Rotation]) -> bool:
+def untied(bound: BoundModel, towers: Sequence[RotatedTower]) -> bool:
     """Whether the head stops being the embedding: only the head takes the final norm's scale."""
     return bound.tied and any(
-        rotation.residual and rotation.modality is Modality.LLM for rotation in rotations
+        tower.rotation.residual and tower.modality is Modality.LLM for tower in towers
     )
 
 
-def by_modality(rotations: Sequence[Rotation]) -> dict[Modality, Rotation]:
-    result: dict[Modality, Rotation] = {}
-    for rotation in rotations:
-        if rotation.modality in result:
+def by_modality(towers: Sequence[RotatedTower]) -> dict[Modality, RotatedTower]:
+    result: dict[Modality, RotatedTower] = {}
+    for tower in towers:
+        if tower.modality in result:
             raise RecipeError(
-                f"two rotations for {rotation.modality}", remedy="join their options in one"
+                f"two rotations for {tower.modality}", remedy="join their options in one"
             )
-        result[rotation.modality] = rotation
+        result[tower.modality] = tower
     return result
 
 
@@ -164,9 +175,9 @@ def edges_of(bound: BoundModel, kind: EdgeKind, modality: Modality) -> Iterator[
 # ------------------------------------------------------------------------------------- online
 
 
-def online_sites(bound: BoundModel, rotation: Rotation) -> Iterator[BoundSite]:
+def online_sites(bound: BoundModel, tower: RotatedTower) -> Iterator[BoundSite]:
     for site in bound.sites:
-        if rotation.online and site.online_rotation and site.modality is rotation.modality:
+        if tower.rotation.online and site.online_rotation and site.modality is tower.modality:
             yield site
 
 

@@ -75,6 +75,11 @@ class RangeRule:
         check_bounds(self, bounds)
 
     @property
+    def ordered(self) -> bool:
+        """Whether the range depends on the order of batches: ranks cannot share it."""
+        return self.kind == "ema"
+
+    @property
     def idle(self) -> dict[str, str]:
         """Options that change nothing with this kind of rule, and why."""
         used = _USED.get(self.kind, ())

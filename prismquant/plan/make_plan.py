@@ -7,25 +7,31 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from prismquant.algorithms.split import Split
 from prismquant.errors import FormatError, PlanError, PrismQuantError, grouped, listed
+from prismquant.formats.online_rotation import OnlineRotation
 from prismquant.formats.packed import stored_bytes
+from prismquant.formats.quantized_layer import OutlierColumns
 from prismquant.models.arch import SiteKind
 from prismquant.models.bound import BoundModel, BoundSite
-from prismquant.models.rotation import OnlineRotation, Rotation, online_rotations, untied
+from prismquant.models.rotation import online_rotations, untied
 from prismquant.numerics.scales import SCALE_DTYPES
 from prismquant.plan.bit_layout import DENSE, input_bytes, layout_of
 from prismquant.plan.fallback import Asked, Fitted, fit, fit_together
 from prismquant.plan.kv_plan import plan_kv_cache
 from prismquant.plan.obstacles import remarks_on
-from prismquant.plan.plan import Plan, PlanRow
+from prismquant.plan.plan import OutlierRoom, Plan, PlanRow
 from prismquant.plan.recipe_findings import (
     idle_entries,
     idle_rules,
-    idle_splits,
     torn_fusions,
 )
-from prismquant.plan.transform_plan import plan_edges, plan_rotations, plan_splits
+from prismquant.plan.transform_plan import (
+    idle_rooms,
+    outlier_rooms,
+    plan_edges,
+    plan_transforms,
+    rotated_towers,
+)
 from prismquant.recipe.layer_config import LayerConfig, Options
 from prismquant.recipe.resolve import Resolved, resolve
 from prismquant.recipe.schema import Recipe
@@ -48,8 +54,12 @@ def make_plan(recipe: Recipe, bound: BoundModel) -> Plan:
     }
     sizes = _source_sizes(bound)
     findings = idle_rules(recipe, bound, resolved.values())
-    rotations = plan_rotations(recipe, bound, findings)
-    rows, misfits = _rows(recipe, bound, resolved, sizes, rotations, sound=not findings)
+    transforms = plan_transforms(recipe, bound, findings)
+    towers = rotated_towers(transforms, bound, findings)
+    online = {} if findings else online_rotations(bound, towers)
+    own_head = untied(bound, towers)
+    rows, misfits = _rows(recipe, bound, resolved, sizes, own_head=own_head)
+    rows = [_with_edits(row, online, outlier_rooms(transforms)) for row in rows]
     remedies = {error.remedy for error in misfits.values() if error.remedy}
     # One remedy for all stands once, at the end.
     remedy = remedies.pop() if len(remedies) == 1 and not findings else None
@@ -58,8 +68,8 @@ def make_plan(recipe: Recipe, bound: BoundModel) -> Plan:
         for name, error in misfits.items()
     ]
     findings += torn_fusions(rows)
-    edges = plan_edges(recipe, bound, rows, findings)
-    findings += idle_splits(recipe, rows)
+    edges = plan_edges(transforms, bound, rows, findings)
+    findings += idle_rooms(transforms, rows)
     kv_cache = plan_kv_cache(recipe, bound)
     if not findings and kv_cache is None and not any(row.quantized for row in rows):
         findings.append("no layer is quantized: no rule with `weights` stays in force")
@@ -78,7 +88,7 @@ def make_plan(recipe: Recipe, bound: BoundModel) -> Plan:
         left_alone=tuple((item.name, item.reason) for item in bound.left_alone),
         other_bytes=sum(sizes.values()) - sum(row.float_bytes for row in rows),
         calibration=recipe.calibration,
-        rotations=rotations,
+        towers=towers,
         edges=edges,
         kv_cache=kv_cache,
         remarks=(
@@ -95,26 +105,18 @@ def _rows(
     bound: BoundModel,
     resolved: Mapping[str, Resolved],
     sizes: Mapping[str, int],
-    rotations: tuple[Rotation, ...],
     *,
-    sound: bool,
+    own_head: bool,
 ) -> tuple[list[PlanRow], dict[str, PrismQuantError]]:
-    """A row for each layer; and by name those that cannot be as the recipe says, with why.
-
-    Rotations are laid over the rows only where they are ``sound``.
-    """
+    """A row for each layer; and by name those that cannot be as the recipe says, with why."""
     shards = recipe.tensor_parallel
     followers = _followers(bound, resolved, shards)
-    online = online_rotations(bound, rotations) if sound else {}
-    own_head = untied(bound, rotations)
-    splits = plan_splits(recipe, bound)
     rows: list[PlanRow] = []
     misfits: dict[str, PrismQuantError] = {}
     for site in bound.sites:
         try:
             fitted = followers.get(site.name) or _fitted(site, resolved[site.name], shards)
-            row = _row(site, resolved[site.name].config, fitted, bound, sizes, own_head)
-            rows.append(_with_input(row, online.get(site.name), splits.get(site.name)))
+            rows.append(_row(site, resolved[site.name].config, fitted, bound, sizes, own_head))
         except (PlanError, FormatError) as error:
             misfits[site.name] = error
     return rows, misfits
@@ -188,7 +190,7 @@ def _row(
         site=site,
         config=config.settled(),
         online=None,
-        split=None,
+        outliers=None,
         layout=DENSE,
         stored_bytes=dense_bytes if site.tied else float_bytes,
         float_bytes=float_bytes,
@@ -226,17 +228,19 @@ def _joined(*notes: str) -> str:
     return "; ".join(filter(None, notes))
 
 
-def _with_input(row: PlanRow, online: OnlineRotation | None, split: Split | None) -> PlanRow:
+def _with_edits(
+    row: PlanRow, online: Mapping[str, OnlineRotation], rooms: Mapping[str, OutlierRoom]
+) -> PlanRow:
     """The row with what happens to its input before it is quantized, and the bytes that takes."""
-    size, dtype = row.stored_bytes, row.site.dtype
-    if online is not None:
-        signs = 0 if online.seed is None else online.features
-        size += online.block**2 * dtype.itemsize + signs
-    if split is not None and row.quantized and row.layout != DENSE:
-        size += split.columns * (4 + row.site.out_features * dtype.itemsize)
-    else:
-        split = None
-    return replace(row, online=online, split=split, stored_bytes=size)
+    rotation, room = online.get(row.site.name), rooms.get(row.site.name)
+    size, itemsize = row.stored_bytes, row.site.dtype.itemsize
+    if rotation is not None:
+        size += rotation.stored_bytes(itemsize)
+    if not row.quantized or row.layout == DENSE:
+        room = None
+    if room is not None:
+        size += OutlierColumns.stored_bytes(room.columns, row.site.out_features, itemsize)
+    return replace(row, online=rotation, outliers=room, stored_bytes=size)
 
 
 def _dense_row(row: PlanRow) -> PlanRow:

@@ -31,7 +31,7 @@ def _obstacles(row: PlanRow) -> list[str]:
             "the rotation at run time is declared as a transform of compressed-tensors: vLLM "
             "applies it without tensor parallelism, transformers ignores it and computes nonsense"
         )
-    if row.split is not None:
+    if row.outliers is not None:
         found.append("only prismquant.load keeps split columns in floating point")
     if row.private_activations:
         found.append(

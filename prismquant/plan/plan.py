@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from prismquant.algorithms.split import Split
 from prismquant.errors import StorageError
+from prismquant.formats.online_rotation import OnlineRotation
 from prismquant.formats.packed import is_declarable
 from prismquant.models.bound import BoundEdge, BoundSite
-from prismquant.models.rotation import OnlineRotation, Rotation
+from prismquant.models.rotation import RotatedTower
 from prismquant.plan.bit_layout import DENSE
 from prismquant.plan.codec import from_json, to_json
 from prismquant.plan.kv_plan import KVPlan
@@ -30,6 +30,21 @@ _SUMS = ("totals", "total_bytes", "float_bytes")
 
 
 @dataclass(frozen=True)
+class OutlierRoom:
+    """Room for columns of a layer's input that stay in floating point.
+
+    Attributes:
+        columns: So many at most.
+        transform: The method that finds them.
+        options: Its options.
+    """
+
+    columns: int
+    transform: str
+    options: Options
+
+
+@dataclass(frozen=True)
 class PlanRow:
     """One layer and what happens to it.
 
@@ -37,7 +52,7 @@ class PlanRow:
         site: The layer.
         config: What is done to it.
         online: What happens to its input before anything else; None: nothing.
-        split: When single input columns are kept in floating point; None: never.
+        outliers: Room for input columns that stay in floating point; None: all are quantized.
         layout: ``pack-quantized``, ``int-quantized``, or ``dense`` (floating point on disk).
         stored_bytes: Bytes that the weight, its scales and zero points take on disk.
         float_bytes: Bytes that the weight takes in the source.
@@ -47,7 +62,7 @@ class PlanRow:
     site: BoundSite
     config: LayerConfig
     online: OnlineRotation | None
-    split: Split | None
+    outliers: OutlierRoom | None
     layout: str
     stored_bytes: int
     float_bytes: int
@@ -61,7 +76,7 @@ class PlanRow:
     @property
     def observed(self) -> bool:
         """Whether its input or output is looked at, whatever chooses its codes."""
-        return self.config.static_input or self.config.static_output or self.split is not None
+        return self.config.static_input or self.config.static_output or self.outliers is not None
 
     @property
     def needs_data(self) -> bool:
@@ -95,12 +110,12 @@ class PlanEdge:
 
     Attributes:
         edge: The smooth edge.
-        equalizer: The method that chooses the scale.
+        transform: The method that chooses the scale.
         options: Its options.
     """
 
     edge: BoundEdge
-    equalizer: str
+    transform: str
     options: Options
 
 
@@ -115,7 +130,7 @@ class Plan:
         left_alone: Parameters that no site claims, each with the reason.
         other_bytes: Bytes of all tensors that are no layer's weight: embeddings, norms, biases.
         calibration: How statistics are gathered.
-        rotations: Which towers are rotated, and how.
+        towers: Towers that are rotated, each with how.
         edges: Along which edges scale is moved, in the order of the work.
         kv_cache: What happens to the language model's keys and values; None: nothing.
         remarks: What a user should know of the checkpoint: who cannot load it, and why.
@@ -127,7 +142,7 @@ class Plan:
     left_alone: tuple[tuple[str, str], ...]
     other_bytes: int
     calibration: Calibration
-    rotations: tuple[Rotation, ...] = ()
+    towers: tuple[RotatedTower, ...] = ()
     edges: tuple[PlanEdge, ...] = ()
     kv_cache: KVPlan | None = None
     remarks: tuple[str, ...] = ()
@@ -218,6 +233,6 @@ def problem_groups(rows: Sequence[PlanRow]) -> list[list[PlanRow]]:
     groups: dict[object, list[PlanRow]] = {}
     for row in rows:
         solved = replace(row.config, outputs=None, tuner=None, tuner_options=Options())
-        key = (row.site.input_key, row.site.dtype, solved, row.split)
+        key = (row.site.input_key, row.site.dtype, solved, row.outliers)
         groups.setdefault(key, []).append(row)
     return list(groups.values())

@@ -8,17 +8,6 @@ from prismquant.models.bound import BoundModel
 from prismquant.plan.plan import PlanRow, problem_groups
 from prismquant.recipe.resolve import Resolved
 from prismquant.recipe.schema import Recipe
-from prismquant.recipe.transform_rule import SPLIT
-
-
-def idle_splits(recipe: Recipe, rows: Sequence[PlanRow]) -> list[str]:
-    """Splits of columns that reach no layer."""
-    splittable = [row.site for row in rows if row.split is not None]
-    return [
-        f"transforms[{index}] ({SPLIT}) matches no layer that is stored quantized"
-        for index, transform in enumerate(recipe.transforms)
-        if transform.name == SPLIT and not any(map(transform.match.means, splittable))
-    ]
 
 
 def idle_rules(recipe: Recipe, bound: BoundModel, resolved: Iterable[Resolved]) -> list[str]:

@@ -10,7 +10,7 @@ from prismquant.shards import ShardReader
 
 def source_reader(plan: Plan, bound: BoundModel) -> ShardReader:
     """The checkpoint as the run sees it: rotated, where the plan says so."""
-    if not plan.rotations:
+    if not plan.towers:
         return ShardReader(bound.folder)
     exact = {f"{row.site.name}.weight" for row in plan.quantized}
-    return RotatedReader(bound.folder, bound, plan.rotations, exact)
+    return RotatedReader(bound.folder, bound, plan.towers, exact)

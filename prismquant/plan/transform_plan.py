@@ -1,85 +1,125 @@
-"""Places of a recipe's transforms: rotated towers, split columns, smooth edges."""
+"""Places of a recipe's transforms: rotated towers, rotated inputs, kept columns, smooth edges."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from prismquant.algorithms.methods import EQUALIZERS
-from prismquant.algorithms.split import Split
-from prismquant.errors import ModelError
-from prismquant.models.arch import Modality
+from prismquant.algorithms.edits import Edits
+from prismquant.errors import PrismQuantError
 from prismquant.models.bound import BoundEdge, BoundModel
-from prismquant.models.rotation import Rotation, online_rotations
-from prismquant.plan.plan import PlanEdge, PlanRow
+from prismquant.models.rotation import RotatedTower, online_rotations
+from prismquant.plan.plan import OutlierRoom, PlanEdge, PlanRow
 from prismquant.recipe.layer_config import Options
 from prismquant.recipe.match import Match
 from prismquant.recipe.schema import Recipe
-from prismquant.recipe.transform_rule import ROTATION, SPLIT
+from prismquant.recipe.transform_rule import TransformRule
 
 
-def plan_rotations(recipe: Recipe, bound: BoundModel, findings: list[str]) -> tuple[Rotation, ...]:
-    """The rotations that are asked for, at most one for each tower."""
-    chosen: dict[Modality, Rotation] = {}
-    for index, transform in enumerate(recipe.transforms):
-        if transform.name != ROTATION:
-            continue
-        if Modality.PROJECTOR in transform.match.modality:
-            findings.append(
-                f"transforms[{index}]: the projector is not rotated itself, it follows both of its "
-                "neighbours: match vision or llm"
-            )
-        towers = (Modality.VISION, Modality.LLM)
-        for rotation in transform.rotations(towers):
-            if rotation.modality in chosen:
-                findings.append(
-                    f"transforms[{index}]: the {rotation.modality} tower is rotated twice"
-                )
-            chosen[rotation.modality] = rotation
+@dataclass(frozen=True)
+class PlannedTransform:
+    """One transform of a recipe, and where it edits the model.
+
+    Attributes:
+        where: Its place in the recipe.
+        rule: What the recipe says of it.
+        edits: Where it edits the model.
+    """
+
+    where: str
+    rule: TransformRule
+    edits: Edits
+
+    @property
+    def options(self) -> Options:
+        """Its options, as the plan keeps them."""
+        return Options(self.rule.options)
+
+
+def plan_transforms(
+    recipe: Recipe, bound: BoundModel, findings: list[str]
+) -> tuple[PlannedTransform, ...]:
+    """The transforms of a recipe, with all that is known of them without data."""
+    planned = []
+    for index, rule in enumerate(recipe.transforms):
+        try:
+            edits = rule.build().plan(bound, rule.match)
+        except PrismQuantError as error:
+            findings.append(f"transforms[{index}]: {_finding(error)}")
+        else:
+            planned.append(PlannedTransform(f"transforms[{index}]", rule, edits))
+    return tuple(planned)
+
+
+def rotated_towers(
+    planned: Sequence[PlannedTransform], bound: BoundModel, findings: list[str]
+) -> tuple[RotatedTower, ...]:
+    """The towers that are rotated, each once."""
+    chosen: dict[str, RotatedTower] = {}
+    for one in planned:
+        for tower in one.edits.towers or ():
+            if tower.modality in chosen:
+                findings.append(f"{one.where}: the {tower.modality} tower is rotated twice")
+            chosen[tower.modality] = tower
+    towers = tuple(chosen.values())
     try:
-        online_rotations(bound, tuple(chosen.values()))
-    except ModelError as error:
-        findings.append(error.what + (f" ({error.remedy})" if error.remedy else ""))
-    return tuple(chosen.values())
+        online_rotations(bound, towers)
+    except PrismQuantError as error:
+        findings.append(_finding(error))
+    return towers
 
 
-def plan_splits(recipe: Recipe, bound: BoundModel) -> dict[str, Split]:
-    """Layers of which columns may be split off; a later transform wins."""
+def outlier_rooms(planned: Sequence[PlannedTransform]) -> dict[str, OutlierRoom]:
+    """Room for kept columns, by the layer's name; a later transform wins."""
     return {
-        site.name: transform.split()
-        for transform in recipe.transforms
-        if transform.name == SPLIT
-        for site in bound.sites
-        if transform.match.means(site)
+        name: OutlierRoom(columns, one.rule.name, one.options)
+        for one in planned
+        for name, columns in (one.edits.outlier_columns or {}).items()
     }
 
 
+def idle_rooms(planned: Sequence[PlannedTransform], rows: Sequence[PlanRow]) -> list[str]:
+    """Transforms that keep columns, and of no layer."""
+    roomy = {row.site.name for row in rows if row.outliers is not None}
+    return [
+        f"{one.where} ({one.rule.name}) matches no layer that is stored quantized"
+        for one in planned
+        if one.edits.outlier_columns is not None
+        and not roomy.intersection(one.edits.outlier_columns)
+    ]
+
+
 def plan_edges(
-    recipe: Recipe, bound: BoundModel, rows: Sequence[PlanRow], findings: list[str]
+    planned: Sequence[PlannedTransform],
+    bound: BoundModel,
+    rows: Sequence[PlanRow],
+    findings: list[str],
 ) -> tuple[PlanEdge, ...]:
-    """Edges along which scale is moved: those with a reader that matches and is quantized.
+    """Edges along which scale is moved: those with a reader that is meant and quantized.
 
     A rotation at run time lies between the two ends of an edge and mixes its channels, so no scale
     passes it.
     """
     quantized = {row.site.name for row in rows if row.quantized}
     mixed = {row.site.name for row in rows if row.online is not None}
-    open_edges = [edge for edge in bound.edges if not mixed.intersection(edge.consumers)]
+
+    def carries(edge: BoundEdge, match: Match) -> bool:
+        read = [bound.site(name) for name in edge.consumers if name in quantized]
+        return not mixed.intersection(edge.consumers) and any(map(match.means, read))
+
     chosen: list[PlanEdge] = []
-    for index, transform in enumerate(recipe.transforms):
-        if transform.name not in EQUALIZERS:
+    for one in planned:
+        if one.edits.edges is None:
             continue
-        meant = [edge for edge in open_edges if _reads(edge, bound, quantized, transform.match)]
+        meant = [edge for edge in one.edits.edges if carries(edge, one.rule.match)]
         if not meant:
             findings.append(
-                f"transforms[{index}] ({transform.name}) matches no edge: none ends in a quantized "
+                f"{one.where} ({one.rule.name}) matches no edge: none ends in a quantized "
                 "layer that it means and whose input is not rotated at run time"
             )
-        chosen += [PlanEdge(edge, transform.name, Options(transform.options)) for edge in meant]
+        chosen += [PlanEdge(edge, one.rule.name, one.options) for edge in meant]
     return tuple(chosen)
 
 
-def _reads(edge: BoundEdge, bound: BoundModel, quantized: set[str], match: Match) -> bool:
-    sites = [bound.site(name) for name in edge.consumers]
-    if any(site.tied for site in sites):
-        return False
-    return any(site.name in quantized and match.means(site) for site in sites)
+def _finding(error: PrismQuantError) -> str:
+    return error.what + (f" ({error.remedy})" if error.remedy else "")

@@ -25,7 +25,7 @@ class PlannedLayer:
         weights: Number format of the weight; ``float`` where it is left alone.
         activations: Number format of the input; ``float``: none.
         method: Everything that decides its codes; empty where it is left alone.
-        split: Whether single columns may be kept in floating point.
+        columns: The transform that may keep single columns in floating point; empty: none.
         stored_bytes: Bytes that it takes on disk.
         note: Why it is left alone, or what differs from the recipe's words.
     """
@@ -37,7 +37,7 @@ class PlannedLayer:
     weights: str
     activations: str
     method: str
-    split: bool
+    columns: str
     stored_bytes: int
     note: str
 
@@ -53,12 +53,12 @@ class PlannedEdge:
 
     Attributes:
         source: Norm or producer whose scale moves.
-        equalizer: The method that chooses the scale.
+        transform: The method that chooses the scale.
         options: Its options.
     """
 
     source: str
-    equalizer: str
+    transform: str
     options: Mapping[str, Any]
 
 
@@ -71,7 +71,7 @@ class PlanSummary:
         architecture: Name of the architecture.
         layers: The layers, in the order of the work.
         left_alone: Layers that are never quantized, each with the reason.
-        rotations: Options of the rotations, with their ``modality``.
+        towers: Towers that are rotated, each with the options of its rotation.
         edges: Along which edges scale is moved.
         totals: Layers and bytes by modality.
         other_bytes: Bytes of all tensors that are no layer's weight.
@@ -83,7 +83,7 @@ class PlanSummary:
     architecture: str
     layers: tuple[PlannedLayer, ...]
     left_alone: tuple[tuple[str, str], ...]
-    rotations: tuple[Mapping[str, Any], ...]
+    towers: tuple[tuple[str, Mapping[str, Any]], ...]
     edges: tuple[PlannedEdge, ...]
     totals: Mapping[str, Mapping[str, int]]
     other_bytes: int
@@ -106,7 +106,9 @@ class PlanSummary:
                 architecture=str(content["architecture"]),
                 layers=tuple(_layer(row) for row in content["rows"]),
                 left_alone=tuple((str(name), str(why)) for name, why in content["left_alone"]),
-                rotations=tuple(dict(rotation) for rotation in content["rotations"]),
+                towers=tuple(
+                    (str(tower["modality"]), dict(tower["rotation"])) for tower in content["towers"]
+                ),
                 edges=tuple(_edge(edge) for edge in content["edges"]),
                 totals={str(name): dict(part) for name, part in content["totals"].items()},
                 other_bytes=int(content["other_bytes"]),
@@ -127,7 +129,7 @@ def _layer(row: Mapping[str, Any]) -> PlannedLayer:
         weights=_format(config["weights"]),
         activations=_format(config["activations"]),
         method=_method(config),
-        split=row["split"] is not None,
+        columns=str(row["outliers"]["transform"]) if row["outliers"] else "",
         stored_bytes=int(row["stored_bytes"]),
         note=str(row["note"]),
     )
@@ -135,7 +137,7 @@ def _layer(row: Mapping[str, Any]) -> PlannedLayer:
 
 def _edge(edge: Mapping[str, Any]) -> PlannedEdge:
     source = edge["edge"]["norm"] or edge["edge"]["producer"]
-    return PlannedEdge(str(source), str(edge["equalizer"]), dict(edge["options"]))
+    return PlannedEdge(str(source), str(edge["transform"]), dict(edge["options"]))
 
 
 def _format(fields: Mapping[str, Any] | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -61,17 +61,16 @@ def transform_table(plan: PlanSummary) -> Table | None:
     """Changes of the model before anything is rounded; None where there are none."""
     headers = ["transform", "where", "count", "options"]
     rows = [
-        ["rotation", f"{r['modality']} tower", "1", _options(r, {"modality"})]
-        for r in plan.rotations
+        ["rotation", f"{modality} tower", "1", _options(options)]
+        for modality, options in plan.towers
     ]
     alike: dict[tuple[str, ...], list[PlannedEdge]] = {}
     for edge in plan.edges:
         where = re.sub(r"\d+", "*", edge.source)
-        alike.setdefault((edge.equalizer, where, _options(edge.options)), []).append(edge)
+        alike.setdefault((edge.transform, where, _options(edge.options)), []).append(edge)
     rows += [[name, where, str(len(e)), said] for (name, where, said), e in alike.items()]
-    split = [layer for layer in plan.layers if layer.split]
-    if split:
-        rows.append(["split", "where one column sets the range", str(len(split)), ""])
+    keeping = Counter(layer.columns for layer in plan.layers if layer.columns)
+    rows += [[n, "where one column sets the range", str(k), ""] for n, k in keeping.items()]
     if not rows:
         return None
     table = rich_table(headers, rows, title="before anything is rounded")
@@ -80,8 +79,8 @@ def transform_table(plan: PlanSummary) -> Table | None:
     return table
 
 
-def _options(options: Mapping[str, Any], without: Collection[str] = ()) -> str:
-    given = {k: v for k, v in options.items() if k not in without and v is not None}
+def _options(options: Mapping[str, Any]) -> str:
+    given = {k: v for k, v in options.items() if v is not None}
     flags = {True: "{}", False: "no {}"}
     return ", ".join(
         flags[value].format(key) if isinstance(value, bool) else f"{key} {value}"

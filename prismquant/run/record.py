@@ -21,7 +21,7 @@ from prismquant.diagnostics.step_record import StepRecord
 from prismquant.errors import NumericsError, StorageError, grouped, listed
 from prismquant.run.identity import Identity
 
-RECORD_VERSION = 5
+RECORD_VERSION = 6
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def test_the_scale_is_the_best_of_the_formula(monkeypatch, name, group, tile, du
     }
     errors = {key: output_error(task, scale) for key, scale in scales.items()}
     best = min(errors, key=errors.__getitem__)
-    result = AWQ(grid=6, duo=duo).equalize(task)
+    result = AWQ(grid=6, duo=duo).fit(task)
     assert (result.diagnostics.choice.exponent, result.diagnostics.choice.weight_term) == best
     torch.testing.assert_close(result.scale, scales[best], rtol=1e-5, atol=0)
     assert result.diagnostics.error_after == pytest.approx(errors[best], rel=1e-3)
@@ -110,7 +110,7 @@ def test_a_salient_channel_is_protected():
     x[:, 3] *= 30
     record = ChannelSizes(SIZE)
     record.update(x)
-    result = AWQ().equalize(EdgeProblem(**{**vars(task), "record": record}))
+    result = AWQ().fit(EdgeProblem(**{**vars(task), "record": record}))
     assert result.diagnostics.error_after < 0.6 * result.diagnostics.error_before
     assert int(result.scale.argmax()) == 3
 
@@ -126,7 +126,7 @@ def test_a_salient_channel_is_protected():
 )
 def test_it_is_never_worse_than_no_scaling(seed, weights, activations, spread, power_of_two, rows):
     task = problem(weights, activations, seed=seed, spread=spread)
-    result = AWQ(grid=3, rows=rows, power_of_two=power_of_two).equalize(task)
+    result = AWQ(grid=3, rows=rows, power_of_two=power_of_two).fit(task)
     if result.scale is None:
         assert result.diagnostics.skipped
     else:
@@ -138,7 +138,7 @@ def test_it_is_never_worse_than_no_scaling(seed, weights, activations, spread, p
 def test_looking_both_ways_is_never_worse_than_one_way():
     for seed in range(5):
         task = problem(seed=seed)
-        both, one = (AWQ(duo=duo).equalize(task).diagnostics.error_after for duo in (True, False))
+        both, one = (AWQ(duo=duo).fit(task).diagnostics.error_after for duo in (True, False))
         assert both <= one
 
 
@@ -148,20 +148,20 @@ def test_even_inputs_leave_the_edge_as_it_is():
     consumer = Consumer("r", torch.full((4, 8), 0.7), spec("int4-channel"))
     how = (None, RangeRule(), torch.float32)
     task = EdgeProblem("n", 8, torch.arange(8), (consumer,), *how, record)
-    result = AWQ().equalize(task)
+    result = AWQ().fit(task)
     assert result.scale is None
     assert result.diagnostics.tried == 0
 
 
 def test_scales_follow_the_range_rule_of_the_weights():
-    plain, searched = (AWQ().equalize(problem(kind=k)).diagnostics for k in ("minmax", "mse"))
+    plain, searched = (AWQ().fit(problem(kind=k)).diagnostics for k in ("minmax", "mse"))
     assert searched.error_after < plain.error_after
 
 
 @pytest.mark.parametrize("vision_weight", [0.0, 0.1, 10.0])
 def test_vision_tokens_count_as_told_in_means_and_errors(vision_weight):
     task = problem()
-    result = AWQ(grid=4, duo=False, vision_weight=vision_weight).equalize(task)
+    result = AWQ(grid=4, duo=False, vision_weight=vision_weight).fit(task)
     expected = by_formula(task, result.diagnostics.choice.exponent, 0, 8, vision_weight)
     torch.testing.assert_close(result.scale, expected, rtol=1e-5, atol=0)
     weighed = EdgeProblem(**{**vars(task), "vision_weight": vision_weight})
@@ -173,9 +173,9 @@ def test_where_only_vision_tokens_came_their_weight_does_not_matter():
     task = problem()
     record.update(task.record.inputs, None, torch.ones(256, dtype=torch.bool))
     alone = EdgeProblem(**{**vars(task), "record": record})
-    scales = [AWQ(vision_weight=w).equalize(alone).scale for w in (1.0, 0.25)]
+    scales = [AWQ(vision_weight=w).fit(alone).scale for w in (1.0, 0.25)]
     torch.testing.assert_close(*scales)
-    assert AWQ(vision_weight=0.0).equalize(alone).scale is None
+    assert AWQ(vision_weight=0.0).fit(alone).scale is None
 
 
 def test_a_channel_that_is_never_active_keeps_its_scale():
@@ -184,21 +184,21 @@ def test_a_channel_that_is_never_active_keeps_its_scale():
     x = task.record.inputs.clone()
     x[:, 4] = 0.0
     record.update(x)
-    result = AWQ().equalize(EdgeProblem(**{**vars(task), "record": record}))
+    result = AWQ().fit(EdgeProblem(**{**vars(task), "record": record}))
     assert float(result.scale[4]) == 1
 
 
 def test_powers_of_two_and_bounds():
     task = problem(spread=3.0)
-    result = AWQ(power_of_two=True, max_scale=5.0).equalize(task)
+    result = AWQ(power_of_two=True, max_scale=5.0).fit(task)
     assert set(result.scale.tolist()) <= {0.25, 0.5, 1.0, 2.0, 4.0}
     assert result.diagnostics.largest_scale == float(result.scale.max())
 
 
 def test_edges_without_tokens_or_formats_are_skipped_with_the_reason():
-    assert "quantized" in AWQ().equalize(problem(None, None)).diagnostics.skipped
+    assert "quantized" in AWQ().fit(problem(None, None)).diagnostics.skipped
     empty = EdgeProblem(**{**vars(problem()), "record": ChannelSizes(SIZE)})
-    assert "calibration" in AWQ().equalize(empty).diagnostics.skipped
+    assert "calibration" in AWQ().fit(empty).diagnostics.skipped
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prismquant as pq
-from prismquant.algorithms.correction import Correction, correct
+from prismquant.algorithms.correction import Correction
 from prismquant.data import read_samples
 from prismquant.data.batches import make_batches
 from prismquant.diagnostics.solver_diagnostics import CorrectionDiagnostics
@@ -93,7 +93,7 @@ def lost(weight: Tensor, corrected: Tensor, calls: Sequence[tuple[Tensor, ...]])
 def test_at_full_strength_it_is_the_least_squares_solution(seed: int, calls: int) -> None:
     """With next to no damping: W* = W E[f u^T] E[u u^T]^-1, so nothing correlated is left."""
     seen, weights = drawn(seed, calls), weights_of(seed, 3, 2)
-    corrected, notes = correct(recorded(seen), weights, Correction(strength=1.0, damping=1e-8))
+    corrected, notes = Correction(strength=1.0, damping=1e-8).correct(recorded(seen), weights)
     hessian, drift = moments(seen)
     for weight, result in zip(weights, corrected, strict=True):
         truth = weight.double() @ (hessian + drift) @ torch.linalg.inv(hessian)
@@ -107,7 +107,7 @@ def test_at_full_strength_it_is_the_least_squares_solution(seed: int, calls: int
 @given(seed=st.integers(0, 10_000), strength=st.floats(0, 1), damping=st.sampled_from([0.01, 0.5]))
 def test_given_strength_and_damping_are_taken(seed: int, strength: float, damping: float) -> None:
     seen, (weight,) = drawn(seed, 5), weights_of(seed)
-    (result,), notes = correct(recorded(seen), [weight], Correction(strength, damping))
+    (result,), notes = Correction(strength, damping).correct(recorded(seen), [weight])
     hessian, drift = moments(seen)
     step = weight.double() @ drift @ torch.linalg.inv(damped(hessian, damping))
     truth = weight.double() + strength * step
@@ -132,7 +132,7 @@ def test_the_chosen_strength_and_damping_do_best_on_held_out_calls(seed: int) ->
         return min(losses), float(grid[losses.index(min(losses))])
 
     found = {d: [best(w, s) for w, s in zip(weights, steps[d], strict=True)] for d in DAMPINGS}
-    corrected, notes = correct(recorded(calls), weights, Correction())
+    corrected, notes = Correction().correct(recorded(calls), weights)
     damping = notes.damping
     totals = {d: sum(loss for loss, _ in found[d]) for d in DAMPINGS}
     assert totals[damping] == pytest.approx(min(totals.values()), rel=1e-3)
@@ -154,7 +154,7 @@ def test_the_chosen_strength_and_damping_do_best_on_held_out_calls(seed: int) ->
 def test_strength_zero_changes_nothing() -> None:
     (weight,) = weights_of(0)
     for damping in (None, 0.1):
-        (result,), _ = correct(recorded(drawn(0, 5)), [weight], Correction(0.0, damping))
+        (result,), _ = Correction(0.0, damping).correct(recorded(drawn(0, 5)), [weight])
         assert torch.equal(result, weight)
 
 
@@ -162,7 +162,7 @@ def test_strength_zero_changes_nothing() -> None:
 def test_without_drift_nothing_changes(how: Correction) -> None:
     (weight,) = weights_of(1)
     calls = [(seen, seen, weights) for seen, _, weights in drawn(1, 6)]
-    (result,), _ = correct(recorded(calls), [weight], how)
+    (result,), _ = how.correct(recorded(calls), [weight])
     assert torch.equal(result, weight)
 
 
@@ -176,29 +176,29 @@ def test_a_drift_that_is_noise_is_not_followed() -> None:
         # Orthogonal to what is seen on average: the best guess of the drift is none.
         calls.append((seen, seen + 0.1 * wanted, torch.ones(6)))
     (weight,) = weights_of(3)
-    (full,), _ = correct(recorded(calls), [weight], Correction(strength=1.0, damping=0.003))
-    (chosen,), notes = correct(recorded(calls), [weight], Correction())
+    (full,), _ = Correction(strength=1.0, damping=0.003).correct(recorded(calls), [weight])
+    (chosen,), notes = Correction().correct(recorded(calls), [weight])
     assert notes.strength < 0.7
     assert (chosen - weight).norm() < 0.7 * (full - weight).norm()
 
 
 def test_the_order_of_tokens_and_of_calls_of_a_part_does_not_matter() -> None:
     calls, (weight,) = drawn(4, 8), weights_of(4)
-    (first,), notes = correct(recorded(calls), [weight], Correction())
+    (first,), notes = Correction().correct(recorded(calls), [weight])
     shuffled = []
     for seen, wanted, weights in calls:
         order = torch.randperm(len(seen), generator=torch.Generator().manual_seed(9))
         shuffled.append((seen[order], wanted[order], weights[order]))
     # Calls 3 and 7 are held out, and may change places; so may the others.
     for order in ([0, 1, 2, 3, 4, 5, 6, 7], [6, 5, 4, 7, 2, 1, 0, 3]):
-        (second,), other = correct(recorded([shuffled[i] for i in order]), [weight], Correction())
+        (second,), other = Correction().correct(recorded([shuffled[i] for i in order]), [weight])
         torch.testing.assert_close(second, first, rtol=1e-4, atol=1e-5)
         assert asdict(other) == pytest.approx(asdict(notes), rel=1e-4)
 
 
 def test_padding_is_ignored_whatever_it_holds() -> None:
     calls, (weight,) = drawn(5, 6), weights_of(5)
-    (expected,), _ = correct(recorded(calls), [weight], Correction())
+    (expected,), _ = Correction().correct(recorded(calls), [weight])
     padded = []
     for seen, wanted, weights in calls:
         junk = torch.full((3, IN), float("nan"))
@@ -209,15 +209,15 @@ def test_padding_is_ignored_whatever_it_holds() -> None:
                 torch.cat([weights, torch.zeros(3)]),
             )
         )
-    (result,), _ = correct(recorded(padded), [weight], Correction())
+    (result,), _ = Correction().correct(recorded(padded), [weight])
     assert torch.equal(result, expected)
 
 
 def test_weights_of_one_are_no_weights() -> None:
     calls, (weight,) = drawn(6, 5), weights_of(6)
     ones = [(seen, wanted, torch.ones(len(seen))) for seen, wanted, _ in calls]
-    (a,), _ = correct(recorded(ones), [weight], Correction())
-    (b,), _ = correct(recorded(ones, weighted=False), [weight], Correction())
+    (a,), _ = Correction().correct(recorded(ones), [weight])
+    (b,), _ = Correction().correct(recorded(ones, weighted=False), [weight])
     assert torch.equal(a, b)
 
 
@@ -233,7 +233,7 @@ def test_the_second_moments_are_the_mean_over_all_tokens() -> None:
 def test_one_call_alone_gets_a_careful_correction() -> None:
     """There is nothing to test on: half of the way, with the strongest damping."""
     calls, (weight,) = drawn(8, 1), weights_of(8)
-    (result,), notes = correct(recorded(calls), [weight], Correction())
+    (result,), notes = Correction().correct(recorded(calls), [weight])
     assert notes == CorrectionDiagnostics(0.5, 0.3)
     hessian, drift = moments(calls)
     step = weight.double() @ drift @ torch.linalg.inv(damped(hessian, 0.3))
@@ -246,7 +246,7 @@ def test_channels_that_are_never_active_keep_their_weights() -> None:
         seen[:, 2] = 0
         wanted[:, 2] = 0
     for how in (Correction(), Correction(1.0, 1e-6)):
-        (result,), _ = correct(recorded(calls), [weight], how)
+        (result,), _ = how.correct(recorded(calls), [weight])
         assert torch.equal(result[:, 2], weight[:, 2])
         assert torch.isfinite(result).all()
 
@@ -254,7 +254,7 @@ def test_channels_that_are_never_active_keep_their_weights() -> None:
 def test_inputs_that_are_all_zero_are_corrected_by_nothing() -> None:
     zeros = torch.zeros(4, IN)
     (weight,) = weights_of(10)
-    (result,), _ = correct(recorded([(zeros, zeros, torch.ones(4))] * 5), [weight], Correction())
+    (result,), _ = Correction().correct(recorded([(zeros, zeros, torch.ones(4))] * 5), [weight])
     assert torch.equal(result, weight)
 
 
@@ -271,10 +271,9 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(NumericsError):
         Drift(IN).result()
     with pytest.raises(NumericsError):
-        correct(
+        Correction(1.0, 0.1).correct(
             recorded([(torch.ones(2, IN), torch.full((2, IN), float("inf")), torch.ones(2))]),
             weights_of(0),
-            Correction(1.0, 0.1),
         )
 
 

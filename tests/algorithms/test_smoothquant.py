@@ -75,7 +75,7 @@ def by_formula(task: EdgeProblem, alpha: float, inputs: Tensor | None = None) ->
 @pytest.mark.parametrize("alpha", [0.0, 0.35, 0.5, 1.0])
 def test_scales_are_those_of_the_paper(alpha, tile):
     task = problem(tile=tile)
-    result = SmoothQuant(alpha=alpha, search=False).equalize(task)
+    result = SmoothQuant(alpha=alpha, search=False).fit(task)
     torch.testing.assert_close(result.scale, by_formula(task, alpha), rtol=1e-5, atol=0)
     assert result.scale.dtype == torch.float32
     assert result.diagnostics.choice.alpha == alpha
@@ -89,10 +89,10 @@ def test_a_strength_that_is_given_is_taken() -> None:
     task = problem()
     given, searched = SmoothQuant(alpha=0.1), SmoothQuant()
     assert (given.searches, searched.searches, SmoothQuant(search=False).searches) == (0, 1, 0)
-    scales = [method.equalize(task).scale for method in (given, SmoothQuant(alpha=0.9))]
+    scales = [method.fit(task).scale for method in (given, SmoothQuant(alpha=0.9))]
     torch.testing.assert_close(scales[0], by_formula(task, 0.1), rtol=1e-5, atol=0)
     torch.testing.assert_close(scales[1], by_formula(task, 0.9), rtol=1e-5, atol=0)
-    half = SmoothQuant(search=False).equalize(task)
+    half = SmoothQuant(search=False).fit(task)
     assert half.diagnostics.choice.alpha == 0.5
     with pytest.raises(RecipeError, match=r"alpha 0\.5 is given, but search: true chooses it"):
         SmoothQuant(alpha=0.5, search=True)
@@ -100,17 +100,17 @@ def test_a_strength_that_is_given_is_taken() -> None:
 
 def test_outliers_of_a_static_input_cost_far_less_after_it():
     for activations in ("int8-tensor", "int8-token"):
-        notes = SmoothQuant().equalize(problem(activations=activations)).diagnostics
+        notes = SmoothQuant().fit(problem(activations=activations)).diagnostics
         assert notes.error_after < 0.3 * notes.error_before
 
 
 def test_the_search_finds_the_best_strength_of_its_grid():
     task = problem("int4-channel", "int8-tensor")
     errors = {
-        step / 8: output_error(task, SmoothQuant(step / 8, search=False).equalize(task).scale)
+        step / 8: output_error(task, SmoothQuant(step / 8, search=False).fit(task).scale)
         for step in range(9)
     }
-    result = SmoothQuant(grid=8).equalize(task)
+    result = SmoothQuant(grid=8).fit(task)
     assert result.diagnostics.choice.alpha == min(errors, key=errors.__getitem__)
     assert result.diagnostics.error_after == pytest.approx(min(errors.values()), rel=1e-6)
 
@@ -125,7 +125,7 @@ def test_the_search_finds_the_best_strength_of_its_grid():
 )
 def test_the_search_is_never_worse_than_no_scaling(seed, weights, activations, power_of_two, rows):
     task = problem(weights, activations, seed=seed, outlier=1.0 + seed % 5)
-    result = SmoothQuant(grid=4, rows=rows, power_of_two=power_of_two).equalize(task)
+    result = SmoothQuant(grid=4, rows=rows, power_of_two=power_of_two).fit(task)
     if result.scale is None:
         assert result.diagnostics.skipped
     else:
@@ -150,8 +150,8 @@ def test_a_strength_that_can_only_harm_is_refused_by_the_search_and_obeyed_witho
         record,
     )
     assert output_error(task, None) < 1e-12
-    assert SmoothQuant().equalize(task).scale is None
-    forced = SmoothQuant(alpha=0.5, search=False).equalize(task)
+    assert SmoothQuant().fit(task).scale is None
+    forced = SmoothQuant(alpha=0.5, search=False).fit(task)
     assert forced.scale is not None
     assert forced.diagnostics.error_after > 1e-6
 
@@ -162,14 +162,14 @@ def test_scales_that_are_all_one_are_an_exact_no_op():
     weights = (Consumer("r", torch.full((4, 8), -0.7), spec("int8-channel")),)
     task = EdgeProblem("n", 8, torch.arange(8), weights, None, RangeRule(), torch.float32, record)
     for method in (SmoothQuant(search=False), SmoothQuant()):
-        result = method.equalize(task)
+        result = method.fit(task)
         assert result.scale is None
         assert result.diagnostics.skipped
 
 
 @pytest.mark.parametrize("search", [True, False])
 def test_a_channel_that_is_never_active_keeps_its_scale(search):
-    result = SmoothQuant(search=search).equalize(problem(dead=7))
+    result = SmoothQuant(search=search).fit(problem(dead=7))
     assert float(result.scale[7]) == 1
     assert bool(torch.isfinite(result.scale).all())
     assert bool((result.scale > 0).all())
@@ -179,7 +179,7 @@ def test_a_channel_that_no_weight_reads_keeps_its_scale():
     task = problem()
     for consumer in task.consumers:
         consumer.weight[:, 9] = 0.0
-    assert float(SmoothQuant(search=False).equalize(task).scale[9]) == 1
+    assert float(SmoothQuant(search=False).fit(task).scale[9]) == 1
 
 
 def test_each_modality_can_decide_alone():
@@ -187,13 +187,12 @@ def test_each_modality_can_decide_alone():
     record = task.record
     for modality, rows in (("text", ~record.vision), ("vision", record.vision)):
         inputs = record.inputs[rows].abs().amax(0)
-        result = SmoothQuant(search=False, modality=modality).equalize(task)
+        result = SmoothQuant(search=False, modality=modality).fit(task)
         torch.testing.assert_close(result.scale, by_formula(task, 0.5, inputs), rtol=1e-5, atol=0)
         assert result.diagnostics.choice.modality == modality
     # The outlier of the vision tokens is none to the text.
     text, vision, both = (
-        SmoothQuant(search=False, modality=m).equalize(task).scale
-        for m in ("text", "vision", "max")
+        SmoothQuant(search=False, modality=m).fit(task).scale for m in ("text", "vision", "max")
     )
     assert float(vision[5] / vision[0]) > 5 * float(text[5] / text[0])
     assert float(both[5] / both[3]) > float(text[5] / text[3])
@@ -203,7 +202,7 @@ def test_each_modality_can_decide_alone():
 @pytest.mark.parametrize("modality", ["max", "text", "vision"])
 def test_where_a_modality_has_no_tokens_the_other_decides(modality, share, only):
     task = problem(vision=share)
-    result = SmoothQuant(search=False, modality=modality).equalize(task)
+    result = SmoothQuant(search=False, modality=modality).fit(task)
     torch.testing.assert_close(result.scale, by_formula(task, 0.5), rtol=1e-5, atol=0)
     assert result.diagnostics.choice.modality == only
 
@@ -211,7 +210,7 @@ def test_where_a_modality_has_no_tokens_the_other_decides(modality, share, only)
 def test_a_percentile_stands_for_the_largest_magnitude():
     task = problem(vision=0.0)
     inputs = task.record.inputs.abs().kthvalue(math.ceil(0.9 * 300), dim=0).values
-    result = SmoothQuant(search=False, percentile=0.9).equalize(task)
+    result = SmoothQuant(search=False, percentile=0.9).fit(task)
     torch.testing.assert_close(result.scale, by_formula(task, 0.5, inputs), rtol=1e-5, atol=0)
 
 
@@ -223,13 +222,13 @@ def test_a_modality_that_the_sample_missed_still_counts_by_its_maximum():
     consumer = Consumer("r", torch.ones(2, 4), spec("int8-channel"))
     how = (None, RangeRule(), torch.float32)
     task = EdgeProblem("n", 4, torch.arange(4), (consumer,), *how, record)
-    scale = SmoothQuant(search=False, percentile=0.9).equalize(task).scale
+    scale = SmoothQuant(search=False, percentile=0.9).fit(task).scale
     assert float(scale[0] / scale[1]) == pytest.approx(10)
 
 
 def test_powers_of_two_fold_without_rounding():
     task = problem()
-    result = SmoothQuant(search=False, power_of_two=True).equalize(task)
+    result = SmoothQuant(search=False, power_of_two=True).fit(task)
     assert bool((torch.frexp(result.scale).mantissa == 0.5).all())
     ratio = result.scale / by_formula(task, 0.5)
     assert float(ratio.max()) <= 2**0.5 * 1.001
@@ -239,22 +238,22 @@ def test_powers_of_two_fold_without_rounding():
 
 
 def test_scales_are_bounded():
-    result = SmoothQuant(alpha=1.0, search=False, max_scale=4.0).equalize(problem(outlier=1e4))
+    result = SmoothQuant(alpha=1.0, search=False, max_scale=4.0).fit(problem(outlier=1e4))
     assert float(result.scale.max()) <= 4
     assert float(result.scale.min()) >= 0.25
 
 
 def test_the_weight_of_vision_tokens_reaches_the_measure():
     task = problem("int4-channel", "int8-tensor")
-    deaf, fond = (SmoothQuant(vision_weight=w).equalize(task).diagnostics for w in (0.0, 100.0))
+    deaf, fond = (SmoothQuant(vision_weight=w).fit(task).diagnostics for w in (0.0, 100.0))
     assert deaf.error_before != fond.error_before
 
 
 def test_edges_without_tokens_or_formats_are_skipped_with_the_reason():
-    assert "quantized" in SmoothQuant().equalize(problem(None, None)).diagnostics.skipped
+    assert "quantized" in SmoothQuant().fit(problem(None, None)).diagnostics.skipped
     task = problem()
     empty = EdgeProblem(**{**vars(task), "record": ChannelSizes(SIZE)})
-    result = SmoothQuant(search=False).equalize(empty)
+    result = SmoothQuant(search=False).fit(empty)
     assert result.scale is None
     assert "calibration" in result.diagnostics.skipped
 

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prismquant as pq
-from prismquant.algorithms.split import Split, outlying_columns
+from prismquant.algorithms.edits import ColumnProblem
+from prismquant.algorithms.split import Split
 from prismquant.data import read_samples
 from prismquant.data.batches import make_batches
 from prismquant.errors import RecipeError
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
 def test_the_fewest_columns_that_make_the_range_small_enough(
     magnitudes: list[float], options: dict[str, Any], expected: list[int]
 ) -> None:
-    assert outlying_columns(torch.tensor(magnitudes), Split(**options)) == expected
+    assert Split(**options).fit(ColumnProblem(torch.tensor(magnitudes))) == expected
 
 
 @settings(max_examples=100)
@@ -70,7 +71,7 @@ def test_columns_by_trying_all_counts(
     magnitudes: list[float], threshold: float, columns: int
 ) -> None:
     """No smaller number of columns achieves the reduction; what is returned does."""
-    found = outlying_columns(torch.tensor(magnitudes), Split(threshold, columns))
+    found = Split(threshold, columns).fit(ColumnProblem(torch.tensor(magnitudes)))
     assert found == sorted(set(found))
     ranked = sorted(magnitudes, reverse=True)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from prismquant.algorithms.methods import EQUALIZERS, SOLVERS, TUNERS
+from prismquant.algorithms.methods import SOLVERS, TRANSFORMS, TUNERS, build_transform
 from prismquant.diagnostics.edge_diagnostics import (
     AWQChoice,
     Choice,
@@ -36,7 +36,9 @@ def methods_of(union: Any) -> set[str]:
 
 def test_every_method_has_its_own() -> None:
     assert methods_of(SolverDiagnostics) == set(SOLVERS)
-    assert methods_of(Choice) == set(EQUALIZERS)
+    fitted = {name for name in TRANSFORMS if hasattr(build_transform(name), "fit")}
+    # Kept columns are told by their numbers alone.
+    assert methods_of(Choice) == fitted - {"split"}
     tuners = typing.get_type_hints(TuningDiagnostics)["method"]
     assert set(typing.get_args(tuners)) == set(TUNERS)
 

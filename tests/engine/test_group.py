@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from prismquant.algorithms.problem import LayerResult
-from prismquant.algorithms.split import Split
 from prismquant.engine.calls import StepCall
 from prismquant.engine.group import GroupSettings, LayerGroup
 from prismquant.errors import NumericsError
@@ -21,7 +20,8 @@ from prismquant.models.bind import bind
 from prismquant.numerics.affine import simulate
 from prismquant.numerics.hadamard import block_hadamard
 from prismquant.plan.make_plan import make_plan
-from prismquant.plan.plan import PlanRow
+from prismquant.plan.plan import OutlierRoom, PlanRow
+from prismquant.recipe.layer_config import Options
 from prismquant.recipe.schema import load_recipe
 from prismquant.runtime.online_rotation import rotate_inputs
 
@@ -41,14 +41,15 @@ bound = functools.cache(bind)
 def row(tiny: Callable[..., Path]) -> Callable[..., PlanRow]:
     """``row(rule)``: the row of an up projection under one rule."""
 
-    def get(split: Split | None = None, **rule: Any) -> PlanRow:
+    def get(columns: int = 0, **rule: Any) -> PlanRow:
         recipe = load_recipe({"rules": [{"weights": "int4-g32", "weight_range": "minmax"} | rule]})
         if "activations" in rule or "outputs" in rule:
             plain = {"match": {"role": "patch_embed"}, "activations": "none", "outputs": "none"}
             recipe = recipe.with_rules(plain)
         plan = make_plan(recipe, bound(tiny("qwen2_vl")))
         found = next(row for row in plan.rows if row.site.name == UP)
-        return replace(found, split=split)
+        room = OutlierRoom(columns, "split", Options({"columns": columns})) if columns else None
+        return replace(found, outliers=room)
 
     return get
 
@@ -181,14 +182,12 @@ def test_the_input_is_rotated_before_anything_is_seen_of_it(row: Callable[..., P
 def test_split_columns_leave_range_moments_and_codes(row: Callable[..., PlanRow]) -> None:
     """And what is kept of the weight is the weight itself, in the stored dtype."""
     layer = module()
-    group = group_of(
-        row(Split(columns=2), activations="int8-tensor"), layer, stored_dtype=torch.bfloat16
-    )
+    group = group_of(row(2, activations="int8-tensor"), layer, stored_dtype=torch.bfloat16)
     x = tokens(300)
     x[:, [5, 77]] *= 50
     assert group.wants("columns")
     group.observe(x, call(), "columns")
-    group.split_columns()
+    group.fit_columns()
     assert group.columns is not None
     assert group.columns.tolist() == [5, 77]
     group.observe(x, call(), "ranges")

@@ -191,7 +191,7 @@ def test_without_rounding_the_function_stays(
     moved = [n for n, p in model.named_parameters() if (p - before[n]).abs().max() > 1e-3]
     assert len(moved) > 10
     assert len(edges) == len(plan.edges)
-    skipped = [e for e in edges if e.equalizer == "smoothquant" and e.diagnostics.skipped]
+    skipped = [e for e in edges if e.transform == "smoothquant" and e.diagnostics.skipped]
     assert not skipped
     if transforms == [SMOOTH]:
         assert {edge.source for edge in edges} == {edge.source for edge in bound.edges}

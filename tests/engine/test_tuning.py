@@ -227,11 +227,11 @@ def test_tuning_behind_transforms_and_a_correction(
     wanted = outputs_of(load_float(folder), name, batches)
     assert seen.norm(dim=1) == pytest.approx(wanted.norm(dim=1), rel=0.5)
     from prismquant.models.rotated_reader import RotatedReader
-    from prismquant.models.rotation import Rotation
+    from prismquant.models.rotation import RotatedTower
 
     bound = bind(folder)
     embedding = bound.names.to_disk(f"{bound.arch.embeddings}.weight")
-    turned = RotatedReader(folder, bound, [Rotation(bound.steps[-1].modality)]).read(embedding)
+    turned = RotatedReader(folder, bound, [RotatedTower(bound.steps[-1].modality)]).read(embedding)
     # What the rotation does to an embedding tells the matrix.
     matrix = torch.linalg.lstsq(ShardReader(folder).read(embedding).double(), turned.double())
     rotated = wanted.double() @ matrix.solution

@@ -20,7 +20,7 @@ from prismquant import cli
 from prismquant.api import export
 from prismquant.check import Severity, TargetReader, check
 from prismquant.errors import FormatError
-from prismquant.export.compressed_tensors.rotations import read_rotations
+from prismquant.export.compressed_tensors.layer_edits import read_rotations
 from prismquant.export.compressed_tensors.section import CONFIG_KEY
 from prismquant.export.compressed_tensors.section_grammar import read_section
 from prismquant.export.compressed_tensors.stored import open_checkpoint

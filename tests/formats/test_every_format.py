@@ -343,7 +343,7 @@ def test_trials_of_blocks_look_at_whole_blocks() -> None:
 @pytest.mark.parametrize(("weights", "activations"), [("nvfp4", "nvfp4-dyn"), ("mxfp4", None)])
 def test_awq_helps_or_stays_away(weights: str, activations: str | None) -> None:
     task = edge(weights, activations)
-    result = AWQ().equalize(task)
+    result = AWQ().fit(task)
     if result.scale is not None:
         assert output_error(task, result.scale) < output_error(task, None)
 

@@ -13,7 +13,9 @@ import tiny_vlm
 import torch
 from torch import nn
 
-from prismquant.errors import ModelError, RecipeError
+from prismquant.algorithms.edits import Edits
+from prismquant.errors import ModelError, PlanError, RecipeError
+from prismquant.formats.online_rotation import OnlineRotation
 from prismquant.models import rotated_reader
 from prismquant.models.arch import EdgeKind, Modality
 from prismquant.models.bind import bind
@@ -21,8 +23,9 @@ from prismquant.models.bound import BoundModel
 from prismquant.models.load import empty_model, materialize
 from prismquant.models.processor import load_processor
 from prismquant.models.rotated_reader import RotatedReader
-from prismquant.models.rotation import OnlineRotation, Rotation, online_rotations, untied
+from prismquant.models.rotation import RotatedTower, Rotation, online_rotations, untied
 from prismquant.numerics.hadamard import block_hadamard
+from prismquant.recipe.match import Match
 from prismquant.shards import ShardReader
 
 if TYPE_CHECKING:
@@ -37,18 +40,24 @@ ONLY_RESIDUAL = {"values": False}
 ONLY_VALUES = {"residual": False}
 ONLY_ONLINE = {"residual": False, "values": False, "online": True}
 CASES = {
-    "llm residual": [Rotation(LLM, **ONLY_RESIDUAL)],
-    "llm values": [Rotation(LLM, **ONLY_VALUES)],
-    "llm online": [Rotation(LLM, **ONLY_ONLINE)],
-    "vision residual": [Rotation(VISION, **ONLY_RESIDUAL)],
-    "vision values": [Rotation(VISION, **ONLY_VALUES)],
-    "vision online": [Rotation(VISION, **ONLY_ONLINE, online_block=32)],
+    "llm residual": [RotatedTower(LLM, Rotation(**ONLY_RESIDUAL))],
+    "llm values": [RotatedTower(LLM, Rotation(**ONLY_VALUES))],
+    "llm online": [RotatedTower(LLM, Rotation(**ONLY_ONLINE))],
+    "vision residual": [RotatedTower(VISION, Rotation(**ONLY_RESIDUAL))],
+    "vision values": [RotatedTower(VISION, Rotation(**ONLY_VALUES))],
+    "vision online": [RotatedTower(VISION, Rotation(**ONLY_ONLINE, online_block=32))],
     "plain signs": [
-        Rotation(LLM, online=True, signs=False),
-        Rotation(VISION, online=True, signs=False),
+        RotatedTower(LLM, Rotation(online=True, signs=False)),
+        RotatedTower(VISION, Rotation(online=True, signs=False)),
     ],
-    "random": [Rotation(LLM, kind="random", seed=4), Rotation(VISION, kind="random")],
-    "all": [Rotation(LLM, online=True, seed=1), Rotation(VISION, online=True, online_block=64)],
+    "random": [
+        RotatedTower(LLM, Rotation(kind="random", seed=4)),
+        RotatedTower(VISION, Rotation(kind="random")),
+    ],
+    "all": [
+        RotatedTower(LLM, Rotation(online=True, seed=1)),
+        RotatedTower(VISION, Rotation(online=True, online_block=64)),
+    ],
 }
 ALL = CASES["all"]
 
@@ -192,7 +201,10 @@ def test_widths_that_are_no_power_of_two_are_rotated(
     monkeypatch.setattr(tiny_vlm, "INTERMEDIATE", 264)
     bound = bind(tiny_vlm.build("video_llama_3", tmp_path, dtype=torch.float64))
     inputs = tiny_vlm.encode(load_processor(tmp_path), calibration_file)
-    rotations = [Rotation(LLM, online=True), Rotation(VISION, online=True)]
+    rotations = [
+        RotatedTower(LLM, Rotation(online=True)),
+        RotatedTower(VISION, Rotation(online=True)),
+    ]
     assert {online.block for online in online_rotations(bound, rotations).values()} == {8}
     before = _logits(bound, ShardReader(tmp_path), inputs, {})
     reader = RotatedReader(tmp_path, bound, rotations)
@@ -203,7 +215,7 @@ def test_widths_that_are_no_power_of_two_are_rotated(
 def test_the_models_own_code_agrees_in_float32(tiny_folder: Path, samples, family: str):
     """With its norms as they are, and weights rounded to float32."""
     bound = bind(tiny_folder)
-    rotations = [Rotation(LLM), Rotation(VISION)]
+    rotations = [RotatedTower(LLM), RotatedTower(VISION)]
     before, after = (
         _float32(bound, reader, samples(family))
         for reader in (ShardReader(tiny_folder), RotatedReader(tiny_folder, bound, rotations))
@@ -235,7 +247,7 @@ def test_an_outlier_channel_of_the_stream_disappears(tiny: Callable[..., Path], 
     bound = bind(tiny(family, dtype=torch.float64))
     for modality in (LLM, VISION):
         stream = next(s for s in bound.streams if s.modality is modality)
-        reader = RotatedReader(bound.folder, bound, [Rotation(modality)])
+        reader = RotatedReader(bound.folder, bound, [RotatedTower(modality)])
         spike = torch.zeros(1, stream.width, dtype=torch.float64)
         spike[0, 5] = 100.0
         turned = _turned(bound, reader, stream.writers[-1], spike)
@@ -256,7 +268,7 @@ def _turned(bound: BoundModel, reader: RotatedReader, writer: str, x: torch.Tens
 
 def test_norms_become_plain_and_their_parameters_move(tiny_folder: Path, family: str):
     bound = bind(tiny_folder)
-    reader = RotatedReader(tiny_folder, bound, [Rotation(LLM), Rotation(VISION)])
+    reader = RotatedReader(tiny_folder, bound, [RotatedTower(LLM), RotatedTower(VISION)])
     norms = {edge.norm for edge in bound.edges if edge.kind is EdgeKind.NORM}
     assert norms == {name for stream in bound.streams for name in stream.norms}, family
     for name in norms:
@@ -335,7 +347,7 @@ def test_a_seed_decides_the_rotation(tiny: Callable[..., Path]):
     bound = bind(tiny("qwen2_vl"))
     name = "model.embed_tokens.weight"
     first, same, other = (
-        RotatedReader(bound.folder, bound, [Rotation(LLM, seed=seed)]).read(name)
+        RotatedReader(bound.folder, bound, [RotatedTower(LLM, Rotation(seed=seed))]).read(name)
         for seed in (0, 0, 1)
     )
     assert torch.equal(first, same)
@@ -348,7 +360,7 @@ def test_a_seed_decides_the_rotation(tiny: Callable[..., Path]):
 def test_every_last_linear_of_an_mlp_is_named(tiny_folder: Path, family: str):
     bound = bind(tiny_folder)
     for modality in (LLM, VISION):
-        found = online_rotations(bound, [Rotation(modality, online=True)])
+        found = online_rotations(bound, [RotatedTower(modality, Rotation(online=True))])
         blocks = [s for s in bound.steps if s.modality is modality and s.kind == "block"]
         assert len(found) == len(blocks)
         for name, rotate in found.items():
@@ -362,14 +374,14 @@ def test_every_last_linear_of_an_mlp_is_named(tiny_folder: Path, family: str):
                 assert rotate.signs.dtype == torch.int8
                 assert rotate.signs.shape == (site.in_features,)
                 assert rotate.signs.abs().eq(1).all()
-    assert online_rotations(bound, [Rotation(LLM), Rotation(VISION)]) == {}
+    assert online_rotations(bound, [RotatedTower(LLM), RotatedTower(VISION)]) == {}
 
 
 def test_signs_differ_between_layers_and_can_be_left_out(tiny: Callable[..., Path]):
     bound = bind(tiny("qwen2_vl"))
-    first, second = online_rotations(bound, [Rotation(VISION, online=True)]).values()
+    first, second = online_rotations(bound, [RotatedTower(VISION, Rotation(online=True))]).values()
     assert not torch.equal(first.signs, second.signs)
-    plain = online_rotations(bound, [Rotation(VISION, online=True, signs=False)])
+    plain = online_rotations(bound, [RotatedTower(VISION, Rotation(online=True, signs=False))])
     assert all(rotate.signs is None for rotate in plain.values())
 
 
@@ -377,7 +389,7 @@ def test_the_online_input_is_the_old_one_turned(tiny: Callable[..., Path], sampl
     """Seen at the layer: signs and blocks applied to what the unrotated layer reads."""
     bound = bind(tiny("video_llama_3", dtype=torch.float64))
     inputs = samples("video_llama_3")[1:2]
-    rotations = [Rotation(VISION, **ONLY_ONLINE, online_block=16)]
+    rotations = [RotatedTower(VISION, Rotation(**ONLY_ONLINE, online_block=16))]
     online = online_rotations(bound, rotations)
     turned: dict[str, torch.Tensor] = {}
     plain: dict[str, torch.Tensor] = {}
@@ -404,8 +416,6 @@ def test_an_online_rotation_keeps_the_dtype():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"modality": "projector"}, "projector modality cannot be rotated"),
-        ({"modality": "audio"}, "audio modality cannot be rotated"),
         ({"kind": "hadamrd"}, "unknown kind 'hadamrd'"),
         ({"residual": False, "values": False}, "a rotation of nothing"),
         ({"online_block": 32}, "online_block 32 needs online: true"),
@@ -415,17 +425,34 @@ def test_an_online_rotation_keeps_the_dtype():
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str):
     with pytest.raises(RecipeError, match=message) as caught:
-        Rotation(**{"modality": LLM, **options})
+        Rotation(**options)
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("modality", ["projector", "audio"])
+def test_only_towers_are_rotated(modality: str):
+    with pytest.raises(RecipeError, match=f"{modality} modality cannot be rotated") as caught:
+        RotatedTower(modality)  # type: ignore[arg-type]
     assert caught.value.remedy
 
 
 def test_a_modality_may_be_given_by_name():
-    assert Rotation("llm").modality is LLM  # type: ignore[arg-type]
+    assert RotatedTower("llm").modality is LLM  # type: ignore[arg-type]
+
+
+def test_a_transform_rotates_the_towers_that_are_meant(tiny: Callable[..., Path]):
+    bound = bind(tiny("qwen2_vl"))
+    assert Rotation(seed=3).plan(bound, Match(modality="llm")) == Edits(
+        towers=(RotatedTower(LLM, Rotation(seed=3)),)
+    )
+    assert Rotation().plan(bound, Match()).towers == (RotatedTower(VISION), RotatedTower(LLM))
+    with pytest.raises(PlanError, match="the projector is not rotated itself"):
+        Rotation().plan(bound, Match(modality=("projector", "llm")))
 
 
 def test_two_rotations_of_one_tower_are_refused(tiny: Callable[..., Path]):
     bound = bind(tiny("qwen2_vl"))
-    twice = [Rotation(LLM), Rotation(LLM, online=True)]
+    twice = [RotatedTower(LLM), RotatedTower(LLM, Rotation(online=True))]
     with pytest.raises(RecipeError, match="two rotations for llm"):
         RotatedReader(bound.folder, bound, twice)
     with pytest.raises(RecipeError, match="two rotations for llm"):
@@ -434,7 +461,7 @@ def test_two_rotations_of_one_tower_are_refused(tiny: Callable[..., Path]):
 
 def test_a_block_that_does_not_divide_is_refused(tiny: Callable[..., Path]):
     bound = bind(tiny("qwen2_vl"))
-    rotation = Rotation(LLM, online=True, online_block=512)
+    rotation = RotatedTower(LLM, Rotation(online=True, online_block=512))
     with pytest.raises(ModelError, match="blocks of 512 do not divide the 256 inputs") as caught:
         online_rotations(bound, [rotation])
     assert "online_block of 256" in str(caught.value)
@@ -445,7 +472,7 @@ def test_a_block_that_does_not_divide_is_refused(tiny: Callable[..., Path]):
 def test_a_tower_without_a_described_stream_can_only_be_rotated_inside(tiny: Callable[..., Path]):
     bound = dataclasses.replace(bind(tiny("qwen2_vl")), streams=())
     with pytest.raises(ModelError, match="no residual stream of its vision tower") as caught:
-        RotatedReader(bound.folder, bound, [Rotation(VISION)])
+        RotatedReader(bound.folder, bound, [RotatedTower(VISION)])
     assert "residual: false" in str(caught.value)
     RotatedReader(bound.folder, bound, CASES["vision values"])
 
@@ -455,4 +482,4 @@ def test_a_shift_without_a_bias_to_take_it_is_refused(tiny: Callable[..., Path])
     shapes = {n: s for n, s in bound.shapes.items() if n != "model.visual.blocks.1.mlp.fc1.bias"}
     odd = dataclasses.replace(bound, shapes=shapes)
     with pytest.raises(ModelError, match=r"blocks.1.norm2 has a shift, and .*fc1 has no bias"):
-        RotatedReader(bound.folder, odd, [Rotation(VISION)])
+        RotatedReader(bound.folder, odd, [RotatedTower(VISION)])

@@ -603,7 +603,7 @@ def test_scale_moves_along_edges_with_a_reader_that_is_meant(tiny_folder: Path) 
     assert len(online.edges) == 6
     assert not [e for e in online.edges if e.edge.source.endswith("up_proj")]
     twice = transformed(tiny_folder, smooth, {"name": "awq", "match": {"role": "mlp.down"}})
-    assert [e.equalizer for e in twice.edges] == ["smoothquant"] * 8 + ["awq"] * 2
+    assert [e.transform for e in twice.edges] == ["smoothquant"] * 8 + ["awq"] * 2
 
 
 def test_remarks_say_who_cannot_load_the_checkpoint(tiny_folder: Path) -> None:

@@ -16,11 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prismquant.algorithms.correction import Correction
-from prismquant.algorithms.methods import EQUALIZERS, TUNERS
+from prismquant.algorithms.methods import TUNERS
 from prismquant.algorithms.split import Split
 from prismquant.errors import RecipeError
 from prismquant.formats.spec import spec
-from prismquant.models.arch import Modality
 from prismquant.models.bind import bind
 from prismquant.models.rotation import Rotation
 from prismquant.numerics.ranges import RangeRule
@@ -264,18 +263,14 @@ def test_transforms_are_read_in_order_with_all_their_words(tmp_path: Path) -> No
     recipe = of({"weights": "int8-channel"}, transforms=transforms)
     assert [transform.name for transform in recipe.transforms] == ["awq", "rotation", "split"]
     assert recipe.transforms[0].match == Match(role=("mlp", "attn.qkv"))
-    towers = (Modality.VISION, Modality.LLM)
-    assert recipe.transforms[1].rotations(towers) == (Rotation(Modality.LLM, online=True, seed=3),)
-    assert recipe.transforms[2].split() == Split()
+    assert recipe.transforms[1].build() == Rotation(online=True, seed=3)
+    assert recipe.transforms[2].build() == Split()
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     assert load_recipe(tmp_path / "recipe.yaml") == recipe
     longer = recipe.with_transforms({"name": "smoothquant"}, name="longer")
     assert longer.transforms[:3] == recipe.transforms
     assert (longer.transforms[3].name, longer.name) == ("smoothquant", "longer")
     assert len(recipe.transforms) == 3
-    everywhere = of({"weights": "int8-channel"}, transforms=[{"name": "rotation"}])
-    found = everywhere.transforms[0].rotations(towers)
-    assert found == (Rotation(Modality.VISION), Rotation(Modality.LLM))
 
 
 def test_skip_holds_until_a_later_rule_gives_weights_again() -> None:
@@ -961,6 +956,6 @@ def test_every_preset_fits_every_family(preset: str, tiny_folder: Path) -> None:
     methods = set(preset.split("-"))
     # One outlier channel would set a whole input's static scale.
     smoothed = {"smoothquant"} if "static" in methods and "mquant" not in methods else set()
-    assert {edge.equalizer for edge in plan.edges} == methods & EQUALIZERS.keys() | smoothed
-    assert bool(plan.rotations) is bool(methods & {"rotation", "mquant"})
-    assert any(row.split for row in plan.rows) is ("mquant" in methods)
+    assert {edge.transform for edge in plan.edges} == methods & {"awq", "smoothquant"} | smoothed
+    assert bool(plan.towers) is bool(methods & {"rotation", "mquant"})
+    assert any(row.outliers for row in plan.rows) is ("mquant" in methods)

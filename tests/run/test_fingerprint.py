@@ -252,7 +252,7 @@ def test_layers_with_the_same_change_are_told_together() -> None:
         "recipe": "a",
         "rows": [row(n, stored_bytes=1, note="") for n in "abc"],
         "calibration": {"samples": 64, "seed": 0},
-        "edges": [{"edge": {"norm": "norm", "producer": None}, "equalizer": "awq"}],
+        "edges": [{"edge": {"norm": "norm", "producer": None}, "transform": "awq"}],
         "rotations": [],
         "kv_cache": None,
     }
@@ -265,7 +265,7 @@ def test_layers_with_the_same_change_are_told_together() -> None:
         ],
         "calibration": {"samples": 128, "seed": 0},
         "edges": [
-            {"edge": {"norm": "norm", "producer": None}, "equalizer": "smoothquant"},
+            {"edge": {"norm": "norm", "producer": None}, "transform": "smoothquant"},
             {"edge": {"norm": None, "producer": "up"}},
         ],
         "rotations": [{"modality": "llm", "seed": 1}],
@@ -275,7 +275,7 @@ def test_layers_with_the_same_change_are_told_together() -> None:
         "a and 1 other: weights int4 g128 sym -> int8 channel sym",
         "c: options.damping 0.01 -> 0.1",
         "calibration: samples 64 -> 128",
-        "edges norm: equalizer awq -> smoothquant",
+        "edges norm: transform awq -> smoothquant",
         "edges up and 2 others: not there before",
     ]
     assert plan_differences(now, earlier)[-1] == "edges up and 2 others: no longer there"

@@ -16,6 +16,7 @@ from typing import Any
 
 from prismquant.errors import FormatError
 from prismquant.export.compressed_tensors.kv_section import kv_cache_scheme
+from prismquant.export.compressed_tensors.layer_edits import transform_name
 from prismquant.export.compressed_tensors.private_section import INPUT, OUTPUT
 from prismquant.export.compressed_tensors.quantization_args import args_of
 from prismquant.export.compressed_tensors.section import METHOD, PRIVATE_KEY, ROTATED_AT
@@ -121,10 +122,6 @@ def _transform_config(plan: Plan, bound: BoundModel) -> dict[str, Any]:
             for block, names in blocks.items()
         }
     }
-
-
-def transform_name(block: int) -> str:
-    return f"hadamard_{block}"
 
 
 def _path_ending(bound: BoundModel, site: BoundSite) -> str:

@@ -20,7 +20,6 @@ from prismquant.export.compressed_tensors.quantization_args import spec_of
 from prismquant.export.compressed_tensors.section import (
     PACK,
     SPLIT_INDEX,
-    SPLIT_WEIGHT,
     SchemeGroup,
     Section,
     group_in_prismquant,
@@ -226,7 +225,7 @@ class DequantizingReader(ShardReader):
         if leaf != "weight" or prefix not in self._schemes:
             return self._stored.read(name)
         values = self.quantized(prefix).dequantize(torch.float32)
-        columns = self.split_columns(prefix)
+        columns = self.outlier_columns(prefix)
         if columns is None:
             return values
         return values.index_copy_(1, columns.index, columns.weight.float())
@@ -244,9 +243,13 @@ class DequantizingReader(ShardReader):
         """The static scale of a layer's ``input`` or ``output`` in a format that may have one."""
         return static_scale(self._stored, prefix, side, spec)
 
-    def split_columns(self, prefix: str) -> OutlierColumns | None:
+    def outlier_columns(self, prefix: str) -> OutlierColumns | None:
         """The columns of a layer that stay in floating point, where there are any."""
-        return split_columns(self._stored, prefix, self._schemes[prefix][1])
+        if f"{prefix}.{SPLIT_INDEX}" not in self._stored.names:
+            return None
+        from prismquant.export.compressed_tensors.layer_edits import read_outlier_columns
+
+        return read_outlier_columns(self._stored, prefix, self._schemes[prefix][1])
 
 
 def read_weight(
@@ -333,38 +336,3 @@ def static_scale(
         raise FormatError(f"{spec.describe()} has no zero point", where=prefix)
     point = None if zero is None or spec.symmetric else zero.to(torch.int8).reshape(1)
     return StaticScale(scale.reshape(1), point)
-
-
-def split_columns(
-    reader: ShardReader, prefix: str, shape: tuple[int, int]
-) -> OutlierColumns | None:
-    """The columns of a layer that stay in floating point, where there are any.
-
-    Args:
-        reader: Its tensors as they are stored.
-        prefix: What their names begin with.
-        shape: ``(out, in)``, as the model has it.
-
-    Raises:
-        FormatError: The indices are none of the layer's columns, or do not fit what is stored.
-        NumericsError: A column is not finite.
-    """
-    if f"{prefix}.{SPLIT_INDEX}" not in reader.names:
-        return None
-    index = reader.read(f"{prefix}.{SPLIT_INDEX}").long()
-    weight = reader.read(f"{prefix}.{SPLIT_WEIGHT}")
-    used = index >= 0
-    kept = index[used]
-    if index.ndim != 1 or tuple(weight.shape) != (shape[0], len(index)):
-        raise FormatError(
-            f"{SPLIT_WEIGHT} is {list(weight.shape)}, not {[shape[0], index.numel()]}",
-            where=prefix,
-        )
-    if not len(kept):
-        return None
-    if len(kept.unique()) != len(kept) or int(kept.max()) >= shape[1]:
-        raise FormatError(
-            f"{SPLIT_INDEX} names a column twice, or one of {shape[1]} that is not there",
-            where=prefix,
-        )
-    return OutlierColumns(kept, weight[:, used])

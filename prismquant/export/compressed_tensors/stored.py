@@ -26,14 +26,13 @@ from prismquant.export.compressed_tensors.reader import (
     FiniteReader,
     StoredLayer,
     read_schemes,
-    split_columns,
     static_scale,
 )
 from prismquant.export.compressed_tensors.section import (
     CONFIG_KEY,
     METHOD,
     PRIVATE_KEY,
-    SIGNS,
+    SPLIT_INDEX,
     Section,
 )
 from prismquant.export.compressed_tensors.section_grammar import read_section
@@ -134,21 +133,17 @@ class StoredCheckpoint:
         Raises:
             FormatError: They are none.
         """
-        name = f"{layer.prefix}.{SIGNS}"
-        if name not in self.shards.names:
-            return None
-        signs = self.shards.read(name)
-        if tuple(signs.shape) != (layer.shape[1],) or not bool((signs.abs() == 1).all()):
-            raise FormatError(
-                f"{SIGNS} are not {layer.shape[1]} numbers of 1 and -1",
-                where=layer.prefix,
-                remedy="copy the checkpoint again",
-            )
-        return signs
+        from prismquant.export.compressed_tensors.layer_edits import read_signs
+
+        return read_signs(self.shards, layer.prefix, layer.shape[1])
 
     def columns(self, layer: StoredLayer) -> OutlierColumns | None:
         """The columns of a layer that stay in floating point, if there are any."""
-        return split_columns(self.shards, layer.prefix, layer.shape)
+        if f"{layer.prefix}.{SPLIT_INDEX}" not in self.shards.names:
+            return None
+        from prismquant.export.compressed_tensors.layer_edits import read_outlier_columns
+
+        return read_outlier_columns(self.shards, layer.prefix, layer.shape)
 
     def splits(self, layer: StoredLayer) -> bool:
         """True if single columns of a layer stay in floating point."""
@@ -309,7 +304,7 @@ def _rotations(
     """Widths of the blocks in which inputs are rotated."""
     if not section.transforms:
         return {}
-    from prismquant.export.compressed_tensors.rotations import read_rotations
+    from prismquant.export.compressed_tensors.layer_edits import read_rotations
 
     return read_rotations(section, widths, aliases)
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from prismquant.errors import StorageError
@@ -20,20 +19,14 @@ from prismquant.export.companions import files_to_copy
 from prismquant.export.compressed_tensors.config_writer import (
     private_section,
     quantization_config,
-    transform_name,
 )
-from prismquant.export.compressed_tensors.reader import (
-    StoredScheme,
-    read_weight,
-    split_columns,
-    static_scale,
+from prismquant.export.compressed_tensors.layer_edits import (
+    column_tensors,
+    read_outlier_columns,
+    rotation_tensors,
 )
-from prismquant.export.compressed_tensors.section import (
-    CONFIG_KEY,
-    SIGNS,
-    SPLIT_INDEX,
-    SPLIT_WEIGHT,
-)
+from prismquant.export.compressed_tensors.reader import StoredScheme, read_weight, static_scale
+from prismquant.export.compressed_tensors.section import CONFIG_KEY
 from prismquant.export.compressed_tensors.stored import untied_config
 from prismquant.formats.packed import pack
 from prismquant.formats.quantized_layer import (
@@ -47,7 +40,6 @@ from prismquant.headers import read_header
 from prismquant.models.bound import BoundModel, BoundStep
 from prismquant.models.rotation import untied
 from prismquant.numerics.finite import nonfinite
-from prismquant.numerics.hadamard import hadamard_matrix
 from prismquant.opening import read_json
 from prismquant.plan.bit_layout import DENSE
 from prismquant.plan.kv_plan import KVLayer
@@ -140,7 +132,7 @@ class CheckpointWriter:
         config = dict(read_json(source / "config.json"))
         # What was quantized already was refused: such a section is one that was left behind.
         config.pop(CONFIG_KEY, None)
-        tied = self.bound.tied and not untied(self.bound, self.plan.rotations)
+        tied = self.bound.tied and not untied(self.bound, self.plan.towers)
         if self.bound.config.tie_word_embeddings and not tied:
             config = untied_config(config)
         if groups := quantization_config(self.plan, self.bound):
@@ -178,20 +170,17 @@ class CheckpointWriter:
             weight,
             scales.get("input"),
             scales.get("output"),
-            split_columns(reader, prefix, shape),
+            read_outlier_columns(reader, prefix, shape),
         )
 
     def _rotations(self, step: BoundStep) -> dict[str, Tensor]:
-        """Tensors by which readers rotate the inputs of a step's layers: matrix and signs."""
-        tensors: dict[str, Tensor] = {}
-        for row in self.plan.rows:
-            if row.site.step == step.index and row.online is not None:
-                prefix, block = row.site.disk_name, row.online.block
-                matrix = hadamard_matrix(block).to(row.site.dtype)
-                tensors[f"{prefix}.{transform_name(block)}_input.weight"] = matrix
-                if row.online.signs is not None:
-                    tensors[f"{prefix}.{SIGNS}"] = row.online.signs
-        return tensors
+        """Tensors by which readers rotate the inputs of a step's layers."""
+        return {
+            f"{row.site.disk_name}.{suffix}": tensor
+            for row in self.plan.rows
+            if row.site.step == step.index and row.online is not None
+            for suffix, tensor in rotation_tensors(row.online, row.site.dtype).items()
+        }
 
     def _names_of(self, step: BoundStep) -> list[str]:
         prefix = f"{step.name}."
@@ -240,19 +229,7 @@ def _layer_tensors(layer: QuantizedLayer, row: PlanRow) -> dict[str, Tensor]:
             )
             if static.zero_point is not None:
                 tensors[f"{side}_zero_point"] = static.zero_point.clone()
-    named = {f"{prefix}.{suffix}": tensor for suffix, tensor in tensors.items()}
-    return named | _split_tensors(layer, row)
-
-
-def _split_tensors(layer: QuantizedLayer, row: PlanRow) -> dict[str, Tensor]:
-    """Columns in floating point, padded with index -1 to as many as the plan made room for."""
-    if row.split is None or not isinstance(layer.weight, QuantizedTensor):
-        return {}
-    index = torch.full((row.split.columns,), -1, dtype=torch.int32)
-    weight = torch.zeros(row.site.out_features, row.split.columns, dtype=row.site.dtype)
-    if layer.outlier_columns is not None:
-        count = len(layer.outlier_columns.index)
-        index[:count] = layer.outlier_columns.index.to(index)
-        weight[:, :count] = layer.outlier_columns.weight.to(weight)
-    prefix = row.site.disk_name
-    return {f"{prefix}.{SPLIT_INDEX}": index, f"{prefix}.{SPLIT_WEIGHT}": weight}
+    if row.outliers is not None:
+        room, kept = row.outliers.columns, layer.outlier_columns
+        tensors |= column_tensors(kept, room, row.site.out_features, dtype)
+    return {f"{prefix}.{suffix}": tensor for suffix, tensor in tensors.items()}
