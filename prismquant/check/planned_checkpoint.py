@@ -73,7 +73,7 @@ def planned_checkpoint(plan: Plan, bound: BoundModel, target: TargetReader | Non
     """
     config = dict(read_json(bound.folder / "config.json"))
     config.pop(CONFIG_KEY, None)
-    tied = bound.tied and not untied(bound, plan.rotations)
+    tied = bound.tied and not untied(bound, plan.towers)
     if bound.config.tie_word_embeddings and not tied:
         config = untied_config(config)
     section = quantization_config(plan, bound) or {}
