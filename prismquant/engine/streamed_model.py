@@ -22,9 +22,9 @@ from prismquant.models.arch import Modality
 from prismquant.models.attention import unhook_attention
 from prismquant.models.bound import BoundModel, BoundStep
 from prismquant.models.load import empty_model, materialize, release
+from prismquant.runtime.input_rotation import rotate_inputs
 from prismquant.runtime.kv_cache import cache_in_float
 from prismquant.runtime.linear import QuantLinear, activations_in_float
-from prismquant.runtime.online_rotation import rotate_inputs
 from prismquant.shards import ShardReader
 
 

@@ -81,7 +81,7 @@ def load_model(
 
 def _rotate_input(model: nn.Module, source: StoredCheckpoint, layer: StoredLayer) -> None:
     """Put a rotation before a layer, as the checkpoint says."""
-    from prismquant.runtime.online_rotation import rotate_inputs
+    from prismquant.runtime.input_rotation import rotate_inputs
 
     if layer.rotation is not None:
         rotate_inputs(model, layer.name, layer.rotation, source.signs(layer))

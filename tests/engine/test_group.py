@@ -23,7 +23,7 @@ from prismquant.plan.make_plan import make_plan
 from prismquant.plan.plan import OutlierRoom, PlanRow
 from prismquant.recipe.layer_config import Options
 from prismquant.recipe.schema import load_recipe
-from prismquant.runtime.online_rotation import rotate_inputs
+from prismquant.runtime.input_rotation import rotate_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -31,8 +31,8 @@ from prismquant.models.processor import load_processor
 from prismquant.opening import read_json
 from prismquant.plan.make_plan import make_plan
 from prismquant.plan.source import source_reader
+from prismquant.runtime.input_rotation import rotate_inputs
 from prismquant.runtime.linear import QuantLinear
-from prismquant.runtime.online_rotation import rotate_inputs
 from prismquant.shards import ShardReader
 from prismquant.storage import write_tensors
 

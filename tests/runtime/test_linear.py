@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from prismquant.formats.spec import spec
+from prismquant.runtime.input_rotation import rotate_inputs
 from prismquant.runtime.linear import (
     ActivationQuantizer,
     QuantLinear,
@@ -16,7 +17,6 @@ from prismquant.runtime.linear import (
     quantize_inputs,
     quantize_outputs,
 )
-from prismquant.runtime.online_rotation import rotate_inputs
 
 
 def brute_force(x: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Tensor:
