@@ -24,8 +24,9 @@ from prismquant.algorithms.smooth_edge import (
     Consumer,
     EdgeProblem,
     EdgeResult,
-    edges_meant,
+    ScaledEdge,
     hopeless,
+    scaled_edges,
 )
 from prismquant.diagnostics.edge_diagnostics import AWQChoice
 from prismquant.errors import check_bounds
@@ -35,8 +36,7 @@ from prismquant.numerics.kinds import Granularity
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from prismquant.algorithms.edits import Edits, Scope
-    from prismquant.models.bound import BoundModel
+    from prismquant.algorithms.model_outline import ModelOutline, Scope
 
 
 # Weights looked at in one pass: bounds the temporary memory.
@@ -61,6 +61,7 @@ class AWQ:
     """
 
     name: ClassVar[str] = "awq"
+    edit: ClassVar[type[ScaledEdge]] = ScaledEdge
 
     grid: int = 20
     duo: bool = True
@@ -78,9 +79,9 @@ class AWQ:
         }
         check_bounds(self, bounds)
 
-    def plan(self, bound: BoundModel, scope: Scope) -> Edits:
+    def plan(self, model: ModelOutline, scope: Scope) -> list[ScaledEdge]:
         """Every smooth edge that ends in a layer which is meant may have its scale moved."""
-        return edges_meant(bound, scope)
+        return scaled_edges(model, scope)
 
     def fit(self, problem: EdgeProblem) -> EdgeResult:
         """Choose the scale of one edge.

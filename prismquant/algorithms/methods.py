@@ -26,7 +26,7 @@ SOLVERS: Mapping[str, str] = {
 """Solvers choose the codes of layers that share an input."""
 
 TRANSFORMS: Mapping[str, str] = {
-    "rotation": "prismquant.models.rotation:Rotation",
+    "rotation": "prismquant.algorithms.rotation:Rotation",
     "split": "prismquant.algorithms.split:Split",
     "awq": "prismquant.algorithms.awq:AWQ",
     "smoothquant": "prismquant.algorithms.smoothquant:SmoothQuant",

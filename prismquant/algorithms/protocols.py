@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
+from typing import (
+    TYPE_CHECKING,
+    ClassVar,
+    Literal,
+    Protocol,
+    TypeAlias,
+    TypeVar,
+    runtime_checkable,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -10,21 +18,26 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from prismquant.algorithms.block_problem import BlockProblem, BlockResult
-    from prismquant.algorithms.edits import Edits, Scope
+    from prismquant.algorithms.model_outline import ModelOutline, Scope
     from prismquant.algorithms.problem import (
         LayerProblem,
         LayerResult,
         ProblemShape,
         SolvedWeight,
     )
+    from prismquant.algorithms.rotation import RotatedTower
+    from prismquant.algorithms.smooth_edge import ScaledEdge
+    from prismquant.algorithms.split import KeptColumns
     from prismquant.diagnostics.solver_diagnostics import SolverDiagnostics
     from prismquant.formats.spec import NumberSpec
-    from prismquant.models.bound import BoundModel
     from prismquant.numerics.rules import RangeRule
     from prismquant.numerics.scales import ScaleFormat
 
 ProblemT = TypeVar("ProblemT", contravariant=True)
 FittedT = TypeVar("FittedT", covariant=True)
+
+Edit: TypeAlias = "RotatedTower | ScaledEdge | KeptColumns"
+"""An edit of a model before anything is rounded: a closed set, which all transforms are made of."""
 
 Statistic = Literal["hessian"]
 """Statistics of an input that a solver may ask for."""
@@ -90,12 +103,19 @@ class Transform(Protocol):
 
     A frozen dataclass whose fields are its options. Every field has a default; ``__post_init__``
     raises RecipeError on a value out of bounds. A property ``idle`` may name options that change
-    nothing as the others stand, and why.
+    nothing as the others stand, and why. ``edit`` is the one kind of edit that it makes.
+
+    It has two halves. The first, ``plan``, needs the model alone. A tower that is rotated is
+    complete with it: a reader shows the weights as if they had been rotated, and behind a
+    nonlinearity the other half of the rotation is done while the model runs. Scale along a smooth
+    edge, and columns that stay in floating point, are places so far: the second half, ``fit``, fits
+    them to what calibration sees there.
     """
 
     name: ClassVar[str]
+    edit: ClassVar[type[Edit]]
 
-    def plan(self, bound: BoundModel, scope: Scope) -> Edits:
+    def plan(self, model: ModelOutline, scope: Scope) -> Sequence[Edit]:
         """Say where it edits a model, from the model alone.
 
         Raises:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from prismquant.algorithms.edits import Edits
 from prismquant.diagnostics.edge_diagnostics import EdgeDiagnostics
 from prismquant.errors import FormatError, NumericsError, PrismQuantError
 from prismquant.numerics.finite import check_finite
@@ -23,9 +22,8 @@ from prismquant.numerics.kinds import Granularity
 from prismquant.numerics.ranges import RangeRule
 
 if TYPE_CHECKING:
-    from prismquant.algorithms.edits import Scope
+    from prismquant.algorithms.model_outline import ModelOutline, OutlineEdge, Scope
     from prismquant.formats.spec import NumberSpec
-    from prismquant.models.bound import BoundEdge, BoundModel
     from prismquant.statistics.channel_sizes import ChannelSizes
 
 _NO_TOKEN = "no calibration token has reached this edge"
@@ -164,19 +162,30 @@ class EdgeProblem:
         return total / count.clamp_min_(1.0)
 
 
-def edges_meant(bound: BoundModel, scope: Scope) -> Edits:
+@dataclass(frozen=True)
+class ScaledEdge:
+    """A smooth edge along which scale may move.
+
+    Attributes:
+        index: Its place among the model's smooth edges.
+    """
+
+    index: int
+
+
+def scaled_edges(model: ModelOutline, scope: Scope) -> list[ScaledEdge]:
     """The smooth edges of which a consumer is meant, and none shares its weight with another.
 
     Args:
-        bound: The model.
+        model: The model.
         scope: What is meant of it.
     """
 
-    def meant(edge: BoundEdge) -> bool:
-        sites = [bound.site(name) for name in edge.consumers]
-        return not any(site.tied for site in sites) and any(map(scope.means, sites))
+    def meant(edge: OutlineEdge) -> bool:
+        layers = [model.site(name) for name in edge.consumers]
+        return not any(layer.tied for layer in layers) and any(map(scope.means, layers))
 
-    return Edits(edges=tuple(filter(meant, bound.edges)))
+    return [ScaledEdge(index) for index, edge in enumerate(model.edges) if meant(edge)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,8 +21,9 @@ from prismquant.algorithms.edge_scale import best_scale, foldable_scale, judge
 from prismquant.algorithms.smooth_edge import (
     EdgeProblem,
     EdgeResult,
-    edges_meant,
+    ScaledEdge,
     hopeless,
+    scaled_edges,
 )
 from prismquant.diagnostics.edge_diagnostics import SmoothQuantChoice
 from prismquant.errors import RecipeError, check_bounds
@@ -30,8 +31,7 @@ from prismquant.errors import RecipeError, check_bounds
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from prismquant.algorithms.edits import Edits, Scope
-    from prismquant.models.bound import BoundModel
+    from prismquant.algorithms.model_outline import ModelOutline, Scope
     from prismquant.statistics.channel_sizes import ChannelSizes
 
 _TEXT, _VISION = 0, 1
@@ -63,6 +63,7 @@ class SmoothQuant:
     """
 
     name: ClassVar[str] = "smoothquant"
+    edit: ClassVar[type[ScaledEdge]] = ScaledEdge
 
     alpha: float | None = None
     search: bool | None = None
@@ -103,9 +104,9 @@ class SmoothQuant:
         searched = ("grid", "rows", "vision_weight")
         return {} if self.searches else dict.fromkeys(searched, "no strength is searched")
 
-    def plan(self, bound: BoundModel, scope: Scope) -> Edits:
+    def plan(self, model: ModelOutline, scope: Scope) -> list[ScaledEdge]:
         """Every smooth edge that ends in a layer which is meant may have its scale moved."""
-        return edges_meant(bound, scope)
+        return scaled_edges(model, scope)
 
     def fit(self, problem: EdgeProblem) -> EdgeResult:
         """Choose the scale of one edge.

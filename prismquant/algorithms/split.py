@@ -11,12 +11,36 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from prismquant.algorithms.edits import Edits
 from prismquant.errors import check_bounds
 
 if TYPE_CHECKING:
-    from prismquant.algorithms.edits import ColumnProblem, Scope
-    from prismquant.models.bound import BoundModel
+    from torch import Tensor
+
+    from prismquant.algorithms.model_outline import ModelOutline, Scope
+
+
+@dataclass(frozen=True)
+class KeptColumns:
+    """Columns of a layer's input that may stay in floating point.
+
+    Attributes:
+        layer: The layer's name.
+        columns: So many at most.
+    """
+
+    layer: str
+    columns: int
+
+
+@dataclass(frozen=True, eq=False)
+class ColumnProblem:
+    """A layer's input of which single columns may stay in floating point.
+
+    Attributes:
+        magnitudes: ``[in]``, the largest magnitude of each column.
+    """
+
+    magnitudes: Tensor
 
 
 @dataclass(frozen=True)
@@ -33,6 +57,7 @@ class Split:
     """
 
     name: ClassVar[str] = "split"
+    edit: ClassVar[type[KeptColumns]] = KeptColumns
 
     threshold: float = 2.0
     columns: int = 1
@@ -44,10 +69,10 @@ class Split:
         }
         check_bounds(self, bounds)
 
-    def plan(self, bound: BoundModel, scope: Scope) -> Edits:
+    def plan(self, model: ModelOutline, scope: Scope) -> list[KeptColumns]:
         """Every layer that is meant may have columns of its own."""
-        meant = (site.name for site in bound.sites if scope.means(site))
-        return Edits(outlier_columns=dict.fromkeys(meant, self.columns))
+        meant = (layer for layer in model.sites if scope.means(layer))
+        return [KeptColumns(layer.name, self.columns) for layer in meant]
 
     def fit(self, problem: ColumnProblem) -> list[int]:
         """Find the columns that alone stretch the range of a layer's input.

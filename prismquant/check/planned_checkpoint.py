@@ -18,7 +18,7 @@ from prismquant.export.compressed_tensors.section_grammar import read_section
 from prismquant.export.compressed_tensors.stored import untied_config
 from prismquant.headers import TensorInfo
 from prismquant.models.bound import BoundModel
-from prismquant.models.rotation import untied
+from prismquant.models.rotated_towers import untied
 from prismquant.opening import read_json
 from prismquant.plan.plan import Plan
 

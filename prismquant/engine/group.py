@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from prismquant.algorithms.edits import ColumnProblem
 from prismquant.algorithms.methods import build_fitted, build_solver
 from prismquant.algorithms.problem import LayerProblem, LayerResult
 from prismquant.algorithms.protocols import Solver
+from prismquant.algorithms.split import ColumnProblem
 from prismquant.diagnostics.solver_diagnostics import (
     CorrectionDiagnostics,
     Failure,

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from prismquant.algorithms.rotation import RotatedTower
 from prismquant.errors import ModelError
 from prismquant.headers import TensorInfo
-from prismquant.models.arch import EdgeKind, Modality
+from prismquant.models.arch import EdgeKind
 from prismquant.models.bound import BoundModel, BoundStream
-from prismquant.models.rotation import (
-    RotatedTower,
+from prismquant.models.rotated_towers import (
     by_modality,
     edges_of,
     gated_by,
@@ -223,9 +223,9 @@ def _rotator(tower: RotatedTower, width: int, part: str, *, fix_ones: bool = Fal
     return turn
 
 
-def _stream(bound: BoundModel, modality: Modality) -> BoundStream:
+def _stream(bound: BoundModel, modality: str) -> BoundStream:
     for stream in bound.streams:
-        if stream.modality is modality:
+        if stream.modality == modality:
             return stream
     raise ModelError(
         f"{bound.arch.title} describes no residual stream of its {modality} tower",

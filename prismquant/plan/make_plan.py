@@ -13,7 +13,7 @@ from prismquant.formats.packed import stored_bytes
 from prismquant.formats.quantized_layer import OutlierColumns
 from prismquant.models.arch import SiteKind
 from prismquant.models.bound import BoundModel, BoundSite
-from prismquant.models.rotation import online_rotations, untied
+from prismquant.models.rotated_towers import online_rotations, untied
 from prismquant.numerics.scales import SCALE_DTYPES
 from prismquant.plan.bit_layout import DENSE, input_bytes, layout_of
 from prismquant.plan.fallback import Asked, Fitted, fit, fit_together

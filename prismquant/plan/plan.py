@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from prismquant.algorithms.rotation import RotatedTower
 from prismquant.errors import StorageError
 from prismquant.formats.online_rotation import OnlineRotation
 from prismquant.formats.packed import is_declarable
 from prismquant.models.bound import BoundEdge, BoundSite
-from prismquant.models.rotation import RotatedTower
 from prismquant.plan.bit_layout import DENSE
 from prismquant.plan.codec import from_json, to_json
 from prismquant.plan.kv_plan import KVPlan

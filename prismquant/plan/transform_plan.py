@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from prismquant.algorithms.edits import Edits
+from prismquant.algorithms.protocols import Edit
+from prismquant.algorithms.rotation import RotatedTower
+from prismquant.algorithms.smooth_edge import ScaledEdge
+from prismquant.algorithms.split import KeptColumns
 from prismquant.errors import PrismQuantError
 from prismquant.models.bound import BoundEdge, BoundModel
-from prismquant.models.rotation import RotatedTower, online_rotations
+from prismquant.models.rotated_towers import online_rotations
 from prismquant.plan.plan import OutlierRoom, PlanEdge, PlanRow
 from prismquant.recipe.layer_config import Options
 from prismquant.recipe.match import Match
@@ -23,12 +26,14 @@ class PlannedTransform:
     Attributes:
         where: Its place in the recipe.
         rule: What the recipe says of it.
+        kind: The kind of its edits.
         edits: Where it edits the model.
     """
 
     where: str
     rule: TransformRule
-    edits: Edits
+    kind: type[Edit]
+    edits: tuple[Edit, ...]
 
     @property
     def options(self) -> Options:
@@ -43,11 +48,12 @@ def plan_transforms(
     planned = []
     for index, rule in enumerate(recipe.transforms):
         try:
-            edits = rule.build().plan(bound, rule.match)
+            transform = rule.build()
+            edits = tuple(transform.plan(bound, rule.match))
         except PrismQuantError as error:
             findings.append(f"transforms[{index}]: {_finding(error)}")
         else:
-            planned.append(PlannedTransform(f"transforms[{index}]", rule, edits))
+            planned.append(PlannedTransform(f"transforms[{index}]", rule, transform.edit, edits))
     return tuple(planned)
 
 
@@ -57,7 +63,9 @@ def rotated_towers(
     """The towers that are rotated, each once."""
     chosen: dict[str, RotatedTower] = {}
     for one in planned:
-        for tower in one.edits.towers or ():
+        for tower in one.edits:
+            if not isinstance(tower, RotatedTower):
+                continue
             if tower.modality in chosen:
                 findings.append(f"{one.where}: the {tower.modality} tower is rotated twice")
             chosen[tower.modality] = tower
@@ -72,9 +80,10 @@ def rotated_towers(
 def outlier_rooms(planned: Sequence[PlannedTransform]) -> dict[str, OutlierRoom]:
     """Room for kept columns, by the layer's name; a later transform wins."""
     return {
-        name: OutlierRoom(columns, one.rule.name, one.options)
+        edit.layer: OutlierRoom(edit.columns, one.rule.name, one.options)
         for one in planned
-        for name, columns in (one.edits.outlier_columns or {}).items()
+        for edit in one.edits
+        if isinstance(edit, KeptColumns)
     }
 
 
@@ -84,8 +93,8 @@ def idle_rooms(planned: Sequence[PlannedTransform], rows: Sequence[PlanRow]) -> 
     return [
         f"{one.where} ({one.rule.name}) matches no layer that is stored quantized"
         for one in planned
-        if one.edits.outlier_columns is not None
-        and not roomy.intersection(one.edits.outlier_columns)
+        if one.kind is KeptColumns
+        and not any(isinstance(e, KeptColumns) and e.layer in roomy for e in one.edits)
     ]
 
 
@@ -109,9 +118,10 @@ def plan_edges(
 
     chosen: list[PlanEdge] = []
     for one in planned:
-        if one.edits.edges is None:
+        if one.kind is not ScaledEdge:
             continue
-        meant = [edge for edge in one.edits.edges if carries(edge, one.rule.match)]
+        edges = [bound.edges[edit.index] for edit in one.edits if isinstance(edit, ScaledEdge)]
+        meant = [edge for edge in edges if carries(edge, one.rule.match)]
         if not meant:
             findings.append(
                 f"{one.where} ({one.rule.name}) matches no edge: none ends in a quantized "

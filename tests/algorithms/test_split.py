@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prismquant as pq
-from prismquant.algorithms.edits import ColumnProblem
-from prismquant.algorithms.split import Split
+from prismquant.algorithms.split import ColumnProblem, Split
 from prismquant.data import read_samples
 from prismquant.data.batches import make_batches
 from prismquant.errors import RecipeError

@@ -226,8 +226,8 @@ def test_tuning_behind_transforms_and_a_correction(
     seen = outputs_of(load_model(tmp_path / "out"), name, batches)
     wanted = outputs_of(load_float(folder), name, batches)
     assert seen.norm(dim=1) == pytest.approx(wanted.norm(dim=1), rel=0.5)
+    from prismquant.algorithms.rotation import RotatedTower
     from prismquant.models.rotated_reader import RotatedReader
-    from prismquant.models.rotation import RotatedTower
 
     bound = bind(folder)
     embedding = bound.names.to_disk(f"{bound.arch.embeddings}.weight")

@@ -13,7 +13,7 @@ import tiny_vlm
 import torch
 from torch import nn
 
-from prismquant.algorithms.edits import Edits
+from prismquant.algorithms.rotation import RotatedTower, Rotation
 from prismquant.errors import ModelError, PlanError, RecipeError
 from prismquant.formats.online_rotation import OnlineRotation
 from prismquant.models import rotated_reader
@@ -23,7 +23,7 @@ from prismquant.models.bound import BoundModel
 from prismquant.models.load import empty_model, materialize
 from prismquant.models.processor import load_processor
 from prismquant.models.rotated_reader import RotatedReader
-from prismquant.models.rotation import RotatedTower, Rotation, online_rotations, untied
+from prismquant.models.rotated_towers import online_rotations, untied
 from prismquant.numerics.hadamard import block_hadamard
 from prismquant.recipe.match import Match
 from prismquant.shards import ShardReader
@@ -437,15 +437,15 @@ def test_only_towers_are_rotated(modality: str):
 
 
 def test_a_modality_may_be_given_by_name():
-    assert RotatedTower("llm").modality is LLM  # type: ignore[arg-type]
+    assert RotatedTower("llm").modality == LLM  # type: ignore[arg-type]
 
 
 def test_a_transform_rotates_the_towers_that_are_meant(tiny: Callable[..., Path]):
     bound = bind(tiny("qwen2_vl"))
-    assert Rotation(seed=3).plan(bound, Match(modality="llm")) == Edits(
-        towers=(RotatedTower(LLM, Rotation(seed=3)),)
-    )
-    assert Rotation().plan(bound, Match()).towers == (RotatedTower(VISION), RotatedTower(LLM))
+    assert Rotation(seed=3).plan(bound, Match(modality="llm")) == [
+        RotatedTower(LLM, Rotation(seed=3))
+    ]
+    assert Rotation().plan(bound, Match()) == [RotatedTower(VISION), RotatedTower(LLM)]
     with pytest.raises(PlanError, match="the projector is not rotated itself"):
         Rotation().plan(bound, Match(modality=("projector", "llm")))
 

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from prismquant.algorithms.correction import Correction
 from prismquant.algorithms.methods import TUNERS
+from prismquant.algorithms.rotation import Rotation
 from prismquant.algorithms.split import Split
 from prismquant.errors import RecipeError
 from prismquant.formats.spec import spec
 from prismquant.models.bind import bind
-from prismquant.models.rotation import Rotation
 from prismquant.numerics.ranges import RangeRule
 from prismquant.plan.make_plan import make_plan
 from prismquant.recipe.layer_config import LayerConfig

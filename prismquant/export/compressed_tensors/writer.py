@@ -38,7 +38,7 @@ from prismquant.formats.quantized_layer import (
 )
 from prismquant.headers import read_header
 from prismquant.models.bound import BoundModel, BoundStep
-from prismquant.models.rotation import untied
+from prismquant.models.rotated_towers import untied
 from prismquant.numerics.finite import nonfinite
 from prismquant.opening import read_json
 from prismquant.plan.bit_layout import DENSE
