@@ -51,6 +51,7 @@ from prismquant.quantization.prepare import memory_room
 from prismquant.quantization.request import Request, Result, as_limits
 from prismquant.recipe.adapt import adapted
 from prismquant.recipe.schema import Recipe, load_recipe
+from prismquant.run.directory import RunDirectory
 from prismquant.search.constraints import Asked, parse_constraints
 from prismquant.search.find_mix import FoundMix, SearchRequest, Verification, search_mix
 from prismquant.search.pareto import MAX_POINTS
@@ -309,7 +310,8 @@ def measure(
         generated=decoded,
         processor=processor,
     )
-    return replace(result, notes=found.remarks(answers=True))
+    predicted = RunDirectory(folder).predicted()
+    return replace(result, notes=found.remarks(answers=True), predicted=predicted)
 
 
 @default_modes()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -285,6 +285,7 @@ def check_folder(
 def evaluate(asked: EvalOptions) -> None:
     """Exact match, NLL, and KL divergence to the reference, by kind of question and of token."""
     from prismquant.api import measure
+    from prismquant.report.fronts import prediction_table
     from prismquant.report.tables import comparison_table, detail_table, reference_variant, variant
     from prismquant.shards import weight_bytes
     from prismquant.storage import write_json
@@ -315,6 +316,8 @@ def evaluate(asked: EvalOptions) -> None:
     rows = [reference_variant(asked.reference, measured)] if asked.reference else []
     rows.append(variant(asked.model, measured, size=weight_bytes(Path(asked.model))))
     show(comparison_table(rows), detail_table(measured))
+    if (compared := prediction_table(measured)) is not None:
+        show(compared)
     for note in result.notes:
         show(as_text(f"note: {note}", "yellow"), soft_wrap=True)
     if asked.reference is not None:
@@ -335,5 +338,7 @@ def _result_file(out: str, inputs: Sequence[str | None]) -> Path:
     path = as_path(out, "out")
     # An input that is no path may be the name of a data set; what is wrong with it is said later.
     read = [Path(name) for name in inputs if name and os.path.lexists(name)]
-    require_result_file(path, inputs=read, keys=[field.name for field in fields(Fidelity)])
+    # Fields with a default are those that later versions added.
+    keys = [field.name for field in fields(Fidelity) if field.default_factory is MISSING]
+    require_result_file(path, inputs=read, keys=keys)
     return path

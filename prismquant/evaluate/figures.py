@@ -7,7 +7,7 @@ are over samples, which are independent, and not over tokens, which are not.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from prismquant.errors import DataError
@@ -125,6 +125,8 @@ class Fidelity:
             decoded text if there is any, else by tokens.
         outcomes: What the figures derive from, one entry for each sample.
         notes: What of the data was cut or left out.
+        predicted: Divergence in nats a token by class (``answer``, ``text``, ``image``, ``video``)
+            that a search had predicted of the model's recipe; empty where it had not.
     """
 
     overall: Metrics
@@ -134,6 +136,7 @@ class Fidelity:
     wrong_to_right: tuple[str, ...]
     outcomes: tuple[Outcome, ...]
     notes: tuple[str, ...] = ()
+    predicted: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
@@ -163,7 +166,11 @@ class Fidelity:
             raise DataError(
                 f"this is no result of an evaluation: {error}", remedy="run `prismquant eval` again"
             ) from error
-        return replace(summarize(outcomes), notes=tuple(value.get("notes", ())))
+        return replace(
+            summarize(outcomes),
+            notes=tuple(value.get("notes", ())),
+            predicted=dict(value.get("predicted", {})),
+        )
 
 
 def summarize(outcomes: Sequence[Outcome]) -> Fidelity:

@@ -7,9 +7,10 @@ from typing import Any
 
 from rich.table import Table
 
-from prismquant.report.tables import format_bytes, rich_table
+from prismquant.report.tables import format_bytes, format_figure, rich_table
 
 _KNEE = "knee"
+_PLACEHOLDERS = ("image", "video")
 
 
 def front_table(front: Mapping[str, Any]) -> Table:
@@ -48,6 +49,25 @@ def mix_table(found: Mapping[str, Any]) -> Table:
         rows.append(["milliseconds", f"{found['latency_ms']:.4g}"])
     rows.append(["units", units_in_words(found["units"])])
     return rich_table(["mix", found["name"]], rows)
+
+
+def prediction_table(result: Mapping[str, Any]) -> Table | None:
+    """Divergence that a search predicted, beside what was measured; None where there is none.
+
+    Args:
+        result: An evaluation, as JSON types.
+    """
+    rows = []
+    for kind, predicted in result["predicted"].items():
+        # Placeholders of pictures and of clips are told apart by the samples that they are in.
+        of_samples, name = (kind, "vision") if kind in _PLACEHOLDERS else (None, kind)
+        metrics = result["by_kind"].get(of_samples) if of_samples else result["overall"]
+        part = (metrics or {}).get("divergence", {}).get(name)
+        if part is not None:
+            measured = format_figure(part["kl"], part["kl_error"])
+            rows.append([f"{kind} tokens", format_figure(predicted), measured])
+    headers = ["KL from the reference", "predicted by the search", "measured"]
+    return rich_table(headers, rows) if rows else None
 
 
 def swap_table(verified: Mapping[str, Any]) -> Table:

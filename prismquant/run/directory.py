@@ -24,12 +24,12 @@ from typing import Any
 from prismquant.diagnostics.step_record import StepRecord
 from prismquant.engine.activation_store import ActivationStore, InMemory, OnDisk, OnHost
 from prismquant.engine.placement import Store
-from prismquant.errors import StorageError
+from prismquant.errors import PrismQuantError, StorageError
 from prismquant.memory import readable_bytes
 from prismquant.opening import read_json
 from prismquant.outputs import require_empty, require_regular_files
 from prismquant.plan.plan import Plan
-from prismquant.recipe.schema import Recipe
+from prismquant.recipe.schema import Recipe, load_recipe
 from prismquant.run.differences import differences
 from prismquant.run.environment import utc_now
 from prismquant.run.lock import locked
@@ -293,6 +293,13 @@ class RunDirectory:
                 remedy="without it nothing tells which shards are whole: choose another --out, or "
                 "delete the folder, and start again without --resume",
             ) from error
+
+    def predicted(self) -> dict[str, float]:
+        """Divergence by class of token that a search had predicted of the recipe; empty: none."""
+        with contextlib.suppress(PrismQuantError):
+            found = load_recipe(self._inside / "recipe.yaml").predicted or {}
+            return {str(kind): loss for kind, loss in found.items()}
+        return {}
 
     def _readable_record(self) -> RunRecord | None:
         with contextlib.suppress(StorageError):

@@ -20,7 +20,7 @@ from prismquant.search.allocate import Mix
 from prismquant.search.constraints import Constraints
 from prismquant.search.name_patterns import name_patterns
 from prismquant.search.offers import layer_formats
-from prismquant.search.sensitivity import FLOAT, Choice, FormatOption, Sensitivity
+from prismquant.search.sensitivity import FLOAT, IN_NATS, Choice, FormatOption, Sensitivity
 from prismquant.version import __version__
 
 Rule = dict[str, Any]
@@ -88,6 +88,8 @@ def recipe_of(
     body: dict[str, Any] = {"version": 1, "name": name}
     body |= {"kv_cache": dict(cache)} if cache else {}
     body["rules"] = [solver, *_rules(layers)] if any(x.said != _SKIP for x in layers) else []
+    if found.method in IN_NATS:
+        body["predicted"] = dict(mix.losses)
     if constraints.tensor_parallel > 1:
         body["tensor_parallel"] = constraints.tensor_parallel
     recipe = parse_recipe(body, source=name)

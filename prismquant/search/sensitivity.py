@@ -21,6 +21,9 @@ TokenClass = Literal["answer", "text", "image", "video"]
 """Class of a place whose next token is predicted: of an answer, of other text, or a placeholder."""
 TOKEN_CLASSES: tuple[TokenClass, ...] = get_args(TokenClass)
 
+IN_NATS = frozenset({"fisher", "kl_div"})
+"""Methods whose losses are KL divergences in nats per token of the class."""
+
 FLOAT = "float"
 """Name of the choice to leave a unit alone."""
 

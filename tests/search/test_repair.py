@@ -12,10 +12,11 @@ from sensitivities import made, of_model
 
 import prismquant as pq
 from prismquant.errors import ArgumentError, DataError, ModelError, PrismQuantError
-from prismquant.evaluate.figures import Deviation, Outcome, summarize
+from prismquant.evaluate.figures import Deviation, Fidelity, Outcome, summarize
 from prismquant.models.bind import bind
 from prismquant.plan.make_plan import make_plan
 from prismquant.recipe.schema import load_recipe
+from prismquant.report.fronts import prediction_table
 from prismquant.search.allocate import Mix, allocate
 from prismquant.search.constraints import parse_constraints
 from prismquant.search.repair import NOISE, PATIENCE, Measured, difference, measured, verify
@@ -249,3 +250,24 @@ def test_data_that_cannot_verify_are_found_before_any_run(file: Path, tmp_path: 
         pq.find_mix(file, cap="llm=6", verify=tmp_path / "nowhere.jsonl")
     with pytest.raises(ArgumentError, match="swaps"):
         pq.find_mix(file, cap="llm=6", verify=file, swaps=-1)
+
+
+def test_an_evaluation_tells_what_was_predicted(
+    file: Path, tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path
+) -> None:
+    found = pq.find_mix(file, cap="llm=6", out=tmp_path / "r.yaml")
+    pq.quantize(tiny("qwen2_vl"), tmp_path / "r.yaml", tmp_path / "out")
+    result = pq.measure(tmp_path / "out", calibration_file, reference=tiny("qwen2_vl"))
+    assert result.predicted == pytest.approx(dict(found.mix.losses))
+    assert Fidelity.from_dict(result.to_dict()) == result
+    table = prediction_table(result.to_dict())
+    assert table is not None
+    kl = result.overall.divergence["answer"].kl
+    cells = [str(next(iter(column.cells))) for column in table.columns]
+    assert cells[0] == "answer tokens"
+    assert float(cells[1]) == pytest.approx(found.mix.losses["answer"], rel=0.01)
+    assert float(cells[2].partition(" ")[0]) == pytest.approx(kl, rel=0.01)
+    # What has no recipe of a search has no prediction, and no table.
+    plain = pq.measure(tiny("qwen2_vl"), calibration_file, reference=tiny("qwen2_vl"))
+    assert plain.predicted == {}
+    assert prediction_table(plain.to_dict()) is None
