@@ -117,7 +117,7 @@ class AnalyzeOptions:
         str | None, typer.Option(help="fisher (default), gradient, kl_div, output or weight.")
     ] = None
     solver: Annotated[str, typer.Option(help="Whose codes are scored: gptq or rtn.")] = "gptq"
-    samples: Annotated[int, typer.Option(min=1, help="At most so many samples.")] = 32
+    samples: Annotated[int, typer.Option(min=1, help="At most so many samples.")] = 64
     batch_size: Annotated[int, typer.Option(min=1, help="Samples run together.")] = 8
     draws: Annotated[int | None, typer.Option(min=1, help="Of random losses.")] = None
     seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = 0

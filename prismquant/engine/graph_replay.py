@@ -46,7 +46,12 @@ class GraphCall:
     _keep: Callable[[Source, Gradients], None]
 
     def backward(
-        self, output: Tensor, gradients: Gradients, watched: Sequence[Tensor] = ()
+        self,
+        output: Tensor,
+        gradients: Gradients,
+        watched: Sequence[Tensor] = (),
+        *,
+        again: bool = False,
     ) -> list[Gradients]:
         """Go back through the call, loss by loss, and hand gradients on to the units before it.
 
@@ -54,11 +59,13 @@ class GraphCall:
             output: Hangs on the call's arguments.
             gradients: Gradient of each loss at it.
             watched: Tensors on the way whose gradients are wanted.
+            again: Whether other losses go back through the same call later.
 
         Returns:
             The gradients at each watched tensor, one for each loss.
         """
-        found = _gradients([output], [gradients], [*watched, *self._leaves.values()])
+        wanted = [*watched, *self._leaves.values()]
+        found = _gradients([output], [gradients], wanted, again=again)
         for source, own in zip(self._leaves, found[len(watched) :], strict=True):
             self._keep(source, own)
         return found[: len(watched)]
@@ -179,7 +186,11 @@ class GraphReplay(Replay):
 
 
 def _gradients(
-    outputs: Sequence[Tensor], arriving: Sequence[Gradients], wanted: Sequence[Tensor]
+    outputs: Sequence[Tensor],
+    arriving: Sequence[Gradients],
+    wanted: Sequence[Tensor],
+    *,
+    again: bool = False,
 ) -> list[Gradients]:
     """Gradients at tensors, loss by loss, from those at the outputs that hang on them."""
     losses = max((len(own) for own in arriving), default=0)
@@ -193,11 +204,9 @@ def _gradients(
         ]
         if given:
             work.append((number, [o for o, _ in given], [g for _, g in given]))
-    for left, (number, ends, given_gradients) in zip(
-        range(len(work) - 1, -1, -1), work, strict=True
-    ):
+    for left, (number, ends, slopes) in zip(range(len(work) - 1, -1, -1), work, strict=True):
         own_found = torch.autograd.grad(
-            ends, wanted, given_gradients, retain_graph=left > 0, allow_unused=True
+            ends, wanted, slopes, retain_graph=again or left > 0, allow_unused=True
         )
         for gathered, gradient in zip(found, own_found, strict=True):
             gathered[number] = gradient

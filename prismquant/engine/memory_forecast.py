@@ -86,19 +86,30 @@ def count_tokens(bound: BoundModel, batches: Sequence[Batch]) -> dict[Modality, 
 
 
 def kept_for_gradients(
-    bound: BoundModel, samples: int, tokens: dict[Modality, TowerTokens], precision: Precision
+    bound: BoundModel,
+    samples: int,
+    tokens: dict[Modality, TowerTokens],
+    precision: Precision,
+    *,
+    losses: int = 1,
+    whole: bool = False,
 ) -> int:
-    """Bytes of what all blocks put out for the samples whose gradients are taken, at most.
+    """Bytes of what waits for the way back: outputs of all blocks, and gradients at one of them.
 
     Args:
         bound: The model.
         samples: How many there are.
         tokens: Of the calibration batches; no sample is larger than the largest of them.
         precision: In which dtypes units run.
+        losses: Losses whose gradients go back.
+        whole: Whether they go back through the vision tower, too.
     """
-    blocks = [s for s in bound.steps if s.modality is Modality.LLM and s.kind == "block"]
-    width = sum(min(site.in_features for site in block.sites) for block in blocks)
-    return samples * tokens[Modality.LLM].largest * width * precision.dtype.itemsize
+    total = 0
+    for tower in (Modality.LLM, Modality.VISION) if whole else (Modality.LLM,):
+        blocks = [s for s in bound.steps if s.modality is tower and s.kind == "block"]
+        widths = [min(site.in_features for site in block.sites) for block in blocks]
+        total += tokens[tower].largest * (sum(widths) + losses * max(widths, default=0))
+    return samples * total * precision.dtype.itemsize
 
 
 def forecast(

@@ -90,6 +90,10 @@ class AnalysisMethod(Protocol):
     def one_by_one(self) -> bool:
         """Whether every batch must be of one sample."""
 
+    @property
+    def losses_back(self) -> int:
+        """Number of losses whose gradients wait at every unit on the way back; 0: it never goes."""
+
     def scores(self, analysis: Analysis) -> Iterator[UnitScores]:
         """Score every wanted unit, in an order of the method's own.
 

@@ -142,7 +142,14 @@ def _prepare(asked: AnalysisRequest, bound: BoundModel, choices: Choices) -> _Pr
         hungry, bound, batches, found, asked.memory_budget, asked.target, precision
     )
     tokens_of = count_tokens(bound, found.batches)
-    coming_back = kept_for_gradients(bound, len(found.batches), tokens_of, precision)
+    coming_back = kept_for_gradients(
+        bound,
+        len(found.batches),
+        tokens_of,
+        precision,
+        losses=asked.method.losses_back,
+        whole=True,
+    )
     kept: Store = "disk" if memory.peak_bytes + coming_back > room else memory.placement.states
     told = ranks.gather_json([list(found.prints), count_places(found.batches, bound)])
     tokens: Counter[TokenClass] = Counter()

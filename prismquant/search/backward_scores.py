@@ -28,6 +28,8 @@ from prismquant.shards import ShardReader
 
 # Logits of so many bytes are looked at together.
 _LOGIT_BYTES = 64 << 20
+# Gradients of so many bytes are held at a time, but those of one loss in any case.
+_GRADIENT_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,8 +147,22 @@ class _StepWork:
             _begin_graph(call)
             output = self.unit.module(*call.call.args, **call.call.kwargs)
         value = output if isinstance(output, Tensor) else output[0]
-        found = call.backward(value, call.arriving, watch.tensors)
-        self._take(call.call.batch, watch, found)
+        parts = self._parts_of_losses(call.arriving, watch)
+        for index, part in enumerate(parts, 1):
+            again = index < len(parts)
+            found = call.backward(value, part, watch.tensors, again=again)
+            self._take(call.call.batch, watch, found)
+
+    @staticmethod
+    def _parts_of_losses(arriving: Gradients, watch: WatchedCall) -> list[Gradients]:
+        """Gradients of some losses each, and None for the others: so many as memory shall hold."""
+        size = sum(x.numel() * x.element_size() for x in watch.tensors)
+        most = max(1, _GRADIENT_BYTES // max(1, size))
+        numbers = [number for number, one in enumerate(arriving) if one is not None]
+        return [
+            [one if n in numbers[start:][:most] else None for n, one in enumerate(arriving)]
+            for start in range(0, len(numbers), most)
+        ]
 
     def _head(self, call: GraphCall) -> None:
         """Begin at the logits, some places at a time."""

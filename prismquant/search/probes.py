@@ -6,38 +6,33 @@ A probe is a random vector ``g`` with ``E[g g^T] = F`` and no mean, so ``E[(g . 
 Probes at several places are independent: the square of the sum of all ``g . d`` has the sum of all
 divergences as its mean, twice. No label is needed, so that every place counts for what it is.
 
-``signs``: ``g = sqrt(p) z - p (sqrt(p) . z)`` with a random sign in each entry of ``z``.
-``labels``: ``g = s (e_y - p)``, the gradient of ``s log p_y`` with ``y`` drawn from ``p`` and a
-random sign ``s``. Where the model is sure of its answer, nearly all labels that it draws are that
-one, and nearly all of the mean comes from the rare others; signs have no such tail.
+The probe is ``g = sqrt(p) z - p (sqrt(p) . z)`` with a random sign in each entry of ``z``. The
+gradient of ``log p_y`` with a label ``y`` drawn from ``p``, times a random sign, has the same
+moments and long tails: where the model is sure, nearly all labels are the same, and nearly all of
+the mean comes from the rare others.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-ProbeKind = Literal["signs", "labels"]
 
-
-def probes(logits: Tensor, generators: list[torch.Generator], kind: ProbeKind = "signs") -> Tensor:
+def probes(logits: Tensor, generators: list[torch.Generator]) -> Tensor:
     """Gradients of random losses at logits.
 
     Args:
         logits: ``[places, vocabulary]``.
         generators: One for each draw, on the logits' device; each goes on from where it was.
-        kind: See above.
 
     Returns:
         ``[draws, places, vocabulary]``, float32 or wider.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     p = torch.softmax(logits.detach().to(wide), dim=-1)
-    draw = _signs if kind == "signs" else _labels
-    return torch.stack([draw(p, generator) for generator in generators])
+    return torch.stack([_probe(p, generator) for generator in generators])
 
 
 def generator_of(seed: int, *of: object, device: torch.device) -> torch.Generator:
@@ -53,15 +48,7 @@ def generator_of(seed: int, *of: object, device: torch.device) -> torch.Generato
     return torch.Generator(device).manual_seed(number)
 
 
-def _signs(p: Tensor, generator: torch.Generator) -> Tensor:
+def _probe(p: Tensor, generator: torch.Generator) -> Tensor:
     drawn = torch.randint(0, 2, p.shape, generator=generator, device=p.device, dtype=torch.int8)
     scattered = p.sqrt() * (2 * drawn - 1)
     return scattered - p * scattered.sum(dim=-1, keepdim=True)
-
-
-def _labels(p: Tensor, generator: torch.Generator) -> Tensor:
-    places, device = len(p), p.device
-    labels = torch.multinomial(p, 1, generator=generator)
-    signs = torch.randint(0, 2, (places, 1), generator=generator, device=device, dtype=torch.int8)
-    own = torch.zeros_like(p).scatter_(1, labels, 1.0) - p
-    return own * (2 * signs - 1)

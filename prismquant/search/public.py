@@ -49,7 +49,7 @@ def analyze(
     *,
     method: str | None = None,
     solver: str = "gptq",
-    samples: int = 32,
+    samples: int = 64,
     batch_size: int = 8,
     draws: int | None = None,
     seed: int = 0,

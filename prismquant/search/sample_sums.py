@@ -23,8 +23,7 @@ class SampleSums:
     """
 
     def __init__(self, unit: UnitRows, analysis: Analysis, losses: int) -> None:
-        self.unit, self._ranks = unit, analysis.ranks
-        self._samples, self._losses = len(analysis.batches), losses
+        self.unit, self._analysis, self._losses = unit, analysis, losses
         self._parts: dict[str, list[tuple[int, list[int], Tensor]]] = {}
 
     def add(self, option: str, sample: int, losses: Sequence[int], values: Tensor) -> None:
@@ -39,13 +38,12 @@ class SampleSums:
         self._parts.setdefault(option, []).append((sample, list(losses), values))
 
     def by_option(self) -> dict[str, Tensor]:
-        """The sums over all ranks by option, float64 ``[losses, samples]``; samples as dealt."""
+        """Sums over the samples of all ranks by option, float64 ``[losses, samples]``."""
         own = {name: self._summed(name) for name in [*self.unit.rows, *self.unit.caches]}
-        gathered = self._ranks.gather(own)
-        return {name: torch.cat([part[name] for part in gathered], dim=1) for name in own}
+        return gathered(own, self._analysis)
 
     def _summed(self, option: str) -> Tensor:
-        sums = torch.zeros(self._losses, self._samples, dtype=torch.float64)
+        sums = torch.zeros(self._losses, len(self._analysis.batches), dtype=torch.float64)
         for sample, losses, values in self._parts.get(option, []):
             sums[losses, sample] += values.cpu().double()
         return sums
@@ -68,6 +66,12 @@ def mean_score(values: Tensor, tokens: Tensor) -> Score:
 
 
 def gathered(own: Mapping[str, Tensor], analysis: Analysis) -> dict[str, Tensor]:
-    """Tensors of all ranks side by side along their last axis, in the order of the ranks."""
+    """Tensors of all ranks side by side along their last axis, which is that of samples.
+
+    Samples are sorted by their ids: sums over them do not depend on which rank had which.
+    """
     parts = analysis.ranks.gather(own)
-    return {name: torch.cat([part[name] for part in parts], dim=-1) for name in own}
+    told = analysis.ranks.gather_json([name for batch in analysis.batches for name in batch.ids])
+    ids = [name for part in told for name in part]
+    order = torch.tensor(sorted(range(len(ids)), key=ids.__getitem__), dtype=torch.int64)
+    return {name: torch.cat([part[name] for part in parts], dim=-1)[..., order] for name in own}

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,6 +24,7 @@ from prismquant.export.load_quantized import load_model
 from prismquant.models.bind import bind
 from prismquant.models.float_model import load_float
 from prismquant.runtime.linear import ActivationQuantizer
+from prismquant.search import backward_scores, option_errors
 from prismquant.search.format_grammar import rule_of
 from prismquant.search.methods.fisher import Fisher
 from prismquant.search.probes import generator_of, probes
@@ -28,7 +33,6 @@ from prismquant.search.token_places import token_places
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from torch import nn
 
@@ -69,7 +73,7 @@ class ByHand:
             self.tokens[name] += len(mine)
             for draw in range(method.draws if len(mine) else 0):
                 generator = generator_of(seed, *batch.ids, name, draw, device=torch.device("cpu"))
-                (probe,) = probes(logits[mine], [generator], method.probe)
+                (probe,) = probes(logits[mine], [generator])
                 found = torch.autograd.grad(
                     logits[mine], outputs, probe, retain_graph=True, allow_unused=True
                 )
@@ -191,7 +195,7 @@ def test_draws_depend_on_the_seed_and_the_sample_alone(
     for unit, options in first.items():
         for option, classes in options.items():
             for name, score in classes.items():
-                assert again[unit][option][name].loss == pytest.approx(score.loss, rel=1e-9)
+                assert again[unit][option][name] == score
                 assert other[unit][option][name].loss != score.loss
 
 
@@ -210,6 +214,25 @@ def test_outputs_and_gradients_may_wait_in_files(
     analysis = analysis_of(folder, batches, kept=store, **more)
     assert scores_of(analysis, Fisher()) == kept
     assert not list((tmp_path / "waiting").iterdir())
+
+
+def test_parts_that_are_looked_at_together_change_nothing(
+    tiny: Callable[..., Path], calibration_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits place by place, gradients loss by loss, errors made anew for every sample."""
+    folder = tiny("qwen3_vl")
+    batches = batches_of(folder, calibration_file)
+    formats = f"{FORMATS},kv:fp8"
+    expected = scores_of(analysis_of(folder, batches, formats), Fisher())
+    monkeypatch.setattr(backward_scores, "_LOGIT_BYTES", 1)
+    monkeypatch.setattr(backward_scores, "_GRADIENT_BYTES", 1)
+    monkeypatch.setattr(option_errors, "_KEPT_BYTES", 1)
+    found = scores_of(analysis_of(folder, batches, formats), Fisher())
+    for unit, options in expected.items():
+        for option, classes in options.items():
+            for name, score in classes.items():
+                own = found[unit][option][name]
+                assert (own.loss, own.error) == pytest.approx((score.loss, score.error), rel=1e-6)
 
 
 def test_units_that_are_done_are_passed_and_change_nothing(
@@ -251,3 +274,47 @@ def test_options_that_mean_nothing_are_refused() -> None:
         Fisher(draws=0)
     with pytest.raises(ArgumentError, match="no class"):
         Fisher(classes=())
+
+
+RANK = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from analyses import FORMATS, analysis_of, batches_of, scores_of
+from prismquant.distributed import joined
+from prismquant.engine.placement import Placement
+from prismquant.search.methods.fisher import Fisher
+
+folder, data, out = map(Path, sys.argv[2:])
+with joined() as ranks:
+    own = batches_of(folder, data)[ranks.rank :: ranks.size]
+    more = {"solver": "gptq", "placement": Placement(), "ranks": ranks}
+    analysis = analysis_of(folder, own, FORMATS + ",kv:fp8", **more)
+    found = scores_of(analysis, Fisher())
+    losses = {
+        f"{unit} {option} {name}": score.loss
+        for unit, options in found.items()
+        for option, classes in options.items()
+        for name, score in classes.items()
+    }
+    (out / f"{ranks.size}-{ranks.rank}.json").write_text(json.dumps(losses))
+"""
+
+
+def test_ranks_share_samples_and_find_what_one_finds(
+    tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path
+) -> None:
+    """Three ranks of two samples each, of which one sees texts alone; all know the scores."""
+    (tmp_path / "rank.py").write_text(RANK)
+    helpers = Path(__file__).resolve().parent.parent
+    given = [tmp_path / "rank.py", helpers, tiny("qwen3_vl"), calibration_file, tmp_path]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    for start in ([], torchrun):
+        line = [sys.executable, *start, *map(str, given)]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    alone, *ranks = (
+        json.loads((tmp_path / name).read_text())
+        for name in ("1-0.json", "3-0.json", "3-1.json", "3-2.json")
+    )
+    assert ranks[0] == ranks[1] == ranks[2] == pytest.approx(alone, rel=1e-5)

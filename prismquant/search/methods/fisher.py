@@ -23,7 +23,7 @@ from torch import Tensor
 from prismquant.errors import ArgumentError
 from prismquant.search.analysis import Analysis, UnitScores
 from prismquant.search.backward_scores import PlaceLosses, backward_sums
-from prismquant.search.probes import ProbeKind, generator_of, probes
+from prismquant.search.probes import generator_of, probes
 from prismquant.search.sample_sums import SampleSums, gathered, mean_score
 from prismquant.search.sensitivity import TOKEN_CLASSES, Score, TokenClass
 from prismquant.search.token_places import token_places
@@ -35,7 +35,6 @@ class Fisher:
 
     Attributes:
         draws: Random losses for each class of tokens and sample.
-        probe: Kind of random losses.
         classes: Classes of tokens that are scored; each costs as much as any other.
 
     Raises:
@@ -45,7 +44,6 @@ class Fisher:
     name: ClassVar[str] = "fisher"
 
     draws: int = 2
-    probe: ProbeKind = "signs"
     classes: tuple[TokenClass, ...] = TOKEN_CLASSES
 
     def __post_init__(self) -> None:
@@ -63,6 +61,11 @@ class Fisher:
     def one_by_one(self) -> bool:
         """Losses are of single samples."""
         return True
+
+    @property
+    def losses_back(self) -> int:
+        """Each class of tokens has its draws."""
+        return len(self.classes) * self.draws
 
     def scores(self, analysis: Analysis) -> Iterator[UnitScores]:
         """See :class:`~prismquant.search.analysis.AnalysisMethod`.
@@ -139,6 +142,6 @@ class _Draws:
                     generator_of(seed, *of, number, device=device)
                     for number in range(self._method.draws)
                 )
-            return probes(logits, generators, self._method.probe)
+            return probes(logits, generators)
 
         return draw

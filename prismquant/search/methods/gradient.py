@@ -42,6 +42,11 @@ class SquaredGradients:
         """Losses are of single samples."""
         return True
 
+    @property
+    def losses_back(self) -> int:
+        """The cross-entropy of the answer."""
+        return 1
+
     def scores(self, analysis: Analysis) -> Iterator[UnitScores]:
         """See :class:`~prismquant.search.analysis.AnalysisMethod`.
 

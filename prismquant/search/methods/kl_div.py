@@ -50,6 +50,11 @@ class KLDivergence:
         """Samples that are run together do not touch one another."""
         return False
 
+    @property
+    def losses_back(self) -> int:
+        """It goes through the model forth only."""
+        return 0
+
     def scores(self, analysis: Analysis) -> Iterator[UnitScores]:
         """Scores of every unit; see :class:`prismquant.search.analysis.AnalysisMethod`."""
         names = [site.name for one in analysis.wanted for site in one.sites]

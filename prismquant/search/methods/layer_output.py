@@ -45,6 +45,11 @@ class OutputError:
         """Sums are of single samples."""
         return True
 
+    @property
+    def losses_back(self) -> int:
+        """It goes through the model forth only."""
+        return 0
+
     def scores(self, analysis: Analysis) -> Iterator[UnitScores]:
         """See :class:`~prismquant.search.analysis.AnalysisMethod`.
 

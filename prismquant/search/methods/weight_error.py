@@ -42,6 +42,11 @@ class WeightError:
         """Samples are only the solver's business."""
         return False
 
+    @property
+    def losses_back(self) -> int:
+        """It goes through the model forth only."""
+        return 0
+
     def scores(self, analysis: Analysis) -> Iterator[UnitScores]:
         """See :class:`~prismquant.search.analysis.AnalysisMethod`.
 
