@@ -146,7 +146,7 @@ def allocate(found: Sensitivity, constraints: Constraints) -> Mix:
     smallest = constraints.max_loss is not None and constraints.total is None
     solved = solve(search.sizes if smallest else search.losses, search.limits)
     if solved is None:
-        raise unmet(found, constraints, search.units, search.limits)
+        raise unmet(found, constraints, search.units, search.limits, search.notes)
     if not smallest:
         return search.mix(solved)
     size = Limit("bytes", search.sizes, most=total(search.sizes, solved.chosen))

@@ -120,7 +120,7 @@ def provenance(
         f"sensitivity: {source}, sha256 {digest}",
         f"  of {found.model}, method {found.method}, solver {found.solver}, "
         f"by prismquant {found.written_by}",
-        f"asked for: {'; '.join(constraints.describe())}",
+        f"asked for: {'; '.join(constraints.describe()) or 'a point of the whole front'}",
         f"scored by: {scored}",
         f"predicted: loss {mix.loss:.6g} ({losses})",
         f"stored: {mix.stored_bytes:,} bytes, {mix.bits:.4f} bits per weight",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from prismquant.errors import PlanError
+from prismquant.errors import PlanError, listed
 from prismquant.memory import readable_bytes
 from prismquant.models.arch import Modality
 from prismquant.search.constraints import Constraints
@@ -20,6 +20,8 @@ _TOTAL, _OF = "size", "size of "
 LOSS, _CACHE, _LATENCY = "loss", "size of keys and values of a token", "milliseconds"
 # Units that an error names as those that hold a budget where it is.
 _SHOWN = 5
+# Lines of an error.
+_LINES = 8
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
@@ -71,6 +73,7 @@ def unmet(
     constraints: Constraints,
     units: Sequence[ChoiceUnit],
     limits: Sequence[Limit],
+    notes: Sequence[str] = (),
 ) -> PlanError:
     """The error for constraints that no mix keeps to: the least that can be, and what holds it.
 
@@ -79,17 +82,17 @@ def unmet(
         constraints: What was asked for.
         units: Units with the options on offer.
         limits: The same as bounds, which no mix keeps to.
+        notes: Options that are not on offer, and why.
     """
     bounds = [_Bound(limit, units, found) for limit in limits]
     findings = [line for bound in bounds for line in bound.alone()]
     if not findings:
         for place, bound in enumerate(bounds):
             findings += bound.beside([*limits[:place], *limits[place + 1 :]])
+    findings = [*(findings or ["three or more of them are at odds"]), *notes]
     asked = "; ".join(constraints.describe())
-    lines = "".join(f"\n  - {line}" for line in findings)
-    told = lines or "\n  - three or more of them are at odds"
     return PlanError(
-        f"no mix of the formats on offer keeps to: {asked}{told}",
+        f"no mix of the formats on offer keeps to: {asked}{listed(findings, _LINES)}",
         remedy="relax what is told of, or let `prismquant analyze` offer other formats (--formats)",
         findings=findings,
     )

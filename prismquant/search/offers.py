@@ -44,13 +44,17 @@ def offers(
     kept: list[ChoiceUnit] = []
     dropped: list[str] = []
     for unit in found.units:
-        options = []
+        options, reasons = [], dict[str, list[str]]()
         for option in unit.options:
             why = _refusal(unit, option, found, constraints)
             if why is None:
                 options.append(option)
             else:
-                dropped.append(f"{unit.name}: {option.format} is not offered: {why}")
+                reasons.setdefault(why, []).append(option.format)
+        dropped += [
+            f"{unit.name}: not offered as {', '.join(formats)}: {why}"
+            for why, formats in reasons.items()
+        ]
         kept.append(replace(unit, options=tuple(options)))
     return tuple(kept), grouped(dropped)
 

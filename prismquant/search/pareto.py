@@ -54,7 +54,7 @@ def pareto_front(
     search = set_up(found, replace(constraints, total=None))
     ends = _ends(search)
     if ends is None:
-        raise unmet(found, search.constraints, search.units, search.limits)
+        raise unmet(found, search.constraints, search.units, search.limits, search.notes)
     budgets = _budgets(search, constraints, *ends, points)
     mixes = []
     for number, budget in enumerate(budgets):

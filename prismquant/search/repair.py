@@ -11,6 +11,7 @@ sample, so what is hard about a sample cancels.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -29,7 +30,10 @@ MAX_SWAPS = 1000
 PATIENCE = 3
 """Swaps in a row that change nothing beyond noise, after which no more are tried."""
 
-# Of the moves with the best ratios, so many on either side are paired.
+Moves = tuple[tuple[int, int], tuple[int, int]]
+"""Two units, each with the option that it is given, by their places."""
+
+# Of the changes with the best ratios, so many on either side are paired.
 _PAIRED = 48
 
 
@@ -163,7 +167,7 @@ def verify(
     search = replace(search, limits=(*(x for x in search.limits if x.name != LOSS), size))
     first = last = run(mix)
     swaps: list[Swap] = []
-    spent: set[tuple[int, int]] = set()
+    spent: list[Moves] = []
     failed = 0
     while len(swaps) < trials and failed < PATIENCE:
         moves = next(_pairs(search, chosen, spent), None)
@@ -174,7 +178,7 @@ def verify(
         outcome = run(tried)
         swap = _swap(mix, tried, *difference(last, outcome))
         swaps.append(swap)
-        spent |= set(moves)
+        spent.append(moves)
         failed = 0 if swap.kept else failed + 1
         if swap.kept:
             chosen, mix, last = trial, tried, outcome
@@ -241,26 +245,35 @@ class _OptionChange:
     size: int
 
     @property
+    def at(self) -> tuple[int, int]:
+        """The unit and its option."""
+        return (self.item, self.option)
+
+    @property
     def rate(self) -> float:
         """Predicted loss that a byte takes away."""
         return -self.loss / self.size
 
 
-def _pairs(
-    search: Allocation, chosen: Sequence[int], spent: set[tuple[int, int]]
-) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Pairs of moves that keep to the limits, the most promising first, none of them spent."""
-    moves = [move for move in _moves(search, chosen) if (move.item, move.option) not in spent]
-    better = sorted((m for m in moves if m.size > 0 > m.loss), key=lambda m: -m.rate)[:_PAIRED]
-    smaller = sorted((m for m in moves if m.size < 0), key=lambda m: m.rate)[:_PAIRED]
+def _pairs(search: Allocation, chosen: Sequence[int], spent: Sequence[Moves]) -> Iterator[Moves]:
+    """Pairs of changes that keep to the limits, and were not tried.
+
+    Those of which neither half was tried come first, and among them the most promising.
+    """
+    changes = list(_changes(search, chosen))
+    better = sorted((m for m in changes if m.size > 0 > m.loss), key=lambda m: -m.rate)[:_PAIRED]
+    smaller = sorted((m for m in changes if m.size < 0), key=lambda m: m.rate)[:_PAIRED]
+    halves = Counter(half for moves in spent for half in moves)
     pairs = [
-        (_ratio(up, down), up, down) for up in better for down in smaller if up.item != down.item
+        (halves[up.at] + halves[down.at], -_ratio(up, down), (up.at, down.at))
+        for up in better
+        for down in smaller
+        if up.item != down.item and (up.at, down.at) not in spent
     ]
-    for _, up, down in sorted(pairs, key=lambda pair: -pair[0]):
-        trial = list(chosen)
-        trial[up.item], trial[down.item] = up.option, down.option
+    for _, _, moves in sorted(pairs):
+        trial = tuple(dict(moves).get(item, at) for item, at in enumerate(chosen))
         if all(limit.holds(trial) for limit in search.limits):
-            yield (up.item, up.option), (down.item, down.option)
+            yield moves
 
 
 def _ratio(up: _OptionChange, down: _OptionChange) -> float:
@@ -268,7 +281,7 @@ def _ratio(up: _OptionChange, down: _OptionChange) -> float:
     return -up.loss / down.loss if down.loss > 0 else math.inf
 
 
-def _moves(search: Allocation, chosen: Sequence[int]) -> Iterator[_OptionChange]:
+def _changes(search: Allocation, chosen: Sequence[int]) -> Iterator[_OptionChange]:
     for item, (at, losses, sizes) in enumerate(
         zip(chosen, search.losses, search.sizes, strict=True)
     ):

@@ -231,7 +231,7 @@ def test_a_reader_is_not_offered_what_it_refuses() -> None:
     assert "int4-g128" in free.formats.values()
     assert "int4-g128" not in bound.formats.values()
     assert bound.loss > free.loss
-    assert any("int4-g128 is not offered: no scheme" in note for note in bound.notes)
+    assert any("not offered as int4-g128: no scheme" in note for note in bound.notes)
     assert not free.notes
 
 
