@@ -8,8 +8,7 @@ these gradients: what is summed of the two is the method's business.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +21,7 @@ from prismquant.errors import NumericsError
 from prismquant.numerics.finite import all_finite
 from prismquant.search.analysis import Analysis
 from prismquant.search.option_errors import StepErrors, solve_step
+from prismquant.search.place_losses import PlaceLosses, Segment, chunks, gradients_from
 from prismquant.search.sample_sums import SampleSums
 from prismquant.search.watched_step import WatchedCall, watched
 from prismquant.shards import ShardReader
@@ -30,22 +30,6 @@ from prismquant.shards import ShardReader
 _LOGIT_BYTES = 64 << 20
 # Gradients of so many bytes are held at a time, but those of one loss in any case.
 _GRADIENT_BYTES = 256 << 20
-
-
-@dataclass(frozen=True, eq=False)
-class PlaceLosses:
-    """Losses of one sample that look at the same places.
-
-    Attributes:
-        places: Int64 positions in the row, [P].
-        numbers: Numbers of the losses.
-        gradients: Gives their gradients ``[losses, p, vocabulary]`` at logits ``[p, vocabulary]``
-            of consecutive places, from the first to the last; and is told which these are.
-    """
-
-    places: Tensor
-    numbers: range
-    gradients: Callable[[Tensor, slice], Tensor]
 
 
 class Objective(Protocol):
@@ -167,42 +151,38 @@ class _StepWork:
     def _head(self, call: GraphCall) -> None:
         """Begin at the logits, some places at a time."""
         hidden = call.call.args[0]
+        losses = self.objective.of_sample(call.call.batch)
         gradients: Gradients = [None] * self.objective.losses
-        for losses in self.objective.of_sample(call.call.batch):
-            sums = [torch.zeros_like(hidden) for _ in losses.numbers]
-            for part in self._parts(losses.places):
-                places = losses.places[part].to(hidden.device)
-                x = hidden.detach()[0, places].requires_grad_(True)
-                with watched(self.unit, self.errors) as watch:
-                    logits = self.unit.module(x)
-                self._require_finite(logits, call)
-                slopes = losses.gradients(logits.detach(), part)
-                found = self._from_logits(logits, slopes, [x, *watch.tensors], losses.numbers)
-                for sum_, number in zip(sums, losses.numbers, strict=True):
-                    own = found[0][number]
-                    if own is not None:
-                        sum_[0, places] += own
-                self._take(call.call.batch, watch, found[1:])
-            for sum_, number in zip(sums, losses.numbers, strict=True):
-                gradients[number] = sum_
+        for number in (number for own in losses for number in own.numbers):
+            gradients[number] = torch.zeros_like(hidden)
+        words = self.unit.walk.bound.site(self.unit.name).out_features
+        for chunk in chunks(losses, max(1, _LOGIT_BYTES // (4 * words))):
+            places = torch.cat([one.places for one in chunk]).to(hidden.device)
+            x = hidden.detach()[0, places].requires_grad_(True)
+            with watched(self.unit, self.errors) as watch:
+                logits = self.unit.module(x)
+            self._require_finite(logits, call)
+            at_x, *found = gradients_from(logits, chunk, [x, *watch.tensors])
+            for one in chunk:
+                for number, own in zip(one.losses.numbers, at_x[:, one.rows], strict=False):
+                    whole = gradients[number]
+                    if whole is not None:
+                        whole[0, places[one.rows]] += own
+            self._take_rows(call.call.batch, watch, found, chunk)
         call.backward(hidden, gradients)
 
-    def _from_logits(
-        self, logits: Tensor, slopes: Tensor, wanted: Sequence[Tensor], numbers: range
-    ) -> list[Gradients]:
-        """Gradients at tensors from those at the logits; None for all other losses."""
-        found: list[Gradients] = [[None] * self.objective.losses for _ in wanted]
-        for slope, number in zip(slopes, numbers, strict=True):
-            last = number == numbers[-1]
-            own = torch.autograd.grad(logits, wanted, slope.to(logits.dtype), retain_graph=not last)
-            for gathered, gradient in zip(found, own, strict=True):
-                gathered[number] = gradient
-        return found
-
-    def _parts(self, places: Tensor) -> Iterator[slice]:
-        words = self.unit.walk.bound.site(self.unit.name).out_features
-        step = max(1, _LOGIT_BYTES // (4 * words))
-        yield from (slice(start, start + step) for start in range(0, len(places), step))
+    @torch.no_grad()
+    def _take_rows(
+        self, sample: int, watch: WatchedCall, found: Sequence[Tensor], chunk: Sequence[Segment]
+    ) -> None:
+        """Sum up what errors at the head do to the losses of each row."""
+        for gradients in found:
+            self._require_gradients(gradients, self.unit.name)
+        for number, (unit, option), error in watch.changes():
+            for one in chunk:
+                slopes = found[number][: len(one.losses.numbers), one.rows]
+                change = self.objective.change(error[one.rows], slopes)
+                self.sums[unit].add(option, sample, list(one.losses.numbers), change)
 
     @torch.no_grad()
     def _take(self, sample: int, watch: WatchedCall, found: Sequence[Gradients]) -> None:

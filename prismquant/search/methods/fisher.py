@@ -22,7 +22,8 @@ from torch import Tensor
 
 from prismquant.errors import ArgumentError
 from prismquant.search.analysis import Analysis, UnitScores
-from prismquant.search.backward_scores import PlaceLosses, backward_sums
+from prismquant.search.backward_scores import backward_sums
+from prismquant.search.place_losses import PlaceLosses
 from prismquant.search.probes import generator_of, probes
 from prismquant.search.sample_sums import SampleSums, gathered, mean_score
 from prismquant.search.sensitivity import TOKEN_CLASSES, Score, TokenClass

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from prismquant.errors import DataError
 from prismquant.search.analysis import Analysis, UnitScores
-from prismquant.search.backward_scores import PlaceLosses, backward_sums
+from prismquant.search.backward_scores import backward_sums
+from prismquant.search.place_losses import PlaceLosses
 from prismquant.search.sample_sums import gathered, mean_score
 from prismquant.search.sensitivity import TOKEN_CLASSES
 from prismquant.search.token_places import token_places
