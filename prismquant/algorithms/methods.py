@@ -102,7 +102,8 @@ def checked_options(cls: type, options: Mapping[str, Any] | None, name: str) -> 
     Raises:
         RecipeError: An option is unknown or has a value of the wrong type.
     """
-    kinds = typing.get_type_hints(cls)
+    # They are slow to find, and recipes of large models come here once a layer.
+    kinds = typing.get_type_hints(cls) if options else {}
     known = [field.name for field in fields(cls)]
     given = dict(options or {})
     for option, value in given.items():

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from prismquant.errors import PlanError
-from prismquant.formats.spec import NumberSpec
 from prismquant.numerics.rules import RangeRule
 from prismquant.recipe.match import Match
 from prismquant.recipe.plain_yaml import write_yaml
@@ -20,7 +19,7 @@ from prismquant.search.allocate import Mix
 from prismquant.search.constraints import Constraints
 from prismquant.search.name_patterns import name_patterns
 from prismquant.search.offers import layer_formats
-from prismquant.search.sensitivity import FLOAT, IN_NATS, Choice, FormatOption, Sensitivity
+from prismquant.search.sensitivity import FLOAT, IN_NATS, FormatOption, Sensitivity
 from prismquant.version import __version__
 
 Rule = dict[str, Any]
@@ -154,22 +153,26 @@ def _treated(found: Sensitivity, mix: Mix) -> list[_Treated]:
         key: {k for c in found.formats.values() for k in getattr(c, key) or {}}
         for key in ("weight_range", "activation_range")
     }
+    said: dict[tuple[str, str | None], str] = {}
     layers = []
     for unit in found.units:
         option = options[unit.name]
         for layer in unit.layers:
-            weights, inputs = layer_formats(layer.name, option, found)
-            said: Rule = {"skip": True}
-            if weights is not None:
-                said = _fields(weights, inputs, found.formats[option.format], keys)
-            layers.append(_Treated(layer.name, unit.modality, layer.role, json.dumps(said)))
+            meant = (option.format, option.formats.get(layer.name))
+            if meant not in said:
+                said[meant] = json.dumps(_fields(layer.name, option, found, keys))
+            layers.append(_Treated(layer.name, unit.modality, layer.role, said[meant]))
     return layers
 
 
 def _fields(
-    weights: NumberSpec, inputs: NumberSpec | None, choice: Choice, keys: Mapping[str, set[str]]
+    layer: str, option: FormatOption, found: Sensitivity, keys: Mapping[str, set[str]]
 ) -> Rule:
-    """All that a rule says of a format, so that nothing of an earlier rule is left."""
+    """All that a rule says of a layer's format, so that nothing of an earlier rule is left."""
+    weights, inputs = layer_formats(layer, option, found)
+    if weights is None:
+        return {"skip": True}
+    choice = found.formats[option.format]
     said: Rule = {"weights": weights.name, "activations": inputs.name if inputs else "none"}
     said["weight_range"] = _range(choice.weight_range, keys["weight_range"])
     if inputs is not None and inputs.calibrated and keys["activation_range"]:

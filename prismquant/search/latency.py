@@ -13,6 +13,7 @@ unless it has an entry. Nothing is guessed: a time that is missing is an error t
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -130,10 +131,9 @@ def read_latency(path: Path) -> LatencyTable:
     layers = [((one.format, one.outputs, one.inputs), one.ms) for one in read.layers]
     units = [((one.unit, one.format), one.ms) for one in read.units]
     for entries in (layers, units):
-        keys: list[Any] = [key for key, _ in entries]
-        twice = next((key for place, key in enumerate(keys) if key in keys[:place]), None)
-        if twice is not None:
-            _refuse(path, f"{', '.join(map(str, twice))} is there twice")
+        uses: Counter[tuple[Any, ...]] = Counter(key for key, _ in entries)
+        for key in (key for key, count in uses.items() if count > 1):
+            _refuse(path, f"{', '.join(map(str, key))} is there twice")
     return LatencyTable(str(path), read.measured, dict(layers), dict(units))
 
 

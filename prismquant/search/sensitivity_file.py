@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import cache
@@ -78,9 +79,9 @@ def _faults(found: Sensitivity) -> Iterator[str]:
         ([unit.name for unit in found.units], "unit"),
         ([layer.name for unit in found.units for layer in unit.layers], "layer"),
     ):
-        twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
-        if twice is not None:
-            yield f"{what} {twice!r} is there twice"
+        yield from (
+            f"{what} {name!r} is there twice" for name, uses in Counter(names).items() if uses > 1
+        )
     if min(found.fixed_bytes, found.fixed_weights) < 0:
         yield "fixed_bytes or fixed_weights is negative"
     if not all(math.isfinite(weight) for weight in found.weights.values()):
