@@ -15,8 +15,9 @@ from prismquant.check.target_reader import TargetReader
 from prismquant.errors import ArgumentError, suggest
 from prismquant.models.arch import Modality
 from prismquant.recipe.schema import MAX_DEVICES
+from prismquant.search.analysis_request import as_token_weights
 from prismquant.search.latency import LatencyTable, read_latency
-from prismquant.search.sensitivity import TOKEN_CLASSES, TokenClass
+from prismquant.search.sensitivity import TokenClass
 
 _MOST_BITS = 64
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
@@ -177,7 +178,7 @@ def parse_constraints(asked: Asked) -> Constraints:
         latency_ms=optional("latency_ms", _number),
         tensor_parallel=optional("tensor_parallel", _devices) or 1,
         reader=optional("reader", lambda v, n: TargetReader(as_choice(v, n, TargetReader))),
-        weights=optional("weight", lambda value, _: _weights(value)),
+        weights=optional("weight", lambda value, _: as_token_weights(value)),
     )
 
 
@@ -245,17 +246,3 @@ def _number(value: Any, name: str) -> float:
         option = "" if " " in name else f" (--{name.replace('_', '-')})"
         raise ArgumentError(f"{value!r} is not a number", where=name + option)
     return float(value)
-
-
-def _weights(given: Any) -> dict[TokenClass, float]:
-    pairs = _pairs(given, "weight", TOKEN_CLASSES)
-    found: dict[TokenClass, float] = {
-        kind: _number(pairs[kind], "weight") for kind in TOKEN_CLASSES if kind in pairs
-    }
-    if not any(found.values()) or min(found.values()) < 0:
-        raise ArgumentError(
-            "weights are not negative, and not all of them zero",
-            where="weight (--weight)",
-            remedy="write --weight answer=1,text=0.2; classes that are left out count nothing",
-        )
-    return found
