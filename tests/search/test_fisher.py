@@ -19,11 +19,12 @@ import prismquant as pq
 from prismquant.engine import activation_store
 from prismquant.engine.activation_store import OnDisk
 from prismquant.engine.placement import Placement
-from prismquant.errors import ArgumentError
+from prismquant.errors import ArgumentError, DataError
 from prismquant.export.load_quantized import load_model
 from prismquant.models.bind import bind
 from prismquant.models.float_model import load_float
 from prismquant.runtime.linear import ActivationQuantizer
+from prismquant.runtime.mixed import Precision
 from prismquant.search import backward_scores, option_errors
 from prismquant.search.format_grammar import rule_of
 from prismquant.search.methods.fisher import Fisher
@@ -259,6 +260,8 @@ def test_classes_that_nobody_asks_for_or_that_samples_lack_cost_nothing(
     for asked, given in ((TOKEN_CLASSES, {"answer", "text", "image"}), (("text",), {"text"})):
         found = scores_of(analysis_of(folder, batches, "int4-g32"), Fisher(classes=asked))
         assert all({*own["int4-g32"]} == given for own in found.values())
+    with pytest.raises(DataError, match="class video"):
+        scores_of(analysis_of(folder, batches, "int4-g32"), Fisher(classes=("video",)))
 
 
 def test_texts_alone_score_the_language_model(tiny: Callable[..., Path], tmp_path: Path) -> None:
@@ -267,6 +270,22 @@ def test_texts_alone_score_the_language_model(tiny: Callable[..., Path], tmp_pat
     analysis = analysis_of(folder, batches, "int4-g32")
     language = {one.unit.name for one in analysis.wanted if one.unit.modality == "llm"}
     assert {*scores_of(analysis, Fisher())} == language
+
+
+def test_a_head_that_is_tied_is_gone_through_and_not_scored(
+    tiny: Callable[..., Path], calibration_file: Path
+) -> None:
+    """In bfloat16, as models are run."""
+    folder = tiny("qwen2_vl", tie=True, dtype=torch.bfloat16)
+    batches = batches_of(folder, calibration_file)
+    full = scores_of(analysis_of(folder, batches, "int4-g32"), Fisher(draws=4))
+    assert "lm_head" not in full
+    half = Placement(precision=Precision(torch.bfloat16))
+    found = scores_of(analysis_of(folder, batches, "int4-g32", placement=half), Fisher(draws=4))
+    # The same draws of nearly the same distributions.
+    for unit, options in full.items():
+        expected = options["int4-g32"]["text"].loss
+        assert found[unit]["int4-g32"]["text"].loss == pytest.approx(expected, rel=0.3), unit
 
 
 def test_options_that_mean_nothing_are_refused() -> None:

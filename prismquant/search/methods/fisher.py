@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from prismquant.errors import ArgumentError
+from prismquant.errors import ArgumentError, DataError
 from prismquant.search.analysis import Analysis, UnitScores
 from prismquant.search.backward_scores import backward_sums
 from prismquant.search.place_losses import PlaceLosses
@@ -72,6 +72,9 @@ class Fisher:
         """See :class:`~prismquant.search.analysis.AnalysisMethod`.
 
         Units that no sample reaches are left out.
+
+        Raises:
+            DataError: No sample has a token of the classes.
         """
         losses = _Draws(self, analysis)
         for sums in backward_sums(analysis, losses):
@@ -100,6 +103,11 @@ class _Draws:
             for number, name in enumerate(TOKEN_CLASSES)
             if name in method.classes and self._tokens[number].any()
         ]
+        if not self._classes:
+            raise DataError(
+                f"no sample has a token of the class {' or '.join(method.classes)}",
+                remedy="add samples that have, or score other classes",
+            )
 
     @property
     def losses(self) -> int:
@@ -118,7 +126,8 @@ class _Draws:
 
     def change(self, error: Tensor, gradients: Tensor) -> Tensor:
         """Change of each loss in first order."""
-        return gradients.flatten(1) @ error.to(gradients.dtype).flatten()
+        wide = torch.promote_types(gradients.dtype, torch.float32)
+        return gradients.flatten(1).to(wide) @ error.flatten().to(wide)
 
     def scores(self, sums: SampleSums) -> dict[str, dict[TokenClass, Score]]:
         """Divergence in nats per token of each class, for each option of a unit."""

@@ -105,4 +105,5 @@ class _AnswerLosses:
 
     def change(self, error: Tensor, gradients: Tensor) -> Tensor:
         """Sum of squared products of each loss."""
-        return (gradients * error).square().flatten(1).sum(dim=1)
+        wide = torch.promote_types(gradients.dtype, torch.float32)
+        return (gradients * error).to(wide).square().flatten(1).sum(dim=1)
