@@ -50,8 +50,10 @@ from prismquant.quantization.perform import perform
 from prismquant.quantization.prepare import memory_room
 from prismquant.quantization.request import Request, Result, as_limits
 from prismquant.recipe.adapt import adapted
+from prismquant.recipe.alternative import choice_lines
 from prismquant.recipe.schema import Recipe, load_recipe
 from prismquant.run.directory import RunDirectory
+from prismquant.search.choose_method import quantize_best
 from prismquant.search.constraints import Asked, parse_constraints
 from prismquant.search.find_mix import FoundMix, SearchRequest, Verification, search_mix
 from prismquant.search.pareto import MAX_POINTS
@@ -92,7 +94,11 @@ def inspect(
         on_failure=on_failure,
         tensor_parallel=tensor_parallel,
     )
-    return make_plan(chosen, bind(folder, headers_required=False))
+    bound = bind(folder, headers_required=False)
+    if not chosen.choose:
+        return make_plan(chosen, bound)
+    plan = make_plan(chosen.chosen(chosen.choose[0].name), bound)
+    return replace(plan, remarks=(*plan.remarks, *choice_lines(chosen.name, chosen.choose)))
 
 
 @default_modes()
@@ -198,7 +204,7 @@ def quantize(
         limits=as_limits(max_pixels, max_frames, max_length),
         of_data=[option for option, value in of_data.items() if value is not None],
     )
-    return perform(asked)
+    return quantize_best(asked) if chosen.choose else perform(asked)
 
 
 def _optional_dtype(value: Any) -> torch.dtype | None:

@@ -16,20 +16,20 @@ recipes = typer.Typer(no_args_is_help=True, help="List, show and check recipes."
 @recipes.command("list")
 def list_recipes(as_json: AsJson = False) -> None:
     """Name the presets."""
-    from prismquant.recipe.presets import PRESETS
+    from prismquant.recipe.presets import NAMED
 
     if as_json:
-        say_json(sorted(PRESETS))
+        say_json(sorted(NAMED))
     else:
-        say("\n".join(PRESETS))
+        say("\n".join(NAMED))
 
 
 @recipes.command("show")
 def show_recipe(recipe: Annotated[str, typer.Argument(help="A preset's name or a file.")]) -> None:
     """Print a recipe as YAML, e.g. to start one of your own from a preset."""
-    from prismquant.recipe.presets import PRESETS, preset_yaml
+    from prismquant.recipe.presets import NAMED, preset_yaml
 
-    if recipe in PRESETS:
+    if recipe in NAMED:
         say(preset_yaml(recipe), newline=False)
         return
     from prismquant.recipe.schema import load_recipe

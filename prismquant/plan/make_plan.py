@@ -48,6 +48,12 @@ def make_plan(recipe: Recipe, bound: BoundModel) -> Plan:
         PlanError: A rule matches nothing, a group size does not divide, fused layers differ, or a
             layer cannot be stored as asked. One error lists all of them.
     """
+    if recipe.choose:
+        raise PlanError(
+            f"the recipe leaves a choice among {', '.join(one.name for one in recipe.choose)}",
+            where=f"recipe {recipe.name!r}",
+            remedy="`quantize` makes it on calibration data; or plan `recipe.chosen(name)`",
+        )
     resolved = {
         site.name: resolve(recipe, modality=site.modality, role=site.role, name=site.name)
         for site in bound.sites

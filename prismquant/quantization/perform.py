@@ -53,7 +53,7 @@ def perform(asked: Request) -> Result:
     if asked.ranks.size > 1:
         require_sharable(plan)
     precision = Precision.chosen(asked.wanted, asked.target, bound.dtype, runs=plan.needs_data)
-    _refuse_inside(asked.out, bound.folder)
+    refuse_inside(asked.out, bound.folder)
     directory = RunDirectory(asked.out)
     first = asked.ranks.rank == 0
     with directory.claimed(resume=asked.resume) if first else nullcontext(True) as locked:
@@ -90,6 +90,7 @@ def _begun(
         samples=dict(Counter(sample.kind for sample in ready.samples)),
         environment=environment(asked.target) | _unusual(bound, asked.ranks, locked=locked),
         memory=_told(ready.memory, asked.memory_budget),
+        choice=asked.choice,
     )
     if asked.ranks.rank == 0:
         record = directory.begin(record, ready.plan, asked.recipe, resume=asked.resume)
@@ -217,8 +218,12 @@ def _copied_bytes(bound: BoundModel) -> int:
     return sum(path.stat().st_size for path in files_to_copy(bound.folder))
 
 
-def _refuse_inside(out: Path, source: Path) -> None:
-    """A result in the source's folder would be taken for a part of the source."""
+def refuse_inside(out: Path, source: Path) -> None:
+    """Refuse a result in the source's folder: it would be taken for a part of the source.
+
+    Raises:
+        StorageError: It is to lie there.
+    """
     if out.resolve().is_relative_to(source.resolve()):
         raise StorageError(
             "the output folder is the source model's, or lies in it",

@@ -86,7 +86,7 @@ def prepare(asked: Request, bound: BoundModel, plan: Plan, precision: Precision)
     """
     ranks, reporter, size = asked.ranks, asked.reporter, asked.recipe.calibration.batch_size
     room = memory_room(asked.memory_budget)
-    samples = _calibration_samples(plan, asked.calibration, room)
+    samples = _calibration_samples(plan, asked, room)
     plan = _with_unseen(plan, samples, reporter, strict=asked.strict)
     own = share_of(by_length(samples), size, ranks)
     batches, found = surveyed_batches(
@@ -205,19 +205,22 @@ def forecast_memory(
     return next((one for one in tried if one.peak_bytes <= spare), tried[-1]), found
 
 
-def _calibration_samples(
-    plan: Plan, source: str | Path | None, most_bytes: int
-) -> tuple[Sample, ...]:
+def _calibration_samples(plan: Plan, asked: Request, most_bytes: int) -> tuple[Sample, ...]:
     if not plan.needs_data:
         return ()
-    if source is None:
+    if asked.samples is not None:
+        require_modalities(asked.samples, _needed_kinds(plan))
+        return asked.samples
+    if asked.calibration is None:
         raise DataError(
             f"recipe {plan.recipe!r} needs calibration data",
             remedy="give --calib FILE; only `solver: rtn` with dynamic activations needs none",
         )
     settings = plan.calibration
     left = most_bytes - resident_bytes()
-    samples = read_samples(source, limit=settings.samples, seed=settings.seed, most_bytes=left)
+    samples = read_samples(
+        asked.calibration, limit=settings.samples, seed=settings.seed, most_bytes=left
+    )
     require_modalities(samples, _needed_kinds(plan))
     return samples
 

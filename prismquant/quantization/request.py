@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from prismquant.arguments import as_count
+from prismquant.data import Sample
 from prismquant.data.media import Limits
 from prismquant.distributed import Ranks
 from prismquant.engine.setup import Reporter
 from prismquant.plan.plan import Plan
 from prismquant.recipe.schema import Recipe
+from prismquant.run.method_choice import MethodChoice
 from prismquant.run.record import RunRecord
 from prismquant.runtime.mixed import Wanted
 
@@ -41,6 +43,8 @@ class Request:
         strict: Refuse what is only remarked on otherwise.
         limits: Sizes of pictures, clips and samples.
         of_data: Options that were given and are about calibration data alone.
+        samples: Calibration samples that are read already, in place of all of the source.
+        choice: How the recipe was chosen among alternatives, for the record.
     """
 
     model: Path
@@ -57,6 +61,8 @@ class Request:
     strict: bool
     limits: Limits
     of_data: Sequence[str]
+    samples: tuple[Sample, ...] | None = None
+    choice: MethodChoice | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,9 @@ checkpoint format can declare a quantized input for a convolution.
 A method's name before the setting says the method: ``smoothquant-gptq-w4a8``, ``awq-w4a16``.
 Without one, codes come from GPTQ; with static activations scale is first moved by SmoothQuant,
 because one outlier channel would otherwise set the one scale of a whole input.
+
+``auto-`` before the setting leaves the method open: calibration samples that no statistic saw
+choose among several ways, each of which every reader takes.
 """
 
 from __future__ import annotations
@@ -124,7 +127,44 @@ PRESETS: dict[str, Preset] = {
     "autoround-w2a16": _with(_W2A16, **_RTN, tuner="autoround"),
 }
 
+# In the order in which they are preferred where they lose alike: the quickest first.
+_ALTERNATIVES: dict[str, Preset] = {
+    "plain": {},
+    "rotation": {"transforms": [_ROTATION]},
+    "smoothquant": {"transforms": [_SMOOTHQUANT]},
+    "rotation-smoothquant": {"transforms": [_ROTATION, _SMOOTHQUANT]},
+    "awq": {"transforms": [_AWQ]},
+}
+_CORRECTED: Preset = {"rules": [{"correction": "auto"}]}
+
+
+def _automatic(preset: Preset, *names: str) -> Preset:
+    """A setting that leaves a choice; ``+`` behind a name corrects the weights, too."""
+    choose = []
+    for name in names:
+        plain = name.removesuffix("+")
+        own = _ALTERNATIVES[plain] | (_CORRECTED if name != plain else {})
+        called = "correction" if name == "plain+" else name.replace("+", "-correction")
+        choose.append({"name": called} | own)
+    return {"rules": preset["rules"], "choose": choose}
+
+
+_WEIGHTS_ONLY = ("plain", "plain+", "rotation", "rotation+", "smoothquant", "awq", "awq+")
+_WITH_INPUTS = ("plain", "plain+", "rotation", "rotation+", "smoothquant", "smoothquant+")
+
+AUTOMATIC: dict[str, Preset] = {
+    "auto-w4a16": _automatic(_W4A16, *_WEIGHTS_ONLY),
+    "auto-w3a16": _automatic(_W3A16, *_WEIGHTS_ONLY),
+    "auto-w4a8": _automatic(_W4A8, *_WITH_INPUTS, "rotation-smoothquant"),
+    "auto-w8a8": _automatic(_W8A8, *_WITH_INPUTS, "rotation-smoothquant"),
+    "auto-w8a8-static": _automatic(_W8A8_STATIC, *_WITH_INPUTS, "rotation-smoothquant"),
+}
+"""Recipes that leave a choice of method."""
+
+NAMED: dict[str, Preset] = PRESETS | AUTOMATIC
+"""All recipes with a name."""
+
 
 def preset_yaml(name: str) -> str:
     """A preset as a YAML file, in the words it is written in."""
-    return write_yaml({"version": 1, "name": name, **PRESETS[name]})
+    return write_yaml({"version": 1, "name": name, **NAMED[name]})

@@ -21,6 +21,14 @@ key is an error that names its path and the key that was probably meant.
 
 They are applied in order: rotations first of all, then scales along edges.
 
+``choose`` leaves a choice. Each alternative adds rules and transforms to the recipe's own, and
+quantizing takes the one whose model loses least on calibration samples that no statistic saw:
+
+    choose:
+      - {name: plain}
+      - {name: corrected, rules: [{correction: auto}]}
+      - {name: rotated, transforms: [{name: rotation, match: {modality: llm}}]}
+
 ``kv_cache`` says in what numbers a server keeps keys and values: ``fp8``, ``fp8-head``, ``int8``,
 ``int4-head-rotated`` and so on, or a mapping: ``{format: fp8, granularity: head, range: mse}``.
 
@@ -43,6 +51,7 @@ from prismquant.errors import PrismQuantError, RecipeError, listed, shortened, s
 from prismquant.formats.kv_formats import KVCacheSpec, kv_cache_spec
 from prismquant.numerics.rules import RangeRule
 from prismquant.opening import read_bounded
+from prismquant.recipe.alternative import Alternative
 from prismquant.recipe.field_checks import as_finding, range_fields
 from prismquant.recipe.match import MAX_EXPRESSIONS, Match, Strict
 from prismquant.recipe.plain_yaml import MAX_BYTES, read_yaml, write_yaml
@@ -95,6 +104,8 @@ class Recipe(Strict):
             :class:`KVCacheSpec` and the ``range`` rule of its scales; None: floating point.
         rules: Later ones win; there may be none beside a ``kv_cache``.
         transforms: Applied in order, before anything is rounded.
+        choose: Alternatives, of which held-out loss takes one when the model is quantized; none, or
+            two at least.
         calibration: How statistics are gathered.
         tensor_parallel: Over how many devices a server will split each layer; formats must fit the
             parts.
@@ -108,6 +119,7 @@ class Recipe(Strict):
     kv_cache: Fields | None = None
     rules: tuple[LayerRule, ...]
     transforms: tuple[TransformRule, ...] = ()
+    choose: tuple[Alternative, ...] = ()
     calibration: Calibration = Calibration()
     tensor_parallel: Annotated[int, _count(MAX_DEVICES)] = 1
     predicted: dict[PredictedClass, Nats] | None = None
@@ -145,6 +157,18 @@ class Recipe(Strict):
             raise ValueError("`tuner_options` but no rule names a tuner")
         return rules
 
+    @field_validator("choose")
+    @classmethod
+    def _distinct_alternatives(cls, choose: tuple[Alternative, ...]) -> tuple[Alternative, ...]:
+        names = [one.name for one in choose]
+        if len(names) == 1:
+            raise ValueError(
+                "one alternative leaves no choice: give two, or move it into the rules"
+            )
+        if len({*names}) < len(names):
+            raise ValueError(f"two alternatives have one name: {', '.join(names)}")
+        return choose
+
     @property
     def kv_cache_settings(self) -> tuple[KVCacheSpec, RangeRule]:
         """The numbers of the key-value cache, and how the ranges of its scales are chosen.
@@ -166,14 +190,28 @@ class Recipe(Strict):
     def with_rules(self, *rules: Mapping[str, Any], name: str | None = None) -> Recipe:
         """This recipe with more rules after its own."""
         body = self.to_dict()
-        body["rules"] = [*body["rules"], *rules]
+        for part in body["choose"] if self.choose else [body]:
+            part["rules"] = [*part.get("rules", []), *rules]
         return parse_recipe(body | ({"name": name} if name else {}), source=self.name)
 
     def with_transforms(self, *transforms: Mapping[str, Any], name: str | None = None) -> Recipe:
         """This recipe with more transforms after its own."""
         body = self.to_dict()
-        body["transforms"] = [*body.get("transforms", []), *transforms]
+        for part in body["choose"] if self.choose else [body]:
+            part["transforms"] = [*part.get("transforms", []), *transforms]
         return parse_recipe(body | ({"name": name} if name else {}), source=self.name)
+
+    def chosen(self, name: str) -> Recipe:
+        """The ordinary recipe that is left when one of the alternatives is chosen.
+
+        Args:
+            name: Of the alternative.
+        """
+        body = self.to_dict()
+        [one] = [part for part in body.pop("choose") if part["name"] == name]
+        for key in ("rules", "transforms"):
+            body[key] = [*body.get(key, []), *one.get(key, [])]
+        return parse_recipe(body | {"name": f"{self.name}-{name}"}, source=self.name)
 
     def without_transforms(self) -> Recipe:
         """This recipe with its rules alone."""
@@ -206,7 +244,7 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
     Raises:
         RecipeError: No such preset or file, or the content does not fit the grammar.
     """
-    from prismquant.recipe.presets import PRESETS
+    from prismquant.recipe.presets import NAMED
 
     if isinstance(source, Recipe):
         return source
@@ -216,8 +254,8 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
         raise RecipeError(
             f"a recipe is a preset's name, a YAML file, a dictionary or a Recipe, not {source!r}"
         )
-    if str(source) in PRESETS:
-        return parse_recipe(PRESETS[str(source)] | {"name": str(source)}, source=str(source))
+    if str(source) in NAMED:
+        return parse_recipe(NAMED[str(source)] | {"name": str(source)}, source=str(source))
     if not os.path.exists(source):
         _refuse_missing(str(source))
     path = Path(source)
@@ -257,7 +295,7 @@ def parse_recipe(content: Mapping[str, Any], *, source: str) -> Recipe:
 
 
 def _refuse_missing(name: str) -> NoReturn:
-    from prismquant.recipe.presets import PRESETS
+    from prismquant.recipe.presets import NAMED
 
     if _TEXT.search(name):
         raise RecipeError(
@@ -265,7 +303,7 @@ def _refuse_missing(name: str) -> NoReturn:
             remedy="write it to a file and name that; in Python, give a dictionary",
         )
     raise RecipeError(
-        f"no preset and no file is called {shortened(name)}", remedy=suggest(name, PRESETS)
+        f"no preset and no file is called {shortened(name)}", remedy=suggest(name, NAMED)
     )
 
 
@@ -283,6 +321,7 @@ def _keys_at(location: Sequence[Any]) -> Iterable[str]:
         "rules": LayerRule,
         "match": Match,
         "transforms": TransformRule,
+        "choose": Alternative,
         "calibration": Calibration,
     }
     return models.get(names[-1] if names else "", Recipe).model_fields

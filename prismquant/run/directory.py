@@ -3,6 +3,7 @@
     out/prismquant/plan.json      the plan, before any computing
     out/prismquant/recipe.yaml    the recipe as it was resolved
     out/prismquant/record.json    one entry per finished step; the last one says "finished"
+    out/prismquant/choice/        what was found of a recipe's alternatives, where it has any
     out/prismquant/lock           while a run is at work: who it is
 
 A step's shard is on the disk before its entry. A run that is killed therefore never claims a step
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -71,6 +73,11 @@ class RunDirectory:
     def lock_path(self) -> Path:
         """Path of the lock, while a run is at work."""
         return self._inside / "lock"
+
+    @property
+    def choice_folder(self) -> Path:
+        """Folder of what was found of a recipe's alternatives."""
+        return self._inside / "choice"
 
     @contextlib.contextmanager
     def claimed(self, *, resume: bool) -> Iterator[bool]:
@@ -151,15 +158,14 @@ class RunDirectory:
     def _leftovers(self, *, anew: bool) -> Callable[[Path], bool]:
         """Files that an earlier run may have left without there being anything to go on with."""
         known = {self.lock_path}
-        states = ""
+        places = [f"{self.choice_folder}{os.sep}"]
         record = self._readable_record()
         if anew and record and not record.steps and not record.finished:
             known |= {self._inside / name for name in _PROVENANCE}
-            states = str(self._inside / _STATES)
+            places.append(str(self._inside / _STATES))
 
         def ours(path: Path) -> bool:
-            waiting = bool(states) and str(path).startswith(states)
-            return path in known or waiting or is_temporary(path)
+            return path in known or is_temporary(path) or str(path).startswith(tuple(places))
 
         return ours
 

@@ -20,8 +20,9 @@ from prismquant.arguments import EXACT
 from prismquant.diagnostics.step_record import StepRecord
 from prismquant.errors import NumericsError, StorageError, grouped, listed
 from prismquant.run.identity import Identity
+from prismquant.run.method_choice import MethodChoice
 
-RECORD_VERSION = 6
+RECORD_VERSION = 7
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class RunRecord:
         restarts: Each time that the run was taken up again.
         files: Checksums of the other files of the finished checkpoint, by their path in the folder.
         nonfinite: As that of a step, of tensors that belong to none.
+        choice: Of one among the recipe's alternatives; None where it left no choice.
     """
 
     __pydantic_config__ = EXACT
@@ -76,6 +78,7 @@ class RunRecord:
     restarts: tuple[RestartRecord, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
     nonfinite: Mapping[str, str] = field(default_factory=dict)
+    choice: MethodChoice | None = None
 
     @property
     def threads(self) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ import yaml
 import prismquant as pq
 from prismquant import api
 from prismquant.opening import read_json
-from prismquant.recipe.presets import PRESETS
+from prismquant.recipe.presets import NAMED
 from prismquant.storage import write_json
 
 if TYPE_CHECKING:
@@ -631,9 +631,9 @@ def test_a_demonstration_that_fails_can_be_repeated(
 
 def test_recipes_are_listed_shown_and_checked(run: Cli, tmp_path: Path) -> None:
     status, out, _ = run("recipe", "list")
-    assert (status, out.split()) == (0, list(PRESETS))
+    assert (status, out.split()) == (0, list(NAMED))
     status, out, _ = run("recipe", "list", "--json")
-    assert (status, json.loads(out)) == (0, sorted(PRESETS))
+    assert (status, json.loads(out)) == (0, sorted(NAMED))
     status, out, _ = run("recipe", "show", "w4a8-static-all")
     assert status == 0
     assert pq.load_recipe(yaml.safe_load(out)) == pq.load_recipe("w4a8-static-all")

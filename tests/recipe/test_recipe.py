@@ -27,6 +27,7 @@ from prismquant.plan.make_plan import make_plan
 from prismquant.recipe.layer_config import LayerConfig
 from prismquant.recipe.match import Match
 from prismquant.recipe.plain_yaml import read_yaml, write_yaml
+from prismquant.recipe.presets import NAMED as RECIPES
 from prismquant.recipe.presets import PRESETS, preset_yaml
 from prismquant.recipe.resolve import Resolved, resolve
 from prismquant.recipe.schema import Recipe, load_recipe, parse_recipe
@@ -371,7 +372,7 @@ def test_yaml_python_and_a_recipe_are_the_same(tmp_path: Path) -> None:
     assert from_file.calibration.layer_sequential
 
 
-@pytest.mark.parametrize("source", [*PRESETS, "FULL"])
+@pytest.mark.parametrize("source", [*RECIPES, "FULL"])
 def test_every_recipe_survives_being_written_down(source: str, tmp_path: Path) -> None:
     """Through YAML and through JSON, twice, with the same meaning and the same text."""
     recipe = load_recipe(yaml.safe_load(FULL) if source == "FULL" else source)
@@ -379,7 +380,7 @@ def test_every_recipe_survives_being_written_down(source: str, tmp_path: Path) -
     again = load_recipe(tmp_path / "again.yaml")
     assert again == recipe
     assert again.to_yaml() == recipe.to_yaml()
-    if source in PRESETS:
+    if source in RECIPES:
         assert load_recipe(yaml.safe_load(preset_yaml(source))) == recipe
     assert parse_recipe(json.loads(json.dumps(recipe.to_dict())), source="json") == recipe
 

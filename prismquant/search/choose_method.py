@@ -1,0 +1,235 @@
+"""Choosing among a recipe's alternatives by held-out loss, and quantizing with the one that wins.
+
+A part of the calibration samples is held out of all statistics. In each round the model is
+quantized by every alternative that is left, on samples of the rest, and its KL divergence from the
+unquantized model is measured on those held out; the worse ones drop out, and the next round has
+more samples. The winner becomes an ordinary recipe, with which all samples are used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+from prismquant.data import Sample, read_samples
+from prismquant.errors import DataError, PlanError, PrismQuantError, listed
+from prismquant.memory import resident_bytes
+from prismquant.models.bind import bind
+from prismquant.models.bound import BoundModel
+from prismquant.plan.make_plan import make_plan
+from prismquant.quantization.perform import perform, refuse_inside
+from prismquant.quantization.prepare import memory_room, source_files, surveyed_batches
+from prismquant.quantization.request import Request, Result
+from prismquant.run.directory import RunDirectory
+from prismquant.run.fingerprint import (
+    code_versions,
+    fingerprint_samples,
+    stamp_files,
+    unchanged,
+)
+from prismquant.run.identity import Identity
+from prismquant.run.method_choice import MethodChoice, MethodTrial
+from prismquant.runtime.mixed import Precision
+from prismquant.search.analysis_request import DEFAULT_WEIGHTS
+from prismquant.search.held_out import HeldOut, hold_out
+from prismquant.search.method_trials import Ask, TrialRuns
+from prismquant.search.trial_file import TrialFile
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of a choice.
+
+    Attributes:
+        part: Part of the samples that are not held out which its statistics see.
+        fewest: Samples that they see at least, if there are as many.
+        kept: Alternatives that go on to the next round.
+    """
+
+    part: float
+    fewest: int
+    kept: int
+
+
+ROUNDS = (Round(part=0.125, fewest=8, kept=3), Round(part=0.5, fewest=16, kept=1))
+"""Rounds of a choice."""
+
+
+def quantize_best(asked: Request) -> Result:
+    """Quantize a checkpoint by the alternative of the recipe that loses least.
+
+    Raises:
+        PrismQuantError: With what is wrong, where, and the remedy. All that can be checked is
+            checked before any long work.
+    """
+    bound = bind(asked.model)
+    refuse_inside(asked.out, bound.folder)
+    names, failed = _fitting(asked, bound)
+    parts = hold_out(_samples(asked), asked.recipe.calibration.seed)
+    directory = RunDirectory(asked.out)
+    first = asked.ranks.rank == 0
+    with directory.claimed(resume=asked.resume) if first else nullcontext():
+        choice = _chosen(asked, bound, directory, parts, names, failed)
+    asked.reporter.remark(f"{choice.chosen} was chosen: {choice.why}")
+    # In the order of the source, whatever was held out before.
+    return perform(replace(asked, recipe=asked.recipe.chosen(choice.chosen), choice=choice))
+
+
+def _fitting(asked: Request, bound: BoundModel) -> tuple[list[str], list[MethodTrial]]:
+    """Names of the alternatives that can be laid over the model, and why the others cannot.
+
+    Raises:
+        PlanError: None can.
+    """
+    names, failed, first = [], [], None
+    for one in asked.recipe.choose:
+        try:
+            make_plan(asked.recipe.chosen(one.name), bound)
+        except PrismQuantError as error:
+            first = first or error
+            why = "; ".join(error.findings) or error.what
+            failed.append(MethodTrial(one.name, 0, 0, failure=why))
+            asked.reporter.remark(f"{one.name} is left out: {why}")
+        else:
+            names.append(one.name)
+    if not names:
+        raise PlanError(
+            "no alternative of the recipe fits this model:"
+            + listed([f"{one.name}: {one.failure}" for one in failed]),
+            where=f"recipe {asked.recipe.name!r}",
+        ) from first
+    return names, failed
+
+
+def _samples(asked: Request) -> tuple[Sample, ...]:
+    """All calibration samples.
+
+    Raises:
+        DataError: There are none, or they cannot be read.
+    """
+    if asked.calibration is None:
+        raise DataError(
+            f"recipe {asked.recipe.name!r} chooses among "
+            f"{', '.join(one.name for one in asked.recipe.choose)} by what they lose on samples",
+            remedy="give --calib FILE, or a recipe that leaves no choice",
+        )
+    settings = asked.recipe.calibration
+    left = memory_room(asked.memory_budget) - resident_bytes()
+    return read_samples(
+        asked.calibration, limit=settings.samples, seed=settings.seed, most_bytes=left
+    )
+
+
+def _chosen(
+    asked: Request,
+    bound: BoundModel,
+    directory: RunDirectory,
+    parts: HeldOut,
+    names: Sequence[str],
+    failed: Sequence[MethodTrial],
+) -> MethodChoice:
+    """Make the choice, or go on with one that was cut off."""
+    ranks, file = asked.ranks, TrialFile(directory.choice_folder)
+    identity = _identity(asked, bound, parts)
+    known = file.begin(identity, resume=asked.resume) if ranks.rank == 0 else []
+    known = [MethodTrial(**told) for told in ranks.gather_json([vars(t) for t in known])[0]]
+    batches, _ = surveyed_batches(
+        parts.held_out,
+        bound,
+        batch_size=asked.recipe.calibration.batch_size,
+        limits=asked.limits,
+        device=asked.target,
+        room=memory_room(asked.memory_budget),
+        trust_remote_code=asked.trust_remote_code,
+    )
+    runs = TrialRuns(asked, batches, file.checkpoint, file.clear)
+    trials: list[MethodTrial] = []
+    seen: tuple[Sample, ...] = ()
+    with unchanged(bound.folder, identity.files):
+        for number, one in enumerate(ROUNDS):
+            if len(names) < 2 and trials:
+                break
+            count = max(one.fewest, round(one.part * len(parts.rest)))
+            seen = parts.part(count, asked.recipe.calibration.seed)
+            for name in names:
+                trial = next((t for t in known if (t.name, t.round) == (name, number)), None)
+                if trial is None:
+                    trial = runs.run(Ask(name, number, seen))
+                    asked.reporter.remark(trial_line(trial))
+                trials.append(trial)
+                if ranks.rank == 0:
+                    file.save(identity, [*trials, *known[len(trials) :]])
+            names = [t.name for t in _best_first(trials, number)[: one.kept]]
+            if not names:
+                raise _nothing_works(asked, trials)
+    return MethodChoice(
+        recipe=asked.recipe.name,
+        chosen=names[0],
+        why=_why(trials),
+        weights={str(name): weight for name, weight in DEFAULT_WEIGHTS.items() if weight},
+        held_out=tuple(sample.id for sample in parts.held_out),
+        seen=tuple(sample.id for sample in seen),
+        trials=(*failed, *trials),
+    )
+
+
+def _best_first(trials: Sequence[MethodTrial], number: int) -> list[MethodTrial]:
+    """Trials of a round that did not fail, by their loss; of equals the first."""
+    whole = [t for t in trials if t.round == number and t.loss is not None]
+    return sorted(whole, key=lambda t: t.loss or 0.0)
+
+
+def _why(trials: Sequence[MethodTrial]) -> str:
+    """The winner's lead over the next best of the last round, in words."""
+    best, *others = _best_first(trials, max(trial.round for trial in trials))
+    said = f"its held-out loss is {best.loss:.3g}"
+    if not others:
+        return f"{said}, and no other alternative could be tried"
+    other = others[0]
+    parts, own = other.parts or {}, best.parts or {}
+    gaps = [parts[name] - own[name] for name in own]
+    mean = sum(gaps) / len(gaps)
+    spread = sum((gap - mean) ** 2 for gap in gaps)
+    error = (spread * len(gaps) / (len(gaps) - 1)) ** 0.5
+    return f"{said}, {sum(gaps):.2g} ± {error:.1g} below that of {other.name}"
+
+
+def trial_line(trial: MethodTrial) -> str:
+    """One trial in words."""
+    said = f"tried {trial.name} on {trial.samples} samples"
+    if trial.loss is None:
+        return f"{said}: it failed: {trial.failure}"
+    return f"{said}: held-out loss {trial.loss:.3g} ± {trial.error:.1g} ({trial.seconds:.0f} s)"
+
+
+def _nothing_works(asked: Request, trials: Sequence[MethodTrial]) -> PlanError:
+    return PlanError(
+        "all alternatives of the recipe failed:"
+        + listed([f"{one.name}: {one.failure}" for one in trials if one.failure]),
+        where=f"recipe {asked.recipe.name!r}",
+        remedy="`on_failure: rtn` rounds a layer to nearest where its solver fails",
+    )
+
+
+def _identity(asked: Request, bound: BoundModel, parts: HeldOut) -> Identity:
+    """Everything that decides the losses."""
+    settings: Mapping[str, Any] = {
+        "recipe": asked.recipe.to_dict(),
+        "rounds": [dataclasses.asdict(one) for one in ROUNDS],
+        "weights": dict(DEFAULT_WEIGHTS),
+        "limits": dataclasses.asdict(asked.limits),
+    }
+    precision = Precision.chosen(asked.wanted, asked.target, bound.dtype, runs=True)
+    return Identity(
+        plan=hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        files=stamp_files(bound.folder, source_files(bound.folder)),
+        samples=fingerprint_samples((*parts.held_out, *parts.rest)),
+        inputs="",
+        arithmetic=f"{asked.target.type} {precision.describe()}",
+        versions=code_versions(),
+    )

@@ -1,0 +1,251 @@
+"""A choice of method: the better alternative wins, the same twice, and goes on after a break."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import tiny_vlm
+
+import prismquant as pq
+from prismquant.data import read_samples
+from prismquant.engine.setup import Silent
+from prismquant.errors import DataError, PlanError, RecipeError, StorageError
+from prismquant.models.bind import bind
+from prismquant.models.outliers import add_outliers
+from prismquant.plan.make_plan import make_plan
+from prismquant.recipe.presets import AUTOMATIC
+from prismquant.recipe.schema import load_recipe, parse_recipe
+from prismquant.run.record import RunRecord
+from prismquant.search.held_out import FEWEST, hold_out
+from prismquant.storage import file_digest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from prismquant.recipe.schema import Recipe
+
+_LLM = {"modality": "llm", "role": ["attn", "mlp"]}
+SMOOTH: dict[str, Any] = {"name": "smoothed", "transforms": [{"name": "smoothquant"}]}
+PLAIN: dict[str, Any] = {"name": "plain"}
+IMPOSSIBLE: dict[str, Any] = {
+    "name": "impossible",
+    "transforms": [{"name": "rotation", "match": {"modality": "llm"}}] * 2,
+}
+
+
+def recipe(*alternatives: dict[str, Any], name: str = "mine") -> Recipe:
+    rule = {
+        "match": _LLM,
+        "weights": "int8-channel",
+        "activations": "int8-tensor",
+        "weight_range": "minmax",
+    }
+    content = {"name": name, "rules": [rule], "choose": list(alternatives)}
+    return parse_recipe(content, source="test")
+
+
+class Listening(Silent):
+    """Keeps remarks, and breaks off after so many trials."""
+
+    def __init__(self, most: int | None = None) -> None:
+        self.lines: list[str] = []
+        self.most = most
+
+    @property
+    def tried(self) -> list[str]:
+        return [line.split()[1] for line in self.lines if line.startswith("tried")]
+
+    def remark(self, line: str) -> None:
+        self.lines.append(line)
+
+    def begin(self, steps: int) -> None:
+        if self.most is not None and len(self.tried) >= self.most:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_vlm.samples(tmp_path_factory.mktemp("choice"), count=18)
+
+
+@pytest.fixture(scope="module")
+def spiky(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with activation outliers, which one scale for a whole input cannot hold."""
+    folder = tmp_path_factory.mktemp("spiky") / "model"
+    add_outliers(tiny("qwen2_vl"), folder, factor=256.0, channels=2, modality="llm")
+    return folder
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: file_digest(path) for path in folder.glob("*.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def finished(spiky: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finished") / "out"
+    pq.quantize(spiky, recipe(PLAIN, SMOOTH), out, data)
+    return out
+
+
+def test_the_alternative_that_copes_with_outliers_wins(finished: Path) -> None:
+    record = RunRecord.from_dict(json.loads((finished / "prismquant/record.json").read_text()))
+    assert record.choice is not None
+    assert record.choice.chosen == "smoothed"
+    last = max(trial.round for trial in record.choice.trials)
+    losses = {t.name: t.loss for t in record.choice.trials if t.round == last}
+    assert losses["smoothed"] is not None
+    assert losses["plain"] is not None
+    assert losses["smoothed"] < losses["plain"]
+    assert not {*record.choice.held_out} & {*record.choice.seen}
+    assert len(record.choice.held_out) == FEWEST
+    assert "below that of plain" in record.choice.why
+    assert RunRecord.from_dict(json.loads(json.dumps(record.to_dict()))) == record
+
+
+def test_the_order_of_alternatives_does_not_matter(
+    spiky: Path, data: Path, tmp_path: Path, finished: Path
+) -> None:
+    out = tmp_path / "out"
+    found = pq.quantize(spiky, recipe(SMOOTH, PLAIN), out, data)
+    assert found.record.choice is not None
+    assert found.record.choice.chosen == "smoothed"
+    assert digests(out) == digests(finished)
+
+
+def test_the_result_is_that_of_the_ordinary_recipe(
+    spiky: Path, data: Path, tmp_path: Path, finished: Path
+) -> None:
+    out = tmp_path / "out"
+    pq.quantize(spiky, finished / "prismquant/recipe.yaml", out, data)
+    assert digests(out) == digests(finished)
+    assert not load_recipe(finished / "prismquant/recipe.yaml").choose
+    plans = [(at / "prismquant/plan.json").read_text() for at in (out, finished)]
+    assert plans[0] == plans[1]
+
+
+@pytest.mark.parametrize("most", [0, 1, 3])
+def test_a_choice_that_is_cut_off_goes_on(
+    spiky: Path, data: Path, tmp_path: Path, finished: Path, most: int
+) -> None:
+    out, asked = tmp_path / "out", recipe(PLAIN, SMOOTH)
+    first, second = Listening(most), Listening()
+    with pytest.raises(KeyboardInterrupt):
+        pq.quantize(spiky, asked, out, data, reporter=first)
+    found = pq.quantize(spiky, asked, out, data, reporter=second, resume=True)
+    whole = RunRecord.from_dict(json.loads((finished / "prismquant/record.json").read_text()))
+    assert found.record.choice is not None
+    assert whole.choice is not None
+    assert first.tried + second.tried == [trial.name for trial in whole.choice.trials]
+    timeless = [
+        replace(choice, trials=tuple(replace(t, seconds=0.0) for t in choice.trials))
+        for choice in (found.record.choice, whole.choice)
+    ]
+    assert timeless[0] == timeless[1]
+    assert digests(out) == digests(finished)
+
+
+def test_a_finished_run_is_resumed_without_any_trial(
+    spiky: Path, data: Path, tmp_path: Path
+) -> None:
+    out, asked, again = tmp_path / "out", recipe(PLAIN, SMOOTH), Listening()
+    pq.quantize(spiky, asked, out, data)
+    before = digests(out)
+    result = pq.quantize(spiky, asked, out, data, reporter=again, resume=True)
+    assert result.record.finished
+    assert again.tried == []
+    assert digests(out) == before
+
+
+def test_another_choice_is_not_gone_on_with(spiky: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        pq.quantize(spiky, recipe(PLAIN, SMOOTH), out, data, reporter=Listening(1))
+    other = recipe(PLAIN, {"name": "corrected", "rules": [{"correction": "auto"}]})
+    with pytest.raises(StorageError, match="the earlier choice of a method differs"):
+        pq.quantize(spiky, other, out, data, resume=True)
+
+
+def test_an_alternative_that_does_not_fit_is_left_out_and_told(
+    spiky: Path, data: Path, tmp_path: Path
+) -> None:
+    listening = Listening()
+    asked = recipe(IMPOSSIBLE, PLAIN)
+    result = pq.quantize(spiky, asked, tmp_path / "out", data, reporter=listening)
+    assert result.record.choice is not None
+    assert result.record.choice.chosen == "plain"
+    failed = [t for t in result.record.choice.trials if t.failure]
+    assert [t.name for t in failed] == ["impossible"]
+    assert "rotated twice" in failed[0].failure
+    assert any(line.startswith("impossible is left out") for line in listening.lines)
+
+
+def test_where_none_fits_all_reasons_are_told(spiky: Path, data: Path, tmp_path: Path) -> None:
+    asked = recipe(IMPOSSIBLE, IMPOSSIBLE | {"name": "another"})
+    with pytest.raises(PlanError, match=r"(?s)impossible: .*rotated twice.*another: "):
+        pq.quantize(spiky, asked, tmp_path / "out", data)
+    assert not (tmp_path / "out").exists()
+
+
+def test_it_asks_for_samples_before_any_work(spiky: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match="chooses among plain, smoothed by what they lose"):
+        pq.quantize(spiky, recipe(PLAIN, SMOOTH), out)
+    with pytest.raises(DataError, match=r"takes 8 calibration samples.*there are 7"):
+        pq.quantize(spiky, recipe(PLAIN, SMOOTH), out, data, samples=7)
+    assert not out.exists()
+
+
+def test_a_folder_in_use_is_refused_before_any_trial(
+    spiky: Path, data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "note.txt").write_text("mine")
+    listening = Listening()
+    with pytest.raises(StorageError, match="not empty"):
+        pq.quantize(spiky, recipe(PLAIN, SMOOTH), tmp_path, data, reporter=listening)
+    assert listening.lines == []
+
+
+@pytest.mark.parametrize("count", [8, 9, 18])
+def test_samples_are_split_evenly_over_kinds(data: Path, count: int) -> None:
+    samples = read_samples(data)[:count]
+    parts = hold_out(samples, 0)
+    assert len(parts.held_out) == FEWEST
+    assert {s.kind for s in parts.held_out} == {"text", "image", "video"}
+    assert sorted(s.id for s in (*parts.held_out, *parts.rest)) == sorted(s.id for s in samples)
+    assert hold_out(samples, 0) == parts
+
+
+@pytest.mark.parametrize("name", AUTOMATIC)
+def test_every_automatic_preset_fits_every_family(name: str, tiny_folder: Path) -> None:
+    """Each alternative alone, and what it adds stands in what inspect says."""
+    loaded, bound = load_recipe(name), bind(tiny_folder)
+    plans = [make_plan(loaded.chosen(one.name), bound) for one in loaded.choose]
+    formats = [[row.config.weights for row in plan.rows] for plan in plans]
+    assert all(one == formats[0] for one in formats)
+    told = pq.inspect(tiny_folder, name)
+    assert told.rows == plans[0].rows
+    assert any("leaves a choice, which needs calibration data" in line for line in told.remarks)
+    assert all(any(one.name in line for line in told.remarks) for one in loaded.choose)
+
+
+@pytest.mark.parametrize("name", AUTOMATIC)
+def test_what_a_call_adds_comes_after_what_an_alternative_says(name: str) -> None:
+    loaded = load_recipe(name).with_rules({"solver": "rtn"})
+    for one in loaded.choose:
+        assert loaded.chosen(one.name).rules[-1].solver == "rtn"
+    assert load_recipe(parse_recipe(loaded.to_dict(), source="again")) == loaded
+
+
+def test_a_choice_is_checked_like_the_rest_of_a_recipe(tiny: Callable[..., Path]) -> None:
+    with pytest.raises(RecipeError, match="one alternative leaves no choice"):
+        recipe(PLAIN)
+    with pytest.raises(RecipeError, match="two alternatives have one name"):
+        recipe(PLAIN, PLAIN)
+    with pytest.raises(RecipeError, match="did you mean 'transforms'"):
+        recipe(PLAIN, {"name": "odd", "transform": []})
+    with pytest.raises(PlanError, match="leaves a choice among plain, smoothed"):
+        make_plan(recipe(PLAIN, SMOOTH), bind(tiny("qwen2_vl")))
