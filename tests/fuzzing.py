@@ -22,6 +22,7 @@ import struct
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ import tiny_vlm
 import yaml
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from sensitivities import made
 
 import prismquant as pq
 from prismquant.api import export
@@ -459,9 +461,38 @@ def runs(folder: Path) -> Target:
     return run
 
 
+def searches(folder: Path) -> Target:
+    """Sensitivities and tables of latencies, and the recipes that are found from them."""
+    folder.mkdir()
+    found = asdict(made(0, blocks=1, formats=("int3-g128", "int8-channel+int8-token")))
+    path, table = folder / "sensitivity.json", folder / "latency.json"
+    layers = [
+        {"out": layer["out_features"], "in": layer["in_features"], "format": name, "ms": 1.0}
+        for unit in found["units"]
+        for layer in unit["layers"]
+        for name in ("float", *found["formats"])
+    ]
+    times = {"layers": list({json.dumps(one): one for one in layers}.values())}
+    bounds = ({"bits": 5}, {"max_loss": 1.0}, {"size": "1MB", "cap": "vision=4", "reader": "vllm"})
+
+    def run(draw: Draw, guard: Guard) -> None:
+        written_json(draw, path, found)
+        asked: dict[str, Any] = dict(draw(st.sampled_from(bounds)))
+        if draw(st.integers(0, 3)) == 0:
+            path.write_text(json.dumps(found))
+            written_json(draw, table, times)
+            asked |= {"latency": table, "latency_ms": 20}
+        out = folder / "recipe.yaml"
+        with guard.watching():
+            pq.find_mix(path, out=out, tensor_parallel=draw(st.sampled_from((1, 2))), **asked)
+            load_recipe(out)
+
+    return run
+
+
 TARGETS: dict[str, Callable[[Path], Target]] = {
     target.__name__: target
-    for target in (headers, index, configs, processors, recipes, rows, quantized, runs)
+    for target in (headers, index, configs, processors, recipes, rows, quantized, runs, searches)
 }
 
 

@@ -32,8 +32,10 @@ BITS = {FLOAT: 16.0, "int2-g64": 2.25, "int3-g128": 3.125, "int4-g128": 4.125}
 
 
 def choice(name: str) -> Choice:
-    """A format of weights alone."""
-    return Choice(weights=spec(name).to_dict(), weight_range={"kind": "mse"})
+    """A format of weights, and of inputs behind a plus."""
+    weights, _, inputs = name.partition("+")
+    activations = spec(inputs).to_dict() if inputs else None
+    return Choice(spec(weights).to_dict(), activations, weight_range={"kind": "mse"})
 
 
 def made(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -18,6 +17,8 @@ from prismquant.opening import read_json
 from prismquant.search.sensitivity import FLOAT, SENSITIVITY_VERSION, ChoiceUnit, Sensitivity
 from prismquant.storage import write_json
 
+# No model has more, and no loss or weight that an analysis writes is larger.
+_MOST_BYTES, _MOST_LOSS, _MOST_WEIGHT = 1 << 60, 1e100, 1000
 _AGAIN = "write it again with `prismquant analyze`"
 
 
@@ -82,10 +83,10 @@ def _faults(found: Sensitivity) -> Iterator[str]:
         yield from (
             f"{what} {name!r} is there twice" for name, uses in Counter(names).items() if uses > 1
         )
-    if min(found.fixed_bytes, found.fixed_weights) < 0:
-        yield "fixed_bytes or fixed_weights is negative"
-    if not all(math.isfinite(weight) for weight in found.weights.values()):
-        yield "weights are no numbers"
+    if not all(0 <= count <= _MOST_BYTES for count in (found.fixed_bytes, found.fixed_weights)):
+        yield "fixed_bytes or fixed_weights is no size"
+    if not all(0 <= weight <= _MOST_WEIGHT for weight in found.weights.values()):
+        yield f"weights are not from 0 to {_MOST_WEIGHT}"
     for unit in found.units:
         yield from (f"unit {unit.name!r}: {fault}" for fault in _unit_faults(unit, found))
 
@@ -101,8 +102,8 @@ def _unit_faults(unit: ChoiceUnit, found: Sensitivity) -> Iterator[str]:
     for option in unit.options:
         if option.format not in (FLOAT, *found.formats):
             yield f"there is no format {option.format!r}"
-        if min(option.stored_bytes, option.cache_bytes) < 0:
-            yield f"{option.format}: bytes are negative"
+        if not all(0 <= size <= _MOST_BYTES for size in (option.stored_bytes, option.cache_bytes)):
+            yield f"{option.format}: bytes are no size"
         for kind, score in option.scores.items():
-            if not math.isfinite(score.loss):
+            if not abs(score.loss) <= _MOST_LOSS:
                 yield f"{option.format}: the loss of {kind} tokens is no number"

@@ -46,7 +46,13 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda c: unit(c)["options"][1].update(format="int9"),
         "there is no format 'int9'",
     ),
-    "negative bytes": (lambda c: unit(c)["options"][1].update(stored_bytes=-1), "negative"),
+    "negative bytes": (lambda c: unit(c)["options"][1].update(stored_bytes=-1), "no size"),
+    "far too many bytes": (lambda c: c.update(fixed_bytes=10**40), "no size"),
+    "a negative weight": (lambda c: c["weights"].update(answer=-1.0), "not from 0 to 1000"),
+    "a loss beyond all": (
+        lambda c: unit(c)["options"][1]["scores"]["text"].update(loss=-1e300),
+        "no number",
+    ),
     "not a number": (
         lambda c: unit(c)["options"][1]["scores"]["answer"].update(loss=float("nan")),
         "no number",
