@@ -65,7 +65,7 @@ def perform(asked: Request) -> Result:
         if not record.finished:
             record = _quantized(asked, bound, ready, directory, record, precision)
             earlier = record.restarts[-1].notes if record.restarts else ()
-        notes = (*earlier, *_notes(record, bound, directory))
+        notes = (*earlier, *_notes(record, bound, directory), *_prediction(asked))
         return Result(asked.out, ready.plan, record, notes)
 
 
@@ -165,6 +165,16 @@ def _notes(record: RunRecord, bound: BoundModel, directory: RunDirectory) -> tup
     foreign = directory.foreign_files(record) if record.finished else []
     beside = f"files that the run has not written lie in its folder: {', '.join(foreign)}"
     return (*failed, *damaged, *links_remark(bound.folder), *[beside] * bool(foreign))
+
+
+def _prediction(asked: Request) -> list[str]:
+    """Note on what a search has predicted, which a run does not measure."""
+    told = ", ".join(f"{kind} {loss:.3g}" for kind, loss in (asked.recipe.predicted or {}).items())
+    what = (
+        f"a search predicted a KL divergence a token of: {told}; `prismquant eval {asked.out} "
+        f"--reference {asked.model} --data DATA` shows it beside what it measures"
+    )
+    return [what] if told else []
 
 
 def _damage(nonfinite: Mapping[str, str]) -> list[str]:

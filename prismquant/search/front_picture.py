@@ -131,7 +131,9 @@ def _points(
         circle = f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}">'
         yield f"{circle}<title>{_escaped(told)}</title></circle>"
         if number == knee:
-            yield _text(x + 10, y - 10, f"knee: {point['bits']:.2f} bits")
+            left = x > 0.7 * _WIDTH
+            place, anchor = (x - 10, "end") if left else (x + 10, "start")
+            yield _text(place, y - 10, f"knee: {point['bits']:.2f} bits", anchor=anchor)
 
 
 def _text(x: float, y: float, text: str, *, anchor: str = "start", size: int = 13) -> str:

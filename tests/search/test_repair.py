@@ -256,7 +256,9 @@ def test_an_evaluation_tells_what_was_predicted(
     file: Path, tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path
 ) -> None:
     found = pq.find_mix(file, cap="llm=6", out=tmp_path / "r.yaml")
-    pq.quantize(tiny("qwen2_vl"), tmp_path / "r.yaml", tmp_path / "out")
+    done = pq.quantize(tiny("qwen2_vl"), tmp_path / "r.yaml", tmp_path / "out")
+    (note,) = [note for note in done.notes if "a search predicted" in note]
+    assert f"answer {found.mix.losses['answer']:.3g}" in note
     result = pq.measure(tmp_path / "out", calibration_file, reference=tiny("qwen2_vl"))
     assert result.predicted == pytest.approx(dict(found.mix.losses))
     assert Fidelity.from_dict(result.to_dict()) == result
