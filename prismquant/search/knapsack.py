@@ -38,8 +38,8 @@ _AMOUNT_SCALE = 1e3
 # there are more, the limit is drawn tighter, and the gap tells what that may cost.
 _MOST_FORBIDDEN = 20
 _MOST_ROUNDS = 60
-# Statuses of scipy.optimize.milp.
-_OPTIMAL, _STOPPED, _INFEASIBLE = 0, 1, 2
+# A status of scipy.optimize.milp.
+_INFEASIBLE = 2
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ class _Problem:
     def _bound(self, result: Any) -> Fraction:
         """A bound below the cost of every answer, from the one that HiGHS has proved."""
         base = sum((Fraction(least) for least in self.bases), Fraction(0))
-        found = result.mip_dual_bound if result.status == _STOPPED else result.fun
+        found = result.mip_dual_bound
         if found is None or not math.isfinite(found):
             return base
         return base + Fraction(float(found)) * self.cost_step
