@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 def tell_run(result: Result, report: Report, out: str, console: Any, *, as_json: bool) -> None:
     """Say what a run has done, as one JSON object or in tables."""
     from prismquant.diagnostics.failed_layers import failed_layers
+    from prismquant.report.method_choices import choice_table
     from prismquant.report.plans import memory_line, run_table, token_lines
     from prismquant.report.run_files import RunFiles
 
@@ -31,6 +32,8 @@ def tell_run(result: Result, report: Report, out: str, console: Any, *, as_json:
         say_json(body)
         return
     files = RunFiles.read(result.folder)
+    if files.record.choice is not None:
+        console.print(choice_table(files.record.choice))
     console.print(run_table(files))
     console.print(memory_line(files.record))
     for line in token_lines(files):

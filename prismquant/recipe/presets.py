@@ -127,7 +127,8 @@ PRESETS: dict[str, Preset] = {
     "autoround-w2a16": _with(_W2A16, **_RTN, tuner="autoround"),
 }
 
-# In the order in which they are preferred where they lose alike: the quickest first.
+# Below 8 bits correction is always on: it chooses its own strength on tokens held out, so it costs
+# time but hardly ever loss. Of methods that lose alike the first is taken.
 _ALTERNATIVES: dict[str, Preset] = {
     "plain": {},
     "rotation": {"transforms": [_ROTATION]},
@@ -135,29 +136,24 @@ _ALTERNATIVES: dict[str, Preset] = {
     "rotation-smoothquant": {"transforms": [_ROTATION, _SMOOTHQUANT]},
     "awq": {"transforms": [_AWQ]},
 }
-_CORRECTED: Preset = {"rules": [{"correction": "auto"}]}
 
 
-def _automatic(preset: Preset, *names: str) -> Preset:
-    """A setting that leaves a choice; ``+`` behind a name corrects the weights, too."""
-    choose = []
-    for name in names:
-        plain = name.removesuffix("+")
-        own = _ALTERNATIVES[plain] | (_CORRECTED if name != plain else {})
-        called = "correction" if name == "plain+" else name.replace("+", "-correction")
-        choose.append({"name": called} | own)
+def _automatic(preset: Preset, *names: str, corrected: bool = False) -> Preset:
+    """A setting that leaves a choice among methods."""
+    correction = {"rules": [{"correction": "auto"}]} if corrected else {}
+    choose = [{"name": name} | _ALTERNATIVES[name] | correction for name in names]
     return {"rules": preset["rules"], "choose": choose}
 
 
-_WEIGHTS_ONLY = ("plain", "plain+", "rotation", "rotation+", "smoothquant", "awq", "awq+")
-_WITH_INPUTS = ("plain", "plain+", "rotation", "rotation+", "smoothquant", "smoothquant+")
+_ROTATED_OR_SMOOTHED = ("plain", "rotation", "smoothquant", "rotation-smoothquant")
+_ROTATED_OR_SCALED = ("plain", "rotation", "smoothquant", "awq")
 
 AUTOMATIC: dict[str, Preset] = {
-    "auto-w4a16": _automatic(_W4A16, *_WEIGHTS_ONLY),
-    "auto-w3a16": _automatic(_W3A16, *_WEIGHTS_ONLY),
-    "auto-w4a8": _automatic(_W4A8, *_WITH_INPUTS, "rotation-smoothquant"),
-    "auto-w8a8": _automatic(_W8A8, *_WITH_INPUTS, "rotation-smoothquant"),
-    "auto-w8a8-static": _automatic(_W8A8_STATIC, *_WITH_INPUTS, "rotation-smoothquant"),
+    "auto-w4a16": _automatic(_W4A16, *_ROTATED_OR_SCALED, corrected=True),
+    "auto-w3a16": _automatic(_W3A16, *_ROTATED_OR_SCALED, corrected=True),
+    "auto-w4a8": _automatic(_W4A8, *_ROTATED_OR_SMOOTHED, corrected=True),
+    "auto-w8a8": _automatic(_W8A8, *_ROTATED_OR_SMOOTHED),
+    "auto-w8a8-static": _automatic(_W8A8_STATIC, *_ROTATED_OR_SMOOTHED),
 }
 """Recipes that leave a choice of method."""
 

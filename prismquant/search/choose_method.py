@@ -1,9 +1,10 @@
 """Choosing among a recipe's alternatives by held-out loss, and quantizing with the one that wins.
 
-A part of the calibration samples is held out of all statistics. In each round the model is
-quantized by every alternative that is left, on samples of the rest, and its KL divergence from the
-unquantized model is measured on those held out; the worse ones drop out, and the next round has
-more samples. The winner becomes an ordinary recipe, with which all samples are used.
+A part of the calibration samples is held out of all statistics. In each round some blocks of the
+model are quantized by every alternative that is left, on samples of the rest, and its KL divergence
+from the unquantized model is measured on those held out; the worse ones drop out, and the next
+round has more blocks and samples. The winner becomes an ordinary recipe, with which all samples are
+used.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from prismquant.runtime.mixed import Precision
 from prismquant.search.analysis_request import DEFAULT_WEIGHTS
 from prismquant.search.held_out import HeldOut, hold_out
 from prismquant.search.method_trials import Ask, TrialRuns
+from prismquant.search.trial_blocks import trial_recipes
 from prismquant.search.trial_file import TrialFile
 
 
@@ -48,15 +50,22 @@ class Round:
     Attributes:
         part: Part of the samples that are not held out which its statistics see.
         fewest: Samples that they see at least, if there are as many.
+        blocks: Part of the blocks of each tower that is quantized.
+        fewest_blocks: Blocks that are quantized at least.
         kept: Alternatives that go on to the next round.
     """
 
     part: float
     fewest: int
+    blocks: float
+    fewest_blocks: int
     kept: int
 
 
-ROUNDS = (Round(part=0.125, fewest=8, kept=3), Round(part=0.5, fewest=16, kept=1))
+ROUNDS = (
+    Round(part=0.125, fewest=4, blocks=0.2, fewest_blocks=4, kept=2),
+    Round(part=0.25, fewest=8, blocks=0.5, fewest_blocks=8, kept=1),
+)
 """Rounds of a choice."""
 
 
@@ -156,10 +165,11 @@ def _chosen(
                 break
             count = max(one.fewest, round(one.part * len(parts.rest)))
             seen = parts.part(count, asked.recipe.calibration.seed)
+            recipes = trial_recipes(asked.recipe, names, bound, one.blocks, one.fewest_blocks)
             for name in names:
                 trial = next((t for t in known if (t.name, t.round) == (name, number)), None)
                 if trial is None:
-                    trial = runs.run(Ask(name, number, seen))
+                    trial = runs.run(Ask(name, number, recipes[name], seen))
                     asked.reporter.remark(trial_line(trial))
                 trials.append(trial)
                 if ranks.rank == 0:

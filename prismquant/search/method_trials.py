@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from prismquant.data.batches import Batch
 from prismquant.data.samples import Sample
@@ -20,12 +23,13 @@ from prismquant.evaluate.fidelity import evaluate_model
 from prismquant.export.load_quantized import load_model
 from prismquant.quantization.perform import perform
 from prismquant.quantization.request import Request
+from prismquant.recipe.schema import Recipe
 from prismquant.run.method_choice import MethodTrial
 from prismquant.search.analysis_request import DEFAULT_WEIGHTS
 from prismquant.search.repair import measured
 
-if TYPE_CHECKING:
-    from torch import nn
+MOST_LOGITS = 1 << 30
+"""Bytes of the unquantized model's logits that are kept between trials."""
 
 # A model may fail to be quantized in one way and not in another; all else is wrong with any.
 _OWN_FAILURES = (NumericsError, PlanError)
@@ -38,11 +42,13 @@ class Ask:
     Attributes:
         name: Of the alternative.
         round: The trial's round.
+        recipe: The alternative as an ordinary recipe.
         samples: Calibration samples.
     """
 
     name: str
     round: int
+    recipe: Recipe
     samples: tuple[Sample, ...]
 
 
@@ -75,7 +81,7 @@ class TrialRuns:
             perform(
                 replace(
                     asked,
-                    recipe=asked.recipe.chosen(ask.name),
+                    recipe=ask.recipe,
                     out=self._folder,
                     samples=ask.samples,
                     resume=False,
@@ -96,7 +102,8 @@ class TrialRuns:
         device = self._asked.target
         dtype = torch.float32 if device.type == "cpu" else None
         if self._reference is None:
-            self._reference = load_model(self._asked.model, dtype=dtype, device=device)
+            own = load_model(self._asked.model, dtype=dtype, device=device)
+            self._reference = KnownLogits(own)
         model = load_model(self._folder, dtype=dtype, device=device)
         found = evaluate_model(model, (one.whole() for one in self._batches), self._reference)
         loss = measured(found.outcomes, DEFAULT_WEIGHTS)
@@ -104,6 +111,32 @@ class TrialRuns:
             return replace(trial, failure="its divergence is not finite")
         kl = {name: one.kl for name, one in found.overall.divergence.items()}
         return replace(trial, loss=loss.loss, error=loss.error, kl=kl, parts=dict(loss.parts))
+
+
+class KnownLogits(nn.Module):
+    """A model that keeps its logits of inputs that come again, as far as there is room.
+
+    Args:
+        model: The model.
+        most_bytes: Of logits that are kept.
+    """
+
+    def __init__(self, model: nn.Module, most_bytes: int = MOST_LOGITS) -> None:
+        super().__init__()
+        self.model, self.left = model, most_bytes
+        self._known: dict[str, Tensor] = {}
+
+    def forward(self, **inputs: Any) -> SimpleNamespace:
+        """Logits [B, T, V]."""
+        key = _digest(inputs)
+        if key in self._known:
+            return SimpleNamespace(logits=self._known[key])
+        found: Tensor = self.model(**inputs).logits
+        size = found.numel() * found.element_size()
+        if size <= self.left:
+            self.left -= size
+            self._known[key] = found
+        return SimpleNamespace(logits=found)
 
 
 class _TrialReporter(Silent):
@@ -122,6 +155,16 @@ class _TrialReporter(Silent):
 
     def finish(self, record: StepRecord) -> None:
         """Say nothing of a step of a trial."""
+
+
+def _digest(inputs: Mapping[str, Any]) -> str:
+    """SHA-256 over names and values of a call's tensors."""
+    digest = hashlib.sha256()
+    for name, value in sorted(inputs.items()):
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {tuple(value.shape)}".encode())
+            digest.update(value.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _failure(error: PrismQuantError) -> str:

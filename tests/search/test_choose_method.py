@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
+from itertools import pairwise
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import tiny_vlm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
 
 import prismquant as pq
 from prismquant.data import read_samples
@@ -18,8 +25,11 @@ from prismquant.models.outliers import add_outliers
 from prismquant.plan.make_plan import make_plan
 from prismquant.recipe.presets import AUTOMATIC
 from prismquant.recipe.schema import load_recipe, parse_recipe
+from prismquant.report.method_choices import choice_table
 from prismquant.run.record import RunRecord
 from prismquant.search.held_out import FEWEST, hold_out
+from prismquant.search.method_trials import KnownLogits
+from prismquant.search.trial_blocks import spread_pairs, trial_recipes
 from prismquant.storage import file_digest
 
 if TYPE_CHECKING:
@@ -104,6 +114,18 @@ def test_the_alternative_that_copes_with_outliers_wins(finished: Path) -> None:
     assert len(record.choice.held_out) == FEWEST
     assert "below that of plain" in record.choice.why
     assert RunRecord.from_dict(json.loads(json.dumps(record.to_dict()))) == record
+
+
+def test_the_table_of_a_choice_has_every_trial(finished: Path) -> None:
+    record = RunRecord.from_dict(json.loads((finished / "prismquant/record.json").read_text()))
+    assert record.choice is not None
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(choice_table(record.choice))
+    text = console.export_text()
+    assert text.startswith("mine: smoothed was chosen, its held-out loss is ")
+    assert text.count("chosen │") == 1
+    for name in ("plain", "smoothed"):
+        assert text.count(f"│ {name} ") == sum(t.name == name for t in record.choice.trials)
 
 
 def test_the_order_of_alternatives_does_not_matter(
@@ -217,6 +239,67 @@ def test_samples_are_split_evenly_over_kinds(data: Path, count: int) -> None:
     assert {s.kind for s in parts.held_out} == {"text", "image", "video"}
     assert sorted(s.id for s in (*parts.held_out, *parts.rest)) == sorted(s.id for s in samples)
     assert hold_out(samples, 0) == parts
+
+
+@given(st.integers(1, 120), st.floats(0.05, 1.0), st.integers(1, 12))
+def test_pairs_of_blocks_are_spread_over_a_tower(count: int, part: float, fewest: int) -> None:
+    """Enough blocks, each in range and beside another one, with gaps that differ by little."""
+    found = spread_pairs(count, part, fewest)
+    assert list(found) == sorted({*found})
+    assert {*found} <= set(range(count))
+    assert len(found) >= min(count, fewest, part * count)
+    assert all(n - 1 in found or n + 1 in found for n in found if count > 1)
+    gaps = [b - a for a, b in pairwise(found[::2])] if len(found) < count else []
+    assert max(gaps, default=0) - min(gaps, default=0) <= 1
+
+
+def test_a_trial_quantizes_the_same_blocks_in_each_way(tiny: Callable[..., Path]) -> None:
+    bound, loaded = bind(tiny("qwen2_vl")), load_recipe("auto-w4a8")
+    names = [one.name for one in loaded.choose]
+    found = trial_recipes(loaded, names, bound, 0.1, 2)
+    blocks = [step.name for step in bound.steps if step.kind == "block" and "language" in step.name]
+    if len(blocks) <= 2:
+        assert found == {name: loaded.chosen(name) for name in names}
+        return
+    quantized = [{r.site.name for r in make_plan(one, bound).quantized} for one in found.values()]
+    assert all(one == quantized[0] for one in quantized)
+    assert (
+        len({name for name in blocks if any(q.startswith(f"{name}.") for q in quantized[0])}) == 2
+    )
+
+
+def test_alternatives_about_single_blocks_are_tried_on_all_of_them(
+    tiny: Callable[..., Path],
+) -> None:
+    bound = bind(tiny("qwen2_vl"))
+    name = next(step.name for step in reversed(bound.steps) if step.kind == "block")
+    last = {"name": "last", "transforms": [{"name": "smoothquant", "match": {"name": f"{name}.*"}}]}
+    asked = recipe(PLAIN, last)
+    found = trial_recipes(asked, ["plain", "last"], bound, 0.01, 1)
+    assert {x: len(make_plan(one, bound).quantized) for x, one in found.items()}.keys() == {
+        "plain",
+        "last",
+    }
+    assert all(make_plan(one, bound).quantized for one in found.values())
+
+
+def test_logits_are_kept_by_all_that_the_model_is_given() -> None:
+    class Counting(torch.nn.Module):
+        calls = 0
+
+        def forward(self, **inputs: Any) -> SimpleNamespace:
+            self.calls += 1
+            return SimpleNamespace(logits=inputs["pixels"].float().sum() * torch.ones(1, 2, 8))
+
+    model = Counting()
+    known = KnownLogits(model, most_bytes=100)
+    ids = torch.ones(1, 2, dtype=torch.int64)
+    one, other = torch.ones(2), torch.zeros(2)
+    for pixels in (one, other, one, other):
+        expected = pixels.sum() * torch.ones(1, 2, 8)
+        assert torch.equal(known(input_ids=ids, pixels=pixels).logits, expected)
+    # The second one's did not fit.
+    assert model.calls == 3
 
 
 @pytest.mark.parametrize("name", AUTOMATIC)

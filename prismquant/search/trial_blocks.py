@@ -1,0 +1,72 @@
+"""Recipes for trials: those of the alternatives, on some blocks of each tower only.
+
+What a method does to a block takes the same time in each, and every forward of the model sees all
+blocks anyway; so a trial quantizes pairs of neighbours that are spread over the depth. In the
+second block of a pair, a method shows how it copes with what the first one has changed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from prismquant.errors import PlanError
+from prismquant.models.bound import BoundModel
+from prismquant.plan.make_plan import make_plan
+from prismquant.recipe.schema import Recipe
+
+
+def spread_pairs(count: int, part: float, fewest: int) -> tuple[int, ...]:
+    """Numbers of blocks in pairs of neighbours, spread over a tower.
+
+    Args:
+        count: Blocks of the tower.
+        part: Part of them that is taken.
+        fewest: How many are taken at least; all, where there are not many more.
+    """
+    pairs = math.ceil(max(fewest, part * count) / 2)
+    if 2 * pairs >= count - 1:
+        return tuple(range(count))
+    last = count - 2
+    starts = [last * (2 * n + 1) // (2 * pairs) for n in range(pairs)]
+    return tuple(sorted({block for start in starts for block in (start, start + 1)}))
+
+
+def trial_recipes(
+    recipe: Recipe, names: Sequence[str], bound: BoundModel, part: float, fewest: int
+) -> Mapping[str, Recipe]:
+    """Recipes of alternatives, by name, all on the same blocks.
+
+    Args:
+        recipe: The recipe with the alternatives.
+        names: Of those that can be laid over the model.
+        bound: The model.
+        part: Part of the blocks of each tower.
+        fewest: Blocks of a tower, at least.
+
+    Returns:
+        Recipes that leave the other blocks alone; where one of them cannot be laid over the model
+        without these, the whole recipes.
+    """
+    whole = {name: recipe.chosen(name) for name in names}
+    plans = [make_plan(one, bound) for one in whole.values()]
+    quantized = {row.site.name for plan in plans for row in plan.quantized}
+    towers: dict[str, list[str]] = {}
+    for step in bound.steps:
+        if step.kind == "block" and any(site.name in quantized for site in step.sites):
+            towers.setdefault(step.modality, []).append(step.name)
+    skipped: list[str] = []
+    for blocks in towers.values():
+        kept = {blocks[number] for number in spread_pairs(len(blocks), part, fewest)}
+        skipped += [name for name in blocks if name not in kept]
+    if not skipped:
+        return whole
+    rule: Mapping[str, Any] = {"match": {"name": [f"{name}.*" for name in skipped]}, "skip": True}
+    fewer = {name: one.with_rules(rule, name=one.name) for name, one in whole.items()}
+    try:
+        for one in fewer.values():
+            make_plan(one, bound)
+    except PlanError:
+        return whole
+    return fewer
