@@ -42,7 +42,7 @@ class LayerError:
     Attributes:
         option: The unit and the option.
         row: What the plan says of the layer.
-        layer: Its codes; None: the weight stays as it is.
+        layer: Its codes.
     """
 
     option: Option
