@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -37,7 +38,7 @@ from prismquant.run.identity import Identity
 from prismquant.run.method_choice import MethodChoice, MethodTrial
 from prismquant.runtime.mixed import Precision
 from prismquant.search.analysis_request import DEFAULT_WEIGHTS
-from prismquant.search.held_out import HeldOut, hold_out
+from prismquant.search.held_out import ENOUGH_TEXT, FEWEST, HeldOut, enough_of, hold_out
 from prismquant.search.method_trials import Ask, TrialRuns
 from prismquant.search.trial_blocks import trial_recipes
 from prismquant.search.trial_file import TrialFile
@@ -48,23 +49,24 @@ class Round:
     """One round of a choice.
 
     Attributes:
-        part: Part of the samples that are not held out which its statistics see.
-        fewest: Samples that they see at least, if there are as many.
+        least, most: Parts of the samples that are not held out which its statistics see.
+        text: Characters of text that are enough, between these.
         blocks: Part of the blocks of each tower that is quantized.
         fewest_blocks: Blocks that are quantized at least.
         kept: Alternatives that go on to the next round.
     """
 
-    part: float
-    fewest: int
+    least: float
+    most: float
+    text: int
     blocks: float
     fewest_blocks: int
     kept: int
 
 
 ROUNDS = (
-    Round(part=0.125, fewest=4, blocks=0.2, fewest_blocks=4, kept=2),
-    Round(part=0.25, fewest=8, blocks=0.5, fewest_blocks=8, kept=1),
+    Round(least=0.125, most=0.5, text=ENOUGH_TEXT, blocks=0.2, fewest_blocks=4, kept=2),
+    Round(least=0.25, most=1.0, text=2 * ENOUGH_TEXT, blocks=0.5, fewest_blocks=8, kept=1),
 )
 """Rounds of a choice."""
 
@@ -163,8 +165,9 @@ def _chosen(
         for number, one in enumerate(ROUNDS):
             if len(names) < 2 and trials:
                 break
-            count = max(one.fewest, round(one.part * len(parts.rest)))
-            seen = parts.part(count, asked.recipe.calibration.seed)
+            least, most = (math.ceil(part * len(parts.rest)) for part in (one.least, one.most))
+            least = max(FEWEST, least)
+            seen = enough_of(parts.rest, least, most, one.text, asked.recipe.calibration.seed)
             recipes = trial_recipes(asked.recipe, names, bound, one.blocks, one.fewest_blocks)
             for name in names:
                 trial = next((t for t in known if (t.name, t.round) == (name, number)), None)

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from prismquant.data.samples import Sample, balanced_subset
+from prismquant.data.samples import Sample, balanced_subset, text_of
 from prismquant.errors import DataError
 
 FEWEST = 4
 """Samples without which no loss has an error that can be trusted, nor a statistic a use."""
 
-_PART = 8
+ENOUGH_TEXT = 8192
+"""Characters of text, some 2000 tokens, with which differences of a few percent can be seen."""
+
+_PART, _MOST = 8, 4
 
 
 @dataclass(frozen=True)
@@ -19,20 +22,16 @@ class HeldOut:
     """Calibration samples in two parts, in the order of their source.
 
     Attributes:
-        held_out: An eighth of them, four at least, with the kinds as even as they can be.
+        held_out: An eighth of them, four at least; up to a quarter where they are short.
         rest: All others.
     """
 
     held_out: tuple[Sample, ...]
     rest: tuple[Sample, ...]
 
-    def part(self, count: int, seed: int) -> tuple[Sample, ...]:
-        """Up to so many of the rest, with the kinds as even as they can be."""
-        return balanced_subset(self.rest, count, seed)
-
 
 def hold_out(samples: Sequence[Sample], seed: int) -> HeldOut:
-    """Hold an eighth of the samples out, and four at least.
+    """Hold an eighth of the samples out, and four at least; up to a quarter where they are short.
 
     Args:
         samples: All of them.
@@ -41,14 +40,34 @@ def hold_out(samples: Sequence[Sample], seed: int) -> HeldOut:
     Raises:
         DataError: There are fewer than eight.
     """
-    if len(samples) < 2 * FEWEST:
+    count = len(samples)
+    if count < 2 * FEWEST:
         raise DataError(
             f"a choice by held-out loss takes {2 * FEWEST} calibration samples, half of which no "
-            f"statistic sees; there are {len(samples)}",
+            f"statistic sees; there are {count}",
             remedy="give more, or choose the method yourself: `prismquant recipe list`",
         )
-    count = max(FEWEST, len(samples) // _PART)
+    least, most = max(FEWEST, count // _PART), max(FEWEST, count // _MOST)
     # Another order than that by which the set itself was drawn.
-    held_out = balanced_subset(samples, count, seed + 1)
+    held_out = enough_of(samples, least, most, ENOUGH_TEXT, seed + 1)
     kept = {sample.id for sample in held_out}
     return HeldOut(held_out, tuple(one for one in samples if one.id not in kept))
+
+
+def enough_of(
+    samples: Sequence[Sample], least: int, most: int, text: int, seed: int
+) -> tuple[Sample, ...]:
+    """Find the fewest samples with enough text, with the kinds as even as they can be.
+
+    Args:
+        samples: To choose from.
+        least, most: How many are taken, whatever their text.
+        text: Characters that are enough.
+        seed: Chooses which.
+    """
+    chosen = balanced_subset(samples, least, seed)
+    for count in range(least + 1, min(most, len(samples)) + 1):
+        if sum(len(text_of(m)) for one in chosen for m in one.messages) >= text:
+            break
+        chosen = balanced_subset(samples, count, seed)
+    return chosen

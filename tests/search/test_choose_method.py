@@ -27,7 +27,7 @@ from prismquant.recipe.presets import AUTOMATIC
 from prismquant.recipe.schema import load_recipe, parse_recipe
 from prismquant.report.method_choices import choice_table
 from prismquant.run.record import RunRecord
-from prismquant.search.held_out import FEWEST, hold_out
+from prismquant.search.held_out import ENOUGH_TEXT, FEWEST, hold_out
 from prismquant.search.method_trials import KnownLogits
 from prismquant.search.trial_blocks import spread_pairs, trial_recipes
 from prismquant.storage import file_digest
@@ -239,6 +239,19 @@ def test_samples_are_split_evenly_over_kinds(data: Path, count: int) -> None:
     assert {s.kind for s in parts.held_out} == {"text", "image", "video"}
     assert sorted(s.id for s in (*parts.held_out, *parts.rest)) == sorted(s.id for s in samples)
     assert hold_out(samples, 0) == parts
+
+
+def test_short_samples_are_held_out_up_to_a_quarter(tmp_path: Path) -> None:
+    def split(count: int, words: int) -> int:
+        turns = [{"role": "user", "content": "word " * words}]
+        lines = [json.dumps({"id": str(n), "messages": turns}) for n in range(count)]
+        (tmp_path / "data.jsonl").write_text("\n".join(lines))
+        return len(hold_out(read_samples(tmp_path / "data.jsonl"), 0).held_out)
+
+    assert split(64, 10) == 16
+    assert split(64, 1000) == 8
+    assert split(64, ENOUGH_TEXT // 60 + 1) == 12
+    assert split(10, 1) == FEWEST
 
 
 @given(st.integers(1, 120), st.floats(0.05, 1.0), st.integers(1, 12))
