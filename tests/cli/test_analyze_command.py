@@ -110,3 +110,30 @@ def test_a_killed_analysis_goes_on_to_the_same_bytes(
     assert run(*given)[0] == 0
     assert out.read_bytes() == first
     assert [path.name for path in tmp_path.iterdir()] == ["s.json"]
+
+
+@pytest.mark.parametrize("method", ["kl_div", "fisher"])
+def test_several_ranks_find_what_one_finds(
+    run: Cli, tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path, method: str
+) -> None:
+    """Three ranks of two samples each, of which one sees texts alone."""
+    more = ("--formats", "w8a8,int4-g32,kv:int8", "--batch-size", "1", "--method", method)
+    more = (*more, "--solver", "gptq")
+    folder = tiny("qwen3_vl")
+    assert run(*words(folder, tmp_path / "one.json", calibration_file, *more))[0] == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launch += ["--nproc-per-node=3", "-m", "prismquant"]
+    given = words(folder, tmp_path / "three.json", calibration_file, *more)
+    done = subprocess.run(
+        [*launch, *given], capture_output=True, text=True, timeout=300, env={**os.environ}
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written: ") == 1
+    one, three = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("one", "three"))
+    assert one["identity"] == three["identity"]
+    assert one["calibration"] == three["calibration"]
+    for unit, twin in zip(one["units"], three["units"], strict=True):
+        for option, other in zip(unit["options"], twin["options"], strict=True):
+            for kind, score in option["scores"].items():
+                wanted = pytest.approx(score["loss"], rel=1e-3, abs=1e-9)
+                assert other["scores"][kind]["loss"] == wanted, (unit["name"], option["format"])
