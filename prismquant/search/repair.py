@@ -2,17 +2,18 @@
 
 Scores of single units are added as if the units did not meet, so a mix may lose more than was
 predicted of it. Here the mix itself is run and measured on data that no statistic saw. Then pairs
-of units swap precision: one gets a better format, another a smaller one that frees the bytes. The
-pairs come by the ratio of what the first is predicted to gain for a byte and the second to lose. A
-swap is kept where the measured loss falls by more than its noise: differences are taken sample by
-sample, so what is hard about a sample cancels.
+of units swap precision: one gets a better format, another a smaller one that frees the bytes. Units
+come into question by what they are predicted to gain, or to lose, for a byte; pairs of them by what
+they may gain where scores are off by some two thirds, for a pair of small ones brings nothing,
+however close the call is. A swap is kept where the measured loss falls by more than its noise:
+differences are taken sample by sample, so what is hard about a sample cancels.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -27,12 +28,15 @@ from prismquant.search.sensitivity import TOKEN_CLASSES, Score, Sensitivity, Tok
 NOISE = 2.0
 """Standard errors by which a swap must lower the loss to be kept."""
 MAX_SWAPS = 1000
-PATIENCE = 3
+PATIENCE = 4
 """Swaps in a row that change nothing beyond noise, after which no more are tried."""
 
 Moves = tuple[tuple[int, int], tuple[int, int]]
 """Two units, each with the option that it is given, by their places."""
 
+# Share by which a score may be off. On made-up models with wrong scores twice as much repaired
+# less, and so did the ratio of gain and cost alone.
+_DOUBT = 0.7
 # Of the changes with the best ratios, so many on either side are paired.
 _PAIRED = 48
 
@@ -168,9 +172,10 @@ def verify(
     first = last = run(mix)
     swaps: list[Swap] = []
     spent: list[Moves] = []
+    seen = {chosen}
     failed = 0
     while len(swaps) < trials and failed < PATIENCE:
-        moves = next(_pairs(search, chosen, spent), None)
+        moves = next(_pairs(search, chosen, spent, seen), None)
         if moves is None:
             break
         trial = tuple(dict(moves).get(item, at) for item, at in enumerate(chosen))
@@ -179,6 +184,7 @@ def verify(
         swap = _swap(mix, tried, *difference(last, outcome))
         swaps.append(swap)
         spent.append(moves)
+        seen.add(trial)
         failed = 0 if swap.kept else failed + 1
         if swap.kept:
             chosen, mix, last = trial, tried, outcome
@@ -255,8 +261,13 @@ class _OptionChange:
         return -self.loss / self.size
 
 
-def _pairs(search: Allocation, chosen: Sequence[int], spent: Sequence[Moves]) -> Iterator[Moves]:
-    """Pairs of changes that keep to the limits, and were not tried.
+def _pairs(
+    search: Allocation,
+    chosen: Sequence[int],
+    spent: Sequence[Moves],
+    seen: Collection[tuple[int, ...]],
+) -> Iterator[Moves]:
+    """Pairs of changes that keep to the limits, and lead to no mix that was seen.
 
     Those of which neither half was tried come first, and among them the most promising.
     """
@@ -265,20 +276,20 @@ def _pairs(search: Allocation, chosen: Sequence[int], spent: Sequence[Moves]) ->
     smaller = sorted((m for m in changes if m.size < 0), key=lambda m: m.rate)[:_PAIRED]
     halves = Counter(half for moves in spent for half in moves)
     pairs = [
-        (halves[up.at] + halves[down.at], -_ratio(up, down), (up.at, down.at))
+        (halves[up.at] + halves[down.at], -_promise(up, down), (up.at, down.at))
         for up in better
         for down in smaller
-        if up.item != down.item and (up.at, down.at) not in spent
+        if up.item != down.item
     ]
     for _, _, moves in sorted(pairs):
         trial = tuple(dict(moves).get(item, at) for item, at in enumerate(chosen))
-        if all(limit.holds(trial) for limit in search.limits):
+        if trial not in seen and all(limit.holds(trial) for limit in search.limits):
             yield moves
 
 
-def _ratio(up: _OptionChange, down: _OptionChange) -> float:
-    """Predicted gain through predicted cost of a pair."""
-    return -up.loss / down.loss if down.loss > 0 else math.inf
+def _promise(up: _OptionChange, down: _OptionChange) -> float:
+    """Gain of a pair that is within reach if its scores are off by their usual share."""
+    return -up.loss - down.loss + _DOUBT * math.hypot(up.loss, down.loss)
 
 
 def _changes(search: Allocation, chosen: Sequence[int]) -> Iterator[_OptionChange]:
