@@ -3,8 +3,8 @@
 A part of the calibration samples is held out of all statistics. In each round some blocks of the
 model are quantized by every alternative that is left, on samples of the rest, and its KL divergence
 from the unquantized model is measured on those held out; the worse ones drop out, and the next
-round has more blocks and samples. The winner becomes an ordinary recipe, with which all samples are
-used.
+round has more blocks and samples, unless one is clearly ahead. The winner becomes an ordinary
+recipe, with which all samples are used.
 """
 
 from __future__ import annotations
@@ -69,6 +69,8 @@ ROUNDS = (
     Round(least=0.25, most=1.0, text=2 * ENOUGH_TEXT, blocks=0.5, fewest_blocks=8, kept=1),
 )
 """Rounds of a choice."""
+CLEAR_ERRORS, CLEAR_PART = 4.0, 0.2
+"""Standard errors, and part of the next best loss, by which the first must lead to win at once."""
 
 
 def quantize_best(asked: Request) -> Result:
@@ -177,7 +179,8 @@ def _chosen(
                 trials.append(trial)
                 if ranks.rank == 0:
                     file.save(identity, [*trials, *known[len(trials) :]])
-            names = [t.name for t in _best_first(trials, number)[: one.kept]]
+            ranked = _best_first(trials, number)
+            names = [t.name for t in ranked[: 1 if leads_clearly(ranked) else one.kept]]
             if not names:
                 raise _nothing_works(asked, trials)
     return MethodChoice(
@@ -203,13 +206,25 @@ def _why(trials: Sequence[MethodTrial]) -> str:
     said = f"its held-out loss is {best.loss:.3g}"
     if not others:
         return f"{said}, and no other alternative could be tried"
-    other = others[0]
-    parts, own = other.parts or {}, best.parts or {}
+    lead, error = _lead(best, others[0])
+    return f"{said}, {lead:.2g} ± {error:.1g} below that of {others[0].name}"
+
+
+def leads_clearly(ranked: Sequence[MethodTrial]) -> bool:
+    """Whether the first of a round's trials is so far ahead that another round is not needed."""
+    if len(ranked) < 2:
+        return False
+    lead, error = _lead(ranked[0], ranked[1])
+    return lead > CLEAR_ERRORS * error and lead > CLEAR_PART * (ranked[1].loss or 0.0)
+
+
+def _lead(best: MethodTrial, other: MethodTrial) -> tuple[float, float]:
+    """Difference of two losses, with its standard error from differences sample by sample."""
+    own, parts = best.parts or {}, other.parts or {}
     gaps = [parts[name] - own[name] for name in own]
-    mean = sum(gaps) / len(gaps)
-    spread = sum((gap - mean) ** 2 for gap in gaps)
-    error = (spread * len(gaps) / (len(gaps) - 1)) ** 0.5
-    return f"{said}, {sum(gaps):.2g} ± {error:.1g} below that of {other.name}"
+    mean = math.fsum(gaps) / len(gaps)
+    spread = math.fsum((gap - mean) ** 2 for gap in gaps)
+    return math.fsum(gaps), math.sqrt(spread * len(gaps) / (len(gaps) - 1))
 
 
 def trial_line(trial: MethodTrial) -> str:
@@ -234,6 +249,7 @@ def _identity(asked: Request, bound: BoundModel, parts: HeldOut) -> Identity:
     settings: Mapping[str, Any] = {
         "recipe": asked.recipe.to_dict(),
         "rounds": [dataclasses.asdict(one) for one in ROUNDS],
+        "clear": [CLEAR_ERRORS, CLEAR_PART],
         "weights": dict(DEFAULT_WEIGHTS),
         "limits": dataclasses.asdict(asked.limits),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -26,14 +27,16 @@ from prismquant.plan.make_plan import make_plan
 from prismquant.recipe.presets import AUTOMATIC
 from prismquant.recipe.schema import load_recipe, parse_recipe
 from prismquant.report.method_choices import choice_table
+from prismquant.run.method_choice import MethodTrial
 from prismquant.run.record import RunRecord
+from prismquant.search.choose_method import leads_clearly
 from prismquant.search.held_out import ENOUGH_TEXT, FEWEST, hold_out
 from prismquant.search.method_trials import KnownLogits
 from prismquant.search.trial_blocks import spread_pairs, trial_recipes
 from prismquant.storage import file_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from prismquant.recipe.schema import Recipe
@@ -149,7 +152,7 @@ def test_the_result_is_that_of_the_ordinary_recipe(
     assert plans[0] == plans[1]
 
 
-@pytest.mark.parametrize("most", [0, 1, 3])
+@pytest.mark.parametrize("most", [0, 1, 2])
 def test_a_choice_that_is_cut_off_goes_on(
     spiky: Path, data: Path, tmp_path: Path, finished: Path, most: int
 ) -> None:
@@ -239,6 +242,21 @@ def test_samples_are_split_evenly_over_kinds(data: Path, count: int) -> None:
     assert {s.kind for s in parts.held_out} == {"text", "image", "video"}
     assert sorted(s.id for s in (*parts.held_out, *parts.rest)) == sorted(s.id for s in samples)
     assert hold_out(samples, 0) == parts
+
+
+@pytest.mark.parametrize(
+    ("other", "clear"),
+    [((2.0, 2.1, 1.9), True), ((1.0, 5.0, 0.0), False), ((1.15, 1.16, 1.15), False)],
+)
+def test_a_clear_lead_ends_the_choice(other: Sequence[float], clear: bool) -> None:
+    """It is large beside its noise, and beside the loss itself."""
+
+    def trial(name: str, parts: Sequence[float]) -> MethodTrial:
+        named = {str(number): part for number, part in enumerate(parts)}
+        return MethodTrial(name, 0, 8, loss=math.fsum(parts), error=0.1, parts=named)
+
+    assert leads_clearly([trial("a", (1.0, 1.0, 1.0)), trial("b", other)]) is clear
+    assert not leads_clearly([trial("a", (1.0, 1.0, 1.0))])
 
 
 def test_short_samples_are_held_out_up_to_a_quarter(tmp_path: Path) -> None:
