@@ -25,6 +25,7 @@ from prismquant.arguments import (
     as_path,
     as_source,
     default_modes,
+    refuse_idle,
 )
 from prismquant.data import read_samples
 from prismquant.data.batches import make_batches
@@ -326,9 +327,9 @@ def find_mix(
     *,
     out: str | Path | None = None,
     pareto: str | Path | None = None,
-    points: int = 64,
+    points: int | None = None,
     verify: str | Path | None = None,
-    swaps: int = 8,
+    swaps: int | None = None,
     model: str | Path | None = None,
     calibration: str | Path | None = None,
     progress: Progress | None = None,
@@ -341,28 +342,32 @@ def find_mix(
         out: File of the recipe; an earlier one of the same command is replaced. None: none.
         pareto: Folder of the whole front: ``front.json``, ``front.svg`` and a recipe a point; must
             not exist or be empty. Without any bound the mix at the knee of the front is taken.
-        points: Sizes at which the front is computed.
+        points: Sizes at which the front is computed; 64 by default.
         verify: Samples with answers that no statistic saw: the model is quantized to the mix and
             measured on them, and swaps of formats that help are kept.
-        swaps: At most so many are tried, each of which quantizes the model once.
+        swaps: At most so many are tried, 8 by default, each of which quantizes the model once.
         model: Folder of the model, for ``verify``; by default where it lay when it was analyzed.
         calibration: Calibration data, for ``verify``; by default those of the analysis.
         progress: Is told how many sizes, or mixes to measure, are done, of how many, and the next.
         asked: The constraints, see :class:`~prismquant.search.constraints.Asked`.
 
     Raises:
-        ArgumentError: An argument is no such value, or nothing bounds the mix.
+        ArgumentError: An argument is no such value or has nothing to do, or nothing bounds the mix.
         StorageError, DataError: A file cannot be read, or a result cannot be written there.
         PlanError: No mix keeps to the constraints; says which least can, and what holds it there.
         PrismQuantError: The mix cannot be quantized to, or measured.
     """
     given = {"swaps": swaps, "model": model, "calibration": calibration}
+    if pareto is None:
+        refuse_idle({"points": points}, "--pareto")
+    if verify is None:
+        refuse_idle(given, "--verify")
     request = SearchRequest(
         source=as_path(sensitivity, "sensitivity"),
         constraints=parse_constraints(asked),
         out=None if out is None else as_path(out, "out"),
         pareto=None if pareto is None else as_path(pareto, "pareto"),
-        points=as_count(points, "points", least=2, most=MAX_POINTS),
+        points=as_count(64 if points is None else points, "points", least=2, most=MAX_POINTS),
         verification=None if verify is None else _verification(verify, **given),
     )
     return search_mix(request, progress or (lambda done, total, name: None))
@@ -370,7 +375,7 @@ def find_mix(
 
 def _verification(data: Any, *, swaps: Any, model: Any, calibration: Any) -> Verification:
     source = as_source(data, "verify")
-    most = as_count(swaps, "swaps", least=0, most=MAX_SWAPS)
+    most = as_count(8 if swaps is None else swaps, "swaps", least=0, most=MAX_SWAPS)
     # What is wrong with the samples is said before anything is quantized.
     read_samples(source, require_answers=True, most_bytes=available_bytes())
 

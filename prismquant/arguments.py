@@ -13,7 +13,7 @@ import math
 import operator
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -220,3 +220,22 @@ def _shown(value: Any) -> str:
     """A value as an error shows it."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:78]}.."
+
+
+def refuse_idle(given: Mapping[str, Any], of: str) -> None:
+    """Refuse arguments of a part of the work that was not asked for.
+
+    Args:
+        given: The arguments, None where they were left out.
+        of: What asks for the part, e.g. ``--verify``.
+
+    Raises:
+        ArgumentError: One is given.
+    """
+    for name, value in given.items():
+        if value is not None:
+            raise ArgumentError(
+                f"{name} does nothing without {of}",
+                where=name,
+                remedy=f"leave it out, or give {of}",
+            )

@@ -114,7 +114,7 @@ def suggest(name: str, options: Iterable[str]) -> str:
     Returns:
         A phrase for an error's remedy, e.g. ``"did you mean 'w4a16'? known: w4a16, w8a8"``.
     """
-    known = sorted(options)
+    known = sorted(map(str, options))
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{hint}known: {', '.join(known)}"

@@ -19,6 +19,7 @@ from prismquant.errors import StorageError
 
 # Far above any real one: the tokenizer and the index of the largest models have some 40 MB.
 MAX_JSON_BYTES = 256 << 20
+_RESTORE = "restore the file from the original checkpoint"
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a named pipe"),
@@ -78,8 +79,13 @@ def read_bounded(path: Path, most: int) -> bytes:
         return file.read(most)
 
 
-def read_json(path: Path, most: int = MAX_JSON_BYTES) -> Any:
+def read_json(path: Path, most: int = MAX_JSON_BYTES, remedy: str = _RESTORE) -> Any:
     """Read a JSON file of ``most`` bytes.
+
+    Args:
+        path: The file.
+        most: Bytes that are read at most.
+        remedy: What helps where it is not JSON.
 
     Raises:
         StorageError: The file is missing, cannot be read, is no regular file, or is not JSON; the
@@ -93,7 +99,7 @@ def read_json(path: Path, most: int = MAX_JSON_BYTES) -> Any:
         raise StorageError(
             f"{path.name} is not valid JSON: {error}",
             where=str(path),
-            remedy="restore the file from the original checkpoint",
+            remedy=remedy,
         ) from error
 
 

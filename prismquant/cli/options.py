@@ -219,16 +219,21 @@ class SearchOptions:
         typer.Option(help="Write the whole front to this folder: JSON, picture, recipes."),
     ] = None
     points: Annotated[
-        int, typer.Option(min=2, max=1000, help="Sizes at which the front is computed.")
-    ] = 64
+        int | None,
+        typer.Option(min=2, max=1000, help="Sizes of the front of --pareto; 64 by default."),
+    ] = None
     verify: Annotated[
         str | None,
         typer.Option(help="Samples with answers: run the mix, measure it, keep swaps that help."),
     ] = None
     swaps: Annotated[
-        int,
-        typer.Option(min=0, max=1000, help="Swaps that --verify tries; each quantizes the model."),
-    ] = 8
+        int | None,
+        typer.Option(
+            min=0,
+            max=1000,
+            help="Swaps that --verify tries, 8 by default; each quantizes the model.",
+        ),
+    ] = None
     model: Annotated[
         str | None, typer.Option(help="For --verify, if the model has moved since the analysis.")
     ] = None

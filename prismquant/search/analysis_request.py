@@ -131,12 +131,13 @@ def as_token_weights(value: Any) -> dict[TokenClass, float]:
             nothing.
 
     Raises:
-        ArgumentError: A class is unknown, a weight is no number from 0 to 1000, or all are 0.
+        ArgumentError: A class is unknown or named twice, a weight is no number from 0 to 1000, or
+            all are 0.
     """
     if value is None:
         return dict(DEFAULT_WEIGHTS)
     pairs = value.items() if isinstance(value, Mapping) else map(_pair, _words(value))
-    found = dict.fromkeys(TOKEN_CLASSES, 0.0)
+    found: dict[TokenClass, float] = {}
     for name, number in pairs:
         if name not in TOKEN_CLASSES:
             raise _no_weight(
@@ -148,10 +149,12 @@ def as_token_weights(value: Any) -> dict[TokenClass, float]:
             weight = math.nan
         if not 0 <= weight <= 1000:
             raise _no_weight(f"{number!r} is no weight from 0 to 1000")
+        if name in found:
+            raise _no_weight(f"{name} is given twice", "give it once")
         found[name] = weight
     if not any(found.values()):
         raise _no_weight("no class of tokens has a weight above 0")
-    return found
+    return dict.fromkeys(TOKEN_CLASSES, 0.0) | found
 
 
 def _pair(word: str) -> tuple[Any, Any]:

@@ -30,7 +30,7 @@ from prismquant.search.sensitivity import ChoiceUnit
 _VERSION = 1
 
 _Count = Annotated[int, Field(strict=True, ge=1)]
-_Milliseconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Milliseconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 
 
 class _Entry(BaseModel):
@@ -120,7 +120,7 @@ def read_latency(path: Path) -> LatencyTable:
         StorageError: The file cannot be read, or is not JSON.
         DataError: It is no table of latencies; says where.
     """
-    content = read_json(path)
+    content = read_json(path, remedy="correct the table, or write it again")
     try:
         read = _reader().validate_json(json.dumps(content), strict=True)
     except ValidationError as error:

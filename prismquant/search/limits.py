@@ -38,6 +38,7 @@ def limits_of(
 
     Raises:
         DataError: The table of latencies lacks times.
+        PlanError: Keys and values are bounded, but no format of theirs was analyzed.
     """
     sizes = tuple(tuple(option.stored_bytes for option in unit.options) for unit in units)
     limits = []
@@ -58,6 +59,7 @@ def limits_of(
         if floor is not None:
             limits.append(Limit(f"{_OF}{name}", amounts, least=floor.of(_weights(own))))
     if constraints.cache_bytes is not None:
+        _require_cache(units)
         cached = tuple(tuple(option.cache_bytes for option in unit.options) for unit in units)
         limits.append(Limit(_CACHE, cached, most=constraints.cache_bytes))
     if constraints.latency is not None and constraints.latency_ms is not None:
@@ -66,6 +68,14 @@ def limits_of(
     if constraints.max_loss is not None:
         limits.append(Limit(LOSS, losses, most=constraints.max_loss))
     return tuple(limits)
+
+
+def _require_cache(units: Sequence[ChoiceUnit]) -> None:
+    if not any(unit.kind == "kv_cache" for unit in units):
+        raise PlanError(
+            "the sensitivity has no format of the key-value cache, so none can be bounded",
+            remedy="leave out --cache-bytes, or offer one: `analyze --formats kv:fp8,..`",
+        )
 
 
 def unmet(
@@ -123,7 +133,9 @@ class _Bound:
         least = sum((Fraction(min(row)) for row in rows), Fraction(0))
         most = sum((Fraction(max(row)) for row in rows), Fraction(0))
         if limit.most is not None and least > limit.most:
-            return [f"the least {limit.name} is {self._whole(least)}, held there by {self._held()}"]
+            held = self._held()
+            by = f", held there by {held}" if held else ""
+            return [f"the least {limit.name} is {self._whole(least)}{by}"]
         if limit.least is not None and most < limit.least:
             return [f"the most {limit.name} is {self._whole(most)}"]
         return []

@@ -13,6 +13,7 @@ from typing import NoReturn
 from pydantic import TypeAdapter, ValidationError
 
 from prismquant.errors import StorageError
+from prismquant.models.arch import Modality
 from prismquant.opening import read_json
 from prismquant.search.sensitivity import FLOAT, SENSITIVITY_VERSION, ChoiceUnit, Sensitivity
 from prismquant.storage import write_json
@@ -38,7 +39,7 @@ def read_sensitivity(path: Path) -> Sensitivity:
         StorageError: The file is missing, is no such file, is of another version, or is damaged;
             says where.
     """
-    content = read_json(path)
+    content = read_json(path, remedy=_AGAIN)
     if not isinstance(content, Mapping) or not {"units", "formats"} <= content.keys():
         raise StorageError(
             "this is no file of a sensitivity: it has no units and formats",
@@ -93,6 +94,11 @@ def _faults(found: Sensitivity) -> Iterator[str]:
 
 def _unit_faults(unit: ChoiceUnit, found: Sensitivity) -> Iterator[str]:
     names = [option.format for option in unit.options]
+    if unit.modality not in tuple(Modality):
+        yield f"there is no modality {unit.modality!r}"
+    for layer in unit.layers:
+        if not all(0 < size <= _MOST_BYTES for size in (layer.out_features, layer.in_features)):
+            yield f"layer {layer.name!r} has no shape"
     if names[:1] != [FLOAT]:
         yield f"the first option is not {FLOAT!r}"
     if len(set(names)) < len(names):
@@ -107,3 +113,5 @@ def _unit_faults(unit: ChoiceUnit, found: Sensitivity) -> Iterator[str]:
         for kind, score in option.scores.items():
             if not abs(score.loss) <= _MOST_LOSS:
                 yield f"{option.format}: the loss of {kind} tokens is no number"
+            if score.error is not None and not 0 <= score.error <= _MOST_LOSS:
+                yield f"{option.format}: the error of {kind} tokens is no number from 0"

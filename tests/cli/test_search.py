@@ -104,6 +104,10 @@ def test_an_infeasible_budget_says_the_least_that_can_be(
         ([], "nothing bounds the mix"),
         (["--bits", "4", "--size", "1MB"], "both given"),
         (["--weight", "answer=1"], "nothing bounds the mix"),
+        (["--bits", "5", "--points", "9"], "points does nothing without --pareto"),
+        (["--bits", "5", "--swaps", "0"], "swaps does nothing without --verify"),
+        (["--bits", "5", "--model", "m"], "model does nothing without --verify"),
+        (["--bits", "5", "--calib", "c.jsonl"], "calibration does nothing without --verify"),
     ],
 )
 def test_what_does_not_go_together(run: Cli, file: Path, words: list[str], told: str) -> None:

@@ -190,6 +190,28 @@ def test_the_cache_takes_fewer_bytes_only_where_it_must() -> None:
         find(found, cache_bytes=2047)
 
 
+def test_a_cache_that_was_not_analyzed_cannot_be_bounded() -> None:
+    with pytest.raises(PlanError, match="has no format of the key-value cache"):
+        find(made(0), bits=6, cache_bytes="2KiB")
+
+
+def test_a_bound_that_nothing_holds_ends_its_line() -> None:
+    with pytest.raises(PlanError) as caught:
+        find(made(0), max_loss=-1)
+    assert caught.value.findings[0] == "the least loss is 0"
+
+
+def test_a_class_of_tokens_is_weighed_once() -> None:
+    with pytest.raises(ArgumentError, match="answer is given twice"):
+        parse_constraints({"weight": "answer=1,answer=2"})
+
+
+def test_a_misspelt_modality_is_told_plainly() -> None:
+    with pytest.raises(ArgumentError) as caught:
+        parse_constraints({"cap": "visoin=8"})
+    assert caught.value.remedy == "did you mean 'vision'? known: llm, projector, vision"
+
+
 def test_classes_of_tokens_are_weighed_as_asked() -> None:
     found = made(3)
     for weight, kind in (("answer=1", "answer"), ("text=2", "text")):
@@ -311,6 +333,7 @@ def test_times_that_are_missing_are_named(tmp_path: Path) -> None:
     [
         ('{"layers": [{"out": 1, "in": 1, "format": "x"}]}', "layers.0.ms"),
         ('{"layers": [{"out": 1, "in": 1, "format": "x", "ms": -1}]}', "layers.0.ms"),
+        ('{"layers": [{"out": 1, "in": 1, "format": "x", "ms": 1e308}]}', "layers.0.ms"),
         ('{"layers": [{"out": 0, "in": 1, "format": "x", "ms": 1}]}', "layers.0.out"),
         ('{"units": [], "unit": []}', "unit"),
         ('{"version": 2}', "version 2 is not 1"),

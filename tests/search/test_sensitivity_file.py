@@ -57,6 +57,12 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda c: unit(c)["options"][1]["scores"]["answer"].update(loss=float("nan")),
         "no number",
     ),
+    "no such modality": (lambda c: unit(c).update(modality="audio"), "no modality 'audio'"),
+    "no shape": (lambda c: unit(c)["layers"][0].update(in_features=0), "has no shape"),
+    "an error below zero": (
+        lambda c: unit(c)["options"][1]["scores"]["answer"].update(error=-1.0),
+        "no number from 0",
+    ),
     "no layers": (lambda c: unit(c).update(layers=[]), "kind layers with 0 layers"),
     "no such class": (
         lambda c: unit(c)["options"][1].update(scores={"audio": {"loss": 1.0}}),
@@ -80,5 +86,6 @@ def test_damage_is_told_with_its_place(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"units": 1, "units": 2}', "7"])
 def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "s.json").write_text(text)
-    with pytest.raises(StorageError):
+    with pytest.raises(StorageError) as caught:
         read_sensitivity(tmp_path / "s.json")
+    assert "prismquant analyze" in str(caught.value.remedy)
