@@ -1,0 +1,325 @@
+"""How well each method of analysis ranks what units lose, and what the mixes found by it lose.
+
+    python -m bench.search [--models plain outliers] [--methods fisher gradient kl_div ..]
+        [--solvers rtn gptq] [--draws 3] [--questions 200] [--random 200] [--out bench-out]
+    python -m bench.search --folder NAME=DIR --calibrations FILE .. --evaluation FILE
+    python -m bench.search .. --modelopt-python PATH    with ModelOpt's two modes beside ours
+
+*Truth* of a unit in a format: the model is quantized in that unit alone, written, loaded again, and
+compared with the unquantized model on questions that no calibration saw. *Spearman* is the rank
+correlation of a method's scores with it, over the units, by format. *Mixes*: budgets are the bytes
+of the uniform recipes, and the means between neighbours; each found mix is quantized and measured
+as a whole, beside the uniform recipe of the budget and random mixes that fill it. ModelOpt scores
+the same samples in an environment of its own; its mixes are quantized by ours, like all others.
+
+Analyses run as commands of their own, whose seconds of CPU and peak memory are told. Finished cells
+are kept in ``OUT/search.jsonl``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from bench.methods import Cells
+from bench.search.subjects import EMBEDDED, Searched, embedded, searched, write_inputs
+from bench.search.tables import CLASSES, MIXES, RANKS, Measures, Result, mix_rows, rank_rows
+from prismquant import __version__
+from prismquant.api import quantize
+from prismquant.recipe.schema import Recipe
+from prismquant.report.tables import markdown_table, rich_table
+from prismquant.search.allocate import Allocation, allocate, set_up
+from prismquant.search.constraints import Amount, Constraints
+from prismquant.search.found_recipe import recipe_of
+from prismquant.search.knapsack import Solved
+from prismquant.search.sensitivity import FLOAT, IN_NATS, Sensitivity, TokenClass
+from prismquant.search.sensitivity_file import read_sensitivity
+
+FORMATS = ("int2-g32", "int3-g32", "int4-g32")
+METHODS = ("fisher", "gradient", "kl_div", "output", "weight")
+MODELOPT = ("gradient", "kl_div")
+# What ModelOpt counts as bits, of the weights alone, at each budget.
+EFFECTIVE_BITS = (2.5, 3.0, 3.5)
+
+Weights = Mapping[TokenClass, float] | None
+
+
+class Bench:
+    """The cells of one model.
+
+    Args:
+        what: The model.
+        cells: Where finished ones are kept.
+        options: What was asked for.
+        work: Where checkpoints may lie for a moment.
+    """
+
+    def __init__(
+        self, what: Searched, cells: Cells, options: argparse.Namespace, work: Path
+    ) -> None:
+        self.what, self.cells, self.options, self.work = what, cells, options, work
+
+    def run(self) -> Iterator[str]:
+        """Fill in what is missing; yields a line for each cell."""
+        for solver in self.options.solvers:
+            for draw in range(len(self.what.calibrations)):
+                for method in self.options.methods:
+                    yield from self._cell(
+                        ("score", method, solver, draw),
+                        functools.partial(self._analyzed, method, solver, draw),
+                    )
+        for draw in range(len(self.what.calibrations)):
+            for mode in self.options.modelopt_modes if self.options.modelopt_python else ():
+                work = functools.partial(self._modelopt, mode, draw)
+                yield from self._cell(("peer", f"modelopt {mode}", draw), work)
+        for solver in self.options.solvers:
+            yield from self._truths(solver)
+            yield from self._mixes(solver)
+
+    def sensitivity(self, method: str, solver: str, draw: int) -> Sensitivity:
+        """What an analysis has written."""
+        return read_sensitivity(self._file(method, solver, draw))
+
+    def _cell(self, key: tuple[Any, ...], work: Callable[[], Result]) -> Iterator[str]:
+        key = (self.what.name, *key)
+        if key not in self.cells.done:
+            self.cells.add(key, work())
+            yield f"{key}: {json.dumps(self.cells.done[key])[:120]}"
+
+    def _file(self, method: str, solver: str, draw: int) -> Path:
+        return Path(self.options.out) / f"search-{self.what.name}-{method}-{solver}-{draw}.json"
+
+    def _analyzed(self, method: str, solver: str, draw: int) -> Result:
+        out = self._file(method, solver, draw)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "prismquant", "analyze", str(self.what.folder)]
+        command += ["--calib", str(self.what.calibrations[draw]), "--out", str(out)]
+        command += ["--formats", ",".join(self.options.formats), "--method", method]
+        command += ["--solver", solver, "--samples", "64", "--seed", str(draw), "--json"]
+        started = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        return {
+            "seconds": time.perf_counter() - started,
+            "cpu": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+            # The largest child so far: a lower one cannot be told apart.
+            "peak": after.ru_maxrss * 1024,
+        }
+
+    def _modelopt(self, mode: str, draw: int) -> Result:
+        with tempfile.TemporaryDirectory(dir=self.work) as folder:
+            samples, out = Path(folder) / "samples", Path(folder) / "out.json"
+            write_inputs(self.what.folder, self.what.calibrations[draw], samples)
+            command = [self.options.modelopt_python, "-m", "bench.search.modelopt"]
+            command += [str(self.what.folder), str(samples), str(out), "--method", mode]
+            command += ["--bits", *map(str, EFFECTIVE_BITS)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise SystemExit(done.stderr[-4000:])
+            found: Result = json.loads(out.read_text(encoding="utf-8"))
+            return found
+
+    @property
+    def measures(self) -> Measures:
+        """What was measured, for tables."""
+        return Measures(
+            self.what.name,
+            self.cells.done,
+            self.sensitivity,
+            self.options.methods,
+            self.options.solvers,
+            self.options.formats,
+            range(len(self.what.calibrations)),
+        )
+
+    def _peer_mix(self, allocation: Allocation, mode: str, draw: int, number: int) -> Result:
+        found = self.cells.done[self.what.name, "peer", mode, draw]
+        bits = found["chosen"][str(EFFECTIVE_BITS[number])]
+        chosen = tuple(
+            _index(unit, f"int{bits[name]}-g32" if (name := unit.layers[0].name) in bits else FLOAT)
+            for unit in allocation.units
+        )
+        return self._measured(allocation, chosen)
+
+    def _truths(self, solver: str) -> Iterator[str]:
+        found = self.sensitivity(self.options.methods[0], solver, 0)
+        allocation = set_up(found, Constraints())
+        for index, unit in enumerate(allocation.units):
+            for number, option in enumerate(unit.options):
+                if option.format != FLOAT:
+                    chosen = [_index(u, FLOAT) for u in allocation.units]
+                    chosen[index] = number
+                    yield from self._cell(
+                        ("truth", solver, unit.name, option.format),
+                        functools.partial(self._measured, allocation, tuple(chosen)),
+                    )
+
+    def _mixes(self, solver: str) -> Iterator[str]:
+        first = self.sensitivity(self.options.methods[0], solver, 0)
+        allocation = set_up(first, Constraints())
+        for name in self.options.formats:
+            chosen = tuple(_index(unit, name) for unit in allocation.units)
+            yield from self._cell(
+                ("uniform", solver, name), functools.partial(self._measured, allocation, chosen)
+            )
+        for number, (label, size) in enumerate(budgets(allocation, self.options.formats).items()):
+            for mode, draw in self.measures.peers():
+                work = functools.partial(self._peer_mix, allocation, mode, draw, number)
+                yield from self._cell(("mix", solver, label, mode, draw), work)
+            for method in self.options.methods:
+                for draw in range(len(self.what.calibrations)):
+                    found = self.sensitivity(method, solver, draw)
+                    for name, weights in self._weightings(found):
+                        yield from self._cell(
+                            ("mix", solver, label, method + name, draw),
+                            functools.partial(self._found, found, size, weights),
+                        )
+            for seed in range(self.options.random):
+                yield from self._cell(
+                    ("random", solver, label, seed),
+                    functools.partial(self._random, allocation, size, seed),
+                )
+
+    def _weightings(self, found: Sensitivity) -> Iterator[tuple[str, Weights]]:
+        """Weights of the analysis; and of answers alone, where classes are scored apart."""
+        yield "", None
+        if found.method in IN_NATS:
+            yield ", answers alone", {"answer": 1.0}
+
+    def _found(self, found: Sensitivity, size: int, weights: Weights) -> Result:
+        constraints = Constraints(total=Amount(bytes=size), weights=weights)
+        mix = allocate(found, constraints)
+        recipe = recipe_of(found, mix, constraints, "found").recipe
+        return {"bytes": mix.stored_bytes, "predicted": mix.losses, **self._divergence(recipe)}
+
+    def _measured(self, allocation: Allocation, chosen: tuple[int, ...]) -> Result:
+        mix = allocation.mix(Solved(chosen, 0.0, 0.0))
+        if not mix.changes:
+            return {"bytes": mix.stored_bytes, **dict.fromkeys(CLASSES, 0.0)}
+        recipe = recipe_of(allocation.found, mix, allocation.constraints, "chosen").recipe
+        return {"bytes": mix.stored_bytes, **self._divergence(recipe)}
+
+    def _random(self, allocation: Allocation, size: int, seed: int) -> Result:
+        return self._measured(allocation, random_mix(allocation, size, seed))
+
+    def _divergence(self, recipe: Recipe) -> dict[str, float]:
+        with tempfile.TemporaryDirectory(dir=self.work) as folder:
+            out = Path(folder) / "out"
+            quantize(self.what.folder, recipe, out, self.what.calibrations[0], dtype=torch.float32)
+            return self.what.divergence(out)
+
+
+def _index(unit: Any, name: str) -> int:
+    """Place of an option of a unit by its format's name."""
+    return next(n for n, option in enumerate(unit.options) if option.format == name)
+
+
+def budgets(allocation: Allocation, formats: Sequence[str]) -> dict[str, int]:
+    """Bytes of the uniform recipes but the least and the largest, and means between neighbours."""
+    uniform = {
+        name: allocation.mix(
+            Solved(tuple(_index(unit, name) for unit in allocation.units), 0.0, 0.0)
+        ).stored_bytes
+        for name in formats
+    }
+    found: dict[str, int] = {}
+    for low, high in itertools.pairwise(formats):
+        if found:
+            found[low] = uniform[low]
+        found[f"{low} .. {high}"] = (uniform[low] + uniform[high]) // 2
+    return found
+
+
+def random_mix(allocation: Allocation, size: int, seed: int) -> tuple[int, ...]:
+    """A mix that fills a budget: units in random order take random options that still fit."""
+    rng = random.Random(seed)
+    sizes = allocation.sizes
+    least = [min(range(len(row)), key=row.__getitem__) for row in sizes]
+    free = size - allocation.mix(Solved(tuple(least), 0.0, 0.0)).stored_bytes
+    chosen = list(least)
+    for _ in range(4):
+        for unit in rng.sample(range(len(sizes)), len(sizes)):
+            row = sizes[unit]
+            at = rng.randrange(len(row))
+            more = row[at] - row[chosen[unit]]
+            if 0 <= more <= free:
+                chosen[unit], free = at, free - int(more)
+    return tuple(chosen)
+
+
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", nargs="*", default=list(EMBEDDED), choices=EMBEDDED)
+    parser.add_argument("--folder", metavar="NAME=DIR", help="a model of your own, in their place")
+    parser.add_argument("--calibrations", nargs="+", type=Path, help="its sets, one a draw")
+    parser.add_argument("--evaluation", type=Path, help="its questions")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--solvers", nargs="+", default=["rtn", "gptq"], choices=["rtn", "gptq"])
+    parser.add_argument("--formats", nargs="+", default=list(FORMATS), help="fewest bits first")
+    parser.add_argument("--draws", type=int, default=3, help="calibration sets")
+    parser.add_argument("--questions", type=int, default=200, help="of the evaluation")
+    parser.add_argument("--random", type=int, default=200, help="random mixes at each budget")
+    parser.add_argument("--modelopt-python", help="interpreter of an environment with ModelOpt")
+    parser.add_argument("--modelopt-modes", nargs="+", default=list(MODELOPT), choices=MODELOPT)
+    parser.add_argument("--out", type=Path, default=Path("bench-out"), help="cells and tables")
+    return parser.parse_args(arguments)
+
+
+def _subjects(options: argparse.Namespace, work: Path) -> Iterator[Searched]:
+    if options.folder is None:
+        yield from embedded(options.models, work, options.draws, options.questions)
+        return
+    name, _, folder = options.folder.partition("=")
+    yield searched(name, Path(folder), options.calibrations, options.evaluation)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run all cells that are missing and print both tables."""
+    options = _arguments(arguments)
+    console = Console(width=140, highlight=False)
+    facts = {
+        "version": __version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "questions": options.questions,
+        "formats": list(options.formats),
+    }
+    cells = Cells(options.out / "search.jsonl", facts)
+    ranks: list[list[str]] = []
+    mixes: list[list[str]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for what in _subjects(options, Path(folder)):
+            bench = Bench(what, cells, options, Path(folder))
+            for line in bench.run():
+                console.print(line, style="dim")
+            ranks += rank_rows(bench.measures)
+            mixes += mix_rows(bench.measures)
+    for name, headers, rows in (("ranks", RANKS, ranks), ("mixes", MIXES, mixes)):
+        console.print(rich_table(headers, rows, title=name))
+        table = options.out / f"search-{name}.md"
+        table.write_text(markdown_table(headers, rows), encoding="utf-8")
+    results = [{"cell": list(key), **result} for key, result in cells.done.items()]
+    told = {"bench": "search", **facts, "results": results}
+    (options.out / "search.json").write_text(json.dumps(told), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Scores and mixes of ModelOpt's ``auto_quantize``, in an environment of its own.
+
+    python -m bench.search.modelopt MODEL SAMPLES OUT.json --method gradient|kl_div --bits 2.5 3
+
+MODEL is a float checkpoint, SAMPLES a folder of one safetensors file a sample: what the model is
+given, and ``labels`` with -100 wherever no answer is. Formats are integers of 2, 3 and 4 bits in
+groups of 32, weights alone, rounded to nearest. Nothing is imported from prismquant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import modelopt
+import modelopt.torch.quantization as mtq
+import torch
+from safetensors.torch import load_file
+
+from bench.peers.worker import declare_torchvision_operators
+
+BITS = (2, 3, 4)
+# A convolution cannot be rounded in groups: it stays as it is, as it does with ours.
+LEFT_ALONE = ["*patch_embed*"]
+
+
+def format_of(bits: int) -> dict[str, Any]:
+    """Configuration of a weight format: integers in groups of 32 along the input."""
+    return {
+        "quant_cfg": [
+            {"quantizer_name": "*", "enable": False},
+            {
+                "quantizer_name": "*weight_quantizer",
+                "cfg": {"num_bits": bits, "block_sizes": {-1: 32}},
+                "enable": True,
+            },
+        ],
+        "algorithm": "max",
+    }
+
+
+def samples(folder: Path) -> list[dict[str, torch.Tensor]]:
+    """All samples, in the order of their names."""
+    return [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
+
+
+def chosen_bits(state: dict[str, Any], bits: float) -> dict[str, int]:
+    """Bits of each module in the mix that its solver finds, but for those that are left alone."""
+    entries = mtq.get_auto_quantize_config(state, {"effective_bits": bits})["quant_cfg"]
+    suffix = ".weight_quantizer"
+    return {
+        entry["quantizer_name"].removesuffix(suffix): int(entry["cfg"]["num_bits"])
+        for entry in entries
+        if entry["quantizer_name"].endswith(suffix) and entry.get("cfg") and entry["enable"]
+    }
+
+
+def main() -> None:
+    """Score once, then choose at each budget."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("samples", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--method", choices=["gradient", "kl_div"], default="gradient")
+    parser.add_argument("--bits", type=float, nargs="+", required=True, help="effective bits")
+    options = parser.parse_args()
+    library = declare_torchvision_operators()
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=torch.float32)
+    model.config.use_cache = False
+    loader = samples(options.samples)
+    divergence = options.method == "kl_div"
+    wall, cpu = time.perf_counter(), time.process_time()
+    cost = {"excluded_module_name_patterns": LEFT_ALONE}
+    _, state = mtq.auto_quantize(
+        model,
+        constraints={"effective_bits": options.bits[0], "cost": cost},
+        quantization_formats=[format_of(bits) for bits in BITS],
+        data_loader=loader,
+        # Divergences are of logits, and losses of what the model makes of its labels.
+        forward_step=lambda m, batch: m(**batch).logits if divergence else m(**batch),
+        loss_func=None if divergence else lambda output, batch: output.loss,
+        disabled_layers=LEFT_ALONE,
+        num_calib_steps=len(loader),
+        num_score_steps=len(loader),
+        method=options.method,
+        verbose=False,
+    )
+    took = {"seconds": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+    took["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    del library
+    chosen = {bits: chosen_bits(state, bits) for bits in options.bits}
+    groups = {
+        name: {
+            "modules": list(stats["module_names"]),
+            "formats": [str(one) for one in stats["formats"]],
+            "scores": [float(score) for score in stats["scores"]],
+        }
+        for name, stats in state["candidate_stats"].items()
+    }
+    told = {"version": modelopt.__version__, **took, "groups": groups, "chosen": chosen}
+    options.out.write_text(json.dumps(told), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Models of the bench, each with what it is calibrated and measured with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from bench.methods import Remembered
+from prismquant.data import read_samples
+from prismquant.data.batches import Batch, make_batches
+from prismquant.demo.main_job import CHECKPOINT
+from prismquant.demo.scenes import write_dataset
+from prismquant.evaluate.fidelity import evaluate_model
+from prismquant.export.load_quantized import load_model
+from prismquant.models.bind import bind
+from prismquant.models.outliers import add_outliers
+from prismquant.models.processor import load_processor
+
+CALIBRATION_SAMPLES = 64
+EMBEDDED = ("plain", "outliers")
+
+
+@dataclass(frozen=True, eq=False)
+class Searched:
+    """A model whose units are scored.
+
+    Attributes:
+        name: What the table calls it.
+        folder: Its checkpoint.
+        calibrations: Calibration sets, one a draw.
+        reference: The unquantized model, which remembers its answers.
+        batches: Questions that no calibration saw.
+    """
+
+    name: str
+    folder: Path
+    calibrations: tuple[Path, ...]
+    reference: nn.Module
+    batches: Sequence[Batch]
+
+    def divergence(self, checkpoint: Path) -> dict[str, float]:
+        """KL from the unquantized model in nats a token, by class of token."""
+        model = load_model(checkpoint, dtype=torch.float32)
+        overall = evaluate_model(model, self.batches, self.reference).overall
+        return {name: found.kl for name, found in overall.divergence.items()}
+
+
+def write_inputs(folder: Path, calibration: Path, out: Path) -> None:
+    """Write what a model is given for each sample, with labels at its answers, for other tools."""
+    out.mkdir(parents=True)
+    batches = make_batches(
+        read_samples(calibration, limit=CALIBRATION_SAMPLES),
+        load_processor(folder),
+        batch_size=1,
+        vision_token_ids=bind(folder).vision_token_ids,
+    )
+    for number, batch in enumerate(batches):
+        ids = batch.inputs["input_ids"]
+        labels = torch.where(batch.answer_mask, ids, torch.full_like(ids, -100))
+        tensors = {name: value.contiguous() for name, value in batch.inputs.items()}
+        save_file(tensors | {"labels": labels}, out / f"{number:04}.safetensors")
+
+
+def searched(name: str, folder: Path, calibrations: Sequence[Path], evaluation: Path) -> Searched:
+    """A model with its questions rendered once."""
+    batches = make_batches(
+        read_samples(evaluation),
+        load_processor(folder),
+        batch_size=16,
+        vision_token_ids=bind(folder).vision_token_ids,
+    )
+    reference = Remembered(load_model(folder, dtype=torch.float32))
+    return Searched(name, folder, tuple(calibrations), reference, list(batches))
+
+
+def embedded(models: Sequence[str], work: Path, draws: int, questions: int) -> Iterator[Searched]:
+    """The embedded model, as it is and with activation outliers in its language model."""
+    evaluation = write_dataset(work / "evaluation", split="evaluation", count=questions)
+    sets = [
+        write_dataset(work / f"c{n}", split="calibration", seed=n, count=CALIBRATION_SAMPLES)
+        for n in range(draws)
+    ]
+    if "plain" in models:
+        yield searched("plain", CHECKPOINT, sets, evaluation)
+    if "outliers" in models:
+        folder = work / "outliers"
+        if not folder.exists():
+            add_outliers(CHECKPOINT, folder, factor=64.0, channels=4, modality="llm")
+        yield searched("outliers", folder, sets, evaluation)
