@@ -181,7 +181,9 @@ def _require_scores(units: Sequence[ChoiceUnit], weights: Mapping[TokenClass, fl
     if not counted & scored:
         raise PlanError(
             f"no option has scores of {', '.join(sorted(counted)) or 'any'} tokens",
-            remedy=f"weigh others with --weight; there are {', '.join(sorted(scored)) or 'none'}",
+            remedy=f"weigh others with --weight; there are {', '.join(sorted(scored))}"
+            if scored
+            else "analyze again with another --method, or other --formats",
         )
     for unit in units:
         for option in unit.options[1:]:

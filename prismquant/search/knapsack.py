@@ -34,6 +34,8 @@ MAX_NODES = 20_000
 # Costs are scaled to this: HiGHS stops at an absolute gap of 1e-6.
 _COST_SCALE = 1e6
 _AMOUNT_SCALE = 1e3
+# Larger than any sum of amounts in that scale, and smaller than what HiGHS takes for infinity.
+_BEYOND = Fraction(10**15)
 # Answers that are over a limit by less than HiGHS's tolerance, and are forbidden one by one; if
 # there are more, the limit is drawn tighter, and the gap tells what that may cost.
 _MOST_FORBIDDEN = 20
@@ -247,8 +249,8 @@ class _Problem:
             grain = _grain(limit.amounts, bases)
             least = None if limit.least is None else Fraction(limit.least) + margin - base
             most = None if limit.most is None else Fraction(limit.most) - margin - base
-            low.append(-math.inf if least is None else float(_lower(least, grain) / step))
-            high.append(math.inf if most is None else float(-_lower(-most, grain) / step))
+            low.append(-math.inf if least is None else _finite(_lower(least, grain) / step))
+            high.append(math.inf if most is None else _finite(-_lower(-most, grain) / step))
         for chosen in self.forbidden:
             columns = [start + at for start, at in zip(self.starts, chosen, strict=False)]
             entries = (np.ones(len(columns)), (np.zeros(len(columns), dtype=int), columns))
@@ -256,6 +258,11 @@ class _Problem:
             low.append(-math.inf)
             high.append(len(columns) - 1)
         return rows, low, high
+
+
+def _finite(bound: Fraction) -> float:
+    """A bound as a float; one that no sum comes near is cut to a number that none comes near."""
+    return float(min(max(bound, -_BEYOND), _BEYOND))
 
 
 def _lower(bound: Fraction, grain: Fraction) -> Fraction:

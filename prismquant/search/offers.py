@@ -85,6 +85,8 @@ def _refusal(
 ) -> str | None:
     if option.format == FLOAT:
         return None
+    if not option.scores:
+        return f"the analysis, by the method {found.method}, has no score of it"
     reader = constraints.reader
     if reader is not None and reader.value in option.refused:
         return option.refused[reader.value]

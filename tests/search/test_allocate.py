@@ -190,6 +190,24 @@ def test_the_cache_takes_fewer_bytes_only_where_it_must() -> None:
         find(found, cache_bytes=2047)
 
 
+def test_an_option_without_any_score_is_not_on_offer() -> None:
+    options = tuple(replace(option, scores={}) for option in CACHE.options)
+    found = made(0)
+    found = replace(
+        found,
+        units=(*found.units, replace(CACHE, options=options)),
+        formats=found.formats | {"kv:fp8": CACHE_CHOICE},
+    )
+    mix = find(found, bits=6)
+    assert mix.formats["kv_cache"] == FLOAT
+    assert mix.loss == find(made(0), bits=6).loss
+    told = f"kv_cache: not offered as kv:fp8: the analysis, by the method {found.method}, has no"
+    assert any(note.startswith(told) for note in mix.notes)
+    with pytest.raises(PlanError, match="no option has scores") as caught:
+        find(replace(found, units=found.units[-1:]), bits=6)
+    assert "another --method" in str(caught.value.remedy)
+
+
 def test_a_cache_that_was_not_analyzed_cannot_be_bounded() -> None:
     with pytest.raises(PlanError, match="has no format of the key-value cache"):
         find(made(0), bits=6, cache_bytes="2KiB")

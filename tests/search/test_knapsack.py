@@ -104,6 +104,24 @@ def test_an_answer_over_a_limit_by_a_hair_is_never_given() -> None:
     assert limit.holds(found.chosen)
 
 
+@pytest.mark.parametrize(("most", "least", "chosen"), [(1e308, None, 1), (None, -1e308, 1)])
+def test_a_limit_beyond_all_numbers_bounds_nothing(
+    most: float | None, least: float | None, chosen: int
+) -> None:
+    amounts: Table = ((1e-5, 2e-5), (1e-5, 2e-5))
+    solved = solve(((3.0, 1.0), (3.0, 1.0)), [Limit("all", amounts, most=most, least=least)])
+    assert solved is not None
+    assert solved.chosen == (chosen, chosen)
+
+
+@pytest.mark.parametrize(("most", "least"), [(-1e308, None), (None, 1e308)])
+def test_a_limit_beyond_all_numbers_may_exclude_all(
+    most: float | None, least: float | None
+) -> None:
+    amounts: Table = ((1e-5, 2e-5), (1e-5, 2e-5))
+    assert solve(((3.0, 1.0), (3.0, 1.0)), [Limit("all", amounts, most=most, least=least)]) is None
+
+
 def test_many_answers_over_a_limit_by_a_hair(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where they cannot be forbidden one by one the limit is drawn tighter, and the gap says so."""
     monkeypatch.setattr(knapsack, "_MOST_FORBIDDEN", 2)
