@@ -239,3 +239,11 @@ def refuse_idle(given: Mapping[str, Any], of: str) -> None:
                 where=name,
                 remedy=f"leave it out, or give {of}",
             )
+
+
+def as_items(value: Any) -> list[Any]:
+    """Items of an argument that may be one or many; what is no list of any kind is one item."""
+    if value is None:
+        return []
+    alone = isinstance(value, str | bytes) or not isinstance(value, Iterable)
+    return [value] if alone else list(value)

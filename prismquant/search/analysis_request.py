@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from prismquant.arguments import as_choice
+from prismquant.arguments import as_choice, as_items
 from prismquant.data.media import Limits
 from prismquant.distributed import Ranks
 from prismquant.engine.setup import Reporter, Silent
@@ -112,7 +112,7 @@ def as_patterns(value: Any) -> tuple[str, ...]:
     Raises:
         ArgumentError: One is no text, or empty.
     """
-    patterns = (value,) if isinstance(value, str) else tuple(value or ())
+    patterns = tuple(as_items(value))
     for pattern in patterns:
         if not isinstance(pattern, str) or not pattern.strip():
             raise ArgumentError(
@@ -157,8 +157,8 @@ def as_token_weights(value: Any) -> dict[TokenClass, float]:
     return dict.fromkeys(TOKEN_CLASSES, 0.0) | found
 
 
-def _pair(word: str) -> tuple[Any, Any]:
-    name, equals, number = word.partition("=")
+def _pair(word: Any) -> tuple[Any, Any]:
+    name, equals, number = word.partition("=") if isinstance(word, str) else (word, "", "")
     if not equals:
         raise _no_weight(f"{word!r} is no class of tokens with its weight")
     return name.strip(), number.strip()
@@ -171,9 +171,8 @@ def _no_weight(what: str, remedy: str | None = None) -> ArgumentError:
 
 def _words(value: Any) -> list[Any]:
     """Words of a text, or of all texts of a list, that commas keep apart."""
-    given: Iterable[Any] = [value] if isinstance(value, str) else (value or ())
     found: list[Any] = []
-    for text in given:
+    for text in as_items(value):
         found += (
             [w.strip() for w in text.split(",") if w.strip()] if isinstance(text, str) else [text]
         )

@@ -10,7 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypedDict
 
-from prismquant.arguments import as_bytes, as_choice, as_count, as_path
+from prismquant.arguments import as_bytes, as_choice, as_count, as_items, as_path
 from prismquant.check.target_reader import TargetReader
 from prismquant.errors import ArgumentError, suggest
 from prismquant.models.arch import Modality
@@ -192,7 +192,7 @@ def _pairs(given: Any, name: str, known: Iterable[str]) -> dict[str, Any]:
     if isinstance(given, Mapping):
         pairs: list[tuple[Any, Any]] = list(given.items())
     else:
-        texts: Sequence[Any] = [given] if isinstance(given, str) else list(given)
+        texts = as_items(given)
         parts = [part for text in texts for part in str(text).split(",") if part.strip()]
         pairs = [(key.strip(), said.strip()) for key, _, said in (p.partition("=") for p in parts)]
     found: dict[str, Any] = {}

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from prismquant.arguments import as_items
 from prismquant.errors import ArgumentError, PrismQuantError, shortened, suggest
 from prismquant.formats.kv_formats import kv_cache_spec
 from prismquant.formats.spec import PRESETS as FORMATS
@@ -47,7 +48,7 @@ def formats_on_offer(names: str | Iterable[str]) -> dict[str, Choice]:
     Raises:
         ArgumentError: A name is not one, or two names mean the same; says what was probably meant.
     """
-    given = [names] if isinstance(names, str) else list(names)
+    given = as_items(names)
     for text in given:
         if not isinstance(text, str):
             raise ArgumentError(f"{text!r} is not the name of a format", where=_WHERE)

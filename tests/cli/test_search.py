@@ -138,6 +138,10 @@ def test_the_function_refuses_what_the_command_refuses(file: Path, tmp_path: Pat
         {"bits": "4x"},
         {"bits": 4, "out": ""},
         {"bit": 4},
+        {"bits": 4, "weight": 5},
+        {"bits": 4, "weight": [5]},
+        {"bits": 4, "cap": 5},
+        {"bits": 4, "floor": object()},
     ]
     for arguments in wrong:
         with pytest.raises(ArgumentError):
