@@ -85,7 +85,9 @@ def test_wrong_words_end_with_status_2(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+)
 def test_a_killed_analysis_goes_on_to_the_same_bytes(
     run: Cli, tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path, number: int
 ) -> None:
@@ -112,7 +114,7 @@ def test_a_killed_analysis_goes_on_to_the_same_bytes(
     assert [path.name for path in tmp_path.iterdir()] == ["s.json"]
 
 
-@pytest.mark.parametrize("method", ["kl_div", "fisher"])
+@pytest.mark.parametrize("method", [pytest.param("kl_div", marks=pytest.mark.slow), "fisher"])
 def test_several_ranks_find_what_one_finds(
     run: Cli, tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path, method: str
 ) -> None:

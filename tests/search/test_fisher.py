@@ -320,6 +320,7 @@ with joined() as ranks:
 """
 
 
+@pytest.mark.slow
 def test_ranks_share_samples_and_find_what_one_finds(
     tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path
 ) -> None:
