@@ -16,12 +16,13 @@ class AnalysisProgress(ProgressReporter):
     """A progress bar on a console; use it as a context manager around an analysis."""
 
     def scored(self, scores: UnitScores, seconds: float) -> None:
-        """A unit has its scores: one line with the loss of each format."""
+        """A unit has its scores: one line with the loss of each format, by its first class."""
         self._progress.advance(self._task)
-        losses = [
-            f"{name} {', '.join(f'{kind} {score.loss:.3g}' for kind, score in found.items())}"
-            for name, found in scores.scores.items()
-        ]
+        # All classes are in the file, and their sum in the table at the end.
+        firsts = {name: next(iter(found.items()), None) for name, found in scores.scores.items()}
+        losses = [f"{name} {one[1].loss:.3g}" for name, one in firsts.items() if one]
+        kind = next((one[0] for one in firsts.values() if one), "")
         memory = f"{peak_memory_bytes() / 2**20:.0f} MiB peak"
-        line = f"{scores.unit}: {'; '.join(losses)} ({seconds:.1f} s, {memory})"
+        said = f"{kind} loss: {', '.join(losses)}" if losses else "no score"
+        line = f"{scores.unit}: {said} ({seconds:.1f} s, {memory})"
         self._console.print(as_text(line))

@@ -20,7 +20,7 @@ from prismquant.data.batches import Batch, by_length
 from prismquant.engine.collectives import share_of
 from prismquant.engine.memory_forecast import count_tokens, kept_for_gradients
 from prismquant.engine.placement import Placement, Store
-from prismquant.errors import DataError, grouped
+from prismquant.errors import ArgumentError, DataError, grouped
 from prismquant.memory import keep_heap_compact, resident_bytes
 from prismquant.models.arch import Modality
 from prismquant.models.bind import bind
@@ -113,6 +113,7 @@ def analyze_model(asked: AnalysisRequest) -> Sensitivity:
         done = partial.begin(ready.identity, names) if first else []
         scores = _scored(asked, bound, choices, ready, partial, done)
         found = _sensitivity(asked, bound, choices, ready, scores)
+        _require_any_score(found, asked)
         for note in found.notes[len(choices.notes) + len(ready.notes) :]:
             asked.reporter.remark(note)
         if first:
@@ -344,6 +345,20 @@ def _sensitivity(
         fixed_weights=choices.fixed_weights,
         notes=(*choices.notes, *ready.notes, *grouped(unscored)),
     )
+
+
+def _require_any_score(found: Sensitivity, asked: AnalysisRequest) -> None:
+    """Refuse a result of which no search could make anything.
+
+    Raises:
+        ArgumentError: No unit has a score.
+    """
+    if not any(option.scores for unit in found.units for option in unit.options):
+        raise ArgumentError(
+            f"the method {asked.method_name} scores none of the formats on offer",
+            where="--method and --formats",
+            remedy="use another --method, or offer formats of weights",
+        )
 
 
 def _with_scores(one: UnitRows, scores: UnitScores | None) -> ChoiceUnit:

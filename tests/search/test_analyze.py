@@ -159,6 +159,15 @@ def test_wrong_words_are_refused_before_anything_is_read(
     assert not list(tmp_path.iterdir())
 
 
+def test_an_analysis_that_scores_nothing_is_an_error_and_writes_nothing(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ArgumentError, match="scores none of the formats on offer") as caught:
+        run(tiny("qwen2_vl"), tmp_path / "s.json", None, method="weight", formats="kv:fp8")
+    assert "another --method" in str(caught.value.remedy)
+    assert not (tmp_path / "s.json").exists()
+
+
 def test_what_the_samples_lack_is_told(
     tiny: Callable[..., Path], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
