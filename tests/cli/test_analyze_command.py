@@ -55,7 +55,7 @@ def test_tables_go_to_stdout_and_progress_to_stderr(
     assert f"written: {tmp_path / 's.json'}" in out
     assert "note: --disable 'vpm' names no layer" in err
     assert "left alone: lm_head: disabled" in err
-    assert "kv_cache: kv:fp8 answer" in err
+    assert "kv_cache: answer loss: kv:fp8 0." in err
     found = json.loads((tmp_path / "s.json").read_text())
     assert found["weights"] == {"answer": 0.0, "text": 1.0, "image": 0.0, "video": 0.0}
     assert list(found["formats"]) == ["w8a8", "int4-g32", "kv:fp8"]
