@@ -12,7 +12,6 @@ off goes on where it stopped, and ``--seeds`` can be raised later.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import statistics
 import tempfile
@@ -20,12 +19,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from prismquant import __version__
 from prismquant.api import quantize
@@ -40,6 +38,7 @@ from prismquant.models.outliers import add_outliers
 from prismquant.models.processor import load_processor
 from prismquant.recipe.schema import Recipe, parse_recipe
 from prismquant.report.tables import markdown_table, rich_table
+from prismquant.search.method_trials import KnownLogits
 
 CALIBRATION_SAMPLES = 128
 _LLM = {"modality": "llm", "role": ["attn", "mlp"]}
@@ -116,28 +115,6 @@ def recipe_for(setting: str, method: str) -> Recipe:
     return parse_recipe(body | {"name": f"{setting}, {method}"}, source="bench")
 
 
-class Remembered(nn.Module):
-    """A model that computes the logits of each batch once.
-
-    Args:
-        model: The model.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self._known: dict[bytes, Tensor] = {}
-
-    def forward(self, **inputs: Any) -> SimpleNamespace:
-        """The model's logits."""
-        kept = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
-        parts = (value.cpu().contiguous().view(torch.uint8).numpy() for value in kept.values())
-        key = hashlib.sha256(b"".join(part.tobytes() for part in parts)).digest()
-        if key not in self._known:
-            self._known[key] = self.model(**inputs).logits
-        return SimpleNamespace(logits=self._known[key])
-
-
 @dataclass(frozen=True, eq=False)
 class Subject:
     """A model to quantize, and what to compare with.
@@ -164,7 +141,7 @@ def subject(name: str, folder: Path, evaluation: Path) -> Subject:
         batch_size=32,
         vision_token_ids=bound.vision_token_ids,
     )
-    reference = Remembered(load_model(folder, dtype=torch.float32))
+    reference = KnownLogits(load_model(folder, dtype=torch.float32))
     return Subject(name, folder, reference, list(batches))
 
 

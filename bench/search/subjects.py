@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from bench.methods import Remembered
 from prismquant.data import read_samples
 from prismquant.data.batches import Batch, make_batches
 from prismquant.demo.main_job import CHECKPOINT
@@ -20,6 +19,7 @@ from prismquant.export.load_quantized import load_model
 from prismquant.models.bind import bind
 from prismquant.models.outliers import add_outliers
 from prismquant.models.processor import load_processor
+from prismquant.search.method_trials import KnownLogits
 
 CALIBRATION_SAMPLES = 64
 EMBEDDED = ("plain", "outliers")
@@ -74,7 +74,7 @@ def searched(name: str, folder: Path, calibrations: Sequence[Path], evaluation: 
         batch_size=16,
         vision_token_ids=bind(folder).vision_token_ids,
     )
-    reference = Remembered(load_model(folder, dtype=torch.float32))
+    reference = KnownLogits(load_model(folder, dtype=torch.float32))
     return Searched(name, folder, tuple(calibrations), reference, list(batches))
 
 

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 from prismquant.data.batches import Batch
 from prismquant.distributed import Alone, Ranks
 from prismquant.engine.activation_store import ActivationStore, InMemory
 from prismquant.engine.placement import Placement
+from prismquant.engine.walk import ModelWalk, Visit
 from prismquant.models.bound import BoundModel
 from prismquant.search.choices import Choices, UnitRows
 from prismquant.search.sensitivity import Score, TokenClass
+from prismquant.shards import ShardReader
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,40 @@ class Analysis:
             one for one in units if len(one.unit.options) > 1 and one.unit.name not in self.done
         )
 
+    @property
+    def cached_steps(self) -> set[int]:
+        """Numbers of the steps whose keys and values are to be scored."""
+        caches = (plan for one in self.wanted for plan in one.caches.values())
+        return {layer.step for plan in caches for layer in plan.layers}
+
+    def walk(self, *, backward: bool = False, caches: bool = True) -> ModelWalk:
+        """A walk of the float model through the units that are to be scored.
+
+        Args:
+            backward: Go back again, for gradients; outputs then wait where a method comes back to.
+            caches: Whether keys and values are looked at.
+        """
+        visit = Visit(
+            layers=[site.name for one in self.wanted if one.rows for site in one.sites],
+            attentions=sorted(self.cached_steps) if caches else (),
+            stagewise=False,
+            backward=backward,
+        )
+        return ModelWalk(
+            self.bound,
+            ShardReader(self.bound.folder),
+            self.batches,
+            self.placement,
+            visit=visit,
+            store=self.kept if backward else self.store,
+            ranks=self.ranks,
+        )
+
 
 class AnalysisMethod(Protocol):
-    """A way to score units; its fields are its options."""
+    """A way to score units: a frozen dataclass whose fields are its options."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def needs_samples(self) -> bool:

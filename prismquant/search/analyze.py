@@ -236,7 +236,7 @@ def _settings(asked: AnalysisRequest, choices: Choices) -> dict[str, Any]:
     """Settings that decide the scores, as JSON types."""
     content = {
         "method": asked.method_name,
-        "options": asdict(asked.method),  # type: ignore[call-overload]
+        "options": asdict(asked.method),
         "solver": asked.solver,
         "batch_size": _batch_size(asked),
         "seed": asked.seed,
@@ -325,7 +325,7 @@ def _sensitivity(
         identity=identity,
         method=asked.method_name,
         options={
-            **asdict(asked.method),  # type: ignore[call-overload]
+            **asdict(asked.method),
             "seed": asked.seed,
             "batch_size": _batch_size(asked),
             "modalities": list(asked.modalities),

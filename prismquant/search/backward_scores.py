@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prismquant.engine.calls import Gradients
 from prismquant.engine.graph_replay import GraphCall
-from prismquant.engine.walk import ModelWalk, Unit, Visit
+from prismquant.engine.walk import Unit
 from prismquant.errors import NumericsError
 from prismquant.numerics.finite import all_finite
 from prismquant.search.analysis import Analysis
@@ -24,7 +24,6 @@ from prismquant.search.option_errors import StepErrors, solve_step
 from prismquant.search.place_losses import PlaceLosses, Segment, chunks, gradients_from
 from prismquant.search.sample_sums import SampleSums
 from prismquant.search.watched_step import WatchedCall, watched
-from prismquant.shards import ShardReader
 
 # Logits of so many bytes are looked at together.
 _LOGIT_BYTES = 64 << 20
@@ -63,22 +62,7 @@ def backward_sums(analysis: Analysis, objective: Objective) -> Iterator[SampleSu
     wanted = analysis.wanted
     if not wanted:
         return
-    cached = {layer.step for one in wanted for plan in one.caches.values() for layer in plan.layers}
-    visit = Visit(
-        layers=[site.name for one in wanted if one.rows for site in one.sites],
-        attentions=sorted(cached),
-        stagewise=False,
-        backward=True,
-    )
-    walk = ModelWalk(
-        analysis.bound,
-        ShardReader(analysis.bound.folder),
-        analysis.batches,
-        analysis.placement,
-        visit=visit,
-        store=analysis.kept,
-        ranks=analysis.ranks,
-    )
+    cached, walk = analysis.cached_steps, analysis.walk(backward=True)
     caches = {
         one.unit.name: SampleSums(one, analysis, objective.losses) for one in wanted if one.caches
     }

@@ -42,7 +42,8 @@ class Fisher:
         ArgumentError: There are no draws, or no classes.
     """
 
-    name: ClassVar[str] = "fisher"
+    needs_samples: ClassVar[bool] = True
+    one_by_one: ClassVar[bool] = True
 
     draws: int = 2
     classes: tuple[TokenClass, ...] = TOKEN_CLASSES
@@ -52,16 +53,6 @@ class Fisher:
             raise ArgumentError(f"draws must be 1 or more, not {self.draws}", where="method fisher")
         if not self.classes:
             raise ArgumentError("no class of tokens is left to score", where="method fisher")
-
-    @property
-    def needs_samples(self) -> bool:
-        """It looks at samples."""
-        return True
-
-    @property
-    def one_by_one(self) -> bool:
-        """Losses are of single samples."""
-        return True
 
     @property
     def losses_back(self) -> int:

@@ -31,22 +31,9 @@ _ANSWER = TOKEN_CLASSES.index("answer")
 class SquaredGradients:
     """Scores by squared gradients of the answers' cross-entropy; has no options."""
 
-    name: ClassVar[str] = "gradient"
-
-    @property
-    def needs_samples(self) -> bool:
-        """It looks at samples."""
-        return True
-
-    @property
-    def one_by_one(self) -> bool:
-        """Losses are of single samples."""
-        return True
-
-    @property
-    def losses_back(self) -> int:
-        """The cross-entropy of the answer."""
-        return 1
+    needs_samples: ClassVar[bool] = True
+    one_by_one: ClassVar[bool] = True
+    losses_back: ClassVar[int] = 1
 
     def scores(self, analysis: Analysis) -> Iterator[UnitScores]:
         """See :class:`~prismquant.search.analysis.AnalysisMethod`.

@@ -12,13 +12,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from prismquant.engine.replay import Replay
 from prismquant.engine.streamed_model import StreamedModel
-from prismquant.engine.walk import ModelWalk, Unit, Visit
+from prismquant.engine.walk import Unit
 from prismquant.errors import NumericsError
 from prismquant.formats.quantized_layer import QuantizedLayer
 from prismquant.models.attention import attention_hooked
@@ -30,7 +31,6 @@ from prismquant.search.option_errors import Option, StepErrors, solve_step
 from prismquant.search.sensitivity import Score, TokenClass
 from prismquant.search.suffix_runs import Layers, SuffixRuns
 from prismquant.search.token_places import NOWHERE, token_places
-from prismquant.shards import ShardReader
 
 # Places whose logits are looked at together.
 _CHUNK = 64
@@ -40,35 +40,13 @@ _CHUNK = 64
 class KLDivergence:
     """Analysis by the divergence that each format of each unit makes by itself."""
 
-    @property
-    def needs_samples(self) -> bool:
-        """All of them are run."""
-        return True
-
-    @property
-    def one_by_one(self) -> bool:
-        """Samples that are run together do not touch one another."""
-        return False
-
-    @property
-    def losses_back(self) -> int:
-        """It goes through the model forth only."""
-        return 0
+    needs_samples: ClassVar[bool] = True
+    one_by_one: ClassVar[bool] = False
+    losses_back: ClassVar[int] = 0
 
     def scores(self, analysis: Analysis) -> Iterator[UnitScores]:
         """Scores of every unit; see :class:`prismquant.search.analysis.AnalysisMethod`."""
-        names = [site.name for one in analysis.wanted for site in one.sites]
-        caches = [cache for one in analysis.wanted for cache in one.caches.values()]
-        steps = {layer.step for cache in caches for layer in cache.layers}
-        walk = ModelWalk(
-            analysis.bound,
-            ShardReader(analysis.bound.folder),
-            analysis.batches,
-            analysis.placement,
-            visit=Visit(layers=names, attentions=steps, stagewise=False),
-            store=analysis.store,
-            ranks=analysis.ranks,
-        )
+        walk = analysis.walk()
         if walk.main is None:
             raise RuntimeError("divergences need samples")
         measured = _Divergences(analysis, walk.main)

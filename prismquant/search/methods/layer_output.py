@@ -13,14 +13,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from prismquant.engine.walk import ModelWalk, Unit, Visit
+from prismquant.engine.walk import Unit
 from prismquant.search.analysis import Analysis, UnitScores
 from prismquant.search.option_errors import StepErrors, solve_step
 from prismquant.search.sample_sums import SampleSums, mean_score
 from prismquant.search.sensitivity import TOKEN_CLASSES
 from prismquant.search.token_places import count_places
 from prismquant.search.watched_step import watched
-from prismquant.shards import ShardReader
 
 
 @dataclass(frozen=True)
@@ -31,24 +30,11 @@ class OutputError:
         relative: Divide by the sum of squares of these outputs; else by the number of samples.
     """
 
-    name: ClassVar[str] = "output"
+    needs_samples: ClassVar[bool] = True
+    one_by_one: ClassVar[bool] = True
+    losses_back: ClassVar[int] = 0
 
     relative: bool = True
-
-    @property
-    def needs_samples(self) -> bool:
-        """It looks at samples."""
-        return True
-
-    @property
-    def one_by_one(self) -> bool:
-        """Sums are of single samples."""
-        return True
-
-    @property
-    def losses_back(self) -> int:
-        """It goes through the model forth only."""
-        return 0
 
     def scores(self, analysis: Analysis) -> Iterator[UnitScores]:
         """See :class:`~prismquant.search.analysis.AnalysisMethod`.
@@ -68,21 +54,7 @@ class OutputError:
 def _summed(analysis: Analysis) -> Iterator[SampleSums]:
     """Sums of squares of errors and of outputs for each sample, unit by unit."""
     wanted = analysis.wanted
-    cached = {layer.step for one in wanted for plan in one.caches.values() for layer in plan.layers}
-    visit = Visit(
-        layers=[site.name for one in wanted if one.rows for site in one.sites],
-        attentions=sorted(cached),
-        stagewise=False,
-    )
-    walk = ModelWalk(
-        analysis.bound,
-        ShardReader(analysis.bound.folder),
-        analysis.batches,
-        analysis.placement,
-        visit=visit,
-        store=analysis.store,
-        ranks=analysis.ranks,
-    )
+    cached, walk = analysis.cached_steps, analysis.walk()
     caches = {one.unit.name: SampleSums(one, analysis, 2) for one in wanted if one.caches}
     with contextlib.closing(walk.units()) as units, torch.no_grad():
         for unit in units:

@@ -13,11 +13,9 @@ from typing import ClassVar
 
 import torch
 
-from prismquant.engine.walk import ModelWalk, Visit
 from prismquant.search.analysis import Analysis, UnitScores
 from prismquant.search.option_errors import Option, solve_step
 from prismquant.search.sensitivity import TOKEN_CLASSES, Score, TokenClass
-from prismquant.shards import ShardReader
 
 
 @dataclass(frozen=True)
@@ -28,24 +26,11 @@ class WeightError:
         relative: Divide by the sum of squares of the weights.
     """
 
-    name: ClassVar[str] = "weight"
+    needs_samples: ClassVar[bool] = False
+    one_by_one: ClassVar[bool] = False
+    losses_back: ClassVar[int] = 0
 
     relative: bool = False
-
-    @property
-    def needs_samples(self) -> bool:
-        """It looks at none, whatever the solver does."""
-        return False
-
-    @property
-    def one_by_one(self) -> bool:
-        """Samples are only the solver's business."""
-        return False
-
-    @property
-    def losses_back(self) -> int:
-        """It goes through the model forth only."""
-        return 0
 
     def scores(self, analysis: Analysis) -> Iterator[UnitScores]:
         """See :class:`~prismquant.search.analysis.AnalysisMethod`.
@@ -53,15 +38,7 @@ class WeightError:
         All classes of tokens get the same score. The key-value cache has no weights, and none.
         """
         wanted = [one for one in analysis.wanted if one.rows]
-        walk = ModelWalk(
-            analysis.bound,
-            ShardReader(analysis.bound.folder),
-            analysis.batches,
-            analysis.placement,
-            visit=Visit(layers=[s.name for one in wanted for s in one.sites], stagewise=False),
-            store=analysis.store,
-            ranks=analysis.ranks,
-        )
+        walk = analysis.walk(caches=False)
         with contextlib.closing(walk.units()) as units, torch.no_grad():
             for unit in units:
                 sums: defaultdict[Option, float] = defaultdict(float)
