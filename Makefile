@@ -87,6 +87,8 @@ lint: venv
 bench: venv
 	$(BIN)/python -m bench.methods --seeds 3
 	$(BIN)/python -m bench.formats
+	$(BIN)/python -m bench.automatic
+	$(BIN)/python -m bench.search --models plain
 	$(BIN)/python -m bench.rotations
 	$(BIN)/python -m bench.memory
 	$(BIN)/python -m bench.engine --models qwen2-vl-2b --blocks 2

@@ -44,6 +44,15 @@ MaxLength = Annotated[
     typer.Option("--max-length", min=1, help="Cut samples to so many tokens, and say which."),
 ]
 KVCache = Annotated[str | None, typer.Option("--kv-cache", help="fp8, fp8-head, int8 .., or none.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ..")]
+MemoryBudget = Annotated[
+    str | None,
+    typer.Option("--memory-budget", help="Take no more than this, e.g. 4GiB; on a CPU."),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, max=1024, help="Threads to compute with; measured by default."),
+]
 
 
 @dataclass(frozen=True)
@@ -66,14 +75,11 @@ class QuantizeOptions:
     fallback: Fallback = False
     on_failure: OnFailure = None
     tensor_parallel: Shards = None
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ..")] = "cpu"
+    device: Device = "cpu"
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was cut off.")] = (
         False
     )
-    memory_budget: Annotated[
-        str | None,
-        typer.Option("--memory-budget", help="Take no more than this, e.g. 4GiB; on a CPU."),
-    ] = None
+    memory_budget: MemoryBudget = None
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -83,10 +89,7 @@ class QuantizeOptions:
     max_pixels: MaxPixels = None
     max_frames: MaxFrames = None
     max_length: MaxLength = None
-    threads: Annotated[
-        int | None,
-        typer.Option(min=1, max=1024, help="Threads to compute with; measured by default."),
-    ] = None
+    threads: Threads = None
     strict: Annotated[
         bool,
         typer.Option(
@@ -132,21 +135,15 @@ class AnalyzeOptions:
         list[str] | None,
         typer.Option(help="Leave layers alone: names with wildcards, e.g. '*lm_head*'; again."),
     ] = None
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ..")] = "cpu"
+    device: Device = "cpu"
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or mixed; on a CPU float32 by default.")
     ] = None
-    memory_budget: Annotated[
-        str | None,
-        typer.Option("--memory-budget", help="Take no more than this, e.g. 4GiB; on a CPU."),
-    ] = None
+    memory_budget: MemoryBudget = None
     max_pixels: MaxPixels = None
     max_frames: MaxFrames = None
     max_length: MaxLength = None
-    threads: Annotated[
-        int | None,
-        typer.Option(min=1, max=1024, help="Threads to compute with; measured by default."),
-    ] = None
+    threads: Threads = None
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an analysis that was cut off.")
     ] = False

@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import shutil
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from prismquant.engine.placement import Store
 from prismquant.errors import StorageError
 
 # Smaller ones, such as masks and positions, are not worth a file.
@@ -138,3 +139,21 @@ def _write(path: Path, value: Tensor) -> None:
             where=str(path.parent),
             remedy="free space there, or allow more memory with --memory-budget",
         ) from error
+
+
+@contextlib.contextmanager
+def opened_store(states: Store, folder: Path) -> Iterator[ActivationStore]:
+    """Give what keeps hidden states for the length of the block.
+
+    Args:
+        states: Where they wait.
+        folder: Takes their files, where they wait in files.
+    """
+    if states != "disk":
+        yield OnHost() if states == "host" else InMemory()
+        return
+    store = OnDisk(folder)
+    try:
+        yield store
+    finally:
+        store.close()

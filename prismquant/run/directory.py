@@ -19,12 +19,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from prismquant.diagnostics.step_record import StepRecord
-from prismquant.engine.activation_store import ActivationStore, InMemory, OnDisk, OnHost
+from prismquant.engine.activation_store import ActivationStore, opened_store
 from prismquant.engine.placement import Store
 from prismquant.errors import PrismQuantError, StorageError
 from prismquant.memory import readable_bytes
@@ -204,8 +205,9 @@ class RunDirectory:
                 remedy="free space or choose another --out",
             )
 
-    @contextlib.contextmanager
-    def activation_store(self, rank: int, states: Store, of: str) -> Iterator[ActivationStore]:
+    def activation_store(
+        self, rank: int, states: Store, of: str
+    ) -> AbstractContextManager[ActivationStore]:
         """Give what keeps hidden states for the length of the block.
 
         Args:
@@ -213,14 +215,7 @@ class RunDirectory:
             states: Where they wait.
             of: A name for what they are of.
         """
-        if states != "disk":
-            yield OnHost() if states == "host" else InMemory()
-            return
-        store = OnDisk(self._inside / f"{_STATES}{rank}-{of}")
-        try:
-            yield store
-        finally:
-            store.close()
+        return opened_store(states, self._inside / f"{_STATES}{rank}-{of}")
 
     def save(self, record: RunRecord) -> None:
         """Write the record."""

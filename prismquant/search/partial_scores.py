@@ -16,6 +16,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +24,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from prismquant.arguments import EXACT
-from prismquant.engine.activation_store import ActivationStore, InMemory, OnDisk, OnHost
+from prismquant.engine.activation_store import ActivationStore, opened_store
 from prismquant.engine.placement import Store
 from prismquant.errors import StorageError
 from prismquant.opening import read_json
@@ -143,22 +144,14 @@ class PartialScores:
         """
         write_json(self._file(number), asdict(_UnitFile(scores.unit, scores.scores)))
 
-    @contextlib.contextmanager
-    def activation_store(self, states: Store, of: str) -> Iterator[ActivationStore]:
+    def activation_store(self, states: Store, of: str) -> AbstractContextManager[ActivationStore]:
         """Give what keeps hidden states for the length of the block.
 
         Args:
             states: Where they wait.
             of: A name for what they are of.
         """
-        if states != "disk":
-            yield OnHost() if states == "host" else InMemory()
-            return
-        store = OnDisk(self.folder / f"{_STATES}{of}")
-        try:
-            yield store
-        finally:
-            store.close()
+        return opened_store(states, self.folder / f"{_STATES}{of}")
 
     def close(self) -> None:
         """Delete what is no longer needed; the result must be written."""

@@ -12,30 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from prismquant import cli
-
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     Cli = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """``run(*arguments)``: exit status, stdout and stderr of the real entry point."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("TERM", "dumb")
-
-    def call(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["prismquant", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(left.value.code or 0), out, err
-
-    return call
 
 
 def words(folder: Path, out: Path, calibration: Path, *more: Any) -> list[str]:
