@@ -6,10 +6,13 @@ import html
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 _WIDTH, _HEIGHT = 760, 460
 _LEFT, _RIGHT, _TOP, _BOTTOM = 92, 24, 56, 64
+# Characters of a name that fit beside the rest of the title.
+_LONGEST = 50
 _STYLE = """
   svg { --paper: #ffffff; --ink: #1f2328; --faint: #d0d7de; --line: #0969da; --knee: #bc4c00;
         background: var(--paper); font: 13px system-ui, sans-serif; }
@@ -42,6 +45,9 @@ def front_svg(front: Mapping[str, Any]) -> str:
     positive = [loss for loss in losses if loss > 0]
     up = _Axis(positive or losses, _HEIGHT - _BOTTOM, _TOP, log=bool(positive))
     title = f"{front['model']}: predicted loss by size"
+    # A whole path would run out of the picture; hovering tells it.
+    name = PurePath(front["model"]).name or str(front["model"])
+    shown = f"{name[:_LONGEST]}: predicted loss by size"
     by = f"method {front['method']}, solver {front['solver']}"
     places = [(across.place(p["bits"]), up.place(p["loss"])) for p in points]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
@@ -49,7 +55,7 @@ def front_svg(front: Mapping[str, Any]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">',
         f"<title>{_escaped(title)}</title>",
         f"<style>\n{_STYLE}\n</style>",
-        _text(_LEFT, 24, title, size=15),
+        _text(_LEFT, 24, shown, size=15),
         _text(_LEFT, 42, by),
         *_ticks(across, up),
         _text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 16, "bits per weight", anchor="middle"),

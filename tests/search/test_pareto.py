@@ -122,6 +122,16 @@ def test_names_are_text_and_nothing_is_fetched() -> None:
     assert "prefers-color-scheme: dark" in text
 
 
+def test_a_long_path_stays_within_the_picture_and_is_told_whole() -> None:
+    model = f"/data/{'deep/' * 40}{'a-model-' * 10}8B"
+    root = ET.fromstring(front_svg(content([2.0, 1.0], model=model)))
+    whole, *_ = root.iter(f"{SVG}title")
+    assert whole.text == f"{model}: predicted loss by size"
+    texts = [text.text or "" for text in root.iter(f"{SVG}text")]
+    assert max(map(len, texts)) <= 75
+    assert any(text.startswith("a-model-") for text in texts)
+
+
 def test_the_table_marks_the_knee() -> None:
     table = front_table(content([2.0, 1.0, 0.5], knee=1))
     (marks,) = [list(column.cells) for column in table.columns[-1:]]
