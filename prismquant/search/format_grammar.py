@@ -142,7 +142,7 @@ def _number(name: str, part: str) -> NumberSpec:
     try:
         return spec(part)
     except PrismQuantError as error:
-        known = [*FORMATS, *filter(_is_plain, RECIPES)]
+        known = {*FORMATS, *filter(_is_plain, RECIPES)}
         raise _refused(name, error.what, suggest(part, known)) from error
 
 

@@ -89,3 +89,12 @@ def test_a_wrong_name_is_refused_with_what_was_meant(names: str, said: str) -> N
     with pytest.raises(ArgumentError) as caught:
         formats_on_offer(names)
     assert said in str(caught.value)
+
+
+def test_a_wrong_name_is_told_every_known_one_once() -> None:
+    with pytest.raises(ArgumentError, match="no number format 'int4g128'") as caught:
+        formats_on_offer("int4g128")
+    remedy = str(caught.value.remedy)
+    known = remedy.partition("known: ")[2].split(", ")
+    assert "did you mean 'int4-g128'?" in remedy
+    assert len(known) == len(set(known)) > 20
