@@ -2,15 +2,19 @@
 
     python -m bench.search [--models plain outliers] [--methods fisher gradient kl_div ..]
         [--solvers rtn gptq] [--draws 3] [--questions 200] [--random 200] [--out bench-out]
-    python -m bench.search --folder NAME=DIR --calibrations FILE .. --evaluation FILE
-    python -m bench.search .. --modelopt-python PATH    with ModelOpt's two modes beside ours
+    python -m bench.search --folder NAME=DIR ..  trained models of other families, in their place
+    python -m bench.search .. --modelopt-python PATH --auto-round-python PATH    others beside ours
 
 *Truth* of a unit in a format: the model is quantized in that unit alone, written, loaded again, and
 compared with the unquantized model on questions that no calibration saw. *Spearman* is the rank
 correlation of a method's scores with it, over the units, by format. *Mixes*: budgets are the bytes
 of the uniform recipes, and the means between neighbours; each found mix is quantized and measured
-as a whole, beside the uniform recipe of the budget and random mixes that fill it. ModelOpt scores
-the same samples in an environment of its own; its mixes are quantized by ours, like all others.
+as a whole, beside the uniform recipe of the budget and random mixes that fill it. ModelOpt's
+``auto_quantize`` and AutoRound's ``AutoScheme`` score the same samples in environments of their
+own; the mixes that they choose are quantized by ours, like all others.
+
+A folder's model is calibrated with and asked the embedded model's questions, unless files of both
+are named; ``NAME-outliers`` is its version with activation outliers.
 
 Analyses run as commands of their own, whose seconds of CPU and peak memory are told. Finished cells
 are kept in ``OUT/search.jsonl``.
@@ -37,8 +41,9 @@ import torch
 from rich.console import Console
 
 from bench.methods import Cells
-from bench.search.subjects import EMBEDDED, Searched, embedded, searched, write_inputs
-from bench.search.tables import CLASSES, MIXES, RANKS, Measures, Result, mix_rows, rank_rows
+from bench.search.other_tools import EFFECTIVE_BITS, MODELOPT, analyses
+from bench.search.subjects import Searched, subjects
+from bench.search.tables import CLASSES, Measures, Result, Table, tables_of
 from prismquant import __version__
 from prismquant.api import quantize
 from prismquant.recipe.schema import Recipe
@@ -52,9 +57,6 @@ from prismquant.search.sensitivity_file import read_sensitivity
 
 FORMATS = ("int2-g32", "int3-g32", "int4-g32")
 METHODS = ("fisher", "gradient", "kl_div", "output", "weight")
-MODELOPT = ("gradient", "kl_div")
-# What ModelOpt counts as bits, of the weights alone, at each budget.
-EFFECTIVE_BITS = (2.5, 3.0, 3.5)
 
 Weights = Mapping[TokenClass, float] | None
 
@@ -83,10 +85,14 @@ class Bench:
                         ("score", method, solver, draw),
                         functools.partial(self._analyzed, method, solver, draw),
                     )
-        for draw in range(len(self.what.calibrations)):
-            for mode in self.options.modelopt_modes if self.options.modelopt_python else ():
-                work = functools.partial(self._modelopt, mode, draw)
-                yield from self._cell(("peer", f"modelopt {mode}", draw), work)
+        options = self.options
+        others = analyses(
+            options.modelopt_python, options.auto_round_python, options.modelopt_modes
+        )
+        for name, analysis in others.items():
+            for draw, calibration in enumerate(self.what.calibrations[: options.peer_draws]):
+                work = functools.partial(analysis.run, self.what.folder, calibration, self.work)
+                yield from self._cell(("peer", name, draw), work)
         for solver in self.options.solvers:
             yield from self._truths(solver)
             yield from self._mixes(solver)
@@ -123,19 +129,6 @@ class Bench:
             # The largest child so far: a lower one cannot be told apart.
             "peak": after.ru_maxrss * 1024,
         }
-
-    def _modelopt(self, mode: str, draw: int) -> Result:
-        with tempfile.TemporaryDirectory(dir=self.work) as folder:
-            samples, out = Path(folder) / "samples", Path(folder) / "out.json"
-            write_inputs(self.what.folder, self.what.calibrations[draw], samples)
-            command = [self.options.modelopt_python, "-m", "bench.search.modelopt"]
-            command += [str(self.what.folder), str(samples), str(out), "--method", mode]
-            command += ["--bits", *map(str, EFFECTIVE_BITS)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise SystemExit(done.stderr[-4000:])
-            found: Result = json.loads(out.read_text(encoding="utf-8"))
-            return found
 
     @property
     def measures(self) -> Measures:
@@ -267,8 +260,16 @@ def random_mix(allocation: Allocation, size: int, seed: int) -> tuple[int, ...]:
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", nargs="*", default=list(EMBEDDED), choices=EMBEDDED)
-    parser.add_argument("--folder", metavar="NAME=DIR", help="a model of your own, in their place")
+    parser.add_argument(
+        "--models", nargs="+", metavar="NAME", help="default: all, each also with outliers"
+    )
+    parser.add_argument(
+        "--folder",
+        metavar="NAME=DIR",
+        action="append",
+        default=[],
+        help="a model of your own; may be given again",
+    )
     parser.add_argument("--calibrations", nargs="+", type=Path, help="its sets, one a draw")
     parser.add_argument("--evaluation", type=Path, help="its questions")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
@@ -278,17 +279,11 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=200, help="of the evaluation")
     parser.add_argument("--random", type=int, default=200, help="random mixes at each budget")
     parser.add_argument("--modelopt-python", help="interpreter of an environment with ModelOpt")
+    parser.add_argument("--auto-round-python", help="interpreter of an environment with AutoRound")
+    parser.add_argument("--peer-draws", type=int, default=3, help="calibration sets for both")
     parser.add_argument("--modelopt-modes", nargs="+", default=list(MODELOPT), choices=MODELOPT)
     parser.add_argument("--out", type=Path, default=Path("bench-out"), help="cells and tables")
     return parser.parse_args(arguments)
-
-
-def _subjects(options: argparse.Namespace, work: Path) -> Iterator[Searched]:
-    if options.folder is None:
-        yield from embedded(options.models, work, options.draws, options.questions)
-        return
-    name, _, folder = options.folder.partition("=")
-    yield searched(name, Path(folder), options.calibrations, options.evaluation)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -303,22 +298,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "formats": list(options.formats),
     }
     cells = Cells(options.out / "search.jsonl", facts)
-    ranks: list[list[str]] = []
-    mixes: list[list[str]] = []
+    tables: list[Table] = []
     with tempfile.TemporaryDirectory() as folder:
-        for what in _subjects(options, Path(folder)):
+        for what in subjects(options, Path(folder)):
             bench = Bench(what, cells, options, Path(folder))
             for line in bench.run():
                 console.print(line, style="dim")
-            ranks += rank_rows(bench.measures)
-            mixes += mix_rows(bench.measures)
-    for name, headers, rows in (("ranks", RANKS, ranks), ("mixes", MIXES, mixes)):
-        console.print(rich_table(headers, rows, title=name))
-        table = options.out / f"search-{name}.md"
-        table.write_text(markdown_table(headers, rows), encoding="utf-8")
+            tables += tables_of(bench.measures)
+    for table in tables:
+        console.print(rich_table(table.headers, table.rows, title=table.title))
+    told = "\n".join(f"{one.title}\n\n{markdown_table(one.headers, one.rows)}" for one in tables)
+    (options.out / "search.md").write_text(told, encoding="utf-8")
     results = [{"cell": list(key), **result} for key, result in cells.done.items()]
-    told = {"bench": "search", **facts, "results": results}
-    (options.out / "search.json").write_text(json.dumps(told), encoding="utf-8")
+    found = {"bench": "search", **facts, "results": results}
+    (options.out / "search.json").write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

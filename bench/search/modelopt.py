@@ -76,7 +76,9 @@ def main() -> None:
     loader = samples(options.samples)
     divergence = options.method == "kl_div"
     wall, cpu = time.perf_counter(), time.process_time()
-    cost = {"excluded_module_name_patterns": LEFT_ALONE}
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    left_alone = [*LEFT_ALONE, *(["*lm_head*"] if tied else [])]
+    cost = {"excluded_module_name_patterns": left_alone}
     _, state = mtq.auto_quantize(
         model,
         constraints={"effective_bits": options.bits[0], "cost": cost},
@@ -85,7 +87,7 @@ def main() -> None:
         # Divergences are of logits, and losses of what the model makes of its labels.
         forward_step=lambda m, batch: m(**batch).logits if divergence else m(**batch),
         loss_func=None if divergence else lambda output, batch: output.loss,
-        disabled_layers=LEFT_ALONE,
+        disabled_layers=left_alone,
         num_calib_steps=len(loader),
         num_score_steps=len(loader),
         method=options.method,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,6 @@ from prismquant.models.processor import load_processor
 from prismquant.search.method_trials import KnownLogits
 
 CALIBRATION_SAMPLES = 64
-EMBEDDED = ("plain", "outliers")
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,17 +78,46 @@ def searched(name: str, folder: Path, calibrations: Sequence[Path], evaluation: 
     return Searched(name, folder, tuple(calibrations), reference, list(batches))
 
 
-def embedded(models: Sequence[str], work: Path, draws: int, questions: int) -> Iterator[Searched]:
-    """The embedded model, as it is and with activation outliers in its language model."""
-    evaluation = write_dataset(work / "evaluation", split="evaluation", count=questions)
-    sets = [
+def versions(folders: Mapping[str, Path]) -> dict[str, tuple[Path, bool]]:
+    """Folder of each model by name, and whether it is to have activation outliers.
+
+    Args:
+        folders: Checkpoints by name; empty: the embedded model, whose two versions are called
+            ``plain`` and ``outliers``.
+    """
+    if not folders:
+        return {"plain": (CHECKPOINT, False), "outliers": (CHECKPOINT, True)}
+    return {
+        name + ending: (folder, bool(ending))
+        for name, folder in folders.items()
+        for ending in ("", "-outliers")
+    }
+
+
+def subjects(options: argparse.Namespace, work: Path) -> Iterator[Searched]:
+    """Models that the command line asks for, one after the other.
+
+    Args:
+        options: ``folder``, ``models``, ``calibrations``, ``evaluation``, ``draws``, ``questions``.
+        work: Where samples and versions with outliers are written.
+    """
+    known = versions(
+        {name: Path(place) for name, _, place in (one.partition("=") for one in options.folder)}
+    )
+    unknown = [name for name in options.models or () if name not in known]
+    if unknown:
+        raise SystemExit(f"no model {', '.join(unknown)}: there are {', '.join(known)}")
+    sets = options.calibrations or [
         write_dataset(work / f"c{n}", split="calibration", seed=n, count=CALIBRATION_SAMPLES)
-        for n in range(draws)
+        for n in range(options.draws)
     ]
-    if "plain" in models:
-        yield searched("plain", CHECKPOINT, sets, evaluation)
-    if "outliers" in models:
-        folder = work / "outliers"
-        if not folder.exists():
-            add_outliers(CHECKPOINT, folder, factor=64.0, channels=4, modality="llm")
-        yield searched("outliers", folder, sets, evaluation)
+    evaluation = options.evaluation or write_dataset(
+        work / "evaluation", split="evaluation", count=options.questions
+    )
+    for name in options.models or known:
+        folder, outliers = known[name]
+        if outliers:
+            version = work / name
+            add_outliers(folder, version, factor=64.0, channels=4, modality="llm")
+            folder = version
+        yield searched(name, folder, sets, evaluation)

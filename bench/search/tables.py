@@ -9,9 +9,10 @@ from typing import Any
 
 from scipy.stats import spearmanr
 
-from prismquant.search.sensitivity import Sensitivity
+from prismquant.search.analysis_request import DEFAULT_WEIGHTS
+from prismquant.search.sensitivity import Sensitivity, TokenClass
 
-CLASSES = ("answer", "text")
+CLASSES: tuple[TokenClass, ...] = ("answer", "text")
 
 Result = dict[str, Any]
 
@@ -39,6 +40,15 @@ class Measures:
     def peers(self) -> list[tuple[str, int]]:
         """Other tools' modes that have been run, each with its draw."""
         return [(key[2], key[3]) for key in self.done if key[:2] == (self.name, "peer")]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with its title."""
+
+    title: str
+    headers: list[str]
+    rows: list[list[str]]
 
 
 RANKS = ["model", "solver", "method", "class", "format", "Spearman", "lowest", "CPU s", "peak MiB"]
@@ -134,3 +144,80 @@ def mix_rows(found: Measures) -> list[list[str]]:
             told = [*(f"{v:.5f}" for v in best), str(len(results))]
             rows.append([found.name, solver, label, "best of random", *told])
     return rows
+
+
+def tables_of(found: Measures) -> list[Table]:
+    """The essence of ranks and mixes, then all of both."""
+    ranks, name = rank_rows(found), found.name
+    return [
+        Table(f"{name}: ranks, mean of formats and draws (lowest)", *rank_essence(found, ranks)),
+        Table(f"{name}: KL of mixes, answers / text", *mix_essence(found)),
+        Table(f"{name}: all ranks", RANKS, ranks),
+        Table(f"{name}: all mixes", MIXES, mix_rows(found)),
+    ]
+
+
+def rank_essence(
+    found: Measures, rows: Sequence[Sequence[str]]
+) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows: a line for each method, a column for each solver and class of token."""
+    places = [(solver, kind) for solver in found.solvers for kind in CLASSES]
+    headers = ["scores", *(f"{solver}, {kind}" for solver, kind in places), "CPU s"]
+    lines = []
+    for method in dict.fromkeys(row[2] for row in rows):
+        cells = []
+        for place in places:
+            own = [row for row in rows if row[2] == method and (row[1], row[3]) == place]
+            if not own:
+                cells.append("")
+                continue
+            mean = statistics.fmean(float(row[5]) for row in own)
+            cells.append(f"{mean:.2f} ({min(float(row[6]) for row in own):.2f})")
+        seconds = dict.fromkeys(row[7] for row in rows if row[2] == method)
+        lines.append([method, *cells, " / ".join(seconds)])
+    return headers, lines
+
+
+def mix_essence(found: Measures) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows: a line for each mix, a column for each solver and budget.
+
+    The lowest loss by the default weights, answers and a fifth of text, is bold. Of random mixes
+    the one with the lowest such loss is shown.
+    """
+    losses: dict[str, dict[tuple[str, str], tuple[float, float]]] = {}
+    random: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    own: dict[tuple[str, tuple[str, str]], list[tuple[float, float]]] = {}
+    for (name, what, *rest), result in found.done.items():
+        if name != found.name or what not in ("uniform", "mix", "random"):
+            continue
+        place, loss = (rest[0], rest[1]), (result["answer"], result["text"])
+        if what == "random":
+            random.setdefault(place, []).append(loss)
+        else:
+            own.setdefault((rest[2] if what == "mix" else what, place), []).append(loss)
+    for (mix, place), several in own.items():
+        means = tuple(statistics.fmean(values) for values in zip(*several, strict=True))
+        losses.setdefault(mix, {})[place] = (means[0], means[1])
+    for place, several in random.items():
+        losses.setdefault(f"best of {len(several)} random", {})[place] = min(several, key=weighted)
+    places = sorted({place for mix, row in losses.items() for place in row})
+    best = {
+        place: min(weighted(r[place]) for r in losses.values() if place in r) for place in places
+    }
+    lines = []
+    for mix, row in losses.items():
+        cells = [_loss_cell(row.get(place), best[place]) for place in places]
+        lines.append([mix, *cells])
+    return ["mix", *(f"{solver}, {label}" for solver, label in places)], lines
+
+
+def weighted(loss: tuple[float, float]) -> float:
+    """Loss by the default weights of an analysis: answers, and a fifth of text."""
+    return sum(DEFAULT_WEIGHTS[kind] * part for kind, part in zip(CLASSES, loss, strict=True))
+
+
+def _loss_cell(loss: tuple[float, float] | None, best: float) -> str:
+    if loss is None:
+        return ""
+    told = f"{loss[0]:.4f} / {loss[1]:.3f}"
+    return f"**{told}**" if weighted(loss) == best else told

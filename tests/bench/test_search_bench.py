@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
+import stat
+from pathlib import Path
 from typing import Any
 
 import pytest
 import sensitivities
 
 from bench.search.__main__ import budgets, random_mix
-from bench.search.tables import Measures, mix_rows, rank_rows
+from bench.search.other_tools import EFFECTIVE_BITS, analyses
+from bench.search.subjects import subjects, versions
+from bench.search.tables import Measures, mix_essence, mix_rows, rank_essence, rank_rows
+from prismquant.demo.main_job import CHECKPOINT
+from prismquant.demo.scenes import write_dataset
 from prismquant.search.allocate import set_up
 from prismquant.search.constraints import Constraints
 from prismquant.search.knapsack import Solved
@@ -61,3 +68,65 @@ def test_random_mixes_keep_to_the_budget_and_come_near_it(seed: int) -> None:
         taken = allocation.mix(Solved(chosen, 0.0, 0.0)).stored_bytes
         assert 0.85 * size < taken <= size
         assert chosen == random_mix(allocation, size, seed)
+
+
+def test_the_essence_of_ranks_has_the_mean_and_the_lowest() -> None:
+    found = measures(1.0)
+    headers, lines = rank_essence(found, rank_rows(found))
+    assert headers == ["scores", "rtn, answer", "rtn, text", "CPU s"]
+    assert ["modelopt gradient", "1.00 (1.00)"] in [line[:2] for line in lines]
+
+
+def test_the_lowest_loss_of_answers_and_a_fifth_of_text_is_bold() -> None:
+    headers, lines = mix_essence(measures(1.0))
+    assert headers == ["mix", "rtn, int3-g128"]
+    # Weighted: uniform .55; the first random mix .85, the second .45.
+    assert lines == [
+        ["uniform", "0.5000 / 0.250"],
+        ["best of 2 random", "**0.2500 / 1.000**"],
+    ]
+
+
+def test_each_folder_is_a_model_with_a_version_with_outliers(tmp_path: Path) -> None:
+    assert list(versions({})) == ["plain", "outliers"]
+    assert versions({"a": tmp_path}) == {"a": (tmp_path, False), "a-outliers": (tmp_path, True)}
+
+
+def test_an_unknown_model_is_refused_before_any_work(tmp_path: Path) -> None:
+    options = argparse.Namespace(folder=[f"a={tmp_path}"], models=["b"])
+    with pytest.raises(SystemExit, match="no model b: there are a, a-outliers"):
+        next(subjects(options, tmp_path))
+
+
+def test_another_tool_gets_the_samples_and_its_figures_come_back(tmp_path: Path) -> None:
+    calibration = write_dataset(tmp_path / "c", split="calibration", count=2)
+    tool = tmp_path / "python"
+    # Writes what it was called with: -m MODULE MODEL SAMPLES OUT ...
+    tool.write_text(
+        "#!/bin/sh\n"
+        'printf \'{"module": "%s", "samples": %s, "rest": "%s"}\' '
+        '"$2" "$(ls "$4" | wc -l)" "$(shift 5; echo $*)" > "$5"\n'
+    )
+    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    found = analyses(str(tool), str(tool), ["gradient"])
+    assert list(found) == ["modelopt gradient", "autoscheme"]
+    bits = " ".join(map(str, EFFECTIVE_BITS))
+    assert found["modelopt gradient"].run(CHECKPOINT, calibration, tmp_path) == {
+        "module": "bench.search.modelopt",
+        "samples": 2,
+        "rest": f"--method gradient --bits {bits}",
+    }
+    assert found["autoscheme"].run(CHECKPOINT, calibration, tmp_path) == {
+        "module": "bench.search.auto_round",
+        "samples": 2,
+        "rest": f"--bits {bits}",
+    }
+
+
+def test_a_tool_that_fails_says_why(tmp_path: Path) -> None:
+    calibration = write_dataset(tmp_path / "c", split="calibration", count=1)
+    tool = tmp_path / "python"
+    tool.write_text("#!/bin/sh\necho no such module >&2\nexit 3\n")
+    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    with pytest.raises(SystemExit, match="no such module"):
+        analyses(None, str(tool), [])["autoscheme"].run(CHECKPOINT, calibration, tmp_path)
