@@ -31,13 +31,19 @@ class UnitScores:
     Attributes:
         unit: Name of the unit.
         scores: Loss by class of token for each of its formats; to leave it alone has none.
+        layer_losses: Loss that the solver gave, by format and layer.
     """
 
     unit: str
     scores: Mapping[str, Mapping[TokenClass, Score]]
+    layer_losses: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 def _silent(unit: str, what: str) -> None:
+    """Tell nobody."""
+
+
+def _unheard(unit: str, option: str, layer: str, loss: float) -> None:
     """Tell nobody."""
 
 
@@ -57,6 +63,8 @@ class Analysis:
         done: Names of units that need no scores: an earlier run has them.
         room: Bytes that the process may take; None: not known.
         stage: Is told a name and what is done to it next.
+        solved: Is told a unit, a format, one of the unit's layers, and the loss that the solver
+            gave of it.
         ranks: Processes that share the batches.
     """
 
@@ -70,6 +78,7 @@ class Analysis:
     done: frozenset[str] = frozenset()
     room: int | None = None
     stage: Callable[[str, str], None] = _silent
+    solved: Callable[[str, str, str, float], None] = _unheard
     ranks: Ranks = field(default_factory=Alone)
 
     @property

@@ -266,6 +266,11 @@ def _scored(
     found = {one.unit: one for one in done}
     passed_over = frozenset(ranks.gather_json(sorted(found))[0])
     numbers = {one.unit.name: number for number, one in enumerate(choices.units)}
+    losses: dict[str, dict[str, dict[str, float]]] = {}
+
+    def solved(unit: str, option: str, layer: str, loss: float) -> None:
+        losses.setdefault(unit, {}).setdefault(option, {})[layer] = loss
+
     with (
         partial.activation_store(states, f"{ranks.rank}-units") as store,
         partial.activation_store(ready.kept, f"{ranks.rank}-kept") as kept,
@@ -282,6 +287,7 @@ def _scored(
             done=passed_over,
             room=ready.room,
             stage=asked.reporter.stage,
+            solved=solved,
             ranks=ranks,
         )
         asked.reporter.begin(len(analysis.wanted))
@@ -291,6 +297,7 @@ def _scored(
         started = time.monotonic()
         for scores in asked.method.scores(analysis):
             look()
+            scores = replace(scores, layer_losses=losses.pop(scores.unit, {}))
             found[scores.unit] = scores
             if ranks.rank == 0:
                 partial.add(numbers[scores.unit], scores)
@@ -325,7 +332,7 @@ def _sensitivity(
         identity=identity,
         method=asked.method_name,
         options={
-            **asdict(asked.method),
+            **ready.identity.settings["options"],
             "seed": asked.seed,
             "batch_size": _batch_size(asked),
             "modalities": list(asked.modalities),
@@ -364,11 +371,14 @@ def _require_any_score(found: Sensitivity, asked: AnalysisRequest) -> None:
 def _with_scores(one: UnitRows, scores: UnitScores | None) -> ChoiceUnit:
     if scores is None:
         return one.unit
-    options = tuple(
-        replace(option, scores=_ordered(scores.scores.get(option.format, {})))
-        for option in one.unit.options
-    )
-    return replace(one.unit, options=options)
+    names = [layer.name for layer in one.unit.layers]
+    options = []
+    for option in one.unit.options:
+        own = scores.layer_losses.get(option.format, {})
+        losses = tuple(own.get(name, 0.0) for name in names) if own else ()
+        ordered = _ordered(scores.scores.get(option.format, {}))
+        options.append(replace(option, scores=ordered, layer_losses=losses))
+    return replace(one.unit, options=tuple(options))
 
 
 def _lacks_scores(unit: ChoiceUnit) -> bool:

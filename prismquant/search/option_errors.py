@@ -222,7 +222,8 @@ def _solve(
         guarded = Guarded(solver, config.on_failure) if solver.statistics else solver
         own_problem = replace(problem, spec=config.weights, range_rule=config.weight_range)
         (result,) = solve_all([Task(guarded, own_problem)], analysis.ranks)
-        for (layer, _), row in zip(group.solved(result), rows, strict=True):
+        for (layer, record), row in zip(group.solved(result), rows, strict=True):
+            analysis.solved(*option, layer.name, record.loss)
             yield LayerError(option, row, layer)
 
 

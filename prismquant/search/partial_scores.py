@@ -67,6 +67,7 @@ class _UnitFile:
 
     unit: str
     scores: Mapping[str, Mapping[TokenClass, Score]] = field(default_factory=dict)
+    layer_losses: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 class PartialScores:
@@ -132,7 +133,7 @@ class PartialScores:
                 own = _read(_UnitFile, file)
                 if own.unit != name:
                     raise _damaged(file, f"it is of {own.unit!r}, not of {name!r}")
-                done.append(UnitScores(own.unit, own.scores))
+                done.append(UnitScores(own.unit, own.scores, own.layer_losses))
         return done
 
     def add(self, number: int, scores: UnitScores) -> None:
@@ -142,7 +143,8 @@ class PartialScores:
             number: Its place among all units.
             scores: Its scores.
         """
-        write_json(self._file(number), asdict(_UnitFile(scores.unit, scores.scores)))
+        content = _UnitFile(scores.unit, scores.scores, scores.layer_losses)
+        write_json(self._file(number), asdict(content))
 
     def activation_store(self, states: Store, of: str) -> AbstractContextManager[ActivationStore]:
         """Give what keeps hidden states for the length of the block.

@@ -14,8 +14,8 @@ from typing import Any, Literal, get_args
 
 from prismquant.arguments import EXACT
 
-SENSITIVITY_VERSION = 1
-"""Version of the file's layout."""
+SENSITIVITY_VERSION = 2
+"""Version of the file's layout. Files of version 1 are read, too: they lack losses of layers."""
 
 TokenClass = Literal["answer", "text", "image", "video"]
 """Class of a place whose next token is predicted: of an answer, of other text, or a placeholder."""
@@ -57,6 +57,9 @@ class FormatOption:
             fit: names of its formats as they will really be, that of the weight and, after a
             slash, that of the input, e.g. ``int4-g32`` or ``fp8-channel/fp8-token``.
         refused: Readers that cannot load the unit in this format, each with the reason.
+        layer_losses: Loss of each of the unit's layers, in their order, as the solver gave it: the
+            same as ``loss`` of a layer in the record of a run. 0 of layers that stay in floating
+            point; empty where nothing was solved.
     """
 
     __pydantic_config__ = EXACT
@@ -67,6 +70,7 @@ class FormatOption:
     scores: Mapping[TokenClass, Score] = field(default_factory=dict)
     formats: Mapping[str, str] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
+    layer_losses: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ from prismquant.storage import write_json
 # No model has more, and no loss or weight that an analysis writes is larger.
 _MOST_BYTES, _MOST_LOSS, _MOST_WEIGHT = 1 << 60, 1e100, 1000
 _AGAIN = "write it again with `prismquant analyze`"
+# Versions that can be read: what later ones have added may be missing.
+_VERSIONS = (1, SENSITIVITY_VERSION)
 
 
 def write_sensitivity(path: Path, found: Sensitivity) -> None:
@@ -47,7 +49,7 @@ def read_sensitivity(path: Path) -> Sensitivity:
             remedy="`prismquant analyze MODEL --calib DATA --formats .. --out FILE` writes one",
         )
     version = content.get("version")
-    if version != SENSITIVITY_VERSION:
+    if isinstance(version, bool) or version not in _VERSIONS:
         raise StorageError(
             f"a sensitivity of version {version!r} cannot be read: this is version "
             f"{SENSITIVITY_VERSION}",
@@ -115,3 +117,7 @@ def _unit_faults(unit: ChoiceUnit, found: Sensitivity) -> Iterator[str]:
                 yield f"{option.format}: the loss of {kind} tokens is no number"
             if score.error is not None and not 0 <= score.error <= _MOST_LOSS:
                 yield f"{option.format}: the error of {kind} tokens is no number from 0"
+        if len(option.layer_losses) not in (0, len(unit.layers)):
+            yield f"{option.format}: not as many layer_losses as layers"
+        if not all(0 <= loss <= _MOST_LOSS for loss in option.layer_losses):
+            yield f"{option.format}: a loss of a layer is no number from 0"
