@@ -53,6 +53,13 @@ def as_path(value: Any, name: str) -> Path:
     text = os.fspath(value)
     if not isinstance(text, str) or not text or "\0" in text:
         raise _refused(name, f"{_shown(text)} is not the name of a file or folder")
+    if text == "-":
+        raise _refused(
+            name,
+            "'-' stands for no file: nothing is read from standard input or written to standard "
+            "output by that name",
+            "name a file or folder, ./- if it is called so; --json prints results",
+        )
     try:
         longest = max((len(os.fsencode(part)) for part in Path(text).parts), default=0)
     except UnicodeEncodeError:

@@ -115,9 +115,14 @@ def suggest(name: str, options: Iterable[str]) -> str:
         A phrase for an error's remedy, e.g. ``"did you mean 'w4a16'? known: w4a16, w8a8"``.
     """
     known = sorted(map(str, options))
+    hint = nearest(name, known)
+    return f"{hint}{' ' * bool(hint)}known: {', '.join(known)}"
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Words on the known name that was probably meant; empty where none is near."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{hint}known: {', '.join(known)}"
+    return f"did you mean {near[0]!r}?" if near else ""
 
 
 def listed(findings: Sequence[str], most: int = 20) -> str:

@@ -144,6 +144,7 @@ def test_paths_as_text_or_paths(value: Any) -> None:
         "a/" + "x" * 300 + "/b",
         "\ud800",
         b"a",
+        "-",
         None,
         3,
         ["a"],

@@ -19,6 +19,7 @@ def analyze(asked: AnalyzeOptions) -> None:
     from prismquant.distributed import joined
     from prismquant.report.analysis_progress import AnalysisProgress
     from prismquant.report.sensitivities import modality_table, unit_table
+    from prismquant.search.analysis_request import as_token_weights
     from prismquant.search.public import analyze as run
     from prismquant.threads import use_threads
 
@@ -26,7 +27,7 @@ def analyze(asked: AnalyzeOptions) -> None:
     console = make_console(stderr=True)
     with joined() as ranks:
         first = ranks.rank == 0
-        shown = AnalysisProgress(console)
+        shown = AnalysisProgress(console, as_token_weights(asked.weight))
         with shown if first else contextlib.nullcontext():
             found = run(
                 asked.model,
@@ -56,7 +57,9 @@ def analyze(asked: AnalyzeOptions) -> None:
     if not first:
         return
     if asked.as_json:
-        say_json(asdict(found))
+        # What is about this call alone is not in the file.
+        notes = dict.fromkeys([*found.notes, *shown.remarks])
+        say_json(asdict(found) | {"notes": list(notes)})
         return
     show(unit_table(found), modality_table(found))
     show(as_text(f"written: {asked.out}"), soft_wrap=True)

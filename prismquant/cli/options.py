@@ -83,7 +83,8 @@ class QuantizeOptions:
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="float32, bfloat16 or mixed (linear layers in bfloat16; default if the CPU can)."
+            help="float32, bfloat16, float16 or mixed (linear layers in bfloat16; default if the "
+            "CPU can)."
         ),
     ] = None
     max_pixels: MaxPixels = None
@@ -120,8 +121,12 @@ class AnalyzeOptions:
         str | None, typer.Option(help="fisher (default), gradient, kl_div, output or weight.")
     ] = None
     solver: Annotated[str, typer.Option(help="Whose codes are scored: gptq or rtn.")] = "gptq"
-    samples: Annotated[int, typer.Option(min=1, help="At most so many samples.")] = 64
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples run together.")] = 8
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="At most so many samples, 64 by default.")
+    ] = None
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Samples run together, 8 by default; see the method.")
+    ] = None
     draws: Annotated[int | None, typer.Option(min=1, help="Of random losses.")] = None
     seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = 0
     weight: Annotated[
@@ -137,7 +142,8 @@ class AnalyzeOptions:
     ] = None
     device: Device = "cpu"
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or mixed; on a CPU float32 by default.")
+        str | None,
+        typer.Option(help="float32, bfloat16, float16 or mixed; on a CPU float32 by default."),
     ] = None
     memory_budget: MemoryBudget = None
     max_pixels: MaxPixels = None
@@ -180,7 +186,9 @@ class SearchOptions:
     sensitivity: Annotated[
         str, typer.Argument(help="File that `prismquant analyze` wrote.", show_default=False)
     ]
-    out: Annotated[str | None, typer.Option(help="Write the recipe to this file.")] = None
+    out: Annotated[
+        str | None, typer.Option(help="Write the recipe to this file; printed without it.")
+    ] = None
     bits: Annotated[
         str | None, typer.Option(help="Mean bits per weight of the whole model, e.g. 4.6.")
     ] = None

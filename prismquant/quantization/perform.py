@@ -29,7 +29,7 @@ from prismquant.models.bound import BoundModel
 from prismquant.plan.make_plan import make_plan
 from prismquant.quantization.prepare import Prepared, prepare
 from prismquant.quantization.request import Request, Result
-from prismquant.run.directory import RunDirectory
+from prismquant.run.directory import NOTHING_TO_RESUME, RunDirectory
 from prismquant.run.environment import environment
 from prismquant.run.fingerprint import unchanged
 from prismquant.run.record import RunRecord, refuse_nonfinite, told_of
@@ -60,12 +60,15 @@ def perform(asked: Request) -> Result:
         if first:
             directory.require_space(plan.total_bytes + _copied_bytes(bound))
         ready = prepare(asked, bound, plan, precision)
+        # Trials of a choice may have been resumed, though nothing of the run was there.
+        resumed = directory.record_path.exists() or asked.choice is not None
+        anew = [NOTHING_TO_RESUME] if asked.resume and not resumed else []
         record = _begun(asked, bound, ready, directory, locked=locked)
         earlier: tuple[str, ...] = ()
         if not record.finished:
             record = _quantized(asked, bound, ready, directory, record, precision)
             earlier = record.restarts[-1].notes if record.restarts else ()
-        notes = (*earlier, *_notes(record, bound, directory), *_prediction(asked))
+        notes = (*anew, *earlier, *_notes(record, bound, directory), *_prediction(asked))
         return Result(asked.out, ready.plan, record, notes)
 
 

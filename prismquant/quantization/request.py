@@ -73,7 +73,8 @@ class Result:
         folder: The checkpoint.
         plan: What was done.
         record: How well.
-        notes: What was damaged, or differs, of the earlier run that this one went on with; which
+        notes: That there was nothing to resume; what was damaged, or differs, of the earlier run
+            that this one went on with; which
             layers were rounded to nearest because their solver failed; and which tensors that stay
             in floating point hold NaN or infinities.
     """

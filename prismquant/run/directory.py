@@ -48,6 +48,9 @@ from prismquant.storage import (
     write_json,
 )
 
+NOTHING_TO_RESUME = "nothing was there that --resume could go on with: it begins anew"
+"""Note where a run, or an analysis, was to be resumed that had not finished anything."""
+
 _STATES = "states-of-rank-"
 _PROVENANCE = ("record.json", "plan.json", "recipe.yaml")
 # Facts of a machine that may change how sums are rounded, but that a user cannot always have again.

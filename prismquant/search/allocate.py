@@ -115,9 +115,12 @@ def set_up(found: Sensitivity, constraints: Constraints) -> Allocation:
 
     Raises:
         PlanError: An option lacks the scores of a class of token that counts.
-        DataError: The table of latencies lacks times.
+        DataError: The table of latencies lacks times, or names units that there are not.
     """
     units, dropped = offers(found, constraints)
+    if constraints.latency is not None:
+        constraints.latency.require_units(found)
+        dropped += constraints.latency.idle(found)
     weights = constraints.weights or found.weights
     losses = table_of(units, lambda option: weighted(option, weights))
     dropped += _require_scores(units, weights)

@@ -18,7 +18,14 @@ from prismquant.errors import ArgumentError, suggest
 from prismquant.models.arch import Modality
 from prismquant.runtime.mixed import Wanted
 from prismquant.search.analysis import AnalysisMethod, UnitScores
-from prismquant.search.sensitivity import TOKEN_CLASSES, Choice, TokenClass
+from prismquant.search.sensitivity import (
+    LEAST_WEIGHT,
+    MOST_WEIGHT,
+    TOKEN_CLASSES,
+    Choice,
+    TokenClass,
+    is_weight,
+)
 
 DEFAULT_WEIGHTS: Mapping[TokenClass, float] = {
     "answer": 1.0,
@@ -68,6 +75,7 @@ class AnalysisRequest:
         memory_budget: Bytes that the process may take; None: what the system can spare.
         limits: Sizes of pictures, clips and samples.
         resume: Go on with an analysis that was cut off.
+        of_data: Options that were given and are about calibration data alone.
         trust_remote_code: Allow code in the checkpoint's folder to build the processor.
         reporter: Is told how far the analysis is.
         ranks: The processes that share the work.
@@ -91,6 +99,7 @@ class AnalysisRequest:
     memory_budget: int | None
     limits: Limits
     resume: bool
+    of_data: Sequence[str]
     trust_remote_code: bool
     reporter: AnalysisReporter
     ranks: Ranks
@@ -100,10 +109,16 @@ def as_modalities(value: Any) -> tuple[str, ...]:
     """Names of modalities: a text with commas between them, or a list.
 
     Raises:
-        ArgumentError: One is none; says which there are.
+        ArgumentError: One is none, or none is named; says which there are.
     """
-    known = [modality.value for modality in Modality]
-    return tuple(dict.fromkeys(as_choice(name, "modalities", known) for name in _words(value)))
+    known, words = [modality.value for modality in Modality], _words(value)
+    if value is not None and not words:
+        raise ArgumentError(
+            "no modality is named",
+            where="modalities (--modalities)",
+            remedy=f"name some of {', '.join(known)}, or leave it out to choose for all",
+        )
+    return tuple(dict.fromkeys(as_choice(name, "modalities", known) for name in words))
 
 
 def as_patterns(value: Any) -> tuple[str, ...]:
@@ -131,8 +146,8 @@ def as_token_weights(value: Any) -> dict[TokenClass, float]:
             nothing.
 
     Raises:
-        ArgumentError: A class is unknown or named twice, a weight is no number from 0 to 1000, or
-            all are 0.
+        ArgumentError: A class is unknown or named twice, a weight is neither 0 nor a number from
+            1e-6 to 1000, or all are 0.
     """
     if value is None:
         return dict(DEFAULT_WEIGHTS)
@@ -147,8 +162,10 @@ def as_token_weights(value: Any) -> dict[TokenClass, float]:
             weight = math.nan if isinstance(number, bool) else float(number)
         except (TypeError, ValueError):
             weight = math.nan
-        if not 0 <= weight <= 1000:
-            raise _no_weight(f"{number!r} is no weight from 0 to 1000")
+        if not is_weight(weight):
+            raise _no_weight(
+                f"{number!r} is no weight: neither 0 nor from {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}"
+            )
         if name in found:
             raise _no_weight(f"{name} is given twice", "give it once")
         found[name] = weight

@@ -33,6 +33,7 @@ from prismquant.quantization.prepare import (
     source_files,
     surveyed_batches,
 )
+from prismquant.run.directory import NOTHING_TO_RESUME
 from prismquant.run.fingerprint import (
     code_versions,
     fingerprint_batches,
@@ -43,6 +44,7 @@ from prismquant.run.fingerprint import (
 from prismquant.run.identity import Identity
 from prismquant.runtime.mixed import Precision
 from prismquant.search.analysis import Analysis, UnitScores
+from prismquant.search.analysis_notes import idle_options, missing_classes
 from prismquant.search.analysis_request import AnalysisRequest
 from prismquant.search.choices import Choices, UnitRows, make_choices
 from prismquant.search.partial_scores import AnalysisIdentity, PartialScores
@@ -111,6 +113,8 @@ def analyze_model(asked: AnalysisRequest) -> Sensitivity:
             asked.reporter.remark(note)
         names = [one.unit.name for one in choices.units]
         done = partial.begin(ready.identity, names) if first else []
+        if first and asked.resume and not done:
+            asked.reporter.remark(NOTHING_TO_RESUME)
         scores = _scored(asked, bound, choices, ready, partial, done)
         found = _sensitivity(asked, bound, choices, ready, scores)
         _require_any_score(found, asked)
@@ -167,7 +171,11 @@ def _prepare(asked: AnalysisRequest, bound: BoundModel, choices: Choices) -> _Pr
     settings = _settings(asked, choices)
     identity = AnalysisIdentity(settings, replace(run, plan=_digest(settings)))
     counts = {name: tokens[name] for name in TOKEN_CLASSES if tokens[name]}
-    notes = (*found.remarks(answers=True), *_missing(counts, asked))
+    notes = (
+        *found.remarks(answers=True),
+        *missing_classes(counts, asked),
+        *idle_options(asked, samples),
+    )
     return _Prepared(samples, found.batches, memory.placement, kept, room, counts, identity, notes)
 
 
@@ -218,18 +226,6 @@ def _hungriest(bound: BoundModel, choices: Choices) -> Plan:
     """The plan whose statistics take the most memory."""
     plans = list(choices.plans.values())
     return max(plans, key=lambda plan: (plan.needs_data, len(plan.quantized)))
-
-
-def _missing(tokens: Mapping[TokenClass, int], asked: AnalysisRequest) -> list[str]:
-    """Lines on classes of tokens that the samples lack."""
-    if asked.calibration is None or not tokens:
-        return []
-    gone = [name for name in TOKEN_CLASSES if name not in tokens]
-    what = {"answer": "an answer", "text": "other text", "image": "a picture", "video": "a clip"}
-    lines = [f"no sample has {what[name]}: no score is about {name} tokens" for name in gone]
-    if not any(asked.weights[name] for name in tokens):
-        lines.append("every class of tokens that the samples have has the weight 0")
-    return lines
 
 
 def _settings(asked: AnalysisRequest, choices: Choices) -> dict[str, Any]:

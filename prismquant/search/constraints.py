@@ -195,6 +195,10 @@ def _pairs(given: Any, name: str, known: Iterable[str]) -> dict[str, Any]:
         texts = as_items(given)
         parts = [part for text in texts for part in str(text).split(",") if part.strip()]
         pairs = [(key.strip(), said.strip()) for key, _, said in (p.partition("=") for p in parts)]
+    if not pairs:
+        raise ArgumentError(
+            "no modality is named", where=where, remedy=f"write --{name} {words[0]}=NUMBER"
+        )
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key not in words:
@@ -215,16 +219,23 @@ def _pairs(given: Any, name: str, known: Iterable[str]) -> dict[str, Any]:
 
 def _amounts(given: Any, name: str) -> dict[str, Amount]:
     pairs = {} if given is None else _pairs(given, name, Modality)
-    return {key: _amount(value, name) for key, value in pairs.items()}
+    return {key: _amount(key, value, name) for key, value in pairs.items()}
 
 
-def _amount(value: Any, name: str) -> Amount:
+def _amount(modality: str, value: Any, name: str) -> Amount:
     """Bits, where it is a plain number; else bytes."""
     if isinstance(value, Amount):
         return value
-    if not isinstance(value, str) or _NUMBER.fullmatch(value):
-        return Amount(bits=_bits(value, f"{name} (--{name})"))
-    return Amount(bytes=as_bytes(value, name))
+    try:
+        if not isinstance(value, str) or _NUMBER.fullmatch(value):
+            return Amount(bits=_bits(value, name))
+        return Amount(bytes=as_bytes(value, name))
+    except ArgumentError as error:
+        raise ArgumentError(
+            f"{modality}={value} is neither a size nor bits per weight above 0 and to {_MOST_BITS}",
+            where=f"{name} (--{name})",
+            remedy=f"write --{name} {modality}=4.5 for bits, or --{name} {modality}=500MB",
+        ) from error
 
 
 def _bits(value: Any, name: str) -> float:

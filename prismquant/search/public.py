@@ -36,11 +36,11 @@ from prismquant.search.analyze import analyze_model
 from prismquant.search.format_grammar import formats_on_offer
 from prismquant.search.sensitivity import Sensitivity
 
+_SAMPLES, _BATCH = 64, 8
 _MAX_SEED = 2**31 - 1
 
 
 @default_modes()
-@memory_told("--memory-budget", "--batch-size", "--max-pixels")
 def analyze(
     model: str | Path,
     formats: str | Iterable[str],
@@ -49,8 +49,8 @@ def analyze(
     *,
     method: str | None = None,
     solver: str = "gptq",
-    samples: int = 64,
-    batch_size: int = 8,
+    samples: int | None = None,
+    batch_size: int | None = None,
     draws: int | None = None,
     seed: int = 0,
     weight: str | Mapping[str, float] | None = None,
@@ -78,8 +78,9 @@ def analyze(
         method: The method of scoring, a key of
             :data:`prismquant.search.analysis_methods.METHODS`; by default the first of them.
         solver: The method that chooses the codes that are scored: ``gptq`` or ``rtn``.
-        samples: At most so many calibration samples.
-        batch_size: Samples run together.
+        samples: At most so many calibration samples; 64 by default.
+        batch_size: Samples run together, 8 by default; methods that take gradients run them one by
+            one.
         draws: Of random losses, where the method draws any.
         seed: Chooses samples, and all that is drawn.
         weight: Weight of each class of token in the sum of scores: ``answer=1,text=0.2``, or a
@@ -108,6 +109,13 @@ def analyze(
     """
     name = method_name(method)
     given = {"draws": None if draws is None else as_count(draws, "draws", most=MAX_DRAWS)}
+    of_data = {
+        "--samples": samples,
+        "--batch-size": batch_size,
+        "--max-pixels": max_pixels,
+        "--max-frames": max_frames,
+        "--max-length": max_length,
+    }
     asked = AnalysisRequest(
         model=as_path(model, "model"),
         calibration=None if calibration is None else as_source(calibration, "calibration"),
@@ -116,8 +124,10 @@ def analyze(
         method_name=name,
         method=build_method(name, given),
         solver=as_choice(solver, "solver", SOLVERS),
-        samples=as_count(samples, "samples"),
-        batch_size=as_count(batch_size, "batch_size", most=MAX_BATCH),
+        samples=_SAMPLES if samples is None else as_count(samples, "samples"),
+        batch_size=_BATCH
+        if batch_size is None
+        else as_count(batch_size, "batch_size", most=MAX_BATCH),
         seed=as_count(seed, "seed", least=0, most=_MAX_SEED),
         weights=as_token_weights(weight),
         modalities=as_modalities(modalities),
@@ -127,8 +137,11 @@ def analyze(
         memory_budget=None if memory_budget is None else as_bytes(memory_budget, "memory_budget"),
         limits=as_limits(max_pixels, max_frames, max_length),
         resume=as_flag(resume, "resume"),
+        of_data=[option for option, value in of_data.items() if value is not None],
         trust_remote_code=as_flag(trust_remote_code, "trust_remote_code"),
         reporter=reporter or SilentAnalysis(),
         ranks=ranks or Alone(),
     )
-    return analyze_model(asked)
+    smaller = [] if asked.method.one_by_one else ["--batch-size"]
+    with memory_told("--memory-budget", *smaller, "--max-pixels"):
+        return analyze_model(asked)

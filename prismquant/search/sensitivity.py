@@ -24,8 +24,16 @@ TOKEN_CLASSES: tuple[TokenClass, ...] = get_args(TokenClass)
 IN_NATS = frozenset({"fisher", "kl_div"})
 """Methods whose losses are KL divergences in nats per token of the class."""
 
+LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e3
+"""Bounds of the weight of a class of tokens that counts; one below would drown in rounding."""
+
 FLOAT = "float"
 """Name of the choice to leave a unit alone."""
+
+
+def is_weight(number: float) -> bool:
+    """Whether a class of tokens may have this weight: 0, or one within the bounds."""
+    return number == 0 or LEAST_WEIGHT <= number <= MOST_WEIGHT
 
 
 @dataclass(frozen=True)

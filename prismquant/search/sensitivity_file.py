@@ -12,14 +12,24 @@ from typing import NoReturn
 
 from pydantic import TypeAdapter, ValidationError
 
-from prismquant.errors import StorageError
+from prismquant.algorithms.methods import SOLVERS
+from prismquant.errors import StorageError, suggest
 from prismquant.models.arch import Modality
 from prismquant.opening import read_json
-from prismquant.search.sensitivity import FLOAT, SENSITIVITY_VERSION, ChoiceUnit, Sensitivity
+from prismquant.search.analysis_methods import METHODS
+from prismquant.search.sensitivity import (
+    FLOAT,
+    LEAST_WEIGHT,
+    MOST_WEIGHT,
+    SENSITIVITY_VERSION,
+    ChoiceUnit,
+    Sensitivity,
+    is_weight,
+)
 from prismquant.storage import write_json
 
-# No model has more, and no loss or weight that an analysis writes is larger.
-_MOST_BYTES, _MOST_LOSS, _MOST_WEIGHT = 1 << 60, 1e100, 1000
+# No model has more, and no loss that an analysis writes is larger.
+_MOST_BYTES, _MOST_LOSS = 1 << 60, 1e100
 _AGAIN = "write it again with `prismquant analyze`"
 # Versions that can be read: what later ones have added may be missing.
 _VERSIONS = (1, SENSITIVITY_VERSION)
@@ -88,8 +98,12 @@ def _faults(found: Sensitivity) -> Iterator[str]:
         )
     if not all(0 <= count <= _MOST_BYTES for count in (found.fixed_bytes, found.fixed_weights)):
         yield "fixed_bytes or fixed_weights is no size"
-    if not all(0 <= weight <= _MOST_WEIGHT for weight in found.weights.values()):
-        yield f"weights are not from 0 to {_MOST_WEIGHT}"
+    if not all(map(is_weight, found.weights.values())):
+        yield f"weights are neither 0 nor from {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}"
+    if found.solver not in SOLVERS:
+        yield f"there is no solver {found.solver!r}; {suggest(found.solver, SOLVERS)}"
+    if found.method not in METHODS:
+        yield f"there is no method {found.method!r}; {suggest(found.method, METHODS)}"
     for unit in found.units:
         yield from (f"unit {unit.name!r}: {fault}" for fault in _unit_faults(unit, found))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,19 +37,31 @@ def test_tables_go_to_stdout_and_progress_to_stderr(
     assert f"written: {tmp_path / 's.json'}" in out
     assert "note: --disable 'vpm' names no layer" in err
     assert "left alone: lm_head: disabled" in err
-    assert "kv_cache: answer loss: kv:fp8 0." in err
+    shown = re.search(r"kv_cache: loss: kv:fp8 (\S+) ", err)
     found = json.loads((tmp_path / "s.json").read_text())
     assert found["weights"] == {"answer": 0.0, "text": 1.0, "image": 0.0, "video": 0.0}
     assert list(found["formats"]) == ["w8a8", "int4-g32", "kv:fp8"]
+    # By the weights that were given.
+    score = found["units"][-1]["options"][1]["scores"]["text"]["loss"]
+    assert shown is not None
+    assert float(shown[1]) == pytest.approx(score, rel=0.01)
 
 
 def test_json_is_what_is_written(
     run: Cli, tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path
 ) -> None:
     more = ("--formats", "int4-g32", "--modalities", "llm", "--json")
-    status, out, _ = run(*words(tiny("qwen2_vl"), tmp_path / "s.json", calibration_file, *more))
+    given = words(tiny("qwen2_vl"), tmp_path / "s.json", calibration_file, *more)
+    status, out, _ = run(*given)
     assert status == 0
-    assert json.loads(out) == json.loads((tmp_path / "s.json").read_text())
+    written = json.loads((tmp_path / "s.json").read_text())
+    assert json.loads(out) == written
+    status, out, err = run(*given, "--resume")
+    assert status == 0
+    assert json.loads((tmp_path / "s.json").read_text()) == written
+    anew = "nothing was there that --resume could go on with: it begins anew"
+    assert json.loads(out)["notes"] == [*written["notes"], anew]
+    assert f"note: {anew}" in err
 
 
 def test_wrong_words_end_with_status_2(

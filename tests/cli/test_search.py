@@ -108,6 +108,12 @@ def test_an_infeasible_budget_says_the_least_that_can_be(
         (["--bits", "5", "--swaps", "0"], "swaps does nothing without --verify"),
         (["--bits", "5", "--model", "m"], "model does nothing without --verify"),
         (["--bits", "5", "--calib", "c.jsonl"], "calibration does nothing without --verify"),
+        (["--bits", "5", "--out", "-"], "name a file or folder, ./- if it is called so"),
+        (["--bits", "5", "--cap", ""], "no modality is named"),
+        (
+            ["--bits", "5", "--cap", "vision=abc"],
+            "write --cap vision=4.5 for bits, or --cap vision=500MB",
+        ),
     ],
 )
 def test_what_does_not_go_together(run: Cli, file: Path, words: list[str], told: str) -> None:

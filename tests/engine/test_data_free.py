@@ -31,6 +31,7 @@ from prismquant.plan.make_plan import make_plan
 from prismquant.plan.plan import PlanRow, problem_groups
 from prismquant.plan.source import source_reader
 from prismquant.recipe.presets import PRESETS
+from prismquant.run.directory import NOTHING_TO_RESUME
 from prismquant.runtime.mixed import Precision
 from prismquant.shards import ShardReader
 from prismquant.storage import write_tensors
@@ -311,7 +312,8 @@ def test_the_main_function_streams_and_resumes_to_the_same_bytes(
     """An interruption in the middle, then --resume; the engine is never asked."""
     folder = tiny("qwen2_5_vl")
     monkeypatch.setattr("prismquant.engine.run._visit", None)
-    pq.quantize(folder, rounding("w4a16-all"), tmp_path / "whole")
+    whole = pq.quantize(folder, rounding("w4a16-all"), tmp_path / "whole", resume=True)
+    assert NOTHING_TO_RESUME in whole.notes
 
     class Interrupt:
         def begin(self, steps: int) -> None: ...
@@ -324,7 +326,8 @@ def test_the_main_function_streams_and_resumes_to_the_same_bytes(
         pq.quantize(folder, rounding("w4a16-all"), tmp_path / "cut", reporter=Interrupt())
     record = json.loads((tmp_path / "cut" / "prismquant" / "record.json").read_text())
     assert 0 < len(record["steps"]) < len(bind(folder).steps)
-    pq.quantize(folder, rounding("w4a16-all"), tmp_path / "cut", resume=True)
+    resumed = pq.quantize(folder, rounding("w4a16-all"), tmp_path / "cut", resume=True)
+    assert NOTHING_TO_RESUME not in resumed.notes
     for path in (tmp_path / "whole").glob("*.*"):
         assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes(), path.name
 

@@ -346,6 +346,40 @@ def test_times_that_are_missing_are_named(tmp_path: Path) -> None:
         find(found, latency=path, latency_ms=9)
 
 
+def test_units_that_there_are_not_are_named(tmp_path: Path) -> None:
+    found = made(2)
+    own = [{"unit": name, "format": FLOAT, "ms": 1.0} for name in ("llm.0.mlp.upp", "zzz")]
+    path = table(found, tmp_path / "t.json", units=own)
+    with pytest.raises(DataError, match="units that the model does not have") as caught:
+        find(found, latency=path, latency_ms=1000)
+    assert list(caught.value.findings) == [
+        "'llm.0.mlp.upp': did you mean 'llm.0.mlp.up'?",
+        "'zzz': no such unit",
+    ]
+
+
+def test_times_of_another_model_are_told(tmp_path: Path) -> None:
+    """One table may be of many models, of which each has some of its shapes and formats."""
+    found = made(2)
+    path = table(found, tmp_path / "t.json")
+    content = json.loads(path.read_text())
+    content["layers"] += [
+        {"out": 7, "in": width, "format": name, "ms": 1.0}
+        for width in range(1, 21)
+        for name in (FLOAT, "int9")
+    ]
+    content["units"] = [{"unit": "llm.0.mlp.up", "format": "int5", "ms": 1.0}]
+    path.write_text(json.dumps(content))
+    mix = find(found, latency=path, latency_ms=1000)
+    shapes = ", ".join(f"7 x {width}" for width in range(1, 9))
+    assert mix.notes == (
+        f"{path} has times of formats that were not analyzed: int9, int5; they are not used",
+        f"{path} has times of shapes that no layer has: {shapes} and 12 more; they are not used",
+    )
+    clean = find(found, latency=table(found, tmp_path / "own.json"), latency_ms=1000)
+    assert not clean.notes
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
@@ -386,10 +420,13 @@ def test_a_table_that_is_not_there(tmp_path: Path) -> None:
         ({"cap": "visoin=8"}, "there is no 'visoin'"),
         ({"cap": "vision"}, "vision has no value"),
         ({"cap": ["vision=8", "vision=4"]}, "given twice"),
-        ({"cap": "vision=8bits"}, "no size"),
-        ({"floor": "llm=-1"}, "no number of bits"),
+        ({"cap": "vision=8bits"}, "vision=8bits is neither a size nor bits per weight"),
+        ({"cap": {"vision": None}}, "vision has no value"),
+        ({"cap": " , "}, "no modality is named"),
+        ({"floor": {}}, "no modality is named"),
+        ({"floor": "llm=-1"}, "llm=-1 is neither a size nor bits per weight"),
         ({"weight": "answr=1"}, "no class of tokens 'answr'"),
-        ({"weight": "answer=-1"}, "no weight from 0"),
+        ({"weight": "answer=-1"}, "no weight: neither 0 nor from"),
         ({"weight": "answer=0"}, "a weight above 0"),
         ({"reader": "vlm"}, "no reader 'vlm'"),
         ({"tensor_parallel": 0}, "whole number from 1"),

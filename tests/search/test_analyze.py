@@ -10,6 +10,7 @@ import pytest
 import prismquant as pq
 from prismquant.errors import ArgumentError, DataError, PrismQuantError, StorageError
 from prismquant.report.sensitivities import modality_table, unit_table
+from prismquant.run.directory import NOTHING_TO_RESUME
 from prismquant.search.analysis_methods import METHODS
 from prismquant.search.analysis_request import (
     SilentAnalysis,
@@ -134,7 +135,13 @@ def test_a_strangers_files_are_left_alone(
         ({"modalities": "lllm"}, "did you mean 'llm'"),
         ({"weight": "answers=1"}, "did you mean 'answer'"),
         ({"weight": "answer"}, "no class of tokens with its weight"),
-        ({"weight": {"answer": -1}}, "no weight from 0 to 1000"),
+        ({"weight": {"answer": -1}}, "neither 0 nor from 1e-06 to 1000"),
+        ({"weight": "answer=1e-320"}, "neither 0 nor from 1e-06 to 1000"),
+        ({"weight": "answer=inf"}, "neither 0 nor from 1e-06 to 1000"),
+        ({"weight": "answer=nan"}, "neither 0 nor from 1e-06 to 1000"),
+        ({"weight": ""}, "has a weight above 0"),
+        ({"modalities": ""}, "no modality is named"),
+        ({"modalities": [" , "]}, "leave it out to choose for all"),
         ({"weight": "answer=0"}, "has a weight above 0"),
         ({"disable": [""]}, "no name of layers"),
         ({"disable": 5}, "5 is no name of layers"),
@@ -222,6 +229,38 @@ def test_a_memory_budget_that_is_too_small_is_told(
     with pytest.raises(PrismQuantError, match="memory budget of"):
         run(tiny("qwen2_vl"), tmp_path / "s.json", calibration_file, memory_budget="1MiB")
     assert not list(tmp_path.iterdir())
+
+
+def test_options_without_use_are_told(
+    tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path
+) -> None:
+    folder, out = tiny("qwen2_vl"), tmp_path / "s.json"
+    for method in ("fisher", "gradient"):
+        found = run(folder, out, calibration_file, method=method, batch_size=4)
+        assert f"{method} takes samples one by one: --batch-size has no effect" in found.notes
+        found = run(folder, out, calibration_file, method=method, batch_size=1)
+        assert not [note for note in found.notes if "no effect" in note]
+    given = {"samples": 3, "max_length": 400}
+    found = run(folder, out, calibration_file, method="weight", formats="int4-g32", **given)
+    needless = "weight with rtn needs no calibration data:"
+    assert f"{needless} those that were given were not read" in found.notes
+    assert f"{needless} --samples, --max-length have no effect" in found.notes
+    assert found.calibration["samples"] == {}
+    found = run(folder, out, None, method="weight", formats="int4-g32")
+    assert not [note for note in found.notes if "calibration data" in note]
+
+
+def test_nothing_to_resume_is_told_but_is_not_in_the_file(
+    tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path
+) -> None:
+    folder, out = tiny("qwen2_vl"), tmp_path / "s.json"
+    told = Stopper(2)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, out, calibration_file, reporter=told, resume=True)
+    assert NOTHING_TO_RESUME in told.remarks
+    again = Stopper()
+    found = run(folder, out, calibration_file, reporter=again, resume=True)
+    assert NOTHING_TO_RESUME not in (*again.remarks, *found.notes)
 
 
 def test_words_of_weights_and_modalities() -> None:

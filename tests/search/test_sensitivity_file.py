@@ -48,7 +48,21 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "negative bytes": (lambda c: unit(c)["options"][1].update(stored_bytes=-1), "no size"),
     "far too many bytes": (lambda c: c.update(fixed_bytes=10**40), "no size"),
-    "a negative weight": (lambda c: c["weights"].update(answer=-1.0), "not from 0 to 1000"),
+    "a negative weight": (lambda c: c["weights"].update(answer=-1.0), "neither 0 nor from 1e-06"),
+    "a weight of next to nothing": (
+        lambda c: c["weights"].update(text=1e-320),
+        "neither 0 nor from 1e-06",
+    ),
+    "no such solver": (lambda c: c.update(solver="gtpq"), "did you mean 'gptq'"),
+    "no such method": (lambda c: c.update(method="fischer"), "did you mean 'fisher'"),
+    "too few losses of layers": (
+        lambda c: unit(c)["options"][1].update(layer_losses=[1.0, 2.0]),
+        "not as many layer_losses as layers",
+    ),
+    "a loss of a layer below zero": (
+        lambda c: unit(c)["options"][1].update(layer_losses=[-1.0]),
+        "no number from 0",
+    ),
     "a loss beyond all": (
         lambda c: unit(c)["options"][1]["scores"]["text"].update(loss=-1e300),
         "no number",
