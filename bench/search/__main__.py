@@ -41,7 +41,7 @@ import torch
 from rich.console import Console
 
 from bench.methods import Cells
-from bench.search.other_tools import EFFECTIVE_BITS, MODELOPT, analyses
+from bench.search.other_tools import MODELOPT, analyses, bits_and_group, effective_bits
 from bench.search.subjects import Searched, subjects
 from bench.search.tables import CLASSES, Measures, Result, Table, tables_of
 from prismquant import __version__
@@ -91,7 +91,9 @@ class Bench:
         )
         for name, analysis in others.items():
             for draw, calibration in enumerate(self.what.calibrations[: options.peer_draws]):
-                work = functools.partial(analysis.run, self.what.folder, calibration, self.work)
+                work = functools.partial(
+                    analysis.run, self.what.folder, calibration, options.formats, self.work
+                )
                 yield from self._cell(("peer", name, draw), work)
         for solver in self.options.solvers:
             yield from self._truths(solver)
@@ -145,9 +147,10 @@ class Bench:
 
     def _peer_mix(self, allocation: Allocation, mode: str, draw: int, number: int) -> Result:
         found = self.cells.done[self.what.name, "peer", mode, draw]
-        bits = found["chosen"][str(EFFECTIVE_BITS[number])]
+        bits = found["chosen"][str(effective_bits(self.options.formats)[number])]
+        formats = {bits_and_group(name)[0]: name for name in self.options.formats}
         chosen = tuple(
-            _index(unit, f"int{bits[name]}-g32" if (name := unit.layers[0].name) in bits else FLOAT)
+            _index(unit, formats[bits[name]] if (name := unit.layers[0].name) in bits else FLOAT)
             for unit in allocation.units
         )
         return self._measured(allocation, chosen)
@@ -155,15 +158,22 @@ class Bench:
     def _truths(self, solver: str) -> Iterator[str]:
         found = self.sensitivity(self.options.methods[0], solver, 0)
         allocation = set_up(found, Constraints())
-        for index, unit in enumerate(allocation.units):
-            for number, option in enumerate(unit.options):
-                if option.format != FLOAT:
-                    chosen = [_index(u, FLOAT) for u in allocation.units]
-                    chosen[index] = number
-                    yield from self._cell(
-                        ("truth", solver, unit.name, option.format),
-                        functools.partial(self._measured, allocation, tuple(chosen)),
-                    )
+        pairs = [
+            (index, number)
+            for index, unit in enumerate(allocation.units)
+            for number, option in enumerate(unit.options)
+            if option.format != FLOAT
+        ]
+        if self.options.truths is not None:
+            pairs = sorted(random.Random(0).sample(pairs, min(self.options.truths, len(pairs))))
+        for index, number in pairs:
+            chosen = [_index(unit, FLOAT) for unit in allocation.units]
+            chosen[index] = number
+            unit = allocation.units[index]
+            yield from self._cell(
+                ("truth", solver, unit.name, unit.options[number].format),
+                functools.partial(self._measured, allocation, tuple(chosen)),
+            )
 
     def _mixes(self, solver: str) -> Iterator[str]:
         first = self.sensitivity(self.options.methods[0], solver, 0)
@@ -277,6 +287,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), help="fewest bits first")
     parser.add_argument("--draws", type=int, default=3, help="calibration sets")
     parser.add_argument("--questions", type=int, default=200, help="of the evaluation")
+    parser.add_argument("--truths", type=int, help="a random sample of so many; default: all")
     parser.add_argument("--random", type=int, default=200, help="random mixes at each budget")
     parser.add_argument("--modelopt-python", help="interpreter of an environment with ModelOpt")
     parser.add_argument("--auto-round-python", help="interpreter of an environment with AutoRound")

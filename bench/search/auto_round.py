@@ -1,10 +1,11 @@
 """Scores and mixes of AutoRound's ``AutoScheme``, in an environment of its own.
 
     python -m bench.search.auto_round MODEL SAMPLES OUT.json --bits 2.5 3
+        [--formats 2 3 4] [--group-size 32]
 
 MODEL is a float checkpoint, SAMPLES a folder of one safetensors file a sample: what the model is
-given, and ``labels`` with -100 wherever no answer is. Formats are symmetric integers of 2, 3 and 4
-bits in groups of 32, weights alone, rounded to nearest. Nothing is imported from prismquant.
+given, and ``labels`` with -100 wherever no answer is. Formats are symmetric integers in groups,
+weights alone, rounded to nearest. Nothing is imported from prismquant.
 
 Called as its users call it, on a model that sees, AutoScheme scores the language model alone, by
 texts of its own choice; asked for the vision tower, it takes pictures of a data set that it
@@ -31,8 +32,6 @@ from safetensors.torch import load_file
 
 from bench.peers.worker import declare_torchvision_operators
 
-BITS = (2, 3, 4)
-GROUP_SIZE = 32
 # Servers load them as one matrix; AutoScheme lets its user say so.
 SHARED = [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]
 
@@ -79,6 +78,8 @@ def main() -> None:
     parser.add_argument("samples", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--bits", type=float, nargs="+", required=True, help="mean of the codes")
+    parser.add_argument("--formats", type=int, nargs="+", default=[2, 3, 4], help="their bits")
+    parser.add_argument("--group-size", type=int, default=32)
     options = parser.parse_args()
     library = declare_torchvision_operators()
     from auto_round.auto_scheme import delta_loss
@@ -106,8 +107,8 @@ def main() -> None:
     scheme = AutoScheme(
         avg_bits=list(options.bits),
         options=[
-            replace(preset_name_to_scheme("W4A16"), bits=bits, group_size=GROUP_SIZE)
-            for bits in BITS
+            replace(preset_name_to_scheme("W4A16"), bits=bits, group_size=options.group_size)
+            for bits in options.formats
         ],
         shared_layers=SHARED,
         ignore_scale_zp_bits=True,

@@ -1,10 +1,11 @@
 """Scores and mixes of ModelOpt's ``auto_quantize``, in an environment of its own.
 
     python -m bench.search.modelopt MODEL SAMPLES OUT.json --method gradient|kl_div --bits 2.5 3
+        [--formats 2 3 4] [--group-size 32]
 
 MODEL is a float checkpoint, SAMPLES a folder of one safetensors file a sample: what the model is
-given, and ``labels`` with -100 wherever no answer is. Formats are integers of 2, 3 and 4 bits in
-groups of 32, weights alone, rounded to nearest. Nothing is imported from prismquant.
+given, and ``labels`` with -100 wherever no answer is. Formats are integers in groups, weights
+alone, rounded to nearest. Nothing is imported from prismquant.
 """
 
 from __future__ import annotations
@@ -23,19 +24,18 @@ from safetensors.torch import load_file
 
 from bench.peers.worker import declare_torchvision_operators
 
-BITS = (2, 3, 4)
 # A convolution cannot be rounded in groups: it stays as it is, as it does with ours.
 LEFT_ALONE = ["*patch_embed*"]
 
 
-def format_of(bits: int) -> dict[str, Any]:
+def format_of(bits: int, group_size: int) -> dict[str, Any]:
     """Configuration of a weight format: integers in groups of 32 along the input."""
     return {
         "quant_cfg": [
             {"quantizer_name": "*", "enable": False},
             {
                 "quantizer_name": "*weight_quantizer",
-                "cfg": {"num_bits": bits, "block_sizes": {-1: 32}},
+                "cfg": {"num_bits": bits, "block_sizes": {-1: group_size}},
                 "enable": True,
             },
         ],
@@ -67,6 +67,8 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--method", choices=["gradient", "kl_div"], default="gradient")
     parser.add_argument("--bits", type=float, nargs="+", required=True, help="effective bits")
+    parser.add_argument("--formats", type=int, nargs="+", default=[2, 3, 4], help="their bits")
+    parser.add_argument("--group-size", type=int, default=32)
     options = parser.parse_args()
     library = declare_torchvision_operators()
     from transformers import AutoModelForImageTextToText
@@ -82,7 +84,7 @@ def main() -> None:
     _, state = mtq.auto_quantize(
         model,
         constraints={"effective_bits": options.bits[0], "cost": cost},
-        quantization_formats=[format_of(bits) for bits in BITS],
+        quantization_formats=[format_of(bits, options.group_size) for bits in options.formats],
         data_loader=loader,
         # Divergences are of logits, and losses of what the model makes of its labels.
         forward_step=lambda m, batch: m(**batch).logits if divergence else m(**batch),

@@ -68,23 +68,27 @@ def peer_rows(found: Measures, kind: str) -> list[list[str]]:
             ]
             for place, fmt in enumerate(found.formats):
                 rhos = [_peer_spearman(found, run, solver, kind, place, fmt) for run in runs]
-                rho = [f"{statistics.fmean(rhos):.3f}", f"{min(rhos):.3f}"]
-                rows.append([found.name, solver, mode, kind, fmt, *rho, *cost])
+                known = [rho for rho in rhos if rho is not None]
+                if known:
+                    rho = [f"{statistics.fmean(known):.3f}", f"{min(known):.3f}"]
+                    rows.append([found.name, solver, mode, kind, fmt, *rho, *cost])
     return rows
 
 
 def _peer_spearman(
     found: Measures, run: Result, solver: str, kind: str, place: int, fmt: str
-) -> float:
+) -> float | None:
     scores, truths = [], []
     units = found.sensitivity(found.methods[0], solver, 0).units
     names = {unit.layers[0].name: unit.name for unit in units if unit.layers}
     for group in run["groups"].values():
         if len(group["scores"]) > place + 1:
-            scores.append(group["scores"][place])
             unit = next(names[m] for m in group["modules"] if m in names)
-            truths.append(found.done[found.name, "truth", solver, unit, fmt][kind])
-    return float(spearmanr(scores, truths).statistic)
+            truth = found.done.get((found.name, "truth", solver, unit, fmt))
+            if truth is not None:
+                scores.append(group["scores"][place])
+                truths.append(truth[kind])
+    return float(spearmanr(scores, truths).statistic) if len(truths) > 2 else None
 
 
 def rank_rows(found: Measures) -> list[list[str]]:
@@ -111,7 +115,9 @@ def rank_rows(found: Measures) -> list[list[str]]:
 def _spearman(
     found: Measures, method: str, solver: str, draw: int, kind: str, fmt: str
 ) -> float | None:
-    """Rank correlation of scores with the truth; None where the method scores no such class."""
+    """Rank correlation of scores with the truth; None where the method scores no such class, or
+    fewer than three truths are known.
+    """
     scores, truths = [], []
     for unit in found.sensitivity(method, solver, draw).units:
         for option in unit.options:
@@ -120,9 +126,11 @@ def _spearman(
                 score = option.scores.get(kind) or next(iter(option.scores.values()), None)
                 if score is None:
                     return None
-                scores.append(score.loss)
-                truths.append(found.done[found.name, "truth", solver, unit.name, fmt][kind])
-    return float(spearmanr(scores, truths).statistic)
+                truth = found.done.get((found.name, "truth", solver, unit.name, fmt))
+                if truth is not None:
+                    scores.append(score.loss)
+                    truths.append(truth[kind])
+    return float(spearmanr(scores, truths).statistic) if len(truths) > 2 else None
 
 
 def mix_rows(found: Measures) -> list[list[str]]:

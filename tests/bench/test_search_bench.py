@@ -11,7 +11,7 @@ import pytest
 import sensitivities
 
 from bench.search.__main__ import budgets, random_mix
-from bench.search.other_tools import EFFECTIVE_BITS, analyses
+from bench.search.other_tools import analyses, bits_and_group, effective_bits
 from bench.search.subjects import subjects, versions
 from bench.search.tables import Measures, mix_essence, mix_rows, rank_essence, rank_rows
 from prismquant.demo.main_job import CHECKPOINT
@@ -20,6 +20,7 @@ from prismquant.search.allocate import set_up
 from prismquant.search.constraints import Constraints
 from prismquant.search.knapsack import Solved
 
+INTEGERS = ("int3-g64", "int4-g64")
 FORMATS = ("int2-g64", "int3-g128", "int4-g128")
 
 
@@ -110,16 +111,16 @@ def test_another_tool_gets_the_samples_and_its_figures_come_back(tmp_path: Path)
     tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
     found = analyses(str(tool), str(tool), ["gradient"])
     assert list(found) == ["modelopt gradient", "autoscheme"]
-    bits = " ".join(map(str, EFFECTIVE_BITS))
-    assert found["modelopt gradient"].run(CHECKPOINT, calibration, tmp_path) == {
+    bits = "--group-size 64 --formats 3 4 --bits 3.5"
+    assert found["modelopt gradient"].run(CHECKPOINT, calibration, INTEGERS, tmp_path) == {
         "module": "bench.search.modelopt",
         "samples": 2,
-        "rest": f"--method gradient --bits {bits}",
+        "rest": f"--method gradient {bits}",
     }
-    assert found["autoscheme"].run(CHECKPOINT, calibration, tmp_path) == {
+    assert found["autoscheme"].run(CHECKPOINT, calibration, INTEGERS, tmp_path) == {
         "module": "bench.search.auto_round",
         "samples": 2,
-        "rest": f"--bits {bits}",
+        "rest": bits,
     }
 
 
@@ -129,4 +130,19 @@ def test_a_tool_that_fails_says_why(tmp_path: Path) -> None:
     tool.write_text("#!/bin/sh\necho no such module >&2\nexit 3\n")
     tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
     with pytest.raises(SystemExit, match="no such module"):
-        analyses(None, str(tool), [])["autoscheme"].run(CHECKPOINT, calibration, tmp_path)
+        analyses(None, str(tool), [])["autoscheme"].run(CHECKPOINT, calibration, INTEGERS, tmp_path)
+
+
+def test_budgets_of_other_tools_are_ours_in_bits_of_the_codes() -> None:
+    assert effective_bits(["int2-g32", "int3-g32", "int4-g32"]) == [2.5, 3.0, 3.5]
+    assert effective_bits(INTEGERS) == [3.5]
+    with pytest.raises(SystemExit, match="not fp8-channel"):
+        bits_and_group("fp8-channel")
+
+
+def test_truths_of_a_sample_are_enough_for_a_rank_correlation() -> None:
+    found = measures(1.0)
+    truths = [key for key in found.done if key[1] == "truth"]
+    for key in truths[::4]:
+        del found.done[key]
+    assert {row[5] for row in rank_rows(found) if row[3] == "answer"} == {"1.000"}
