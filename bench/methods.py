@@ -171,14 +171,14 @@ class Cells:
     """Finished cells in a file, one line each.
 
     Args:
-        path: The file.
+        path: The file; None: they are kept in memory alone.
         facts: What else a cell depends on; cells of other facts are left alone.
     """
 
-    def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path | None, facts: Mapping[str, Any]) -> None:
         self.path = path
         self.facts = dict(facts)
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = path.read_text(encoding="utf-8").splitlines() if path and path.exists() else []
         self.done: dict[tuple[Any, ...], dict[str, Any]] = {}
         for line in lines:
             entry = json.loads(line)
@@ -188,6 +188,8 @@ class Cells:
     def add(self, key: tuple[Any, ...], result: Mapping[str, Any]) -> None:
         """Keep a cell."""
         self.done[key] = dict(result)
+        if self.path is None:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             entry = {"facts": self.facts, "cell": list(key), "result": dict(result)}

@@ -2,14 +2,18 @@
 
     python -m bench.peers [--llm-compressor-python PATH] [--auto-round-python PATH]
         [--gptqmodel-python PATH] [--settings w4a16 w4a8] [--recipes NAME ...] [--samples 600]
-        [--sets 3]
+        [--sets 3] [--model DIR --name NAME]
 
 Each tool runs in an environment of its own, which its option names; without it the tool is shown as
 not run. A tool leaves the rounded weights in floating point; where the setting quantizes inputs,
 they are quantized here, in the same way for all. Everything is then compared with the float model
 on questions that calibration never saw. Calibration is on questions about single pictures, because
 llm-compressor takes no set that mixes pictures and clips. With several calibration sets figures are
-means over them, and the error is their spread.
+means over them, and the error is their spread. ``--cells FILE`` keeps finished rows: a run that was
+cut off goes on where it stopped.
+
+The last table sets the best of any other tool's methods beside the recipe of ours that leaves the
+choice of a method to held-out loss (``auto-..``), where that is among the recipes.
 
 Seconds are what the method took: for the tools without loading and saving the model, for ours with
 both. Where other processes share the machine, seconds of CPU are the fairer figure.
@@ -20,50 +24,39 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
 
+from bench.methods import Cells
+from bench.peers.rows import BEST, HEADERS, Row, averaged, best_rows, cells
 from bench.peers.worker import REPORT, stopwatch
+from bench.peers.yardstick import Yardstick
 from prismquant.api import quantize
-from prismquant.data import read_samples
-from prismquant.data.batches import make_batches
 from prismquant.demo.main_job import CHECKPOINT
 from prismquant.demo.scenes import write_dataset
 from prismquant.errors import PlanError, PrismQuantError
-from prismquant.evaluate.fidelity import evaluate_model
-from prismquant.export.load_quantized import load, load_model
 from prismquant.models.bind import bind
+from prismquant.models.bound import BoundModel
 from prismquant.models.outliers import add_outliers
 from prismquant.plan.make_plan import make_plan
-from prismquant.plan.plan import Plan, PlanRow
+from prismquant.plan.plan import Plan
 from prismquant.recipe.presets import PRESETS
-from prismquant.recipe.schema import Recipe, load_recipe
+from prismquant.recipe.schema import Recipe, load_recipe, parse_recipe
 from prismquant.report.tables import markdown_table, rich_table
-from prismquant.runtime.linear import quantize_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ("plain", "outliers")
 SETTINGS = ("w4a16", "w3a16", "w2a16", "w8a8", "w4a8")
 CALIBRATION_SAMPLES = 128
-BATCH_SIZE = 32
-HEADERS = (
-    *("model", "setting", "tool", "method"),
-    *("KL on answers", "of pictures", "top-1", "exact match", "seconds", "of CPU"),
-)
-
-Figures = dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -94,19 +87,6 @@ class Tools:
     iterations: int
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table; ``why`` says why there are no figures."""
-
-    model: str
-    setting: str
-    tool: str
-    method: str
-    figures: Mapping[str, float | None] = field(default_factory=dict)
-    why: str = ""
-    versions: Mapping[str, str] = field(default_factory=dict)
-
-
 def base_recipe(setting: str) -> Recipe:
     """What defines a setting: its layers and number formats."""
     if setting == "w2a16" and setting not in PRESETS:
@@ -114,9 +94,16 @@ def base_recipe(setting: str) -> Recipe:
     return load_recipe(setting)
 
 
+def planned(recipe: Recipe, bound: BoundModel) -> Plan:
+    """Plan of a recipe; of one that leaves a choice, without any of the alternatives."""
+    body = {key: part for key, part in recipe.to_dict().items() if key != "choose"}
+    return make_plan(parse_recipe(body, source=recipe.name), bound)
+
+
 def formats(plan: Plan) -> tuple[Any, Any]:
     """Number formats of weights and inputs; recipes of one setting agree in them."""
-    return plan.quantized[0].weights, plan.quantized[0].activations
+    config = plan.quantized[0].config
+    return config.weights, config.activations
 
 
 def refuse_unsuited(model: Path, settings: Sequence[str], extra: Sequence[Recipe]) -> None:
@@ -126,72 +113,16 @@ def refuse_unsuited(model: Path, settings: Sequence[str], extra: Sequence[Recipe
         PlanError: A setting has static inputs, or a recipe has the formats of no setting.
     """
     bound = bind(model)
-    known = {name: formats(make_plan(base_recipe(name), bound)) for name in settings}
+    known = {name: formats(planned(base_recipe(name), bound)) for name in settings}
     for name, (_, activations) in known.items():
         if activations is not None and not activations.dynamic:
             raise PlanError(f"setting {name}: other tools are measured with dynamic inputs only")
     for recipe in extra:
-        if formats(make_plan(recipe, bound)) not in known.values():
+        if formats(planned(recipe, bound)) not in known.values():
             raise PlanError(
                 f"recipe {recipe.name!r} has the number formats of none of the settings",
                 remedy=f"settings are {', '.join(settings)}",
             )
-
-
-class Remembered(nn.Module):
-    """The float model, which is asked each batch once: batches must come in the same order."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.logits: list[Tensor] = []
-        self.place = 0
-
-    def forward(self, logits_to_keep: Tensor, **inputs: Any) -> SimpleNamespace:
-        """As the model's; the logits come from memory where they can."""
-        if self.place == len(self.logits):
-            self.logits.append(self.model(**inputs, logits_to_keep=logits_to_keep).logits)
-        self.place += 1
-        return SimpleNamespace(logits=self.logits[self.place - 1])
-
-
-class Yardstick:
-    """What all checkpoints of one model are measured with.
-
-    Args:
-        model: Folder of the float checkpoint.
-        evaluation: Questions with answers.
-    """
-
-    def __init__(self, model: Path, evaluation: Path) -> None:
-        _, processor = load(model)
-        self.reference = Remembered(load_model(model, dtype=torch.float32))
-        self.batches = list(
-            make_batches(
-                read_samples(evaluation, require_answers=True),
-                processor,
-                batch_size=BATCH_SIZE,
-                vision_token_ids=bind(model).vision_token_ids,
-            )
-        )
-
-    def measure(self, folder: Path, inputs: Sequence[PlanRow] = ()) -> Figures:
-        """Figures of a checkpoint, the inputs of some layers quantized as a plan's rows say."""
-        model = load_model(folder, dtype=torch.float32)
-        for row in inputs:
-            if row.config.activations is not None:
-                quantize_inputs(model, row.site.name, row.config.activations, None, None)
-        self.reference.place = 0
-        result = evaluate_model(model, self.batches, reference=self.reference)
-        overall, answers = result.overall, result.overall.divergence["answer"]
-        return {
-            "exact_match": overall.exact_match,
-            "reference_exact_match": overall.reference_exact_match,
-            "kl": answers.kl,
-            "kl_error": answers.kl_error,
-            "kl_image": result.by_kind["image"].divergence["answer"].kl,
-            "top1": answers.top1,
-        }
 
 
 @dataclass(frozen=True)
@@ -203,20 +134,6 @@ class Job:
     calibrations: tuple[Path, ...]
     yardstick: Yardstick
     work: Path
-
-
-def averaged(rows: Sequence[Row]) -> Row:
-    """One row for several calibration sets; one that failed stands for all."""
-    failed = next((row for row in rows if row.why), None)
-    if failed is not None or len(rows) == 1:
-        return failed or rows[0]
-    figures: Figures = {}
-    for key in rows[0].figures:
-        values = [row.figures[key] for row in rows]
-        known = [value for value in values if value is not None]
-        figures[key] = statistics.mean(known) if known else None
-    figures["kl_error"] = statistics.stdev(row.figures["kl"] or 0.0 for row in rows)
-    return replace(rows[0], figures=figures)
 
 
 def over_sets(job: Job, single: Callable[[Path], Row]) -> Row:
@@ -245,7 +162,7 @@ def run_peer(
     python = tools.pythons.get(tool)
     if python is None:
         return Row(job.name, setting, tool, method, why="not run")
-    plan = make_plan(base_recipe(setting), bind(job.model))
+    plan = planned(base_recipe(setting), bind(job.model))
     weights, activations = formats(plan)
     with tempfile.TemporaryDirectory(dir=job.work) as folder:
         out = Path(folder) / "out"
@@ -275,42 +192,22 @@ def run_peer(
 
 def runs(
     job: Job, setting: str, extra: Sequence[Recipe], tools: Tools
-) -> Iterator[Callable[[], Row]]:
-    """All that is compared at a setting: rounding to nearest first, then ours, then theirs."""
+) -> Iterator[tuple[str, str, Callable[[], Row]]]:
+    """All that is compared at a setting: tool, method, and what runs it; rounding to nearest first,
+    then ours, then theirs.
+    """
     base = base_recipe(setting)
     bound = bind(job.model)
-    wanted = formats(make_plan(base, bound))
+    wanted = formats(planned(base, bound))
     minmax = {"solver": "rtn", "weight_range": "minmax"}
-    same = [recipe for recipe in extra if formats(make_plan(recipe, bound)) == wanted]
-    singles: list[Callable[[Path], Row]] = [
-        partial(run_ours, job, setting, recipe)
-        for recipe in (base.with_rules(minmax, name=f"{setting} rtn minmax"), base, *same)
-    ]
-    singles += [
-        partial(run_peer, job, setting, tool, method, tools)
-        for tool, peer in PEERS.items()
-        for method in (peer.weights if wanted[1] is None else peer.activations)
-    ]
-    for single in singles:
-        yield partial(over_sets, job, single)
-
-
-def cells(row: Row) -> list[str]:
-    """A row of the table."""
-    names = [row.model, row.setting, row.tool, row.method]
-    if row.why:
-        return [*names, row.why, *[""] * 5]
-    figures = row.figures
-    error = f" ± {figures['kl_error']:.5f}" if figures["kl_error"] is not None else ""
-    return [
-        *names,
-        f"{figures['kl']:.5f}{error}",
-        f"{figures['kl_image']:.5f}",
-        f"{100 * (figures['top1'] or 0):.1f} %",
-        f"{100 * (figures['exact_match'] or 0):.1f} %",
-        f"{figures['seconds']:.1f}",
-        f"{figures['cpu_seconds']:.1f}",
-    ]
+    same = [recipe for recipe in extra if formats(planned(recipe, bound)) == wanted]
+    for recipe in (base.with_rules(minmax, name=f"{setting} rtn minmax"), base, *same):
+        single = partial(run_ours, job, setting, recipe)
+        yield "prismquant", recipe.name, partial(over_sets, job, single)
+    for tool, peer in PEERS.items():
+        for method in peer.weights if wanted[1] is None else peer.activations:
+            single = partial(run_peer, job, setting, tool, method, tools)
+            yield tool, method, partial(over_sets, job, single)
 
 
 def jobs(options: argparse.Namespace, work: Path) -> Iterator[Job]:
@@ -332,7 +229,8 @@ def jobs(options: argparse.Namespace, work: Path) -> Iterator[Job]:
     evaluation = write_dataset(work / "evaluation", split="evaluation", count=options.samples)
     for name in options.models:
         model = {"plain": options.model, "outliers": outliers}[name]
-        yield Job(name, model, calibrations, Yardstick(model, evaluation), work)
+        called = f"{options.name} {name}" if options.name else name
+        yield Job(called, model, calibrations, Yardstick(model, evaluation), work)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -346,6 +244,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             help=f"interpreter of an environment with {tool}",
         )
     parser.add_argument("--model", type=Path, default=CHECKPOINT, help="default: the embedded one")
+    parser.add_argument("--name", help="what the table calls it")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), help="presets, or w2a16")
     parser.add_argument(
@@ -359,6 +258,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--iterations", type=int, default=200, help="of auto-round, in each block")
     parser.add_argument("--factor", type=float, default=64.0, help="of outliers, a power of two")
     parser.add_argument("--channels", type=int, default=4, help="outlier channels at each norm")
+    parser.add_argument("--cells", type=Path, default=None, help="file of finished rows")
     parser.add_argument("--out", type=Path, default=None, help="write the table there as Markdown")
     return parser.parse_args(arguments)
 
@@ -374,11 +274,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     refuse_unsuited(options.model, options.settings, extra)
     console = Console(width=160, highlight=False)
     rows: list[Row] = []
+    kept = Cells(options.cells, {"samples": options.samples, "sets": options.sets})
     with tempfile.TemporaryDirectory() as folder:
         for job in jobs(options, Path(folder)):
             for setting in options.settings:
-                for compare in runs(job, setting, extra, tools):
-                    rows.append(compare())
+                for tool, method, compare in runs(job, setting, extra, tools):
+                    key = (job.name, setting, tool, method)
+                    rows.append(Row(**kept.done[key]) if key in kept.done else compare())
+                    if key not in kept.done and not rows[-1].why:
+                        kept.add(key, asdict(rows[-1]))
                     console.print(" | ".join(cells(rows[-1])), style="dim", markup=False)
                     if options.out is not None:  # after each row: a full run takes an hour
                         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -397,6 +301,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     title = f"{options.samples} questions, {facts['threads']} thread(s)"
     title += "" if exact is None else f", float model {100 * exact:.1f} % exact"
     console.print(rich_table(HEADERS, [cells(row) for row in rows], title=title))
+    if best := best_rows(rows):
+        console.print(rich_table(BEST, best, title="KL on answers"))
     print(json.dumps({"bench": "peers", **facts, "rows": [asdict(row) for row in rows]}))
 
 

@@ -1,12 +1,12 @@
-"""GPTQ, AWQ and SmoothQuant by llm-compressor on a Qwen2-VL; for an environment of its own.
+"""GPTQ, AWQ and SmoothQuant by llm-compressor on a language model; in an environment of its own.
 
     python -m venv peer && peer/bin/pip install llmcompressor==0.14.0.1
     peer/bin/python -m bench.peers.llm_compressor MODEL CALIBRATION.jsonl OUT [--method gptq]
 
 Samples must have a picture: its tracing fails on a set that mixes pictures and clips. It has no
-table of Qwen2-VL's norms for AWQ and SmoothQuant, so they are named here: AWQ's as for all models
-of this shape; SmoothQuant's default table (the two norms), or, for ``smoothquant-all``, also the
-gated product before the last projection.
+table of these models' norms for AWQ and SmoothQuant, so they are named here: AWQ's as for all
+models of this shape; SmoothQuant's default table (the two norms), or, for ``smoothquant-all``,
+also the gated product before the last projection.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import torch
 
 from bench.peers import worker
 
-IGNORED = ["re:.*lm_head", "re:.*visual.*"]
+# What is beside the language model: towers and projectors of Qwen's and of VideoLLaMA's models.
+IGNORED = ["re:.*lm_head", "re:.*visual.*", "re:.*vision.*", "re:.*projector.*"]
 METHODS = ("gptq", "awq", "rtn", "smoothquant-gptq", "smoothquant-all-gptq")
-ATTENTION = ["re:.*q_proj$", "re:.*k_proj$", "re:.*v_proj$"]
-GATED = ["re:.*gate_proj$", "re:.*up_proj$"]
+LLM = "re:.*language_model.*"
+ATTENTION = [f"{LLM}q_proj$", f"{LLM}k_proj$", f"{LLM}v_proj$"]
+GATED = [f"{LLM}gate_proj$", f"{LLM}up_proj$"]
 
 
 def recipe(method: str, bits: int, group_size: int, activation_bits: int) -> list[Any]:
@@ -42,19 +44,19 @@ def recipe(method: str, bits: int, group_size: int, activation_bits: int) -> lis
     last = rounding(config_groups={"group_0": group}, ignore=IGNORED)
     if method == "awq":
         mappings = [
-            AWQMapping("re:.*input_layernorm$", ATTENTION),
-            AWQMapping("re:.*self_attn.v_proj$", ["re:.*self_attn.o_proj$"]),
-            AWQMapping("re:.*post_attention_layernorm$", GATED),
-            AWQMapping("re:.*up_proj$", ["re:.*down_proj$"]),
+            AWQMapping(f"{LLM}input_layernorm$", ATTENTION),
+            AWQMapping(f"{LLM}self_attn.v_proj$", [f"{LLM}self_attn.o_proj$"]),
+            AWQMapping(f"{LLM}post_attention_layernorm$", GATED),
+            AWQMapping(f"{LLM}up_proj$", [f"{LLM}down_proj$"]),
         ]
         return [AWQModifier(mappings=mappings), last]
     if method.startswith("smoothquant"):
         edges: list[Any] = [
-            (ATTENTION, "re:.*input_layernorm$"),
-            (GATED, "re:.*post_attention_layernorm$"),
+            (ATTENTION, f"{LLM}input_layernorm$"),
+            (GATED, f"{LLM}post_attention_layernorm$"),
         ]
         if "all" in method:
-            edges.append((["re:.*down_proj$"], "re:.*up_proj$"))
+            edges.append(([f"{LLM}down_proj$"], f"{LLM}up_proj$"))
         return [SmoothQuantModifier(mappings=edges), last]
     return [last]
 
@@ -88,7 +90,7 @@ def rounded_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     """Quantize and write the rounded weights."""
-    options = worker.arguments("llm-compressor on a Qwen2-VL", METHODS)
+    options = worker.arguments("llm-compressor on a language model that sees", METHODS)
     _operators = worker.declare_torchvision_operators()  # gone as soon as nothing holds it
     from datasets import Dataset
     from llmcompressor import oneshot
@@ -110,7 +112,7 @@ def main() -> None:
         data_collator=one_sample,
         processor=processor,
         num_calibration_samples=len(rows),
-        sequential_targets=["Qwen2VLDecoderLayer"],
+        sequential_targets=[type(model.model.language_model.layers[0]).__name__],
     )
     took = watch()
     with torch.no_grad():

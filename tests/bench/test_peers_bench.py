@@ -1,0 +1,52 @@
+"""The bench of other tools: rows that are kept, and the best of each side."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from bench.methods import Cells
+from bench.peers.__main__ import formats, planned
+from bench.peers.rows import Row, averaged, best_rows, cells
+from prismquant.demo.main_job import CHECKPOINT
+from prismquant.models.bind import bind
+from prismquant.recipe.schema import load_recipe
+
+FIGURES = {"kl_error": None, "kl_image": 0.1, "top1": 0.9, "exact_match": 0.8}
+
+
+def row(tool: str, method: str, kl: float, setting: str = "w4a16") -> Row:
+    figures = {"kl": kl, **FIGURES, "seconds": 2.0, "cpu_seconds": 1.0}
+    return Row("plain", setting, tool, method, figures, versions={"torch": "2"})
+
+
+def test_the_automatic_recipe_is_set_beside_the_best_of_other_tools() -> None:
+    rows = [
+        row("prismquant", "auto-w4a16", 0.02),
+        row("prismquant", "w4a16", 0.01),
+        row("one", "gptq", 0.08),
+        row("two", "awq", 0.05),
+        Row("plain", "w4a16", "three", "gptq", why="not run"),
+        row("one", "gptq", 0.08, setting="w8a8"),
+    ]
+    assert best_rows(rows) == [["plain", "w4a16", "two awq", "0.05000", "0.02000", "0.40"]]
+
+
+def test_a_recipe_that_leaves_a_choice_has_the_formats_of_its_setting() -> None:
+    bound = bind(CHECKPOINT)
+    auto, fixed = (planned(load_recipe(name), bound) for name in ("auto-w4a16", "w4a16"))
+    assert formats(auto) == formats(fixed)
+
+
+def test_rows_are_kept_whole(tmp_path: Path) -> None:
+    file, facts = tmp_path / "rows.jsonl", {"samples": 3}
+    done = row("one", "gptq", 0.25)
+    Cells(file, facts).add(("plain", "w4a16", "one", "gptq"), asdict(done))
+    assert Row(**Cells(file, facts).done["plain", "w4a16", "one", "gptq"]) == done
+    assert not Cells(file, {"samples": 4}).done
+    Cells(None, facts).add(("a",), asdict(done))  # in memory alone
+
+
+def test_several_calibration_sets_give_their_mean_and_their_spread() -> None:
+    mean = averaged([row("one", "gptq", 0.25), row("one", "gptq", 0.75)])
+    assert cells(mean)[4] == "0.50000 ± 0.35355"
