@@ -111,7 +111,7 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(transformers, arch.hf_class)(config)
-        _randomize(model)
+        randomize(model)
         if tie:
             model.tie_weights()
     model.to(dtype)
@@ -124,7 +124,7 @@ def build(
         if not (tie and name == "lm_head.weight")
     }
     write_tensors(folder / "model.safetensors", tensors)
-    _write_tokenizer(folder, family, transformers)
+    write_tokenizer(folder, family, transformers)
     if layout == "remote":
         _write_remote(folder, config)
     else:
@@ -259,7 +259,8 @@ def _config(family: str, transformers: Any, llm_blocks: int, depth: int, tie: bo
 
 
 @torch.no_grad()
-def _randomize(model: nn.Module) -> None:
+def randomize(model: nn.Module) -> None:
+    """Draw all weights anew, so that nothing is trivially zero or one."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if name == "bias":
@@ -280,7 +281,8 @@ def _names(family: str, layout: str | None) -> NameMap:
     return NameMap(chosen.name, chosen.rewrites)
 
 
-def _write_tokenizer(folder: Path, family: str, transformers: Any) -> None:
+def write_tokenizer(folder: Path, family: str, transformers: Any, *, chat: bool = True) -> None:
+    """Write a tokenizer of words, with a chat template if it is to have one."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     words = [*_SPECIAL, "<unk>", *dict.fromkeys((*_WORDS, *_SIGNS))]
@@ -307,7 +309,8 @@ def _write_tokenizer(folder: Path, family: str, transformers: Any) -> None:
     if family == "video_llama_3":
         start, end = "", "\\n"
     template = _CHAT_TEMPLATE.replace("IMAGE", f"'{start}<|image_pad|>{end}'")
-    fast.chat_template = template.replace("VIDEO", f"'{start}<|video_pad|>{end}'")
+    if chat:
+        fast.chat_template = template.replace("VIDEO", f"'{start}<|video_pad|>{end}'")
     fast.save_pretrained(folder)
 
 

@@ -88,12 +88,13 @@ def leftovers(checkpoint: Checkpoint) -> Iterator[Problem]:
 
 
 def companions(checkpoint: Checkpoint) -> Iterator[Problem]:
-    """Tokenizer and image processor."""
+    """Tokenizer, and the image processor of a model that sees."""
     folder = checkpoint.folder
     if not any((folder / name).is_file() for name in _TOKENIZER):
         yield Problem("there is no tokenizer", _TOKENIZER[:1], _FROM_SOURCE)
     processors = ("preprocessor_config.json", "processor_config.json")
-    if not any((folder / name).is_file() for name in processors):
+    sees = checkpoint.model is None or checkpoint.model.arch.sees
+    if sees and not any((folder / name).is_file() for name in processors):
         yield Problem("there is no image processor", processors[:1], _FROM_SOURCE)
 
 

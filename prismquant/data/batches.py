@@ -21,7 +21,7 @@ from torch import Tensor
 from prismquant.data import Sample, located, media_of, text_of
 from prismquant.data.media import Cost, Limits, media_cost, processor_inputs
 from prismquant.data.pictures import Source, header_size
-from prismquant.data.spans import NoSpan, answer_span, render
+from prismquant.data.spans import NoSpan, Rendered, answer_span, render
 from prismquant.errors import DataError
 from prismquant.memory import memory_error
 
@@ -164,7 +164,7 @@ class Batches(Sequence[Batch]):
 
     def _row(self, sample: Sample) -> _Row:
         rendered = render(sample, self.processor)
-        inputs = _processed(sample, rendered.text, self.processor, self.limits)
+        inputs = _processed(sample, rendered, self.processor, self.limits)
         answer, unknown = (0, 0), rendered.unknown
         if rendered.start is not None:
             try:
@@ -224,8 +224,9 @@ def make_batches(
         cannot be read, or a sample that the processor refuses, is a :class:`DataError` by then.
 
     Raises:
-        DataError: The batch size leaves nothing.
+        DataError: The batch size leaves nothing, or a sample shows what the model cannot see.
     """
+    _require_eyes(samples, processor)
     if batch_size < 1:
         raise DataError(
             f"a batch of {batch_size} samples is impossible", remedy="a batch size of 1 or more"
@@ -250,6 +251,19 @@ def by_length(samples: Sequence[Sample]) -> list[Sample]:
     return sorted(samples, key=_length_estimate)
 
 
+def _require_eyes(samples: Sequence[Sample], processor: Any) -> None:
+    """Refuse pictures and clips for a model of text alone."""
+    if getattr(processor, "image_processor", None) is not None:
+        return
+    shown = [sample.id for sample in samples if sample.kind != "text"]
+    if shown:
+        raise DataError(
+            f"{len(shown)} samples show pictures or clips, and the model reads text alone",
+            where=f"sample {shown[0]}",
+            remedy="leave them out, or use a vision-language model",
+        )
+
+
 def _parts(
     samples: Sequence[Sample], most_tokens: int | None, limits: Limits
 ) -> Iterator[Sequence[Sample]]:
@@ -262,16 +276,17 @@ def _parts(
         yield samples[len(samples) * number // count : len(samples) * (number + 1) // count]
 
 
-def _processed(sample: Sample, text: str, processor: Any, limits: Limits) -> dict[str, Tensor]:
+def _processed(
+    sample: Sample, rendered: Rendered, processor: Any, limits: Limits
+) -> dict[str, Tensor]:
     """A sample as the processor's batch of one."""
     with _naming(sample):
         media = processor_inputs(sample, processor, limits)
     try:
         encoded = processor(
-            text=[text],
+            text=[rendered.text],
             return_tensors="pt",
-            # Templates write the special tokens themselves.
-            text_kwargs={"add_special_tokens": False},
+            text_kwargs={"add_special_tokens": rendered.bare},
             **media,
         )
     # A processor is third-party code over user data: sizes, ratios, tokens, anything may displease

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from prismquant.data import Message, Sample, media_of
+from prismquant.data import Message, Sample, media_of, text_of
 from prismquant.errors import DataError
 
 if TYPE_CHECKING:
@@ -33,20 +33,27 @@ class Rendered:
         start: Number of characters before its answer; None where there is no answer, or it cannot
             be told apart.
         unknown: Why it cannot be told apart.
+        bare: Whether the tokenizer is to put its own special tokens around it: templates write
+            them themselves.
     """
 
     text: str
     start: int | None = None
     unknown: str = ""
+    bare: bool = False
 
 
 def render(sample: Sample, processor: Any) -> Rendered:
     """Write a sample with the processor's chat template.
 
+    A text that nobody answers stands for itself where the tokenizer has no template.
+
     Raises:
         DataError: The template refuses the conversation, or placeholders are not as many as
             pictures and clips.
     """
+    if not getattr(processor, "chats", True) and len(sample.messages) == 1:
+        return Rendered(text_of(sample.messages[0]), bare=True)
     messages = [_for_template(message) for message in sample.messages]
     text = _template(processor, sample, messages)
     _require_placeholders(sample, processor, text)
@@ -147,6 +154,8 @@ def _require_placeholders(sample: Sample, processor: Any, text: str) -> None:
 def _template(processor: Any, sample: Sample, messages: list[Any], **options: bool) -> str:
     try:
         text: str = processor.apply_chat_template(messages, tokenize=False, **options)
+    except DataError as error:
+        raise DataError(error.what, where=f"sample {sample.id}", remedy=error.remedy) from error
     # Templates are programs of their own; many raise errors of jinja2 for what they do not expect.
     except Exception as error:
         raise DataError(

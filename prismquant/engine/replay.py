@@ -138,8 +138,11 @@ class Replay:
                     "the language model is called with positional arguments",
                     where=self.bound.arch.name,
                 )
-            kept = self._states.keep(captured.kwargs_of_step)
-            number = len(self._llm)
+            given = captured.kwargs_of_step
+            if given.get("inputs_embeds") is None:
+                # Of a model of text alone, this tower itself looks up the embeddings.
+                given |= {"input_ids": None, "inputs_embeds": embed(inputs["input_ids"])}
+            kept, number = self._states.keep(given), len(self._llm)
             self._llm.append(TowerPass(kept, weights, vision, tokens, batch=number, ids=ids))
         if not self._keep_all:
             self._vision.clear()
@@ -148,7 +151,7 @@ class Replay:
     def _count(self, ids: Tensor, weights: Tensor | None, vision: Tensor) -> Tokens:
         """Tokens of each modality that count."""
         keys = zip(self.bound.arch.vision_token_ids, self.bound.vision_token_ids, strict=True)
-        videos = torch.tensor([i for key, i in keys if "video" in key], device=ids.device)
+        videos = ids.new_tensor([i for key, i in keys if "video" in key])
         counted = torch.ones_like(vision) if weights is None else weights > 0
         video = torch.isin(ids, videos) & vision
         parts = (~vision, vision & ~video, video)

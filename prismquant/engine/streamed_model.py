@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.func import functional_call
 
 from prismquant.data.batches import Batch
 from prismquant.engine.activation_store import ActivationStore
@@ -152,12 +154,24 @@ class StreamedModel:
         self.replay.begin_llm(self.embedding())
 
     def embedding(self) -> Callable[[Tensor], Tensor]:
-        """The embeddings of the tokens in the batches: the whole table is far larger."""
+        """The embeddings of the tokens in the batches: the whole table is far larger.
+
+        They are the model's own: some multiply by a scale what they look up.
+        """
         ids = self.replay.token_ids()
         name = self.bound.names.to_disk(f"{self.bound.arch.embeddings}.weight")
         rows = self._reader.read_rows(name, ids.cpu())
         rows = rows.to(self._placement.device, self._placement.precision.dtype)
-        return lambda tokens: functional.embedding(torch.searchsorted(ids, tokens), rows)
+        table: Any = copy.copy(self.module(self.bound.arch.embeddings))
+        # Of padding only the gradient is special, and its row may not be among these.
+        table.padding_idx = None
+
+        def embed(tokens: Tensor) -> Tensor:
+            places = torch.searchsorted(ids, tokens)
+            found: Tensor = functional_call(table, {"weight": rows}, (places,))
+            return found
+
+        return embed
 
     def between_units(self, *, vision: bool) -> list[str]:
         """Modules that hold parameters outside all units, such as norms between towers."""

@@ -371,6 +371,11 @@ class ArchSpec:
     config_map: ConfigMap | None = None
     processor_map: ProcessorMap | None = None
 
+    @property
+    def sees(self) -> bool:
+        """Whether it is shown pictures or clips; a model of text alone has one tower."""
+        return bool(self.input_groups)
+
     def tower(self, modality: Modality | str) -> Tower:
         """The first tower of a modality.
 

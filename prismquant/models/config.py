@@ -31,15 +31,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from types import ModuleType
 
-# Keys that only a vision-language config has.
-_VISION_KEYS = (
-    "vision_config",
-    "vision_encoder_config",
-    "vision_encoder",
-    "visual",
-    "mm_vision_tower",
-    "vision_tower",
-)
 # A configuration has some kilobytes.
 _MAX_CONFIG_BYTES = 16 << 20
 # What a config may count to: far above any real model, and built in seconds. Zero is none.
@@ -79,8 +70,8 @@ def identify(folder: Path | str) -> ArchSpec:
     """Say which architecture a checkpoint folder holds.
 
     Raises:
-        ModelError: There is no folder or no config.json, the file is broken, the model is
-            text-only, or no architecture file describes its model type.
+        ModelError: There is no folder or no config.json, the file is broken, or no architecture
+            file describes its model type.
     """
     config = read_config(Path(folder))
     model_type = config.get("model_type")
@@ -93,12 +84,6 @@ def identify(folder: Path | str) -> ArchSpec:
             "config.json has no model_type",
             where=where,
             remedy=f"use a checkpoint of one of: {', '.join(sorted(by_type))}",
-        )
-    if not any(config.get(key) for key in _VISION_KEYS):
-        raise ModelError(
-            f"model_type {model_type!r} is a text-only model: config.json has no vision part",
-            where=where,
-            remedy=f"use a vision-language checkpoint; {suggest(model_type, by_type)}",
         )
     raise ModelError(
         f"no architecture describes model_type {model_type!r}",

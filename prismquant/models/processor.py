@@ -27,6 +27,8 @@ from prismquant.models.config import (
 from prismquant.opening import MAX_JSON_BYTES, read_json, require_regular
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from prismquant.models.arch import ArchSpec, ProcessorMap
 
 __all__ = ["load_processor"]
@@ -46,7 +48,7 @@ _SIZES = {
 
 
 def load_processor(folder: Path | str, *, trust_remote_code: bool = False) -> Any:
-    """Load tokenizer, image and video processor of a checkpoint.
+    """Load tokenizer, image and video processor of a checkpoint; of a text model the tokenizer.
 
     Where the checkpoint's own processor is remote code, the native one is built from its settings,
     with a chat template that writes one placeholder for each image or video.
@@ -62,17 +64,17 @@ def load_processor(folder: Path | str, *, trust_remote_code: bool = False) -> An
     """
     folder = Path(folder)
     arch = identify(folder)
-    if importlib.util.find_spec("torchvision") is None:
+    if arch.sees and importlib.util.find_spec("torchvision") is None:
         raise DataError(
             "the video processors of transformers need torchvision, which is not installed",
             where=str(folder),
             remedy="pip install 'prismquant[vision]'",
         )
-    _check_files(folder)
+    _check_files(folder, _SETTINGS if arch.sees else ())
     config = native_config(arch, folder)
     try:
         processor = _load(arch, folder, config, trust_remote_code)
-        if broken := _trial_findings(processor):
+        if broken := _trial_findings(processor) if arch.sees else ():
             raise DataError(
                 f"the checkpoint's processor is broken: {'; '.join(broken)}",
                 where=" and ".join(str(folder / n) for n in _SETTINGS if (folder / n).exists()),
@@ -99,6 +101,13 @@ def load_processor(folder: Path | str, *, trust_remote_code: bool = False) -> An
 
 def _load(arch: ArchSpec, folder: Path, config: Any, trust_remote_code: bool) -> Any:
     transformers = import_transformers()
+    if not arch.sees:
+        from prismquant.models.text_processor import TextProcessor  # of models of text alone
+
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        return TextProcessor(tokenizer)
     if arch.processor_map is not None and not trust_remote_code:
         return _native_processor(arch.processor_map, folder, config, transformers)
     return transformers.AutoProcessor.from_pretrained(
@@ -140,15 +149,19 @@ def _native_processor(table: ProcessorMap, folder: Path, config: Any, transforme
 # ----------------------------------------------------------------------------------------- checks
 
 
-def _check_files(folder: Path) -> None:
+def _check_files(folder: Path, settings: Sequence[str]) -> None:
     """Refuse a folder that lacks a file, or has something that must not be opened as one.
 
     transformers opens files by their names, whatever they are.
+
+    Args:
+        folder: The checkpoint.
+        settings: Files of an image processor, of which one must be there; none of a text model.
     """
     if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
         raise _missing(folder, "it has neither tokenizer.json nor vocab.json")
-    if not any((folder / name).exists() for name in _SETTINGS):
-        raise _missing(folder, f"it has neither {_SETTINGS[0]} nor {_SETTINGS[1]}")
+    if settings and not any((folder / name).exists() for name in settings):
+        raise _missing(folder, f"it has neither {' nor '.join(settings)}")
     for path in sorted((*folder.iterdir(), *(folder / _TEMPLATES).glob("*"))):
         try:
             status = os.stat(path)
@@ -182,7 +195,7 @@ def _strange_ids(processor: Any, config: Any) -> list[str]:
         token, largest = "put around each text", around
     if largest < size:
         return []
-    return [f"token {token!r} has the id {largest}, but text_config.vocab_size is {size}"]
+    return [f"token {token!r} has the id {largest}, but vocab_size is {size}"]
 
 
 def _other_sizes(arch: ArchSpec, processor: Any, config: Any) -> list[str]:
@@ -195,7 +208,7 @@ def _other_sizes(arch: ArchSpec, processor: Any, config: Any) -> list[str]:
     for part in ("image_processor", "video_processor"):
         for name, key in _SIZES.items():
             ours = getattr(getattr(processor, part, None), name, None)
-            theirs = getattr(config.vision_config, key, None)
+            theirs = getattr(getattr(config, "vision_config", None), key, None)
             if ours is not None and theirs is not None and ours != theirs:
                 findings.append(f"{part}.{name} is {ours}, but vision_config.{key} is {theirs}")
     return findings

@@ -23,6 +23,7 @@ from prismquant.plan.plan import OutlierRoom, Plan, PlanRow
 from prismquant.plan.recipe_findings import (
     idle_entries,
     idle_rules,
+    rules_of_absent_towers,
     torn_fusions,
 )
 from prismquant.plan.transform_plan import (
@@ -99,6 +100,7 @@ def make_plan(recipe: Recipe, bound: BoundModel) -> Plan:
         kv_cache=kv_cache,
         remarks=(
             *bound.notes,
+            *(remark for _, remark in rules_of_absent_towers(recipe, bound)),
             *idle_entries(recipe, bound),
             *remarks_on(rows),
             *(kv_cache.remarks() if kv_cache else ()),

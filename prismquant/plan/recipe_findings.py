@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from prismquant.models.arch import Modality
 from prismquant.models.bound import BoundModel
 from prismquant.plan.plan import PlanRow, problem_groups
+from prismquant.recipe.match import Match
 from prismquant.recipe.resolve import Resolved
 from prismquant.recipe.schema import Recipe
 
 
 def idle_rules(recipe: Recipe, bound: BoundModel, resolved: Iterable[Resolved]) -> list[str]:
-    """Rules that match no layer."""
+    """Rules that match no layer, but for those of :func:`rules_of_absent_towers`."""
     used = {index for one in resolved for index in one.rules}
+    used |= {index for index, _ in rules_of_absent_towers(recipe, bound)}
     modalities = sorted({str(site.modality) for site in bound.sites})
     roles = sorted({site.role for site in bound.sites})
     return [
@@ -24,9 +27,36 @@ def idle_rules(recipe: Recipe, bound: BoundModel, resolved: Iterable[Resolved]) 
     ]
 
 
+def rules_of_absent_towers(recipe: Recipe, bound: BoundModel) -> list[tuple[int, str]]:
+    """Rules of a recipe that are of towers which a model of text alone does not have.
+
+    Returns:
+        Index of each rule, with a remark on it.
+    """
+    if bound.arch.sees:
+        return []
+    roles = {site.role for site in bound.sites}
+
+    def is_absent(match: Match) -> bool:
+        other_tower = bool(match.modality) and Modality.LLM not in match.modality
+        return other_tower or (bool(match.role) and not any(map(match.means_role, roles)))
+
+    return [
+        (
+            index,
+            f"rules[{index}] is idle: it is of a vision tower or a projector, and this "
+            f"{bound.arch.title} has none",
+        )
+        for index, rule in enumerate(recipe.rules)
+        if is_absent(rule.match)
+    ]
+
+
 def idle_entries(recipe: Recipe, bound: BoundModel) -> list[str]:
     """Entries of a rule's lists that mean no layer, although the rule itself does."""
-    matches = [(f"rules[{index}]", rule.match) for index, rule in enumerate(recipe.rules)]
+    told = {index for index, _ in rules_of_absent_towers(recipe, bound)}
+    rules = [(index, rule) for index, rule in enumerate(recipe.rules) if index not in told]
+    matches = [(f"rules[{index}]", rule.match) for index, rule in rules]
     matches += [(f"transforms[{index}]", t.match) for index, t in enumerate(recipe.transforms)]
     return [
         f"{where}.match: {entry} means no layer of this model"

@@ -87,7 +87,8 @@ def prepare(asked: Request, bound: BoundModel, plan: Plan, precision: Precision)
     ranks, reporter, size = asked.ranks, asked.reporter, asked.recipe.calibration.batch_size
     room = memory_room(asked.memory_budget)
     samples = _calibration_samples(plan, asked, room)
-    plan = _with_unseen(plan, samples, reporter, strict=asked.strict)
+    if bound.arch.sees:
+        plan = _with_unseen(plan, samples, reporter, strict=asked.strict)
     own = share_of(by_length(samples), size, ranks)
     batches, found = surveyed_batches(
         own,

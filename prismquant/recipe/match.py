@@ -82,9 +82,13 @@ class Match(Strict):
         """
         return (
             (not self.modality or modality in self.modality)
-            and (not self.role or any(_has_role(role, entry) for entry in self.role))
+            and self.means_role(role)
             and (not self.name or any(_has_name(name, entry) for entry in self.name))
         )
+
+    def means_role(self, role: str) -> bool:
+        """Whether layers of a role are meant, as far as that goes by the role alone."""
+        return not self.role or any(_has_role(role, entry) for entry in self.role)
 
     def means(self, layer: Matchable) -> bool:
         """Whether a layer is meant."""

@@ -39,7 +39,7 @@ def token_places(batch: Batch, bound: BoundModel) -> Tensor:
     answer[:, :-1] = batch.answer_mask[:, 1:]
     ids = batch.inputs["input_ids"]
     keys = zip(bound.arch.vision_token_ids, bound.vision_token_ids, strict=True)
-    clips = torch.tensor([i for key, i in keys if "video" in key], device=ids.device)
+    clips = ids.new_tensor([i for key, i in keys if "video" in key])
     video = batch.vision_mask & torch.isin(ids, clips)
     index = {name: number for number, name in enumerate(TOKEN_CLASSES)}
     places = torch.full_like(ids, index["text"])

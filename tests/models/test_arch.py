@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 ALL = sorted(known_archs())
+SEEING = [name for name in ALL if known_archs()[name].sees]
+TEXT = [name for name in ALL if not known_archs()[name].sees]
 
 
 @pytest.fixture
@@ -38,8 +40,17 @@ def broken(tmp_path: Path):
     return load
 
 
-def test_five_architectures_are_described():
-    assert ALL == ["qwen2_5_vl", "qwen2_vl", "qwen3_vl", "video_llama_3", "video_llama_3_remote"]
+def test_these_architectures_are_described():
+    assert SEEING == ["qwen2_5_vl", "qwen2_vl", "qwen3_vl", "video_llama_3", "video_llama_3_remote"]
+    assert TEXT == ["llama", "mistral", "qwen2", "qwen3"]
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_a_model_of_text_alone_has_one_tower_and_no_placeholders(name):
+    arch = known_archs()[name]
+    assert [tower.modality for tower in arch.towers] == [Modality.LLM]
+    assert arch.vision_token_ids == ()
+    assert {stream.modality for stream in arch.streams} <= {Modality.LLM}
 
 
 def test_no_model_type_belongs_to_two_architectures():
@@ -47,8 +58,8 @@ def test_no_model_type_belongs_to_two_architectures():
     assert len(set(kinds)) == len(kinds)
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_every_architecture_has_the_three_modalities_with_the_language_model_last(name):
+@pytest.mark.parametrize("name", SEEING)
+def test_every_architecture_that_sees_has_the_three_modalities_with_the_language_model_last(name):
     towers = known_archs()[name].towers
     assert [tower.modality for tower in towers] == [
         Modality.VISION,
@@ -113,7 +124,7 @@ def test_llama_cpp_has_every_name_that_a_file_gives_to_a_tensor(name):
             assert hasattr(gguf.MODEL_TENSOR, tensor.partition(":")[0]), tensor
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", SEEING)
 def test_the_patch_embedding_is_a_convolution(name):
     (site,) = known_archs()[name].tower("vision").entry_sites
     assert site.kind is SiteKind.PATCH_CONV
@@ -123,9 +134,9 @@ def test_the_patch_embedding_is_a_convolution(name):
 def test_only_gated_blocks_have_linear_edges():
     """GELU between fc1 and fc2 does not let a scale through."""
     kinds = {
-        name: {edge.kind for edge in known_archs()[name].tower("vision").edges} for name in ALL
+        name: {edge.kind for edge in known_archs()[name].tower("vision").edges} for name in SEEING
     }
-    assert [name for name in ALL if EdgeKind.LINEAR in kinds[name]] == ["qwen2_5_vl"]
+    assert [name for name in SEEING if EdgeKind.LINEAR in kinds[name]] == ["qwen2_5_vl"]
 
 
 def test_a_fused_query_key_value_layer_offers_only_its_value_part():
@@ -134,7 +145,7 @@ def test_a_fused_query_key_value_layer_offers_only_its_value_part():
     assert (edge.producer, edge.part) == ("attn.qkv", "v")
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", SEEING)
 def test_both_towers_have_a_residual_stream(name):
     """Vision writers come from the patch embedding on; the LLM's include the projector."""
     vision, llm = known_archs()[name].streams

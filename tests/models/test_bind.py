@@ -427,7 +427,7 @@ def test_a_folder_without_config_lists_what_it_holds(tmp_path: Path):
         ('{"model_type": "qwen2_vl"', "not valid JSON"),
         ("[1]", "holds a list"),
         ("{}", "has no model_type"),
-        ('{"model_type": "llama"}', "'llama' is a text-only model"),
+        ('{"model_type": "gpt2"}', "no architecture describes model_type 'gpt2'"),
         ('{"model_type": "qwen9_vl", "vision_config": {"depth": 1}}', "model_type 'qwen9_vl'"),
     ],
 )
@@ -444,7 +444,7 @@ def test_the_nearest_known_architecture_is_suggested(tmp_path: Path):
     with pytest.raises(ModelError) as caught:
         identify(tmp_path)
     assert "did you mean 'qwen2_5_vl'" in str(caught.value)
-    write_json(tmp_path / "config.json", {"model_type": "llama", "vision_config": {"depth": 2}})
+    write_json(tmp_path / "config.json", {"model_type": "gpt2", "vision_config": {"depth": 2}})
     with pytest.raises(ModelError, match="no architecture describes") as caught:
         bind(tmp_path)
     assert "did you mean" not in str(caught.value)

@@ -71,8 +71,8 @@ class GGUF:
         """Layers that no block type holds, and tensors that llama.cpp has no place for.
 
         Raises:
-            FormatError: llama.cpp has no such architecture, or the tower has a shape that it cannot
-                be told.
+            FormatError: No names of llama.cpp for the family are known, or the tower has a shape
+                that it cannot be told.
             ModelError: The gguf package is missing.
         """
         _gguf()
@@ -169,7 +169,7 @@ def _names(source: StoredCheckpoint) -> GgufNames:
     if source.arch.gguf is None:
         titles = sorted(arch.title for arch in known_archs().values() if arch.gguf is not None)
         raise FormatError(
-            f"llama.cpp has no architecture for {source.arch.title}",
+            f"a {source.arch.title} is not written as GGUF: no names of llama.cpp for it are known",
             where=str(source.folder),
             remedy="choose another --format, such as dense; GGUF files are written for "
             f"{', '.join(titles[:-1])} and {titles[-1]}",

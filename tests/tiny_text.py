@@ -1,0 +1,88 @@
+"""Small random models of text alone, saved as real checkpoints, and how they are looked at."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import tiny_vlm
+import torch
+
+from prismquant.models.arch_files import known_archs
+from prismquant.models.config import import_transformers
+from prismquant.storage import write_tensors
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
+
+# A sliding window that the texts of the tests are longer than.
+WINDOW = 6
+
+
+def build(
+    family: str,
+    folder: Path,
+    *,
+    seed: int = 0,
+    llm_blocks: int = 2,
+    dtype: torch.dtype = torch.float32,
+    tie: bool = False,
+    chat: bool = True,
+) -> Path:
+    """Write a random checkpoint.
+
+    Args:
+        family: One of :data:`FAMILIES`.
+        folder: Where it goes.
+        seed: Of the weights.
+        llm_blocks: Depth.
+        dtype: Of the weights.
+        tie: Tie the head to the embedding.
+        chat: Whether the tokenizer has a chat template.
+    """
+    transformers = import_transformers()
+    arch = known_archs()[family]
+    kind = getattr(transformers, arch.hf_class)
+    config = kind.config_class(**_values(family, llm_blocks, tie))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = kind(config)
+        tiny_vlm.randomize(model)
+        if tie:
+            model.tie_weights()
+    model.to(dtype)
+    config.dtype = dtype
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = model.state_dict()
+    if tie:
+        del tensors["lm_head.weight"]
+    write_tensors(folder / "model.safetensors", tensors)
+    tiny_vlm.write_tokenizer(folder, family, transformers, chat=chat)
+    model.config.architectures = [arch.hf_class]
+    model.config.save_pretrained(folder)
+    return folder
+
+
+def _values(family: str, blocks: int, tie: bool) -> dict[str, Any]:
+    """Values of a family's config."""
+    values: dict[str, Any] = {
+        "vocab_size": tiny_vlm.VOCABULARY,
+        "hidden_size": tiny_vlm.HIDDEN,
+        "intermediate_size": tiny_vlm.INTERMEDIATE,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": tiny_vlm.HEADS,
+        "num_key_value_heads": tiny_vlm.KV_HEADS,
+        # The heads together are wider than the stream, as in Qwen3 and Gemma.
+        "head_dim": 2 * tiny_vlm.HIDDEN // tiny_vlm.HEADS,
+        "max_position_embeddings": 1024,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "tie_word_embeddings": tie,
+    }
+    if family == "qwen2":
+        del values["head_dim"]
+    if family == "mistral":
+        values["sliding_window"] = WINDOW
+    return values
