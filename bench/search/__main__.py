@@ -6,7 +6,8 @@
     python -m bench.search .. --modelopt-python PATH --auto-round-python PATH    others beside ours
 
 *Truth* of a unit in a format: the model is quantized in that unit alone, written, loaded again, and
-compared with the unquantized model on questions that no calibration saw. *Spearman* is the rank
+compared with the unquantized model on questions that no calibration saw. (Mixes that are rounded to
+nearest take their layers from uniform checkpoints, written and loaded once.) *Spearman* is the rank
 correlation of a method's scores with it, over the units, by format. *Mixes*: budgets are the bytes
 of the uniform recipes, and the means between neighbours; each found mix is quantized and measured
 as a whole, beside the uniform recipe of the budget and random mixes that fill it. ModelOpt's
@@ -42,13 +43,14 @@ from rich.console import Console
 
 from bench.methods import Cells
 from bench.search.other_tools import MODELOPT, analyses, bits_and_group, effective_bits
+from bench.search.rounded import RoundedLayers, uniform_choice
 from bench.search.subjects import Searched, subjects
 from bench.search.tables import CLASSES, Measures, Result, Table, tables_of
 from prismquant import __version__
 from prismquant.api import quantize
-from prismquant.recipe.schema import Recipe
+from prismquant.export.load_quantized import load_model
 from prismquant.report.tables import markdown_table, rich_table
-from prismquant.search.allocate import Allocation, allocate, set_up
+from prismquant.search.allocate import Allocation, Mix, allocate, set_up
 from prismquant.search.constraints import Amount, Constraints
 from prismquant.search.found_recipe import recipe_of
 from prismquant.search.knapsack import Solved
@@ -75,6 +77,7 @@ class Bench:
         self, what: Searched, cells: Cells, options: argparse.Namespace, work: Path
     ) -> None:
         self.what, self.cells, self.options, self.work = what, cells, options, work
+        self._rounded: RoundedLayers | None = None
 
     def run(self) -> Iterator[str]:
         """Fill in what is missing; yields a line for each cell."""
@@ -179,7 +182,7 @@ class Bench:
         first = self.sensitivity(self.options.methods[0], solver, 0)
         allocation = set_up(first, Constraints())
         for name in self.options.formats:
-            chosen = tuple(_index(unit, name) for unit in allocation.units)
+            chosen = uniform_choice(allocation, name)
             yield from self._cell(
                 ("uniform", solver, name), functools.partial(self._measured, allocation, chosen)
             )
@@ -210,24 +213,32 @@ class Bench:
     def _found(self, found: Sensitivity, size: int, weights: Weights) -> Result:
         constraints = Constraints(total=Amount(bytes=size), weights=weights)
         mix = allocate(found, constraints)
-        recipe = recipe_of(found, mix, constraints, "found").recipe
-        return {"bytes": mix.stored_bytes, "predicted": mix.losses, **self._divergence(recipe)}
+        losses = self._divergence(found, mix, constraints)
+        return {"bytes": mix.stored_bytes, "predicted": mix.losses, **losses}
 
     def _measured(self, allocation: Allocation, chosen: tuple[int, ...]) -> Result:
         mix = allocation.mix(Solved(chosen, 0.0, 0.0))
         if not mix.changes:
             return {"bytes": mix.stored_bytes, **dict.fromkeys(CLASSES, 0.0)}
-        recipe = recipe_of(allocation.found, mix, allocation.constraints, "chosen").recipe
-        return {"bytes": mix.stored_bytes, **self._divergence(recipe)}
+        losses = self._divergence(allocation.found, mix, allocation.constraints)
+        return {"bytes": mix.stored_bytes, **losses}
 
     def _random(self, allocation: Allocation, size: int, seed: int) -> Result:
         return self._measured(allocation, random_mix(allocation, size, seed))
 
-    def _divergence(self, recipe: Recipe) -> dict[str, float]:
+    def _divergence(
+        self, found: Sensitivity, mix: Mix, constraints: Constraints
+    ) -> dict[str, float]:
+        if found.solver == "rtn":
+            if self._rounded is None:
+                every, formats = set_up(found, Constraints()), self.options.formats
+                self._rounded = RoundedLayers(self.what.folder, every, formats, self.work)
+            return self.what.divergence(self._rounded.mixed(mix.formats))
+        recipe = recipe_of(found, mix, constraints, "mix").recipe
         with tempfile.TemporaryDirectory(dir=self.work) as folder:
             out = Path(folder) / "out"
             quantize(self.what.folder, recipe, out, self.what.calibrations[0], dtype=torch.float32)
-            return self.what.divergence(out)
+            return self.what.divergence(load_model(out, dtype=torch.float32))
 
 
 def _index(unit: Any, name: str) -> int:
@@ -238,9 +249,7 @@ def _index(unit: Any, name: str) -> int:
 def budgets(allocation: Allocation, formats: Sequence[str]) -> dict[str, int]:
     """Bytes of the uniform recipes but the least and the largest, and means between neighbours."""
     uniform = {
-        name: allocation.mix(
-            Solved(tuple(_index(unit, name) for unit in allocation.units), 0.0, 0.0)
-        ).stored_bytes
+        name: allocation.mix(Solved(uniform_choice(allocation, name), 0.0, 0.0)).stored_bytes
         for name in formats
     }
     found: dict[str, int] = {}

@@ -10,10 +10,10 @@ weights alone, rounded to nearest. Nothing is imported from prismquant.
 Called as its users call it, on a model that sees, AutoScheme scores the language model alone, by
 texts of its own choice; asked for the vision tower, it takes pictures of a data set that it
 downloads. So the list of layers, all towers', is handed to it here, and its loader gives our
-samples. The rest is its own: one pass forth and back for each format, with all layers rounded at
-once; a layer's score is the sum of |gradient of its weight x change of its weight|; the mix is
-found by its dynamic programming. A mean counts the codes of the weights alone, without scales
-(``ignore_scale_zp_bits``), which take the same room in each format.
+samples, clips among them. The rest is its own: one pass forth and back for each format, with all
+layers rounded at once; a layer's score is the sum of |gradient of its weight x change of its
+weight|; the mix is found by its dynamic programming. A mean counts the codes of the weights alone,
+without scales (``ignore_scale_zp_bits``), which take the same room in each format.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def main() -> None:
     model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=torch.float32)
     model.config.use_cache = False
     processor = AutoProcessor.from_pretrained(options.model)
-    loader = samples(options.samples)
+    # It looks into the first sample alone, whether there are pictures at all; sums have no order.
+    loader = sorted(samples(options.samples), key=lambda one: "pixel_values" not in one)
     dataset.get_mllm_dataloader = lambda **_: (loader, None, None, None)
     # Its files of scores know the folder of the model, but not which samples are in the loader.
     model.config._name_or_path = None

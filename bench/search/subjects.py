@@ -43,9 +43,8 @@ class Searched:
     reference: nn.Module
     batches: Sequence[Batch]
 
-    def divergence(self, checkpoint: Path) -> dict[str, float]:
-        """KL from the unquantized model in nats a token, by class of token."""
-        model = load_model(checkpoint, dtype=torch.float32)
+    def divergence(self, model: nn.Module) -> dict[str, float]:
+        """KL of a model from the unquantized one in nats a token, by class of token."""
         overall = evaluate_model(model, self.batches, self.reference).overall
         return {name: found.kl for name, found in overall.divergence.items()}
 

@@ -9,16 +9,22 @@ from typing import Any
 
 import pytest
 import sensitivities
+import torch
 
 from bench.search.__main__ import budgets, random_mix
 from bench.search.other_tools import analyses, bits_and_group, effective_bits
+from bench.search.rounded import RoundedLayers
 from bench.search.subjects import subjects, versions
 from bench.search.tables import Measures, mix_essence, mix_rows, rank_essence, rank_rows
+from prismquant.api import quantize
 from prismquant.demo.main_job import CHECKPOINT
 from prismquant.demo.scenes import write_dataset
+from prismquant.export.load_quantized import load_model
 from prismquant.search.allocate import set_up
 from prismquant.search.constraints import Constraints
+from prismquant.search.found_recipe import recipe_of
 from prismquant.search.knapsack import Solved
+from prismquant.search.public import analyze
 
 INTEGERS = ("int3-g64", "int4-g64")
 FORMATS = ("int2-g64", "int3-g128", "int4-g128")
@@ -146,3 +152,23 @@ def test_truths_of_a_sample_are_enough_for_a_rank_correlation() -> None:
     for key in truths[::4]:
         del found.done[key]
     assert {row[5] for row in rank_rows(found) if row[3] == "answer"} == {"1.000"}
+
+
+def test_a_mix_of_rounded_layers_is_the_checkpoint_of_its_recipe(tmp_path: Path) -> None:
+    found = analyze(
+        CHECKPOINT, "int2-g32,int4-g32", tmp_path / "found.json", method="weight", solver="rtn"
+    )
+    formats = ("int2-g32", "int4-g32")
+    allocation = set_up(found, Constraints())
+    rounded = RoundedLayers(CHECKPOINT, allocation, formats, tmp_path)
+    size = budgets(allocation, formats)["int2-g32 .. int4-g32"]
+    mix = allocation.mix(Solved(random_mix(allocation, size, 0), 0.0, 0.0))
+    assert set(mix.formats.values()) == {"float", *formats}
+    recipe = recipe_of(found, mix, allocation.constraints, "mix").recipe
+    quantize(CHECKPOINT, recipe, tmp_path / "out", dtype=torch.float32)
+    written = load_model(tmp_path / "out", dtype=torch.float32).state_dict()
+    rounded.mixed(dict.fromkeys(mix.formats, "int2-g32"))
+    put_together = rounded.mixed(mix.formats).state_dict()
+    assert written.keys() == put_together.keys()
+    for name, value in written.items():
+        assert torch.equal(value, put_together[name]), name
