@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -209,9 +210,10 @@ def mix_essence(found: Measures) -> tuple[list[str], list[list[str]]]:
     for place, several in random.items():
         losses.setdefault(f"best of {len(several)} random", {})[place] = min(several, key=weighted)
     places = sorted({place for mix, row in losses.items() for place in row})
-    best = {
-        place: min(weighted(r[place]) for r in losses.values() if place in r) for place in places
-    }
+    best = {}
+    for place in places:
+        here = [weighted(row[place]) for row in losses.values() if place in row]
+        best[place] = min(here) if len(here) > 1 else math.nan
     lines = []
     for mix, row in losses.items():
         cells = [_loss_cell(row.get(place), best[place]) for place in places]
