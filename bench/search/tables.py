@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from prismquant.search.sensitivity import Sensitivity, TokenClass
 CLASSES: tuple[TokenClass, ...] = ("answer", "text")
 
 Result = dict[str, Any]
+Loss = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -188,46 +188,42 @@ def rank_essence(
 
 
 def mix_essence(found: Measures) -> tuple[list[str], list[list[str]]]:
-    """Headers and rows: a line for each mix, a column for each solver and budget.
+    """Headers and rows: a line for each solver and budget, a column for each mix.
 
     The lowest loss by the default weights, answers and a fifth of text, is bold. Of random mixes
-    the one with the lowest such loss is shown.
+    the one with the lowest such loss is shown, and how many there were.
     """
-    losses: dict[str, dict[tuple[str, str], tuple[float, float]]] = {}
-    random: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    own: dict[tuple[str, tuple[str, str]], list[tuple[float, float]]] = {}
+    losses: dict[tuple[str, str], dict[str, list[Loss]]] = {}
     for (name, what, *rest), result in found.done.items():
-        if name != found.name or what not in ("uniform", "mix", "random"):
-            continue
-        place, loss = (rest[0], rest[1]), (result["answer"], result["text"])
-        if what == "random":
-            random.setdefault(place, []).append(loss)
-        else:
-            own.setdefault((rest[2] if what == "mix" else what, place), []).append(loss)
-    for (mix, place), several in own.items():
-        means = tuple(statistics.fmean(values) for values in zip(*several, strict=True))
-        losses.setdefault(mix, {})[place] = (means[0], means[1])
-    for place, several in random.items():
-        losses.setdefault(f"best of {len(several)} random", {})[place] = min(several, key=weighted)
-    places = sorted({place for mix, row in losses.items() for place in row})
-    best = {}
-    for place in places:
-        here = [weighted(row[place]) for row in losses.values() if place in row]
-        best[place] = min(here) if len(here) > 1 else math.nan
+        if name == found.name and what in ("uniform", "mix", "random"):
+            mix = rest[2] if what == "mix" else what
+            row = losses.setdefault((rest[0], rest[1]), {})
+            row.setdefault(mix, []).append((result["answer"], result["text"]))
+    mixes = list(dict.fromkeys(mix for row in losses.values() for mix in row if mix != "uniform"))
     lines = []
-    for mix, row in losses.items():
-        cells = [_loss_cell(row.get(place), best[place]) for place in places]
-        lines.append([mix, *cells])
-    return ["mix", *(f"{solver}, {label}" for solver, label in places)], lines
+    for (solver, label), row in losses.items():
+        if row.keys() == {"uniform"}:
+            continue
+        shown = {mix: _shown(mix, several) for mix, several in row.items()}
+        best = min(map(weighted, shown.values()))
+        line = [f"{solver}, {label}"]
+        for mix in (*mixes, "uniform"):
+            cell = "{:.4f} / {:.3f}".format(*shown[mix]) if mix in shown else ""
+            if mix in shown and weighted(shown[mix]) == best:
+                cell = f"**{cell}**"
+            line.append(cell + (f" of {len(row[mix])}" if mix == "random" and cell else ""))
+        lines.append(line)
+    return ["solver, budget", *mixes, "uniform"], lines
 
 
-def weighted(loss: tuple[float, float]) -> float:
+def _shown(mix: str, several: Sequence[Loss]) -> Loss:
+    """The best of random mixes; the mean over calibration sets of others."""
+    if mix == "random":
+        return min(several, key=weighted)
+    answers, texts = zip(*several, strict=True)
+    return statistics.fmean(answers), statistics.fmean(texts)
+
+
+def weighted(loss: Loss) -> float:
     """Loss by the default weights of an analysis: answers, and a fifth of text."""
     return sum(DEFAULT_WEIGHTS[kind] * part for kind, part in zip(CLASSES, loss, strict=True))
-
-
-def _loss_cell(loss: tuple[float, float] | None, best: float) -> str:
-    if loss is None:
-        return ""
-    told = f"{loss[0]:.4f} / {loss[1]:.3f}"
-    return f"**{told}**" if weighted(loss) == best else told

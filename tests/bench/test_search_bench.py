@@ -86,12 +86,9 @@ def test_the_essence_of_ranks_has_the_mean_and_the_lowest() -> None:
 
 def test_the_lowest_loss_of_answers_and_a_fifth_of_text_is_bold() -> None:
     headers, lines = mix_essence(measures(1.0))
-    assert headers == ["mix", "rtn, int3-g128"]
+    assert headers == ["solver, budget", "random", "uniform"]
     # Weighted: uniform .55; the first random mix .85, the second .45.
-    assert lines == [
-        ["uniform", "0.5000 / 0.250"],
-        ["best of 2 random", "**0.2500 / 1.000**"],
-    ]
+    assert lines == [["rtn, int3-g128", "**0.2500 / 1.000** of 2", "0.5000 / 0.250"]]
 
 
 def test_each_folder_is_a_model_with_a_version_with_outliers(tmp_path: Path) -> None:
