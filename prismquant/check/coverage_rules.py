@@ -68,16 +68,17 @@ def misread_by_vllm(checkpoint: Checkpoint) -> list[Problem]:
     for layer in checkpoint.layers:
         if layer.in_vllm is None or layer.in_vllm.torn:
             continue
-        ours, theirs = _named(layer.in_transformers), _named(layer.in_vllm.group)
+        ours, theirs = layer.in_transformers, layer.in_vllm.group
         # Where the layer is in floating point indeed, transformers is the one that misreads.
         right = layer.in_vllm.group is None and not _in_codes(checkpoint, layer)
-        if ours != theirs and not right and not _torn_by_schemes(checkpoint, layer):
+        if _name(ours) != _name(theirs) and not right and not _torn_by_schemes(checkpoint, layer):
             remedy = (
                 "vLLM renames plain paths, not patterns: list explicit paths, or write a pattern "
                 "that fits both names, e.g. re:.*visual.*"
             )
-            what = f"vLLM finds {theirs} where transformers finds {ours}"
-            found.append((what, layer.called, remedy))
+            found.append(
+                (f"{_apart(theirs, ours)}: it knows them by other names", layer.called, remedy)
+            )
     return gathered(found)
 
 
@@ -130,8 +131,17 @@ def _modules(checkpoint: Checkpoint) -> set[str]:
     return called | {name.rpartition(".")[0] for name in names}
 
 
-def _named(group: SchemeGroup | None) -> str:
-    return group.name if group else "floating point"
+def _name(group: SchemeGroup | None) -> str | None:
+    return None if group is None else group.name
+
+
+def _apart(theirs: SchemeGroup | None, ours: SchemeGroup | None) -> str:
+    """Words on layers that vLLM and transformers take for different things."""
+    if theirs is None:
+        return "vLLM takes layers for floating point that transformers takes for quantized"
+    if ours is None:
+        return "vLLM takes layers for quantized that transformers takes for floating point"
+    return f"vLLM gives layers the scheme of {theirs.name} that have that of {ours.name}"
 
 
 def _torn_by_schemes(checkpoint: Checkpoint, layer: CheckedLayer) -> bool:

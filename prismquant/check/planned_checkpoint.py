@@ -25,6 +25,8 @@ from prismquant.plan.plan import Plan
 KV_CACHE = "kv_cache"
 """Name under which :func:`refusals` tells of keys and values."""
 
+# The rule on layers that vLLM takes for something else than they are.
+_MISREAD = "names.vllm"
 # What no header says: the file that a tensor will be in.
 _NO_FILE = ""
 _RULES = tuple(rule for rule in RULES if rule not in FILE_RULES)
@@ -56,10 +58,15 @@ def refusals(plan: Plan, bound: BoundModel, reader: TargetReader | str) -> dict[
             if row.private_activations:
                 what = f"no checkpoint format declares {row.config.describe()}"
                 found.setdefault(row.site.name, []).append(what)
-    for finding in apply(_RULES, checkpoint):
-        if finding.severity is Severity.ERROR:
-            for name in _concerned(finding, plan, checkpoint):
+    findings = [one for one in apply(_RULES, checkpoint) if one.severity is Severity.ERROR]
+    misread: set[str] = set()
+    # Whoever takes a layer for something else stumbles over its tensors, too: once is enough.
+    for finding in sorted(findings, key=lambda one: one.rule != _MISREAD):
+        for name in _concerned(finding, plan, checkpoint):
+            if name not in misread:
                 found.setdefault(name, []).append(finding.what)
+            if finding.rule == _MISREAD:
+                misread.add(name)
     return {name: "; ".join(dict.fromkeys(reasons)) for name, reasons in found.items()}
 
 

@@ -103,6 +103,14 @@ def test_caches_are_told_apart_from_layers(tiny: Callable[..., Path]) -> None:
     assert "vLLM has no KV cache" in found[KV_CACHE]
 
 
+def test_what_follows_from_another_view_is_not_told_again(tiny: Callable[..., Path]) -> None:
+    rule = {"match": {"modality": "llm"}, "weights": "int8-channel", "activations": "int8-token"}
+    assert told(tiny("qwen2_vl"), "vllm", rule) == {
+        "lm_head": "vLLM takes layers for floating point that transformers takes for quantized: "
+        "it knows them by other names"
+    }
+
+
 def test_a_model_that_vllm_lacks_is_refused_whole(tiny: Callable[..., Path]) -> None:
     rule = {"match": {"modality": "llm"}, "weights": "int4-g32"}
     folder = tiny("video_llama_3")
