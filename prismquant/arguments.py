@@ -35,7 +35,9 @@ _SIZE = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([kmgt]?)(i?)b?")
 # File systems hold no longer names.
 _LONGEST_NAME = 255
 # Where the option is not the argument's name with hyphens.
-_OPTIONS = {"calibration": "--calib", "reader": "--for", "model": "", "folder": ""}
+_OPTIONS = {"calibration": "--calib", "reader": "--for"} | dict.fromkeys(
+    ("model", "folder", "sensitivity"), ""
+)
 
 
 def as_path(value: Any, name: str) -> Path:
@@ -243,7 +245,7 @@ def refuse_idle(given: Mapping[str, Any], of: str) -> None:
         if value is not None:
             raise ArgumentError(
                 f"{name} does nothing without {of}",
-                where=name,
+                where=f"{name} ({_OPTIONS.get(name) or f'--{name}'})",
                 remedy=f"leave it out, or give {of}",
             )
 

@@ -41,6 +41,12 @@ class Amount:
             return Fraction(self.bytes)
         return Fraction(self.bits or 0) * weights / 8
 
+    def exceeds(self, other: Amount) -> bool:
+        """Whether it is more than another one of its kind; bits and bytes do not compare."""
+        if self.bytes is not None and other.bytes is not None:
+            return self.bytes > other.bytes
+        return self.bits is not None and other.bits is not None and self.bits > other.bits
+
     def describe(self) -> str:
         """The amount in words."""
         return f"{self.bits:g} bits" if self.bytes is None else f"{self.bytes:,} bytes"
@@ -168,11 +174,20 @@ def parse_constraints(asked: Asked) -> Constraints:
     def optional(name: str, parse: Callable[[Any, str], Any]) -> Any:
         return parse(given[name], name) if name in given else None
 
+    caps, floors = _amounts(given.get("cap"), "cap"), _amounts(given.get("floor"), "floor")
+    for name in caps.keys() & floors.keys():
+        if floors[name].exceeds(caps[name]):
+            raise ArgumentError(
+                f"{name} is to take {floors[name].describe()} at least and "
+                f"{caps[name].describe()} at most",
+                where="cap (--cap) and floor (--floor)",
+                remedy="raise the cap or lower the floor",
+            )
     return Constraints(
         total=total,
         max_loss=optional("max_loss", _number),
-        caps=_amounts(given.get("cap"), "cap"),
-        floors=_amounts(given.get("floor"), "floor"),
+        caps=caps,
+        floors=floors,
         cache_bytes=optional("cache_bytes", as_bytes),
         latency=optional("latency", lambda value, name: read_latency(as_path(value, name))),
         latency_ms=optional("latency_ms", _number),
@@ -251,9 +266,13 @@ def _bits(value: Any, name: str) -> float:
 
 def _number(value: Any, name: str) -> float:
     fits = not isinstance(value, bool) and isinstance(value, int | float)
-    if isinstance(value, str) and _NUMBER.fullmatch(value):
-        value, fits = float(value), True
-    if not fits or not math.isfinite(value):
+    if isinstance(value, str):
+        fits = _NUMBER.fullmatch(value) is not None
+    if not fits or not math.isfinite(float(value)):
         option = "" if " " in name else f" (--{name.replace('_', '-')})"
-        raise ArgumentError(f"{value!r} is not a number", where=name + option)
+        raise ArgumentError(
+            f"{value!r} is not a number",
+            where=name + option,
+            remedy="give a plain number, e.g. 4.6 or 1e-3",
+        )
     return float(value)

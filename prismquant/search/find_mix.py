@@ -18,7 +18,13 @@ from prismquant.outputs import require_empty, require_text_result
 from prismquant.recipe.schema import Recipe
 from prismquant.search.allocate import Mix, allocate
 from prismquant.search.constraints import Constraints
-from prismquant.search.found_recipe import FIRST_WORDS, WrittenRecipe, provenance, recipe_of
+from prismquant.search.found_recipe import (
+    FIRST_WORDS,
+    WrittenRecipe,
+    provenance,
+    recipe_of,
+    require_changes,
+)
 from prismquant.search.front_picture import front_svg
 from prismquant.search.pareto import Front, pareto_front
 from prismquant.search.repair import Measured, Verified, measured, told, verified_lines, verify
@@ -125,13 +131,16 @@ def search_mix(
         read_sensitivity(asked.source), constraints, asked.source, file_digest(asked.source)
     )
     mix = allocate(search.found, constraints) if constraints.bounded else None
-    content = None
+    front = None
     if asked.pareto is not None:
         front = pareto_front(search.found, constraints, asked.points, progress)
         mix = mix or front.mixes[front.knee]
-        content = search.write_front(asked.pareto, front)
     if mix is None:
         raise PlanError("no mix was looked for", remedy="give a bound, or --pareto")
+    require_changes(mix)
+    content = None
+    if asked.pareto is not None and front is not None:
+        content = search.write_front(asked.pareto, front)
     verified = None
     if asked.verification is not None:
         verified = search.verify(mix, asked.verification, asked.out, progress)

@@ -17,8 +17,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from prismquant.arguments import as_items
-from prismquant.errors import ArgumentError, PrismQuantError, shortened, suggest
-from prismquant.formats.kv_formats import kv_cache_spec
+from prismquant.errors import ArgumentError, PrismQuantError, RecipeError, shortened, suggest
+from prismquant.formats.kv_formats import KVCacheSpec, kv_cache_spec
 from prismquant.formats.spec import PRESETS as FORMATS
 from prismquant.formats.spec import NumberSpec, spec
 from prismquant.recipe.presets import PRESETS as RECIPES
@@ -88,6 +88,33 @@ def rule_of(choice: Choice) -> dict[str, Any]:
     }
 
 
+def require_sound(choice: Choice, name: str) -> None:
+    """Refuse a format that no recipe can say.
+
+    Args:
+        choice: The format.
+        name: What it is called.
+
+    Raises:
+        PrismQuantError: It is of nothing, or of layers and of a cache at once; or its fields are
+            those of no format.
+    """
+    if (choice.weights is None) == (choice.cache is None):
+        raise RecipeError("it is of weights or of a cache, of one of the two", where=name)
+    if choice.cache is not None:
+        KVCacheSpec.from_dict(choice.cache)
+        return
+    for fields in (choice.weights, choice.activations):
+        if fields is not None:
+            NumberSpec.from_dict(fields)
+    rule = rule_of(choice)
+    if choice.activation_range is not None:
+        rule["activation_range"] = dict(choice.activation_range)
+    resolve(
+        parse_recipe({"rules": [rule]}, source=name), modality="llm", role="mlp.down", name=name
+    )
+
+
 def numbers_of(choice: Choice) -> tuple[NumberSpec | None, NumberSpec | None]:
     """Number formats of weights and inputs; None: floating point."""
     weights, inputs = choice.weights, choice.activations
@@ -155,8 +182,7 @@ def _sound(name: str, choice: Choice, weight_range: Mapping[str, Any]) -> Choice
     """The choice with its range, where a recipe's rule can say it."""
     made = Choice(choice.weights, choice.activations, weight_range=weight_range)
     try:
-        recipe = parse_recipe({"rules": [rule_of(made)]}, source=name)
-        resolve(recipe, modality="llm", role="mlp.down", name=name)
+        require_sound(made, name)
     except PrismQuantError as error:
         raise _refused(name, error.what, error.remedy) from error
     return made

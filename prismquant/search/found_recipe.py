@@ -74,11 +74,7 @@ def recipe_of(
     Raises:
         PlanError: The mix leaves everything alone.
     """
-    if not mix.changes:
-        raise PlanError(
-            "the best mix leaves everything alone: no recipe is needed for it",
-            remedy="ask for less: fewer bits, bytes or milliseconds, or a higher loss",
-        )
+    require_changes(mix)
     layers = _treated(found, mix)
     cache = next((found.formats[f].cache for f in _caches(found, mix)), None)
     solver: Rule = {"solver": found.solver}
@@ -95,6 +91,19 @@ def recipe_of(
     _require_exact(recipe, found, mix)
     lines = [f"# {_CONTROL.sub(' ', line)}".rstrip() for line in comment]
     return WrittenRecipe(recipe, "\n".join([*lines, write_yaml(body)]))
+
+
+def require_changes(mix: Mix) -> None:
+    """Refuse a mix that no recipe is needed for.
+
+    Raises:
+        PlanError: It leaves everything alone.
+    """
+    if not mix.changes:
+        raise PlanError(
+            "the best mix leaves everything alone: no recipe is needed for it",
+            remedy="ask for less: fewer bits, bytes or milliseconds, or a higher loss",
+        )
 
 
 def provenance(

@@ -76,7 +76,8 @@ def knee_of(points: Sequence[tuple[float, float]]) -> int:
     """
     (left, high), (right, low) = points[0], points[-1]
     if len(points) < 3 or left == right or high == low:
-        return len(points) - 1
+        # Nothing bends: the smallest, for the largest may be to leave everything alone.
+        return 0
     below = [1 - (x - left) / (right - left) - (y - low) / (high - low) for x, y in points]
     return max(range(len(points)), key=below.__getitem__)
 

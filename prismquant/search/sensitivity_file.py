@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NoReturn
 
 from pydantic import TypeAdapter, ValidationError
 
-from prismquant.algorithms.methods import SOLVERS
-from prismquant.errors import StorageError, suggest
+from prismquant.algorithms.methods import SOLVERS, build_solver
+from prismquant.errors import PrismQuantError, StorageError, suggest
+from prismquant.formats.spec import spec
 from prismquant.models.arch import Modality
 from prismquant.opening import read_json
+from prismquant.recipe.match import known_roles
 from prismquant.search.analysis_methods import METHODS
+from prismquant.search.format_grammar import require_sound
 from prismquant.search.sensitivity import (
     FLOAT,
     LEAST_WEIGHT,
@@ -100,12 +103,31 @@ def _faults(found: Sensitivity) -> Iterator[str]:
         yield "fixed_bytes or fixed_weights is no size"
     if not all(map(is_weight, found.weights.values())):
         yield f"weights are neither 0 nor from {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}"
+    if not any(found.weights.values()):
+        yield "no class of tokens has a weight above 0"
     if found.solver not in SOLVERS:
         yield f"there is no solver {found.solver!r}; {suggest(found.solver, SOLVERS)}"
+    else:
+        options = found.solver_options
+        yield from _faults_of(partial(build_solver, found.solver, options), "solver_options")
+    for name, choice in found.formats.items():
+        yield from _faults_of(partial(require_sound, choice, name), f"format {name!r}")
+    # Those that layers have in place of what was asked for, of weights and of inputs.
+    given = {said for unit in found.units for o in unit.options for said in o.formats.values()}
+    for name in sorted({side for said in given for side in said.split("/", 1)}):
+        yield from _faults_of(partial(spec, name), "a format of a layer")
     if found.method not in METHODS:
         yield f"there is no method {found.method!r}; {suggest(found.method, METHODS)}"
     for unit in found.units:
         yield from (f"unit {unit.name!r}: {fault}" for fault in _unit_faults(unit, found))
+
+
+def _faults_of(made: Callable[[], object], of: str) -> Iterator[str]:
+    """Fault of what cannot be made of some fields."""
+    try:
+        made()
+    except PrismQuantError as error:
+        yield f"{of}: {'; '.join(error.findings) or error.what}"
 
 
 def _unit_faults(unit: ChoiceUnit, found: Sensitivity) -> Iterator[str]:
@@ -115,6 +137,8 @@ def _unit_faults(unit: ChoiceUnit, found: Sensitivity) -> Iterator[str]:
     for layer in unit.layers:
         if not all(0 < size <= _MOST_BYTES for size in (layer.out_features, layer.in_features)):
             yield f"layer {layer.name!r} has no shape"
+        if layer.role not in known_roles():
+            yield f"layer {layer.name!r}: there is no role {layer.role!r}"
     if names[:1] != [FLOAT]:
         yield f"the first option is not {FLOAT!r}"
     if len(set(names)) < len(names):

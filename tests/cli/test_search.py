@@ -87,6 +87,19 @@ def test_the_front_is_a_folder_of_recipes(run: Cli, file: Path, tmp_path: Path) 
     assert "choose another folder for --pareto" in err
 
 
+def test_a_front_without_a_recipe_is_not_written(run: Cli, file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "front"
+    status, said, err = run("search", file, "--pareto", folder, "--max-loss", "0")
+    assert (status, said) == (1, "")
+    assert "leaves everything alone" in err
+    assert not folder.exists()
+    # Of two points, that with a recipe is taken.
+    assert run("search", file, "--pareto", folder, "--points", "2")[0] == 0
+    front = read_json(folder / "front.json")
+    assert [point["recipe"] for point in front["points"]] == ["point-000.yaml", None]
+    assert front["knee"] == 0
+
+
 def test_an_infeasible_budget_says_the_least_that_can_be(
     run: Cli, file: Path, tmp_path: Path
 ) -> None:

@@ -431,6 +431,8 @@ def test_a_table_that_is_not_there(tmp_path: Path) -> None:
         ({"reader": "vlm"}, "no reader 'vlm'"),
         ({"tensor_parallel": 0}, "whole number from 1"),
         ({"latency_ms": 3}, "go together"),
+        ({"cap": "llm=4", "floor": "llm=8"}, "llm is to take 8 bits at least and 4 bits at most"),
+        ({"cap": "llm=1GB", "floor": "llm=2GB"}, "raise the cap or lower the floor"),
         ({"bit": 4}, "no constraint 'bit'"),
     ],
 )

@@ -29,6 +29,8 @@ def unit(content: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+CACHE: dict[str, Any] = {"weights": None, "cache": {"format": "fp9"}}
+
 DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "version": (lambda c: c.update(version=99), "version 99 cannot be read"),
     "units": (lambda c: c.update(units=[]), "there are no units"),
@@ -53,6 +55,31 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda c: c["weights"].update(text=1e-320),
         "neither 0 nor from 1e-06",
     ),
+    "no weights": (lambda c: c.update(weights={}), "no class of tokens has a weight"),
+    "no such option of the solver": (
+        lambda c: c.update(solver_options={"x": 1}),
+        "solver_options: gptq has no option 'x'",
+    ),
+    "a format of nothing": (
+        lambda c: c["formats"]["int4-g128"].update(weights=None),
+        "format 'int4-g128': it is of weights or of a cache",
+    ),
+    "a format of half a number": (
+        lambda c: c["formats"]["int4-g128"]["weights"].pop("bits"),
+        "format 'int4-g128': a number format needs 'bits'",
+    ),
+    "a format with a range of no kind": (
+        lambda c: c["formats"]["int4-g128"].update(weight_range={"x": 1}),
+        "format 'int4-g128': rules.0.*weight_range",
+    ),
+    "a cache of no kind": (
+        lambda c: c["formats"].update(kv=c["formats"]["int4-g128"] | CACHE),
+        "format 'kv':",
+    ),
+    "a layer in no format": (
+        lambda c: unit(c)["options"][1].update(formats={"a": "int4-g32/fp9"}),
+        "a format of a layer: .*'fp9'",
+    ),
     "no such solver": (lambda c: c.update(solver="gtpq"), "did you mean 'gptq'"),
     "no such method": (lambda c: c.update(method="fischer"), "did you mean 'fisher'"),
     "too few losses of layers": (
@@ -73,6 +100,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "no such modality": (lambda c: unit(c).update(modality="audio"), "no modality 'audio'"),
     "no shape": (lambda c: unit(c)["layers"][0].update(in_features=0), "has no shape"),
+    "no such role": (lambda c: unit(c)["layers"][0].update(role="x"), "there is no role 'x'"),
     "an error below zero": (
         lambda c: unit(c)["options"][1]["scores"]["answer"].update(error=-1.0),
         "no number from 0",
