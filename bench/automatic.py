@@ -55,7 +55,7 @@ def cell(what: Subject, recipe: Recipe, calibration: Path) -> dict[str, Any]:
         "answer": found.overall.divergence["answer"].kl,
         "text": found.overall.divergence["text"].kl,
         "seconds": seconds,
-        "chosen": choice.chosen if choice else "",
+        "chosen": choice.told if choice else "",
     }
 
 

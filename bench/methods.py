@@ -25,6 +25,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from bench.known_logits import KnownLogits
 from prismquant import __version__
 from prismquant.api import quantize
 from prismquant.data import read_samples
@@ -38,7 +39,6 @@ from prismquant.models.outliers import add_outliers
 from prismquant.models.processor import load_processor
 from prismquant.recipe.schema import Recipe, parse_recipe
 from prismquant.report.tables import markdown_table, rich_table
-from prismquant.search.method_trials import KnownLogits
 
 CALIBRATION_SAMPLES = 128
 _LLM = {"modality": "llm", "role": ["attn", "mlp"]}

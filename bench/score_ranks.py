@@ -34,7 +34,8 @@ from prismquant.data.batches import Batch, make_batches
 from prismquant.demo.main_job import CHECKPOINT
 from prismquant.demo.scenes import Split, write_dataset
 from prismquant.engine.calls import Gradients
-from prismquant.engine.walk import ModelWalk, Visit
+from prismquant.engine.visit import Visit
+from prismquant.engine.walk import ModelWalk
 from prismquant.models.bind import bind
 from prismquant.models.bound import BoundModel
 from prismquant.models.float_model import load_float

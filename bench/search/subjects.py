@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from bench.known_logits import KnownLogits
 from prismquant.data import read_samples
 from prismquant.data.batches import Batch, make_batches
 from prismquant.demo.main_job import CHECKPOINT
@@ -20,7 +21,6 @@ from prismquant.export.load_quantized import load_model
 from prismquant.models.bind import bind
 from prismquant.models.outliers import add_outliers
 from prismquant.models.processor import load_processor
-from prismquant.search.method_trials import KnownLogits
 
 CALIBRATION_SAMPLES = 64
 

@@ -39,7 +39,8 @@ from prismquant.engine.activation_store import ActivationStore
 from prismquant.engine.calls import Gradients
 from prismquant.engine.graph_replay import GraphCall
 from prismquant.engine.placement import Placement
-from prismquant.engine.walk import ModelWalk, Unit, Visit
+from prismquant.engine.visit import Visit
+from prismquant.engine.walk import ModelWalk, Unit
 from prismquant.errors import DataError, NumericsError, PrismQuantError
 from prismquant.memory import keep_heap_compact
 from prismquant.models.arch import Modality

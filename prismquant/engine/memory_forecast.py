@@ -32,6 +32,8 @@ _FLOAT32 = 4
 _HELD = 5
 # Intermediate tensors of one call that are alive at once, in units of its widest layer.
 _ALIVE = 4
+# Bytes of a logit of two models with what is made of both, in float32 and float64.
+_A_LOGIT = 40
 # What libraries load when they are first used, and what the allocator and large pages round up.
 _SLACK = 222 << 20
 # One of them is a compiler, which the first layer that is solved calls for.
@@ -120,6 +122,7 @@ def forecast(
     resident: int,
     placement: Placement,
     making: Cost | None = None,
+    places: int = 0,
 ) -> Forecast:
     """The peak of a run.
 
@@ -130,8 +133,9 @@ def forecast(
         resident: Bytes that the process has before it begins.
         placement: Where units run, and where hidden states wait.
         making: What making the pixels of a batch takes, where they do not stay in memory.
+        places: Places whose logits are looked at together at the head; 0: no data pass it.
     """
-    outline = _Outline(plan, bound, tokens, placement, making or Cost())
+    outline = _Outline(plan, bound, tokens, placement, making or Cost(), places)
     first = min((row.site.step for row in plan.quantized), default=len(bound.steps))
     peaks = {step.name: outline.step(step) for step in bound.steps}
     peaks["embeddings"] = outline.embeddings()
@@ -201,6 +205,7 @@ class _Outline:
     tokens: dict[Modality, TowerTokens]
     placement: Placement
     making: Cost
+    places: int = 0
 
     @property
     def precision(self) -> Precision:
@@ -216,7 +221,9 @@ class _Outline:
 
     def step(self, step: BoundStep) -> int:
         rows = [row for row in self.plan.quantized if row.site.step == step.index]
-        flows = self.plan.needs_data and step.kind != "head"
+        if self.places and step.kind == "head":
+            return self._logits(step, rows)
+        flows = (self.plan.needs_data and step.kind != "head") or bool(self.places)
         if not rows and not flows:
             return 0
         # Solved layers wait for the end of the step, a byte a weight.
@@ -226,14 +233,23 @@ class _Outline:
         weights = self._parameters(step) * size * self.chains + codes
         solving = max((self._solving(group, size) for group in _groups(rows)), default=0)
         if not self.plan.needs_data:
-            return max(loaded, weights + solving)
+            passing = self._states(step) + self._call(step) if self.places else 0
+            return max(loaded, weights + solving) + passing
         states, held = self._states(step), self._held(step, rows)
         flowing = max(solving, self._call(step), self._pixels(step, rows))
         return states + max(loaded, weights + held + flowing)
 
+    def _logits(self, step: BoundStep, rows: Sequence[PlanRow]) -> int:
+        """The head, as it is and beside it the float one, with logits of some places of both."""
+        words, hidden = self.bound.shapes[f"{self.bound.arch.embeddings}.weight"]
+        size = words * hidden * self.itemsize
+        solving = max((self._solving(group, self.itemsize) for group in _groups(rows)), default=0)
+        looked_at = size + self.places * words * _A_LOGIT
+        return self._states(step) + size + max(solving, looked_at)
+
     def embeddings(self) -> int:
         """The rows of the table that are used, as they are on disk and in the arithmetic."""
-        if not self.plan.needs_data:
+        if not (self.plan.needs_data or self.places):
             return 0
         rows, hidden = self.bound.shapes[f"{self.bound.arch.embeddings}.weight"]
         used = min(rows, self.tokens[Modality.LLM].total)

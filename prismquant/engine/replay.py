@@ -112,9 +112,9 @@ class Replay:
 
     def token_ids(self) -> Tensor:
         """All token ids among the batches, sorted, int64 [n]."""
-        ids = torch.cat([inputs["input_ids"].flatten() for inputs in self._batches])
-        unique: Tensor = ids.unique()
-        return unique
+        ids = [inputs["input_ids"].flatten() for inputs in self._batches]
+        unique: Tensor = torch.cat(ids).unique() if ids else torch.empty(0, dtype=torch.int64)
+        return unique.to(self._device)
 
     def begin_llm(self, embed: Callable[[Tensor], Tensor]) -> None:
         """Compute what the language model is given, and forget the vision tower's states.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -21,13 +21,17 @@ from prismquant.engine.quantize import blaming, quantize_unit, replace_layer
 from prismquant.engine.setup import RunSetup
 from prismquant.engine.streamed_model import ServedAs
 from prismquant.engine.unit_plan import QuantizedUnit, Quantizing, UnitPlan, unit_plans
-from prismquant.engine.walk import ModelWalk, Unit, Visit
+from prismquant.engine.visit import Visit
+from prismquant.engine.walk import ModelWalk, Unit
 from prismquant.memory import give_back_freed, keep_heap_compact
 from prismquant.models.attention import quantize_cache
+from prismquant.models.bound import BoundModel
+from prismquant.plan.plan import Plan
 from prismquant.plan.source import source_reader
+from prismquant.runtime.mixed import Precision
 
-# Bytes below which blocks stay at hand: activations come and go with every call.
-_ACTIVATIONS = 16 << 20
+ACTIVATIONS = 16 << 20
+"""Bytes below which blocks stay at hand: activations come and go with every call."""
 
 
 @torch.no_grad()
@@ -47,33 +51,62 @@ def run(setup: RunSetup) -> Iterator[StepRecord]:
     if not setup.plan.needs_data:
         yield from run_without_data(setup, _walk(setup), planned)
         return
-    keep_heap_compact(_ACTIVATIONS)
+    keep_heap_compact(ACTIVATIONS)
     how = Quantizing(setup.plan, setup.vision_weights, setup.ranks, setup.reporter.stage)
     with contextlib.closing(_walk(setup).units()) as units:
         for unit in units:
             yield from _visit(setup, unit, planned[unit.name], how)
 
 
-def _walk(setup: RunSetup) -> ModelWalk:
-    plan, steps, precision = setup.plan, setup.bound.steps, setup.placement.precision
+def visit_of(plan: Plan, bound: BoundModel, precision: Precision) -> Visit:
+    """Wishes of whoever quantizes a model by a plan as it walks."""
     served = ServedAs(
         quantized_inputs=plan.calibration.quantized_inputs,
         rotations={row.site.name: row.online for row in plan.rows if row.online},
-        linear_dtypes={step.name: weight_dtype(plan, step, precision) for step in steps},
+        linear_dtypes={step.name: weight_dtype(plan, step, precision) for step in bound.steps},
     )
-    visit = Visit(
+    return Visit(
         layers=[row.site.name for row in plan.quantized],
         attentions=[] if plan.kv_cache is None else [one.step for one in plan.kv_cache.layers],
         stagewise=plan.calibration.layer_sequential,
         float_chain=plan.needs_float_chain,
         served=served,
     )
+
+
+def hand_on(
+    unit: Unit, planned: UnitPlan, how: Quantizing, found: QuantizedUnit, work: Callable[[], None]
+) -> None:
+    """Do the work on a unit, and hand its output on as the plan says.
+
+    Args:
+        unit: The unit, loaded.
+        planned: What is done to it.
+        how: What holds for all units.
+        found: What the work finds.
+        work: Quantizes it or restores it.
+    """
+    carries = unit.carries and unit.calibrated
+    if carries and planned.edges:
+        # A resumed run does not move scale again, and must carry on the same numbers.
+        unit.fix_float_outputs()
+    if carries and not how.plan.calibration.block_sequential:
+        how.stage(unit.name, "forward")
+        unit.fix_outputs()
+    with blaming(unit.name, found):
+        work()
+        if unit.carries:
+            how.stage(unit.name, "forward")
+            unit.advance()
+
+
+def _walk(setup: RunSetup) -> ModelWalk:
     return ModelWalk(
         setup.bound,
-        source_reader(plan, setup.bound),
-        setup.batches if plan.needs_data else (),
+        source_reader(setup.plan, setup.bound),
+        setup.batches if setup.plan.needs_data else (),
         setup.placement,
-        visit=visit,
+        visit=visit_of(setup.plan, setup.bound, setup.placement.precision),
         store=setup.store,
         ranks=setup.ranks,
     )
@@ -82,21 +115,15 @@ def _walk(setup: RunSetup) -> ModelWalk:
 def _visit(setup: RunSetup, unit: Unit, planned: UnitPlan, how: Quantizing) -> Iterator[StepRecord]:
     """Quantize one unit or restore it, hand its output on, and write it."""
     started, done, found = time.monotonic(), setup.done.get(unit.name), QuantizedUnit()
+
+    def work() -> None:
+        if done is None:
+            quantize_unit(unit, planned, how, found)
+        else:
+            _restore(setup, unit, planned, done)
+
     with unit.loaded():
-        if unit.carries and planned.edges:
-            # A resumed run does not move scale again, and must carry on the same numbers.
-            unit.fix_float_outputs()
-        if unit.carries and not setup.plan.calibration.block_sequential:
-            setup.reporter.stage(unit.name, "forward")
-            unit.fix_outputs()
-        with blaming(unit.name, found):
-            if done is None:
-                quantize_unit(unit, planned, how, found)
-            else:
-                _restore(setup, unit, planned, done)
-            if unit.carries:
-                setup.reporter.stage(unit.name, "forward")
-                unit.advance()
+        hand_on(unit, planned, how, found, work)
         changed = found.changed(unit)
     if done is None:
         setup.reporter.stage(unit.name, "write")

@@ -58,6 +58,7 @@ class StreamedModel:
         store: Where hidden states wait.
         served: How layers run.
         backward: Whether its units are gone through again, from the last to the first.
+        followers: Batches that pass all units as well, and that nobody looks at on the way.
     """
 
     def __init__(
@@ -70,18 +71,18 @@ class StreamedModel:
         served: ServedAs,
         *,
         backward: bool = False,
+        followers: Sequence[Batch] = (),
     ) -> None:
         self.bound = bound
         self.model = empty_model(bound.config, bound.arch)
         self._reader, self._placement, self._served = reader, placement, served
         self._narrow = {step.name: narrow_modules(bound, step) for step in bound.steps}
+        device, dtype = placement.device, placement.precision.dtype
         self.replay = (GraphReplay if backward else Replay)(
-            self.model,
-            bound,
-            batches,
-            device=placement.device,
-            dtype=placement.precision.dtype,
-            states=store,
+            self.model, bound, batches, device=device, dtype=dtype, states=store
+        )
+        self.followers = Replay(
+            self.model, bound, followers, device=device, dtype=dtype, states=store
         )
 
     def module(self, name: str) -> nn.Module:
@@ -149,16 +150,37 @@ class StreamedModel:
             raise RuntimeError("the model is walked through forth, not back")
         return self.replay
 
-    def begin_llm(self) -> None:
-        """Compute what the language model is given; see :meth:`Replay.begin_llm`."""
-        self.replay.begin_llm(self.embedding())
+    def begin_llm(self, *, calibrated: bool = True) -> None:
+        """Compute what the language model is given; see :meth:`Replay.begin_llm`.
+
+        Args:
+            calibrated: For calibration batches, too; else for followers alone.
+        """
+        embed = self.embedding()
+        for replay in (self.replay, self.followers) if calibrated else (self.followers,):
+            replay.begin_llm(embed)
+
+    def vision_steps(self) -> list[BoundStep]:
+        """Steps before the language model, in its order; see :meth:`Replay.vision_steps`."""
+        return self.replay.vision_steps() or self.followers.vision_steps()
+
+    def follow(self, step: BoundStep) -> None:
+        """Let followers pass a unit, as it is by now."""
+        run = StepRun(
+            self.model,
+            step.name,
+            lambda: self.followers.calls(step),
+            lambda: self.as_served(step),
+        )
+        for keep, output in ReplayedPasses(run).outputs():
+            keep(output)
 
     def embedding(self) -> Callable[[Tensor], Tensor]:
         """The embeddings of the tokens in the batches: the whole table is far larger.
 
         They are the model's own: some multiply by a scale what they look up.
         """
-        ids = self.replay.token_ids()
+        ids = torch.cat([self.replay.token_ids(), self.followers.token_ids()]).unique()
         name = self.bound.names.to_disk(f"{self.bound.arch.embeddings}.weight")
         rows = self._reader.read_rows(name, ids.cpu())
         rows = rows.to(self._placement.device, self._placement.precision.dtype)

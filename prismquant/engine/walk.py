@@ -13,14 +13,16 @@ visitor's business:
 Where a method aims at the float model, a second chain runs beside the first: the same units with
 float weights, fed by float units before them. A walk without batches loads nothing: its units only
 give their weights.
+
+*Followers* are batches that pass all units to the head, as the visitor leaves them, and of which it
+sees nothing on the way: what the model makes of samples that no statistic saw.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -33,34 +35,12 @@ from prismquant.engine.calls import StepCall
 from prismquant.engine.graph_replay import GraphCall, GraphReplay
 from prismquant.engine.passes import Output, Passes
 from prismquant.engine.placement import Placement
-from prismquant.engine.streamed_model import ServedAs, StreamedModel
+from prismquant.engine.streamed_model import StreamedModel
+from prismquant.engine.visit import Visit
 from prismquant.models.arch import Modality
 from prismquant.models.bound import BoundModel, BoundSite, BoundStep
 from prismquant.runtime.linear import ActivationQuantizer, quant_linear
 from prismquant.shards import ShardReader
-
-
-@dataclass(frozen=True)
-class Visit:
-    """Wishes of a walk's visitor.
-
-    Attributes:
-        layers: Names of the layers that it looks at or replaces. Data flow no further than the last
-            unit that has one.
-        attentions: Indices of units whose keys and values it looks at.
-        stagewise: Layers are taken stage by stage, as the unit runs them; else all at once.
-        float_chain: Whether the float model runs beside the quantized one.
-        backward: Whether the units are gone through again for their gradients, from the last to
-            the first that has a layer that the visitor looks at.
-        served: How layers run.
-    """
-
-    layers: Collection[str] = ()
-    attentions: Collection[int] = ()
-    stagewise: bool = True
-    float_chain: bool = False
-    backward: bool = False
-    served: ServedAs = field(default_factory=ServedAs)
 
 
 class ModelWalk:
@@ -74,6 +54,7 @@ class ModelWalk:
         visit: What the visitor wants.
         store: Keeps hidden states between units.
         ranks: Processes that walk together, each with batches of its own.
+        followers: Batches that pass all units and of which no layer's inputs are shown.
     """
 
     def __init__(
@@ -86,6 +67,7 @@ class ModelWalk:
         visit: Visit | None = None,
         store: ActivationStore | None = None,
         ranks: Ranks | None = None,
+        followers: Sequence[Batch] = (),
     ) -> None:
         self.bound, self.reader = bound, reader
         self.placement, self.visit = placement or Placement(), visit or Visit()
@@ -94,9 +76,12 @@ class ModelWalk:
         self.main: StreamedModel | None = None
         self.float: StreamedModel | None = None
         self.store = store or InMemory()
-        if taken := list(batches):
+        self._followed = bool(followers)
+        if (taken := list(batches)) or followers:
             rest = (taken, self.placement, self.store, self.visit.served)
-            self.main = StreamedModel(bound, reader, *rest, backward=self.visit.backward)
+            self.main = StreamedModel(
+                bound, reader, *rest, backward=self.visit.backward, followers=followers
+            )
             if self.visit.float_chain:
                 self.float = StreamedModel(bound, reader, *rest)
 
@@ -108,7 +93,7 @@ class ModelWalk:
     def units(self) -> Generator[Unit, None, None]:
         """Every unit in turn; one must be done with before the next is asked for."""
         if self.main is None:
-            yield from (Unit(self, step, flows=False) for step in self.bound.steps)
+            yield from (Unit(self, step, calibrated=False) for step in self.bound.steps)
             return
         vision = [s for s in self.bound.steps if s.modality is not Modality.LLM]
         llm = [s for s in self.bound.steps if s.modality is Modality.LLM]
@@ -119,14 +104,16 @@ class ModelWalk:
                 # Without images nothing passes the tower, and nothing in it needs data.
                 steps = order or vision
                 for index, step in enumerate(steps):
-                    needed = self._any_wanted([*steps[index:], *llm])
-                    yield Unit(self, step, flows=bool(order) and needed)
-                if self._any_wanted(llm):
+                    calibrated = bool(order) and self._any_wanted([*steps[index:], *llm])
+                    followed = bool(order) and self._followed
+                    yield Unit(self, step, calibrated=calibrated, followed=followed)
+                if (calibrated := self._any_wanted(llm)) or self._followed:
                     around_llm.enter_context(self._loaded_between(vision=False))
                     for model in self.models:
-                        model.begin_llm()
+                        model.begin_llm(calibrated=calibrated)
             for index, step in enumerate(llm):
-                yield Unit(self, step, flows=self._any_wanted(llm[index:]))
+                calibrated = self._any_wanted(llm[index:])
+                yield Unit(self, step, calibrated=calibrated, followed=self._followed)
             if self.visit.backward:
                 yield from self._back(self.main.graph, order, llm)
 
@@ -145,7 +132,7 @@ class ModelWalk:
         """
         entries = [step.name for step in vision if step.kind == "entry"]
         with main.loaded(entries), self.placement.precision.in_force():
-            own = main.replay.vision_steps()
+            own = main.vision_steps()
         known = self._ranks.gather_json([step.index for step in own])
         return [self.bound.steps[index] for index in next(filter(None, known), [])]
 
@@ -168,7 +155,7 @@ class ModelWalk:
 
     def _rewound(self, replay: GraphReplay, step: BoundStep) -> Unit:
         replay.rewind(step)
-        return Unit(self, step, flows=True, backward=True)
+        return Unit(self, step, calibrated=True, backward=True)
 
     def _any_wanted(self, steps: Sequence[BoundStep]) -> bool:
         """Whether data must reach one of these units; the way back begins at the last of all."""
@@ -191,14 +178,22 @@ class Unit:
     Args:
         walk: The walk.
         step: The unit.
-        flows: Whether calibration data pass it, for its own sake or that of a later unit.
+        calibrated: Whether calibration data pass it, for its own sake or that of a later unit.
+        followed: Whether followers pass it.
         backward: Whether it is gone through for its gradients, once all units are finished.
     """
 
     def __init__(
-        self, walk: ModelWalk, step: BoundStep, *, flows: bool, backward: bool = False
+        self,
+        walk: ModelWalk,
+        step: BoundStep,
+        *,
+        calibrated: bool,
+        followed: bool = False,
+        backward: bool = False,
     ) -> None:
-        self.walk, self.step, self.flows, self.backward = walk, step, flows, backward
+        self.walk, self.step, self.calibrated, self.followed = walk, step, calibrated, followed
+        self.backward = backward
         self.layers = walk.wanted(step)
         self._replaced: set[str] = set()
         self._fixed: list[Output] = []
@@ -208,6 +203,11 @@ class Unit:
     def name(self) -> str:
         """The unit's module path."""
         return self.step.name
+
+    @property
+    def flows(self) -> bool:
+        """Whether any data pass it."""
+        return self.calibrated or self.followed
 
     @property
     def carries(self) -> bool:
@@ -243,8 +243,8 @@ class Unit:
     def loaded(self) -> Iterator[None]:
         """Within the block, its modules have their weights, where data flow."""
         with contextlib.ExitStack() as stack:
-            if self.flows:
-                for model in self.walk.models:
+            for model in self.walk.models:
+                if self.calibrated or (self.followed and model is self.walk.main):
                     stack.enter_context(model.loaded([self.name]))
             if self.walk.models:
                 self._read_ahead()
@@ -361,10 +361,12 @@ class Unit:
 
     def advance(self) -> None:
         """Hand the unit's outputs on to the units after it, in both chains."""
-        if self.carries:
+        if self.carries and self.calibrated:
             outputs = self._fixed or self._passes.outputs()
             for keep, output in itertools.chain(self.float_outputs(), outputs):
                 keep(output)
+        if self.carries and self.followed:
+            self.main.follow(self.step)
 
     @cached_property
     def _passes(self) -> Passes:

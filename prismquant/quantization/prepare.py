@@ -165,20 +165,34 @@ def memory_room(budget: int | None) -> int:
 def forecast_memory(
     plan: Plan,
     bound: BoundModel,
-    batches: Batches,
+    batches: Batches | None,
     found: Survey,
     budget: int | None,
     device: torch.device,
     precision: Precision,
+    *,
+    followers: Sequence[Batch] = (),
+    places: int = 0,
 ) -> tuple[Forecast, Survey]:
     """Placement of the run with the peak that is expected, and the batches for it.
 
     Pixels that stay in memory are the first that must go.
 
+    Args:
+        plan: What is done.
+        bound: To which model.
+        batches: How calibration batches are made; None where there are none.
+        found: These batches.
+        budget: Bytes that the process may take; None: what the system can spare.
+        device: Where units run.
+        precision: In which dtypes.
+        followers: Batches that pass all units beside these.
+        places: Places whose logits are looked at together at the head; 0: none are.
+
     Raises:
         PlanError: The budget is too small.
     """
-    tokens = count_tokens(bound, found.batches)
+    tokens = count_tokens(bound, [*found.batches, *followers])
     give_back_freed()
     resident = resident_bytes()
     spare = resident + available_bytes() if budget is None and device.type == "cpu" else budget
@@ -192,12 +206,13 @@ def forecast_memory(
                 resident=resident,
                 placement=placement,
                 making=found.making,
+                places=places,
             )
             for placement in placements(device, precision)
         ]
 
     tried = forecasts(found, resident)
-    if found.kept_bytes and spare is not None and tried[0].peak_bytes > spare:
+    if batches and found.kept_bytes and spare is not None and tried[0].peak_bytes > spare:
         resident -= found.kept_bytes
         found = let_go(found, batches)
         tried = forecasts(found, resident)
@@ -210,7 +225,7 @@ def _calibration_samples(plan: Plan, asked: Request, most_bytes: int) -> tuple[S
     if not plan.needs_data:
         return ()
     if asked.samples is not None:
-        require_modalities(asked.samples, _needed_kinds(plan))
+        require_modalities(asked.samples, needed_kinds(plan))
         return asked.samples
     if asked.calibration is None:
         raise DataError(
@@ -222,7 +237,7 @@ def _calibration_samples(plan: Plan, asked: Request, most_bytes: int) -> tuple[S
     samples = read_samples(
         asked.calibration, limit=settings.samples, seed=settings.seed, most_bytes=left
     )
-    require_modalities(samples, _needed_kinds(plan))
+    require_modalities(samples, needed_kinds(plan))
     return samples
 
 
@@ -246,7 +261,7 @@ def _with_unseen(
     return replace(plan, remarks=(*plan.remarks, *lines))
 
 
-def _needed_kinds(plan: Plan) -> set[str]:
+def needed_kinds(plan: Plan) -> set[str]:
     """Kinds of samples without which a layer that needs statistics would see nothing."""
     balanced = {name for edge in plan.edges for name in edge.edge.consumers}
     hungry = [row for row in plan.quantized if row.needs_tokens or row.site.name in balanced]

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 from pydantic import Field
 
+from prismquant.models.arch import Modality
 from prismquant.recipe.match import Strict
 from prismquant.recipe.rule import LayerRule
 from prismquant.recipe.transform_rule import TransformRule
+
+PARTS: Mapping[str, tuple[Modality, ...]] = {
+    "vision": (Modality.VISION, Modality.PROJECTOR),
+    "llm": (Modality.LLM,),
+}
+"""Parts of a model for each of which an alternative may be chosen, by name."""
 
 
 class Alternative(Strict):
@@ -31,6 +38,22 @@ class Alternative(Strict):
         for rule in self.rules:
             words += sorted(rule.model_fields_set - {"match"})
         return " + ".join(dict.fromkeys(words)) or "nothing more"
+
+    def within(self, part: str) -> dict[str, list[dict[str, Any]]]:
+        """Rules and transforms that it adds to a part of the model, meaning layers there alone.
+
+        Args:
+            part: A key of :data:`PARTS`.
+        """
+        added: dict[str, list[dict[str, Any]]] = {"rules": [], "transforms": []}
+        for key, entries in (("rules", self.rules), ("transforms", self.transforms)):
+            for entry in entries:
+                meant = [m for m in entry.match.modality or Modality if m in PARTS[part]]
+                if meant:
+                    match = entry.match.model_dump(mode="json", exclude_unset=True)
+                    body = entry.model_dump(mode="json", exclude_unset=True)
+                    added[key].append(body | {"match": match | {"modality": meant}})
+        return added
 
 
 def choice_lines(recipe: str, choose: Sequence[Alternative]) -> list[str]:

@@ -213,6 +213,21 @@ class Recipe(Strict):
             body[key] = [*body.get(key, []), *one.get(key, [])]
         return parse_recipe(body | {"name": f"{self.name}-{name}"}, source=self.name)
 
+    def combined(self, names: Mapping[str, str]) -> Recipe:
+        """The ordinary recipe that is left when an alternative is chosen for each part.
+
+        Args:
+            names: Of the alternatives, by part of the model.
+        """
+        known = {one.name: one for one in self.choose}
+        body = self.to_dict()
+        del body["choose"]
+        for part, name in names.items():
+            for key, entries in known[name].within(part).items():
+                body[key] = [*body.get(key, []), *entries]
+        told = "-".join(f"{part}-{name}" for part, name in names.items())
+        return parse_recipe(body | {"name": f"{self.name}-{told}"}, source=self.name)
+
     def without_transforms(self) -> Recipe:
         """This recipe with its rules alone."""
         return self.model_copy(update={"transforms": ()})

@@ -5,20 +5,20 @@ from __future__ import annotations
 from rich.table import Table
 
 from prismquant.report.tables import format_figure, rich_table
-from prismquant.run.method_choice import MethodChoice
+from prismquant.run.method_choice import WHOLE, MethodChoice
 
 
 def choice_table(choice: MethodChoice) -> Table:
     """One row for each trial: its round, samples, held-out loss, divergences, and what became."""
     headers = ["alternative", "round", "samples", "held-out loss", "answers", "text", "s", ""]
-    last = max(trial.round for trial in choice.trials)
     rows = []
     for trial in choice.trials:
         kl = trial.kl or {}
-        won = trial.name == choice.chosen and trial.round == last
+        last = max(one.round for one in choice.trials if one.part == trial.part)
+        won = choice.chosen.get(trial.part) == trial.name and trial.round == last
         rows.append(
             [
-                trial.name,
+                trial.name if trial.part == WHOLE else f"{trial.part}: {trial.name}",
                 str(trial.round + 1),
                 str(trial.samples),
                 format_figure(trial.loss, trial.error),
@@ -28,5 +28,5 @@ def choice_table(choice: MethodChoice) -> Table:
                 trial.failure or ("chosen" if won else ""),
             ]
         )
-    title = f"{choice.recipe}: {choice.chosen} was chosen, {choice.why}"
+    title = f"{choice.recipe}: {choice.told} was chosen, {'; '.join(choice.why.values())}"
     return rich_table(headers, rows, title=title)

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from prismquant.arguments import EXACT
 
+WHOLE = "model"
+"""The part that a choice is about where one alternative is chosen for the whole model."""
+
 
 @dataclass(frozen=True)
 class MethodTrial:
@@ -16,10 +19,12 @@ class MethodTrial:
         name: Of the alternative.
         round: In which it was tried, from 0; each has more calibration samples than the one before.
         samples: Calibration samples that its statistics saw.
+        part: Part of the model that was quantized: ``vision`` (tower and projector) or ``llm``, the
+            other one in floating point; or ``model``, where one alternative is chosen for all.
         loss: Weighted sum of the KL divergences from the unquantized model, in nats a token; None
             where it failed.
         error: Its standard error over samples.
-        kl: Mean divergence by class of token: ``answer``, ``text``, ``vision``.
+        kl: Mean divergence by class of token that counts: ``answer``, ``text``.
         parts: Share of each held-out sample in the loss.
         seconds: Wall time of the trial.
         failure: Why it could not be tried; empty if it could.
@@ -30,6 +35,7 @@ class MethodTrial:
     name: str
     round: int
     samples: int
+    part: str = WHOLE
     loss: float | None = None
     error: float | None = None
     kl: Mapping[str, float] | None = None
@@ -40,24 +46,31 @@ class MethodTrial:
 
 @dataclass(frozen=True)
 class MethodChoice:
-    """Choice of one alternative, and what it rests on.
+    """Choice of one alternative, or of one for each part of the model, and what it rests on.
 
     Attributes:
         recipe: Name of the recipe that left the choice.
-        chosen: Name of the alternative.
-        why: In words.
+        chosen: Name of the alternative, by part of the model.
+        why: In words, by part.
         weights: Weight of each class of token in the loss.
         held_out: Ids of the samples that losses are of; no statistic of a trial saw them.
-        seen: Ids of the samples that the last round's statistics saw.
+        seen: Ids of the samples that statistics of trials saw.
         trials: All trials, round by round.
     """
 
     __pydantic_config__ = EXACT
 
     recipe: str
-    chosen: str
-    why: str
+    chosen: Mapping[str, str]
+    why: Mapping[str, str]
     weights: Mapping[str, float]
     held_out: tuple[str, ...]
     seen: tuple[str, ...]
     trials: tuple[MethodTrial, ...]
+
+    @property
+    def told(self) -> str:
+        """The choice in words, such as ``rotation``, or ``vision: plain, llm: rotation``."""
+        if [*self.chosen] == [WHOLE]:
+            return self.chosen[WHOLE]
+        return ", ".join(f"{part}: {name}" for part, name in self.chosen.items())

@@ -22,7 +22,7 @@ from prismquant.errors import NumericsError, StorageError, grouped, listed
 from prismquant.run.identity import Identity
 from prismquant.run.method_choice import MethodChoice
 
-RECORD_VERSION = 7
+RECORD_VERSION = 8
 
 
 @dataclass(frozen=True)

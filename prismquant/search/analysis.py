@@ -17,7 +17,8 @@ from prismquant.data.batches import Batch
 from prismquant.distributed import Alone, Ranks
 from prismquant.engine.activation_store import ActivationStore, InMemory
 from prismquant.engine.placement import Placement
-from prismquant.engine.walk import ModelWalk, Visit
+from prismquant.engine.visit import Visit
+from prismquant.engine.walk import ModelWalk
 from prismquant.models.bound import BoundModel
 from prismquant.search.choices import Choices, UnitRows
 from prismquant.search.sensitivity import Score, TokenClass

@@ -19,14 +19,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from prismquant.data import Sample, read_samples
+from prismquant.engine.collectives import require_sharable
 from prismquant.errors import DataError, PlanError, PrismQuantError, listed
 from prismquant.memory import resident_bytes
 from prismquant.models.bind import bind
 from prismquant.models.bound import BoundModel
 from prismquant.plan.make_plan import make_plan
 from prismquant.quantization.perform import perform, refuse_inside
-from prismquant.quantization.prepare import memory_room, source_files, surveyed_batches
+from prismquant.quantization.prepare import memory_room, source_files
 from prismquant.quantization.request import Request, Result
+from prismquant.recipe.schema import Recipe
 from prismquant.run.directory import RunDirectory
 from prismquant.run.fingerprint import (
     code_versions,
@@ -35,11 +37,12 @@ from prismquant.run.fingerprint import (
     unchanged,
 )
 from prismquant.run.identity import Identity
-from prismquant.run.method_choice import MethodChoice, MethodTrial
+from prismquant.run.method_choice import WHOLE, MethodChoice, MethodTrial
 from prismquant.runtime.mixed import Precision
 from prismquant.search.analysis_request import DEFAULT_WEIGHTS
 from prismquant.search.held_out import ENOUGH_TEXT, FEWEST, HeldOut, enough_of, hold_out
 from prismquant.search.method_trials import Ask, TrialRuns
+from prismquant.search.model_parts import parts_of
 from prismquant.search.trial_blocks import trial_recipes
 from prismquant.search.trial_file import TrialFile
 
@@ -76,6 +79,9 @@ CLEAR_ERRORS, CLEAR_PART = 4.0, 0.2
 def quantize_best(asked: Request) -> Result:
     """Quantize a checkpoint by the alternative of the recipe that loses least.
 
+    Where the recipe quantizes the vision tower or the projector beside the language model, each of
+    the two parts has a choice of its own.
+
     Raises:
         PrismQuantError: With what is wrong, where, and the remedy. All that can be checked is
             checked before any long work.
@@ -87,10 +93,12 @@ def quantize_best(asked: Request) -> Result:
     directory = RunDirectory(asked.out)
     first = asked.ranks.rank == 0
     with directory.claimed(resume=asked.resume) if first else nullcontext():
-        choice = _chosen(asked, bound, directory, parts, names, failed)
-    asked.reporter.remark(f"{choice.chosen} was chosen: {choice.why}")
+        choice = _Contest(asked, bound, directory, parts).choice(names, failed)
+    asked.reporter.remark(f"{choice.told} was chosen: {'; '.join(choice.why.values())}")
+    whole = choice.chosen.get(WHOLE)
+    recipe = asked.recipe.chosen(whole) if whole else asked.recipe.combined(choice.chosen)
     # In the order of the source, whatever was held out before.
-    return perform(replace(asked, recipe=asked.recipe.chosen(choice.chosen), choice=choice))
+    return perform(replace(asked, recipe=recipe, choice=choice))
 
 
 def _fitting(asked: Request, bound: BoundModel) -> tuple[list[str], list[MethodTrial]]:
@@ -102,7 +110,9 @@ def _fitting(asked: Request, bound: BoundModel) -> tuple[list[str], list[MethodT
     names, failed, first = [], [], None
     for one in asked.recipe.choose:
         try:
-            make_plan(asked.recipe.chosen(one.name), bound)
+            plan = make_plan(asked.recipe.chosen(one.name), bound)
+            if asked.ranks.size > 1:
+                require_sharable(plan)
         except PrismQuantError as error:
             first = first or error
             why = "; ".join(error.findings) or error.what
@@ -138,71 +148,99 @@ def _samples(asked: Request) -> tuple[Sample, ...]:
     )
 
 
-def _chosen(
-    asked: Request,
-    bound: BoundModel,
-    directory: RunDirectory,
-    parts: HeldOut,
-    names: Sequence[str],
-    failed: Sequence[MethodTrial],
-) -> MethodChoice:
-    """Make the choice, or go on with one that was cut off."""
-    ranks, file = asked.ranks, TrialFile(directory.choice_folder)
-    identity = _identity(asked, bound, parts)
-    known = file.begin(identity, resume=asked.resume) if ranks.rank == 0 else []
-    known = [MethodTrial(**told) for told in ranks.gather_json([vars(t) for t in known])[0]]
-    batches, _ = surveyed_batches(
-        parts.held_out,
-        bound,
-        batch_size=asked.recipe.calibration.batch_size,
-        limits=asked.limits,
-        device=asked.target,
-        room=memory_room(asked.memory_budget),
-        trust_remote_code=asked.trust_remote_code,
-    )
-    runs = TrialRuns(asked, batches, file.checkpoint, file.clear)
-    trials: list[MethodTrial] = []
-    seen: tuple[Sample, ...] = ()
-    with unchanged(bound.folder, identity.files):
+class _Contest:
+    """Trials of alternatives, round by round, or the rest of those that were cut off.
+
+    Args:
+        asked: The request.
+        bound: The model.
+        directory: Of the run.
+        samples: Samples held out, and the others.
+    """
+
+    def __init__(
+        self, asked: Request, bound: BoundModel, directory: RunDirectory, samples: HeldOut
+    ) -> None:
+        self._asked, self._bound, self._samples = asked, bound, samples
+        self._file = TrialFile(directory.choice_folder)
+        self._identity = _identity(asked, bound, samples)
+        self._runs = TrialRuns(asked, bound, samples.held_out, directory)
+        self._known: list[MethodTrial] = []
+        self._trials: list[MethodTrial] = []
+        self._seen: dict[str, None] = {}
+
+    def choice(self, names: Sequence[str], failed: Sequence[MethodTrial]) -> MethodChoice:
+        """Choose an alternative for each part of the model.
+
+        Args:
+            names: Of those that can be laid over the model.
+            failed: The others.
+        """
+        asked, first = self._asked, self._asked.ranks.rank == 0
+        known = self._file.begin(self._identity, resume=asked.resume) if first else []
+        told = asked.ranks.gather_json([vars(trial) for trial in known])[0]
+        self._known = [MethodTrial(**one) for one in told]
+        chosen: dict[str, str] = {}
+        with unchanged(self._bound.folder, self._identity.files), self._runs:
+            for part, recipes in parts_of(asked.recipe, names, self._bound).items():
+                chosen[part] = self._winner(part, recipes)
+        return MethodChoice(
+            recipe=asked.recipe.name,
+            chosen=chosen,
+            why={part: _why(part, name, self._trials) for part, name in chosen.items()},
+            weights={str(name): weight for name, weight in DEFAULT_WEIGHTS.items() if weight},
+            held_out=tuple(sample.id for sample in self._samples.held_out),
+            seen=tuple(self._seen),
+            trials=(*failed, *self._trials),
+        )
+
+    def _winner(self, part: str, whole: Mapping[str, Recipe]) -> str:
+        """Name of the alternative that loses least in a part of the model."""
+        names, asked, rest = [*whole], self._asked, self._samples.rest
+        if len(names) == 1 and part != WHOLE:
+            return names[0]
         for number, one in enumerate(ROUNDS):
-            if len(names) < 2 and trials:
+            if number and len(names) < 2:
                 break
-            least, most = (math.ceil(part * len(parts.rest)) for part in (one.least, one.most))
-            least = max(FEWEST, least)
-            seen = enough_of(parts.rest, least, most, one.text, asked.recipe.calibration.seed)
-            recipes = trial_recipes(asked.recipe, names, bound, one.blocks, one.fewest_blocks)
-            for name in names:
-                trial = next((t for t in known if (t.name, t.round) == (name, number)), None)
-                if trial is None:
-                    trial = runs.run(Ask(name, number, recipes[name], seen))
-                    asked.reporter.remark(trial_line(trial))
-                trials.append(trial)
-                if ranks.rank == 0:
-                    file.save(identity, [*trials, *known[len(trials) :]])
-            ranked = _best_first(trials, number)
+            least, most = (math.ceil(share * len(rest)) for share in (one.least, one.most))
+            least = max(FEWEST, asked.ranks.size, least)
+            seen = enough_of(rest, least, most, one.text, asked.recipe.calibration.seed)
+            self._seen |= dict.fromkeys(sample.id for sample in seen)
+            left = {name: whole[name] for name in names}
+            recipes = trial_recipes(left, self._bound, one.blocks, one.fewest_blocks)
+            ranked = _best_first(
+                [self._trial(Ask(part, name, number, recipes[name], seen)) for name in names]
+            )
             names = [t.name for t in ranked[: 1 if leads_clearly(ranked) else one.kept]]
             if not names:
-                raise _nothing_works(asked, trials)
-    return MethodChoice(
-        recipe=asked.recipe.name,
-        chosen=names[0],
-        why=_why(trials),
-        weights={str(name): weight for name, weight in DEFAULT_WEIGHTS.items() if weight},
-        held_out=tuple(sample.id for sample in parts.held_out),
-        seen=tuple(sample.id for sample in seen),
-        trials=(*failed, *trials),
-    )
+                raise _nothing_works(asked, self._trials)
+        return names[0]
+
+    def _trial(self, ask: Ask) -> MethodTrial:
+        """One trial, made now or known from before."""
+        place = (ask.part, ask.name, ask.round)
+        trial = next((t for t in self._known if (t.part, t.name, t.round) == place), None)
+        if trial is None:
+            trial = self._runs.run(ask)
+            self._asked.reporter.remark(trial_line(trial))
+        self._trials.append(trial)
+        if self._asked.ranks.rank == 0:
+            self._file.save(self._identity, [*self._trials, *self._known[len(self._trials) :]])
+        return trial
 
 
-def _best_first(trials: Sequence[MethodTrial], number: int) -> list[MethodTrial]:
-    """Trials of a round that did not fail, by their loss; of equals the first."""
-    whole = [t for t in trials if t.round == number and t.loss is not None]
-    return sorted(whole, key=lambda t: t.loss or 0.0)
+def _best_first(trials: Sequence[MethodTrial]) -> list[MethodTrial]:
+    """Trials that did not fail, by their loss; of equals the first."""
+    return sorted((t for t in trials if t.loss is not None), key=lambda t: t.loss or 0.0)
 
 
-def _why(trials: Sequence[MethodTrial]) -> str:
+def _why(part: str, name: str, trials: Sequence[MethodTrial]) -> str:
     """The winner's lead over the next best of the last round, in words."""
-    best, *others = _best_first(trials, max(trial.round for trial in trials))
+    own = [trial for trial in trials if trial.part == part]
+    if not own:
+        return f"{name} is all that can be chosen there"
+    last = max(trial.round for trial in own)
+    best, *others = _best_first([trial for trial in own if trial.round == last])
     said = f"its held-out loss is {best.loss:.3g}"
     if not others:
         return f"{said}, and no other alternative could be tried"
@@ -229,7 +267,8 @@ def _lead(best: MethodTrial, other: MethodTrial) -> tuple[float, float]:
 
 def trial_line(trial: MethodTrial) -> str:
     """One trial in words."""
-    said = f"tried {trial.name} on {trial.samples} samples"
+    where = "" if trial.part == WHOLE else f" in the {trial.part} part"
+    said = f"tried {trial.name}{where} on {trial.samples} samples"
     if trial.loss is None:
         return f"{said}: it failed: {trial.failure}"
     return f"{said}: held-out loss {trial.loss:.3g} ± {trial.error:.1g} ({trial.seconds:.0f} s)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,6 +42,9 @@ def hold_out(samples: Sequence[Sample], seed: int) -> HeldOut:
         DataError: There are fewer than eight.
     """
     count = len(samples)
+    kinds = Counter(sample.kind for sample in samples)
+    # The only sample of a kind is one that statistics need.
+    open_to = [sample for sample in samples if kinds[sample.kind] > 1] or samples
     if count < 2 * FEWEST:
         raise DataError(
             f"a choice by held-out loss takes {2 * FEWEST} calibration samples, half of which no "
@@ -49,7 +53,7 @@ def hold_out(samples: Sequence[Sample], seed: int) -> HeldOut:
         )
     least, most = max(FEWEST, count // _PART), max(FEWEST, count // _MOST)
     # Another order than that by which the set itself was drawn.
-    held_out = enough_of(samples, least, most, ENOUGH_TEXT, seed + 1)
+    held_out = enough_of(open_to, least, most, ENOUGH_TEXT, seed + 1)
     kept = {sample.id for sample in held_out}
     return HeldOut(held_out, tuple(one for one in samples if one.id not in kept))
 

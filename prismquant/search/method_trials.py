@@ -1,32 +1,52 @@
-"""Trials of a recipe's alternatives: quantized on few samples, measured on samples held out."""
+"""Trials of a recipe's alternatives: quantized on few samples, measured on samples held out.
+
+A trial is a walk through the model: calibration samples are looked at as in a run, the samples held
+out follow, and at the head their divergence from the float model is measured. Nothing is written,
+and one unit is in memory at a time.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from functools import partial
 
 import torch
-from torch import Tensor, nn
 
-from prismquant.data.batches import Batch
-from prismquant.data.samples import Sample
-from prismquant.diagnostics.step_record import StepRecord
-from prismquant.engine.setup import Reporter, Silent
+from prismquant.data import Sample, require_modalities
+from prismquant.data.batches import Batches, by_length
+from prismquant.data.survey import Survey, let_go
+from prismquant.engine.activation_store import ActivationStore
+from prismquant.engine.collectives import share_of
+from prismquant.engine.gradients import gradient_samples, vision_weights, wants_gradients
+from prismquant.engine.memory_forecast import Forecast
+from prismquant.engine.quantize import quantize_unit
+from prismquant.engine.run import ACTIVATIONS, hand_on, visit_of
+from prismquant.engine.unit_plan import QuantizedUnit, Quantizing, unit_plans
+from prismquant.engine.walk import ModelWalk
 from prismquant.errors import NumericsError, PlanError, PrismQuantError
-from prismquant.evaluate.fidelity import evaluate_model
-from prismquant.export.load_quantized import load_model
-from prismquant.quantization.perform import perform
+from prismquant.memory import give_back_freed, keep_heap_compact
+from prismquant.models.bound import BoundModel
+from prismquant.plan.make_plan import make_plan
+from prismquant.plan.plan import Plan
+from prismquant.plan.source import source_reader
+from prismquant.quantization.prepare import (
+    forecast_memory,
+    memory_room,
+    needed_kinds,
+    surveyed_batches,
+)
 from prismquant.quantization.request import Request
 from prismquant.recipe.schema import Recipe
+from prismquant.run.directory import RunDirectory
 from prismquant.run.method_choice import MethodTrial
+from prismquant.runtime.mixed import Precision
 from prismquant.search.analysis_request import DEFAULT_WEIGHTS
-from prismquant.search.repair import measured
+from prismquant.search.held_out_loss import CHUNK, HeldOutLoss, Sums
+from prismquant.search.repair import weighted
 
 MOST_LOGITS = 1 << 30
 """Bytes of the unquantized model's logits that are kept between trials."""
@@ -40,12 +60,14 @@ class Ask:
     """One trial to make.
 
     Attributes:
+        part: Part of the model that is quantized.
         name: Of the alternative.
         round: The trial's round.
         recipe: The alternative as an ordinary recipe.
         samples: Calibration samples.
     """
 
+    part: str
     name: str
     round: int
     recipe: Recipe
@@ -57,16 +79,31 @@ class TrialRuns:
 
     Args:
         asked: The request, whose recipe has the alternatives.
-        batches: Batches of the samples held out; on the first rank.
-        folder: Where a checkpoint lies while it is measured.
-        clear: Deletes it.
+        bound: The model.
+        held_out: Samples that no statistic sees.
+        directory: Keeps what waits in files.
     """
 
     def __init__(
-        self, asked: Request, batches: Sequence[Batch], folder: Path, clear: Callable[[], None]
+        self,
+        asked: Request,
+        bound: BoundModel,
+        held_out: Sequence[Sample],
+        directory: RunDirectory,
     ) -> None:
-        self._asked, self._batches, self._folder, self._clear = asked, batches, folder, clear
-        self._reference: nn.Module | None = None
+        self._asked, self._bound, self._directory = asked, bound, directory
+        self._held_out = held_out
+        self._precision = Precision.chosen(asked.wanted, asked.target, bound.dtype)
+        self._stack = contextlib.ExitStack()
+        self._loss: HeldOutLoss | None = None
+        self._followers: Survey | None = None
+        self._batches: tuple[tuple[Sample, ...], Batches, Survey] | None = None
+
+    def __enter__(self) -> TrialRuns:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
     def run(self, ask: Ask) -> MethodTrial:
         """Quantize the model in one way and measure what it loses; alike on all ranks.
@@ -74,102 +111,162 @@ class TrialRuns:
         Raises:
             PrismQuantError: It fails, not for what the alternative says.
         """
-        asked, started = self._asked, time.monotonic()
-        said = f"trying {ask.name} on {len(ask.samples)} samples"
-        trial = MethodTrial(ask.name, ask.round, len(ask.samples))
+        started = time.monotonic()
+        trial = MethodTrial(ask.name, ask.round, len(ask.samples), part=ask.part)
         try:
-            perform(
-                replace(
-                    asked,
-                    recipe=ask.recipe,
-                    out=self._folder,
-                    samples=ask.samples,
-                    resume=False,
-                    reporter=_TrialReporter(asked.reporter, said),
-                )
-            )
-            own = self._measured(trial) if asked.ranks.rank == 0 else None
+            own = _measured(trial, self._sums(ask))
         except _OWN_FAILURES as error:
+            if self._asked.ranks.size > 1 and isinstance(error, NumericsError):
+                # The other ranks wait for this one.
+                raise
             own = replace(trial, failure=_failure(error))
-        finally:
-            if asked.ranks.rank == 0:
-                self._clear()
-        told = asked.ranks.gather_json([None if own is None else _plain(own)])[0][0]
-        return replace(MethodTrial(**told), seconds=round(time.monotonic() - started, 2))
+        give_back_freed()
+        return replace(own, seconds=round(time.monotonic() - started, 2))
 
-    def _measured(self, trial: MethodTrial) -> MethodTrial:
-        """Loss of the checkpoint that has been written."""
-        device = self._asked.target
-        dtype = torch.float32 if device.type == "cpu" else None
-        if self._reference is None:
-            own = load_model(self._asked.model, dtype=dtype, device=device)
-            self._reference = KnownLogits(own)
-        model = load_model(self._folder, dtype=dtype, device=device)
-        found = evaluate_model(model, (one.whole() for one in self._batches), self._reference)
-        loss = measured(found.outcomes, DEFAULT_WEIGHTS)
-        if not math.isfinite(loss.loss):
-            return replace(trial, failure="its divergence is not finite")
-        kl = {name: one.kl for name, one in found.overall.divergence.items()}
-        return replace(trial, loss=loss.loss, error=loss.error, kl=kl, parts=dict(loss.parts))
+    @torch.no_grad()
+    def _sums(self, ask: Ask) -> Sums:
+        """Divergences of one trial."""
+        asked, bound, ranks = self._asked, self._bound, self._asked.ranks
+        plan = make_plan(ask.recipe, bound)
+        batches, found = self._calibration(plan, ask.samples)
+        memory, found = self._forecast(plan, batches, found)
+        loss = self._held_out_loss(memory)
+        said = f"trying {ask.name} on {len(ask.samples)} samples"
+        asked.reporter.begin(len(bound.steps))
+        keep_heap_compact(ACTIVATIONS)
+        states = memory.placement.states
+        with self._directory.activation_store(ranks.rank, states, "trial") as store:
+            how = Quantizing(
+                plan,
+                self._vision_weights(plan, ask, batches, found, memory, store),
+                ranks,
+                lambda unit, what: asked.reporter.stage(f"{said}: {unit}", what),
+            )
+            walk = ModelWalk(
+                bound,
+                source_reader(plan, bound),
+                found.batches,
+                memory.placement,
+                visit=visit_of(plan, bound, self._precision),
+                store=store,
+                ranks=ranks,
+                followers=loss.batches,
+            )
+            return _walked(walk, how, loss)
+
+    def _calibration(
+        self, plan: Plan, samples: tuple[Sample, ...]
+    ) -> tuple[Batches | None, Survey]:
+        """Batches of this rank, which are the same for all trials on the same samples."""
+        if not plan.needs_data:
+            return None, Survey()
+        require_modalities(samples, needed_kinds(plan))
+        if self._batches is None or self._batches[0] != samples:
+            self._batches = (samples, *self._surveyed(samples))
+        return self._batches[1:]
+
+    def _surveyed(self, samples: Sequence[Sample]) -> tuple[Batches, Survey]:
+        asked = self._asked
+        # Each rank needs a batch; padding is all that the size of batches changes.
+        most = max(1, len(samples) // asked.ranks.size)
+        size = min(asked.recipe.calibration.batch_size, most)
+        return surveyed_batches(
+            share_of(by_length(samples), size, asked.ranks),
+            self._bound,
+            batch_size=size,
+            limits=asked.limits,
+            device=asked.target,
+            room=memory_room(asked.memory_budget),
+            trust_remote_code=asked.trust_remote_code,
+        )
+
+    def _forecast(
+        self, plan: Plan, batches: Batches | None, found: Survey
+    ) -> tuple[Forecast, Survey]:
+        asked, followers = self._asked, self._following()
+        making = max(found.making, followers.making, key=lambda cost: cost.peak)
+        return forecast_memory(
+            plan,
+            self._bound,
+            batches,
+            replace(found, making=making),
+            asked.memory_budget,
+            asked.target,
+            self._precision,
+            followers=followers.batches,
+            places=CHUNK,
+        )
+
+    def _following(self) -> Survey:
+        """Batches of this rank's share of the samples held out."""
+        if self._followers is None:
+            batches, found = self._surveyed(self._held_out)
+            budget = self._asked.memory_budget
+            self._followers = found if budget is None else let_go(found, batches)
+        return self._followers
+
+    def _held_out_loss(self, memory: Forecast) -> HeldOutLoss:
+        """The loss, once the float model has been looked at."""
+        if self._loss is None:
+            asked, states = self._asked, memory.placement.states
+            store = self._stack.enter_context(
+                self._directory.activation_store(asked.ranks.rank, states, "held-out")
+            )
+            spare = memory_room(asked.memory_budget) - memory.peak_bytes
+            self._loss = HeldOutLoss(
+                self._bound,
+                self._following().batches,
+                DEFAULT_WEIGHTS,
+                memory.placement,
+                store,
+                min(MOST_LOGITS, max(spare, 0)),
+                asked.ranks,
+            )
+            self._loss.look_at_float()
+        return self._loss
+
+    def _vision_weights(
+        self,
+        plan: Plan,
+        ask: Ask,
+        batches: Batches | None,
+        found: Survey,
+        memory: Forecast,
+        store: ActivationStore,
+    ) -> Mapping[str, float]:
+        """Weights of vision tokens, where the plan asks gradients for them."""
+        if batches is None or not wants_gradients(plan):
+            return {}
+        unknown = {name for own in self._asked.ranks.gather_json([*found.unknown]) for name in own}
+        clear = [sample for sample in ask.samples if sample.id not in unknown]
+        answers = gradient_samples(clear, plan.calibration.seed)
+        one_by_one = replace(batches, parts=tuple((sample,) for sample in answers))
+        return vision_weights(plan, self._bound, one_by_one, memory.placement, store)
 
 
-class KnownLogits(nn.Module):
-    """A model that keeps its logits of inputs that come again, as far as there is room.
-
-    Args:
-        model: The model.
-        most_bytes: Of logits that are kept.
-    """
-
-    def __init__(self, model: nn.Module, most_bytes: int = MOST_LOGITS) -> None:
-        super().__init__()
-        self.model, self.left = model, most_bytes
-        self._known: dict[str, Tensor] = {}
-
-    def forward(self, **inputs: Any) -> SimpleNamespace:
-        """Logits [B, T, V]."""
-        key = _digest(inputs)
-        if key in self._known:
-            return SimpleNamespace(logits=self._known[key])
-        found: Tensor = self.model(**inputs).logits
-        size = found.numel() * found.element_size()
-        if size <= self.left:
-            self.left -= size
-            self._known[key] = found
-        return SimpleNamespace(logits=found)
+def _walked(walk: ModelWalk, how: Quantizing, loss: HeldOutLoss) -> Sums:
+    """Quantize unit by unit, and look at the followers' logits at the head."""
+    planned = unit_plans(how.plan, walk.bound)
+    sums: Sums = {}
+    with contextlib.closing(walk.units()) as units:
+        for unit in units:
+            found = QuantizedUnit()
+            own = planned[unit.name]
+            with unit.loaded():
+                hand_on(unit, own, how, found, partial(quantize_unit, unit, own, how, found))
+                if unit.step.kind == "head":
+                    sums = loss.sums(unit)
+            give_back_freed()
+    return sums
 
 
-class _TrialReporter(Silent):
-    """Tells the stages of a trial to whoever is told of the run."""
-
-    def __init__(self, outer: Reporter, said: str) -> None:
-        self._outer, self._said = outer, said
-
-    def begin(self, steps: int) -> None:
-        """The trial has so many steps."""
-        self._outer.begin(steps)
-
-    def stage(self, step: str, what: str) -> None:
-        """A stage of a step begins."""
-        self._outer.stage(f"{self._said}: {step}", what)
-
-    def finish(self, record: StepRecord) -> None:
-        """Say nothing of a step of a trial."""
-
-
-def _digest(inputs: Mapping[str, Any]) -> str:
-    """SHA-256 over names and values of a call's tensors."""
-    digest = hashlib.sha256()
-    for name, value in sorted(inputs.items()):
-        if isinstance(value, Tensor):
-            digest.update(f"{name} {tuple(value.shape)}".encode())
-            digest.update(value.contiguous().view(torch.uint8).cpu().numpy().tobytes())
-    return digest.hexdigest()
+def _measured(trial: MethodTrial, sums: Sums) -> MethodTrial:
+    loss = weighted(sums, DEFAULT_WEIGHTS)
+    if not math.isfinite(loss.loss):
+        return replace(trial, failure="its divergence is not finite")
+    kl: Mapping[str, float] = {name: score.loss for name, score in loss.losses.items()}
+    return replace(trial, loss=loss.loss, error=loss.error, kl=kl, parts=dict(loss.parts))
 
 
 def _failure(error: PrismQuantError) -> str:
     return f"{error.where}: {error.what}" if error.where else error.what
-
-
-def _plain(trial: MethodTrial) -> Mapping[str, object]:
-    return dict(vars(trial))

@@ -108,6 +108,28 @@ def measured(outcomes: Sequence[Outcome], weights: Mapping[TokenClass, float]) -
         DataError: There are fewer than two samples, or none has tokens of a class that counts.
     """
     sums = {f"{place}: {one.id}": _by_class(one) for place, one in enumerate(outcomes)}
+    try:
+        return weighted(sums, weights)
+    except DataError as error:
+        raise DataError(
+            f"the mix cannot be verified: {error.what}",
+            where="--verify",
+            remedy="give other samples",
+        ) from error
+
+
+def weighted(
+    sums: Mapping[str, Mapping[TokenClass, tuple[float, int]]], weights: Mapping[TokenClass, float]
+) -> Measured:
+    """Weighted loss of samples.
+
+    Args:
+        sums: Divergence in nats, and tokens, of each sample by class of token, by the sample.
+        weights: Weight of each class of token.
+
+    Raises:
+        DataError: There are fewer than two samples, or none has tokens of a class that counts.
+    """
     tokens = {
         kind: sum(own[kind][1] for own in sums.values() if kind in own) for kind in TOKEN_CLASSES
     }
@@ -116,9 +138,7 @@ def measured(outcomes: Sequence[Outcome], weights: Mapping[TokenClass, float]) -
         what = "there are fewer than two samples"
         if len(sums) > 1:
             what = f"no sample has {' or '.join(k for k, w in weights.items() if w)} tokens"
-        raise DataError(
-            f"the mix cannot be verified: {what}", where="--verify", remedy="give other samples"
-        )
+        raise DataError(what)
     parts = {
         name: sum(w * own[k][0] / tokens[k] for k, w in counted.items() if k in own)
         for name, own in sums.items()

@@ -8,7 +8,7 @@ second block of a pair, a method shows how it copes with what the first one has 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from prismquant.errors import PlanError
@@ -34,13 +34,12 @@ def spread_pairs(count: int, part: float, fewest: int) -> tuple[int, ...]:
 
 
 def trial_recipes(
-    recipe: Recipe, names: Sequence[str], bound: BoundModel, part: float, fewest: int
+    whole: Mapping[str, Recipe], bound: BoundModel, part: float, fewest: int
 ) -> Mapping[str, Recipe]:
     """Recipes of alternatives, by name, all on the same blocks.
 
     Args:
-        recipe: The recipe with the alternatives.
-        names: Of those that can be laid over the model.
+        whole: Their recipes on all blocks.
         bound: The model.
         part: Part of the blocks of each tower.
         fewest: Blocks of a tower, at least.
@@ -49,7 +48,6 @@ def trial_recipes(
         Recipes that leave the other blocks alone; where one of them cannot be laid over the model
         without these, the whole recipes.
     """
-    whole = {name: recipe.chosen(name) for name in names}
     plans = [make_plan(one, bound) for one in whole.values()]
     quantized = {row.site.name for plan in plans for row in plan.quantized}
     towers: dict[str, list[str]] = {}

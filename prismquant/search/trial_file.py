@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,17 +32,12 @@ class TrialFile:
     """The finished trials of a choice; a choice that is cut off goes on after them.
 
     Args:
-        folder: Of the choice. Checkpoints that are tried lie in it as long as they are looked at.
+        folder: Of the choice.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._path = folder / "trials.json"
-
-    @property
-    def checkpoint(self) -> Path:
-        """Folder of the checkpoint that is tried."""
-        return self._folder / "checkpoint"
 
     def begin(self, identity: Identity, *, resume: bool) -> list[MethodTrial]:
         """Say which trials are finished.
@@ -55,7 +49,6 @@ class TrialFile:
         Raises:
             StorageError: The earlier choice differs, or its file is damaged.
         """
-        self.clear()
         if not resume or not self._path.is_file():
             self.save(identity, ())
             return []
@@ -81,7 +74,3 @@ class TrialFile:
     def save(self, identity: Identity, trials: Sequence[MethodTrial]) -> None:
         """Write the trials that are finished."""
         write_json(self._path, asdict(_TrialsKept(identity, tuple(trials))))
-
-    def clear(self) -> None:
-        """Delete the checkpoint that is tried."""
-        shutil.rmtree(self.checkpoint, ignore_errors=True)

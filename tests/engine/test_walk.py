@@ -11,7 +11,8 @@ from prismquant.data import read_samples
 from prismquant.data.batches import make_batches
 from prismquant.engine import streamed_model
 from prismquant.engine.placement import Placement, placements
-from prismquant.engine.walk import ModelWalk, Unit, Visit
+from prismquant.engine.visit import Visit
+from prismquant.engine.walk import ModelWalk, Unit
 from prismquant.models.arch import Modality
 from prismquant.models.bind import bind
 from prismquant.models.float_model import load_float

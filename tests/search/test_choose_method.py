@@ -7,12 +7,10 @@ import json
 import math
 from dataclasses import replace
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import tiny_vlm
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -31,7 +29,6 @@ from prismquant.run.method_choice import MethodTrial
 from prismquant.run.record import RunRecord
 from prismquant.search.choose_method import leads_clearly
 from prismquant.search.held_out import ENOUGH_TEXT, FEWEST, hold_out
-from prismquant.search.method_trials import KnownLogits
 from prismquant.search.trial_blocks import spread_pairs, trial_recipes
 from prismquant.storage import file_digest
 
@@ -107,7 +104,7 @@ def finished(spiky: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) 
 def test_the_alternative_that_copes_with_outliers_wins(finished: Path) -> None:
     record = RunRecord.from_dict(json.loads((finished / "prismquant/record.json").read_text()))
     assert record.choice is not None
-    assert record.choice.chosen == "smoothed"
+    assert record.choice.chosen == {"model": "smoothed"}
     last = max(trial.round for trial in record.choice.trials)
     losses = {t.name: t.loss for t in record.choice.trials if t.round == last}
     assert losses["smoothed"] is not None
@@ -115,7 +112,7 @@ def test_the_alternative_that_copes_with_outliers_wins(finished: Path) -> None:
     assert losses["smoothed"] < losses["plain"]
     assert not {*record.choice.held_out} & {*record.choice.seen}
     assert len(record.choice.held_out) == FEWEST
-    assert "below that of plain" in record.choice.why
+    assert "below that of plain" in record.choice.why["model"]
     assert RunRecord.from_dict(json.loads(json.dumps(record.to_dict()))) == record
 
 
@@ -137,7 +134,7 @@ def test_the_order_of_alternatives_does_not_matter(
     out = tmp_path / "out"
     found = pq.quantize(spiky, recipe(SMOOTH, PLAIN), out, data)
     assert found.record.choice is not None
-    assert found.record.choice.chosen == "smoothed"
+    assert found.record.choice.chosen == {"model": "smoothed"}
     assert digests(out) == digests(finished)
 
 
@@ -201,7 +198,7 @@ def test_an_alternative_that_does_not_fit_is_left_out_and_told(
     asked = recipe(IMPOSSIBLE, PLAIN)
     result = pq.quantize(spiky, asked, tmp_path / "out", data, reporter=listening)
     assert result.record.choice is not None
-    assert result.record.choice.chosen == "plain"
+    assert result.record.choice.told == "plain"
     failed = [t for t in result.record.choice.trials if t.failure]
     assert [t.name for t in failed] == ["impossible"]
     assert "rotated twice" in failed[0].failure
@@ -286,11 +283,11 @@ def test_pairs_of_blocks_are_spread_over_a_tower(count: int, part: float, fewest
 
 def test_a_trial_quantizes_the_same_blocks_in_each_way(tiny: Callable[..., Path]) -> None:
     bound, loaded = bind(tiny("qwen2_vl")), load_recipe("auto-w4a8")
-    names = [one.name for one in loaded.choose]
-    found = trial_recipes(loaded, names, bound, 0.1, 2)
+    whole = {one.name: loaded.chosen(one.name) for one in loaded.choose}
+    found = trial_recipes(whole, bound, 0.1, 2)
     blocks = [step.name for step in bound.steps if step.kind == "block" and "language" in step.name]
     if len(blocks) <= 2:
-        assert found == {name: loaded.chosen(name) for name in names}
+        assert found == whole
         return
     quantized = [{r.site.name for r in make_plan(one, bound).quantized} for one in found.values()]
     assert all(one == quantized[0] for one in quantized)
@@ -306,31 +303,13 @@ def test_alternatives_about_single_blocks_are_tried_on_all_of_them(
     name = next(step.name for step in reversed(bound.steps) if step.kind == "block")
     last = {"name": "last", "transforms": [{"name": "smoothquant", "match": {"name": f"{name}.*"}}]}
     asked = recipe(PLAIN, last)
-    found = trial_recipes(asked, ["plain", "last"], bound, 0.01, 1)
+    whole = {one.name: asked.chosen(one.name) for one in asked.choose}
+    found = trial_recipes(whole, bound, 0.01, 1)
     assert {x: len(make_plan(one, bound).quantized) for x, one in found.items()}.keys() == {
         "plain",
         "last",
     }
     assert all(make_plan(one, bound).quantized for one in found.values())
-
-
-def test_logits_are_kept_by_all_that_the_model_is_given() -> None:
-    class Counting(torch.nn.Module):
-        calls = 0
-
-        def forward(self, **inputs: Any) -> SimpleNamespace:
-            self.calls += 1
-            return SimpleNamespace(logits=inputs["pixels"].float().sum() * torch.ones(1, 2, 8))
-
-    model = Counting()
-    known = KnownLogits(model, most_bytes=100)
-    ids = torch.ones(1, 2, dtype=torch.int64)
-    one, other = torch.ones(2), torch.zeros(2)
-    for pixels in (one, other, one, other):
-        expected = pixels.sum() * torch.ones(1, 2, 8)
-        assert torch.equal(known(input_ids=ids, pixels=pixels).logits, expected)
-    # The second one's did not fit.
-    assert model.calls == 3
 
 
 @pytest.mark.parametrize("name", AUTOMATIC)

@@ -1,0 +1,178 @@
+"""A trial's loss is that of the checkpoint which the same recipe and samples would give."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import tiny_vlm
+
+import prismquant as pq
+from prismquant.data import read_samples
+from prismquant.data.batches import make_batches
+from prismquant.engine.placement import placements
+from prismquant.engine.streamed_model import StreamedModel
+from prismquant.errors import PlanError
+from prismquant.evaluate.fidelity import evaluate_model
+from prismquant.memory import resident_bytes
+from prismquant.models.bind import bind
+from prismquant.models.float_model import load_float
+from prismquant.models.processor import load_processor
+from prismquant.quantization import prepare
+from prismquant.recipe.schema import parse_recipe
+from prismquant.run.directory import RunDirectory
+from prismquant.search import method_trials
+from prismquant.search.analysis_request import DEFAULT_WEIGHTS
+from prismquant.search.choose_method import ROUNDS
+from prismquant.search.model_parts import parts_of
+from prismquant.search.repair import measured
+from prismquant.search.trial_blocks import trial_recipes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from prismquant.recipe.schema import Recipe
+    from prismquant.run.method_choice import MethodChoice, MethodTrial
+
+LLM = {"modality": "llm", "role": ["attn", "mlp"]}
+TOWER = {"modality": ["vision", "projector"], "role": ["attn", "mlp"]}
+ROTATED = {"name": "rotated", "transforms": [{"name": "rotation", "match": {"modality": "llm"}}]}
+SMOOTHED = {
+    "name": "smoothed",
+    "rules": [{"correction": "auto"}],
+    "transforms": [{"name": "smoothquant"}],
+}
+
+
+def recipe(*alternatives: dict[str, Any], where: tuple[dict[str, Any], ...] = (LLM,)) -> Recipe:
+    rules = [
+        {"match": match, "weights": "int4-channel", "activations": "int8-token"} for match in where
+    ]
+    body = {"name": "mine", "rules": rules, "choose": list(alternatives)}
+    return parse_recipe(body, source="test")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_vlm.samples(tmp_path_factory.mktemp("trials"), count=8)
+
+
+def loss_of_run(
+    folder: Path, ordinary: Recipe, data: Path, choice: MethodChoice, trial: MethodTrial, out: Path
+) -> dict[str, float]:
+    """Parts of the loss by sample, of a checkpoint that is written, loaded and evaluated."""
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    own = [row for row in rows if row["id"] in choice.seen]
+    assert len(own) == trial.samples
+    few = data.with_name("few.jsonl")
+    few.write_text("\n".join(json.dumps(row) for row in own))
+    pq.quantize(folder, ordinary, out, few)
+    model, _ = pq.load(out)
+    held_out = [sample for sample in read_samples(data) if sample.id in choice.held_out]
+    batches = make_batches(
+        held_out,
+        load_processor(folder),
+        batch_size=3,
+        vision_token_ids=bind(folder).vision_token_ids,
+    )
+    found = evaluate_model(model, batches, load_float(folder))
+    parts = measured(found.outcomes, DEFAULT_WEIGHTS).parts
+    return {name.partition(": ")[2]: part for name, part in parts.items()}
+
+
+@pytest.mark.parametrize(
+    ("family", "where"),
+    [("qwen2_vl", (LLM,)), ("qwen3_vl", (LLM, TOWER)), ("video_llama_3", (LLM,))],
+)
+def test_a_trial_measures_what_its_checkpoint_loses(
+    tiny: Callable[..., Path],
+    data: Path,
+    tmp_path: Path,
+    family: str,
+    where: tuple[dict[str, Any], ...],
+) -> None:
+    folder, asked = tiny(family), recipe(ROTATED, SMOOTHED, where=where)
+    choice = pq.quantize(folder, asked, tmp_path / "out", data).record.choice
+    assert choice is not None
+    parts = parts_of(asked, ["rotated", "smoothed"], bind(folder))
+    assert [*parts] == [*choice.chosen] == (["model"] if len(where) == 1 else ["vision", "llm"])
+    for number, trial in enumerate(t for t in choice.trials if t.round == 0):
+        whole = parts[trial.part]
+        shown = trial_recipes(whole, bind(folder), ROUNDS[0].blocks, ROUNDS[0].fewest_blocks)
+        out = tmp_path / str(number)
+        expected = loss_of_run(folder, shown[trial.name], data, choice, trial, out)
+        assert trial.parts is not None
+        assert trial.parts == pytest.approx(expected, rel=2e-3, abs=1e-9)
+        assert trial.loss == pytest.approx(sum(expected.values()), rel=1e-3)
+
+
+def test_a_choice_in_little_memory_is_the_same(
+    tiny: Callable[..., Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """States wait on disk, no logits are kept, and one unit at a time has weights."""
+    folder, asked = tiny("qwen2_vl", llm_blocks=4), recipe(ROTATED, SMOOTHED)
+    whole = pq.quantize(folder, asked, tmp_path / "whole", data).record.choice
+    monkeypatch.setattr(prepare, "placements", lambda *given: placements(*given)[-1:])
+    monkeypatch.setattr(method_trials, "MOST_LOGITS", 0)
+    loaded: Counter[str] = Counter()
+    most: list[int] = []
+    load = StreamedModel.loaded
+
+    @contextlib.contextmanager
+    def counted(model: StreamedModel, names: Sequence[str]) -> Iterator[None]:
+        units = [name for name in names if ".layers." in name or ".blocks." in name]
+        loaded.update(units)
+        most.append(len(+loaded))
+        with load(model, names):
+            yield
+        loaded.subtract(units)
+
+    monkeypatch.setattr(StreamedModel, "loaded", counted)
+    lean = pq.quantize(folder, asked, tmp_path / "lean", data).record.choice
+    assert max(most) == 1
+    assert whole is not None
+    assert lean is not None
+    timeless = [[replace(t, seconds=0.0) for t in one.trials] for one in (whole, lean)]
+    assert timeless[0] == timeless[1]
+    assert not list((tmp_path / "lean").rglob("states*"))
+
+
+def test_a_budget_that_no_trial_keeps_is_told(
+    tiny: Callable[..., Path], data: Path, tmp_path: Path
+) -> None:
+    budget = resident_bytes() + 2**20
+    with pytest.raises(PlanError, match=r"memory budget of .* is too small"):
+        pq.quantize(
+            tiny("qwen2_vl"), recipe(ROTATED, SMOOTHED), tmp_path / "o", data, memory_budget=budget
+        )
+
+
+def test_several_ranks_choose_what_one_does(
+    tiny: Callable[..., Path], data: Path, tmp_path: Path
+) -> None:
+    """The samples held out are dealt, too: a rank may have none of a kind."""
+    folder, asked = tiny("qwen2_vl"), recipe(ROTATED, SMOOTHED).with_calibration(batch_size=2)
+    one = pq.quantize(folder, asked, tmp_path / "one", data).record.choice
+    (tmp_path / "recipe.yaml").write_text(asked.to_yaml())
+    out = tmp_path / "several"
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    line += ["-m", "prismquant", "quantize", str(folder), "--calib", str(data)]
+    line += ["--recipe", str(tmp_path / "recipe.yaml"), "--out", str(out)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=500, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    record = RunDirectory(out).load()
+    assert one is not None
+    assert record.choice is not None
+    assert record.environment["ranks"] == "2"
+    assert (record.choice.chosen, record.choice.held_out) == (one.chosen, one.held_out)
+    for own, other in zip(record.choice.trials, one.trials, strict=True):
+        assert (own.name, own.round, own.samples) == (other.name, other.round, other.samples)
+        assert own.parts == pytest.approx(other.parts, rel=1e-3)
