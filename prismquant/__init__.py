@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from prismquant.errors import PrismQuantError
     from prismquant.export.load_quantized import load
     from prismquant.quantization.request import Result
+    from prismquant.recipe.importers.import_recipe import import_recipe
     from prismquant.recipe.schema import Recipe, load_recipe
     from prismquant.search.find_mix import FoundMix
     from prismquant.search.public import analyze
@@ -32,6 +33,7 @@ __all__ = [
     "__version__",
     "analyze",
     "find_mix",
+    "import_recipe",
     "inspect",
     "load",
     "load_recipe",
@@ -47,6 +49,7 @@ _HOMES = {
     "analyze": "prismquant.search.public",
     "find_mix": "prismquant.api",
     "FoundMix": "prismquant.search.find_mix",
+    "import_recipe": "prismquant.recipe.importers.import_recipe",
     "inspect": "prismquant.api",
     "load": "prismquant.export.load_quantized",
     "load_recipe": "prismquant.recipe.schema",

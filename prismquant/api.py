@@ -52,15 +52,14 @@ from prismquant.quantization.prepare import memory_room
 from prismquant.quantization.request import Request, Result, as_limits
 from prismquant.recipe.adapt import adapted
 from prismquant.recipe.alternative import choice_lines
-from prismquant.recipe.schema import Recipe, load_recipe
+from prismquant.recipe.importers.import_recipe import RecipeSource, import_recipe
+from prismquant.recipe.schema import Recipe
 from prismquant.run.directory import RunDirectory
 from prismquant.search.choose_method import quantize_best
 from prismquant.search.constraints import Asked, parse_constraints
 from prismquant.search.find_mix import FoundMix, SearchRequest, Verification, search_mix
 from prismquant.search.pareto import MAX_POINTS
 from prismquant.search.repair import MAX_SWAPS
-
-RecipeSource = str | Path | Mapping[str, Any] | Recipe
 
 
 @default_modes()
@@ -77,7 +76,7 @@ def inspect(
 
     Args:
         model: Folder of the checkpoint.
-        recipe: A preset's name, a file, a dictionary or a recipe.
+        recipe: As in :func:`quantize`.
         kv_cache: A format of keys and values, added to the recipe; as in :func:`quantize`.
         fallback: Where a format cannot hold a layer's shape, take the nearest.
         on_failure: Where a solver fails: ``stop``, or ``rtn`` to round to nearest.
@@ -87,19 +86,19 @@ def inspect(
         ArgumentError, RecipeError, ModelError, PlanError: Something does not fit; the message says
             what.
     """
-    folder = as_path(model, "model")
+    folder, imported = as_path(model, "model"), import_recipe(recipe)
     chosen = adapted(
-        load_recipe(recipe),
+        imported.recipe,
         kv_cache=kv_cache,
         fallback=fallback,
         on_failure=on_failure,
         tensor_parallel=tensor_parallel,
     )
     bound = bind(folder, headers_required=False)
-    if not chosen.choose:
-        return make_plan(chosen, bound)
-    plan = make_plan(chosen.chosen(chosen.choose[0].name), bound)
-    return replace(plan, remarks=(*plan.remarks, *choice_lines(chosen.name, chosen.choose)))
+    first = chosen.chosen(chosen.choose[0].name) if chosen.choose else chosen
+    left = choice_lines(chosen.name, chosen.choose) if chosen.choose else ()
+    plan = make_plan(first, bound)
+    return replace(plan, remarks=(*imported.lines, *plan.remarks, *left))
 
 
 @default_modes()
@@ -133,7 +132,8 @@ def quantize(
 
     Args:
         model: Folder of the source checkpoint.
-        recipe: A preset's name, a file, a dictionary or a recipe.
+        recipe: A preset's name, a file, a dictionary or a recipe; also of another tool, see
+            :func:`prismquant.recipe.importers.import_recipe.import_recipe`.
         out: Folder of the result; must not exist or be empty, unless ``resume``.
         calibration: A data file or the name of a data set. Not needed by recipes of ``rtn`` and
             dynamic activations.
@@ -179,8 +179,9 @@ def quantize(
         "--max-frames": max_frames,
         "--max-length": max_length,
     }
+    imported = import_recipe(recipe)
     chosen = adapted(
-        load_recipe(recipe),
+        imported.recipe,
         kv_cache=kv_cache,
         fallback=fallback,
         on_failure=on_failure,
@@ -204,6 +205,7 @@ def quantize(
         strict=as_flag(strict, "strict"),
         limits=as_limits(max_pixels, max_frames, max_length),
         of_data=[option for option, value in of_data.items() if value is not None],
+        translation=imported.translation,
     )
     return quantize_best(asked) if chosen.choose else perform(asked)
 

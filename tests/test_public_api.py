@@ -25,6 +25,7 @@ NAMES = [
     "__version__",
     "analyze",
     "find_mix",
+    "import_recipe",
     "inspect",
     "load",
     "load_recipe",

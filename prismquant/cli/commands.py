@@ -90,12 +90,14 @@ def inspect(
 ) -> None:
     """Print the plan: every layer with its format and size. Reads headers only, no weights."""
     from prismquant.api import inspect as make
+    from prismquant.recipe.importers.import_recipe import import_recipe
     from prismquant.report.plan_summary import PlanSummary
     from prismquant.report.plans import layer_table, totals_table, transform_table
 
+    imported = import_recipe(recipe)
     plan = make(
         model,
-        recipe,
+        imported,
         kv_cache=kv_cache,
         fallback=fallback,
         on_failure=on_failure,
@@ -103,7 +105,8 @@ def inspect(
     )
     content = plan.to_dict()
     if as_json:
-        say_json(content)
+        translated = {} if imported.translation is None else {"translation": imported.to_dict()}
+        say_json(content | translated)
         return
     summary = PlanSummary.from_dict(content)
     for table in (layer_table(summary), transform_table(summary), totals_table(summary)):

@@ -13,7 +13,10 @@ T = TypeVar("T")
 
 # Not typer's paths: an empty word is no folder, and must not become the current one.
 Model = Annotated[str, typer.Argument(help="Folder of a checkpoint.", show_default=False)]
-RecipeOption = Annotated[str, typer.Option("--recipe", help="A preset's name or a YAML file.")]
+RecipeOption = Annotated[
+    str,
+    typer.Option("--recipe", help="A preset's name or a file, of this or another tool."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that lies in the checkpoint's folder.")

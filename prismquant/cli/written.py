@@ -20,6 +20,7 @@ def tell_run(result: Result, report: Report, out: str, console: Any, *, as_json:
     from prismquant.report.method_choices import choice_table
     from prismquant.report.plans import memory_line, run_table, token_lines
     from prismquant.report.run_files import RunFiles
+    from prismquant.report.translations import translation_table
 
     if as_json:
         body = {
@@ -32,6 +33,8 @@ def tell_run(result: Result, report: Report, out: str, console: Any, *, as_json:
         say_json(body)
         return
     files = RunFiles.read(result.folder)
+    if files.record.translation is not None:
+        console.print(translation_table(files.record.translation))
     if files.record.choice is not None:
         console.print(choice_table(files.record.choice))
     console.print(run_table(files))

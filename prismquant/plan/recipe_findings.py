@@ -13,7 +13,7 @@ from prismquant.recipe.schema import Recipe
 
 
 def idle_rules(recipe: Recipe, bound: BoundModel, resolved: Iterable[Resolved]) -> list[str]:
-    """Rules that match no layer, but for those of :func:`rules_of_absent_towers`."""
+    """Rules that match no layer and must, but for those of :func:`rules_of_absent_towers`."""
     used = {index for one in resolved for index in one.rules}
     used |= {index for index, _ in rules_of_absent_towers(recipe, bound)}
     modalities = sorted({str(site.modality) for site in bound.sites})
@@ -23,7 +23,7 @@ def idle_rules(recipe: Recipe, bound: BoundModel, resolved: Iterable[Resolved]) 
         f"{rule.match.model_dump(mode='json', exclude_defaults=True)}; "
         f"modalities: {', '.join(modalities)}; roles: {', '.join(roles)}"
         for index, rule in enumerate(recipe.rules)
-        if index not in used
+        if index not in used and not rule.optional
     ]
 
 
@@ -53,7 +53,7 @@ def rules_of_absent_towers(recipe: Recipe, bound: BoundModel) -> list[tuple[int,
 
 
 def idle_entries(recipe: Recipe, bound: BoundModel) -> list[str]:
-    """Entries of a rule's lists that mean no layer, although the rule itself does."""
+    """Entries of a rule's lists that mean no layer, although the rule itself does or need not."""
     told = {index for index, _ in rules_of_absent_towers(recipe, bound)}
     rules = [(index, rule) for index, rule in enumerate(recipe.rules) if index not in told]
     matches = [(f"rules[{index}]", rule.match) for index, rule in rules]

@@ -47,6 +47,8 @@ def perform(asked: Request) -> Result:
     """
     bound = bind(asked.model)
     plan = make_plan(asked.recipe, bound)
+    for line in () if asked.translation is None else asked.translation.lines():
+        asked.reporter.remark(line)
     if not plan.needs_data:
         plan = replace(plan, remarks=(*plan.remarks, *_unread(asked)))
         asked = replace(asked, calibration=None)
@@ -94,6 +96,7 @@ def _begun(
         environment=environment(asked.target) | _unusual(bound, asked.ranks, locked=locked),
         memory=_told(ready.memory, asked.memory_budget),
         choice=asked.choice,
+        translation=asked.translation,
     )
     if asked.ranks.rank == 0:
         record = directory.begin(record, ready.plan, asked.recipe, resume=asked.resume)

@@ -12,6 +12,7 @@ import torch
 from prismquant.arguments import as_count
 from prismquant.data import Sample
 from prismquant.data.media import Limits
+from prismquant.diagnostics.translation import Translation
 from prismquant.distributed import Ranks
 from prismquant.engine.setup import Reporter
 from prismquant.plan.plan import Plan
@@ -45,6 +46,7 @@ class Request:
         of_data: Options that were given and are about calibration data alone.
         samples: Calibration samples that are read already, in place of all of the source.
         choice: How the recipe was chosen among alternatives, for the record.
+        translation: What became of the settings of another tool's recipe; None: it is our own.
     """
 
     model: Path
@@ -63,6 +65,7 @@ class Request:
     of_data: Sequence[str]
     samples: tuple[Sample, ...] | None = None
     choice: MethodChoice | None = None
+    translation: Translation | None = None
 
 
 @dataclass(frozen=True)

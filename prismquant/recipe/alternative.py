@@ -36,7 +36,7 @@ class Alternative(Strict):
         """Say in a few words what it adds, such as ``smoothquant + correction``."""
         words = [rule.name for rule in self.transforms]
         for rule in self.rules:
-            words += sorted(rule.model_fields_set - {"match"})
+            words += sorted(rule.model_fields_set - {"match", "optional"})
         return " + ".join(dict.fromkeys(words)) or "nothing more"
 
     def within(self, part: str) -> dict[str, list[dict[str, Any]]]:

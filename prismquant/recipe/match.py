@@ -95,8 +95,10 @@ class Match(Strict):
         return self.matches(modality=layer.modality, role=layer.role, name=layer.name)
 
     def idle_entries(self, layers: Iterable[Matchable]) -> Iterator[str]:
-        """Roles and names of lists that mean none of these layers, though others beside them do."""
+        """Roles and names of lists that mean none of these layers; all there is, if none does."""
         meant = [layer for layer in layers if self.means(layer)]
+        for modality in () if meant else self.modality:
+            yield f"modality {modality.value!r}"
         for role in self.role:
             if not any(_has_role(layer.role, role) for layer in meant):
                 yield f"role {role!r}"

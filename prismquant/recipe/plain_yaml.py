@@ -9,6 +9,7 @@ that no file takes more than a moment.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import yaml
@@ -21,6 +22,7 @@ _MAX_INTEGER = 2**63 - 1
 _PREFIX = "tag:yaml.org,2002:"
 # Whatever a word looks like, it is text or one of these.
 _KINDS = ("null", "bool", "int", "float")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 # The grammar of YAML 1.1 takes a number such as 1e-3 for text.
 _EXPONENT = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+")
 
@@ -44,6 +46,12 @@ def read_yaml(text: str) -> Any:
 def write_yaml(value: Any) -> str:
     """The value as YAML that :func:`read_yaml` takes, its keys in their order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
+
+
+def yaml_comment(lines: Iterable[str]) -> str:
+    """Lines as a comment above a YAML text; what could end one early is a blank in it."""
+    written = (f"# {_CONTROL.sub(' ', line)}" for line in lines)
+    return "".join(f"{line.rstrip()}\n" for line in written)
 
 
 class _Loader(yaml.SafeLoader):

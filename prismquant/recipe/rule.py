@@ -62,6 +62,7 @@ class LayerRule(Strict):
         on_failure: What to do where the solver fails for want of usable statistics: ``stop``, or
             ``rtn`` to round to nearest.
         skip: ``true`` leaves the layer alone.
+        optional: ``true`` where the rule may match no layer, which is told; else that is an error.
     """
 
     match: Match = Match()
@@ -79,6 +80,7 @@ class LayerRule(Strict):
     fallback: Fallback | None = None
     on_failure: OnFailure | None = None
     skip: Flag | None = None
+    optional: Flag | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -149,7 +151,7 @@ class LayerRule(Strict):
 
     @model_validator(mode="after")
     def _says_something(self) -> LayerRule:
-        if not self.model_fields_set - {"match"}:
+        if not self.model_fields_set - {"match", "optional"}:
             raise ValueError("the rule sets nothing")
         return self
 

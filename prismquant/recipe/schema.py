@@ -50,11 +50,11 @@ from prismquant.arguments import MAX_BATCH, MAX_SAMPLES
 from prismquant.errors import PrismQuantError, RecipeError, listed, shortened, suggest
 from prismquant.formats.kv_formats import KVCacheSpec, kv_cache_spec
 from prismquant.numerics.rules import RangeRule
-from prismquant.opening import read_bounded
 from prismquant.recipe.alternative import Alternative
 from prismquant.recipe.field_checks import as_finding, range_fields
 from prismquant.recipe.match import MAX_EXPRESSIONS, Match, Strict
-from prismquant.recipe.plain_yaml import MAX_BYTES, read_yaml, write_yaml
+from prismquant.recipe.plain_yaml import write_yaml
+from prismquant.recipe.recipe_file import read_recipe_file
 from prismquant.recipe.rule import Flag, LayerRule
 from prismquant.recipe.transform_rule import TransformRule
 
@@ -254,7 +254,10 @@ class Recipe(Strict):
 
 
 def load_recipe(source: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
-    """A recipe from a preset's name, a YAML file, a dictionary, or a recipe.
+    """A recipe of our own grammar: a preset's name, a file, a dictionary, or a recipe.
+
+    Other tools' recipes are read by
+    :func:`prismquant.recipe.importers.import_recipe.import_recipe`.
 
     Raises:
         RecipeError: No such preset or file, or the content does not fit the grammar.
@@ -274,14 +277,7 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
     if not os.path.exists(source):
         _refuse_missing(str(source))
     path = Path(source)
-    try:
-        content = read_yaml(read_bounded(path, MAX_BYTES).decode("utf-8"))
-    except OSError as error:
-        raise RecipeError(
-            f"the recipe cannot be read: {error.strerror}", where=str(path)
-        ) from error
-    except ValueError as error:
-        raise RecipeError(f"not valid YAML: {error}", where=str(path)) from error
+    content = read_recipe_file(path)
     if not isinstance(content, Mapping):
         raise RecipeError(
             "the file holds no mapping with a key 'rules'",

@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from prismquant.arguments import EXACT
 from prismquant.diagnostics.step_record import StepRecord
+from prismquant.diagnostics.translation import Translation
 from prismquant.errors import NumericsError, StorageError, grouped, listed
 from prismquant.run.identity import Identity
 from prismquant.run.method_choice import MethodChoice
@@ -61,6 +62,7 @@ class RunRecord:
         files: Checksums of the other files of the finished checkpoint, by their path in the folder.
         nonfinite: As that of a step, of tensors that belong to none.
         choice: Of one among the recipe's alternatives; None where it left no choice.
+        translation: What became of the settings of another tool's recipe; None where it was ours.
     """
 
     __pydantic_config__ = EXACT
@@ -79,6 +81,7 @@ class RunRecord:
     files: Mapping[str, str] = field(default_factory=dict)
     nonfinite: Mapping[str, str] = field(default_factory=dict)
     choice: MethodChoice | None = None
+    translation: Translation | None = None
 
     @property
     def threads(self) -> tuple[int, ...]:

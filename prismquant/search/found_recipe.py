@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +11,7 @@ from typing import Any
 from prismquant.errors import PlanError
 from prismquant.numerics.rules import RangeRule
 from prismquant.recipe.match import Match
-from prismquant.recipe.plain_yaml import write_yaml
+from prismquant.recipe.plain_yaml import write_yaml, yaml_comment
 from prismquant.recipe.resolve import resolve
 from prismquant.recipe.schema import Recipe, parse_recipe
 from prismquant.search.allocate import Mix
@@ -28,7 +27,6 @@ FIRST_WORDS = "# Found by prismquant search"
 """Beginning of every recipe of a search, by which an earlier one is known."""
 
 _SKIP = json.dumps({"skip": True})
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -89,8 +87,7 @@ def recipe_of(
         body["tensor_parallel"] = constraints.tensor_parallel
     recipe = parse_recipe(body, source=name)
     _require_exact(recipe, found, mix)
-    lines = [f"# {_CONTROL.sub(' ', line)}".rstrip() for line in comment]
-    return WrittenRecipe(recipe, "\n".join([*lines, write_yaml(body)]))
+    return WrittenRecipe(recipe, yaml_comment(comment) + write_yaml(body))
 
 
 def require_changes(mix: Mix) -> None:

@@ -31,6 +31,7 @@ from prismquant.diagnostics.solver_diagnostics import (
     StaticInputRange,
 )
 from prismquant.diagnostics.step_record import EdgeRecord, LayerRecord, StepRecord
+from prismquant.diagnostics.translation import TranslatedSetting, Translation
 from prismquant.diagnostics.tuning_diagnostics import TuningDiagnostics
 from prismquant.engine.setup import Silent
 from prismquant.errors import StorageError
@@ -143,6 +144,9 @@ def test_a_record_survives_being_written(tmp_path: Path) -> None:
         finished=True,
         restarts=(RestartRecord("2026-01-01T00:00:00Z", 1, ("damaged", "threads")),),
         files={"config.json": "00"},
+        translation=Translation(
+            "toy", "toy.yaml", changed=(TranslatedSetting("a.b", "[1]", "rules[0]", "why", "near"),)
+        ),
     )
     directory = RunDirectory(tmp_path)
     directory.save(record)

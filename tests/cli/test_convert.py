@@ -1,0 +1,117 @@
+"""Recipes of other tools on the command line, and in the record of a run."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+from toy_dialect import TOY, install
+
+import prismquant as pq
+from prismquant.diagnostics.translation import Translation
+from prismquant.opening import read_json
+from prismquant.recipe.importers.import_recipe import import_recipe
+from prismquant.recipe.plain_yaml import read_yaml
+from prismquant.recipe.schema import load_recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch)
+
+
+# From file to record
+
+
+def test_a_run_tells_keeps_and_shows_what_became_of_it(
+    tiny: Callable[..., Path], tmp_path: Path, run: Cli
+) -> None:
+    (tmp_path / "toy.json").write_text(json.dumps(TOY))
+    out, words = str(tmp_path / "out"), ["--recipe", str(tmp_path / "toy.json"), "--json"]
+    status, said, told = run("quantize", str(tiny("qwen3_vl")), *words, "--out", out)
+    assert status == 0, told
+    record = json.loads(said)["record"]
+    wanted = import_recipe(tmp_path / "toy.json").translation
+    assert isinstance(wanted, Translation)
+    assert record == read_json(tmp_path / "out" / "prismquant" / "record.json")
+    assert record["translation"]["dialect"] == "toy"
+    assert record["translation"]["changed"] == [vars(one) for one in wanted.changed]
+    assert "note: changed: toy_order: true -> rules[0].solver: rtn (no order is kept)" in told
+    assert "note: dropped: toy_speed: fast" in told
+    # And the same record is read back, whole.
+    result = pq.quantize(tiny("qwen3_vl"), TOY, tmp_path / "again")
+    assert result.record.translation is not None
+    assert result.record.translation.honoured == wanted.honoured
+    kept = load_recipe(tmp_path / "out" / "prismquant" / "recipe.yaml")
+    assert kept == import_recipe(TOY).recipe
+
+
+def test_a_plan_tells_what_became_of_it(
+    tiny: Callable[..., Path], tmp_path: Path, run: Cli
+) -> None:
+    (tmp_path / "toy.json").write_text(json.dumps(TOY))
+    words = "inspect", str(tiny("qwen3_vl")), "--recipe", str(tmp_path / "toy.json")
+    status, said, _ = run(*words)
+    assert status == 0
+    assert "was read as a recipe of toy: settings 1 honoured, 1 changed, 1 dropped" in said
+    status, said, _ = run(*words, "--json")
+    assert status == 0
+    assert json.loads(said)["translation"] == import_recipe(tmp_path / "toy.json").to_dict()
+    status, said, _ = run("inspect", words[1], "--recipe", "w8a8", "--json")
+    assert "translation" not in json.loads(said)
+
+
+# The command
+
+
+def test_convert_writes_a_recipe_that_is_read_back(tmp_path: Path, run: Cli) -> None:
+    (tmp_path / "toy.json").write_text(json.dumps(TOY))
+    imported = import_recipe(tmp_path / "toy.json")
+    status, said, told = run("recipe", "convert", str(tmp_path / "toy.json"))
+    assert status == 0
+    assert load_recipe(read_yaml(said)) == imported.recipe
+    assert "# dropped: toy_speed: fast" in said
+    assert "toy_speed" in told
+    out = tmp_path / "out.yaml"
+    for _ in range(2):  # An earlier one of its own is replaced.
+        status, said, told = run("recipe", "convert", str(tmp_path / "toy.json"), "--out", str(out))
+        assert (status, said) == (0, "")
+        assert load_recipe(out) == imported.recipe
+    status, said, _ = run("recipe", "convert", "-8", "--from", "toy", "--json")
+    assert status == 0
+    assert json.loads(said) == import_recipe("-8").to_dict() | {"out": None}
+
+
+def test_convert_refuses_what_it_should(tmp_path: Path, run: Cli) -> None:
+    toy = tmp_path / "toy.json"
+    toy.write_text(json.dumps(TOY))
+    status, said, told = run("recipe", "convert", str(toy), "--strict")
+    assert (status, said) == (1, "")
+    assert "cannot be kept as it is" in told
+    assert run("recipe", "convert", "-8", "--strict")[0] == 0
+    (tmp_path / "mine.yaml").write_text("rules: []")
+    for out in (toy, tmp_path / "mine.yaml", tmp_path):
+        before = toy.read_text()
+        status, said, _ = run("recipe", "convert", str(toy), "--out", str(out))
+        assert (status, said) == (1, "")
+        assert toy.read_text() == before
+    assert run("recipe", "convert", str(toy), "--out", "")[0] == 2
+    assert "there is no dialect" in run("recipe", "convert", "-8", "--from", "x")[2]
+
+
+def test_show_and_validate_take_other_tools_recipes(tmp_path: Path, run: Cli) -> None:
+    (tmp_path / "toy.json").write_text(json.dumps(TOY))
+    status, said, told = run("recipe", "show", str(tmp_path / "toy.json"))
+    assert status == 0
+    assert load_recipe(read_yaml(said)) == import_recipe(TOY).recipe
+    assert "dropped: toy_speed" in told
+    status, said, told = run("recipe", "validate", str(tmp_path / "toy.json"))
+    assert (status, said) == (0, "toy: 2 rules, valid\n")
+    assert "changed: toy_order" in told
