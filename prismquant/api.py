@@ -59,6 +59,7 @@ from prismquant.search.choose_method import quantize_best
 from prismquant.search.constraints import Asked, parse_constraints
 from prismquant.search.find_mix import FoundMix, SearchRequest, Verification, search_mix
 from prismquant.search.pareto import MAX_POINTS
+from prismquant.search.predicted_layers import Predictor
 from prismquant.search.repair import MAX_SWAPS
 
 
@@ -206,6 +207,7 @@ def quantize(
         limits=as_limits(max_pixels, max_frames, max_length),
         of_data=[option for option, value in of_data.items() if value is not None],
         translation=imported.translation,
+        predict=Predictor(chosen, recipe),
     )
     return quantize_best(asked) if chosen.choose else perform(asked)
 

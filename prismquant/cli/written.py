@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from prismquant.cli.output import say_json
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 def tell_run(result: Result, report: Report, out: str, console: Any, *, as_json: bool) -> None:
     """Say what a run has done, as one JSON object or in tables."""
     from prismquant.diagnostics.failed_layers import failed_layers
+    from prismquant.report.layer_predictions import compared_layers, comparison_table
     from prismquant.report.method_choices import choice_table
     from prismquant.report.plans import memory_line, run_table, token_lines
     from prismquant.report.run_files import RunFiles
@@ -27,6 +29,7 @@ def tell_run(result: Result, report: Report, out: str, console: Any, *, as_json:
             "out": out,
             "failed": [name for step in result.record.steps for name in failed_layers(step.layers)],
             "notes": [*result.plan.remarks, *result.notes],
+            "compared": [asdict(layer) for layer in compared_layers(result.record)],
             "record": result.record.to_dict(),
             "check": report.to_dict(),
         }
@@ -38,6 +41,8 @@ def tell_run(result: Result, report: Report, out: str, console: Any, *, as_json:
     if files.record.choice is not None:
         console.print(choice_table(files.record.choice))
     console.print(run_table(files))
+    if (compared := comparison_table(files.record)) is not None:
+        console.print(compared)
     console.print(memory_line(files.record))
     for line in token_lines(files):
         console.print(as_text(line))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from prismquant.data.batches import Batch
 from prismquant.diagnostics.failed_layers import failure_lines
+from prismquant.diagnostics.predictions import Predictions
 from prismquant.diagnostics.step_record import StepRecord
 from prismquant.distributed import Ranks
 from prismquant.engine.activation_store import ActivationStore
@@ -65,12 +66,16 @@ def perform(asked: Request) -> Result:
         # Trials of a choice may have been resumed, though nothing of the run was there.
         resumed = directory.record_path.exists() or asked.choice is not None
         anew = [NOTHING_TO_RESUME] if asked.resume and not resumed else []
-        record = _begun(asked, bound, ready, directory, locked=locked)
+        predictions, unknown = asked.predict(ready.plan) if first else (None, [])
+        record = _begun(asked, bound, ready, directory, predictions, locked=locked)
         earlier: tuple[str, ...] = ()
         if not record.finished:
             record = _quantized(asked, bound, ready, directory, record, precision)
             earlier = record.restarts[-1].notes if record.restarts else ()
-        notes = (*anew, *earlier, *_notes(record, bound, directory), *_prediction(asked))
+        # A run that is resumed keeps those that it began with.
+        lost = unknown if record.predictions == predictions else []
+        told = (*_notes(record, bound, directory), *_prediction(asked), *lost)
+        notes = (*anew, *earlier, *told)
         return Result(asked.out, ready.plan, record, notes)
 
 
@@ -85,7 +90,13 @@ def _unread(asked: Request) -> list[str]:
 
 
 def _begun(
-    asked: Request, bound: BoundModel, ready: Prepared, directory: RunDirectory, *, locked: bool
+    asked: Request,
+    bound: BoundModel,
+    ready: Prepared,
+    directory: RunDirectory,
+    predictions: Predictions | None,
+    *,
+    locked: bool,
 ) -> RunRecord:
     """The record of the run as it begins, or of the one that is resumed; alike on all ranks."""
     record = RunRecord(
@@ -97,6 +108,7 @@ def _begun(
         memory=_told(ready.memory, asked.memory_budget),
         choice=asked.choice,
         translation=asked.translation,
+        predictions=predictions,
     )
     if asked.ranks.rank == 0:
         record = directory.begin(record, ready.plan, asked.recipe, resume=asked.resume)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from prismquant.arguments import as_count
 from prismquant.data import Sample
 from prismquant.data.media import Limits
+from prismquant.diagnostics.predictions import Predictions
 from prismquant.diagnostics.translation import Translation
 from prismquant.distributed import Ranks
 from prismquant.engine.setup import Reporter
@@ -21,8 +22,16 @@ from prismquant.run.method_choice import MethodChoice
 from prismquant.run.record import RunRecord
 from prismquant.runtime.mixed import Wanted
 
+Predict = Callable[[Plan], tuple[Predictions | None, list[str]]]
+"""Gives predictions of a plan's layers, if there are any, and notes on those that are missing."""
+
 # No picture, clip or sample has more of anything.
 _MOST = 2**31 - 1
+
+
+def _nothing_predicted(plan: Plan) -> tuple[Predictions | None, list[str]]:
+    """No prediction."""
+    return None, []
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,8 @@ class Request:
         samples: Calibration samples that are read already, in place of all of the source.
         choice: How the recipe was chosen among alternatives, for the record.
         translation: What became of the settings of another tool's recipe; None: it is our own.
+        predict: Gives what a search predicted of a plan's layers, for the record, and notes on
+            what is missing of that.
     """
 
     model: Path
@@ -66,6 +77,7 @@ class Request:
     samples: tuple[Sample, ...] | None = None
     choice: MethodChoice | None = None
     translation: Translation | None = None
+    predict: Predict = _nothing_predicted
 
 
 @dataclass(frozen=True)

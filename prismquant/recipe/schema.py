@@ -56,6 +56,7 @@ from prismquant.recipe.match import MAX_EXPRESSIONS, Match, Strict
 from prismquant.recipe.plain_yaml import write_yaml
 from prismquant.recipe.recipe_file import read_recipe_file
 from prismquant.recipe.rule import Flag, LayerRule
+from prismquant.recipe.sensitivity_source import SensitivitySource
 from prismquant.recipe.transform_rule import TransformRule
 
 Fields = dict[str, Any]
@@ -111,6 +112,8 @@ class Recipe(Strict):
             parts.
         predicted: KL divergence from the unquantized model, in nats a token, that a search has
             predicted for each class of token; evaluations show it, a run does not go by it.
+        sensitivity: The file by which a search has found the recipe; a run that finds it there
+            compares its layers with what was predicted of them.
     """
 
     version: Literal[1] = 1
@@ -123,6 +126,7 @@ class Recipe(Strict):
     calibration: Calibration = Calibration()
     tensor_parallel: Annotated[int, _count(MAX_DEVICES)] = 1
     predicted: dict[PredictedClass, Nats] | None = None
+    sensitivity: SensitivitySource | None = None
 
     @field_validator("kv_cache", mode="before")
     @classmethod
@@ -334,5 +338,6 @@ def _keys_at(location: Sequence[Any]) -> Iterable[str]:
         "transforms": TransformRule,
         "choose": Alternative,
         "calibration": Calibration,
+        "sensitivity": SensitivitySource,
     }
     return models.get(names[-1] if names else "", Recipe).model_fields

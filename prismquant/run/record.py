@@ -17,13 +17,14 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from prismquant.arguments import EXACT
+from prismquant.diagnostics.predictions import Predictions
 from prismquant.diagnostics.step_record import StepRecord
 from prismquant.diagnostics.translation import Translation
 from prismquant.errors import NumericsError, StorageError, grouped, listed
 from prismquant.run.identity import Identity
 from prismquant.run.method_choice import MethodChoice
 
-RECORD_VERSION = 8
+RECORD_VERSION = 9
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class RunRecord:
         nonfinite: As that of a step, of tensors that belong to none.
         choice: Of one among the recipe's alternatives; None where it left no choice.
         translation: What became of the settings of another tool's recipe; None where it was ours.
+        predictions: Losses that an analysis predicted; None where no search found the recipe, or
+            its sensitivity was not at hand.
     """
 
     __pydantic_config__ = EXACT
@@ -82,6 +85,7 @@ class RunRecord:
     nonfinite: Mapping[str, str] = field(default_factory=dict)
     choice: MethodChoice | None = None
     translation: Translation | None = None
+    predictions: Predictions | None = None
 
     @property
     def threads(self) -> tuple[int, ...]:

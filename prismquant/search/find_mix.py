@@ -174,7 +174,8 @@ class _Search:
         """The recipe of a mix, with where it comes from in its comment, and more lines there."""
         name = f"{self.found.method}-{mix.bits:.2f}-bits"
         lines = provenance(self.found, mix, self.constraints, str(self.source), self.digest)
-        return recipe_of(self.found, mix, self.constraints, name, [*lines, *more])
+        source = {"file": str(self.source), "sha256": self.digest}
+        return recipe_of(self.found, mix, self.constraints, name, [*lines, *more], source)
 
     def verify(
         self, mix: Mix, asked: Verification, out: Path | None, progress: Progress

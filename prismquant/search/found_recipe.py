@@ -58,7 +58,12 @@ class WrittenRecipe:
 
 
 def recipe_of(
-    found: Sensitivity, mix: Mix, constraints: Constraints, name: str, comment: Sequence[str] = ()
+    found: Sensitivity,
+    mix: Mix,
+    constraints: Constraints,
+    name: str,
+    comment: Sequence[str] = (),
+    source: Mapping[str, str] | None = None,
 ) -> WrittenRecipe:
     """The recipe of a mix: laid over the model it gives every layer the format of the mix.
 
@@ -68,6 +73,7 @@ def recipe_of(
         constraints: Of these, over how many devices layers are cut.
         name: The recipe's.
         comment: Lines of the comment; what could end a line within them is left out.
+        source: Name and checksum of the sensitivity's file; None: the recipe does not name it.
 
     Raises:
         PlanError: The mix leaves everything alone.
@@ -83,6 +89,8 @@ def recipe_of(
     body["rules"] = [solver, *_rules(layers)] if any(x.said != _SKIP for x in layers) else []
     if found.method in IN_NATS:
         body["predicted"] = dict(mix.losses)
+    if source is not None:
+        body["sensitivity"] = dict(source)
     if constraints.tensor_parallel > 1:
         body["tensor_parallel"] = constraints.tensor_parallel
     recipe = parse_recipe(body, source=name)

@@ -184,3 +184,22 @@ def test_a_mix_is_verified_on_data(
     assert verified["swaps"] == []
     assert verified["first"] == verified["last"]
     assert verified["first"]["losses"]["answer"]["loss"] > 0
+
+
+def test_a_run_shows_layers_beside_their_predictions(
+    run: Cli, tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path
+) -> None:
+    folder, file, recipe = tiny("qwen2_vl"), tmp_path / "s.json", tmp_path / "r.yaml"
+    pq.analyze(folder, "int4-g32,int8-channel", file, calibration_file)
+    assert run("search", file, "--bits", "8", "--out", recipe)[0] == 0
+    words = ("quantize", folder, "--recipe", recipe, "--calib", calibration_file, "--threads", "1")
+    status, _, err = run(*words, "--out", tmp_path / "shown")
+    assert status == 0
+    assert "measured against predicted by the analysis, the 8 largest of " in err
+    status, said, _ = run(*words, "--out", tmp_path / "json", "--json")
+    assert status == 0
+    told = json.loads(said)
+    layers = [layer for step in told["record"]["steps"] for layer in step["layers"]]
+    assert {one["layer"]: one["measured"] for one in told["compared"]} == {
+        layer["name"]: layer["loss"] for layer in layers
+    }
