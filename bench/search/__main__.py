@@ -45,7 +45,7 @@ from bench.methods import Cells
 from bench.search.other_tools import MODELOPT, analyses, bits_and_group, effective_bits
 from bench.search.rounded import RoundedLayers, uniform_choice
 from bench.search.subjects import Searched, subjects
-from bench.search.tables import CLASSES, Measures, Result, Table, tables_of
+from bench.search.tables import CLASSES, Measures, Result, tables_of
 from prismquant import __version__
 from prismquant.api import quantize
 from prismquant.export.load_quantized import load_model
@@ -318,17 +318,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "formats": list(options.formats),
     }
     cells = Cells(options.out / "search.jsonl", facts)
-    tables: list[Table] = []
     with tempfile.TemporaryDirectory() as folder:
         for what in subjects(options, Path(folder)):
             bench = Bench(what, cells, options, Path(folder))
             for line in bench.run():
                 console.print(line, style="dim")
-            tables += tables_of(bench.measures)
-    for table in tables:
-        console.print(rich_table(table.headers, table.rows, title=table.title))
-    told = "\n".join(f"{one.title}\n\n{markdown_table(one.headers, one.rows)}" for one in tables)
-    (options.out / "search.md").write_text(told, encoding="utf-8")
+            told = ""
+            for table in tables_of(bench.measures):
+                console.print(rich_table(table.headers, table.rows, title=table.title))
+                told += f"{table.title}\n\n{markdown_table(table.headers, table.rows)}\n"
+            (options.out / f"search-{what.name}.md").write_text(told, encoding="utf-8")
     results = [{"cell": list(key), **result} for key, result in cells.done.items()]
     found = {"bench": "search", **facts, "results": results}
     (options.out / "search.json").write_text(json.dumps(found), encoding="utf-8")

@@ -201,7 +201,7 @@ def mix_essence(found: Measures) -> tuple[list[str], list[list[str]]]:
             row.setdefault(mix, []).append((result["answer"], result["text"]))
     mixes = list(dict.fromkeys(mix for row in losses.values() for mix in row if mix != "uniform"))
     lines = []
-    for (solver, label), row in losses.items():
+    for (solver, label), row in sorted(losses.items()):
         if row.keys() == {"uniform"}:
             continue
         shown = {mix: _shown(mix, several) for mix, several in row.items()}
