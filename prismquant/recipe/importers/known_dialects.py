@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from prismquant.recipe.importers import llm_compressor
 from prismquant.recipe.importers.imported import Imported
+from prismquant.recipe.importers.source_section import Table
 
 
 @dataclass(frozen=True)
@@ -18,13 +20,26 @@ class Dialect:
         known_by: By what it is recognized, in words.
         recognizes: Whether a content, as read from a file or given as text, is a recipe of it.
         read: The recipe in our grammar; takes the content and the name of its source.
+        tables: All settings that it knows, by where they stand; for the page about migrating.
+        notes: What else a user should know who comes from it.
     """
 
     name: str
     known_by: str
     recognizes: Callable[[Any], bool]
     read: Callable[[Any, str], Imported]
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
-DIALECTS: tuple[Dialect, ...] = ()
+DIALECTS: tuple[Dialect, ...] = (
+    Dialect(
+        llm_compressor.NAME,
+        "stages (`.._stage`) of modifiers, or the names of modifiers",
+        llm_compressor.recognizes,
+        llm_compressor.read,
+        llm_compressor.TABLES,
+        llm_compressor.NOTES,
+    ),
+)
 """All dialects but our own."""
