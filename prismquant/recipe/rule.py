@@ -19,7 +19,6 @@ from prismquant.errors import PrismQuantError, RecipeError, suggest
 from prismquant.formats.spec import NumberSpec, spec
 from prismquant.models.arch import Modality
 from prismquant.numerics.rules import SEARCHES
-from prismquant.recipe.aliases import translated
 from prismquant.recipe.field_checks import (
     as_finding,
     check_format_fields,
@@ -81,11 +80,6 @@ class LayerRule(Strict):
     on_failure: OnFailure | None = None
     skip: Flag | None = None
     optional: Flag | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _other_names(cls, content: Any) -> Any:
-        return translated(content) if isinstance(content, Mapping) else content
 
     @field_validator("weights", "activations", "outputs", mode="before")
     @classmethod

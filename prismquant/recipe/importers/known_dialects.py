@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from prismquant.recipe.importers import llm_compressor
+from prismquant.recipe.importers import llm_compressor, mi_optimize
 from prismquant.recipe.importers.imported import Imported
 from prismquant.recipe.importers.source_section import Table
 
@@ -40,6 +40,14 @@ DIALECTS: tuple[Dialect, ...] = (
         llm_compressor.read,
         llm_compressor.TABLES,
         llm_compressor.NOTES,
+    ),
+    Dialect(
+        mi_optimize.NAME,
+        "`quant_config` with `algo` or `w_dtype`, with or without that key around it",
+        mi_optimize.recognizes,
+        mi_optimize.read,
+        mi_optimize.TABLES,
+        mi_optimize.NOTES,
     ),
 )
 """All dialects but our own."""

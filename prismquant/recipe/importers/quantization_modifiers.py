@@ -101,7 +101,7 @@ class QuantizationStep:
 
 
 def quantization_step(section: SourceSection, method: Fields, order: str) -> QuantizationStep:
-    """What a modifier quantizes, with notes on the keys of :data:`QUANTIZATION`.
+    """Layers that a modifier quantizes, with notes on the keys of :data:`QUANTIZATION`.
 
     Args:
         section: The modifier's keys.
