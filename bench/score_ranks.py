@@ -1,16 +1,18 @@
 """Rank correlation of every method's scores with the true divergence of one quantized unit.
 
     python -m bench.score_ranks [--solvers rtn gptq] [--samples 64] [--seeds 1] [--held-out 96]
+        [--scores "fisher, 2 draws" gradient ..]
 
 On the embedded model, all towers. *True* is the KL divergence by class of token on held-out
 questions, in float32, of the model in which one unit of choice alone has a format, its codes chosen
 with the calibration samples. Printed is Spearman's rank correlation over the units, the mean over
-formats and seeds of calibration samples, for each class of tokens; and for methods that predict a
-divergence the median over units of predicted over true.
+formats and seeds of calibration samples and in brackets the lowest of them, for each class of
+tokens; and for methods that predict a divergence the median over units of predicted over true.
 
-Beside the methods of ``prismquant analyze`` two other estimators of the same quantity are tried:
-``labels``, gradients of labels that the model draws itself with random signs, in place of probes;
-and ``kfac``, tr(G dW H dW^T), with gradients and inputs as if they were independent.
+Beside the methods of ``prismquant analyze`` other estimators of the same quantity are tried:
+``plain sums``, without weights of samples; ``labels``, gradients of labels that the model draws
+itself with random signs, in place of probes; and ``kfac``, tr(G dW H dW^T), with gradients and
+inputs as if they were independent. The last two are plain sums as well.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ import contextlib
 import statistics
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -48,6 +51,7 @@ from prismquant.search.choices import make_choices
 from prismquant.search.format_grammar import formats_on_offer
 from prismquant.search.methods import fisher
 from prismquant.search.option_errors import LayerError, Option, solve_step
+from prismquant.search.sample_weights import with_sample_weights
 from prismquant.search.sensitivity import TOKEN_CLASSES
 from prismquant.search.token_places import token_places
 from prismquant.search.watched_step import WatchedCall
@@ -109,10 +113,14 @@ class Moments:
         return found
 
 
-def scores_of(analysis: Analysis, method: AnalysisMethod) -> Losses:
+def scores_of(analysis: Analysis, method: AnalysisMethod, *, weighted: bool = False) -> Losses:
     """Scores of a method; one that knows a single class has it for all."""
     found: Losses = {}
-    for one in method.scores(analysis):
+    scored = list(method.scores(analysis))
+    if weighted:
+        towers = {one.unit.name: one.unit.modality for one in analysis.choices.units}
+        scored = list(with_sample_weights(scored, towers))
+    for one in scored:
         for option, scores in one.scores.items():
             own = {name: score.loss for name, score in scores.items()}
             any_class = next(iter(own.values()))
@@ -120,19 +128,29 @@ def scores_of(analysis: Analysis, method: AnalysisMethod) -> Losses:
     return found
 
 
-def candidates(analysis: Analysis) -> Iterator[tuple[str, Losses]]:
-    """Scores of every method and estimator, by its name."""
-    for draws in (1, 2, 8):
-        yield f"fisher, {draws} draws", scores_of(analysis, fisher.Fisher(draws))
-    for draws in (2, 8):
+def candidates(analysis: Analysis) -> dict[str, Callable[[], Losses]]:
+    """Every method and estimator by its name: what gives its scores."""
+
+    def labels(draws: int) -> Losses:
         with mock.patch.object(fisher, "probes", label_probes):
-            yield f"labels, {draws} draws", scores_of(analysis, fisher.Fisher(draws))
-    moments = Moments()
-    with mock.patch.object(backward_scores._StepWork, "_take", lambda *a: moments.take(*a)):
-        scores_of(analysis, fisher.Fisher(2))
-    yield "kfac, 2 draws", moments.losses(2)
-    for name in ("gradient", "output", "weight"):
-        yield name, scores_of(analysis, build_method(name, {}))
+            return scores_of(analysis, fisher.Fisher(draws))
+
+    def kfac() -> Losses:
+        moments = Moments()
+        with mock.patch.object(backward_scores._StepWork, "_take", lambda *a: moments.take(*a)):
+            scores_of(analysis, fisher.Fisher(2))
+        return moments.losses(2)
+
+    found: dict[str, Callable[[], Losses]] = {}
+    for draws in (1, 2, 8):
+        method = fisher.Fisher(draws)
+        found[f"fisher, {draws} draws"] = partial(scores_of, analysis, method, weighted=True)
+        found[f"plain sums, {draws} draws"] = partial(scores_of, analysis, method)
+    found |= {f"labels, {draws} draws": partial(labels, draws) for draws in (2, 8)}
+    found["kfac, 2 draws"] = kfac
+    for name in ("gradient", "output", "weight", "kl_div"):
+        found[name] = partial(scores_of, analysis, build_method(name, {}))
+    return found
 
 
 def solved(analysis: Analysis) -> dict[Option, list[LayerError]]:
@@ -225,6 +243,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--held-out", type=int, default=96)
+    parser.add_argument("--scores", nargs="+", default=[], help="some of the rows; else all")
     options = parser.parse_args()
     console, bound = Console(), bind(CHECKPOINT)
     torch.set_num_threads(1)
@@ -239,16 +258,22 @@ def main() -> None:
                 batches = data(Path(place), "calibration", options.samples, seed, 1)
                 analysis = Analysis(bound, choices, batches, seed=seed)
                 true = true_losses(bound, solved(analysis), held_out)
-                for name, found in candidates(analysis):
+                for name, make in candidates(analysis).items():
+                    if options.scores and name not in options.scores:
+                        continue
+                    found = make()
                     for kind, values in correlations(found, true).items():
                         ranks[name][kind] += values
-                    if name.startswith(("fisher", "labels")):
+                    if name.startswith(("fisher", "plain", "labels", "kl_div")):
                         ratios[name].append(median_ratio(found, true, "answer"))
             header = ["scores", *TOKEN_CLASSES, "predicted/true, answer"]
             rows = [
                 [
                     name,
-                    *(f"{statistics.mean(by_class[kind]):.3f}" for kind in TOKEN_CLASSES),
+                    *(
+                        f"{statistics.mean(by_class[kind]):.3f} ({min(by_class[kind]):.3f})"
+                        for kind in TOKEN_CLASSES
+                    ),
                     f"{statistics.mean(ratios[name]):.2f}" if name in ratios else "-",
                 ]
                 for name, by_class in ranks.items()

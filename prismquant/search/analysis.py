@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
+from prismquant.arguments import EXACT
 from prismquant.data.batches import Batch
 from prismquant.distributed import Alone, Ranks
 from prismquant.engine.activation_store import ActivationStore, InMemory
@@ -26,6 +27,21 @@ from prismquant.shards import ShardReader
 
 
 @dataclass(frozen=True)
+class SampleLosses:
+    """Losses of one class of tokens, sample by sample.
+
+    Attributes:
+        losses: The loss of each sample: the sum over its tokens; none is negative.
+        tokens: Its tokens of the class.
+    """
+
+    __pydantic_config__ = EXACT
+
+    losses: tuple[float, ...]
+    tokens: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class UnitScores:
     """Scores of a unit of choice.
 
@@ -33,11 +49,14 @@ class UnitScores:
         unit: Name of the unit.
         scores: Loss by class of token for each of its formats; to leave it alone has none.
         layer_losses: Loss that the solver gave, by format and layer.
+        samples: Of what these are means over the tokens, where samples may be weighted by what all
+            units lose on them (:mod:`prismquant.search.sample_weights`).
     """
 
     unit: str
     scores: Mapping[str, Mapping[TokenClass, Score]]
     layer_losses: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    samples: Mapping[str, Mapping[TokenClass, SampleLosses]] = field(default_factory=dict)
 
 
 def _silent(unit: str, what: str) -> None:

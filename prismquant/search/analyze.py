@@ -48,6 +48,7 @@ from prismquant.search.analysis_notes import idle_options, missing_classes
 from prismquant.search.analysis_request import AnalysisRequest
 from prismquant.search.choices import Choices, UnitRows, make_choices
 from prismquant.search.partial_scores import AnalysisIdentity, PartialScores
+from prismquant.search.sample_weights import with_sample_weights
 from prismquant.search.sensitivity import (
     SENSITIVITY_VERSION,
     TOKEN_CLASSES,
@@ -112,10 +113,14 @@ def analyze_model(asked: AnalysisRequest) -> Sensitivity:
         for note in (*choices.notes, *ready.notes):
             asked.reporter.remark(note)
         names = [one.unit.name for one in choices.units]
+        towers = {one.unit.name: one.unit.modality for one in choices.units}
         done = partial.begin(ready.identity, names) if first else []
         if first and asked.resume and not done:
             asked.reporter.remark(NOTHING_TO_RESUME)
-        scores = _scored(asked, bound, choices, ready, partial, done)
+        plain = _scored(asked, bound, choices, ready, partial, done)
+        # In the order of the units, so that sums do not depend on what an earlier run had done.
+        ordered = [plain[name] for name in names if name in plain]
+        scores = {one.unit: one for one in with_sample_weights(ordered, towers)}
         found = _sensitivity(asked, bound, choices, ready, scores)
         _require_any_score(found, asked)
         for note in found.notes[len(choices.notes) + len(ready.notes) :]:

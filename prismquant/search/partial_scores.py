@@ -17,7 +17,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +32,7 @@ from prismquant.outputs import require_empty
 from prismquant.run.differences import differences, plan_differences
 from prismquant.run.identity import Identity
 from prismquant.run.lock import locked
-from prismquant.search.analysis import UnitScores
+from prismquant.search.analysis import SampleLosses, UnitScores
 from prismquant.search.sensitivity import Score, TokenClass
 from prismquant.storage import is_temporary, remove_temporaries, write_json
 
@@ -66,8 +66,9 @@ class _UnitFile:
     __pydantic_config__ = EXACT
 
     unit: str
-    scores: Mapping[str, Mapping[TokenClass, Score]] = field(default_factory=dict)
-    layer_losses: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    scores: Mapping[str, Mapping[TokenClass, Score]]
+    layer_losses: Mapping[str, Mapping[str, float]]
+    samples: Mapping[str, Mapping[TokenClass, SampleLosses]]
 
 
 class PartialScores:
@@ -133,7 +134,7 @@ class PartialScores:
                 own = _read(_UnitFile, file)
                 if own.unit != name:
                     raise _damaged(file, f"it is of {own.unit!r}, not of {name!r}")
-                done.append(UnitScores(own.unit, own.scores, own.layer_losses))
+                done.append(UnitScores(own.unit, own.scores, own.layer_losses, own.samples))
         return done
 
     def add(self, number: int, scores: UnitScores) -> None:
@@ -143,7 +144,7 @@ class PartialScores:
             number: Its place among all units.
             scores: Its scores.
         """
-        content = _UnitFile(scores.unit, scores.scores, scores.layer_losses)
+        content = _UnitFile(scores.unit, scores.scores, scores.layer_losses, scores.samples)
         write_json(self._file(number), asdict(content))
 
     def activation_store(self, states: Store, of: str) -> AbstractContextManager[ActivationStore]:

@@ -6,6 +6,9 @@ random losses at the logits (:mod:`prismquant.search.probes`), and to first orde
 the sum over a unit's layers of gradient times error of the output. So one forward and some backward
 passes score any number of formats, in nats per token, and no sample needs an answer.
 
+Samples are weighted by what all units of a tower lose on them, when the scores of all are known
+(:mod:`prismquant.search.sample_weights`): what this method gives for a unit are plain means.
+
 What layers of a unit do together is counted as it is, for the changes are added up before they are
 squared; so are the error of the weight and that of the input. Errors are those of the codes that
 the recipe's own solver chooses.
@@ -21,7 +24,7 @@ import torch
 from torch import Tensor
 
 from prismquant.errors import ArgumentError, DataError
-from prismquant.search.analysis import Analysis, UnitScores
+from prismquant.search.analysis import Analysis, SampleLosses, UnitScores
 from prismquant.search.backward_scores import backward_sums
 from prismquant.search.place_losses import PlaceLosses
 from prismquant.search.probes import generator_of, probes
@@ -69,7 +72,7 @@ class Fisher:
         """
         losses = _Draws(self, analysis)
         for sums in backward_sums(analysis, losses):
-            yield UnitScores(sums.unit.unit.name, losses.scores(sums))
+            yield losses.scores(sums)
 
 
 class _Draws:
@@ -120,17 +123,20 @@ class _Draws:
         wide = torch.promote_types(gradients.dtype, torch.float32)
         return gradients.flatten(1).to(wide) @ error.flatten().to(wide)
 
-    def scores(self, sums: SampleSums) -> dict[str, dict[TokenClass, Score]]:
+    def scores(self, sums: SampleSums) -> UnitScores:
         """Divergence in nats per token of each class, for each option of a unit."""
-        found: dict[str, dict[TokenClass, Score]] = {}
+        scores: dict[str, dict[TokenClass, Score]] = {}
+        samples: dict[str, dict[TokenClass, SampleLosses]] = {}
         for option, changes in sums.by_option().items():
             squares = changes.square().reshape(len(self._classes), self._method.draws, -1)
             halves = squares.mean(dim=1) / 2
-            found[option] = {
-                name: mean_score(halves[index], self._tokens[own])
-                for index, (name, own) in enumerate(self._classes)
-            }
-        return found
+            for index, (name, number) in enumerate(self._classes):
+                own, tokens = halves[index], self._tokens[number]
+                scores.setdefault(option, {})[name] = mean_score(own, tokens)
+                samples.setdefault(option, {})[name] = SampleLosses(
+                    tuple(own.tolist()), tuple(tokens.tolist())
+                )
+        return UnitScores(sums.unit.unit.name, scores, samples=samples)
 
     def _drawing(self, sample: int, index: int) -> Callable[[Tensor, slice], Tensor]:
         generators: list[torch.Generator] = []
