@@ -28,33 +28,25 @@ from prismquant.arguments import (
     refuse_idle,
 )
 from prismquant.data import read_samples
-from prismquant.data.batches import make_batches
-from prismquant.data.survey import position_limit, survey
 from prismquant.distributed import Alone, Ranks
 from prismquant.engine.setup import Reporter, Silent
-from prismquant.evaluate.fidelity import evaluate_model
 from prismquant.evaluate.figures import Fidelity, Outcome
-from prismquant.evaluate.shared_vocabulary import require_same_vocabulary
+from prismquant.evaluate.measure_folder import Measurement, measure_folder
 from prismquant.export.exporter import Progress
 from prismquant.export.exporters import EXPORTERS, Exported, build_exporter, export_checkpoint
-from prismquant.export.load_quantized import load_model
 from prismquant.memory import (
     available_bytes,
     memory_told,
 )
 from prismquant.models.bind import bind
-from prismquant.models.config import config_value, identify, native_config
-from prismquant.models.processor import load_processor
 from prismquant.plan.make_plan import make_plan
 from prismquant.plan.plan import Plan
 from prismquant.quantization.perform import perform
-from prismquant.quantization.prepare import memory_room
 from prismquant.quantization.request import Request, Result, as_limits
 from prismquant.recipe.adapt import adapted
 from prismquant.recipe.alternative import choice_lines
 from prismquant.recipe.importers.import_recipe import RecipeSource, import_recipe
 from prismquant.recipe.schema import Recipe
-from prismquant.run.directory import RunDirectory
 from prismquant.search.choose_method import quantize_best
 from prismquant.search.constraints import Asked, parse_constraints
 from prismquant.search.find_mix import FoundMix, SearchRequest, Verification, search_mix
@@ -128,6 +120,7 @@ def quantize(
     max_pixels: int | None = None,
     max_frames: int | None = None,
     max_length: int | None = None,
+    seq_length: int | None = None,
 ) -> Result:
     """Quantize a checkpoint, block by block, into a folder that transformers and vLLM load.
 
@@ -167,6 +160,8 @@ def quantize(
             list.
         max_length: Tokens of a sample; longer ones are cut, which is told. By default a sample
             that is longer than the model allows is refused.
+        seq_length: Tokens of a window that running text (a ``.txt`` file) is cut into; by default
+            2048, or as many as the model has positions.
 
     Raises:
         PrismQuantError: With what is wrong, where, and the remedy. All that can be checked is
@@ -179,6 +174,7 @@ def quantize(
         "--max-pixels": max_pixels,
         "--max-frames": max_frames,
         "--max-length": max_length,
+        "--seq-length": seq_length,
     }
     imported = import_recipe(recipe)
     chosen = adapted(
@@ -204,7 +200,7 @@ def quantize(
         memory_budget=None if memory_budget is None else as_bytes(memory_budget, "memory_budget"),
         ranks=ranks or Alone(),
         strict=as_flag(strict, "strict"),
-        limits=as_limits(max_pixels, max_frames, max_length),
+        limits=as_limits(max_pixels, max_frames, max_length, seq_length),
         of_data=[option for option, value in of_data.items() if value is not None],
         translation=imported.translation,
         predict=Predictor(chosen, recipe),
@@ -269,6 +265,7 @@ def measure(
     max_pixels: int | None = None,
     max_frames: int | None = None,
     max_length: int | None = None,
+    seq_length: int | None = None,
 ) -> Fidelity:
     """Measure a model's answers, alone and against a reference.
 
@@ -284,45 +281,26 @@ def measure(
         max_pixels: Pixels of a picture, or of a frame of a clip, as the model sees it.
         max_frames: Frames of a clip.
         max_length: Tokens of a sample; longer ones are cut, which is told.
+        seq_length: Tokens of a window that running text is cut into; by default 2048, or as many as
+            the model has positions.
 
     Raises:
         PrismQuantError: A checkpoint or the data cannot be read, or the reference has another
             vocabulary.
     """
-    folder, source = as_path(model, "model"), as_source(data, "data")
-    wanted = _optional_dtype(dtype)
-    most = None if limit is None else as_count(limit, "limit")
-    size = as_count(batch_size, "batch_size", most=MAX_BATCH)
-    decoded = as_flag(generated, "generated")
-    trusted = as_flag(trust_remote_code, "trust_remote_code")
-    other = None if reference is None else as_path(reference, "reference")
-    limits = as_limits(max_pixels, max_frames, max_length)
-    room = memory_room(None)
-    samples = read_samples(source, limit=most, require_answers=True, most_bytes=available_bytes())
-    processor = load_processor(folder, trust_remote_code=trusted)
-    if other is not None:
-        require_same_vocabulary(folder, processor, other, trust_remote_code=trusted)
-    arch = identify(folder)
-    config = native_config(arch, folder)
-    batches = make_batches(
-        samples,
-        processor,
-        batch_size=size,
-        vision_token_ids=[int(config_value(config, key)) for key in arch.vision_token_ids],
-        limits=limits,
+    return measure_folder(
+        Measurement(
+            folder=as_path(model, "model"),
+            source=as_source(data, "data"),
+            reference=None if reference is None else as_path(reference, "reference"),
+            limit=None if limit is None else as_count(limit, "limit"),
+            batch_size=as_count(batch_size, "batch_size", most=MAX_BATCH),
+            dtype=_optional_dtype(dtype),
+            generated=as_flag(generated, "generated"),
+            trust_remote_code=as_flag(trust_remote_code, "trust_remote_code"),
+            limits=as_limits(max_pixels, max_frames, max_length, seq_length),
+        )
     )
-    found = survey(batches, most_bytes=room, positions=position_limit(config))
-    loaded = load_model(folder, dtype=wanted)
-    compared = load_model(other, dtype=wanted) if other else None
-    result = evaluate_model(
-        loaded,
-        (batch.whole() for batch in found.batches),
-        reference=compared,
-        generated=decoded,
-        processor=processor,
-    )
-    predicted = RunDirectory(folder).predicted()
-    return replace(result, notes=found.remarks(answers=True), predicted=predicted)
 
 
 @default_modes()

@@ -49,6 +49,7 @@ def analyze(asked: AnalyzeOptions) -> None:
                 max_pixels=asked.max_pixels,
                 max_frames=asked.max_frames,
                 max_length=asked.max_length,
+                seq_length=asked.seq_length,
                 resume=asked.resume,
                 trust_remote_code=asked.trust_remote_code,
                 reporter=shown if first else None,

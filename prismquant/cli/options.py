@@ -46,6 +46,10 @@ MaxLength = Annotated[
     int | None,
     typer.Option("--max-length", min=1, help="Cut samples to so many tokens, and say which."),
 ]
+SeqLength = Annotated[
+    int | None,
+    typer.Option("--seq-length", min=2, help="Tokens of a window of a .txt file; 2048 by default."),
+]
 KVCache = Annotated[str | None, typer.Option("--kv-cache", help="fp8, fp8-head, int8 .., or none.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ..")]
 MemoryBudget = Annotated[
@@ -93,6 +97,7 @@ class QuantizeOptions:
     max_pixels: MaxPixels = None
     max_frames: MaxFrames = None
     max_length: MaxLength = None
+    seq_length: SeqLength = None
     threads: Threads = None
     strict: Annotated[
         bool,
@@ -152,6 +157,7 @@ class AnalyzeOptions:
     max_pixels: MaxPixels = None
     max_frames: MaxFrames = None
     max_length: MaxLength = None
+    seq_length: SeqLength = None
     threads: Threads = None
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an analysis that was cut off.")
@@ -178,6 +184,7 @@ class EvalOptions:
     max_pixels: MaxPixels = None
     max_frames: MaxFrames = None
     max_length: MaxLength = None
+    seq_length: SeqLength = None
     trust_remote_code: Trust = False
     as_json: AsJson = False
 

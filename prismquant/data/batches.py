@@ -10,7 +10,6 @@ A batch is made when it is asked for and not kept: pixels are larger than all el
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, overload
@@ -18,9 +17,9 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from prismquant.data import Sample, located, media_of, text_of
+from prismquant.data import Sample, text_of
+from prismquant.data.lengths import even_parts
 from prismquant.data.media import Cost, Limits, media_cost, processor_inputs
-from prismquant.data.pictures import Source, header_size
 from prismquant.data.spans import NoSpan, Rendered, answer_span, render
 from prismquant.errors import DataError
 from prismquant.memory import memory_error
@@ -40,6 +39,8 @@ class Batch:
         kinds: Kind of each row's sample.
         types: Type of task of each row's sample; empty where its metadata name none.
         cut: Ids of rows that were cut to the greatest length.
+        running: Whether each row is running text, all of which counts as the answer; empty where
+            none is.
         unknown: Why a row's answer could not be told apart, by the sample's id.
         again: Makes its pixels, by their names, where ``inputs`` hold only their shapes.
     """
@@ -51,6 +52,7 @@ class Batch:
     kinds: tuple[str, ...]
     types: tuple[str, ...] = ()
     cut: tuple[str, ...] = ()
+    running: tuple[bool, ...] = ()
     unknown: Mapping[str, str] = field(default_factory=dict)
     again: Callable[[], Mapping[str, Tensor]] | None = None
 
@@ -156,6 +158,7 @@ class Batches(Sequence[Batch]):
             ids=tuple(sample.id for sample in samples),
             kinds=tuple(sample.kind for sample in samples),
             types=tuple(sample.type for sample in samples),
+            running=tuple(sample.running for sample in samples),
             unknown={
                 s.id: row.unknown for s, row in zip(samples, rows, strict=True) if row.unknown
             },
@@ -163,6 +166,8 @@ class Batches(Sequence[Batch]):
         return batch if self.limits.max_length is None else _cut(batch, self.limits.max_length)
 
     def _row(self, sample: Sample) -> _Row:
+        if sample.running:
+            return self._running_row(sample)
         rendered = render(sample, self.processor)
         inputs = _processed(sample, rendered, self.processor, self.limits)
         answer, unknown = (0, 0), rendered.unknown
@@ -172,6 +177,22 @@ class Batches(Sequence[Batch]):
             except NoSpan as reason:
                 unknown = str(reason)
         return _Row(inputs, answer, unknown)
+
+    def _running_row(self, sample: Sample) -> _Row:
+        """A row of running text; all its tokens are the answer."""
+        if sample.window is not None:
+            tokens = list(sample.window.tokens)
+        else:
+            tokens = self.processor.tokenizer(text_of(sample.messages[0]))["input_ids"]
+        if self.vision_ids.intersection(tokens):
+            raise DataError(
+                "the text holds the placeholder of a picture or a clip",
+                where=f"sample {sample.id}",
+                remedy="remove it from the text",
+            )
+        ids = torch.tensor([tokens])
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return _Row(inputs, (0, len(tokens)))
 
     @property
     def _padding(self) -> int:
@@ -196,7 +217,7 @@ class _Row:
 
     inputs: dict[str, Tensor]
     answer: tuple[int, int]
-    unknown: str
+    unknown: str = ""
 
 
 def make_batches(
@@ -235,20 +256,9 @@ def make_batches(
     parts = [
         tuple(part)
         for start in range(0, len(samples), batch_size)
-        for part in _parts(samples[start : start + batch_size], most_tokens, limits)
+        for part in even_parts(samples[start : start + batch_size], most_tokens, limits)
     ]
     return Batches(tuple(parts), processor, frozenset(vision_token_ids), limits)
-
-
-def by_length(samples: Sequence[Sample]) -> list[Sample]:
-    """Samples of similar length next to one another, so that batches waste less on padding.
-
-    The order follows from the samples alone. Lengths are estimated from texts and picture sizes.
-
-    Raises:
-        DataError: A file cannot be found.
-    """
-    return sorted(samples, key=_length_estimate)
 
 
 def _require_eyes(samples: Sequence[Sample], processor: Any) -> None:
@@ -262,18 +272,6 @@ def _require_eyes(samples: Sequence[Sample], processor: Any) -> None:
             where=f"sample {shown[0]}",
             remedy="leave them out, or use a vision-language model",
         )
-
-
-def _parts(
-    samples: Sequence[Sample], most_tokens: int | None, limits: Limits
-) -> Iterator[Sequence[Sample]]:
-    """Samples of a batch in even parts; how many follows from these samples alone."""
-    count = 1
-    if most_tokens is not None:
-        tokens = sum(_length_estimate(sample, limits.max_pixels) for sample in samples)
-        count = min(max(math.ceil(tokens / most_tokens), 1), len(samples))
-    for number in range(count):
-        yield samples[len(samples) * number // count : len(samples) * (number + 1) // count]
 
 
 def _processed(
@@ -335,6 +333,8 @@ def _cut(batch: Batch, length: int) -> Batch:
                 remedy="raise the maximum length, use smaller pictures or fewer frames",
             )
     whole = ~batch.answer_mask[:, length:].any(dim=1, keepdim=True)
+    # Running text that is cut is running text.
+    whole |= torch.tensor(batch.running)[:, None]
     inputs = {
         name: value[:, :length].contiguous() if value.shape[:2] == shape else value
         for name, value in batch.inputs.items()
@@ -347,30 +347,6 @@ def _cut(batch: Batch, length: int) -> Batch:
         answer_mask=batch.answer_mask[:, :length] & whole,
         vision_mask=batch.vision_mask[:, :length],
     )
-
-
-def _length_estimate(sample: Sample, max_pixels: int | None = None) -> float:
-    """Roughly the tokens of a sample: four characters, or 28 x 28 pixels, each."""
-    tokens = sum(len(text_of(message)) for message in sample.messages) / 4
-    for kind, item in media_of(sample):
-        file = item[kind]
-        frames = file if isinstance(file, list) else [file]
-        if kind == "image" or isinstance(file, list):
-            pixels = _stored_pixels(located(frames[0], sample))
-        else:
-            pixels = 640 * 480
-        asked = item.get("resized_height", 0) * item.get("resized_width", 0)
-        most = min(item.get("max_pixels", pixels), max_pixels or pixels)
-        tokens += min(asked or pixels, most) / 28**2 * len(frames)
-    return tokens
-
-
-def _stored_pixels(source: Source) -> int:
-    try:
-        width, height = header_size(source)
-    except DataError:  # explained when the picture itself is read
-        return 0
-    return width * height
 
 
 @contextlib.contextmanager

@@ -38,11 +38,13 @@ class Limits:
         max_pixels: Pixels of a picture, or of a frame of a clip, as the model sees it.
         max_frames: Frames of a clip.
         max_length: Tokens of a sample. Longer ones are cut, but never within a picture or a clip.
+        seq_length: Tokens of a window that running text is cut into; None: the usual number.
     """
 
     max_pixels: int | None = None
     max_frames: int | None = None
     max_length: int | None = None
+    seq_length: int | None = None
 
     @property
     def sampling(self) -> Sampling:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from prismquant.data.dialects import conversation_of
 from prismquant.data.items import MEDIA, parse_message
@@ -29,6 +29,16 @@ from prismquant.errors import DataError
 _OWN_KEYS = ("id", "kind")
 
 
+class TextCutter(Protocol):
+    """Cutter of running text into samples; see :class:`prismquant.data.windows.Windows`."""
+
+    def cut(self, text: Sample) -> Sequence[Sample]:
+        """Parts of a running text, each a sample."""
+
+    def require_use(self, samples: Sequence[Sample], source: str) -> None:
+        """Refuse samples among which there is nothing to cut, though that was asked for."""
+
+
 def read_samples(
     source: str | Path,
     *,
@@ -36,19 +46,21 @@ def read_samples(
     seed: int = 0,
     require_answers: bool = False,
     most_bytes: int | None = None,
+    windows: TextCutter | None = None,
 ) -> tuple[Sample, ...]:
     """Read samples and check them completely.
 
     Args:
         source: A ``.jsonl`` file with a conversation on each line, a ``.json`` file with a list of
-            them, a ``.txt`` file whose paragraphs become text samples, or the name of a Hugging
-            Face dataset (``name`` or ``name:split``, or a folder that ``datasets`` reads).
-            docs/data.md says how conversations are written.
+            them, a ``.txt`` file of running text, or the name of a Hugging Face dataset
+            (``name`` or ``name:split``, or a folder that ``datasets`` reads). docs/data.md says how
+            conversations are written.
         limit: At most this many samples, spread evenly over the kinds that are there; chosen by
             ``seed`` and the ids alone, in the order of the source.
         seed: Chooses among the possible subsets.
         require_answers: Every sample must end with an assistant message that says something.
         most_bytes: Memory that reading a picture may take, which is known before any is decoded.
+        windows: Cuts running text; without it a document is one sample.
 
     Raises:
         DataError: The source is missing, empty or broken; names up to ten findings, each with its
@@ -75,12 +87,33 @@ def read_samples(
             where=name,
             remedy="one JSON object with 'messages' on each line of a .jsonl file",
         )
+    if windows is not None and not findings:
+        found = _cut(found, windows, name)
     keep = {sample.id for sample in balanced_subset([sample for _, sample in found], limit, seed)}
     chosen = [(where, sample) for where, sample in found if sample.id in keep]
     findings += _check(chosen, require_answers, most_bytes)
     if findings:
         raise findings_error(name, findings)
     return tuple(sample for _, sample in chosen)
+
+
+def _cut(
+    found: Sequence[tuple[str, Sample]], windows: TextCutter, source: str
+) -> list[tuple[str, Sample]]:
+    """The same samples, but running text in windows.
+
+    Raises:
+        DataError: There is none, and a length of windows was asked for; or it has no tokens.
+    """
+    windows.require_use([sample for _, sample in found], source)
+    parts = [
+        (where, part)
+        for where, sample in found
+        for part in (windows.cut(sample) if sample.running else [sample])
+    ]
+    if found and not parts:
+        raise DataError("the text has no two tokens", where=source, remedy="give more text")
+    return parts
 
 
 def sample_of(row: Row, folder: Path, stem: str) -> Sample:
@@ -105,7 +138,7 @@ def sample_of(row: Row, folder: Path, stem: str) -> Sample:
     lines = misspelt(value, conversation.head)
     messages: tuple[Message, ...] = ()
     try:
-        messages = _messages(conversation.messages, lists, () if row.plain else MEDIA)
+        messages = _messages(conversation.messages, lists, () if row.running else MEDIA)
         require_nothing_lost(value, found, conversation, messages)
     except Findings as wrong:
         lines += wrong.lines
@@ -118,6 +151,7 @@ def sample_of(row: Row, folder: Path, stem: str) -> Sample:
         messages=messages,
         folder=folder,
         meta={str(key): part for key, part in value.items() if key not in used},
+        running=row.running,
     )
 
 

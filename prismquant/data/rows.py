@@ -33,19 +33,20 @@ class Row:
         where: Its place, for people.
         number: Its place, counted from 1.
         value: What it holds.
-        plain: It is a text that names no files: ``<image>`` in it is a word like others.
+        running: It is running text, which names no files: ``<image>`` in it is a word like others.
     """
 
     where: str
     number: int
     value: Any
-    plain: bool = False
+    running: bool = False
 
 
 _Rows = list[Row | RowFinding]
 
 _LIST_START = re.compile(r"\s*\[\s*")
 _LIST_NEXT = re.compile(r"\s*,?\s*")
+_DOCUMENT_END = re.compile(r"^\f[ \t]*(?:\n|\Z)", re.MULTILINE)
 
 
 def read_rows(source: str | Path, limit: int | None, seed: int) -> tuple[_Rows, Path]:
@@ -162,10 +163,13 @@ def _no_json(error: ValueError, text: str) -> str:
 
 
 def _rows_of_text(data: bytes) -> _Rows:
-    paragraphs = re.split(r"\n\s*\n", data.decode().replace("\r\n", "\n"))
-    texts = [part.strip() for part in paragraphs if part.strip()]
+    """Documents of running text: a line that holds nothing but a form feed ends one."""
+    documents = _DOCUMENT_END.split(data.decode().replace("\r\n", "\n"))
+    texts = [text for text in documents if text.strip()]
     return [
-        Row(f"paragraph {i}", i, {"messages": [{"role": "user", "content": text}]}, plain=True)
+        Row(
+            f"document {i}", i, {"messages": [{"role": "assistant", "content": text}]}, running=True
+        )
         for i, text in enumerate(texts, start=1)
     ]
 

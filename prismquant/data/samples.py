@@ -26,8 +26,25 @@ _TYPE_KEYS = ("type", "topic")
 
 
 @dataclass(frozen=True)
+class Window:
+    """Part of a running text.
+
+    Attributes:
+        tokens: Ids of its tokens.
+        document: Id of the document that it was cut from.
+        left: Tokens at that document's end that fill no window.
+        short: Whether it is a whole document with fewer tokens than a window has.
+    """
+
+    tokens: tuple[int, ...]
+    document: str
+    left: int
+    short: bool
+
+
+@dataclass(frozen=True)
 class Sample:
-    """One conversation.
+    """One conversation, or a part of a running text.
 
     Attributes:
         id: Unique within its source.
@@ -43,6 +60,9 @@ class Sample:
             which to take frames from a file.
         folder: Relative paths start here.
         meta: Whatever else the source says of the sample.
+        running: It is running text, which no chat template writes: its only message is what the
+            model is to say, token by token.
+        window: The part of a running text that it is; None for a whole one.
     """
 
     id: str
@@ -50,6 +70,8 @@ class Sample:
     messages: tuple[Message, ...]
     folder: Path
     meta: Mapping[str, Any]
+    running: bool = False
+    window: Window | None = None
 
     @property
     def type(self) -> str:
@@ -118,7 +140,7 @@ def require_modalities(samples: Iterable[Sample], needed: Collection[str]) -> No
 
 
 def fingerprint(samples: Iterable[Sample]) -> str:
-    """SHA-256 over the messages and over the bytes of every picture and clip they name.
+    """SHA-256 over messages, tokens of windows, and the bytes of every picture and clip.
 
     Paths and ids do not enter: the same data in another folder have the same fingerprint.
 
@@ -133,6 +155,8 @@ def fingerprint(samples: Iterable[Sample]) -> str:
             parts = [_item_digest(item, sample) for item in items]
             line = json.dumps([message["role"], parts], ensure_ascii=True)
             digest.update(line.encode() + b"\n")
+        if sample.window is not None:
+            digest.update(json.dumps(sample.window.tokens).encode())
         digest.update(b"\n")
     return digest.hexdigest()
 

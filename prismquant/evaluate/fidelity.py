@@ -14,6 +14,10 @@ changes long before an answer flips. Logits are widened to float64 before the lo
 the rounding of the normalizer alone is 1e-7 to 1e-6, as much as the divergence of a good 8-bit
 model.
 
+Perplexity. Of running text every token but a window's first is predicted, and counts as the answer;
+perplexity is the exponential of the mean negative log-likelihood over these tokens. A window is
+never right or wrong.
+
 Three classes of tokens are kept apart. *answer*: places that predict a token of the answer.
 *vision*: the other places that read a placeholder of a picture or a clip. *text*: the rest.
 Padding is in none of them, nor is the last token of a row, which predicts nothing.
@@ -259,7 +263,9 @@ def _outcome(
     compared: bool,
 ) -> Outcome:
     count = int(sums.tokens[row, _ANSWER])
-    exact = [bool(int(sums.right[which, row]) == count) if count else None for which in range(2)]
+    running = bool(batch.running) and batch.running[row]
+    told = count and not running
+    exact = [bool(int(sums.right[which, row]) == count) if told else None for which in range(2)]
     deviations = {
         name: Deviation(
             int(sums.tokens[row, index]), float(sums.kl[row, index]), int(sums.agreed[row, index])
@@ -279,6 +285,7 @@ def _outcome(
         reference_exact=exact[1] if compared else None,
         reference_generated=texts[1][row] if texts[1] else None,
         deviations=deviations,
+        running=running,
     )
 
 

@@ -49,6 +49,7 @@ class Outcome:
         reference_exact: As ``exact``, of the reference.
         reference_generated: As ``generated``, of the reference.
         deviations: For each class of tokens that the sample has; empty without a reference.
+        running: Whether it is running text, all of which counts as the answer.
     """
 
     id: str
@@ -62,6 +63,7 @@ class Outcome:
     reference_exact: bool | None
     reference_generated: bool | None
     deviations: Mapping[str, Deviation]
+    running: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ class Metrics:
         reference_generated_match: As ``generated_match``, of the reference.
         reference_nll_token: As ``nll_token``, of the reference.
         divergence: Distance from the reference, for each class of tokens that occurs.
+        perplexity: Exponential of the mean negative log-likelihood of a token of running text.
+        reference_perplexity: As ``perplexity``, of the reference.
     """
 
     samples: int
@@ -110,6 +114,8 @@ class Metrics:
     reference_generated_match: float | None
     reference_nll_token: float | None
     divergence: Mapping[str, Divergence]
+    perplexity: float | None = None
+    reference_perplexity: float | None = None
 
 
 @dataclass(frozen=True)
@@ -218,7 +224,22 @@ def _metrics(outcomes: Sequence[Outcome]) -> Metrics:
         reference_generated_match=_share(outcome.reference_generated for outcome in outcomes),
         reference_nll_token=reference_nll / reference_tokens if reference_tokens else None,
         divergence=divergence,
+        perplexity=_perplexity([(o.nll, o.answer_tokens) for o in answered if o.running]),
+        reference_perplexity=_perplexity(
+            [(o.reference_nll or 0.0, o.answer_tokens) for o in compared if o.running]
+        ),
     )
+
+
+def _perplexity(windows: Sequence[tuple[float, int]]) -> float | None:
+    """Perplexity of windows of running text, each given by its likelihood and its tokens."""
+    tokens = sum(count for _, count in windows)
+    if not tokens:
+        return None
+    try:
+        return math.exp(math.fsum(nll for nll, _ in windows) / tokens)
+    except OverflowError:  # a model that rules out what stands there
+        return None
 
 
 def _share(verdicts: Iterable[bool | None]) -> float | None:

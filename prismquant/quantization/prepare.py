@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 
 from prismquant.data import Sample, read_samples, require_modalities
-from prismquant.data.batches import Batch, Batches, by_length, make_batches
+from prismquant.data.batches import Batch, Batches, make_batches
+from prismquant.data.lengths import by_length
 from prismquant.data.media import Limits
 from prismquant.data.survey import Survey, let_go, position_limit, survey
+from prismquant.data.windows import window_remarks
 from prismquant.distributed import Ranks
 from prismquant.engine.collectives import share_of
 from prismquant.engine.gradients import gradient_samples, wants_gradients
@@ -235,7 +237,11 @@ def _calibration_samples(plan: Plan, asked: Request, most_bytes: int) -> tuple[S
     settings = plan.calibration
     left = most_bytes - resident_bytes()
     samples = read_samples(
-        asked.calibration, limit=settings.samples, seed=settings.seed, most_bytes=left
+        asked.calibration,
+        limit=settings.samples,
+        seed=settings.seed,
+        most_bytes=left,
+        windows=asked.windows,
     )
     require_modalities(samples, needed_kinds(plan))
     return samples
@@ -286,7 +292,7 @@ def _with_answers(
     if wanted:
         clear = [sample for sample in samples if sample.id not in together.unknown]
         answers = gradient_samples(clear, plan.calibration.seed)
-    lines = together.remarks(answers=wanted)
+    lines = (*window_remarks(samples), *together.remarks(answers=wanted))
     for line in lines:
         reporter.remark(line)
     return replace(plan, remarks=(*plan.remarks, *lines)), answers

@@ -12,6 +12,7 @@ import torch
 from prismquant.arguments import as_count
 from prismquant.data import Sample
 from prismquant.data.media import Limits
+from prismquant.data.windows import Windows
 from prismquant.diagnostics.predictions import Predictions
 from prismquant.diagnostics.translation import Translation
 from prismquant.distributed import Ranks
@@ -79,6 +80,11 @@ class Request:
     translation: Translation | None = None
     predict: Predict = _nothing_predicted
 
+    @property
+    def windows(self) -> Windows:
+        """Cutter of calibration data that are running text."""
+        return Windows(self.model, self.limits.seq_length, self.trust_remote_code)
+
 
 @dataclass(frozen=True)
 class Result:
@@ -100,13 +106,18 @@ class Result:
     notes: tuple[str, ...] = ()
 
 
-def as_limits(max_pixels: Any, max_frames: Any, max_length: Any) -> Limits:
+def as_limits(max_pixels: Any, max_frames: Any, max_length: Any, seq_length: Any) -> Limits:
     """Sizes of pictures, clips and samples, as a caller gives them; None: no limit.
 
     Raises:
         ArgumentError: One is no count.
     """
-    given = {"max_pixels": max_pixels, "max_frames": max_frames, "max_length": max_length}
+    given = {
+        "max_pixels": max_pixels,
+        "max_frames": max_frames,
+        "max_length": max_length,
+        "seq_length": seq_length,
+    }
     return Limits(
         **{
             name: None if value is None else as_count(value, name, most=_MOST)

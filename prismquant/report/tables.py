@@ -45,6 +45,7 @@ class Variant:
         top1: Share of answer tokens on which both agree, 0 to 1.
         size: Bytes of the checkpoint's tensors.
         generated_match: Share of answers whose decoded text is right.
+        perplexity: Of running text.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Variant:
     top1: float | None = None
     size: int | None = None
     generated_match: float | None = None
+    perplexity: float | None = None
 
 
 def as_text(text: str, style: str = "") -> Text:
@@ -78,6 +80,7 @@ def variant(name: str, result: Mapping[str, Any], *, size: int | None = None) ->
         top1=answers.get("top1"),
         size=size,
         generated_match=overall["generated_match"],
+        perplexity=overall.get("perplexity"),
     )
 
 
@@ -91,6 +94,7 @@ def reference_variant(name: str, result: Mapping[str, Any], *, size: int | None 
         nll=overall["reference_nll_token"],
         size=size,
         generated_match=overall["reference_generated_match"],
+        perplexity=overall.get("reference_perplexity"),
     )
 
 
@@ -162,6 +166,13 @@ def format_figure(value: float | None, error: float | None = None) -> str:
     return f"{text} ± {rounded if float(rounded) or not error else f'{error:.0e}'}"
 
 
+def format_perplexity(value: float | None) -> str:
+    """A perplexity with two decimals, as they are published, e.g. ``5.47``."""
+    if value is None:
+        return NOTHING
+    return f"{value:.2f}" if value < 1e4 else _three_digits(value)
+
+
 def format_bytes(size: int | None) -> str:
     """A size in binary units with three digits, e.g. ``1.95 GiB``."""
     if size is None:
@@ -192,6 +203,7 @@ def _comparison(variants: Sequence[Variant]) -> tuple[list[str], list[list[str]]
         ("exact match", [format_share(row.exact_match) for row in variants]),
         *((kind, [format_share(row.by_kind.get(kind)) for row in variants]) for kind in kinds),
         ("decoded match", [format_share(row.generated_match) for row in variants]),
+        ("perplexity", [format_perplexity(row.perplexity) for row in variants]),
         ("NLL / token", [format_figure(row.nll) for row in variants]),
         ("KL / token", [format_figure(row.kl, row.kl_error) for row in variants]),
         ("top-1", [format_share(row.top1) for row in variants]),

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from prismquant.data import Sample, read_samples, require_modalities
-from prismquant.data.batches import Batch, by_length
+from prismquant.data.batches import Batch
+from prismquant.data.lengths import by_length
+from prismquant.data.windows import Windows, window_remarks
 from prismquant.engine.collectives import share_of
 from prismquant.engine.memory_forecast import count_tokens, kept_for_gradients
 from prismquant.engine.placement import Placement, Store
@@ -177,6 +179,7 @@ def _prepare(asked: AnalysisRequest, bound: BoundModel, choices: Choices) -> _Pr
     identity = AnalysisIdentity(settings, replace(run, plan=_digest(settings)))
     counts = {name: tokens[name] for name in TOKEN_CLASSES if tokens[name]}
     notes = (
+        *window_remarks(samples),
         *found.remarks(answers=True),
         *missing_classes(counts, asked),
         *idle_options(asked, samples),
@@ -205,7 +208,13 @@ def _samples(asked: AnalysisRequest, choices: Choices, room: int) -> tuple[Sampl
             f"the method {asked.method_name} needs calibration samples", remedy="give --calib FILE"
         )
     left = room - resident_bytes()
-    samples = read_samples(asked.calibration, limit=asked.samples, seed=asked.seed, most_bytes=left)
+    samples = read_samples(
+        asked.calibration,
+        limit=asked.samples,
+        seed=asked.seed,
+        most_bytes=left,
+        windows=Windows(asked.model, asked.limits.seq_length, asked.trust_remote_code),
+    )
     chosen = [one.unit for one in choices.units if len(one.unit.options) > 1]
     if any(unit.modality != Modality.LLM for unit in chosen):
         try:

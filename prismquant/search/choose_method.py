@@ -144,7 +144,11 @@ def _samples(asked: Request) -> tuple[Sample, ...]:
     settings = asked.recipe.calibration
     left = memory_room(asked.memory_budget) - resident_bytes()
     return read_samples(
-        asked.calibration, limit=settings.samples, seed=settings.seed, most_bytes=left
+        asked.calibration,
+        limit=settings.samples,
+        seed=settings.seed,
+        most_bytes=left,
+        windows=asked.windows,
     )
 
 

@@ -17,7 +17,8 @@ from functools import partial
 import torch
 
 from prismquant.data import Sample, require_modalities
-from prismquant.data.batches import Batches, by_length
+from prismquant.data.batches import Batches
+from prismquant.data.lengths import by_length
 from prismquant.data.survey import Survey, let_go
 from prismquant.engine.activation_store import ActivationStore
 from prismquant.engine.collectives import share_of

@@ -62,6 +62,7 @@ def analyze(
     max_pixels: int | None = None,
     max_frames: int | None = None,
     max_length: int | None = None,
+    seq_length: int | None = None,
     resume: bool = False,
     trust_remote_code: bool = False,
     reporter: AnalysisReporter | None = None,
@@ -95,6 +96,8 @@ def analyze(
         max_pixels: Pixels of a picture, or of a frame of a clip, as the model sees it.
         max_frames: Frames of a clip.
         max_length: Tokens of a sample; longer ones are cut, which is told.
+        seq_length: Tokens of a window that running text is cut into; by default 2048, or as many as
+            the model has positions.
         resume: Go on with an analysis that was cut off.
         trust_remote_code: Allow code in the checkpoint's folder to build the processor.
         reporter: Is told how far the analysis is.
@@ -115,6 +118,7 @@ def analyze(
         "--max-pixels": max_pixels,
         "--max-frames": max_frames,
         "--max-length": max_length,
+        "--seq-length": seq_length,
     }
     asked = AnalysisRequest(
         model=as_path(model, "model"),
@@ -135,7 +139,7 @@ def analyze(
         target=as_device(device),
         wanted=None if dtype is None else as_arithmetic(dtype),
         memory_budget=None if memory_budget is None else as_bytes(memory_budget, "memory_budget"),
-        limits=as_limits(max_pixels, max_frames, max_length),
+        limits=as_limits(max_pixels, max_frames, max_length, seq_length),
         resume=as_flag(resume, "resume"),
         of_data=[option for option, value in of_data.items() if value is not None],
         trust_remote_code=as_flag(trust_remote_code, "trust_remote_code"),

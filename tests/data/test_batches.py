@@ -15,7 +15,8 @@ from tiny_data import image, mixed_samples, save_picture, save_video, text, turn
 
 import prismquant as pq
 from prismquant.data import Sample, fingerprint, media_of, read_samples
-from prismquant.data.batches import Batch, by_length, make_batches
+from prismquant.data.batches import Batch, make_batches
+from prismquant.data.lengths import by_length
 from prismquant.data.media import Limits
 from prismquant.data.spans import render
 from prismquant.errors import DataError

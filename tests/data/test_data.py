@@ -92,12 +92,17 @@ def test_llava_markers_take_their_files_in_order(tmp_path: Path) -> None:
     assert clip.messages[0]["content"][0] == {"type": "video", "video": ["a.png", "b.png"]}
 
 
-def test_paragraphs_of_a_text_file_are_samples_without_answers(tmp_path: Path) -> None:
+def test_a_text_file_is_running_text_in_documents(tmp_path: Path) -> None:
+    """A line with nothing but a form feed ends a document; all that stands in one is kept."""
     path = tmp_path / "wiki.txt"
-    path.write_text("one\ntwo\n\n\n  \nthree\n")
+    path.write_text("one\ntwo\n\n  \nthree\n\f\n\n\f \nfour \f five\n\f", newline="\r\n")
     samples = read_samples(path)
-    assert [s.messages[0]["content"] for s in samples] == ["one\ntwo", "three"]
-    assert [s.answer for s in samples] == [None, None]
+    texts = ["one\ntwo\n\n  \nthree\n", "four \f five\n"]
+    assert [s.answer for s in samples] == texts
+    assert [(s.id, s.running, s.window) for s in samples] == [
+        ("wiki-1", True, None),
+        ("wiki-2", True, None),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def test_the_same_conversation_as_a_text_is_no_second_one() -> None:
 def test_markers_in_answers_and_plain_texts_are_words(tmp_path: Path) -> None:
     row = chat("how does HTML show a clip ?", "with <video>, not with <img>a clip</img>")
     assert parsed(row).answer == "with <video>, not with <img>a clip</img>"
-    (tmp_path / "a.txt").write_text("the tag <image> is no tag\n\n<img>x</img> <audio>")
+    (tmp_path / "a.txt").write_text("the tag <image> is no tag\n\f\n<img>x</img> <audio>")
     assert [sample.kind for sample in read_samples(tmp_path / "a.txt")] == ["text", "text"]
 
 

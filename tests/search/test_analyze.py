@@ -183,8 +183,8 @@ def test_what_the_samples_lack_is_told(
     folder = tiny("qwen2_vl")
     with pytest.raises(DataError, match="needs calibration samples"):
         run(folder, tmp_path / "s.json", None)
-    words = tmp_path / "words.txt"
-    words.write_text("red blue green\n\nwhat is it\n")
+    words = tmp_path / "words.jsonl"
+    words.write_text('{"text": "red blue green"}\n{"text": "what is it"}\n')
     with pytest.raises(DataError, match="no sample shows a picture") as caught:
         run(folder, tmp_path / "s.json", words)
     assert "--modalities llm" in str(caught.value.remedy)

@@ -47,8 +47,8 @@ def test_places_are_those_of_the_fidelity_measure(
 def test_classes_that_are_missing_are_left_out(
     tiny: Callable[..., Path], processors: Callable[[str], Any], tmp_path: Path
 ) -> None:
-    file = tmp_path / "words.txt"
-    file.write_text("red blue green\n\nwhat is it\n")
+    file = tmp_path / "words.jsonl"
+    file.write_text('{"text": "red blue green"}\n{"text": "what is it"}\n')
     bound = bind(tiny("qwen2_vl"))
     batches = make_batches(
         read_samples(file),

@@ -1,0 +1,125 @@
+"""Running text cut into windows of equally many tokens, as perplexity is measured on.
+
+A document is tokenized as a whole, by the model's own tokenizer and with the special tokens that it
+puts around any text. Its windows follow one another and do not overlap; none reaches from one
+document into the next. What is left at a document's end and fills no window is left out, which is
+told; a document that is shorter than a window is one, as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from prismquant.data.samples import Sample, Window, text_of
+from prismquant.data.survey import position_limit
+from prismquant.errors import DataError
+from prismquant.models.config import identify, native_config
+from prismquant.models.processor import load_processor
+
+__all__ = ["Windows", "window_remarks"]
+
+# As published perplexities of language models are measured.
+_USUAL = 2048
+_FEWEST = 2
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Cutter of running texts, by a model's tokenizer, which is loaded when it is first needed.
+
+    Attributes:
+        model: Folder of the model.
+        length: Tokens of a window; None: 2048, or as many as the model has positions.
+        trust_remote_code: Allow code in the folder to build the processor.
+    """
+
+    model: Path
+    length: int | None = None
+    trust_remote_code: bool = False
+
+    def cut(self, text: Sample) -> list[Sample]:
+        """Windows of a document, each a sample of its own.
+
+        Args:
+            text: A running text that is whole.
+
+        Returns:
+            Nothing of a document with fewer than two tokens: there is nothing to predict.
+
+        Raises:
+            DataError: The processor cannot be loaded, or a window is longer than the model allows.
+        """
+        tokens = list(
+            self._tokenizer(text_of(text.messages[0]), return_attention_mask=False, verbose=False)[
+                "input_ids"
+            ]
+        )
+        size = self._size
+        whole = len(tokens) // size
+        parts = [tokens[size * n : size * (n + 1)] for n in range(whole)]
+        if not parts and len(tokens) >= _FEWEST:
+            parts = [tokens]
+        left = len(tokens) - sum(map(len, parts))
+        return [
+            replace(
+                text,
+                id=f"{text.id}.{number}",
+                messages=({"role": "assistant", "content": self._tokenizer.decode(part)},),
+                window=Window(tuple(part), text.id, left, short=len(part) < size),
+            )
+            for number, part in enumerate(parts, start=1)
+        ]
+
+    def require_use(self, samples: Sequence[Sample], source: str) -> None:
+        """Make sure that a length that was asked for has something to cut.
+
+        Raises:
+            DataError: There is no running text among the samples.
+        """
+        if self.length is not None and not any(sample.running for sample in samples):
+            raise DataError(
+                f"windows of {self.length} tokens are cut from running text, and the data hold "
+                "conversations",
+                where=source,
+                remedy="leave out --seq-length, or give a .txt file; --max-length shortens samples",
+            )
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        return load_processor(self.model, trust_remote_code=self.trust_remote_code).tokenizer
+
+    @functools.cached_property
+    def _size(self) -> int:
+        most = position_limit(native_config(identify(self.model), self.model))
+        if self.length is None:
+            return _USUAL if most is None else min(_USUAL, most)
+        if self.length < _FEWEST or (most is not None and self.length > most):
+            raise DataError(
+                f"windows of {self.length} tokens are impossible: the model has "
+                f"{most or 'any number of'} positions, and one token predicts nothing",
+                remedy=f"--seq-length from {_FEWEST} to {most or 'any number'}",
+            )
+        return self.length
+
+
+def window_remarks(samples: Sequence[Sample]) -> tuple[str, ...]:
+    """Remarks for a user on how running text was cut; none where there is none.
+
+    Args:
+        samples: Those that are used.
+    """
+    windows = [sample.window for sample in samples if sample.window is not None]
+    if not windows:
+        return ()
+    full = [len(window.tokens) for window in windows if not window.short]
+    short = len(windows) - len(full)
+    left = sum({window.document: window.left for window in windows}.values())
+    parts = [f"{len(full)} windows of {full[0]} tokens"] if full else []
+    parts += [f"documents shorter than a window, taken whole: {short}"] if short else []
+    parts += [f"tokens at documents' ends that fill no window, left out: {left}"] if left else []
+    line = f"running text: {'; '.join(parts)}"
+    return (line,)
