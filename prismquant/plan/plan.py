@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from prismquant.algorithms.rotation import RotatedTower
@@ -147,18 +148,18 @@ class Plan:
     kv_cache: KVPlan | None = None
     remarks: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def quantized(self) -> tuple[PlanRow, ...]:
         """The rows that change something."""
         return tuple(row for row in self.rows if row.quantized)
 
-    @property
+    @cached_property
     def needs_data(self) -> bool:
         """Whether calibration samples are needed."""
         beside = bool(self.edges) or self.kv_cache is not None
         return beside or any(row.needs_data for row in self.quantized)
 
-    @property
+    @cached_property
     def needs_float_chain(self) -> bool:
         """Whether the float model's states are needed beside those of the quantized one."""
         return any(row.config.needs_float_chain for row in self.quantized)

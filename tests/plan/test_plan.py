@@ -19,7 +19,7 @@ from prismquant.formats.spec import NumberSpec, spec
 from prismquant.models.bind import bind
 from prismquant.opening import read_json
 from prismquant.plan.make_plan import make_plan
-from prismquant.plan.plan import Plan, problem_groups
+from prismquant.plan.plan import Plan, PlanRow, problem_groups
 from prismquant.recipe.presets import PRESETS
 from prismquant.recipe.schema import load_recipe
 from prismquant.shards import ShardReader
@@ -295,6 +295,24 @@ def test_whether_data_are_needed_is_known_beforehand(
     tiny: Callable[..., Path], rules: list[dict[str, Any]], needed: bool
 ) -> None:
     assert plan_of(tiny("qwen2_vl"), *rules).needs_data is needed
+
+
+def test_whether_data_are_needed_is_looked_up_once(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A forecast of the memory asks for each step and each placement."""
+    recipe = load_recipe("w8a8").with_rules({"solver": "rtn", "fallback": "nearest"})
+    plan = make_plan(recipe, bind(tiny("qwen3_vl")))
+    asked, real = [], PlanRow.needs_data.fget  # type: ignore[attr-defined]
+
+    def counted(row: PlanRow) -> bool:
+        asked.append(row)
+        return bool(real(row))
+
+    monkeypatch.setattr(PlanRow, "needs_data", property(counted))
+    assert not any(plan.needs_data for _ in range(5))
+    assert len(asked) == len(plan.quantized)
+    assert Plan.from_dict(plan.to_dict()) == plan
 
 
 BASE = LLM | {"weights": "int4-g64", "activations": "int8-tensor", "solver": "gptq"}

@@ -146,7 +146,7 @@ def test_what_is_no_plan_at_all(other: Any) -> None:
 
 
 def test_a_rule_is_the_partial_form_of_a_layers_configuration() -> None:
-    own = {"match", "fallback", "skip"}
+    own = {"match", "fallback", "skip", "optional"}
     assert set(LayerRule.model_fields) - own == {field.name for field in fields(LayerConfig)}
 
 
