@@ -1,9 +1,15 @@
-"""Compare automatic recipes with each of their alternatives, on the embedded model.
+"""Compare automatic recipes with each of their alternatives.
 
     python -m bench.automatic [--models plain outliers] [--settings w4a16 w4a8] [--out bench-out]
+    python -m bench.automatic --folder NAME=DIR [--models plain outliers]
+    python -m bench.automatic --folder NAME=DIR --models plain --group-size 64
+        --calib FILE --evaluation FILE
+
+On the embedded model, or on a checkpoint in a folder that knows the same scenes, or, with data of
+its own, on any.
 
 Each cell quantizes the language model, writes the checkpoint, loads it again and compares it with
-the unquantized model on questions that calibration never saw. The loss is that by which the choice
+the unquantized model on samples that calibration never saw. The loss is that by which the choice
 is made: KL divergence of answer tokens, and a fifth of that of other text. Finished cells are kept
 in ``OUT/automatic.jsonl``, and a run that was cut off goes on where it stopped.
 """
@@ -14,7 +20,8 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +39,11 @@ from prismquant.recipe.schema import Recipe, load_recipe, parse_recipe
 from prismquant.report.tables import markdown_table, rich_table
 from prismquant.search.analysis_request import DEFAULT_WEIGHTS
 from prismquant.search.repair import measured
+from prismquant.storage import file_digest
 
 SETTINGS = [name.removeprefix("auto-") for name in AUTOMATIC]
 AUTO, PLAIN = "automatic", "GPTQ alone"
+_GROUP = 128
 HEADERS = ["model and setting", PLAIN, "best", "lowest", "chosen", "its loss", "of best", "time"]
 
 
@@ -84,6 +93,15 @@ def rows_of(done: Mapping[tuple[Any, ...], Mapping[str, Any]]) -> list[list[str]
     return rows
 
 
+def automatic(setting: str, group_size: int) -> Recipe:
+    """An automatic recipe with groups of another size where it has groups of 128."""
+    body = load_recipe(f"auto-{setting}").to_dict()
+    for rule in body["rules"]:
+        if rule.get("weights", {}).get("group_size") == _GROUP:
+            rule["weights"]["group_size"] = group_size
+    return parse_recipe(body, source="bench")
+
+
 def _without_method(auto: Recipe) -> Recipe:
     """GPTQ alone at the same setting."""
     body = {key: part for key, part in auto.to_dict().items() if key != "choose"}
@@ -92,34 +110,70 @@ def _without_method(auto: Recipe) -> Recipe:
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", type=Path, default=CHECKPOINT, help="default: the embedded one")
+    parser.add_argument("--folder", help="NAME=DIR of another checkpoint than the embedded one")
+    parser.add_argument("--calib", type=Path, help="its calibration samples; default: scenes")
+    parser.add_argument("--evaluation", type=Path, help="samples to measure on; default: scenes")
+    parser.add_argument("--group-size", type=int, default=_GROUP, help="in place of 128")
     parser.add_argument("--models", nargs="+", default=["plain", "outliers"], help="versions of it")
     parser.add_argument("--samples", type=int, default=600, help="evaluation questions")
     parser.add_argument("--settings", nargs="+", default=SETTINGS, choices=SETTINGS)
     parser.add_argument("--factor", type=float, default=64.0, help="of outliers, a power of two")
     parser.add_argument("--channels", type=int, default=4, help="outlier channels at each norm")
     parser.add_argument("--out", type=Path, default=Path("bench-out"), help="cells and the table")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if (options.calib is None) != (options.evaluation is None):
+        parser.error("--calib and --evaluation go together")
+    options.name, _, folder = (options.folder or "").partition("=")
+    if options.folder and not folder:
+        parser.error("--folder takes NAME=DIR")
+    options.model = Path(folder) if folder else CHECKPOINT
+    return options
+
+
+def _facts(options: argparse.Namespace) -> dict[str, Any]:
+    facts = facts_of(options)
+    if options.folder:
+        facts["folder"] = options.name
+    if options.group_size != _GROUP:
+        facts["group_size"] = options.group_size
+    if options.evaluation:
+        facts["data"] = [file_digest(options.calib), file_digest(options.evaluation)]
+    return facts
+
+
+def _subjects(options: argparse.Namespace, work: Path) -> Iterator[tuple[Subject, Path]]:
+    """Models, each with its calibration samples."""
+    data, evaluation = options.calib, options.evaluation
+    # Scenes are short; of other samples a few fill the memory with logits.
+    size = 2 if evaluation else 32
+    if evaluation is None:
+        evaluation = write_dataset(work / "eval", split="evaluation", count=options.samples)
+        data = write_dataset(work / "data", split="calibration", count=CALIBRATION_SAMPLES)
+    for what in subjects_of(options, work, evaluation, size):
+        name = f"{options.name} {what.name}".strip()
+        yield replace(what, name=name), data
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run all cells that are missing and print the table."""
     options = _arguments(arguments)
     console = Console(width=140, highlight=False)
-    facts = facts_of(options)
+    facts = _facts(options)
     cells = Cells(options.out / "automatic.jsonl", facts)
+    warm = False
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        evaluation = write_dataset(work / "eval", split="evaluation", count=options.samples)
-        data = write_dataset(work / "data", split="calibration", count=CALIBRATION_SAMPLES)
-        for what in subjects_of(options, work, evaluation):
+        for what, data in _subjects(options, Path(folder)):
             for setting in options.settings:
-                auto = load_recipe(f"auto-{setting}")
+                auto = automatic(setting, options.group_size)
                 recipes = {PLAIN: _without_method(auto), AUTO: auto}
                 recipes |= {one.name: auto.chosen(one.name) for one in auto.choose}
                 for name, recipe in recipes.items():
                     key = (what.name, setting, name)
                     if key not in cells.done:
+                        if not warm:
+                            # The first run in a process compiles its kernels.
+                            cell(what, recipes[PLAIN], data)
+                            warm = True
                         cells.add(key, cell(what, recipe, data))
                         console.print(f"{key}: loss {cells.done[key]['loss']:.5f}", style="dim")
     rows = rows_of(cells.done)

@@ -132,13 +132,13 @@ class Subject:
     batches: Sequence[Batch]
 
 
-def subject(name: str, folder: Path, evaluation: Path) -> Subject:
+def subject(name: str, folder: Path, evaluation: Path, batch_size: int = 32) -> Subject:
     """Load the reference and render the questions once."""
     bound = bind(folder)
     batches = make_batches(
         read_samples(evaluation, require_answers=True),
         load_processor(folder),
-        batch_size=32,
+        batch_size=batch_size,
         vision_token_ids=bound.vision_token_ids,
     )
     reference = KnownLogits(load_model(folder, dtype=torch.float32))
@@ -261,9 +261,12 @@ def facts_of(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def subjects_of(options: argparse.Namespace, work: Path, evaluation: Path) -> Iterator[Subject]:
+def subjects_of(
+    options: argparse.Namespace, work: Path, evaluation: Path, batch_size: int = 32
+) -> Iterator[Subject]:
+    """The model as it is and with outliers, as far as they are asked for."""
     if "plain" in options.models:
-        yield subject("plain", options.model, evaluation)
+        yield subject("plain", options.model, evaluation, batch_size)
     if "outliers" in options.models:
         outliers = work / "outliers"
         add_outliers(
@@ -273,7 +276,7 @@ def subjects_of(options: argparse.Namespace, work: Path, evaluation: Path) -> It
             channels=options.channels,
             modality="llm",
         )
-        yield subject("outliers", outliers, evaluation)
+        yield subject("outliers", outliers, evaluation, batch_size)
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -14,7 +14,7 @@ cannot be scaled up without making its steps coarser.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -62,6 +62,7 @@ class AWQ:
 
     name: ClassVar[str] = "awq"
     edit: ClassVar[type[ScaledEdge]] = ScaledEdge
+    rough: ClassVar[dict[str, Any]] = {"grid": 5}
 
     grid: int = 20
     duo: bool = True

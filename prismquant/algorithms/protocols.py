@@ -103,7 +103,8 @@ class Transform(Protocol):
 
     A frozen dataclass whose fields are its options. Every field has a default; ``__post_init__``
     raises RecipeError on a value out of bounds. A property ``idle`` may name options that change
-    nothing as the others stand, and why. ``edit`` is the one kind of edit that it makes.
+    nothing as the others stand, and why. ``edit`` is the one kind of edit that it makes. A mapping
+    ``rough`` may give options with which it is quicker, and good enough to be compared with others.
 
     It has two halves. The first, ``plan``, needs the model alone. A tower that is rotated is
     complete with it: a reader shows the weights as if they had been rotated, and behind a

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -64,6 +64,7 @@ class SmoothQuant:
 
     name: ClassVar[str] = "smoothquant"
     edit: ClassVar[type[ScaledEdge]] = ScaledEdge
+    rough: ClassVar[dict[str, Any]] = {"grid": 5}
 
     alpha: float | None = None
     search: bool | None = None

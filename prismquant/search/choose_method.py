@@ -68,11 +68,11 @@ class Round:
 
 
 ROUNDS = (
-    Round(least=0.125, most=0.5, text=ENOUGH_TEXT, blocks=0.2, fewest_blocks=4, kept=2),
-    Round(least=0.25, most=1.0, text=2 * ENOUGH_TEXT, blocks=0.5, fewest_blocks=8, kept=1),
+    Round(least=0.125, most=0.5, text=ENOUGH_TEXT, blocks=0.13, fewest_blocks=4, kept=2),
+    Round(least=0.25, most=0.75, text=2 * ENOUGH_TEXT, blocks=0.25, fewest_blocks=8, kept=1),
 )
 """Rounds of a choice."""
-CLEAR_ERRORS, CLEAR_PART = 4.0, 0.2
+CLEAR_ERRORS, CLEAR_PART = 3.0, 0.1
 """Standard errors, and part of the next best loss, by which the first must lead to win at once."""
 
 
@@ -211,13 +211,16 @@ class _Contest:
             seen = enough_of(rest, least, most, one.text, asked.recipe.calibration.seed)
             self._seen |= dict.fromkeys(sample.id for sample in seen)
             left = {name: whole[name] for name in names}
-            recipes = trial_recipes(left, self._bound, one.blocks, one.fewest_blocks)
+            recipes, complete = trial_recipes(left, self._bound, one.blocks, one.fewest_blocks)
             ranked = _best_first(
                 [self._trial(Ask(part, name, number, recipes[name], seen)) for name in names]
             )
             names = [t.name for t in ranked[: 1 if leads_clearly(ranked) else one.kept]]
             if not names:
                 raise _nothing_works(asked, self._trials)
+            if complete:
+                # More samples alone seldom change what wins.
+                break
         return names[0]
 
     def _trial(self, ask: Ask) -> MethodTrial:

@@ -14,7 +14,7 @@ from typing import Any
 from prismquant.errors import PlanError
 from prismquant.models.bound import BoundModel
 from prismquant.plan.make_plan import make_plan
-from prismquant.recipe.schema import Recipe
+from prismquant.recipe.schema import Recipe, parse_recipe
 
 
 def spread_pairs(count: int, part: float, fewest: int) -> tuple[int, ...]:
@@ -35,7 +35,7 @@ def spread_pairs(count: int, part: float, fewest: int) -> tuple[int, ...]:
 
 def trial_recipes(
     whole: Mapping[str, Recipe], bound: BoundModel, part: float, fewest: int
-) -> Mapping[str, Recipe]:
+) -> tuple[Mapping[str, Recipe], bool]:
     """Recipes of alternatives, by name, all on the same blocks.
 
     Args:
@@ -45,9 +45,11 @@ def trial_recipes(
         fewest: Blocks of a tower, at least.
 
     Returns:
-        Recipes that leave the other blocks alone; where one of them cannot be laid over the model
-        without these, the whole recipes.
+        Recipes that leave the other blocks alone, and whether they are of all blocks: where there
+        are no more, or where an alternative cannot be laid over the model without the others.
+        Transforms search on coarser grids.
     """
+    whole = {name: quicker(one) for name, one in whole.items()}
     plans = [make_plan(one, bound) for one in whole.values()]
     quantized = {row.site.name for plan in plans for row in plan.quantized}
     towers: dict[str, list[str]] = {}
@@ -59,12 +61,29 @@ def trial_recipes(
         kept = {blocks[number] for number in spread_pairs(len(blocks), part, fewest)}
         skipped += [name for name in blocks if name not in kept]
     if not skipped:
-        return whole
+        return whole, True
     rule: Mapping[str, Any] = {"match": {"name": [f"{name}.*" for name in skipped]}, "skip": True}
     fewer = {name: one.with_rules(rule, name=one.name) for name, one in whole.items()}
     try:
         for one in fewer.values():
             make_plan(one, bound)
     except PlanError:
-        return whole
-    return fewer
+        return whole, True
+    return fewer, False
+
+
+def quicker(recipe: Recipe) -> Recipe:
+    """The recipe with options of its transforms with which they take less time.
+
+    What the recipe says itself stays.
+    """
+    transforms = []
+    for rule in recipe.transforms:
+        method = rule.build()
+        idle: Mapping[str, str] = getattr(method, "idle", {})
+        rough: Mapping[str, Any] = getattr(method, "rough", {})
+        options = {key: value for key, value in rough.items() if key not in idle} | rule.options
+        body = rule.model_dump(mode="json", exclude_unset=True)
+        transforms.append(body | ({"options": options} if options else {}))
+    body = recipe.to_dict() | ({"transforms": transforms} if transforms else {})
+    return parse_recipe(body, source=recipe.name)

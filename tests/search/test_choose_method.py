@@ -243,7 +243,7 @@ def test_samples_are_split_evenly_over_kinds(data: Path, count: int) -> None:
 
 @pytest.mark.parametrize(
     ("other", "clear"),
-    [((2.0, 2.1, 1.9), True), ((1.0, 5.0, 0.0), False), ((1.15, 1.16, 1.15), False)],
+    [((2.0, 2.1, 1.9), True), ((1.0, 5.0, 0.0), False), ((1.05, 1.06, 1.05), False)],
 )
 def test_a_clear_lead_ends_the_choice(other: Sequence[float], clear: bool) -> None:
     """It is large beside its noise, and beside the loss itself."""
@@ -284,10 +284,10 @@ def test_pairs_of_blocks_are_spread_over_a_tower(count: int, part: float, fewest
 def test_a_trial_quantizes_the_same_blocks_in_each_way(tiny: Callable[..., Path]) -> None:
     bound, loaded = bind(tiny("qwen2_vl")), load_recipe("auto-w4a8")
     whole = {one.name: loaded.chosen(one.name) for one in loaded.choose}
-    found = trial_recipes(whole, bound, 0.1, 2)
+    found, complete = trial_recipes(whole, bound, 0.1, 2)
     blocks = [step.name for step in bound.steps if step.kind == "block" and "language" in step.name]
     if len(blocks) <= 2:
-        assert found == whole
+        assert complete
         return
     quantized = [{r.site.name for r in make_plan(one, bound).quantized} for one in found.values()]
     assert all(one == quantized[0] for one in quantized)
@@ -304,7 +304,8 @@ def test_alternatives_about_single_blocks_are_tried_on_all_of_them(
     last = {"name": "last", "transforms": [{"name": "smoothquant", "match": {"name": f"{name}.*"}}]}
     asked = recipe(PLAIN, last)
     whole = {one.name: asked.chosen(one.name) for one in asked.choose}
-    found = trial_recipes(whole, bound, 0.01, 1)
+    found, complete = trial_recipes(whole, bound, 0.01, 1)
+    assert complete
     assert {x: len(make_plan(one, bound).quantized) for x, one in found.items()}.keys() == {
         "plain",
         "last",
