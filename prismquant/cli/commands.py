@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -31,9 +31,12 @@ from prismquant.cli.output import console as make_console
 from prismquant.cli.output import say, say_json, show
 from prismquant.cli.recipe_commands import recipes
 from prismquant.cli.written import print_findings, print_remarks, require_sound, tell_run
-from prismquant.errors import PrismQuantError
+from prismquant.errors import ArgumentError, PrismQuantError
 from prismquant.report.tables import as_text
 from prismquant.version import __version__
+
+if TYPE_CHECKING:
+    from prismquant.recipe.importers.imported import Imported
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -126,6 +129,7 @@ def quantize(asked: QuantizeOptions) -> None:
     from prismquant.report.progress import ProgressReporter
     from prismquant.threads import use_threads
 
+    recipe = _one_recipe(asked)
     pace = use_threads(asked.threads, _earlier_threads(asked.out) if asked.resume else None)
     console = make_console(stderr=True)
     with joined() as ranks:
@@ -135,7 +139,7 @@ def quantize(asked: QuantizeOptions) -> None:
         with shown as reporter:
             result = run(
                 asked.model,
-                asked.recipe,
+                recipe,
                 asked.out,
                 asked.calib,
                 samples=asked.samples,
@@ -163,6 +167,22 @@ def quantize(asked: QuantizeOptions) -> None:
     report = check(asked.out)
     tell_run(result, report, asked.out, console, as_json=asked.as_json)
     require_sound(report, damaged=bool(result.record.damaged))
+
+
+def _one_recipe(asked: QuantizeOptions) -> str | Imported:
+    """The recipe that a command names in one of two ways.
+
+    Raises:
+        ArgumentError: It names none, or names it in both.
+        RecipeError: MQuant's flags are not valid.
+    """
+    from prismquant.recipe.importers.import_recipe import import_recipe
+
+    if (asked.recipe is None) == (asked.mquant_args is None):
+        raise ArgumentError("a run has one recipe", remedy="give --recipe or --mquant-args")
+    if asked.mquant_args is not None:
+        return import_recipe(asked.mquant_args, "mquant")
+    return str(asked.recipe)
 
 
 def _earlier_threads(out: str) -> int | None:

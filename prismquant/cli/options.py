@@ -17,6 +17,10 @@ RecipeOption = Annotated[
     str,
     typer.Option("--recipe", help="A preset's name or a file, of this or another tool."),
 ]
+OptionalRecipe = Annotated[
+    str | None,
+    typer.Option("--recipe", help="A preset's name or a file, of this or another tool."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that lies in the checkpoint's folder.")
@@ -67,8 +71,12 @@ class QuantizeOptions:
     """The arguments and options of ``prismquant quantize``."""
 
     model: Model
-    recipe: RecipeOption
     out: Annotated[str, typer.Option(help="Folder of the result.", show_default=False)]
+    recipe: OptionalRecipe = None
+    mquant_args: Annotated[
+        str | None,
+        typer.Option("--mquant-args", help="Flags of MQuant, as one text, in place of a recipe."),
+    ] = None
     calib: Annotated[
         str | None,
         typer.Option(help="Calibration samples: JSONL, LLaVA JSON, text, or a data set's name."),

@@ -97,7 +97,7 @@ def test_the_version_is_printed_alone(run: Cli) -> None:
         (["inspect"], "model"),
         (["inspect", "a", "--bogus"], "--bogus"),
         (["inspect", "a", "b"], "b"),
-        (["quantize", "a"], "--recipe"),
+        (["quantize", "a"], "--out"),
         (["quantize", "a", "--recipe", "w4a16"], "--out"),
         (["quantize", "a", "--recipe", "w4a16", "--out", "o", "--samples", "0"], "--samples"),
         (["quantize", "a", "--recipe", "w4a16", "--out", "o", "--batch-size", "x"], "--batch-size"),

@@ -89,6 +89,29 @@ def test_convert_writes_a_recipe_that_is_read_back(tmp_path: Path, run: Cli) -> 
     assert json.loads(said) == import_recipe("-8").to_dict() | {"out": None}
 
 
+def test_flags_of_mquant_are_taken_as_one_text(
+    tiny: Callable[..., Path], tmp_path: Path, run: Cli
+) -> None:
+    flags = "--quant --quant_llm --llm_w_bits 4 --llm_w_rtn"
+    status, said, _ = run("recipe", "convert", "--from", "mquant", flags)
+    assert status == 0
+    recipe = import_recipe(flags).recipe
+    assert load_recipe(read_yaml(said)) == recipe
+    model = str(tiny("qwen2_vl"))
+    for number, words in enumerate((["--mquant-args", flags], ["--recipe", flags])):
+        out = str(tmp_path / f"out{number}")
+        status, said, told = run("quantize", model, *words, "--out", out, "--json")
+        assert status == 0, told
+        assert json.loads(said)["record"]["translation"]["dialect"] == "mquant"
+    for words in ([], ["--mquant-args", flags, "--recipe", "w4a16"]):
+        status, said, told = run("quantize", model, *words, "--out", str(tmp_path / "no"))
+        assert (status, said) == (2, "")
+        assert "give --recipe or --mquant-args" in told
+    status, said, told = run("quantize", model, "--mquant-args", "--quant", "--out", "no")
+    assert (status, said) == (1, "")
+    assert "nothing would be quantized" in told
+
+
 def test_convert_refuses_what_it_should(tmp_path: Path, run: Cli) -> None:
     toy = tmp_path / "toy.json"
     toy.write_text(json.dumps(TOY))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from prismquant.recipe.importers import llm_compressor, mi_optimize
+from prismquant.recipe.importers import llm_compressor, mi_optimize, mquant
 from prismquant.recipe.importers.imported import Imported
 from prismquant.recipe.importers.source_section import Table
 
@@ -48,6 +48,14 @@ DIALECTS: tuple[Dialect, ...] = (
         mi_optimize.read,
         mi_optimize.TABLES,
         mi_optimize.NOTES,
+    ),
+    Dialect(
+        mquant.NAME,
+        "flags such as `--quant_llm` in a text or a file, or a mapping of them",
+        mquant.recognizes,
+        mquant.read,
+        mquant.TABLES,
+        mquant.NOTES,
     ),
 )
 """All dialects but our own."""

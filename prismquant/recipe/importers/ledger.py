@@ -84,7 +84,9 @@ class Ledger:
         return Imported(self._dialect, recipe, self._source, **parts)
 
     def _note(self, kind: str, setting: TranslatedSetting) -> None:
-        self._noted[kind].append(setting)
+        # Settings that several layers share are read more than once.
+        if setting not in self._noted[kind]:
+            self._noted[kind].append(setting)
 
 
 def shown(value: Any) -> str:
