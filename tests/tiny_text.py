@@ -14,10 +14,11 @@ from prismquant.storage import write_tensors
 if TYPE_CHECKING:
     from pathlib import Path
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text")
 
 # A sliding window that the texts of the tests are longer than.
 WINDOW = 6
+_ALTERNATING = ["sliding_attention", "full_attention"] * 4
 
 
 def build(
@@ -83,6 +84,8 @@ def _values(family: str, blocks: int, tie: bool) -> dict[str, Any]:
     }
     if family == "qwen2":
         del values["head_dim"]
-    if family == "mistral":
+    if family in ("mistral", "gemma2", "gemma3_text"):
         values["sliding_window"] = WINDOW
+    if family.startswith("gemma"):
+        values |= {"query_pre_attn_scalar": 64, "layer_types": _ALTERNATING[:blocks]}
     return values

@@ -58,16 +58,14 @@ def load_arch(path: Path) -> ArchSpec:
 
     Args:
         path: A TOML file; its stem is the architecture's name. ``extends`` names a sibling file
-            whose keys hold where this one does not set them.
+            whose keys, and those of the file that it extends, hold where this one does not set
+            them.
 
     Raises:
         ModelError: The file is not TOML, has unknown, missing or mistyped keys, or contradicts
             itself.
     """
-    data = _read_toml(path)
-    parent = data.pop("extends", None)
-    if parent is not None:
-        data = {**_read_toml(path.with_name(f"{parent}.toml")), **data}
+    data = _with_parents(path)
     top = StrictTable(data, str(path), "")
     arch = ArchSpec(
         name=path.stem,
@@ -94,6 +92,17 @@ def load_arch(path: Path) -> ArchSpec:
     top.finish()
     _check(arch, str(path))
     return arch
+
+
+def _with_parents(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The keys of a file, and those of the files that it extends where it does not set them."""
+    if path in below:
+        raise ModelError("an architecture file extends itself", where=str(path))
+    data = _read_toml(path)
+    parent = data.pop("extends", None)
+    if parent is None:
+        return data
+    return {**_with_parents(path.with_name(f"{parent}.toml"), (*below, path)), **data}
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

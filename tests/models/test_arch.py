@@ -42,7 +42,7 @@ def broken(tmp_path: Path):
 
 def test_these_architectures_are_described():
     assert SEEING == ["qwen2_5_vl", "qwen2_vl", "qwen3_vl", "video_llama_3", "video_llama_3_remote"]
-    assert TEXT == ["llama", "mistral", "qwen2", "qwen3"]
+    assert TEXT == ["gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3"]
 
 
 @pytest.mark.parametrize("name", TEXT)
@@ -200,6 +200,7 @@ def test_an_unknown_key_is_named_with_its_path_and_a_suggestion(broken):
         ('depth = "vision_config.depth"\n', "", "blocks and depth come together"),
         ('title = "Qwen2-VL"', "title = ", "not a TOML file"),
         ('title = "Qwen2-VL"', 'title = "Qwen2-VL"\nextends = "nothing"', "nothing.toml"),
+        ('title = "Qwen2-VL"', 'title = "Qwen2-VL"\nextends = "qwen2_vl"', "extends itself"),
         ('title = "Qwen2-VL"', 'title = "Qwen2-VL"\nleft_alone = 3', "must be a table"),
         ("[[edges]]\nkind", "[edges]\nkind", "list of tables"),
         ('[[streams]]\nmodality = "llm"', '[[streams]]\nmodality = "vision"', "two residual"),
