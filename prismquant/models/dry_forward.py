@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from prismquant.models.arch import ArchSpec
     from prismquant.models.bound import BoundStep
 
-__all__ = ["forward_findings"]
+__all__ = ["bounds_logits", "forward_findings"]
 
 # More than any real model has: such a pass would take long, or much memory.
 _MOST_STEPS = 300
@@ -33,6 +33,8 @@ _MOST_ROWS = 1 << 21
 # Of a text, and of the small picture in each direction.
 _TOKENS = 4
 _CELLS = 2
+# A number that every bound on logits changes.
+_LARGE = 1e4
 
 
 class _NoNumbersError(Exception):
@@ -73,6 +75,30 @@ def forward_findings(
         return []
     never = sorted(left) if picture else []
     return [f"{name}: the model's own code never runs it" for name in never]
+
+
+def bounds_logits(model: nn.Module, arch: ArchSpec, config: Any) -> bool:
+    """Whether a model changes what its head puts out before it is a logit, as Gemma 2 does.
+
+    Args:
+        model: Without weights; it cannot be used afterwards.
+        arch: Its architecture.
+        config: Its native config.
+
+    Returns:
+        False also where that cannot be told without numbers.
+    """
+    for module in _outermost_holders(model):
+        module.forward = _on_shapes(module.to("meta").forward)
+    head: Any = model.get_submodule(arch.head)
+    forward = head.forward
+    head.forward = lambda *args: torch.full_like(forward(*args), _LARGE)
+    try:
+        with torch.no_grad(), torch.device("cpu"):
+            logits: Tensor = model(**_text(arch, config), use_cache=False).logits
+    except _NoNumbersError:
+        return False
+    return bool((logits != _LARGE).any())
 
 
 def _outermost_holders(module: nn.Module) -> Iterator[nn.Module]:

@@ -5,16 +5,51 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from prismquant.data import Sample
+from prismquant.data.windows import window_remarks
+from prismquant.models.bound import BoundModel
+from prismquant.models.dry_forward import bounds_logits
+from prismquant.models.load import empty_model
 from prismquant.search.analysis_request import AnalysisRequest
 from prismquant.search.sensitivity import TOKEN_CLASSES, TokenClass
 
 
-def missing_classes(tokens: Mapping[TokenClass, int], asked: AnalysisRequest) -> list[str]:
-    """Lines on classes of tokens that the samples lack."""
+def analysis_notes(
+    bound: BoundModel,
+    samples: Sequence[Sample],
+    tokens: Mapping[TokenClass, int],
+    asked: AnalysisRequest,
+) -> tuple[str, ...]:
+    """All notes on what an analysis is given.
+
+    Args:
+        bound: The model.
+        samples: What is looked at.
+        tokens: Count of each class of tokens in them.
+        asked: The request.
+    """
+    return (
+        *window_remarks(samples),
+        *missing_classes(tokens, asked, sees=bound.arch.sees),
+        *idle_options(asked, samples),
+        *(bounded_outputs(bound) if samples else ()),
+    )
+
+
+def missing_classes(
+    tokens: Mapping[TokenClass, int], asked: AnalysisRequest, *, sees: bool
+) -> list[str]:
+    """Lines on classes of tokens that the samples lack.
+
+    Args:
+        tokens: Count of each class.
+        asked: The request.
+        sees: Whether the model is shown pictures and clips.
+    """
     if asked.calibration is None or not tokens:
         return []
-    gone = [name for name in TOKEN_CLASSES if name not in tokens]
-    what = {"answer": "an answer", "text": "other text", "image": "a picture", "video": "a clip"}
+    what = {"answer": "an answer", "text": "other text"}
+    what |= {"image": "a picture", "video": "a clip"} if sees else {}
+    gone = [name for name in TOKEN_CLASSES if name in what and name not in tokens]
     lines = [f"no sample has {what[name]}: no score is about {name} tokens" for name in gone]
     if not any(asked.weights[name] for name in tokens):
         lines.append("every class of tokens that the samples have has the weight 0")
@@ -33,3 +68,13 @@ def idle_options(asked: AnalysisRequest, samples: Sequence[Sample]) -> list[str]
     if asked.method.one_by_one and asked.batch_size != 1 and "--batch-size" in asked.of_data:
         return [f"{asked.method_name} takes samples one by one: --batch-size has no effect"]
     return []
+
+
+def bounded_outputs(bound: BoundModel) -> list[str]:
+    """A line on a model whose losses are not quite those of its logits."""
+    if not bounds_logits(empty_model(bound.config, bound.arch), bound.arch, bound.config):
+        return []
+    return [
+        f"this {bound.arch.title} bounds what its head puts out before it is a logit: losses are "
+        "of what the head puts out"
+    ]

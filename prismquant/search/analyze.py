@@ -18,7 +18,7 @@ import torch
 from prismquant.data import Sample, read_samples, require_modalities
 from prismquant.data.batches import Batch
 from prismquant.data.lengths import by_length
-from prismquant.data.windows import Windows, window_remarks
+from prismquant.data.windows import Windows
 from prismquant.engine.collectives import share_of
 from prismquant.engine.memory_forecast import count_tokens, kept_for_gradients
 from prismquant.engine.placement import Placement, Store
@@ -46,7 +46,7 @@ from prismquant.run.fingerprint import (
 from prismquant.run.identity import Identity
 from prismquant.runtime.mixed import Precision
 from prismquant.search.analysis import Analysis, UnitScores
-from prismquant.search.analysis_notes import idle_options, missing_classes
+from prismquant.search.analysis_notes import analysis_notes
 from prismquant.search.analysis_request import AnalysisRequest
 from prismquant.search.choices import Choices, UnitRows, make_choices
 from prismquant.search.partial_scores import AnalysisIdentity, PartialScores
@@ -178,12 +178,7 @@ def _prepare(asked: AnalysisRequest, bound: BoundModel, choices: Choices) -> _Pr
     settings = _settings(asked, choices)
     identity = AnalysisIdentity(settings, replace(run, plan=_digest(settings)))
     counts = {name: tokens[name] for name in TOKEN_CLASSES if tokens[name]}
-    notes = (
-        *window_remarks(samples),
-        *found.remarks(answers=True),
-        *missing_classes(counts, asked),
-        *idle_options(asked, samples),
-    )
+    notes = (*found.remarks(answers=True), *analysis_notes(bound, samples, counts, asked))
     return _Prepared(samples, found.batches, memory.placement, kept, room, counts, identity, notes)
 
 
