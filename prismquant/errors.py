@@ -121,8 +121,10 @@ def suggest(name: str, options: Iterable[str]) -> str:
 
 def nearest(name: str, known: Sequence[str]) -> str:
     """Words on the known name that was probably meant; empty where none is near."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"did you mean {near[0]!r}?" if near else ""
+    # Capitals are a slip, too.
+    by_lower = {word.lower(): word for word in reversed(known)}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    return f"did you mean {by_lower[near[0]]!r}?" if near else ""
 
 
 def listed(findings: Sequence[str], most: int = 20) -> str:

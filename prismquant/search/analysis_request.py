@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from prismquant.arguments import as_choice, as_items
+from prismquant.arguments import as_items
 from prismquant.data.media import Limits
 from prismquant.distributed import Ranks
 from prismquant.engine.setup import Reporter, Silent
@@ -118,7 +118,14 @@ def as_modalities(value: Any) -> tuple[str, ...]:
             where="modalities (--modalities)",
             remedy=f"name some of {', '.join(known)}, or leave it out to choose for all",
         )
-    return tuple(dict.fromkeys(as_choice(name, "modalities", known) for name in words))
+    for name in words:
+        if name not in known:
+            raise ArgumentError(
+                f"there is no modality {name!r}",
+                where="modalities (--modalities)",
+                remedy=suggest(str(name), known),
+            )
+    return tuple(dict.fromkeys(words))
 
 
 def as_patterns(value: Any) -> tuple[str, ...]:

@@ -169,7 +169,8 @@ def _number(name: str, part: str) -> NumberSpec:
     try:
         return spec(part)
     except PrismQuantError as error:
-        known = {*FORMATS, *filter(_is_plain, RECIPES)}
+        # A recipe is no part of a name.
+        known = {*FORMATS, *(filter(_is_plain, RECIPES) if part == name else ())}
         raise _refused(name, error.what, suggest(part, known)) from error
 
 
