@@ -40,10 +40,10 @@ class UnchangedLogits:
             changed: Logits of the changed model, ``[places, vocabulary]``.
         """
         x = changed.to(self._logits.dtype) - self._logits
-        x -= torch.einsum("pv,pv->p", self._p, x)[:, None]
+        x -= (self._p * x).sum(dim=-1, keepdim=True)
         large = x.amax(dim=-1) > _LARGE
         terms = torch.expm1(x).sub_(x)
-        found = torch.einsum("pv,pv->p", self._p, terms).double().log1p()
+        found = terms.mul_(self._p).sum(dim=-1).double().log1p()
         if bool(large.any()):
             found[large] = _plain(self._logits[large], changed[large])
         return found

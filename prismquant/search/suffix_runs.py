@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from prismquant.distributed import Ranks
-from prismquant.engine.replaced_layers import layers_replaced
+from prismquant.engine.replaced_layers import ReplacedLayer, layers_in_place, replaced_layers
 from prismquant.engine.replay import Replay
 from prismquant.engine.streamed_model import StreamedModel
 from prismquant.engine.walk import Unit
@@ -30,6 +30,8 @@ Layers = Sequence[tuple[PlanRow, QuantizedLayer]]
 
 # Part of the memory which the model may take, where it stays; the rest is for what flows.
 _PART = 0.7
+# Bytes of a step's dequantized weights that are kept rather than made again for every batch.
+_KEPT_BYTES = 256 << 20
 
 
 class SuffixRuns:
@@ -76,8 +78,10 @@ class SuffixRuns:
         if unit.step.modality is not Modality.LLM and not everywhere:
             seen = self._main.replay.seen_by_vision()
         if self.resident:
+            ready = [self._replaced(layers) for layers in variants] if self._few(variants) else []
             for batch in seen:
-                yield batch, [self._resident_run(batch, layers) for layers in variants]
+                runs = ready or map(self._replaced, variants)
+                yield batch, [self._resident_run(batch, layers) for layers in runs]
             return
         forks = [self._main.replay.fork(seen) for _ in variants]
         for fork, layers in zip(forks, variants, strict=True):
@@ -95,7 +99,7 @@ class SuffixRuns:
 
     def quantized(self, layers: Layers) -> contextlib.AbstractContextManager[None]:
         """Within the block, these layers are quantized."""
-        return layers_replaced(self._main.model, layers, self._placement.precision.dtype)
+        return layers_in_place(self._replaced(layers))
 
     @torch.no_grad()
     def advance(self, fork: Replay, step: BoundStep) -> None:
@@ -105,8 +109,17 @@ class SuffixRuns:
             for call in fork.calls(step):
                 call.keep(module(*call.args, **call.kwargs))
 
-    def _resident_run(self, batch: int, layers: Layers) -> Tensor:
-        with self.quantized(layers), self._placement.precision.in_force():
+    def _replaced(self, layers: Layers) -> list[ReplacedLayer]:
+        return replaced_layers(self._main.model, layers, self._placement.precision.dtype)
+
+    def _few(self, variants: Sequence[Layers]) -> bool:
+        """Whether the weights of all variants may be held at once."""
+        sites = [row.site for layers in variants for row, _ in layers]
+        numbers = sum(site.out_features * site.in_features for site in sites)
+        return numbers * self._placement.precision.dtype.itemsize <= _KEPT_BYTES
+
+    def _resident_run(self, batch: int, layers: Sequence[ReplacedLayer]) -> Tensor:
+        with layers_in_place(layers), self._placement.precision.in_force():
             return self._main.replay.last_hidden(batch, self._embed)
 
     def _finish(self, forks: Sequence[Replay], step: BoundStep) -> None:

@@ -32,8 +32,9 @@ from prismquant.search.sensitivity import Score, TokenClass
 from prismquant.search.suffix_runs import Layers, SuffixRuns
 from prismquant.search.token_places import NOWHERE, token_places
 
-# Places whose logits are looked at together.
-_CHUNK = 64
+# Places whose logits are looked at together: so many numbers, but so many places in any case, for
+# the head's weight is read once for all of them.
+_LOGITS, _LEAST_PLACES = 1 << 20, 64
 
 
 @dataclass(frozen=True)
@@ -132,13 +133,14 @@ class _Divergences:
         name = self.analysis.bound.arch.head
         places, unchanged = self.places[batch], self.unchanged[batch]()
         rows, columns = (places != NOWHERE).nonzero(as_tuple=True)
+        chunk = max(_LEAST_PLACES, _LOGITS // self.analysis.bound.site(name).out_features)
         at_hand = self.main.module(name).get_parameter("weight").is_meta
         with (
             self.main.loaded([name] if at_hand else []),
             self.analysis.placement.precision.in_force(),
         ):
-            for start in range(0, len(rows), _CHUNK):
-                row, column = rows[start : start + _CHUNK], columns[start : start + _CHUNK]
+            for start in range(0, len(rows), chunk):
+                row, column = rows[start : start + chunk], columns[start : start + chunk]
                 own = UnchangedLogits(self.main.module(name)(unchanged[row, column]))
                 for variant, states in zip(variants, hidden, strict=True):
                     of_head = [pair for pair in variant.layers if pair[0].site.name == name]
