@@ -138,7 +138,9 @@ def _prepare(asked: AnalysisRequest, bound: BoundModel, choices: Choices) -> _Pr
     ranks, room = asked.ranks, memory_room(asked.memory_budget)
     samples = _samples(asked, choices, room)
     size = _batch_size(asked)
-    own = share_of(by_length(samples), size, ranks)
+    # Texts apart: batches without a picture are not run for units of the vision tower.
+    order = sorted(by_length(samples), key=lambda sample: sample.kind != "text")
+    own = share_of(order, size, ranks)
     batches, found = surveyed_batches(
         own,
         bound,
