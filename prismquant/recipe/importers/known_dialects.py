@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from prismquant.recipe.importers import llm_compressor, mi_optimize, mquant
+from prismquant.recipe.importers import llm_compressor, mi_optimize, modelopt, mquant
 from prismquant.recipe.importers.imported import Imported
 from prismquant.recipe.importers.source_section import Table
 
@@ -56,6 +56,14 @@ DIALECTS: tuple[Dialect, ...] = (
         mquant.read,
         mquant.TABLES,
         mquant.NOTES,
+    ),
+    Dialect(
+        modelopt.NAME,
+        "`quant_cfg`, or the name of a configuration such as `INT4_AWQ_CFG`",
+        modelopt.recognizes,
+        modelopt.read,
+        modelopt.TABLES,
+        modelopt.NOTES,
     ),
 )
 """All dialects but our own."""
