@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ import prismquant as pq
 from prismquant.algorithms.methods import build_solver
 from prismquant.algorithms.problem import LayerProblem
 from prismquant.errors import RecipeError
-from prismquant.formats.spec import spec
+from prismquant.formats.spec import NumberSpec, spec
 from prismquant.models.bind import bind
 from prismquant.numerics.rules import RangeRule
 from prismquant.plan.make_plan import make_plan
@@ -28,6 +29,7 @@ from prismquant.recipe.importers.modelopt_presets import PRESETS
 from prismquant.recipe.importers.quantizer_names import KINDS, layer_globs
 from prismquant.recipe.layer_config import LayerConfig
 from prismquant.recipe.resolve import resolve
+from prismquant.search.format_grammar import formats_on_offer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -401,6 +403,65 @@ def test_caches() -> None:
     assert imported.recipe.kv_cache_settings[0].name == "int8"
     off = {"quantizer_name": "*[kqv]_bmm_quantizer", "enable": False}
     assert of(with_entries(weights(axis=0), cache, off)).recipe.kv_cache is None
+
+
+# auto_quantize
+
+
+@pytest.mark.parametrize("form", ["arguments", "file"])
+def test_arguments_of_a_search_are_answered_with_its_commands(form: str) -> None:
+    formats = ["NVFP4_DEFAULT_CFG", PRESETS["FP8_DEFAULT_CFG"], None]
+    disabled = ["*lm_head*", "*visual*"]
+    content: dict[str, Any] = {
+        "quantization_formats": formats,
+        "constraints": {"effective_bits": 5.4},
+        "disabled_layers": disabled,
+        "method": "kl_div",
+        "num_score_steps": 64,
+        "data_loader": "loader",
+    }
+    if form == "file":
+        content = {
+            "metadata": {"recipe_type": "auto_quantize"},
+            "auto_quantize": {
+                "candidate_formats": formats,
+                "constraints": {"effective_bits": 5.4},
+                "disabled_layers": disabled,
+                "auto_quantize_method": "kl_div",
+                "score_size": 64,
+            },
+        }
+    with pytest.raises(RecipeError) as caught:
+        import_recipe(content)
+    first, second, _ = str(caught.value.remedy).split("; then ")
+    words = shlex.split(first)
+    named = dict(zip(words[3::2], words[4::2], strict=True))
+    assert words[:3] == ["prismquant", "analyze", "MODEL"]
+    assert named["--formats"] == "nvfp4+nvfp4-dyn,fp8-tensor+fp8-tensor"
+    assert (named["--method"], named["--samples"]) == ("kl_div", "64")
+    assert [words[i + 1] for i, word in enumerate(words) if word == "--disable"] == disabled
+    assert "--bits 5.4" in second
+    offered = formats_on_offer(named["--formats"])
+    found = [NumberSpec.from_dict(choice.weights) for choice in offered.values()]
+    assert found == [spec("nvfp4"), spec("fp8-tensor")]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"quantization_formats": []}, "a list of configurations"),
+        ({"quantization_formats": ["NVFP5"]}, "quantization_formats[0]"),
+        ({"quantization_formats": ["FP8_KV_CFG"]}, "it quantizes no MLP layer"),
+        ({"quantization_formats": ["FP8_DEFAULT_CFG"], "method": "x"}, "gradient or kl_div, not x"),
+        ({"quantization_formats": ["FP8_DEFAULT_CFG"], "metod": 1}, "did you mean 'method'"),
+        (
+            {"quantization_formats": ["FP8_DEFAULT_CFG"], "constraints": {"effective_bits": 99}},
+            "effective_bits: a number from 0.01 to 16",
+        ),
+    ],
+)
+def test_wrong_arguments_of_a_search(content: Any, words: str) -> None:
+    refused(content, words)
 
 
 # What cannot be

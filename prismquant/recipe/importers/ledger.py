@@ -73,15 +73,23 @@ class Ledger:
         Raises:
             RecipeError: A setting cannot be; lists all of them.
         """
+        self.require_valid()
+        recipe = parse_recipe(content, source=f"{self._source}, read as {self._dialect}")
+        parts = {name: tuple(noted) for name, noted in self._noted.items()}
+        return Imported(self._dialect, recipe, self._source, **parts)
+
+    def require_valid(self) -> None:
+        """Refuse a source in which something was noted as wrong.
+
+        Raises:
+            RecipeError: It was; lists all of it.
+        """
         if self._wrong:
             raise RecipeError(
                 f"the recipe of {self._dialect} is not valid:{listed(self._wrong)}",
                 where=self._source,
                 findings=self._wrong,
             )
-        recipe = parse_recipe(content, source=f"{self._source}, read as {self._dialect}")
-        parts = {name: tuple(noted) for name, noted in self._noted.items()}
-        return Imported(self._dialect, recipe, self._source, **parts)
 
     def _note(self, kind: str, setting: TranslatedSetting) -> None:
         # Settings that several layers share are read more than once.

@@ -23,6 +23,12 @@ from prismquant.recipe.importers.calibration_algorithms import ALGORITHMS, algor
 from prismquant.recipe.importers.imported import Imported
 from prismquant.recipe.importers.ledger import Ledger, joined, shown
 from prismquant.recipe.importers.modelopt_presets import DISABLED_LAYERS, PRESETS
+from prismquant.recipe.importers.modelopt_search import (
+    CONSTRAINTS,
+    SEARCH,
+    is_search,
+    refuse_search,
+)
 from prismquant.recipe.importers.quantizer_attributes import (
     ATTRIBUTES,
     BLOCK_SIZES,
@@ -56,6 +62,8 @@ TABLES: Mapping[str, Table] = {
     "Attributes of a quantizer": ATTRIBUTES,
     "block_sizes": BLOCK_SIZES,
     **{f"algorithm: {name}": table for name, table in ALGORITHMS.items()},
+    "auto_quantize": SEARCH,
+    "constraints": CONSTRAINTS,
 }
 NOTES = (
     "Configurations by name: `--recipe INT8_SMOOTHQUANT_CFG`; in a file: JSON, YAML, or one Python "
@@ -70,7 +78,8 @@ NOTES = (
     "AWQ and SmoothQuant scales are of each layer there, and averaged over those of one input when "
     "the checkpoint is written; here there is one, searched for all of them.",
     "Of two quantizers in a row (`W4A8_AWQ_BETA_CFG`) the first counts.",
-    "`auto_quantize` is `prismquant analyze` and `prismquant search`: see [search](search.md).",
+    "`auto_quantize`: its arguments, or a file of them, are a search and no recipe; the error that "
+    "says so has the two commands, `prismquant analyze` and `prismquant search`, filled in.",
 )
 
 _FIELDS: Mapping[str, str] = {
@@ -105,8 +114,10 @@ def recognizes(content: Any) -> bool:
         return content.removeprefix("mtq.") in PRESETS
     if not isinstance(content, Mapping):
         return False
-    return "quant_cfg" in content or (
-        isinstance(content.get("quantize"), Mapping) and "quant_cfg" in content["quantize"]
+    return (
+        "quant_cfg" in content
+        or is_search(content)
+        or (isinstance(content.get("quantize"), Mapping) and "quant_cfg" in content["quantize"])
     )
 
 
@@ -120,6 +131,8 @@ def read(content: Any, source: str) -> Imported:
     Raises:
         RecipeError: It is not valid, or has no counterpart; lists all that is wrong.
     """
+    if isinstance(content, Mapping) and is_search(content):
+        raise refuse_search(content, source, read)
     ledger = Ledger(NAME, source)
     name = Path(source).stem
     if isinstance(content, str):
