@@ -209,6 +209,7 @@ BAD: dict[str, list[Any]] = {
     "max_pixels": [0, True, "3", 2**31],
     "max_frames": [0, 1.5],
     "max_length": [-1, "3"],
+    "seq_length": [-1, "3"],
     "resume": ["yes", 1],
     "strict": ["yes"],
     "trust_remote_code": ["yes", 1],
