@@ -39,6 +39,7 @@ from prismquant.run.fingerprint import (
 from prismquant.run.identity import Identity
 from prismquant.run.method_choice import WHOLE, MethodChoice, MethodTrial
 from prismquant.runtime.mixed import Precision
+from prismquant.search.analysis_notes import bounded_outputs
 from prismquant.search.analysis_request import DEFAULT_WEIGHTS
 from prismquant.search.held_out import ENOUGH_TEXT, FEWEST, HeldOut, enough_of, hold_out
 from prismquant.search.method_trials import Ask, TrialRuns
@@ -89,6 +90,8 @@ def quantize_best(asked: Request) -> Result:
     bound = bind(asked.model)
     refuse_inside(asked.out, bound.folder)
     names, failed = _fitting(asked, bound)
+    for line in bounded_outputs(bound):
+        asked.reporter.remark(line)
     parts = hold_out(_samples(asked), asked.recipe.calibration.seed)
     directory = RunDirectory(asked.out)
     first = asked.ranks.rank == 0

@@ -313,6 +313,17 @@ def test_alternatives_about_single_blocks_are_tried_on_all_of_them(
     assert all(make_plan(one, bound).quantized for one in found.values())
 
 
+def test_a_model_of_text_chooses_on_windows(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """All of their tokens count as answers; that logits are bounded behind the head is told."""
+    (tmp_path / "book.txt").write_text("what is the colour of the red circle ? it is blue . " * 20)
+    listening, asked = Listening(), recipe(PLAIN, SMOOTH)
+    given = tiny("gemma2"), asked, tmp_path / "out", tmp_path / "book.txt"
+    choice = pq.quantize(*given, seq_length=8, reporter=listening).record.choice
+    assert choice is not None
+    assert all(trial.kl is not None and [*trial.kl] == ["answer"] for trial in choice.trials)
+    assert any("bounds what its head puts out" in line for line in listening.lines)
+
+
 @pytest.mark.parametrize("name", AUTOMATIC)
 def test_every_automatic_preset_fits_every_family(name: str, tiny_folder: Path) -> None:
     """Each alternative alone, and what it adds stands in what inspect says."""
