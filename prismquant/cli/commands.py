@@ -345,7 +345,7 @@ def evaluate(asked: EvalOptions) -> None:
         show(compared)
     for note in result.notes:
         show(as_text(f"note: {note}", "yellow"), soft_wrap=True)
-    if asked.reference is not None:
+    if asked.reference is not None and result.overall.exact_match is not None:
         lost, won = len(result.right_to_wrong), len(result.wrong_to_right)
         show(as_text(f"answers lost {lost}, won {won}, against {asked.reference}"), soft_wrap=True)
 

@@ -99,6 +99,29 @@ def test_the_terminal_says_what_markdown_says(result: Fidelity) -> None:
         assert all(cell in details for cell in line)
 
 
+def test_perplexity_is_of_running_text_and_has_two_decimals() -> None:
+    """Of all tokens of all windows, not the mean of the windows' own."""
+
+    def window(number: int, tokens: int, nll: float, other: float, running: bool = True) -> Outcome:
+        kinds = (str(number), "text", "", tokens, nll)
+        return Outcome(*kinds, None, None, other, None, None, {}, running=running)
+
+    windows = [window(1, 10, 20.0, 10.0), window(2, 30, 40.0, 30.0)]
+    chat = window(3, 5, 100.0, 100.0, running=False)
+    result = summarize([*windows, chat])
+    assert result.overall.perplexity == pytest.approx(math.exp(60 / 40))
+    assert result.overall.reference_perplexity == pytest.approx(math.e)
+    plain = result.to_dict()
+    assert Fidelity.from_dict(plain).overall == result.overall
+    told = comparison_markdown([reference_variant("float", plain), variant("int4", plain)])
+    assert [line.split("|")[2].strip() for line in told.splitlines()] == [
+        *("perplexity", "---------:"),
+        *("2.72", "4.48"),
+    ]
+    assert summarize([window(1, 1, 1e6, 1.0)]).overall.perplexity is None
+    assert summarize([chat]).overall.perplexity is None
+
+
 def test_columns_that_nothing_fills_are_left_out() -> None:
     header, _, row = cells(comparison_markdown([Variant("only", exact_match=0.5)]))
     assert (header, row) == (["variant", "exact match"], ["only", "50.0 %"])

@@ -68,7 +68,7 @@ KWARGS: Table = (
     Setting("block_sequential", "false", "calibration.block_sequential"),
     Setting("layer_sequential", "false", "calibration.layer_sequential"),
     Setting("num_calibrate", "128", "calibration.samples", "passed over there"),
-    idle("calibrate_seq_length", "named on the command line", "--max-length"),
+    idle("calibrate_seq_length", "named on the command line", "--seq-length"),
     idle("calibrate_name", "named on the command line", "--calib"),
     idle("model_type", "the checkpoint's configuration says it"),
     idle("device", "named on the command line", "--device"),
@@ -88,7 +88,7 @@ CALIBRATE: Table = (
         )
     ),
     *(
-        idle(name, "named on the command line", "--max-length")
+        idle(name, "named on the command line", "--seq-length")
         for name in ("seqlen", "calibrate_seqlen", "calibrate_seq_length")
     ),
 )
