@@ -45,5 +45,5 @@ def recognizes(content: Any) -> bool:
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put the dialect before all others."""
-    dialect = Dialect("toy", "keys that begin with toy_", recognizes, read_toy)
+    dialect = Dialect("toy", "keys that begin with toy_", recognizes, read_toy, reads_text=True)
     monkeypatch.setattr(known_dialects, "DIALECTS", (dialect, *known_dialects.DIALECTS))

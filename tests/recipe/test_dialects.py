@@ -43,6 +43,14 @@ def test_each_is_recognized_by_its_own_dialect_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
+def test_a_file_that_is_not_there_is_said_so(name: str) -> None:
+    with pytest.raises(pq.PrismQuantError) as caught:
+        import_recipe("nowhere.yaml", name)
+    said = {"mquant": "nothing would be quantized", "modelopt": "no configuration is called so"}
+    assert said.get(name, "no file is called 'nowhere.yaml'") in str(caught.value)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_each_runs_on_a_model_of_text_alone(name: str, tmp_path: Path) -> None:
     model = tiny_text.build("llama", tmp_path / "llama")
     result = pq.quantize(model, EXAMPLES[name], tmp_path / "out")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prismquant.errors import RecipeError, suggest
+from prismquant.errors import RecipeError, shortened, suggest
 from prismquant.recipe.importers import known_dialects
 from prismquant.recipe.importers.imported import OWN, Imported
 from prismquant.recipe.importers.known_dialects import Dialect
@@ -37,8 +37,11 @@ def import_recipe(source: RecipeSource, dialect: str | None = None) -> Imported:
     if isinstance(source, Recipe):
         return Imported(OWN, source)
     if dialect not in (None, OWN):
+        meant = _named(str(dialect))
+        if not (meant.reads_text or isinstance(source, Mapping) or os.path.exists(source)):
+            raise RecipeError(f"no file is called {shortened(str(source))}")
         content, name = _content(source)
-        return _named(str(dialect)).read(content, name)
+        return meant.read(content, name)
     is_preset = isinstance(source, str) and source in NAMED
     if dialect == OWN or is_preset or not _readable(source):
         return Imported(OWN, load_recipe(source))

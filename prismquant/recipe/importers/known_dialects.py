@@ -22,6 +22,7 @@ class Dialect:
         read: The recipe in our grammar; takes the content and the name of its source.
         tables: All settings that it knows, by where they stand; for the page about migrating.
         notes: What else a user should know who comes from it.
+        reads_text: Whether a text that is no file's name may be a recipe of it.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Dialect:
     read: Callable[[Any, str], Imported]
     tables: Mapping[str, Table] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    reads_text: bool = False
 
 
 DIALECTS: tuple[Dialect, ...] = (
@@ -56,6 +58,7 @@ DIALECTS: tuple[Dialect, ...] = (
         mquant.read,
         mquant.TABLES,
         mquant.NOTES,
+        reads_text=True,
     ),
     Dialect(
         modelopt.NAME,
@@ -64,6 +67,7 @@ DIALECTS: tuple[Dialect, ...] = (
         modelopt.read,
         modelopt.TABLES,
         modelopt.NOTES,
+        reads_text=True,
     ),
 )
 """All dialects but our own."""
