@@ -18,6 +18,8 @@ from torch import Tensor
 
 from prismquant.search.sensitivity import TOKEN_CLASSES, Score, TokenClass
 
+# Numbers of logits that are looked at together: they stay in a processor's cache.
+_BLOCK = 1 << 19
 # Changes beyond which the plain formula in float64 is as good, and no exponential can overflow.
 _LARGE = 8.0
 
@@ -39,14 +41,21 @@ class UnchangedLogits:
         Args:
             changed: Logits of the changed model, ``[places, vocabulary]``.
         """
-        x = changed.to(self._logits.dtype) - self._logits
-        x -= (self._p * x).sum(dim=-1, keepdim=True)
-        large = x.amax(dim=-1) > _LARGE
-        terms = torch.expm1(x).sub_(x)
-        found = terms.mul_(self._p).sum(dim=-1).double().log1p()
-        if bool(large.any()):
-            found[large] = _plain(self._logits[large], changed[large])
-        return found
+        rows = max(1, _BLOCK // changed.shape[-1])
+        parts = zip(self._logits.split(rows), self._p.split(rows), changed.split(rows), strict=True)
+        return torch.cat([_divergence(*part) for part in parts])
+
+
+def _divergence(logits: Tensor, p: Tensor, changed: Tensor) -> Tensor:
+    """Divergence at some places, from the unchanged logits and their probabilities."""
+    x = changed.to(logits.dtype) - logits
+    x -= (p * x).sum(dim=-1, keepdim=True)
+    large = x.amax(dim=-1) > _LARGE
+    terms = torch.expm1(x).sub_(x)
+    found = terms.mul_(p).sum(dim=-1).double().log1p()
+    if bool(large.any()):
+        found[large] = _plain(logits[large], changed[large])
+    return found
 
 
 def _plain(logits: Tensor, changed: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prismquant.search import divergence
 from prismquant.search.divergence import ClassSums, UnchangedLogits, scores_of
 
 
@@ -33,6 +34,16 @@ def test_a_divergence_is_that_of_the_plain_formula(
     assert bool((found > -1e-12).all())
     # Logits of this size are themselves rounded to about 1e-6.
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-9 + 1e-6 * change)
+
+
+def test_blocks_of_places_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(7, 50) * 3
+    changed = logits + torch.randn(7, 50) * torch.tensor([[1e-3], [30.0]]).repeat(4, 1)[:7]
+    whole = UnchangedLogits(logits).divergence(changed)
+    for size in (1, 100, 149):
+        monkeypatch.setattr(divergence, "_BLOCK", size)
+        assert torch.equal(UnchangedLogits(logits).divergence(changed), whole)
 
 
 def test_a_small_divergence_keeps_its_digits() -> None:

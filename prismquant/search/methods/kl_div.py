@@ -32,9 +32,8 @@ from prismquant.search.sensitivity import Score, TokenClass
 from prismquant.search.suffix_runs import Layers, SuffixRuns
 from prismquant.search.token_places import NOWHERE, token_places
 
-# Places whose logits are looked at together: so many numbers, but so many places in any case, for
-# the head's weight is read once for all of them.
-_LOGITS, _LEAST_PLACES = 1 << 20, 64
+# Numbers of logits that are formed together; the head's weight is read once for all of them.
+_LOGITS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ class _Divergences:
         name = self.analysis.bound.arch.head
         places, unchanged = self.places[batch], self.unchanged[batch]()
         rows, columns = (places != NOWHERE).nonzero(as_tuple=True)
-        chunk = max(_LEAST_PLACES, _LOGITS // self.analysis.bound.site(name).out_features)
+        chunk = max(1, _LOGITS // self.analysis.bound.site(name).out_features)
         at_hand = self.main.module(name).get_parameter("weight").is_meta
         with (
             self.main.loaded([name] if at_hand else []),
