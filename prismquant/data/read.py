@@ -32,8 +32,8 @@ _OWN_KEYS = ("id", "kind")
 class TextCutter(Protocol):
     """Cutter of running text into samples; see :class:`prismquant.data.windows.Windows`."""
 
-    def cut(self, text: Sample) -> Sequence[Sample]:
-        """Parts of a running text, each a sample."""
+    def cut(self, texts: Sequence[Sample]) -> Sequence[Sequence[Sample]]:
+        """Parts of each of a source's running texts, each a sample."""
 
     def require_use(self, samples: Sequence[Sample], source: str) -> None:
         """Refuse samples among which there is nothing to cut, though that was asked for."""
@@ -106,10 +106,11 @@ def _cut(
         DataError: There is none, and a length of windows was asked for; or it has no tokens.
     """
     windows.require_use([sample for _, sample in found], source)
+    cut = iter(windows.cut([sample for _, sample in found if sample.running]))
     parts = [
         (where, part)
         for where, sample in found
-        for part in (windows.cut(sample) if sample.running else [sample])
+        for part in (next(cut) if sample.running else [sample])
     ]
     if found and not parts:
         raise DataError("the text has no two tokens", where=source, remedy="give more text")

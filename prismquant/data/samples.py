@@ -26,6 +26,25 @@ _TYPE_KEYS = ("type", "topic")
 
 
 @dataclass(frozen=True)
+class TextCut:
+    """All running text of a source as it was cut, before a limit chose among its windows.
+
+    Attributes:
+        size: Tokens of a window.
+        windows: Count of windows of that size.
+        short: Count of documents with fewer tokens, each taken whole.
+        tokens: Tokens of all documents.
+        form_feeds: Form feeds that do not stand alone on their line, and so end no document.
+    """
+
+    size: int
+    windows: int
+    short: int
+    tokens: int
+    form_feeds: int
+
+
+@dataclass(frozen=True)
 class Window:
     """Part of a running text.
 
@@ -34,12 +53,14 @@ class Window:
         document: Id of the document that it was cut from.
         left: Tokens at that document's end that fill no window.
         short: Whether it is a whole document with fewer tokens than a window has.
+        source: How all running text of its source was cut.
     """
 
     tokens: tuple[int, ...]
     document: str
     left: int
     short: bool
+    source: TextCut
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from prismquant.data.samples import Sample, Window, text_of
+from prismquant.data.samples import Sample, TextCut, Window, text_of
 from prismquant.data.survey import position_limit
 from prismquant.errors import DataError
 from prismquant.models.config import identify, native_config
@@ -41,38 +41,31 @@ class Windows:
     length: int | None = None
     trust_remote_code: bool = False
 
-    def cut(self, text: Sample) -> list[Sample]:
-        """Windows of a document, each a sample of its own.
+    def cut(self, texts: Sequence[Sample]) -> list[list[Sample]]:
+        """Windows of each document, each a sample of its own.
 
         Args:
-            text: A running text that is whole.
+            texts: All running texts of a source, whole.
 
         Returns:
-            Nothing of a document with fewer than two tokens: there is nothing to predict.
+            For each text its windows; none for one with fewer than two tokens, where there is
+            nothing to predict.
 
         Raises:
             DataError: The processor cannot be loaded, or a window is longer than the model allows.
         """
-        tokens = list(
-            self._tokenizer(text_of(text.messages[0]), return_attention_mask=False, verbose=False)[
-                "input_ids"
-            ]
+        if not texts:
+            return []
+        size, words = self._size, [text_of(text.messages[0]) for text in texts]
+        tokens = [self._tokens(text) for text in words]
+        source = TextCut(
+            size,
+            windows=sum(len(own) // size for own in tokens),
+            short=sum(_FEWEST <= len(own) < size for own in tokens),
+            tokens=sum(map(len, tokens)),
+            form_feeds=sum(text.count("\f") for text in words),
         )
-        size = self._size
-        whole = len(tokens) // size
-        parts = [tokens[size * n : size * (n + 1)] for n in range(whole)]
-        if not parts and len(tokens) >= _FEWEST:
-            parts = [tokens]
-        left = len(tokens) - sum(map(len, parts))
-        return [
-            replace(
-                text,
-                id=f"{text.id}.{number}",
-                messages=({"role": "assistant", "content": self._tokenizer.decode(part)},),
-                window=Window(tuple(part), text.id, left, short=len(part) < size),
-            )
-            for number, part in enumerate(parts, start=1)
-        ]
+        return [self._cut(text, own, source) for text, own in zip(texts, tokens, strict=True)]
 
     def require_use(self, samples: Sequence[Sample], source: str) -> None:
         """Make sure that a length that was asked for has something to cut.
@@ -87,6 +80,26 @@ class Windows:
                 where=source,
                 remedy="leave out --seq-length, or give a .txt file; --max-length shortens samples",
             )
+
+    def _cut(self, text: Sample, tokens: Sequence[int], source: TextCut) -> list[Sample]:
+        size = source.size
+        parts = [tokens[size * n : size * (n + 1)] for n in range(len(tokens) // size)]
+        if not parts and len(tokens) >= _FEWEST:
+            parts = [tokens]
+        left = len(tokens) - sum(map(len, parts))
+        return [
+            replace(
+                text,
+                id=f"{text.id}.{number}",
+                messages=({"role": "assistant", "content": self._tokenizer.decode(part)},),
+                window=Window(tuple(part), text.id, left, short=len(part) < size, source=source),
+            )
+            for number, part in enumerate(parts, start=1)
+        ]
+
+    def _tokens(self, text: str) -> list[int]:
+        found = self._tokenizer(text, return_attention_mask=False, verbose=False)
+        return list(found["input_ids"])
 
     @functools.cached_property
     def _tokenizer(self) -> Any:
@@ -115,11 +128,31 @@ def window_remarks(samples: Sequence[Sample]) -> tuple[str, ...]:
     windows = [sample.window for sample in samples if sample.window is not None]
     if not windows:
         return ()
-    full = [len(window.tokens) for window in windows if not window.short]
-    short = len(windows) - len(full)
-    left = sum({window.document: window.left for window in windows}.values())
-    parts = [f"{len(full)} windows of {full[0]} tokens"] if full else []
-    parts += [f"documents shorter than a window, taken whole: {short}"] if short else []
-    parts += [f"tokens at documents' ends that fill no window, left out: {left}"] if left else []
-    line = f"running text: {'; '.join(parts)}"
-    return (line,)
+    source = windows[0].source
+    short = sum(window.short for window in windows)
+    limited = len(windows) < source.windows + source.short
+    left = source.tokens - sum(len(window.tokens) for window in windows)
+    parts = []
+    if source.windows:
+        full = _of(len(windows) - short, source.windows)
+        parts.append(f"{full} windows of {source.size} tokens")
+    if source.short:
+        parts.append(f"documents shorter than a window, taken whole: {_of(short, source.short)}")
+    if limited:
+        parts.append(
+            "tokens left out, in windows not used and at documents' ends: "
+            f"{left} of {source.tokens}"
+        )
+    elif left:
+        parts.append(f"tokens at documents' ends that fill no window, left out: {left}")
+    lines = [f"running text: {'; '.join(parts)}"]
+    if source.form_feeds:
+        lines.append(
+            "running text: form feeds that do not stand alone on their line are text and end no "
+            f"document: {source.form_feeds}"
+        )
+    return tuple(lines)
+
+
+def _of(count: int, all_of_them: int) -> str:
+    return str(count) if count == all_of_them else f"{count} of {all_of_them}"

@@ -219,15 +219,18 @@ def _details(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     groups += [(kind, result["by_kind"][kind]) for kind in _KINDS if kind in result["by_kind"]]
     groups += [(f"  {name}", figures) for name, figures in result["by_type"].items()]
     compared = [name for name in _CLASSES if name in result["overall"]["divergence"]]
-    headers = ["samples of", "number", "exact match"]
-    headers += ["reference"] if compared else []
+    # Running text is never right or wrong, and all its tokens count as answers.
+    running = all(outcome["running"] for outcome in result["outcomes"])
+    headers = ["samples of", "number"]
+    headers += [] if running else ["exact match", *(["reference"] if compared else [])]
     headers += ["NLL / token"]
     for name in compared:
-        headers += [f"KL, {_CLASSES[name]}", "top-1"]
+        headers += ["KL, tokens" if running else f"KL, {_CLASSES[name]}", "top-1"]
     rows = []
     for name, figures in groups:
-        row = [name, str(figures["samples"]), format_share(figures["exact_match"])]
-        row += [format_share(figures["reference_exact_match"])] if compared else []
+        matches = ["exact_match", *(["reference_exact_match"] if compared else [])]
+        row = [name, str(figures["samples"])]
+        row += [] if running else [format_share(figures[match]) for match in matches]
         row += [format_figure(figures["nll_token"])]
         for token_class in compared:
             part = figures["divergence"].get(token_class, {})

@@ -602,6 +602,22 @@ def test_a_reference_with_other_tokens_is_refused(
     assert run(*given, "--limit", 1)[0] == 0
 
 
+def test_running_text_has_no_answers_to_win_or_lose(
+    tiny: Callable[..., Path], tmp_path: Path, run: Cli
+) -> None:
+    (tmp_path / "a.txt").write_text("what is it ? the colour of it is red \f " * 9)
+    folder = tiny("llama")
+    given = ("--data", tmp_path / "a.txt", "--seq-length", 8, "--limit", 2)
+    status, out, err = run("eval", folder, "--reference", folder, *given)
+    assert status == 0, err
+    assert "perplexity" in out
+    assert "KL, tokens" in out
+    assert "answers" not in out
+    assert "exact match" not in out
+    assert "note: running text: 2 of " in out
+    assert "form feeds that do not stand alone on their line are text" in out
+
+
 def test_eval_without_a_reference(
     run: Cli, tiny: Callable[..., Path], calibration_file: Path
 ) -> None:

@@ -123,6 +123,26 @@ def test_what_is_left_out_is_told(tiny: Callable[..., Path], tmp_path: Path) -> 
     assert window_remarks([replace(one, window=None) for one in samples]) == ()
 
 
+def test_a_limit_tells_what_it_leaves_out(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tiny("llama")
+    text = text_of_words(30)
+    (tmp_path / "a.txt").write_text(f"{text}\f red")
+    count = len(load_processor(folder).tokenizer(f"{text}\f red")["input_ids"])
+    whole, windows = count // 8, Windows(folder, 8)
+    feeds = (
+        "running text: form feeds that do not stand alone on their line are text and end no "
+        "document: 1"
+    )
+    assert window_remarks(read_samples(tmp_path / "a.txt", limit=2, windows=windows)) == (
+        f"running text: 2 of {whole} windows of 8 tokens; tokens left out, in windows not used and "
+        f"at documents' ends: {count - 16} of {count}",
+        feeds,
+    )
+    (tmp_path / "b.txt").write_text("red\n\f\nred blue\n\f\ngreen red")
+    (told,) = window_remarks(read_samples(tmp_path / "b.txt", limit=1, windows=windows))
+    assert told.startswith("running text: documents shorter than a window, taken whole: 1 of 3; ")
+
+
 def test_lengths_that_are_impossible_or_idle_are_refused(
     tiny: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -199,9 +199,25 @@ def test_every_weight_is_what_the_source_stands_for(
     family: str, run: Callable[..., Path], tmp_path: Path, form: str
 ) -> None:
     """All families; float32 products of codes and scales, so equal to the last bit."""
-    source = run(family, {"match": LLM, "weights": "int4-g64"})
-    result = export(source, form, tmp_path / "out")
-    opened, reader = open_checkpoint(source), ShardReader(tmp_path / "out")
+    require_equal_weights(
+        run(family, {"match": LLM, "weights": "int4-g64"}), form, tmp_path / "out"
+    )
+
+
+@pytest.mark.parametrize("form", ["gptq", "awq"])
+def test_models_of_text_alone_are_exported(
+    tiny: Callable[..., Path], tmp_path: Path, form: str
+) -> None:
+    rule = {"match": LLM, "weights": "int4-g64", "solver": "rtn"}
+    recipe = {"version": 1, "rules": [rule]}
+    pq.quantize(tiny("llama", dtype=torch.bfloat16), recipe, tmp_path / "run")
+    require_equal_weights(tmp_path / "run", form, tmp_path / "out")
+
+
+def require_equal_weights(source: Path, form: str, out: Path) -> None:
+    """Export a checkpoint of two blocks and compare every weight with the source's."""
+    result = export(source, form, out)
+    opened, reader = open_checkpoint(source), ShardReader(out)
     model = load_model(source, dtype=torch.float32)
     assert result.layers == len(opened.quantized) == 14
     for layer in opened.quantized:

@@ -104,7 +104,8 @@ def test_perplexity_is_of_running_text_and_has_two_decimals() -> None:
 
     def window(number: int, tokens: int, nll: float, other: float, running: bool = True) -> Outcome:
         kinds = (str(number), "text", "", tokens, nll)
-        return Outcome(*kinds, None, None, other, None, None, {}, running=running)
+        moved = {"answer": Deviation(tokens, 1.0, tokens)}
+        return Outcome(*kinds, None, None, other, None, None, moved, running=running)
 
     windows = [window(1, 10, 20.0, 10.0), window(2, 30, 40.0, 30.0)]
     chat = window(3, 5, 100.0, 100.0, running=False)
@@ -117,6 +118,11 @@ def test_perplexity_is_of_running_text_and_has_two_decimals() -> None:
     assert [line.split("|")[2].strip() for line in told.splitlines()] == [
         *("perplexity", "---------:"),
         *("2.72", "4.48"),
+    ]
+    alone = cells(detail_markdown(summarize(windows).to_dict()))
+    assert alone[0] == ["samples of", "number", "NLL / token", "KL, tokens", "top-1"]
+    assert cells(detail_markdown(plain))[0][2:] == [
+        *("exact match", "reference", "NLL / token", "KL, answers", "top-1"),
     ]
     assert summarize([window(1, 1, 1e6, 1.0)]).overall.perplexity is None
     assert summarize([chat]).overall.perplexity is None
