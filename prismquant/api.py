@@ -43,7 +43,7 @@ from prismquant.plan.make_plan import make_plan
 from prismquant.plan.plan import Plan
 from prismquant.quantization.perform import perform
 from prismquant.quantization.request import Request, Result, as_limits
-from prismquant.recipe.adapt import adapted
+from prismquant.recipe.adapt import adapted, why_unpredicted
 from prismquant.recipe.alternative import choice_lines
 from prismquant.recipe.importers.import_recipe import RecipeSource, import_recipe
 from prismquant.recipe.schema import Recipe
@@ -204,6 +204,7 @@ def quantize(
         of_data=[option for option, value in of_data.items() if value is not None],
         translation=imported.translation,
         predict=Predictor(chosen, recipe),
+        unpredicted=why_unpredicted(imported.recipe, chosen),
     )
     return quantize_best(asked) if chosen.choose else perform(asked)
 

@@ -39,6 +39,11 @@ class Predictions:
         in_nats: Whether losses of the model are KL divergences in nats per token of the class;
             else only their order counts.
         units: Units that the run quantizes.
+        model: Folder or name of the model that was analyzed.
+        same_files: Whether the files of that model hold the same as those of the run's; None: it is
+            not known.
+        same_samples: Whether the run has the samples of the analysis; None: it is not known, or
+            the run needs no samples.
     """
 
     __pydantic_config__ = EXACT
@@ -48,3 +53,6 @@ class Predictions:
     method: str
     in_nats: bool
     units: tuple[UnitPrediction, ...] = ()
+    model: str = ""
+    same_files: bool | None = None
+    same_samples: bool | None = None

@@ -33,12 +33,13 @@ from prismquant.plan.transform_plan import (
     plan_transforms,
     rotated_towers,
 )
-from prismquant.recipe.layer_config import LayerConfig, Options
+from prismquant.recipe.layer_config import Options
 from prismquant.recipe.resolve import Resolved, resolve
 from prismquant.recipe.schema import Recipe
 from prismquant.shards import ShardReader
 
 _LOOK = "`prismquant inspect MODEL` lists every layer with its modality, role and shape"
+_UNTOUCHED = "no rule gives it a weight format"
 
 
 def make_plan(recipe: Recipe, bound: BoundModel) -> Plan:
@@ -85,7 +86,7 @@ def make_plan(recipe: Recipe, bound: BoundModel) -> Plan:
         raise PlanError(
             f"recipe {recipe.name!r} does not fit this {bound.arch.title}:" + listed(folded),
             where=str(bound.folder),
-            remedy=remedy or _LOOK,
+            remedy=remedy or f"{_searched(recipe)}{_LOOK}",
             findings=folded,
         )
     return Plan(
@@ -108,6 +109,16 @@ def make_plan(recipe: Recipe, bound: BoundModel) -> Plan:
     )
 
 
+def _searched(recipe: Recipe) -> str:
+    """Words on the model that a search found the recipe for; none for any other recipe."""
+    if recipe.sensitivity is None:
+        return ""
+    return (
+        f"a search found the recipe for the model that {recipe.sensitivity.file} was analyzed of: "
+        "if this is another, analyze it and search again; "
+    )
+
+
 def _rows(
     recipe: Recipe,
     bound: BoundModel,
@@ -124,7 +135,7 @@ def _rows(
     for site in bound.sites:
         try:
             fitted = followers.get(site.name) or _fitted(site, resolved[site.name], shards)
-            rows.append(_row(site, resolved[site.name].config, fitted, bound, sizes, own_head))
+            rows.append(_row(site, resolved[site.name], fitted, bound, sizes, own_head))
         except (PlanError, FormatError) as error:
             misfits[site.name] = error
     return rows, misfits
@@ -179,13 +190,13 @@ def _fused(sites: Iterable[BoundSite]) -> dict[str, list[BoundSite]]:
 
 def _row(
     site: BoundSite,
-    config: LayerConfig,
+    asked: Resolved,
     fitted: Fitted | None,
     bound: BoundModel,
     sizes: Mapping[str, int],
     own_head: bool,
 ) -> PlanRow:
-    dtype = site.dtype
+    config, dtype = asked.config, site.dtype
     float_bytes = 0 if site.tied else sizes[f"{site.disk_name}.weight"]
     # A rotation gives a tied head a weight of its own.
     dense_bytes = math.prod(site.weight_shape) * dtype.itemsize if own_head else float_bytes
@@ -205,7 +216,9 @@ def _row(
         note=note,
     )
     if fitted is None:
-        return replace(row, note="no rule gives it a weight format")
+        skipped = asked.skipped_by is not None
+        why = f"skipped by rules[{asked.skipped_by}]" if skipped else _UNTOUCHED
+        return replace(row, note=why)
     if dtype not in SCALE_DTYPES:
         raise PlanError(
             f"its weight is stored as {str(dtype).removeprefix('torch.')}, and scales cannot be",

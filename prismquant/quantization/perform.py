@@ -28,8 +28,10 @@ from prismquant.memory import peak_memory_bytes
 from prismquant.models.bind import bind
 from prismquant.models.bound import BoundModel
 from prismquant.plan.make_plan import make_plan
+from prismquant.plan.plan import Plan, PlanRow
 from prismquant.quantization.prepare import Prepared, prepare
 from prismquant.quantization.request import Request, Result
+from prismquant.recipe.resolve import resolve
 from prismquant.run.directory import NOTHING_TO_RESUME, RunDirectory
 from prismquant.run.environment import environment
 from prismquant.run.fingerprint import unchanged
@@ -48,6 +50,7 @@ def perform(asked: Request) -> Result:
     """
     bound = bind(asked.model)
     plan = make_plan(asked.recipe, bound)
+    asked = _with_valid_prediction(asked, plan)
     for line in () if asked.translation is None else asked.translation.lines():
         asked.reporter.remark(line)
     if not plan.needs_data:
@@ -66,7 +69,7 @@ def perform(asked: Request) -> Result:
         # Trials of a choice may have been resumed, though nothing of the run was there.
         resumed = directory.record_path.exists() or asked.choice is not None
         anew = [NOTHING_TO_RESUME] if asked.resume and not resumed else []
-        predictions, unknown = asked.predict(ready.plan) if first else (None, [])
+        predictions, unknown = asked.predict(ready.plan, ready.identity) if first else (None, [])
         record = _begun(asked, bound, ready, directory, predictions, locked=locked)
         earlier: tuple[str, ...] = ()
         if not record.finished:
@@ -185,8 +188,28 @@ def _notes(record: RunRecord, bound: BoundModel, directory: RunDirectory) -> tup
     return (*failed, *damaged, *links_remark(bound.folder), *[beside] * bool(foreign))
 
 
+def _with_valid_prediction(asked: Request, plan: Plan) -> Request:
+    """The request, without what a search predicted of the model where that is of something else."""
+    if asked.recipe.predicted is None:
+        return asked
+
+    def is_changed(row: PlanRow) -> bool:
+        site, had = row.site, row.config
+        meant = resolve(asked.recipe, modality=site.modality, role=site.role, name=site.name).config
+        return (had.weights, had.activations) != (meant.weights, meant.activations)
+
+    why = asked.unpredicted
+    if not why and (fallen := sum(map(is_changed, plan.quantized))):
+        why = f"its formats do not fit {fallen} of the layers, which have fallen back to others"
+    if not why:
+        return asked
+    return replace(asked, recipe=asked.recipe.without_predicted(), unpredicted=why)
+
+
 def _prediction(asked: Request) -> list[str]:
     """Note on what a search has predicted, which a run does not measure."""
+    if asked.unpredicted:
+        return [f"the KL divergence that a search predicted is left out: {asked.unpredicted}"]
     told = ", ".join(f"{kind} {loss:.3g}" for kind, loss in (asked.recipe.predicted or {}).items())
     what = (
         f"a search predicted a KL divergence a token of: {told}; `prismquant eval {asked.out} "

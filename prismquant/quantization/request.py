@@ -19,18 +19,19 @@ from prismquant.distributed import Ranks
 from prismquant.engine.setup import Reporter
 from prismquant.plan.plan import Plan
 from prismquant.recipe.schema import Recipe
+from prismquant.run.identity import Identity
 from prismquant.run.method_choice import MethodChoice
 from prismquant.run.record import RunRecord
 from prismquant.runtime.mixed import Wanted
 
-Predict = Callable[[Plan], tuple[Predictions | None, list[str]]]
+Predict = Callable[[Plan, Identity], tuple[Predictions | None, list[str]]]
 """Gives predictions of a plan's layers, if there are any, and notes on those that are missing."""
 
 # No picture, clip or sample has more of anything.
 _MOST = 2**31 - 1
 
 
-def _nothing_predicted(plan: Plan) -> tuple[Predictions | None, list[str]]:
+def _nothing_predicted(plan: Plan, run: Identity) -> tuple[Predictions | None, list[str]]:
     """No prediction."""
     return None, []
 
@@ -59,6 +60,8 @@ class Request:
         translation: What became of the settings of another tool's recipe; None: it is our own.
         predict: Gives what a search predicted of a plan's layers, for the record, and notes on
             what is missing of that.
+        unpredicted: Why what a search predicted of the model is not of this request; empty where
+            it is, or nothing was predicted.
     """
 
     model: Path
@@ -79,6 +82,7 @@ class Request:
     choice: MethodChoice | None = None
     translation: Translation | None = None
     predict: Predict = _nothing_predicted
+    unpredicted: str = ""
 
     @property
     def windows(self) -> Windows:

@@ -57,3 +57,24 @@ def adapted(
     if batch_size is not None:
         counts["batch_size"] = as_count(batch_size, "batch_size", most=MAX_BATCH)
     return recipe.with_calibration(**counts) if counts else recipe
+
+
+def why_unpredicted(before: Recipe, after: Recipe) -> str:
+    """The reason why a search's prediction does not hold with what a call adds to the recipe.
+
+    Args:
+        before: The recipe.
+        after: What :func:`adapted` made of it.
+
+    Returns:
+        The reason; empty where the prediction holds or there is none.
+    """
+    if before.predicted is None:
+        return ""
+    added = [rule.solver for rule in after.rules[len(before.rules) :] if rule.solver]
+    had = sorted({rule.solver for rule in before.rules if rule.solver})
+    if added and had != added:
+        return f"it is of {', '.join(had)}, and {added[-1]} was asked for"
+    if before.kv_cache != after.kv_cache:
+        return "it is of the recipe's own key-value cache, and another was asked for"
+    return ""

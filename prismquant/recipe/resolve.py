@@ -21,11 +21,14 @@ class Resolved:
         config: What is done to it.
         fallback: What to do where the formats cannot hold the layer's shape.
         rules: Indices of the rules that matched, in order.
+        skipped_by: Index of the rule that leaves the layer alone; None where no rule does, or a
+            later one undoes it.
     """
 
     config: LayerConfig
     fallback: Fallback
     rules: tuple[int, ...]
+    skipped_by: int | None = None
 
 
 def resolve(recipe: Recipe, *, modality: str, role: str, name: str) -> Resolved:
@@ -40,14 +43,17 @@ def resolve(recipe: Recipe, *, modality: str, role: str, name: str) -> Resolved:
         for index, rule in enumerate(recipe.rules)
         if rule.match.matches(modality=modality, role=role, name=name)
     }
-    skipped = False
+    skipped_by: int | None = None
     fallback: Fallback = "error"
-    for rule in matched.values():
-        skipped = rule.skip if rule.skip is not None else skipped and rule.weights is None
+    for index, rule in matched.items():
+        if rule.skip:
+            skipped_by = index
+        elif rule.skip is not None or rule.weights is not None:
+            skipped_by = None
         fallback = rule.fallback or fallback
     merged = merge(_partial(rule) for rule in matched.values())
     try:
-        config = build(merged | {"weights": None} if skipped else merged)
+        config = build(merged | {"weights": None} if skipped_by is not None else merged)
         if config.weights is not None:
             _check(config, merged)
     except (PrismQuantError, TypeError, ValueError) as error:
@@ -58,7 +64,7 @@ def resolve(recipe: Recipe, *, modality: str, role: str, name: str) -> Resolved:
             where=f"{name} ({modality}, {role}), set by {numbers} of recipe {recipe.name!r}",
             remedy=getattr(error, "remedy", None),
         ) from error
-    return Resolved(config, fallback, tuple(matched))
+    return Resolved(config, fallback, tuple(matched), skipped_by)
 
 
 def _partial(rule: LayerRule) -> dict[str, Any]:

@@ -232,6 +232,12 @@ class Recipe(Strict):
         told = "-".join(f"{part}-{name}" for part, name in names.items())
         return parse_recipe(body | {"name": f"{self.name}-{told}"}, source=self.name)
 
+    def without_predicted(self) -> Recipe:
+        """This recipe without what a search predicted of it."""
+        body = self.to_dict()
+        body.pop("predicted", None)
+        return parse_recipe(body, source=self.name)
+
     def without_transforms(self) -> Recipe:
         """This recipe with its rules alone."""
         return self.model_copy(update={"transforms": ()})

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from prismquant.diagnostics.predictions import Predictions
 from prismquant.report.tables import format_figure, rich_table
 from prismquant.run.record import RunRecord
 
@@ -95,7 +96,7 @@ def comparison_table(record: RunRecord, most: int = _SHOWN) -> Table | None:
     some = f"the {most} largest of {len(found)}" if len(found) > most else f"{len(found)} layers"
     title = (
         f"error of layers' outputs: measured against predicted by the analysis, {some} "
-        f"(median {statistics.median(ratios):.2f})"
+        f"(median {statistics.median(ratios):.2f}){_on_what(predictions)}"
     )
     table = rich_table(
         ["layer", "format", "predicted", "measured", "ratio", *heads],
@@ -104,3 +105,13 @@ def comparison_table(record: RunRecord, most: int = _SHOWN) -> Table | None:
     )
     table.columns[1].justify = "left"
     return table
+
+
+def _on_what(predictions: Predictions) -> str:
+    """End of the heading: whose samples and whose weights the two losses are of."""
+    told = "samples that may be others than the analysis'"
+    if predictions.same_samples is not None:
+        same = predictions.same_samples
+        told = "the samples of the analysis" if same else "other samples than the analysis"
+    other = ", which was of a model with other files" if predictions.same_files is False else ""
+    return f", on {told}{other}"

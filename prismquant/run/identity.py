@@ -6,8 +6,11 @@ part is kept in such detail that a refusal can say what differs, and not only th
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from prismquant.arguments import EXACT
 
@@ -53,3 +56,18 @@ class Identity:
     inputs: str
     arithmetic: str
     versions: Mapping[str, str]
+
+    @property
+    def files_digest(self) -> str:
+        """SHA-256 of what the source's files hold; alike for a copy in another folder."""
+        return json_digest({name: stamp.digest for name, stamp in self.files.items()})
+
+    @property
+    def samples_digest(self) -> str:
+        """SHA-256 of the samples' fingerprints, in their order."""
+        return json_digest(self.samples)
+
+
+def json_digest(content: Any) -> str:
+    """SHA-256 of a value of JSON types, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import time
 from collections import Counter
@@ -43,7 +42,7 @@ from prismquant.run.fingerprint import (
     stamp_files,
     unchanged,
 )
-from prismquant.run.identity import Identity
+from prismquant.run.identity import Identity, json_digest
 from prismquant.runtime.mixed import Precision
 from prismquant.search.analysis import Analysis, UnitScores
 from prismquant.search.analysis_notes import analysis_notes
@@ -178,7 +177,7 @@ def _prepare(asked: AnalysisRequest, bound: BoundModel, choices: Choices) -> _Pr
         versions=code_versions(),
     )
     settings = _settings(asked, choices)
-    identity = AnalysisIdentity(settings, replace(run, plan=_digest(settings)))
+    identity = AnalysisIdentity(settings, replace(run, plan=json_digest(settings)))
     counts = {name: tokens[name] for name in TOKEN_CLASSES if tokens[name]}
     notes = (*found.remarks(answers=True), *analysis_notes(bound, samples, counts, asked))
     return _Prepared(samples, found.batches, memory.placement, kept, room, counts, identity, notes)
@@ -256,10 +255,6 @@ def _settings(asked: AnalysisRequest, choices: Choices) -> dict[str, Any]:
     return read
 
 
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def _scored(
     asked: AnalysisRequest,
     bound: BoundModel,
@@ -325,11 +320,11 @@ def _sensitivity(
     unscored = [f"{unit.name} has no score by this method" for unit in units if _lacks_scores(unit)]
     identity = {
         "settings": run.plan,
-        "files": _digest({name: stamp.digest for name, stamp in run.files.items()}),
-        "samples": _digest(run.samples),
+        "files": run.files_digest,
+        "samples": run.samples_digest,
         "inputs": run.inputs,
         "arithmetic": run.arithmetic,
-        "versions": _digest(run.versions),
+        "versions": json_digest(run.versions),
     }
     return Sensitivity(
         version=SENSITIVITY_VERSION,

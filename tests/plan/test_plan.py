@@ -445,6 +445,25 @@ def test_a_rule_that_matches_nothing_is_an_error(tiny: Callable[..., Path]) -> N
     assert "roles: attn.out, attn.qkv, attn.qkv.k" in message
     assert "modalities: llm, projector, vision" in message
     assert "inspect" in str(caught.value.remedy)
+    assert "search" not in str(caught.value.remedy)
+    found = {"file": "of/s.json", "sha256": "0" * 64}
+    recipe = load_recipe({"rules": [CHANNEL, idle], "sensitivity": found})
+    with pytest.raises(PlanError) as caught:
+        make_plan(recipe, bound(tiny("qwen2_vl")))
+    remedy = str(caught.value.remedy)
+    assert remedy.startswith("a search found the recipe for the model that of/s.json was analyzed")
+
+
+def test_a_layer_that_is_skipped_says_by_which_rule(tiny: Callable[..., Path]) -> None:
+    skip = {"match": {"role": ["attn.out", "mlp.down"]}, "skip": True}
+    again = {"match": {"role": "mlp.down", "modality": "llm"}, "weights": "int8-channel"}
+    notes = {
+        (row.site.modality.value, row.site.role): row.note
+        for row in plan_of(tiny("qwen2_vl"), CHANNEL, skip, again).rows
+    }
+    assert notes["llm", "attn.out"] == "skipped by rules[1]"
+    assert notes["llm", "mlp.down"] == notes["llm", "attn.qkv.q"] == ""
+    assert notes["vision", "patch_embed"] == "no rule gives it a weight format"
 
 
 @pytest.mark.parametrize(
