@@ -4,6 +4,7 @@
     ├── ArgumentError   an argument of a function, or an option, is no such value
     ├── RecipeError     what the user asked for is malformed or impossible
     ├── PlanError       the recipe does not fit this model
+    │   └── BudgetError the memory that it may take is too little
     ├── ModelError      the checkpoint is not what an architecture describes
     ├── DataError       calibration or evaluation data cannot be used
     ├── FormatError     a number format or a bit layout cannot hold this
@@ -71,6 +72,23 @@ class RecipeError(PrismQuantError):
 
 class PlanError(PrismQuantError):
     """The recipe does not fit this model."""
+
+
+class BudgetError(PlanError):
+    """A memory budget is too small.
+
+    Args:
+        what: As in other errors.
+        needed: Bytes that would be enough.
+        where: As in other errors.
+        remedy: As in other errors.
+    """
+
+    def __init__(
+        self, what: str, *, needed: int, where: str | None = None, remedy: str | None = None
+    ) -> None:
+        self.needed = needed
+        super().__init__(what, where=where, remedy=remedy)
 
 
 class ModelError(PrismQuantError):

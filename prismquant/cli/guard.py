@@ -112,12 +112,19 @@ def _kept(folder: Path) -> str:
     if units := len(list(folder.with_name(f"{folder.name}.partial").glob("unit-*.json"))):
         return f"{units} finished units are kept, `--resume` goes on after them"
     path = folder / "prismquant" / "record.json"
-    steps: Sequence[Any] = ()
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        steps = parse_json(read_bounded(path, MAX_JSON_BYTES))["steps"]
-    if steps:
+    if _entries(path, "steps"):
         return "finished steps are kept, `--resume` goes on after the last one"
+    if trials := len(_entries(folder / "prismquant" / "choice" / "trials.json", "trials")):
+        return f"trials that are finished ({trials}) are kept, `--resume` goes on after them"
     return "no step was finished" if path.exists() else "nothing was written"
+
+
+def _entries(path: Path, key: str) -> Sequence[Any]:
+    """A list in a JSON file; empty where there is none."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        found = parse_json(read_bounded(path, MAX_JSON_BYTES))[key]
+        return found if isinstance(found, list) else ()
+    return ()
 
 
 def _place(error: BaseException) -> str:

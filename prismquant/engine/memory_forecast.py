@@ -21,7 +21,7 @@ from prismquant.data.batches import Batch
 from prismquant.data.media import Cost
 from prismquant.engine.placement import Placement
 from prismquant.engine.streamed_model import narrow_modules
-from prismquant.errors import PlanError
+from prismquant.errors import BudgetError
 from prismquant.models.arch import Modality
 from prismquant.models.bound import BoundModel, BoundStep
 from prismquant.plan.plan import Plan, PlanRow, problem_groups
@@ -38,6 +38,8 @@ _A_LOGIT = 40
 _SLACK = 222 << 20
 # One of them is a compiler, which the first layer that is solved calls for.
 _COMPILER = 130 << 20
+ONCE = _SLACK + _COMPILER
+"""Bytes that a process takes once; a forecast later in the same process counts them twice."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ def choose_placement(
             placement fits in them, the last one is tried all the same: the device tells best.
 
     Raises:
-        PlanError: None fits the budget.
+        BudgetError: None fits the budget.
     """
     fitting = [one for one in forecasts if budget is None or one.peak_bytes <= budget]
     for one in fitting:
@@ -187,11 +189,13 @@ def choose_placement(
     if fitting:
         return fitting[-1]
     least = min(forecasts, key=lambda one: one.peak_bytes)
-    raise PlanError(
-        f"a memory budget of {_gib(budget or 0)} is too small: {_gib(least.peak_bytes)} are needed "
+    enough = enough_gib(least.peak_bytes)
+    raise BudgetError(
+        f"a memory budget of {(budget or 0) / 2**30:.2f} GiB is too small: {enough} are needed "
         f"({least.placement.describe()})",
+        needed=least.peak_bytes,
         where=least.where,
-        remedy=f"allow {_gib(least.peak_bytes)}; a smaller --batch-size, fewer --samples, smaller "
+        remedy=f"allow {enough}; a smaller --batch-size, fewer --samples, smaller "
         "--max-pixels, or another method for the widest layers need less",
     )
 
@@ -346,5 +350,6 @@ def _groups(rows: Sequence[PlanRow]) -> Iterator[list[PlanRow]]:
     yield from problem_groups(rows)
 
 
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB"
+def enough_gib(count: int) -> str:
+    """A number of bytes in GiB, rounded up, e.g. ``0.87 GiB``."""
+    return f"{math.ceil(count / 2**30 * 100) / 100:.2f} GiB"

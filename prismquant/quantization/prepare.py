@@ -25,7 +25,7 @@ from prismquant.engine.memory_forecast import (
 )
 from prismquant.engine.placement import placements
 from prismquant.engine.setup import Reporter
-from prismquant.errors import DataError, PlanError
+from prismquant.errors import BudgetError, DataError, PlanError
 from prismquant.export.companions import files_to_copy
 from prismquant.memory import (
     available_bytes,
@@ -152,13 +152,14 @@ def memory_room(budget: int | None) -> int:
     """Bytes that the process may take.
 
     Raises:
-        PlanError: It takes more already.
+        BudgetError: It takes more already.
     """
     resident = resident_bytes()
     if budget is not None and budget <= resident:
-        raise PlanError(
+        raise BudgetError(
             f"a memory budget of {readable_bytes(budget)} is too small: the process alone takes "
             f"{readable_bytes(resident)}",
+            needed=resident,
             remedy="allow more with --memory-budget",
         )
     return resident + available_bytes() if budget is None else budget
@@ -192,7 +193,7 @@ def forecast_memory(
         places: Places whose logits are looked at together at the head; 0: none are.
 
     Raises:
-        PlanError: The budget is too small.
+        BudgetError: The budget is too small.
     """
     tokens = count_tokens(bound, [*found.batches, *followers])
     give_back_freed()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from prismquant.report.tables import format_figure, rich_table
+from prismquant.report.tables import NOTHING, format_figure, rich_table
 from prismquant.run.method_choice import WHOLE, MethodChoice
 
 
@@ -13,19 +13,19 @@ def choice_table(choice: MethodChoice) -> Table:
     headers = ["alternative", "round", "samples", "held-out loss", "answers", "text", "s", ""]
     rows = []
     for trial in choice.trials:
-        kl = trial.kl or {}
+        kl, tried = trial.kl or {}, trial.samples > 0
         last = max(one.round for one in choice.trials if one.part == trial.part)
         won = choice.chosen.get(trial.part) == trial.name and trial.round == last
         rows.append(
             [
                 trial.name if trial.part == WHOLE else f"{trial.part}: {trial.name}",
-                str(trial.round + 1),
-                str(trial.samples),
+                str(trial.round + 1) if tried else "not tried",
+                str(trial.samples) if tried else NOTHING,
                 format_figure(trial.loss, trial.error),
                 format_figure(kl.get("answer")),
                 format_figure(kl.get("text")),
-                f"{trial.seconds:.0f}",
-                trial.failure or ("chosen" if won else ""),
+                f"{trial.seconds:.0f}" if tried else NOTHING,
+                trial.told_failure or ("chosen" if won else ""),
             ]
         )
     title = f"{choice.recipe}: {choice.told} was chosen, {'; '.join(choice.why.values())}"

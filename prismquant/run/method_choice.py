@@ -27,7 +27,8 @@ class MethodTrial:
         kl: Mean divergence by class of token that counts: ``answer``, ``text``.
         parts: Share of each held-out sample in the loss.
         seconds: Wall time of the trial.
-        failure: Why it could not be tried; empty if it could.
+        failure: Why it could not be tried, a finding a line; empty if it could.
+        remedy: What helps against that, where anything does.
     """
 
     __pydantic_config__ = EXACT
@@ -42,6 +43,16 @@ class MethodTrial:
     parts: Mapping[str, float] | None = None
     seconds: float = 0.0
     failure: str = ""
+    remedy: str = ""
+
+    @property
+    def told_failure(self) -> str:
+        """The first finding of its failure, and how many more there are."""
+        first, *others = self.failure.split("\n")
+        if not others:
+            return first
+        said = {line.partition(": ")[2] for line in (first, *others)}
+        return f"{first}; and {len(others)} more{' like it' * (len(said) == 1)}"
 
 
 @dataclass(frozen=True)

@@ -118,16 +118,18 @@ def _fitting(asked: Request, bound: BoundModel) -> tuple[list[str], list[MethodT
                 require_sharable(plan)
         except PrismQuantError as error:
             first = first or error
-            why = "; ".join(error.findings) or error.what
-            failed.append(MethodTrial(one.name, 0, 0, failure=why))
-            asked.reporter.remark(f"{one.name} is left out: {why}")
+            failed.append(
+                MethodTrial(one.name, 0, 0, failure="\n".join(error.findings) or error.what)
+            )
+            asked.reporter.remark(f"{one.name} is left out: {failed[-1].told_failure}")
         else:
             names.append(one.name)
     if not names:
         raise PlanError(
             "no alternative of the recipe fits this model:"
-            + listed([f"{one.name}: {one.failure}" for one in failed]),
+            + listed([f"{one.name}: {one.told_failure}" for one in failed]),
             where=f"recipe {asked.recipe.name!r}",
+            findings=[f"{one.name}: {line}" for one in failed for line in one.failure.split("\n")],
         ) from first
     return names, failed
 
@@ -175,6 +177,7 @@ class _Contest:
         self._known: list[MethodTrial] = []
         self._trials: list[MethodTrial] = []
         self._seen: dict[str, None] = {}
+        self._names: Sequence[str] = ()
 
     def choice(self, names: Sequence[str], failed: Sequence[MethodTrial]) -> MethodChoice:
         """Choose an alternative for each part of the model.
@@ -187,6 +190,7 @@ class _Contest:
         known = self._file.begin(self._identity, resume=asked.resume) if first else []
         told = asked.ranks.gather_json([vars(trial) for trial in known])[0]
         self._known = [MethodTrial(**one) for one in told]
+        self._names = names
         chosen: dict[str, str] = {}
         with unchanged(self._bound.folder, self._identity.files), self._runs:
             for part, recipes in parts_of(asked.recipe, names, self._bound).items():
@@ -231,12 +235,20 @@ class _Contest:
         place = (ask.part, ask.name, ask.round)
         trial = next((t for t in self._known if (t.part, t.name, t.round) == place), None)
         if trial is None:
+            self._require_memory()
             trial = self._runs.run(ask)
             self._asked.reporter.remark(trial_line(trial))
         self._trials.append(trial)
         if self._asked.ranks.rank == 0:
             self._file.save(self._identity, [*self._trials, *self._known[len(self._trials) :]])
         return trial
+
+    def _require_memory(self) -> None:
+        """See once, before the first trial that is made, that all of them fit into memory."""
+        names, self._names = self._names, ()
+        if names:
+            whole = {name: self._asked.recipe.chosen(name) for name in names}
+            self._runs.require_memory(whole, (*self._samples.held_out, *self._samples.rest))
 
 
 def _best_first(trials: Sequence[MethodTrial]) -> list[MethodTrial]:
@@ -280,16 +292,19 @@ def trial_line(trial: MethodTrial) -> str:
     where = "" if trial.part == WHOLE else f" in the {trial.part} part"
     said = f"tried {trial.name}{where} on {trial.samples} samples"
     if trial.loss is None:
-        return f"{said}: it failed: {trial.failure}"
+        return f"{said}: it failed: {trial.told_failure}"
     return f"{said}: held-out loss {trial.loss:.3g} ± {trial.error:.1g} ({trial.seconds:.0f} s)"
 
 
 def _nothing_works(asked: Request, trials: Sequence[MethodTrial]) -> PlanError:
+    failed = [one for one in trials if one.failure]
+    remedies = dict.fromkeys(one.remedy for one in failed if one.remedy)
     return PlanError(
         "all alternatives of the recipe failed:"
-        + listed([f"{one.name}: {one.failure}" for one in trials if one.failure]),
+        + listed([f"{one.name}: {one.told_failure}" for one in failed]),
         where=f"recipe {asked.recipe.name!r}",
-        remedy="`on_failure: rtn` rounds a layer to nearest where its solver fails",
+        remedy="; ".join(remedies) or "take a recipe with another method: `prismquant recipe list`",
+        findings=[f"{one.name}: {line}" for one in failed for line in one.failure.split("\n")],
     )
 
 

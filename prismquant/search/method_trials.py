@@ -23,13 +23,13 @@ from prismquant.data.survey import Survey, let_go
 from prismquant.engine.activation_store import ActivationStore
 from prismquant.engine.collectives import share_of
 from prismquant.engine.gradients import gradient_samples, vision_weights, wants_gradients
-from prismquant.engine.memory_forecast import Forecast
+from prismquant.engine.memory_forecast import ONCE, Forecast, enough_gib
 from prismquant.engine.quantize import quantize_unit
 from prismquant.engine.run import ACTIVATIONS, hand_on, visit_of
 from prismquant.engine.unit_plan import QuantizedUnit, Quantizing, unit_plans
 from prismquant.engine.walk import ModelWalk
-from prismquant.errors import NumericsError, PlanError, PrismQuantError
-from prismquant.memory import give_back_freed, keep_heap_compact
+from prismquant.errors import BudgetError, NumericsError, PlanError, PrismQuantError, listed
+from prismquant.memory import give_back_freed, keep_heap_compact, readable_bytes
 from prismquant.models.bound import BoundModel
 from prismquant.plan.make_plan import make_plan
 from prismquant.plan.plan import Plan
@@ -99,6 +99,7 @@ class TrialRuns:
         self._loss: HeldOutLoss | None = None
         self._followers: Survey | None = None
         self._batches: tuple[tuple[Sample, ...], Batches, Survey] | None = None
+        self._most_needed = 0
 
     def __enter__(self) -> TrialRuns:
         return self
@@ -106,21 +107,55 @@ class TrialRuns:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
+    def require_memory(self, whole: Mapping[str, Recipe], samples: Sequence[Sample]) -> None:
+        """See to it that a memory budget allows all trials, and a run of whichever wins.
+
+        Args:
+            whole: Recipes of the alternatives on all blocks, by name.
+            samples: All of them.
+
+        Raises:
+            BudgetError: It does not, with the alternatives that need more, and how much.
+        """
+        asked, budget = self._asked, self._asked.memory_budget
+        if budget is None:
+            return
+        self._following()
+        seen = self._surveyed(samples)
+        own: dict[str, int] = {}
+        for name, recipe in whole.items():
+            plan = make_plan(recipe, self._bound)
+            batches, found = seen if plan.needs_data else (None, Survey())
+            try:
+                # Later forecasts, and that of the run, find what libraries have loaded by then.
+                own[name] = self._forecast(plan, batches, found, budget - ONCE)[0].peak_bytes
+            except BudgetError as error:
+                own[name] = error.needed
+        ranks = asked.ranks.gather_json(own)
+        needed = {name: max(one[name] for one in ranks) + ONCE for name in own}
+        self._most_needed = max(needed.values())
+        if self._most_needed > budget:
+            raise _too_small(asked.recipe.name, budget, needed)
+
     def run(self, ask: Ask) -> MethodTrial:
         """Quantize the model in one way and measure what it loses; alike on all ranks.
 
         Raises:
-            PrismQuantError: It fails, not for what the alternative says.
+            PrismQuantError: It fails, not for what the alternative says: memory is too little, or
+                data cannot be read.
         """
         started = time.monotonic()
         trial = MethodTrial(ask.name, ask.round, len(ask.samples), part=ask.part)
         try:
             own = _measured(trial, self._sums(ask))
+        except BudgetError:
+            # More memory would do: that says nothing about the alternative.
+            raise
         except _OWN_FAILURES as error:
             if self._asked.ranks.size > 1 and isinstance(error, NumericsError):
                 # The other ranks wait for this one.
                 raise
-            own = replace(trial, failure=_failure(error))
+            own = replace(trial, failure=_failure(error), remedy=error.remedy or "")
         give_back_freed()
         return replace(own, seconds=round(time.monotonic() - started, 2))
 
@@ -130,7 +165,7 @@ class TrialRuns:
         asked, bound, ranks = self._asked, self._bound, self._asked.ranks
         plan = make_plan(ask.recipe, bound)
         batches, found = self._calibration(plan, ask.samples)
-        memory, found = self._forecast(plan, batches, found)
+        memory, found = self._forecast(plan, batches, found, asked.memory_budget)
         loss = self._held_out_loss(memory)
         said = f"trying {ask.name} on {len(ask.samples)} samples"
         asked.reporter.begin(len(bound.steps))
@@ -182,7 +217,7 @@ class TrialRuns:
         )
 
     def _forecast(
-        self, plan: Plan, batches: Batches | None, found: Survey
+        self, plan: Plan, batches: Batches | None, found: Survey, budget: int | None
     ) -> tuple[Forecast, Survey]:
         asked, followers = self._asked, self._following()
         making = max(found.making, followers.making, key=lambda cost: cost.peak)
@@ -191,7 +226,7 @@ class TrialRuns:
             self._bound,
             batches,
             replace(found, making=making),
-            asked.memory_budget,
+            budget,
             asked.target,
             self._precision,
             followers=followers.batches,
@@ -213,7 +248,8 @@ class TrialRuns:
             store = self._stack.enter_context(
                 self._directory.activation_store(asked.ranks.rank, states, "held-out")
             )
-            spare = memory_room(asked.memory_budget) - memory.peak_bytes
+            most = max(memory.peak_bytes, self._most_needed)
+            spare = memory_room(asked.memory_budget) - most
             self._loss = HeldOutLoss(
                 self._bound,
                 self._following().batches,
@@ -270,4 +306,21 @@ def _measured(trial: MethodTrial, sums: Sums) -> MethodTrial:
 
 
 def _failure(error: PrismQuantError) -> str:
+    if error.findings:
+        return "\n".join(error.findings)
     return f"{error.where}: {error.what}" if error.where else error.what
+
+
+def _too_small(recipe: str, budget: int, needed: Mapping[str, int]) -> BudgetError:
+    dear = [name for name in needed if needed[name] > budget]
+    most = max(needed.values())
+    without = f"; or take a recipe without {', '.join(dear)}" if len(dear) < len(needed) else ""
+    return BudgetError(
+        f"a memory budget of {readable_bytes(budget)} is too small to choose among "
+        f"{', '.join(needed)}: {enough_gib(most)} are needed for all of them"
+        + listed([f"{name} needs {enough_gib(needed[name])}" for name in dear]),
+        needed=most,
+        where=f"recipe {recipe!r}",
+        remedy=f"allow {enough_gib(most)}; a smaller --batch-size, fewer --samples, or smaller "
+        f"--max-pixels need less{without}",
+    )

@@ -301,6 +301,11 @@ def test_an_interruption_says_how_to_go_on(
             write_json(record, {"steps": steps})
             status, out, err = run("quantize", "a", "--recipe", "w4a16", *given)
             assert (status, out, words in err) == (1, "", True)
+    record.unlink()
+    write_json(record.with_name("choice") / "trials.json", {"trials": [{}, {}]})
+    status, out, err = run("quantize", "a", "--recipe", "auto-w4a8", "--out", tmp_path)
+    kept = "stopped; trials that are finished (2) are kept, `--resume` goes on after them"
+    assert (status, out, err.strip()) == (1, "", kept)
     # Of the commands that can't go on, none says that it could.
     monkeypatch.setattr(api, "export", stop)
     status, out, err = run("export", "a", "--format", "dense", "--out", "o")

@@ -205,6 +205,22 @@ def test_an_alternative_that_does_not_fit_is_left_out_and_told(
     assert any(line.startswith("impossible is left out") for line in listening.lines)
 
 
+def test_the_table_tells_the_first_finding_of_what_was_not_tried(finished: Path) -> None:
+    record = RunRecord.from_dict(json.loads((finished / "prismquant/record.json").read_text()))
+    assert record.choice is not None
+    findings = [f"layers.*.{name}: rotated twice (8 layers)" for name in "qkvo"]
+    failed = MethodTrial("impossible", 0, 0, failure="\n".join(findings))
+    other = replace(failed, failure=f"{findings[0]}\nlayers.*.q: too wide")
+    assert other.told_failure == f"{findings[0]}; and 1 more"
+    console = Console(width=250, record=True, file=io.StringIO())
+    console.print(choice_table(replace(record.choice, trials=(failed, *record.choice.trials))))
+    lines = [line for line in console.export_text().splitlines() if "impossible" in line]
+    cells = [cell.strip() for cell in lines[0].strip("│").split("│")]
+    assert cells[1:3] == ["not tried", "-"]
+    assert cells[-1] == f"{findings[0]}; and 3 more like it"
+    assert len(lines) == 1
+
+
 def test_where_none_fits_all_reasons_are_told(spiky: Path, data: Path, tmp_path: Path) -> None:
     asked = recipe(IMPOSSIBLE, IMPOSSIBLE | {"name": "another"})
     with pytest.raises(PlanError, match=r"(?s)impossible: .*rotated twice.*another: "):

@@ -17,11 +17,11 @@ import tiny_vlm
 import prismquant as pq
 from prismquant.data import read_samples
 from prismquant.data.batches import make_batches
+from prismquant.engine.memory_forecast import enough_gib
 from prismquant.engine.placement import placements
 from prismquant.engine.streamed_model import StreamedModel
-from prismquant.errors import PlanError
+from prismquant.errors import BudgetError, NumericsError, PlanError, PrismQuantError
 from prismquant.evaluate.fidelity import evaluate_model
-from prismquant.memory import resident_bytes
 from prismquant.models.bind import bind
 from prismquant.models.float_model import load_float
 from prismquant.models.processor import load_processor
@@ -31,6 +31,7 @@ from prismquant.run.directory import RunDirectory
 from prismquant.search import choose_method, method_trials
 from prismquant.search.analysis_request import DEFAULT_WEIGHTS
 from prismquant.search.choose_method import ROUNDS
+from prismquant.search.method_trials import TrialRuns
 from prismquant.search.model_parts import parts_of
 from prismquant.search.repair import measured
 from prismquant.search.trial_blocks import trial_recipes
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    from prismquant.plan.plan import Plan
     from prismquant.recipe.schema import Recipe
     from prismquant.run.method_choice import MethodChoice, MethodTrial
 
@@ -148,13 +150,77 @@ def test_a_choice_in_little_memory_is_the_same(
 
 
 def test_a_budget_that_no_trial_keeps_is_told(
-    tiny: Callable[..., Path], data: Path, tmp_path: Path
+    tiny: Callable[..., Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    budget = resident_bytes() + 2**27
-    with pytest.raises(PlanError, match=r"memory budget of .* is too small"):
-        pq.quantize(
-            tiny("qwen2_vl"), recipe(ROTATED, SMOOTHED), tmp_path / "o", data, memory_budget=budget
-        )
+    """Before any trial; and with what it says is needed, the choice is made."""
+    # What a long process holds by then is another matter.
+    for module in (prepare, choose_method):
+        monkeypatch.setattr(module, "resident_bytes", lambda: 2**30)
+    folder, asked, out = tiny("qwen2_vl"), recipe(ROTATED, SMOOTHED), tmp_path / "o"
+    with pytest.raises(BudgetError, match=r"too small to choose among rotated, smoothed") as told:
+        pq.quantize(folder, asked, out, data, memory_budget=2**30 + 2**27)
+    needed = told.value.needed
+    assert enough_gib(needed) in str(told.value.remedy)
+    assert json.loads((out / "prismquant/choice/trials.json").read_text())["trials"] == []
+    choice = pq.quantize(folder, asked, out, data, memory_budget=needed, resume=True).record.choice
+    assert choice is not None
+    assert all(trial.loss is not None for trial in choice.trials)
+
+
+def test_an_alternative_that_lacks_memory_has_not_failed(
+    tiny: Callable[..., Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends the run; what is tried before is kept, and it is tried again with more."""
+    folder, asked, out = tiny("qwen2_vl"), recipe(ROTATED, SMOOTHED), tmp_path / "o"
+    forecast = method_trials.forecast_memory
+    plenty = 2**36
+
+    def dear(plan: Plan, *given: Any, **named: Any) -> Any:
+        if plan.edges:
+            raise BudgetError("a memory budget is too small", needed=plenty + 1)
+        return forecast(plan, *given, **named)
+
+    monkeypatch.setattr(method_trials, "forecast_memory", dear)
+    with pytest.raises(BudgetError, match=r"64\.\d\d GiB are needed for all of them") as told:
+        pq.quantize(folder, asked, out, data, memory_budget=plenty)
+    assert "smoothed needs" in told.value.what
+    assert "rotated needs" not in told.value.what
+    assert "take a recipe without smoothed" in str(told.value.remedy)
+    # What no forecast has seen.
+    monkeypatch.setattr(TrialRuns, "require_memory", lambda *_: None)
+    with pytest.raises(BudgetError):
+        pq.quantize(folder, asked, out, data, memory_budget=plenty, resume=True)
+    kept = json.loads((out / "prismquant/choice/trials.json").read_text())["trials"]
+    assert [(trial["name"], trial["failure"]) for trial in kept] == [("rotated", "")]
+    monkeypatch.undo()
+    choice = pq.quantize(folder, asked, out, data, resume=True).record.choice
+    assert choice is not None
+    assert {trial.name for trial in choice.trials} == {"rotated", "smoothed"}
+    assert all(trial.loss is not None for trial in choice.trials)
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (NumericsError("a pivot is not positive", where="x", remedy="on_failure: rtn"), "on_f"),
+        (PlanError("it cannot be"), "take a recipe with another method"),
+    ],
+)
+def test_where_all_fail_the_remedy_is_that_of_the_failures(
+    tiny: Callable[..., Path],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: PrismQuantError,
+    remedy: str,
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(TrialRuns, "_sums", fail)
+    with pytest.raises(PlanError, match="all alternatives of the recipe failed") as told:
+        pq.quantize(tiny("qwen2_vl"), recipe(ROTATED, SMOOTHED), tmp_path / "o", data)
+    assert str(told.value.remedy).startswith(remedy)
 
 
 def test_several_ranks_choose_what_one_does(
