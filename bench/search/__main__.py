@@ -122,6 +122,8 @@ class Bench:
         command += ["--calib", str(self.what.calibrations[draw]), "--out", str(out)]
         command += ["--formats", ",".join(self.options.formats), "--method", method]
         command += ["--solver", solver, "--samples", "64", "--seed", str(draw), "--json"]
+        if self.options.modalities:
+            command += ["--modalities", self.options.modalities]
         started = time.perf_counter()
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
@@ -294,6 +296,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--solvers", nargs="+", default=["rtn", "gptq"], choices=["rtn", "gptq"])
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), help="fewest bits first")
+    parser.add_argument("--modalities", help="parts of the model to choose for, e.g. llm")
     parser.add_argument("--draws", type=int, default=3, help="calibration sets")
     parser.add_argument("--questions", type=int, default=200, help="of the evaluation")
     parser.add_argument("--truths", type=int, help="a random sample of so many; default: all")
