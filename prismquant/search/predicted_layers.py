@@ -75,9 +75,12 @@ class Predictor:
 
 def _missing(places: Sequence[Path], there: Sequence[Path]) -> str:
     """Words on a file that lies at none of the places with its checksum."""
-    if there:
-        return f"has changed since the search: {_joined(there)} has another checksum"
-    return f"is not there: it was looked for at {_joined(places)}"
+    if places[0] in there:
+        gone = "has changed since the search: its checksum is another"
+        near = f", and the file as it was is not at {_joined(places[1:])}" if places[1:] else ""
+        return gone + near
+    others = f"; {_joined(there)} has another checksum" if there else ""
+    return f"is not there: it was looked for at {_joined(places)}{others}"
 
 
 def _joined(paths: Sequence[Path]) -> str:
@@ -138,8 +141,8 @@ def _notes(kept: Predictions, other: Sequence[str], solver: str) -> list[str]:
     notes = []
     if kept.same_files is False:
         notes.append(
-            f"layers are compared with an analysis of another model: that of {kept.model}, whose "
-            "files differ from this one's"
+            f"what the search predicted is of another model: that of {kept.model}, whose files "
+            "differ from this one's"
         )
     if kept.same_samples is False and kept.units:
         notes.append(

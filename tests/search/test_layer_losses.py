@@ -186,11 +186,17 @@ def test_predictions_that_are_missing_are_told(
     ]
     text = file.read_text()
     file.write_text(f"{text} ")
-    changed = f"has changed since the search: {file} has another checksum"
+    changed = f"{file} has changed since the search: its checksum is another"
     assert Predictor(recipe)(plan, run)[1][0].endswith(changed)
     file.unlink()
     nowhere = f"is not there: it was looked for at {file}, {tmp_path.parent / 's.json'}"
     assert Predictor(recipe, tmp_path / "r.yaml")(plan, run)[1][0].endswith(nowhere)
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    (beside / file.name).write_text("another")
+    (note,) = Predictor(recipe, beside / "r.yaml")(plan, run)[1]
+    assert f"{file} is not there: " in note
+    assert note.endswith(f"; {beside / file.name} has another checksum")
     content = json.loads(text) | {"version": 1}
     for option in (option for unit in content["units"] for option in unit["options"]):
         del option["layer_losses"]
@@ -223,11 +229,10 @@ def test_an_analysis_of_other_weights_or_samples_is_told(
     assert predictions is not None
     assert (predictions.same_files, predictions.same_samples, notes) == (True, None, [])
     other = with_other_weights(folder, tmp_path / "other")
-    told = f"another model: that of {folder}, whose files differ from this one's"
+    told = f"is of another model: that of {folder}, whose files differ from this one's"
     result = pq.quantize(other, recipe, tmp_path / "run", calibration_file, samples=4)
-    weights, samples = [note for note in result.notes if "layers are compared with" in note]
-    assert weights.endswith(told)
-    assert "an analysis on other samples" in samples
+    assert [note for note in result.notes if note.endswith(told)]
+    assert [note for note in result.notes if "compared with an analysis on other samples" in note]
     record = RunFiles.read(tmp_path / "run").record
     assert record.predictions is not None
     assert (record.predictions.same_files, record.predictions.same_samples) == (False, False)
