@@ -23,16 +23,14 @@ from prismquant.search.sensitivity import FLOAT
 
 
 def uniform_choice(allocation: Allocation, name: str) -> tuple[int, ...]:
-    """Place of a format among the options of each unit.
+    """Place of a format among the options of each unit; a unit without it is left alone.
 
     Args:
         allocation: Units with the options on offer.
         name: Of the format.
     """
-    return tuple(
-        next(number for number, option in enumerate(unit.options) if option.format == name)
-        for unit in allocation.units
-    )
+    names = [[option.format for option in unit.options] for unit in allocation.units]
+    return tuple(own.index(name if name in own else FLOAT) for own in names)
 
 
 class RoundedLayers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from bench.search.__main__ import budgets, random_mix
 from bench.search.other_tools import analyses, bits_and_group, effective_bits
-from bench.search.rounded import RoundedLayers
+from bench.search.rounded import RoundedLayers, uniform_choice
 from bench.search.subjects import subjects, versions
 from bench.search.tables import Measures, mix_essence, mix_rows, rank_essence, rank_rows
 from prismquant.api import quantize
@@ -75,6 +76,15 @@ def test_random_mixes_keep_to_the_budget_and_come_near_it(seed: int) -> None:
         taken = allocation.mix(Solved(chosen, 0.0, 0.0)).stored_bytes
         assert 0.85 * size < taken <= size
         assert chosen == random_mix(allocation, size, seed)
+
+
+def test_a_uniform_recipe_leaves_alone_what_is_not_on_offer() -> None:
+    found = sensitivities.made(formats=FORMATS)
+    first, *others = found.units
+    alone = replace(first, options=first.options[:1])
+    allocation = set_up(replace(found, units=(alone, *others)), Constraints())
+    chosen = uniform_choice(allocation, FORMATS[0])
+    assert chosen == (0, *[1] * len(others))
 
 
 def test_the_essence_of_ranks_has_the_mean_and_the_lowest() -> None:
