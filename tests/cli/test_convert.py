@@ -118,6 +118,7 @@ def test_convert_refuses_what_it_should(tmp_path: Path, run: Cli) -> None:
     status, said, told = run("recipe", "convert", str(toy), "--strict")
     assert (status, said) == (1, "")
     assert "cannot be kept as it is" in told
+    assert "leave these settings out, or drop --strict" in told
     assert run("recipe", "convert", "-8", "--strict")[0] == 0
     (tmp_path / "mine.yaml").write_text("rules: []")
     for out in (toy, tmp_path / "mine.yaml", tmp_path):

@@ -203,7 +203,13 @@ def test_all_that_is_wrong_stands_in_one_error() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [("a", "a"), (None, "null"), (True, "true"), ([1, "a"], '[1, "a"]'), ({1, 2}, "{1, 2}")],
+    [
+        ("a", "a"),
+        (None, "null"),
+        (True, "true"),
+        ([1, "a"], '[1, "a"]'),
+        ({"b", "a"}, '["a", "b"]'),
+    ],
 )
 def test_values_of_the_source_are_shown_as_text(value: Any, text: str) -> None:
     assert shown(value) == text

@@ -32,6 +32,7 @@ from prismquant.recipe.importers import llm_compressor
 from prismquant.recipe.importers.import_recipe import import_recipe
 from prismquant.recipe.importers.imported import Imported
 from prismquant.recipe.importers.ledger import Ledger
+from prismquant.recipe.importers.module_lists import FEW, together
 from prismquant.recipe.importers.module_names import excluding, named_modules
 from prismquant.recipe.importers.scheme_arguments import ARGUMENTS, numbers
 from prismquant.recipe.importers.scheme_presets import SCHEMES
@@ -910,7 +911,7 @@ def test_what_cannot_be_is_an_error_with_its_place(content: Any, words: list[str
             {"strategy": "tensor_group", "group_size": 32, "num_bits": 4, "type": "float"},
             "groups of 16",
         ),
-        ("weights", {"observer": "mean"}, "mean is not a choice"),
+        ("weights", {"observer": "mean"}, "'mean' is not a choice"),
         ("weights", {"observer_kwargs": {"shrink": 1}, "observer": "mse"}, "unknown key"),
         ("input_activations", {"strategy": "token"}, "always dynamic"),
         ("input_activations", {"strategy": "channel"}, "no scales by channel"),
@@ -932,7 +933,7 @@ def test_impossible_arguments(side: str, given: dict[str, Any], words: str) -> N
         ({"num_bits": 3}, "fp8, int8 or int4"),
         ({"symmetric": False}, "symmetric about zero"),
         ({"dynamic": True}, "static"),
-        ({"strategy": "token"}, "token is not a choice"),
+        ({"strategy": "token"}, "'token' is not a choice"),
     ],
 )
 def test_impossible_caches(scheme: dict[str, Any], words: str) -> None:
@@ -1013,3 +1014,96 @@ def test_what_is_nested_too_deeply_is_refused() -> None:
     for _ in range(3000):
         deep = [deep]
     assert not llm_compressor.recognizes(deep)
+
+
+# Values in quotes, errors that follow from others, long lists
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"dampening_frac": "0.1"}, 'from 0 to 10, not the text "0.1": write it without quotes'),
+        ({"block_size": "64"}, 'from 1 to 65536, not the text "64": write it without quotes'),
+        ({"bypass_divisibility_checks": "True"}, 'not the text "True": write it without quotes'),
+        ({"dampening_frac": "few"}, 'from 0 to 10, not the text "few"'),
+    ],
+)
+def test_a_text_is_told_from_a_number(keys: dict[str, Any], words: str) -> None:
+    said = refused(modifier("GPTQModifier", scheme="W4A16", **keys), words)
+    assert ("without quotes" in said) == ("without quotes" in words)
+
+
+@pytest.mark.parametrize("scheme", ["W99A16", {"W99A16": ["Linear"]}])
+def test_nothing_else_is_said_of_an_unknown_scheme(scheme: Any) -> None:
+    with pytest.raises(RecipeError) as caught:
+        import_recipe(modifier("GPTQModifier", scheme=scheme))
+    assert len(caught.value.findings) == 1
+
+
+def test_of_two_caches_the_earlier_is_dropped() -> None:
+    def cache(kind: str) -> dict[str, Any]:
+        return {"QuantizationModifier": {"kv_cache_scheme": {"num_bits": 8, "type": kind}}}
+
+    stages = {"a_stage": {"quant_modifiers": cache("int")}}
+    imported = of(stages | {"b_stage": {"quant_modifiers": cache("float")}})
+    assert imported.recipe.kv_cache is not None
+    assert imported.recipe.kv_cache["format"] == "fp8"
+    assert {one.why for one in imported.dropped} == {"that of a later modifier counts"}
+    assert all(one.place.startswith("a_stage") for one in imported.dropped)
+
+
+def test_one_setting_with_two_values_is_an_error() -> None:
+    inner = {"recipe": modifier("QuantizationModifier", scheme="W8A8"), "batch_size": 2}
+    refused({"recipe": inner, "batch_size": 3}, "batch_size: it is given twice")
+    assert of({"recipe": inner, "batch_size": 2}).recipe.calibration.batch_size == 2
+
+
+NAMED = strategies.sampled_from(
+    ["a", "a.b", "model.layers.1.q_proj", "model.layers.10", "a.b.c", "lm_head", "b.*", "c?"]
+)
+PATHS = strategies.sampled_from(
+    ["a", "x.a.b", "a.bc", "model.layers.1.q_proj", "model.language_model.layers.10.k", "b.d", "cc"]
+)
+
+
+@drawn(strategies.lists(NAMED, max_size=8, unique=True), PATHS)
+def test_names_of_a_long_list_mean_what_they_mean_alone(entries: list[str], path: str) -> None:
+    alone = [named_modules(entry).pattern for entry in entries]
+    others = [named_modules(f"model.layers.{number}.fc1").pattern for number in range(2, FEW + 10)]
+    joined = together([*alone, *others])
+    assert len(joined) < 10
+    meant = Match(name=tuple(alone)).matches(modality="llm", role="mlp", name=path) if alone else 0
+    assert Match(name=tuple(joined)).matches(modality="llm", role="mlp", name=path) == bool(meant)
+
+
+def test_a_long_list_of_names_is_few_expressions_and_one_note() -> None:
+    names = [f"model.layers.{number}.mlp.experts.7.up_proj" for number in range(3000)]
+    imported = of(modifier("QuantizationModifier", scheme="W8A8", ignore=names))
+    skipping = imported.recipe.rules[1]
+    assert skipping.skip
+    assert len(skipping.match.name) < 100
+    [one] = imported.changed
+    assert one.ours == "skip: true"
+    assert one.why.startswith("3000 entries")
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        (["a.b"] * 20_001, "ignore: 20001 names, more than 20000: use expressions"),
+        (["re:a"] * 1001, "ignore: 1001 expressions (re:), more than 1000: join them with |"),
+    ],
+)
+def test_a_list_that_is_too_long_is_refused_in_its_own_words(
+    entries: list[str], words: str
+) -> None:
+    refused(modifier("QuantizationModifier", scheme="W8A8", ignore=entries), words)
+    refused(modifier("SmoothQuantModifier", ignore=entries), words)
+
+
+def test_what_one_modifier_alone_ignores_has_a_bound() -> None:
+    names = [f"model.layers.{number}.mlp" for number in range(100)]
+    first = {"GPTQModifier": {"scheme": "W4A16", "targets": ["re:.*mlp.*"], "ignore": names}}
+    second = {"QuantizationModifier": {"scheme": "W8A8", "targets": ["re:.*attn.*"]}}
+    content = {"a_stage": {"quant_modifiers": first}, "b_stage": {"quant_modifiers": second}}
+    refused(content, "ignore: 100 entries that this modifier alone ignores are too long together")

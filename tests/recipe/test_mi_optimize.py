@@ -489,18 +489,18 @@ def test_layers_are_skipped_by_whole_paths() -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (with_keys("gtpq"), "algo: gtpq is not a choice; did you mean 'gptq'"),
+        (with_keys("gtpq"), "algo: 'gtpq' is not a choice; did you mean 'gptq'"),
         (with_keys("spqr"), "no outlier is kept in a sparse matrix"),
         (with_keys("quip"), "no codebook"),
         (with_keys("fp8"), "write algo: rtn with w_dtype: fp8"),
-        (with_keys("rtn", w_dtype="int9"), "w_dtype: int9 is not a choice; did you mean 'int8'"),
-        (with_keys("rtn", w_dtype="binary"), "binary is not a choice"),
+        (with_keys("rtn", w_dtype="int9"), "w_dtype: 'int9' is not a choice; did you mean 'int8'"),
+        (with_keys("rtn", w_dtype="binary"), "'binary' is not a choice"),
         (with_keys("rtn", w_dtype="float16"), "weights in floating point: nothing to do"),
         (with_keys("rtn", w_groupsiez=3), "unknown key; did you mean 'w_groupsize'"),
         (with_keys("rtn", w_qtype="per_token"), "a weight has no scales per_token"),
         (with_keys("rtn", a_dtype="int8", a_qtype="per_dimension"), "no server multiplies"),
         (with_keys("rtn", a_dtype="int8", a_qtype="per_group"), "per_group needs a size"),
-        (with_keys("rtn", w_has_zero="no"), "w_has_zero: true or false, not no"),
+        (with_keys("rtn", w_has_zero="no"), 'w_has_zero: true or false, not the text "no"'),
         (with_keys("rtn", skip_layers=["("]), "skip_layers"),
         (with_keys("rtn", alpha=3, quantization_type="both"), None),
         ({"quant_config": {"kwargs": {"w_dtype": "int4"}}}, "algo: it is missing"),
@@ -548,3 +548,18 @@ def test_any_content_is_read_or_refused_in_words(algo: str, kwargs: Any, more: A
     for content in (whole, {"quant_config": more | whole}, kwargs, more):
         with contextlib.suppress(pq.PrismQuantError):
             mi_optimize.read(content, "x")
+
+
+def test_of_two_counts_of_samples_one_counts_and_the_other_is_dropped() -> None:
+    content = with_keys("rtn")
+    content["quant_config"]["calibrate_config"] = {"nsamples": 16, "nsample": 4}
+    imported = of(content)
+    assert imported.recipe.calibration.samples == 16
+    [one] = [note for note in imported.dropped if note.place.endswith(".nsample")]
+    assert one.why == "nsamples: 16 counts"
+    assert "nsample" not in noted(imported, "changed")
+
+
+def test_too_many_layers_are_refused_at_once() -> None:
+    with pytest.raises(RecipeError, match="skip_layers: 1001 expressions, more than 1000: join"):
+        of(with_keys("rtn", skip_layers=[f"a{number}" for number in range(1001)]))

@@ -452,7 +452,14 @@ def test_arguments_of_a_search_are_answered_with_its_commands(form: str) -> None
         ({"quantization_formats": []}, "a list of configurations"),
         ({"quantization_formats": ["NVFP5"]}, "quantization_formats[0]"),
         ({"quantization_formats": ["FP8_KV_CFG"]}, "it quantizes no MLP layer"),
-        ({"quantization_formats": ["FP8_DEFAULT_CFG"], "method": "x"}, "gradient or kl_div, not x"),
+        (
+            {"quantization_formats": ["FP8_DEFAULT_CFG"], "method": "x"},
+            'gradient or kl_div, not the text "x"',
+        ),
+        (
+            {"quantization_formats": ["FP8_DEFAULT_CFG"], "score_size": 1, "num_score_steps": 2},
+            "num_score_steps: give either this or score_size",
+        ),
         ({"quantization_formats": ["FP8_DEFAULT_CFG"], "metod": 1}, "did you mean 'method'"),
         (
             {"quantization_formats": ["FP8_DEFAULT_CFG"], "constraints": {"effective_bits": 99}},
@@ -474,7 +481,7 @@ def test_wrong_arguments_of_a_search(content: Any, words: str) -> None:
         (with_entries(weights(num_bit=4)), "num_bit: unknown key; did you mean 'num_bits'"),
         (with_entries(weights(num_bits=9)), "there is no integer format of 9 bits"),
         (with_entries(weights(num_bits=(1, 2))), "there is no number of [1, 2] bits"),
-        (with_entries(weights(num_bits="x")), "a word such as e4m3, not x"),
+        (with_entries(weights(num_bits="x")), 'a word such as e4m3, not the text "x"'),
         (with_entries(weights(axis=1)), "axis: null, or 0 for weights, not 1"),
         (with_entries(weights(axis=0), inputs(axis=0)), "axis: null, or 0 for weights"),
         (

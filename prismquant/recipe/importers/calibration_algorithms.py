@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from prismquant.errors import suggest
-from prismquant.recipe.importers.ledger import Ledger, joined, shown
+from prismquant.recipe.importers.ledger import Ledger, in_quotes, joined, shown
 from prismquant.recipe.importers.source_section import Setting, SourceSection, Table, idle
 
 Fields = dict[str, Any]
@@ -75,6 +75,12 @@ _REFUSED = {
 }
 
 
+_RANGE_KEYS = (
+    *("fp8_scale_sweep", "start_multiplier", "stop_multiplier", "step_size"),
+    *("min_clip_ratio", "shrink_step"),
+)
+
+
 def algorithm_of(ledger: Ledger, place: str, value: Any, four_over_six: bool) -> Fields:
     """Fields of rules, transforms and calibration that an algorithm means.
 
@@ -104,6 +110,8 @@ def algorithm_of(ledger: Ledger, place: str, value: Any, four_over_six: bool) ->
             ledger.honoured(where, None, "weight_range: minmax")
             continue
         _one(ledger, where, {"method": one} if isinstance(one, str) else one, found)
+        for key in _RANGE_KEYS if four_over_six else ():
+            ledger.overruled(joined(where, key), "four_over_six counts")
     if four_over_six:
         found["rule"]["weight_range"] = {"kind": "four_over_six"}
     return found
@@ -118,14 +126,16 @@ def _one(ledger: Ledger, place: str, value: Any, found: Fields) -> None:
     method = "max" if method is None else method
     if not isinstance(method, str) or method not in ALGORITHMS:
         known = [*ALGORITHMS, *_REFUSED]
-        ledger.wrong(place, f"{shown(method)} is no algorithm; {suggest(str(method), known)}")
+        ledger.wrong(place, f"{in_quotes(method)} is no algorithm; {suggest(str(method), known)}")
         return
     section = SourceSection(ledger, place, content, ALGORITHMS[method])
     _layerwise(section, found)
     if method == "smoothquant":
         alpha = section.number("alpha", 1.0, 0, 1)
         found["transforms"].append({"name": "smoothquant", "options": {"alpha": alpha}})
-        section.changed("alpha", f"options.alpha: {alpha:g}", "one scale for layers of one input")
+        section.changed(
+            "alpha", f"options.alpha: {alpha:.15g}", "one scale for layers of one input"
+        )
     if method in ("awq_lite", "awq_full"):
         grid = max(1, round(1 / section.number("alpha_step", 0.1, 0.001, 1)))
         found["transforms"].append({"name": "awq", "options": {"grid": grid, "duo": True}})
@@ -178,7 +188,7 @@ def _clip(section: SourceSection, rule: Fields) -> None:
         "norm": 2.0,
         "signed_scale": False,
     }
-    section.honoured("min_clip_ratio", f"weight_range.max_shrink: {shrink:g}")
+    section.honoured("min_clip_ratio", f"weight_range.max_shrink: {shrink:.15g}")
     section.honoured("shrink_step", f"weight_range.steps: {steps}")
 
 
@@ -201,20 +211,17 @@ def _mse(section: SourceSection, rule: Fields) -> None:
         "norm": 2.0,
         "signed_scale": False,
     }
-    section.honoured("start_multiplier", f"weight_range.max_shrink: {shrink:g}")
+    section.honoured("start_multiplier", f"weight_range.max_shrink: {shrink:.15g}")
     section.honoured("step_size", f"weight_range.steps: {steps}")
     section.changed("stop_multiplier", "weight_range: mse", "nothing above absmax is tried")
 
 
 def _gptq(section: SourceSection, rule: Fields) -> None:
-    damping = section.number("perc_damp", 0.01, 0, 10)
     rule["solver"] = "gptq"
     rule["options"] = {
         "block_size": section.integer("block_size", 128, 1, 65536),
-        "damping": damping,
         "order": "original",
         "scale_weighting": "none",
         "refine_passes": 0,
-    } | ({"damping_basis": "mean"} if damping else {})
-    section.honoured("perc_damp", f"options.damping: {damping:g}, damping_basis: mean")
+    } | section.damping("perc_damp")
     section.honoured("block_size", f"options.block_size: {rule['options']['block_size']}")

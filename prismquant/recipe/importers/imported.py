@@ -65,6 +65,6 @@ class Imported:
             raise RecipeError(
                 f"the recipe of {self.dialect} cannot be kept as it is:{listed(findings)}",
                 where=self.source,
-                remedy="leave these settings out, or --strict",
+                remedy="leave these settings out, or drop --strict",
                 findings=findings,
             )

@@ -106,13 +106,18 @@ def _group_size(section: SourceSection, algo: str) -> int:
     other = section.integer("groupsize", 0, -1, 1 << 20)
     if size and other:
         section.dropped("groupsize", "w_groupsize counts")
-    elif other:
-        section.changed("groupsize", f"weights: group_size {other}", "passed over there")
     return size or other or _SIZES.get(algo, -1)
 
 
 def _weight_unit(section: SourceSection, algo: str) -> str:
     """Unit that shares a scale of the weights: ``channel``, ``tensor``, or ``g`` with a size."""
+    unit = _unit_of_weights(section, algo)
+    if "groupsize" in section and not section.content.get("w_groupsize"):
+        section.changed("groupsize", f"weights: {unit}", "passed over there")
+    return unit
+
+
+def _unit_of_weights(section: SourceSection, algo: str) -> str:
     size = _group_size(section, algo)
     kinds = ("per_channel", "per_group", "per_tensor", "per_token", "per_dimension")
     kind = section.word("w_qtype", _WEIGHTS.get(algo, "per_channel"), kinds)

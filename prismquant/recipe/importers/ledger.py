@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from prismquant.diagnostics.translation import TranslatedSetting
-from prismquant.errors import RecipeError, listed, suggest
+from prismquant.errors import RecipeError, listed, shortened, suggest
 from prismquant.recipe.importers.imported import Imported
 from prismquant.recipe.schema import parse_recipe
 
@@ -25,12 +26,18 @@ class Ledger:
     def __init__(self, dialect: str, source: str) -> None:
         self._dialect = dialect
         self._source = source
-        self._noted: dict[str, list[TranslatedSetting]] = {
-            "honoured": [],
-            "changed": [],
-            "dropped": [],
+        # Settings that several layers share are read more than once, and noted once.
+        self._noted: dict[str, dict[TranslatedSetting, None]] = {
+            "honoured": {},
+            "changed": {},
+            "dropped": {},
         }
         self._wrong: list[str] = []
+
+    @property
+    def faults(self) -> int:
+        """Number of settings that were noted as wrong so far."""
+        return len(self._wrong)
 
     def honoured(self, place: str, value: Any, ours: str, why: str = "") -> None:
         """Note a setting that means here what it means there."""
@@ -44,6 +51,14 @@ class Ledger:
         """Note a setting that has no effect here."""
         self._note("dropped", TranslatedSetting(place, shown(value), "", why, nearest))
 
+    def overruled(self, place: str, why: str) -> None:
+        """Note that a setting, and all below its place, have no effect: another one counts."""
+        for kind in ("honoured", "changed"):
+            for setting in list(self._noted[kind]):
+                if setting.place == place or setting.place.startswith((f"{place}.", f"{place}[")):
+                    del self._noted[kind][setting]
+                    self._note("dropped", replace(setting, ours="", why=why))
+
     def wrong(self, place: str, what: str) -> None:
         """Note a setting that cannot be: :meth:`finish` refuses the source."""
         self._wrong.append(f"{place}: {what}" if place else what)
@@ -51,11 +66,11 @@ class Ledger:
     def mapping(self, place: str, value: Any) -> Mapping[str, Any]:
         """The value if it is a mapping of words; else an empty one, and a note that it is wrong."""
         if not isinstance(value, Mapping):
-            self.wrong(place, f"expected a mapping, found {shown(value)}")
+            self.wrong(place, f"expected a mapping, found {quoted(value)}")
             return {}
         for key in value:
             if not isinstance(key, str):
-                self.wrong(place, f"a key is a word, not {shown(key)}")
+                self.wrong(place, f"a key is a word, not {quoted(key)}")
         return {key: one for key, one in value.items() if isinstance(key, str)}
 
     def refuse_unknown(self, place: str, given: Mapping[str, Any], known: Collection[str]) -> None:
@@ -92,9 +107,7 @@ class Ledger:
             )
 
     def _note(self, kind: str, setting: TranslatedSetting) -> None:
-        # Settings that several layers share are read more than once.
-        if setting not in self._noted[kind]:
-            self._noted[kind].append(setting)
+        self._noted[kind][setting] = None
 
 
 def shown(value: Any) -> str:
@@ -103,10 +116,29 @@ def shown(value: Any) -> str:
         text = value
     else:
         try:
-            text = json.dumps(value)
+            text = json.dumps(value, ensure_ascii=False, default=_as_list)
         except (TypeError, ValueError):
             text = repr(value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}.."
+
+
+def quoted(value: Any) -> str:
+    """A value of the source as an error shows it, so that a text is told from a number."""
+    if not isinstance(value, str):
+        return shown(value)
+    text = value if len(value) <= _LONGEST else f"{value[:_LONGEST]}.."
+    return f"the text {json.dumps(text, ensure_ascii=False)}"
+
+
+def in_quotes(value: Any) -> str:
+    """A value of the source as the subject of an error: a text in quotes, anything else shown."""
+    return shortened(value) if isinstance(value, str) else shown(value)
+
+
+def _as_list(value: Any) -> list[Any]:
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=repr)
+    raise TypeError
 
 
 def joined(place: str, key: str) -> str:

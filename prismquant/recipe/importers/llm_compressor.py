@@ -143,6 +143,7 @@ TABLES: Mapping[str, Table] = {
     "Every modifier": _ANY,
 }
 NOTES = (
+    "A number or a truth value in quotes, which the tool turns into one, is an error that says so.",
     "Schemes by name (`W4A16`, `W8A8`, `FP8_DYNAMIC`, `NVFP4` ..) are the same formats here; note "
     "that `W4A8` is in groups of 128 there, and `w4a8` by channel here.",
     "Calibration is theirs: layers of a block see the same inputs, and quantized inputs are not "
@@ -192,6 +193,7 @@ class _Gathered:
     steps: list[QuantizationStep] = field(default_factory=list)
     transforms: list[Fields] = field(default_factory=list)
     awaits: str = ""
+    cache: str = ""
     calibration: Fields = field(default_factory=dict)
     solved: bool = False
     rotated: bool = False
@@ -230,9 +232,9 @@ def read(content: Any, source: str) -> Imported:
     if gathered.awaits:
         ledger.wrong(gathered.awaits, "no modifier after it quantizes")
     caches = [step.kv_cache for step in steps if step.kv_cache is not None]
-    if not any(step.groups for step in steps) and not caches:
+    if not any(step.groups for step in steps) and not caches and not ledger.faults:
         ledger.wrong("", "nothing is quantized: no modifier has a scheme, config_groups or a cache")
-    body: Fields = {"name": Path(source).stem or NAME, "rules": rules_of(steps)}
+    body: Fields = {"name": Path(source).stem or NAME, "rules": rules_of(steps, ledger)}
     body |= {"transforms": gathered.transforms} if gathered.transforms else {}
     body |= {"kv_cache": _cache(caches[-1], gathered.rotated)} if caches else {}
     theirs = {"layer_sequential": False, "quantized_inputs": False}
@@ -288,11 +290,19 @@ def _oneshot(section: SourceSection, gathered: _Gathered) -> None:
     }
     for key, (ours, most) in counts.items():
         if key in section:
-            gathered.calibration[ours] = section.integer(key, 1, 1, most)
-            section.honoured(key, f"calibration.{ours}")
+            _calibrate(section, key, ours, section.integer(key, 1, 1, most), gathered)
     if "propagate_error" in section:
-        gathered.calibration["block_sequential"] = section.flag("propagate_error", True)
-        section.honoured("propagate_error", "calibration.block_sequential")
+        value = section.flag("propagate_error", True)
+        _calibrate(section, "propagate_error", "block_sequential", value, gathered)
+
+
+def _calibrate(
+    section: SourceSection, key: str, ours: str, value: int | bool, gathered: _Gathered
+) -> None:
+    if gathered.calibration.get(ours, value) != value:
+        section.wrong(key, "it is given twice, with two values")
+    gathered.calibration[ours] = value
+    section.honoured(key, f"calibration.{ours}: {shown(value)}")
 
 
 def _read_modifier(section: SourceSection, name: str, gathered: _Gathered) -> None:
@@ -313,8 +323,12 @@ def _read_modifier(section: SourceSection, name: str, gathered: _Gathered) -> No
         # Older releases: the modifier rounds to nearest itself.
     method, order = _METHODS[name](section)
     step = quantization_step(section, method, order)
-    if not step.groups and step.kv_cache is None:
+    if not any(key in section for key in ("scheme", "config_groups", "kv_cache_scheme")):
         section.ledger.wrong(section.place, "it names neither a scheme nor config_groups")
+    if step.kv_cache is not None:
+        if gathered.cache:
+            section.ledger.overruled(gathered.cache, "that of a later modifier counts")
+        gathered.cache = section.at("kv_cache_scheme")
     gathered.steps.append(step)
     gathered.awaits = ""
     gathered.solved |= name in ("GPTQModifier", "AutoRoundModifier")
@@ -325,17 +339,14 @@ def _rounded(section: SourceSection) -> tuple[Fields, str]:
 
 
 def _gptq(section: SourceSection) -> tuple[Fields, str]:
-    damping = section.number("dampening_frac", 0.01, 0, 10)
     if "dampening_frac" in section.content and "dampening_frac" not in section:
         section.wrong("dampening_frac", "a number, not null")
     options: Fields = {
         "block_size": section.integer("block_size", 128, 1, 65536),
-        "damping": damping,
         "refine_passes": 0,
     }
-    options |= {"damping_basis": "mean"} if damping else {}
+    options |= section.damping("dampening_frac")
     section.honoured("block_size", f"options.block_size: {options['block_size']}")
-    section.honoured("dampening_frac", f"options.damping: {damping:g}, damping_basis: mean")
     given = "actorder" in section.content
     order = column_order(section, "actorder") if given else "activation"
     return {"solver": "gptq", "options": options, "tuner": "none"}, order

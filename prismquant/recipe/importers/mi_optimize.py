@@ -21,6 +21,7 @@ from prismquant.recipe.importers.imported import Imported
 from prismquant.recipe.importers.integer_formats import inputs_of, outputs_of, weights_of
 from prismquant.recipe.importers.ledger import Ledger, joined, shown
 from prismquant.recipe.importers.source_section import Setting, SourceSection, Table, idle
+from prismquant.recipe.match import MAX_EXPRESSIONS
 
 Fields = dict[str, Any]
 
@@ -157,6 +158,7 @@ def read(content: Any, source: str) -> Imported:
     if skipped:
         rules.append({"match": {"name": skipped}, "skip": True, "optional": True})
     transforms = _transforms(arguments, algo, rule)
+    _note_algorithm(top, algo, bool(transforms))
     body: Fields = {"name": Path(source).stem or NAME, "rules": rules, "calibration": calibration}
     return ledger.finish(body | ({"transforms": transforms} if transforms else {}))
 
@@ -188,17 +190,19 @@ def _algorithm(top: SourceSection) -> str:
     if value is None:
         top.wrong("algo", f"it is missing; one of {', '.join(ALGORITHMS)}")
         return "rtn"
-    algo = top.word("algo", "rtn", ALGORITHMS)
+    return top.word("algo", "rtn", ALGORITHMS)
+
+
+def _note_algorithm(top: SourceSection, algo: str, transformed: bool) -> None:
     first, _, second = algo.partition("+")
-    ours = [f"transforms: {_TRANSFORMS[first]}"] if first in _TRANSFORMS else []
+    ours = [f"transforms: {_TRANSFORMS[first]}"] if transformed else []
     ours.append(f"solver: {'gptq' if 'gptq' in (first, second) else 'rtn'}")
-    if first == "spinquant":
-        top.changed("algo", ", ".join(ours), "Hadamard matrices, which are not learned")
-    elif first in _TRANSFORMS:
-        top.changed("algo", ", ".join(ours), "one scale for all layers that share an input")
-    else:
+    if not transformed:
         top.honoured("algo", ", ".join(ours))
-    return algo
+    elif first == "spinquant":
+        top.changed("algo", ", ".join(ours), "Hadamard matrices, which are not learned")
+    else:
+        top.changed("algo", ", ".join(ours), "one scale for all layers that share an input")
 
 
 def _rule(section: SourceSection, algo: str) -> Fields:
@@ -241,21 +245,18 @@ def _solver(section: SourceSection, algo: str, fields: Fields) -> Fields:
 
 
 def _gptq(section: SourceSection) -> Fields:
-    damping = section.number("percdamp", 0.01, 0, 10)
     ordered = section.flag("actorder", True)
     options: Fields = {
         "block_size": section.integer("blocksize", 128, 1, 65536),
-        "damping": damping,
         "order": "activation" if ordered else "original",
         "scale_weighting": "none",
         "refine_passes": 0,
     }
     section.honoured("blocksize", f"options.block_size: {options['block_size']}")
-    section.honoured("percdamp", f"options.damping: {damping:g}, damping_basis: mean")
     section.honoured(
         "actorder", f"options.order: {options['order']}", "groups stay those of the original order"
     )
-    return options | ({"damping_basis": "mean"} if damping else {})
+    return options | section.damping("percdamp")
 
 
 def _transforms(section: SourceSection, algo: str, rule: Fields) -> list[Fields]:
@@ -277,14 +278,19 @@ def _transforms(section: SourceSection, algo: str, rule: Fields) -> list[Fields]
         section.dropped("alpha", "inputs in floating point need no smoothing, there neither")
         return []
     alpha = section.number("alpha", 0.5, 0, 1)
-    section.changed("alpha", f"options.alpha: {alpha:g}", "one scale for layers with one input")
+    section.changed("alpha", f"options.alpha: {alpha:.15g}", "one scale for layers with one input")
     return [{"name": "smoothquant", "match": match, "options": {"alpha": alpha}}]
 
 
 def _skipped(section: SourceSection) -> list[str]:
     """Layers that are left alone, as regular expressions of whole paths."""
     found = []
-    for number, entry in enumerate(section.words("skip_layers", ("lm_head",))):
+    entries = section.words("skip_layers", ("lm_head",))
+    if len(entries) > MAX_EXPRESSIONS:
+        why = f"{len(entries)} expressions, more than {MAX_EXPRESSIONS}: join them with |"
+        section.wrong("skip_layers", why)
+        return []
+    for number, entry in enumerate(entries):
         try:
             compile_pattern(entry)
         except ValueError as error:
@@ -305,20 +311,23 @@ def _calibration(top: SourceSection, arguments: SourceSection) -> Fields:
         arguments.honoured(key, f"calibration.{key}: {shown(ours[key])}")
     given = top.content.get("calibrate_config")
     section = SourceSection(top.ledger, top.at("calibrate_config"), given or {}, CALIBRATE)
-    for part, key, typo in (
-        (arguments, "num_calibrate", True),
-        (section, "num_calibrate", True),
-        (section, "nsample", True),
-        (section, "nsamples", False),
-    ):
-        if key not in part:
-            continue
+    counts = (
+        (arguments, "num_calibrate"),
+        (section, "num_calibrate"),
+        (section, "nsample"),
+        (section, "nsamples"),
+    )
+    given_counts = [(part, key) for part, key in counts if key in part]
+    for part, key in given_counts:
         ours["samples"] = part.integer(key, 128, 1, MAX_SAMPLES)
+    for part, key in given_counts[:-1]:
+        part.dropped(key, f"{given_counts[-1][1]}: {ours['samples']} counts")
+    for part, key in given_counts[-1:]:
         told = f"calibration.samples: {ours['samples']}"
-        if typo:
-            part.changed(key, told, "passed over there, where 128 are taken")
-        else:
+        if key == "nsamples":
             part.honoured(key, told)
+        else:
+            part.changed(key, told, "passed over there, where 128 are taken")
     if "seed" in section:
         ours["seed"] = section.integer("seed", 42, 0, 2**63 - 1)
         section.honoured("seed", f"calibration.seed: {ours['seed']}")

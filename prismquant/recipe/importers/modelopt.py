@@ -106,6 +106,8 @@ class _ReadEntries:
     standard: Fields = field(default_factory=dict)
     keys: Fields | None = None
     values: Fields | None = None
+    cached: dict[str, str] = field(default_factory=dict)
+    formats: list[str] = field(default_factory=list)
 
 
 def recognizes(content: Any) -> bool:
@@ -176,6 +178,9 @@ def _body(ledger: Ledger, section: SourceSection, found: _ReadEntries, said: Fie
     weighted = any("weights" in rule for rule in found.rules)
     if not weighted and cache is None:
         ledger.wrong(section.at("quant_cfg"), "no weight quantizer is on: nothing to do")
+    if not weighted:
+        for place in (section.at("algorithm"), *found.formats):
+            ledger.overruled(place, "no weight is quantized")
     rules = found.rules if weighted else []
     if rules:
         method = {"match": {}} | said["rule"] | {"tuner": "none"}
@@ -229,6 +234,8 @@ def _read_entry(ledger: Ledger, entry: QuantizerEntry, found: _ReadEntries) -> N
             _note_extent(entry, globs, fields, found)
     if not by_globs:
         return
+    if entry.enable:
+        found.formats.append(entry.place)
     told = ", ".join(
         f"{key}: {shown(one)}" for part in by_globs.values() for key, one in part.items()
     )
@@ -303,7 +310,7 @@ def _fields(ledger: Ledger, entry: QuantizerEntry, kind: Kind | str, found: _Rea
     if quantizer.name is None:
         return {}
     fields: Fields = {key: quantizer.name}
-    if quantizer.histogram and quantizer.name.split("-")[1] == "tensor" and key != "weights":
+    if quantizer.histogram:
         fields["activation_range"] = "percentile"
     return fields
 
@@ -327,13 +334,18 @@ def _read_cache(ledger: Ledger, entry: QuantizerEntry, found: _ReadEntries) -> N
         found.keys = cache
     if meant["v_bmm"]:
         found.values = cache
+    parts = [part for part in ("k_bmm", "v_bmm") if meant[part]]
+    before = {found.cached[part] for part in parts if part in found.cached}
+    found.cached |= dict.fromkeys(parts, entry.place)
+    for place in before - {*found.cached.values()}:
+        ledger.overruled(place, "a later entry counts")
     ledger.honoured(entry.place, entry.pattern, f"kv_cache: {shown(cache or 'none')}")
 
 
 def _cache_format(ledger: Ledger, entry: QuantizerEntry) -> Fields | None:
     place = joined(entry.place, "cfg")
     section = SourceSection(ledger, place, _with_words(entry.cfg), ATTRIBUTES)
-    quantizer = quantizer_of(section, "input_quantizer")
+    quantizer = quantizer_of(section, "input_quantizer", cache=True)
     name = re.sub("-.*", "", quantizer.name or "")
     if name in ("fp8", "int8", "int4") and (quantizer.name or "").split("-")[1] == "tensor":
         return {"format": name}

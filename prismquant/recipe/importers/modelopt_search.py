@@ -12,7 +12,7 @@ from typing import Any
 
 from prismquant.errors import PrismQuantError, RecipeError
 from prismquant.recipe.importers.imported import Imported
-from prismquant.recipe.importers.ledger import Ledger, shown
+from prismquant.recipe.importers.ledger import Ledger, quoted
 from prismquant.recipe.importers.source_section import Setting, SourceSection, Table, idle
 from prismquant.recipe.resolve import resolve
 
@@ -76,7 +76,10 @@ def refuse_search(
     formats = _formats(section, read)
     method = section.content.get("method", section.content.get("auto_quantize_method", "gradient"))
     if method not in ("gradient", "kl_div"):
-        section.wrong("method", f"gradient or kl_div, not {shown(method)}")
+        section.wrong("method", f"gradient or kl_div, not {quoted(method)}")
+    for one, other in _TWICE:
+        if one in section and other in section:
+            section.wrong(other, f"give either this or {one}")
     disabled = section.words("disabled_layers")
     key = "score_size" if "score_size" in section else "num_score_steps"
     samples = section.integer(key, 128, 1, 1_000_000)
@@ -90,6 +93,13 @@ def refuse_search(
         where=source,
         remedy=f"{shlex.join(words)}; then {shlex.join(search)}; then --recipe r.yaml",
     )
+
+
+_TWICE = (
+    ("method", "auto_quantize_method"),
+    ("score_size", "num_score_steps"),
+    ("quantization_formats", "candidate_formats"),
+)
 
 
 def _formats(section: SourceSection, read: Callable[[Any, str], Imported]) -> list[str]:

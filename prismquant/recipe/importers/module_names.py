@@ -12,6 +12,10 @@ from typing import Literal
 
 from prismquant.patterns import compile_pattern
 
+START = r"re:(?:.*\.)?"
+"""Beginning of the pattern of every name."""
+BELOW = r"(?:\..*)?"
+"""End of the pattern of a name that is no glob."""
 _FLAGS = re.compile(r"\(\?([aimsx]+)\)")
 # An expression that begins like this means the same in every release of transformers.
 _ANYWHERE = re.compile(r"\^?(\(\?:)?(\.[*+]|model\\?\.)")
@@ -71,11 +75,11 @@ def named_modules(entry: str) -> NamedModules:
         return NamedModules(entry, "nothing", "")
     if any(sign in entry for sign in "*?["):
         globbed = "".join({"*": ".*", "?": "."}.get(sign, re.escape(sign)) for sign in entry)
-        return NamedModules(entry, "name", f"re:(?:.*\\.)?{globbed}", _GLOB)
+        return NamedModules(entry, "name", f"{START}{globbed}", _GLOB)
     pattern, moved = _of_any_release(re.escape(entry))
     below = "" if entry == "lm_head" or _LAYER.search(entry) else _BELOW
     return NamedModules(
-        entry, "name", f"re:(?:.*\\.)?{pattern}(?:\\..*)?", "; ".join(filter(None, (below, moved)))
+        entry, "name", f"{START}{pattern}{BELOW}", "; ".join(filter(None, (below, moved)))
     )
 
 

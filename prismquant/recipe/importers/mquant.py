@@ -21,6 +21,7 @@ from prismquant.recipe.importers.ledger import Ledger
 from prismquant.recipe.importers.mquant_flags import FLAGS, TABLES, VALUES
 from prismquant.recipe.importers.mquant_transforms import transforms_of
 from prismquant.recipe.importers.source_section import SourceSection
+from prismquant.recipe.match import MAX_EXPRESSIONS
 
 Fields = dict[str, Any]
 
@@ -119,7 +120,11 @@ def read(content: Any, source: str) -> Imported:
         rules += _rules(section, modality, side)
     if not rules:
         ledger.wrong("", "nothing would be quantized: give --quant with --quant_llm and others")
-    for name in section.words("skip_names"):
+    skipped = section.words("skip_names")
+    if len(skipped) > MAX_EXPRESSIONS:
+        section.wrong("skip_names", f"{len(skipped)} parts of names, more than {MAX_EXPRESSIONS}")
+        skipped = ()
+    for name in skipped:
         skip = {"match": {"name": f"re:.*{re.escape(name)}.*"}, "skip": True, "optional": True}
         section.honoured("skip_names", f"skip: true, name: re:.*{re.escape(name)}.*")
         rules.append(skip)
@@ -147,6 +152,8 @@ def _parsed(ledger: Ledger, text: str) -> Fields:
             ledger.wrong("", f"{word!r} belongs to no flag")
         elif name in found:
             ledger.wrong(name, "it is given twice")
+        elif equals and name in FLAGS and name not in (*VALUES, "skip_names"):
+            ledger.wrong(name, "it takes no value")
         elif equals:
             found[name] = _typed(name, value)
         elif name == "skip_names":
@@ -247,18 +254,14 @@ def _rules(section: SourceSection, modality: str, side: _Side) -> list[Fields]:
 def _method(section: SourceSection, side: _Side) -> Fields:
     if side.rtn:
         return {"solver": "rtn", "options": {"scale_weighting": "none"}}
-    damping = section.number("percdamp", 0.01, 0, 10)
     ordered = section.flag("act_order", False)
     options: Fields = {
-        "damping": damping,
         "order": "activation" if ordered else "original",
         "scale_weighting": "none",
         "refine_passes": 0,
     }
-    section.honoured("percdamp", f"options.damping: {damping:g}, damping_basis: mean")
     section.honoured("act_order", f"options.order: {options['order']}")
-    options |= {"damping_basis": "mean"} if damping else {}
-    return {"solver": "gptq", "options": options}
+    return {"solver": "gptq", "options": options | section.damping("percdamp")}
 
 
 def _inputs(section: SourceSection, side: _Side) -> str:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from prismquant.errors import suggest
-from prismquant.recipe.importers.ledger import Ledger, joined, shown
-from prismquant.recipe.importers.module_names import (
-    CONVOLUTION,
-    NamedModules,
-    excluding,
-    named_modules,
+from prismquant.recipe.importers.ledger import Ledger, in_quotes, joined, shown
+from prismquant.recipe.importers.module_lists import (
+    listed_modules,
+    together,
+    too_long_together,
 )
+from prismquant.recipe.importers.module_names import CONVOLUTION, NamedModules, excluding
 from prismquant.recipe.importers.scheme_arguments import (
     ARGUMENTS,
     OBSERVER_ARGUMENTS,
@@ -108,11 +108,11 @@ def quantization_step(section: SourceSection, method: Fields, order: str) -> Qua
         method: Fields of our rule that name the method and its options.
         order: Of GPTQ's columns, where a group says none; empty for other methods.
     """
-    ignored = _listed(section, "ignore", (), "skip: true")
-    targets = (
-        _listed(section, "targets", ("Linear",), "match") if "config_groups" not in section else ()
-    )
-    if "config_groups" in section:
+    ignored = listed_modules(section, "ignore", (), "skip: true")
+    targets: tuple[NamedModules, ...] = ()
+    if "config_groups" not in section:
+        targets = listed_modules(section, "targets", ("Linear",), "match")
+    else:
         section.dropped("targets", "each group has its own")
     if section.flag("bypass_divisibility_checks", False):
         method = method | {"fallback": "nearest"}
@@ -122,15 +122,15 @@ def quantization_step(section: SourceSection, method: Fields, order: str) -> Qua
     else:
         section.honoured("bypass_divisibility_checks", "fallback: error")
     observers = _observers(section)
-    made = [
-        TargetedGroup(found, _rule(sides, method, order, section))
-        for found, sides in _groups(section, targets, observers)
-        if sides
-    ]
+    groups = [(found, sides) for found, sides in _groups(section, targets, observers) if sides]
+    orders = [sides["weights"].order for _, sides in groups if "weights" in sides]
+    if order and all(orders) and {*orders} - {order}:
+        section.ledger.overruled(section.at("actorder"), "that of the group counts")
+    made = [TargetedGroup(found, _rule(sides, method, order, section)) for found, sides in groups]
     return QuantizationStep(tuple(made), ignored, _kv_cache(section))
 
 
-def rules_of(steps: Sequence[QuantizationStep]) -> list[Fields]:
+def rules_of(steps: Sequence[QuantizationStep], ledger: Ledger) -> list[Fields]:
     """Rules of all steps, so that each layer gets what it gets there.
 
     Of one step a name counts more than an expression, and that more than a class; of two targets of
@@ -139,6 +139,7 @@ def rules_of(steps: Sequence[QuantizationStep]) -> list[Fields]:
 
     Args:
         steps: In their order.
+        ledger: Where it is noted that they cannot be told apart.
     """
     steps = [step for step in steps if step.groups]
     if not steps:
@@ -147,12 +148,18 @@ def rules_of(steps: Sequence[QuantizationStep]) -> list[Fields]:
     rules: list[Fields] = []
     for step in steps:
         kept = [one.pattern for one in step.ignored if one.pattern not in shared]
+        if too_long_together(kept):
+            ledger.wrong("ignore", too_long_together(kept))
+            return []
         rules += _rules_of(step, kept)
     if len(rules) > 1:
         rules = [rule | {"optional": True} for rule in rules]
     skipped = [one.pattern for one in steps[0].ignored if one.pattern in shared]
     if skipped:
         rules.append({"match": {"name": skipped}, "skip": True, "optional": True})
+    for rule in rules:
+        if "name" in rule["match"]:
+            rule["match"]["name"] = together(rule["match"]["name"])
     targets = [target for step in steps for group in step.groups for target in group.targets]
     if not any(one.pattern == CONVOLUTION or "patch_embed" in one.entry for one in targets):
         rules.append({"match": _PATCH, "skip": True, "optional": True})
@@ -184,49 +191,6 @@ def _match(target: NamedModules, kept: list[str]) -> Fields:
     return match | ({"name": [excluding("re:.*", kept)]} if kept else {})
 
 
-def _listed(
-    section: SourceSection, key: str, default: Iterable[str], ours: str
-) -> tuple[NamedModules, ...]:
-    """The modules of a list, each noted as what it is for with us."""
-    found = []
-    for number, entry in enumerate(section.words(key, default)):
-        one = _named(section.ledger, f"{section.at(key)}[{number}]", entry)
-        if one is None:
-            continue
-        if key in section:
-            _note(section.ledger, f"{section.at(key)}[{number}]", one, ours)
-        if one.kind == "class" and ours != "match":
-            section.wrong(key, f"{entry} would leave nothing to quantize: name modules")
-        elif one.kind != "nothing":
-            found.append(one)
-    return tuple(found)
-
-
-def _named(ledger: Ledger, place: str, entry: str) -> NamedModules | None:
-    try:
-        return named_modules(entry)
-    except ValueError as error:
-        ledger.wrong(place, str(error))
-        return None
-
-
-def _note(ledger: Ledger, place: str, one: NamedModules, ours: str) -> None:
-    if one.kind == "nothing":
-        ledger.dropped(
-            place,
-            one.entry,
-            "a class means modules of that class alone, and this one has no weight to quantize",
-            "a name or an expression, such as re:.*visual.*",
-        )
-    elif one.kind == "class":
-        which = "patch embedding" if one.pattern == CONVOLUTION else "all but the patch embedding"
-        ledger.honoured(place, one.entry, ours, f"every layer of this class: {which}")
-    elif one.why:
-        ledger.changed(place, one.entry, f"{ours}, name: {one.pattern}", one.why)
-    else:
-        ledger.honoured(place, one.entry, f"{ours}, name: {one.pattern}")
-
-
 def _observers(section: SourceSection) -> dict[str, str]:
     """Observers that the modifier names, by the key of the scheme."""
     listed: Mapping[str, Any] = {}
@@ -248,7 +212,7 @@ def _observers(section: SourceSection) -> dict[str, str]:
 def _known_observer(ledger: Ledger, place: str, name: Any, side: Side) -> bool:
     """Whether an observer is known; notes what it becomes."""
     if not isinstance(name, str) or name not in OBSERVERS:
-        ledger.wrong(place, f"{shown(name)} is no observer; {suggest(str(name), OBSERVERS)}")
+        ledger.wrong(place, f"{in_quotes(name)} is no observer; {suggest(str(name), OBSERVERS)}")
         return False
     rule, _, why = observer_rule(name, side, SourceSection(ledger, place, {}, OBSERVER_ARGUMENTS))
     key = "weight_range" if side == "weights" else "activation_range"
@@ -280,9 +244,8 @@ def _groups(
         within = joined(place, name)
         if name.upper() in SCHEMES:
             own = SourceSection(section.ledger, place, {name: one}, [Setting(name)])
-            found.append(
-                (_listed(own, name, (), "match"), _named_scheme(section, within, name, observers))
-            )
+            meant = listed_modules(own, name, (), "match")
+            found.append((meant, _named_scheme(section, within, name, observers)))
         elif scheme is not None:
             section.ledger.wrong(within, f"unknown scheme; {suggest(name.upper(), SCHEMES)}")
         else:
@@ -291,7 +254,7 @@ def _groups(
                 section.ledger.wrong(within, "it has no targets")
             found.append(
                 (
-                    _listed(own, "targets", (), "match"),
+                    listed_modules(own, "targets", (), "match"),
                     _scheme(section.ledger, within, own.content, observers),
                 )
             )

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from prismquant.errors import PrismQuantError
 from prismquant.formats.spec import spec
-from prismquant.recipe.importers.ledger import joined, shown
+from prismquant.recipe.importers.ledger import joined, quoted, shown
 from prismquant.recipe.importers.source_section import Setting, SourceSection, Table, idle
 
 Kind = Literal["weight_quantizer", "input_quantizer", "output_quantizer"]
@@ -76,12 +76,13 @@ class Quantizer:
     histogram: bool = False
 
 
-def quantizer_of(section: SourceSection, kind: Kind) -> Quantizer:
+def quantizer_of(section: SourceSection, kind: Kind, cache: bool = False) -> Quantizer:
     """The number format that attributes mean, with notes on all of them.
 
     Args:
         section: The attributes, read against :data:`ATTRIBUTES`.
         kind: Of the quantizer.
+        cache: Whether it is of keys or values, as inputs of attention.
     """
     _refuse(section)
     bits = _bits(section, "num_bits", 8)
@@ -94,6 +95,8 @@ def quantizer_of(section: SourceSection, kind: Kind) -> Quantizer:
             section.ledger.wrong(section.place, "; ".join(filter(None, (error.what, error.remedy))))
             name = None
     told = f"{_SIDES[kind]}: {name}"
+    if cache:
+        told = f"kv_cache.format: {(name or '').partition('-')[0]}"
     for key in ("num_bits", "axis", "narrow_range", "unsigned", "rotate", "enable"):
         section.honoured(key, told)
     dynamic = section.content.get("type") == "dynamic"
@@ -105,10 +108,14 @@ def quantizer_of(section: SourceSection, kind: Kind) -> Quantizer:
         section.changed(key, told, "scales are calibrated")
     section.honoured("block_sizes", told)
     histogram = section.word("calibrator", "max", ("max", "histogram")) == "histogram"
-    if histogram:
+    clipped = kind != "weight_quantizer" and not cache and "-tensor" in (name or "")
+    if histogram and not clipped:
+        histogram = False
+        section.dropped("calibrator", "only static ranges of inputs are clipped")
+    elif histogram:
         section.changed("calibrator", "activation_range: percentile", "of 0.9999 of the values")
     else:
-        section.honoured("calibrator", "activation_range: minmax")
+        section.honoured("calibrator", told)
     return Quantizer(name, bool(blocks.get("four_over_six")), histogram)
 
 
@@ -139,7 +146,7 @@ def _bits(section: SourceSection, key: str, default: Any) -> int | tuple[int, ..
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     if value is not None:
-        section.wrong(key, f"an integer, (E, M) or a word such as e4m3, not {shown(value)}")
+        section.wrong(key, f"an integer, (E, M) or a word such as e4m3, not {quoted(value)}")
     return None
 
 
@@ -149,7 +156,7 @@ def _blocks(section: SourceSection) -> Mapping[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        section.wrong("block_sizes", f"expected a mapping, found {shown(value)}")
+        section.wrong("block_sizes", f"expected a mapping, found {quoted(value)}")
         return {}
     place = joined(section.place, "block_sizes")
     found = {str(key): one for key, one in value.items()}
@@ -157,7 +164,7 @@ def _blocks(section: SourceSection) -> Mapping[str, Any]:
     for key in ("-1", "-2"):
         size = own.content.get(key)
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-            own.wrong(key, f"a size or null, not {shown(size)}")
+            own.wrong(key, f"a size or null, not {quoted(size)}")
     for key in found:
         if key not in ("scale_block_sizes",):
             own.honoured(key, "its format")
@@ -183,7 +190,7 @@ def _name(
         name = f"{mx}-ceil-dyn" if inputs else f"{mx}-ceil"
         return _with_group(section, blocks, 32, name, bits, bits if mx else None)
     if scale is not None:
-        section.wrong("block_sizes", f"scales have (4, 3) or (8, 0) bits, not {shown(scale)}")
+        section.wrong("block_sizes", f"scales have (4, 3) or (8, 0) bits, not {quoted(scale)}")
         return None
     number = f"int{bits}" if isinstance(bits, int) else _FLOATS.get(bits)
     if number is None:
@@ -207,7 +214,7 @@ def _with_group(
 ) -> str | None:
     """The name of a format with scales of 8 bits, where its groups are those that there are."""
     if blocks.get("-1") != size or blocks.get("-2") is not None:
-        section.wrong("block_sizes", f"such scales are of {size} columns, not {shown(blocks)}")
+        section.wrong("block_sizes", f"such scales are of {size} columns, not {quoted(blocks)}")
         return None
     if known is None or bits != known:
         section.wrong("num_bits", f"no format has {shown(bits)} bits with such scales")
@@ -238,5 +245,5 @@ def _unit(
         return "token" if inputs and dynamic else "tensor"
     if axis in (0, (0,), [0]) and not isinstance(axis, bool) and not inputs:
         return "channel"
-    section.wrong("axis", f"null, or 0 for weights, not {shown(axis)}")
+    section.wrong("axis", f"null, or 0 for weights, not {quoted(axis)}")
     return None

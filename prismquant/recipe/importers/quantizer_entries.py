@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prismquant.recipe.importers.ledger import Ledger, joined, shown
+from prismquant.recipe.importers.ledger import Ledger, joined, quoted
 from prismquant.recipe.importers.source_section import Setting, SourceSection, Table
 
 ENTRY: Table = (
@@ -46,7 +46,7 @@ def entries_of(ledger: Ledger, place: str, value: Any) -> list[QuantizerEntry]:
         pairs = [*default, *(pair for pair in pairs if pair[1] != "default")]
         return [one for pair in pairs for one in _pair(ledger, *pair)]
     if not isinstance(value, Sequence) or isinstance(value, str):
-        ledger.wrong(place, f"a list or a mapping of entries, not {shown(value)}")
+        ledger.wrong(place, f"a list or a mapping of entries, not {quoted(value)}")
         return []
     found: list[QuantizerEntry] = []
     for number, one in enumerate(value):
@@ -57,7 +57,7 @@ def entries_of(ledger: Ledger, place: str, value: Any) -> list[QuantizerEntry]:
             for key, inner in one.items():
                 found += _pair(ledger, joined(where, str(key)), key, inner)
         else:
-            ledger.wrong(where, f"it needs quantizer_name, with cfg or enable, not {shown(one)}")
+            ledger.wrong(where, f"it needs quantizer_name, with cfg or enable, not {quoted(one)}")
     return found
 
 
@@ -76,7 +76,7 @@ def _listed(ledger: Ledger, place: str, content: Mapping[str, Any]) -> list[Quan
 def _pair(ledger: Ledger, place: str, key: Any, value: Any) -> list[QuantizerEntry]:
     """Entries of one key and value of the older form."""
     if not isinstance(key, str):
-        ledger.wrong(place, f"a key is a word, not {shown(key)}")
+        ledger.wrong(place, f"a key is a word, not {quoted(key)}")
         return []
     if key.startswith("nn."):
         inner = ledger.mapping(place, value)
@@ -88,7 +88,7 @@ def _made(ledger: Ledger, place: str, pattern: str, parent: str, value: Any) -> 
     if isinstance(value, Mapping):
         enable = value.get("enable", True)
         if not isinstance(enable, bool):
-            ledger.wrong(joined(place, "enable"), f"true or false, not {shown(enable)}")
+            ledger.wrong(joined(place, "enable"), f"true or false, not {quoted(enable)}")
         cfg = {name: one for name, one in value.items() if name != "enable"} or None
         if cfg is None and "enable" not in value:
             ledger.wrong(place, "it says nothing")

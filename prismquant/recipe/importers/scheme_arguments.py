@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from prismquant.errors import PrismQuantError
 from prismquant.formats.spec import NumberSpec
-from prismquant.recipe.importers.ledger import shown
+from prismquant.recipe.importers.ledger import quoted
 from prismquant.recipe.importers.source_section import Setting, SourceSection, Table, idle
 
 Fields = dict[str, Any]
@@ -111,7 +111,7 @@ def _fields(section: SourceSection, side: Side) -> Fields:
     strategy = section.word("strategy", implied, _STRATEGIES)
     dynamic = section.content.get("dynamic", False)
     if not isinstance(dynamic, bool | None) and dynamic != "local":
-        section.wrong("dynamic", f"true, false or local, not {shown(dynamic)}")
+        section.wrong("dynamic", f"true, false or local, not {quoted(dynamic)}")
     if dynamic == "local" and strategy != "tensor_group":
         section.wrong("dynamic", "local is for the strategy tensor_group")
     fields: Fields = {"bits": bits, "symmetric": section.flag("symmetric", True)}
@@ -153,7 +153,7 @@ def _block(section: SourceSection) -> int:
     sides = {str(part) for part in parts} if isinstance(parts, list | tuple) else set()
     side = sides.pop() if len(sides) == 1 and len(parts or ()) == 2 else ""
     if not side.isdecimal() or not int(side):
-        section.wrong("block_structure", f"squares such as [128, 128] only, not {shown(value)}")
+        section.wrong("block_structure", f"squares such as [128, 128] only, not {quoted(value)}")
         return 128
     return int(side)
 
@@ -204,7 +204,7 @@ def column_order(section: SourceSection, key: str) -> str:
             "groups stay those of the original order: servers no longer read others",
         )
         return "activation"
-    section.wrong(key, f"static, weight, group, dynamic or null, not {shown(value)}")
+    section.wrong(key, f"static, weight, group, dynamic or null, not {quoted(value)}")
     return "activation"
 
 
@@ -250,7 +250,7 @@ def observer_rule(name: str, side: Side, given: SourceSection) -> tuple[Fields, 
         return {"kind": "minmax"}, "none", ""
     if name == "minmax":
         momentum = given.number("averaging_constant", 0.01, 1e-6, 1)
-        given.honoured("averaging_constant", f"momentum: {momentum:g}")
+        given.honoured("averaging_constant", f"momentum: {momentum:.15g}")
         return {"kind": "ema", "momentum": momentum}, "none", ""
     if side != "weights" and name in ("imatrix_mse", "nvfp4_expanded_mse"):
         given.ledger.wrong(given.place, f"the observer {name} is for weights")
@@ -268,9 +268,9 @@ def _search_rule(name: str, side: Side, given: SourceSection) -> tuple[Fields, s
     norm = given.number("norm", 3 if weighed else 2.4, 0.1, 10)
     steps = max(2, int(shrink * grid))
     rule = {"kind": "mse", "max_shrink": shrink, "steps": steps, "norm": norm}
-    given.honoured("maxshrink", f"max_shrink: {shrink:g}")
+    given.honoured("maxshrink", f"max_shrink: {shrink:.15g}")
     given.honoured("grid", f"steps: {steps}")
-    given.honoured("norm", f"norm: {norm:g}")
+    given.honoured("norm", f"norm: {norm:.15g}")
     given.dropped("averaging_constant", "nothing is averaged in a search")
     if side != "weights":
         return rule, "none", "one search over all batches, not an average of searches"

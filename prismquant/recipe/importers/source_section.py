@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prismquant.errors import suggest
-from prismquant.recipe.importers.ledger import Ledger, joined, shown
+from prismquant.recipe.importers.ledger import Ledger, in_quotes, joined, quoted
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class SourceSection:
         value = self.content.get(key, default)
         if value is None or isinstance(value, bool):
             return default if value is None else value
-        self.wrong(key, f"true or false, not {shown(value)}")
+        self.wrong(key, f"true or false, not {_refused(value, bool)}")
         return default
 
     def number(self, key: str, default: float, least: float, most: float) -> float:
@@ -101,7 +101,7 @@ class SourceSection:
             return default
         fine = isinstance(value, int | float) and not isinstance(value, bool)
         if not fine or not least <= value <= most:
-            self.wrong(key, f"a number from {least:g} to {most:g}, not {shown(value)}")
+            self.wrong(key, f"a number from {least:g} to {most:g}, not {_refused(value, float)}")
             return default
         return float(value)
 
@@ -111,9 +111,18 @@ class SourceSection:
         if value is None:
             return default
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            self.wrong(key, f"a whole number from {least} to {most}, not {shown(value)}")
+            self.wrong(key, f"a whole number from {least} to {most}, not {_refused(value, int)}")
             return default
         return value
+
+    def damping(self, key: str) -> dict[str, Any]:
+        """Options of GPTQ for a fraction of the mean of the Hessian's diagonal, noted."""
+        value = self.number(key, 0.01, 0, 10)
+        if not value:
+            self.honoured(key, "options.damping: 0")
+            return {"damping": value}
+        self.honoured(key, f"options.damping: {value:.15g}, damping_basis: mean")
+        return {"damping": value, "damping_basis": "mean"}
 
     def word(self, key: str, default: str, choices: Collection[str]) -> str:
         """One of some words, whatever its case."""
@@ -121,7 +130,7 @@ class SourceSection:
         if value is None:
             return default
         if not isinstance(value, str) or value.lower() not in choices:
-            self.wrong(key, f"{shown(value)} is not a choice; {suggest(str(value), choices)}")
+            self.wrong(key, f"{in_quotes(value)} is not a choice; {suggest(str(value), choices)}")
             return default
         return value.lower()
 
@@ -132,6 +141,16 @@ class SourceSection:
             return tuple(default)
         listed = [value] if isinstance(value, str) else value
         if not isinstance(listed, list | tuple) or not all(isinstance(one, str) for one in listed):
-            self.wrong(key, f"a text or a list of texts, not {shown(value)}")
+            self.wrong(key, f"a text or a list of texts, not {quoted(value)}")
             return tuple(default)
         return tuple(listed)
+
+
+def _refused(value: Any, kind: type[bool] | type[int] | type[float]) -> str:
+    """A value that is none of its kind, and what to do where only quotes make it a text."""
+    text = value.strip().lower() if isinstance(value, str) else ""
+    try:
+        fine = text in ("true", "false") if kind is bool else bool(text) and kind(text) is not None
+    except ValueError:
+        fine = False
+    return f"{quoted(value)}{': write it without quotes' if fine else ''}"

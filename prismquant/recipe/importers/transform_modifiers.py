@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from prismquant.recipe.importers.ledger import shown
+from prismquant.recipe.importers.ledger import quoted, shown
+from prismquant.recipe.importers.module_lists import too_long_together, too_many
 from prismquant.recipe.importers.module_names import excluding, named_modules
 from prismquant.recipe.importers.source_section import Setting, SourceSection, Table, idle
 
@@ -63,7 +64,7 @@ def smoothquant(section: SourceSection) -> Fields:
         options: Fields = {"search": True}
     else:
         section.honoured("algorithm", "name: smoothquant")
-        section.changed("smoothing_strength", f"options.alpha: {alpha:g}", why)
+        section.changed("smoothing_strength", f"options.alpha: {alpha:.15g}", why)
         options = {"alpha": alpha}
     excluded = _patterns(section, "ignore", section.words("ignore"))
     match = _match(section, _pairs(section), excluded, _SMOOTHED)
@@ -74,7 +75,7 @@ def awq(section: SourceSection) -> Fields:
     """Our transform for an AWQModifier."""
     duo = section.content.get("duo_scaling", True)
     if not isinstance(duo, bool) and duo != "both":
-        section.wrong("duo_scaling", f"true, false or both, not {shown(duo)}")
+        section.wrong("duo_scaling", f"true, false or both, not {quoted(duo)}")
     options = {"grid": section.integer("n_grid", 20, 1, 1000), "duo": duo is not False}
     section.honoured("n_grid", f"options.grid: {options['grid']}")
     if duo is True:
@@ -108,14 +109,17 @@ def spinquant(section: SourceSection) -> tuple[list[Fields], bool]:
     if kind != "random-matrix" or options["online"]:
         options["signs"] = kind != "hadamard"
     _block(section, options)
-    section.honoured("transform_type", f"options.kind: {options['kind']}")
-    if "R3" in rotations:
-        section.changed("rotations", _told(options), "R3 turns the keys of an integer cache alone")
-    else:
-        section.honoured("rotations", _told(options))
-    if not (options["residual"] or options["values"]):
-        del options["kind"]
     turned = any(options[key] for key in ("residual", "values", "online"))
+    if options["residual"] or options["values"]:
+        section.honoured("transform_type", f"options.kind: {options['kind']}")
+    else:
+        del options["kind"]
+        section.dropped("transform_type", "only R1 and R2 have a kind")
+    told = _told(options) if turned else "no transform"
+    if "R3" in rotations:
+        section.changed("rotations", told, "R3 turns the keys of an integer cache alone")
+    else:
+        section.honoured("rotations", told)
     rotation = {"name": "rotation", "match": {"modality": "llm"}, "options": options}
     return [rotation] if turned else [], "R3" in rotations
 
@@ -149,7 +153,7 @@ def _pairs(section: SourceSection) -> list[str] | None:
         fine = isinstance(one, list | tuple) and len(one) == 2
         layers = [one[0]] if fine and isinstance(one[0], str) else one[0] if fine else []
         if not fine or not all(isinstance(layer, str) for layer in layers):
-            section.wrong("mappings", f"[[layers], norm] each, not {shown(one)}")
+            section.wrong("mappings", f"[[layers], norm] each, not {quoted(one)}")
             continue
         found += layers
     return found
@@ -179,6 +183,9 @@ _MAPPING: Table = (
 
 def _patterns(section: SourceSection, key: str, entries: tuple[str, ...] | list[str]) -> list[str]:
     found = []
+    if too_many(entries):
+        section.wrong(key, too_many(entries))
+        return []
     for entry in entries:
         try:
             one = named_modules(entry)
@@ -194,6 +201,9 @@ def _match(
     section: SourceSection, layers: list[str] | None, excluded: list[str], roles: list[str]
 ) -> Fields:
     """Our criteria for the edges that are meant."""
+    if too_long_together(excluded):
+        section.wrong("ignore", too_long_together(excluded))
+        excluded = []
     if excluded:
         section.changed(
             "ignore", "match.name", "compared with the layers that read an edge, not with norms"
