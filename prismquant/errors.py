@@ -79,13 +79,13 @@ class BudgetError(PlanError):
 
     Args:
         what: As in other errors.
-        needed: Bytes that would be enough.
+        needed: Bytes that would be enough; 0: not known.
         where: As in other errors.
         remedy: As in other errors.
     """
 
     def __init__(
-        self, what: str, *, needed: int, where: str | None = None, remedy: str | None = None
+        self, what: str, *, needed: int = 0, where: str | None = None, remedy: str | None = None
     ) -> None:
         self.needed = needed
         super().__init__(what, where=where, remedy=remedy)

@@ -132,7 +132,7 @@ def test_every_error_on_purpose_has_one_base_and_three_lines() -> None:
         for _, kind in inspect.getmembers(errors, inspect.isclass)
         if kind.__module__ == errors.__name__
     ]
-    assert len(kinds) == 10
+    assert len(kinds) == 11
     for kind in kinds:
         assert issubclass(kind, pq.PrismQuantError)
         error = kind("it broke", where="here", remedy="mend it")
