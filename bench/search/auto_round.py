@@ -18,29 +18,19 @@ without scales (``ignore_scale_zp_bits``), which take the same room in each form
 
 from __future__ import annotations
 
-import argparse
-import json
-import resource
-import time
 from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
-from bench.peers.worker import declare_torchvision_operators
+from bench.peers.worker import declare_torchvision_operators, stopwatch
+from bench.search.tool_worker import arguments, float_model, samples, spent, tell
 
 # Servers load them as one matrix; AutoScheme lets its user say so.
 SHARED = [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]
 
 Scores = dict[str, list[float]]
-
-
-def samples(folder: Path) -> list[dict[str, torch.Tensor]]:
-    """All samples, in the order of their names."""
-    return [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
 
 
 def linear_layers(model: torch.nn.Module) -> list[str]:
@@ -73,23 +63,15 @@ def groups_of(scores: list[Scores]) -> dict[str, dict[str, Any]]:
 
 def main() -> None:
     """Score once, then choose at each budget."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("samples", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--bits", type=float, nargs="+", required=True, help="mean of the codes")
-    parser.add_argument("--formats", type=int, nargs="+", default=[2, 3, 4], help="their bits")
-    parser.add_argument("--group-size", type=int, default=32)
-    options = parser.parse_args()
+    options = arguments(__doc__ or "")
     library = declare_torchvision_operators()
     from auto_round.auto_scheme import delta_loss
     from auto_round.auto_scheme.gen_auto_scheme import AutoScheme, GenScheme
     from auto_round.compressors.mllm import dataset
     from auto_round.schemes import preset_name_to_scheme
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoProcessor
 
-    model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=torch.float32)
-    model.config.use_cache = False
+    model = float_model(options.model)
     processor = AutoProcessor.from_pretrained(options.model)
     # It looks into the first sample alone, whether there are pictures at all; sums have no order.
     loader = sorted(samples(options.samples), key=lambda one: "pixel_values" not in one)
@@ -118,7 +100,7 @@ def main() -> None:
         low_gpu_mem_usage=False,
         enable_torch_compile=False,
     )
-    wall, cpu = time.perf_counter(), time.process_time()
+    watch = stopwatch()
     generator = GenScheme(
         scheme,
         model,
@@ -131,8 +113,7 @@ def main() -> None:
         processor=processor,
     )
     layers = generator.get_layer_config()
-    took = {"seconds": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-    took["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    took = spent(watch)
     del library
     chosen = {
         bits: {name: int(config["bits"]) for name, config in layers[bits].items()}
@@ -140,7 +121,7 @@ def main() -> None:
     }
     groups = groups_of([known[tag] for tag in sorted(known)])
     told = {"version": version("auto-round"), **took, "groups": groups, "chosen": chosen}
-    options.out.write_text(json.dumps(told), encoding="utf-8")
+    tell(options.out, told)
 
 
 if __name__ == "__main__":

@@ -10,26 +10,21 @@ alone, rounded to nearest. Nothing is imported from prismquant.
 
 from __future__ import annotations
 
-import argparse
-import json
-import resource
-import time
-from pathlib import Path
 from typing import Any
 
 import modelopt
 import modelopt.torch.quantization as mtq
-import torch
-from safetensors.torch import load_file
 
-from bench.peers.worker import declare_torchvision_operators
+from bench.peers.worker import declare_torchvision_operators, stopwatch
+from bench.search.tool_worker import arguments, float_model, samples, spent, tell
 
 # A convolution cannot be rounded in groups: it stays as it is, as it does with ours.
 LEFT_ALONE = ["*patch_embed*"]
+METHOD = {"choices": ["gradient", "kl_div"], "default": "gradient"}
 
 
 def format_of(bits: int, group_size: int) -> dict[str, Any]:
-    """Configuration of a weight format: integers in groups of 32 along the input."""
+    """Configuration of a weight format: integers in groups along the input."""
     return {
         "quant_cfg": [
             {"quantizer_name": "*", "enable": False},
@@ -41,11 +36,6 @@ def format_of(bits: int, group_size: int) -> dict[str, Any]:
         ],
         "algorithm": "max",
     }
-
-
-def samples(folder: Path) -> list[dict[str, torch.Tensor]]:
-    """All samples, in the order of their names."""
-    return [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
 
 
 def chosen_bits(state: dict[str, Any], bits: float) -> dict[str, int]:
@@ -61,23 +51,12 @@ def chosen_bits(state: dict[str, Any], bits: float) -> dict[str, int]:
 
 def main() -> None:
     """Score once, then choose at each budget."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("samples", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--method", choices=["gradient", "kl_div"], default="gradient")
-    parser.add_argument("--bits", type=float, nargs="+", required=True, help="effective bits")
-    parser.add_argument("--formats", type=int, nargs="+", default=[2, 3, 4], help="their bits")
-    parser.add_argument("--group-size", type=int, default=32)
-    options = parser.parse_args()
+    options = arguments(__doc__ or "", method=METHOD)
     library = declare_torchvision_operators()
-    from transformers import AutoModelForImageTextToText
-
-    model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=torch.float32)
-    model.config.use_cache = False
+    model = float_model(options.model)
     loader = samples(options.samples)
     divergence = options.method == "kl_div"
-    wall, cpu = time.perf_counter(), time.process_time()
+    watch = stopwatch()
     tied = getattr(model.config, "tie_word_embeddings", False)
     left_alone = [*LEFT_ALONE, *(["*lm_head*"] if tied else [])]
     cost = {"excluded_module_name_patterns": left_alone}
@@ -95,8 +74,7 @@ def main() -> None:
         method=options.method,
         verbose=False,
     )
-    took = {"seconds": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-    took["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    took = spent(watch)
     del library
     chosen = {bits: chosen_bits(state, bits) for bits in options.bits}
     groups = {
@@ -108,7 +86,7 @@ def main() -> None:
         for name, stats in state["candidate_stats"].items()
     }
     told = {"version": modelopt.__version__, **took, "groups": groups, "chosen": chosen}
-    options.out.write_text(json.dumps(told), encoding="utf-8")
+    tell(options.out, told)
 
 
 if __name__ == "__main__":

@@ -181,15 +181,20 @@ def _clip(section: SourceSection, rule: Fields) -> None:
     shrink = min(0.99, 1 - least)
     steps = max(2, round(shrink / step))
     rule["options"] = {"scale_weighting": "group"}
-    rule["weight_range"] = {
+    rule["weight_range"] = _grid(shrink, steps)
+    section.honoured("min_clip_ratio", f"weight_range.max_shrink: {shrink:.15g}")
+    section.honoured("shrink_step", f"weight_range.steps: {steps}")
+
+
+def _grid(shrink: float, steps: int) -> Fields:
+    """Scales from absmax downwards, of which the least squared error decides."""
+    return {
         "kind": "mse",
         "max_shrink": shrink,
         "steps": steps,
         "norm": 2.0,
         "signed_scale": False,
     }
-    section.honoured("min_clip_ratio", f"weight_range.max_shrink: {shrink:.15g}")
-    section.honoured("shrink_step", f"weight_range.steps: {steps}")
 
 
 def _mse(section: SourceSection, rule: Fields) -> None:
@@ -204,13 +209,7 @@ def _mse(section: SourceSection, rule: Fields) -> None:
     step = section.number("step_size", 0.1, 0.001, 1)
     shrink = min(0.99, 1 - start)
     steps = max(2, round(shrink / step) + 1)
-    rule["weight_range"] = {
-        "kind": "mse",
-        "max_shrink": shrink,
-        "steps": steps,
-        "norm": 2.0,
-        "signed_scale": False,
-    }
+    rule["weight_range"] = _grid(shrink, steps)
     section.honoured("start_multiplier", f"weight_range.max_shrink: {shrink:.15g}")
     section.honoured("step_size", f"weight_range.steps: {steps}")
     section.changed("stop_multiplier", "weight_range: mse", "nothing above absmax is tried")

@@ -32,7 +32,6 @@ from prismquant.recipe.importers.modelopt_search import (
 from prismquant.recipe.importers.quantizer_attributes import (
     ATTRIBUTES,
     BLOCK_SIZES,
-    Kind,
     quantizer_of,
 )
 from prismquant.recipe.importers.quantizer_entries import (
@@ -41,7 +40,7 @@ from prismquant.recipe.importers.quantizer_entries import (
     entries_of,
     is_base,
 )
-from prismquant.recipe.importers.quantizer_names import KINDS, layer_globs
+from prismquant.recipe.importers.quantizer_names import KINDS, Kind, layer_globs
 from prismquant.recipe.importers.source_section import Setting, SourceSection, Table, idle
 
 Fields = dict[str, Any]
@@ -197,7 +196,7 @@ def _body(ledger: Ledger, section: SourceSection, found: _ReadEntries, said: Fie
     return body | ({"kv_cache": cache} if cache else {})
 
 
-def _layers(entry: QuantizerEntry) -> dict[str, tuple[str, ...]]:
+def _layers(entry: QuantizerEntry) -> dict[Kind, tuple[str, ...]]:
     """Globs of the layers that an entry means, by the kind of their quantizers."""
     found = {kind: layer_globs(entry.pattern, kind) for kind in KINDS}
     return {kind: globs for kind, globs in found.items() if globs}
@@ -280,7 +279,7 @@ def _note_extent(
             found.on[name] = on
 
 
-def _fields(ledger: Ledger, entry: QuantizerEntry, kind: Kind | str, found: _ReadEntries) -> Fields:
+def _fields(ledger: Ledger, entry: QuantizerEntry, kind: Kind, found: _ReadEntries) -> Fields:
     """Fields of our rule for the quantizers of one kind that an entry means."""
     key = _FIELDS[kind]
     if entry.cfg is None and entry.enable:
@@ -304,7 +303,7 @@ def _fields(ledger: Ledger, entry: QuantizerEntry, kind: Kind | str, found: _Rea
             ledger.changed(joined(entry.place, "cfg"), cfg, key, why)
         cfg = cfg[0]
     section = SourceSection(ledger, joined(entry.place, "cfg"), _with_words(cfg), ATTRIBUTES)
-    quantizer = quantizer_of(section, kind)  # type: ignore[arg-type]
+    quantizer = quantizer_of(section, kind)
     found.configured.add(kind)
     found.four_over_six |= quantizer.four_over_six and key == "weights"
     if quantizer.name is None:

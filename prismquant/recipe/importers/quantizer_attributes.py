@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from prismquant.errors import PrismQuantError
 from prismquant.formats.spec import spec
 from prismquant.recipe.importers.ledger import joined, quoted, shown
+from prismquant.recipe.importers.quantizer_names import Kind
 from prismquant.recipe.importers.source_section import Setting, SourceSection, Table, idle
-
-Kind = Literal["weight_quantizer", "input_quantizer", "output_quantizer"]
 
 ATTRIBUTES: Table = (
     Setting("num_bits", "8", "bits, kind", "an integer, (E, M), or a word such as e4m3"),

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from typing import Literal, get_args
 
 _TOKEN = re.compile(r"\[!?\]?[^\]]*\]|.", re.DOTALL)
-KINDS = ("weight_quantizer", "input_quantizer", "output_quantizer")
+Kind = Literal["weight_quantizer", "input_quantizer", "output_quantizer"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
-def layer_globs(pattern: str, kind: str) -> tuple[str, ...]:
+def layer_globs(pattern: str, kind: Kind) -> tuple[str, ...]:
     """Globs of the layers whose quantizer of a kind a glob means; none: it means none of these.
 
     Args:
