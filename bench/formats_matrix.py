@@ -235,7 +235,7 @@ def disagreements(
     answers: outside.Answers,
 ) -> list[str]:
     """Where ``prismquant check`` says other than the readers."""
-    found = []
+    found: list[str] = []
     for case, made in jobs.items():
         for name, job in made.items():
             if str(job.folder) in answers:

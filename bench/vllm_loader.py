@@ -68,11 +68,11 @@ class Kernels:
                     return lambda *_, **__: None
                 raise
 
-        torch._ops._OpNamespace.__getattr__ = find
+        torch._ops._OpNamespace.__getattr__ = find  # type: ignore[method-assign]
         try:
             yield
         finally:
-            torch._ops._OpNamespace.__getattr__ = lookup
+            torch._ops._OpNamespace.__getattr__ = lookup  # type: ignore[method-assign]
 
 
 def declare_operators() -> torch.library.Library:
@@ -95,6 +95,7 @@ def platform_of(capability: tuple[int, int] | None) -> Any:
 
     if capability is None:
         return CpuPlatform()
+    major, minor = capability
 
     class PretendedGpu(CpuPlatform):  # type: ignore[misc]
         """Answers questions about the device as a GPU would; allocates as a CPU does."""
@@ -103,15 +104,15 @@ def platform_of(capability: tuple[int, int] | None) -> Any:
 
         @classmethod
         def get_device_capability(cls, device_id: int = 0) -> Any:
-            return DeviceCapability(*capability) if cls._enum is PlatformEnum.CUDA else None
+            return DeviceCapability(major, minor) if cls._enum is PlatformEnum.CUDA else None
 
         @classmethod
         def supports_fp8(cls) -> bool:
-            return capability >= (8, 9)
+            return (major, minor) >= (8, 9)
 
         @classmethod
         def is_device_capability_family(cls, value: int, device_id: int = 0) -> bool:
-            return value // 10 == capability[0]
+            return value // 10 == major
 
         @classmethod
         def num_compute_units(cls, device_id: int = 0) -> int:

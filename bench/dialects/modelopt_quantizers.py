@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from typing import Any
 
 import modelopt.torch.quantization as mtq
 import torch
@@ -61,7 +62,7 @@ def tree() -> torch.nn.Module:
     return root
 
 
-def told(quantizer: torch.nn.Module) -> list[object] | None:
+def told(quantizer: Any) -> list[object] | None:
     """Bits, axis, type and block sizes of a quantizer; None where it is off."""
     if isinstance(quantizer, torch.nn.Sequential):
         return [told(one) for one in quantizer]

@@ -79,6 +79,8 @@ def simulated(source: Source, plan: Plan, folder: Path) -> nn.Module:
     model, shards = load_float(source.folder, torch.float32), ShardReader(folder)
     for rows in problem_groups(plan.quantized):
         first = rows[0]
+        # Rows of the plan that are quantized have a format.
+        assert first.config.weights is not None
         problem = LayerProblem(
             tuple(row.site.name for row in rows),
             tuple(source.weight(row) for row in rows),

@@ -121,7 +121,8 @@ def kernels_table(chosen: Mapping[str, Mapping[str, str]]) -> str:
 
 def _strangers(matrix: Matrix, column: str) -> dict[str, Cell]:
     """Families of which a reader reads nothing, though it does of others; with what it says."""
-    ran, said = set(), {}
+    ran: set[str] = set()
+    said: dict[str, list[Cell]] = {}
     for family, rows in matrix.items():
         for cells in rows.values():
             cell = cells.get(column)

@@ -2,15 +2,17 @@
 
     python -m bench.peers [--llm-compressor-python PATH] [--auto-round-python PATH]
         [--gptqmodel-python PATH] [--settings w4a16 w4a8] [--recipes NAME ...] [--samples 600]
-        [--sets 3] [--model DIR --name NAME]
+        [--sets 3] [--group-size 64]
+        [--model DIR --name NAME [--calibrations FILE ... --evaluation FILE]]
 
 Each tool runs in an environment of its own, which its option names; without it the tool is shown as
 not run. A tool leaves the rounded weights in floating point; where the setting quantizes inputs,
 they are quantized here, in the same way for all. Everything is then compared with the float model
 on questions that calibration never saw. Calibration is on questions about single pictures, because
-llm-compressor takes no set that mixes pictures and clips. With several calibration sets figures are
-means over them, and the error is their spread. ``--cells FILE`` keeps finished rows: a run that was
-cut off goes on where it stopped.
+llm-compressor takes no set that mixes pictures and clips; or on files of your own, which have one
+picture in each sample, or none in any. With several calibration sets figures are means over them,
+and the error is their spread. ``--cells FILE`` keeps finished rows: a run that was cut off goes on
+where it stopped. A setting is a preset, or ``w2a16``.
 
 The last table sets the best of any other tool's methods beside the recipe of ours that leaves the
 choice of a method to held-out loss (``auto-..``), where that is among the recipes.
@@ -49,8 +51,7 @@ from prismquant.models.bound import BoundModel
 from prismquant.models.outliers import add_outliers
 from prismquant.plan.make_plan import make_plan
 from prismquant.plan.plan import Plan
-from prismquant.recipe.presets import PRESETS
-from prismquant.recipe.schema import Recipe, load_recipe, parse_recipe
+from prismquant.recipe.schema import Recipe, load_recipe
 from prismquant.report.tables import markdown_table, rich_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,17 +88,33 @@ class Tools:
     iterations: int
 
 
-def base_recipe(setting: str) -> Recipe:
-    """What defines a setting: its layers and number formats."""
-    if setting == "w2a16" and setting not in PRESETS:
-        return load_recipe("w3a16").with_rules({"weights": "int2-g64"}, name=setting)
-    return load_recipe(setting)
+def with_weights(recipe: Recipe, weights: Mapping[str, Any], name: str) -> Recipe:
+    """The recipe with another format for the weights of the language model's blocks."""
+    blocks = {"modality": "llm", "role": ["attn", "mlp"]}
+    return recipe.with_rules({"match": blocks, "weights": weights}, name=name)
+
+
+def named_recipe(name: str, group_size: int | None = None) -> Recipe:
+    """A recipe of ours, or one that defines a setting by its layers and number formats.
+
+    Args:
+        name: Of a preset or a file, or ``w2a16``.
+        group_size: Of weights that have a scale by group, in place of what the recipe says.
+    """
+    recipe = load_recipe("w3a16" if name == "w2a16" else name)
+    weights = dict(recipe.rules[0].weights or {})
+    if name == "w2a16":
+        weights |= {"bits": 2, "group_size": 64}
+    if group_size is not None and weights.get("group_size"):
+        weights |= {"group_size": group_size}
+    if weights == recipe.rules[0].weights:
+        return recipe
+    return with_weights(recipe, weights, name if name == "w2a16" else recipe.name)
 
 
 def planned(recipe: Recipe, bound: BoundModel) -> Plan:
-    """Plan of a recipe; of one that leaves a choice, without any of the alternatives."""
-    body = {key: part for key, part in recipe.to_dict().items() if key != "choose"}
-    return make_plan(parse_recipe(body, source=recipe.name), bound)
+    """Plan of a recipe; of one that leaves a choice, with the first of the alternatives."""
+    return make_plan(recipe.chosen(recipe.choose[0].name) if recipe.choose else recipe, bound)
 
 
 def formats(plan: Plan) -> tuple[Any, Any]:
@@ -106,14 +123,19 @@ def formats(plan: Plan) -> tuple[Any, Any]:
     return config.weights, config.activations
 
 
-def refuse_unsuited(model: Path, settings: Sequence[str], extra: Sequence[Recipe]) -> None:
+def refuse_unsuited(model: Path, bases: Sequence[Recipe], extra: Sequence[Recipe]) -> None:
     """Stop before any work where something could not be compared.
+
+    Args:
+        model: Folder of the float checkpoint.
+        bases: What defines the settings.
+        extra: More recipes of ours.
 
     Raises:
         PlanError: A setting has static inputs, or a recipe has the formats of no setting.
     """
     bound = bind(model)
-    known = {name: formats(planned(base_recipe(name), bound)) for name in settings}
+    known = {base.name: formats(planned(base, bound)) for base in bases}
     for name, (_, activations) in known.items():
         if activations is not None and not activations.dynamic:
             raise PlanError(f"setting {name}: other tools are measured with dynamic inputs only")
@@ -121,7 +143,7 @@ def refuse_unsuited(model: Path, settings: Sequence[str], extra: Sequence[Recipe
         if formats(planned(recipe, bound)) not in known.values():
             raise PlanError(
                 f"recipe {recipe.name!r} has the number formats of none of the settings",
-                remedy=f"settings are {', '.join(settings)}",
+                remedy=f"settings are {', '.join(known)}",
             )
 
 
@@ -156,13 +178,14 @@ def run_ours(job: Job, setting: str, recipe: Recipe, calibration: Path) -> Row:
 
 
 def run_peer(
-    job: Job, setting: str, tool: str, method: str, tools: Tools, calibration: Path
+    job: Job, base: Recipe, tool: str, method: str, tools: Tools, calibration: Path
 ) -> Row:
-    """Run a tool in its environment and measure what it leaves."""
+    """Run a tool in its environment, with the formats of a setting, and measure what it leaves."""
+    setting = base.name
     python = tools.pythons.get(tool)
     if python is None:
         return Row(job.name, setting, tool, method, why="not run")
-    plan = planned(base_recipe(setting), bind(job.model))
+    plan = planned(base, bind(job.model))
     weights, activations = formats(plan)
     with tempfile.TemporaryDirectory(dir=job.work) as folder:
         out = Path(folder) / "out"
@@ -191,13 +214,12 @@ def run_peer(
 
 
 def runs(
-    job: Job, setting: str, extra: Sequence[Recipe], tools: Tools
+    job: Job, base: Recipe, extra: Sequence[Recipe], tools: Tools
 ) -> Iterator[tuple[str, str, Callable[[], Row]]]:
     """All that is compared at a setting: tool, method, and what runs it; rounding to nearest first,
     then ours, then theirs.
     """
-    base = base_recipe(setting)
-    bound = bind(job.model)
+    setting, bound = base.name, bind(job.model)
     wanted = formats(planned(base, bound))
     minmax = {"solver": "rtn", "weight_range": "minmax"}
     same = [recipe for recipe in extra if formats(planned(recipe, bound)) == wanted]
@@ -206,8 +228,22 @@ def runs(
         yield "prismquant", recipe.name, partial(over_sets, job, single)
     for tool, peer in PEERS.items():
         for method in peer.weights if wanted[1] is None else peer.activations:
-            single = partial(run_peer, job, setting, tool, method, tools)
+            single = partial(run_peer, job, base, tool, method, tools)
             yield tool, method, partial(over_sets, job, single)
+
+
+def drawn_sets(count: int, work: Path) -> list[Path]:
+    """Calibration sets of generated questions, each about one picture."""
+    return [
+        write_dataset(
+            work / f"calibration-{seed}",
+            split="calibration",
+            seed=seed,
+            count=CALIBRATION_SAMPLES,
+            mix={"image": 1.0},
+        )
+        for seed in range(count)
+    ]
 
 
 def jobs(options: argparse.Namespace, work: Path) -> Iterator[Job]:
@@ -216,17 +252,10 @@ def jobs(options: argparse.Namespace, work: Path) -> Iterator[Job]:
     if "outliers" in options.models:
         settings = {"factor": options.factor, "channels": options.channels, "modality": "llm"}
         add_outliers(options.model, outliers, **settings)
-    calibrations = tuple(
-        write_dataset(
-            work / f"calibration-{seed}",
-            split="calibration",
-            seed=seed,
-            count=CALIBRATION_SAMPLES,
-            mix={"image": 1.0},
-        )
-        for seed in range(options.sets)
+    calibrations = tuple(options.calibrations or drawn_sets(options.sets, work))
+    evaluation = options.evaluation or write_dataset(
+        work / "evaluation", split="evaluation", count=options.samples
     )
-    evaluation = write_dataset(work / "evaluation", split="evaluation", count=options.samples)
     for name in options.models:
         model = {"plain": options.model, "outliers": outliers}[name]
         called = f"{options.name} {name}" if options.name else name
@@ -245,6 +274,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         )
     parser.add_argument("--model", type=Path, default=CHECKPOINT, help="default: the embedded one")
     parser.add_argument("--name", help="what the table calls it")
+    parser.add_argument("--calibrations", nargs="+", type=Path, help="its sets, in place of --sets")
+    parser.add_argument("--evaluation", type=Path, help="its questions, in place of --samples")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), help="presets, or w2a16")
     parser.add_argument(
@@ -255,6 +286,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--samples", type=int, default=600, help="evaluation questions")
     parser.add_argument("--sets", type=int, default=1, help="calibration sets to average over")
+    parser.add_argument(
+        "--group-size", type=int, help="of weights with a scale by group; default: the recipe's"
+    )
     parser.add_argument("--iterations", type=int, default=200, help="of auto-round, in each block")
     parser.add_argument("--factor", type=float, default=64.0, help="of outliers, a power of two")
     parser.add_argument("--channels", type=int, default=4, help="outlier channels at each norm")
@@ -270,16 +304,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Absolute, because tools run elsewhere; not resolved, because a link tells the environment.
     pythons = {tool: str(path.absolute()) for tool, path in given.items() if path}
     tools = Tools(pythons, options.iterations)
-    extra = [load_recipe(name) for name in options.recipes]
-    refuse_unsuited(options.model, options.settings, extra)
+    bases, extra = (
+        [named_recipe(name, options.group_size) for name in names]
+        for names in (options.settings, options.recipes)
+    )
+    refuse_unsuited(options.model, bases, extra)
     console = Console(width=160, highlight=False)
     rows: list[Row] = []
     kept = Cells(options.cells, {"samples": options.samples, "sets": options.sets})
     with tempfile.TemporaryDirectory() as folder:
         for job in jobs(options, Path(folder)):
-            for setting in options.settings:
-                for tool, method, compare in runs(job, setting, extra, tools):
-                    key = (job.name, setting, tool, method)
+            for base in bases:
+                for tool, method, compare in runs(job, base, extra, tools):
+                    key = (job.name, base.name, tool, method)
                     rows.append(Row(**kept.done[key]) if key in kept.done else compare())
                     if key not in kept.done and not rows[-1].why:
                         kept.add(key, asdict(rows[-1]))

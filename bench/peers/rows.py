@@ -52,7 +52,7 @@ def cells(row: Row) -> list[str]:
     return [
         *names,
         f"{figures['kl']:.5f}{error}",
-        f"{figures['kl_image']:.5f}",
+        "" if figures["kl_image"] is None else f"{figures['kl_image']:.5f}",
         f"{100 * (figures['top1'] or 0):.1f} %",
         f"{100 * (figures['exact_match'] or 0):.1f} %",
         f"{figures['seconds']:.1f}",

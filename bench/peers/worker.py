@@ -25,7 +25,7 @@ def arguments(description: str, methods: Sequence[str]) -> argparse.Namespace:
     """Arguments that all workers take."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("model", type=Path, help="folder of the float checkpoint")
-    parser.add_argument("calibration", type=Path, help="JSON lines of samples with one picture")
+    parser.add_argument("calibration", type=Path, help="JSON lines of samples")
     parser.add_argument("out", type=Path, help="folder of the result")
     parser.add_argument("--method", choices=methods, default=methods[0])
     parser.add_argument("--bits", type=int, default=4, help="of the weights")
@@ -48,29 +48,36 @@ def conversations(path: Path, count: int) -> list[list[dict[str, Any]]]:
     """Messages of the first ``count`` samples, their pictures as absolute paths.
 
     Raises:
-        ValueError: A sample has no picture, or a clip.
+        ValueError: A sample has more than one picture, or a clip; or only some have a picture.
     """
-    found = []
+    found, kinds = [], set()
     for line in path.read_text(encoding="utf-8").splitlines()[:count]:
         messages = json.loads(line)["messages"]
-        items = [item for m in messages if isinstance(m["content"], list) for item in m["content"]]
-        if sorted(item["type"] for item in items) != ["image", "text"]:
-            raise ValueError(f"{path}: a sample has not just one picture and one text")
-        for item in items:
+        kind = tuple(sorted(item["type"] for item in _items(messages)))
+        if kind not in {("image", "text"), ("text",), ()}:
+            raise ValueError(f"{path}: a sample has more than one picture and one text")
+        kinds.add("image" in kind)
+        for item in _items(messages):
             if item["type"] == "image":
                 item["image"] = str((path.parent / item["image"]).resolve())
         found.append(messages)
+    if len(kinds) > 1:
+        raise ValueError(f"{path}: some samples have a picture and some have none")
     return found
+
+
+def _items(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Texts and pictures of messages; those whose content is plain text have none."""
+    return [item for m in messages if isinstance(m["content"], list) for item in m["content"]]
 
 
 def encode(messages: list[dict[str, Any]], processor: Any) -> dict[str, torch.Tensor]:
     """The model's inputs for one conversation, as a batch of one."""
     from PIL import Image
 
-    items = [item for m in messages if isinstance(m["content"], list) for item in m["content"]]
-    pictures = [Image.open(item["image"]) for item in items if item["type"] == "image"]
+    pictures = [Image.open(one["image"]) for one in _items(messages) if one["type"] == "image"]
     text = processor.apply_chat_template(messages, tokenize=False)
-    return dict(processor(text=[text], images=pictures, return_tensors="pt"))
+    return dict(processor(text=[text], images=pictures or None, return_tensors="pt"))
 
 
 def float_model(folder: Path) -> Any:

@@ -68,11 +68,12 @@ class Yardstick:
         self.reference.place = 0
         result = evaluate_model(model, self.batches, reference=self.reference)
         overall, answers = result.overall, result.overall.divergence["answer"]
+        pictures = result.by_kind.get("image")
         return {
             "exact_match": overall.exact_match,
             "reference_exact_match": overall.reference_exact_match,
             "kl": answers.kl,
             "kl_error": answers.kl_error,
-            "kl_image": result.by_kind["image"].divergence["answer"].kl,
+            "kl_image": None if pictures is None else pictures.divergence["answer"].kl,
             "top1": answers.top1,
         }

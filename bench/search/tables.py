@@ -114,7 +114,7 @@ def rank_rows(found: Measures) -> list[list[str]]:
 
 
 def _spearman(
-    found: Measures, method: str, solver: str, draw: int, kind: str, fmt: str
+    found: Measures, method: str, solver: str, draw: int, kind: TokenClass, fmt: str
 ) -> float | None:
     """Rank correlation of scores with the truth; None where the method scores no such class, or
     fewer than three truths are known.

@@ -38,6 +38,7 @@ from prismquant import __version__
 from prismquant.algorithms.gptq import GPTQ
 from prismquant.algorithms.gptq.row_chunks import peak_solve_bytes
 from prismquant.algorithms.problem import LayerProblem, LayerResult, row_losses
+from prismquant.diagnostics.solver_diagnostics import GPTQDiagnostics
 from prismquant.formats.spec import spec
 from prismquant.numerics.ranges import RangeRule
 from prismquant.report.tables import format_bytes, markdown_table, rich_table
@@ -129,7 +130,9 @@ def solve_ours(case: Case, solver: GPTQ, products: torch.dtype, repeats: int) ->
 
     took = timed(repeats, work)
     loss = case.loss([w.dequantize() for w in results[0].weights])
-    return {**took, "loss": loss, "kernel": results[0].diagnostics.kernel}
+    diagnostics = results[0].diagnostics
+    assert isinstance(diagnostics, GPTQDiagnostics)
+    return {**took, "loss": loss, "kernel": diagnostics.kernel}
 
 
 def warm_up() -> float:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 
+import pytest
+
 from bench.methods import Cells
-from bench.peers.__main__ import formats, planned
+from bench.peers.__main__ import formats, named_recipe, planned
 from bench.peers.rows import Row, averaged, best_rows, cells
+from bench.peers.worker import conversations
 from prismquant.demo.main_job import CHECKPOINT
 from prismquant.models.bind import bind
 from prismquant.recipe.schema import load_recipe
@@ -50,3 +54,38 @@ def test_rows_are_kept_whole(tmp_path: Path) -> None:
 def test_several_calibration_sets_give_their_mean_and_their_spread() -> None:
     mean = averaged([row("one", "gptq", 0.25), row("one", "gptq", 0.75)])
     assert cells(mean)[4] == "0.50000 ± 0.35355"
+
+
+def test_a_setting_of_two_bits_leaves_the_layers_alone_that_other_tools_leave() -> None:
+    two, three = (planned(named_recipe(name), bind(CHECKPOINT)) for name in ("w2a16", "w3a16"))
+    assert [row.site for row in two.quantized] == [row.site for row in three.quantized]
+    assert {(row.config.weights.bits, row.config.weights.group_size) for row in two.quantized} == {
+        (2, 64)
+    }
+
+
+def test_groups_are_of_the_size_asked_for_whatever_is_chosen() -> None:
+    auto, fixed = (
+        planned(named_recipe(name, 32), bind(CHECKPOINT)) for name in ("auto-w4a16", "w4a16")
+    )
+    assert formats(auto) == formats(fixed)
+    assert formats(fixed)[0].group_size == 32
+    assert named_recipe("w8a8", 32) == load_recipe("w8a8")  # one scale a row
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_samples_have_a_picture_each_or_none(kind: str, tmp_path: Path) -> None:
+    picture = {"type": "image", "image": "a.png"}
+    lines = {
+        "text": [{"role": "user", "content": "one"}],
+        "image": [{"role": "user", "content": [picture, {"type": "text", "text": "two"}]}],
+    }
+    files = {name: tmp_path / name for name in ("same", "mixed")}
+    files["same"].write_text(2 * (json.dumps({"messages": lines[kind]}) + "\n"))
+    files["mixed"].write_text("".join(json.dumps({"messages": m}) + "\n" for m in lines.values()))
+    found = conversations(files["same"], 5)
+    assert len(found) == 2
+    if kind == "image":
+        assert found[0][0]["content"][0]["image"] == str(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="some samples have a picture and some have none"):
+        conversations(files["mixed"], 5)
