@@ -29,10 +29,27 @@ otherwise; one of the second kind has no effect here. Keys that the tool does no
 errors, and so is what has no counterpart at all.
 """
 
+PROOF = """## How it is checked
+
+    python -m bench.dialects
+
+carries recipes out on a small Llama of two blocks (14 layers, 1920 rows) and compares codes and
+scales with what the tools made of it, which `tests/golden` keeps. Scales are equal for every
+recipe, and inputs are rounded alike; of codes:
+
+- Rounding to nearest (W4A16, W8A16, W8A8, W4A8): all are equal to those of llm-compressor 0.14.0.1
+  and ModelOpt 0.47, and to MI-optimize's definition but for 4 rows with ties at 8 bits.
+- GPTQ of llm-compressor: 1916 to 1920 rows are equal, five recipes; where they are not, a sum in
+  another order met a tie. At 2 bits it is 1740: three of the first block's rows are better rounded
+  to nearest, which is done here, and the next block sees that.
+- GPTQ of ModelOpt: 1854 and 1862 rows are equal with inputs in floating point, as code -8 is left
+  out (relative error of the first layer .007204, there .0072), and 1451 with int8 inputs.
+"""
+
 
 def page() -> str:
     """Text of the page."""
-    return "\n".join([HEAD, *(section(dialect) for dialect in DIALECTS)])
+    return "\n".join([HEAD, *(section(dialect) for dialect in DIALECTS), PROOF])
 
 
 def section(dialect: Dialect) -> str:

@@ -42,4 +42,9 @@ def _obstacles(row: PlanRow) -> list[str]:
             "no checkpoint format declares how the scales of dynamic MX inputs are rounded: only "
             "prismquant.load does it as the recipe says, transformers does it as compressed-tensors"
         )
+    elif any(spec is not None and spec.narrow and spec.dynamic for spec in row.config.sides):
+        found.append(
+            "no checkpoint format declares narrow inputs with dynamic scales: prismquant.load "
+            "divides by the highest code as the recipe says, compressed-tensors by half a step more"
+        )
     return found

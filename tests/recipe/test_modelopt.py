@@ -151,6 +151,15 @@ def test_named_configurations_fit_the_families(
     assert bool(ends) == ("SMOOTHQUANT" in name)
 
 
+def test_inputs_that_no_checkpoint_declares_are_told(tiny: Callable[..., Path]) -> None:
+    cfg = {"num_bits": 8, "type": "dynamic", "block_sizes": {-1: None}}
+    recipe = of(with_entries(weights(num_bits=8, axis=0), inputs(**cfg))).recipe
+    [told] = [one for one in make_plan(recipe, bind(tiny("qwen3_vl"))).remarks if "narrow" in one]
+    assert told.startswith("no checkpoint format declares narrow inputs with dynamic scales")
+    plan = make_plan(of("INT8_DEFAULT_CFG").recipe, bind(tiny("qwen3_vl")))
+    assert not [one for one in plan.remarks if "narrow" in one]
+
+
 def test_one_runs_from_a_python_file(tiny: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "cfg.py").write_text(f"CFG = {PRESETS['FP8_PER_CHANNEL_PER_TOKEN_CFG']!r}\n")
     result = pq.quantize(tiny("qwen3_vl"), tmp_path / "cfg.py", tmp_path / "out")
@@ -378,7 +387,7 @@ def test_algorithms(
     calibration = imported.recipe.calibration
     assert not calibration.layer_sequential
     assert not calibration.block_sequential
-    assert not calibration.quantized_inputs
+    assert calibration.quantized_inputs == (solver == "gptq")
 
 
 def test_blocks_may_see_what_precedes_them_quantized() -> None:

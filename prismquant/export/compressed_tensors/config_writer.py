@@ -182,4 +182,5 @@ def private_section(plan: Plan, bound: BoundModel) -> dict[str, Any]:
 
 def _says_all(spec: NumberSpec) -> bool:
     """True if a reader of the configuration quantizes exactly as we do."""
-    return is_declarable(spec) and not (spec.dynamic and spec.scale.startswith("e8m0-"))
+    rounded_otherwise = spec.dynamic and spec.scale.startswith("e8m0-")
+    return is_declarable(spec) and not spec.narrow and not rounded_otherwise

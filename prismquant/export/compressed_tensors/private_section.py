@@ -1,8 +1,8 @@
 """Our own section of ``config.json``: formats of inputs that the configuration has no words for.
 
 Some formats of inputs cannot be declared (E5M2, inputs of layers that are stored dequantized), and
-some lose a detail (how an E8M0 scale is rounded). They stand at the top, and other readers pass
-over them:
+some lose a detail (how an E8M0 scale is rounded, that integers are narrow). They stand at the top,
+and other readers pass over them:
 
     "prismquant": {"activations": {"model.layers.0.mlp.up_proj": {"input": {...}}}}
 """

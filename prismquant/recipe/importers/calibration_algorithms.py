@@ -129,6 +129,8 @@ def _one(ledger: Ledger, place: str, value: Any, found: Fields) -> None:
         ledger.wrong(place, f"{in_quotes(method)} is no algorithm; {suggest(str(method), known)}")
         return
     section = SourceSection(ledger, place, content, ALGORITHMS[method])
+    # Hessians of GPTQ are of inputs as their quantizers give them, layerwise or not.
+    found["calibration"]["quantized_inputs"] |= method == "gptq"
     _layerwise(section, found)
     if method == "smoothquant":
         alpha = section.number("alpha", 1.0, 0, 1)
@@ -171,7 +173,8 @@ def _layerwise(section: SourceSection, found: Fields) -> None:
     calibration = found["calibration"]
     if enabled:
         carried = given.get("get_qdq_activations_from_prev_layer") is True
-        calibration |= {"block_sequential": carried, "quantized_inputs": carried}
+        calibration["block_sequential"] = carried
+        calibration["quantized_inputs"] |= carried
     section.honoured("layerwise", f"calibration: {shown(calibration)}")
 
 

@@ -74,6 +74,8 @@ NOTES = (
     "Integers: scale absmax / (2^(b-1) - 1), so `int8-channel-narrow`.",
     "Ranges come from the float model there: layers of a block, and blocks, see no rounded weight "
     "and no rounded input (`layerwise` with `get_qdq_activations_from_prev_layer` lets blocks).",
+    "GPTQ's Hessians are of rounded inputs, there and here; there later layers of a block also see "
+    "what rounded inputs give. The lowest code, -2^(b-1), which GPTQ may reach there, is left out.",
     "AWQ and SmoothQuant scales are of each layer there, and averaged over those of one input when "
     "the checkpoint is written; here there is one, searched for all of them.",
     "Of two quantizers in a row (`W4A8_AWQ_BETA_CFG`) the first counts.",
