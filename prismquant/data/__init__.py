@@ -10,7 +10,7 @@ be left out in silence, and a user should see all the broken rows of a file at o
 """
 
 from prismquant.data.pictures import EmbeddedPicture
-from prismquant.data.read import read_samples
+from prismquant.data.read import read_samples, samples_of_messages
 from prismquant.data.samples import (
     KINDS,
     Kind,
@@ -38,5 +38,6 @@ __all__ = [
     "media_of",
     "read_samples",
     "require_modalities",
+    "samples_of_messages",
     "text_of",
 ]

@@ -97,6 +97,37 @@ def read_samples(
     return tuple(sample for _, sample in chosen)
 
 
+def samples_of_messages(
+    conversations: Mapping[str, Sequence[Any]], source: str, *, most_bytes: int | None = None
+) -> tuple[Sample, ...]:
+    """Samples of conversations in memory, checked as those of a file are.
+
+    Args:
+        conversations: Messages with ``role`` and ``content``, by the id of their sample. Paths
+            start at the current folder; ``<image>`` in a text is a word like others.
+        source: Name of all of them, for people.
+        most_bytes: Memory that reading a picture may take.
+
+    Raises:
+        DataError: There are none, or something is wrong with them; names up to ten findings.
+    """
+    if not conversations:
+        raise DataError(f"{source} holds no samples", where=source)
+    findings: list[RowFinding] = []
+    found: list[tuple[str, Sample]] = []
+    for name, values in conversations.items():
+        try:
+            messages = _messages(values, {}, ())
+        except Findings as wrong:
+            findings += [RowFinding(name, line) for line in wrong.lines]
+        else:
+            found.append((name, Sample(name, kind_of(messages), messages, Path(), {})))
+    findings += _check(found, require_answers=False, most_bytes=most_bytes)
+    if findings:
+        raise findings_error(source, findings)
+    return tuple(sample for _, sample in found)
+
+
 def _cut(
     found: Sequence[tuple[str, Sample]], windows: TextCutter, source: str
 ) -> list[tuple[str, Sample]]:

@@ -70,13 +70,23 @@ def load_model(
     source = open_checkpoint(folder)
     model = empty_model(native_config(source.arch, folder), source.arch)
     materialize(model, "", source.reader, source.names, device, dtype or source.dtype)
+    simulate_activations(model, source)
+    return model
+
+
+def simulate_activations(model: nn.Module, source: StoredCheckpoint) -> None:
+    """Let a model rotate and round inputs, outputs, keys and values as a checkpoint says; in place.
+
+    Args:
+        model: Of the checkpoint's class, with its weights.
+        source: The checkpoint.
+    """
     for layer in source.rotated:
         _rotate_input(model, source, layer)
     for layer in source.simulated:
         _quantize_activations(model, source, layer)
     if source.has_cache_scales:
         _quantize_cache(model, source)
-    return model
 
 
 def _rotate_input(model: nn.Module, source: StoredCheckpoint, layer: StoredLayer) -> None:

@@ -131,7 +131,7 @@ def _quantized(
 ) -> RunRecord:
     """Do what is left of the run; the record of all of it on the first rank."""
     ranks, placement = asked.ranks, ready.memory.placement
-    writer = CheckpointWriter(asked.out, bound, ready.plan, strict=asked.strict)
+    writer = CheckpointWriter(asked.out, bound, ready.plan, strict=asked.strict, see=asked.see)
     tokens = count_tokens(bound, ready.surveyed)
     kept = kept_for_gradients(bound, len(ready.answers), tokens, precision)
     # Blocks' outputs wait in files where they do not fit beside all else.

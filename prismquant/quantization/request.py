@@ -17,6 +17,7 @@ from prismquant.diagnostics.predictions import Predictions
 from prismquant.diagnostics.translation import Translation
 from prismquant.distributed import Ranks
 from prismquant.engine.setup import Reporter
+from prismquant.formats.quantized_layer import QuantizedLayer
 from prismquant.plan.plan import Plan
 from prismquant.recipe.schema import Recipe
 from prismquant.run.identity import Identity
@@ -27,8 +28,15 @@ from prismquant.runtime.mixed import Wanted
 Predict = Callable[[Plan, Identity], tuple[Predictions | None, list[str]]]
 """Gives predictions of a plan's layers, if there are any, and notes on those that are missing."""
 
+See = Callable[[Sequence[QuantizedLayer]], None]
+"""Is shown quantized layers."""
+
 # No picture, clip or sample has more of anything.
 _MOST = 2**31 - 1
+
+
+def _unseen(layers: Sequence[QuantizedLayer]) -> None:
+    """Nobody looks at quantized layers."""
 
 
 def _nothing_predicted(plan: Plan, run: Identity) -> tuple[Predictions | None, list[str]]:
@@ -62,6 +70,8 @@ class Request:
             what is missing of that.
         unpredicted: Why what a search predicted of the model is not of this request; empty where
             it is, or nothing was predicted.
+        see: Is shown the quantized layers of each unit when they are written, in any thread; not
+            those that an earlier run has finished.
     """
 
     model: Path
@@ -83,6 +93,7 @@ class Request:
     translation: Translation | None = None
     predict: Predict = _nothing_predicted
     unpredicted: str = ""
+    see: See = _unseen
 
     @property
     def windows(self) -> Windows:

@@ -8,7 +8,7 @@ is written last: until then no reader takes the folder for a model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class CheckpointWriter:
         bound: The source model.
         plan: What is quantized, and in which layout.
         strict: Refuse tensors that stay in floating point and hold NaN or infinities.
+        see: Is shown the quantized layers of each step, before they are written.
 
     Attributes:
         nonfinite: Those that were written all the same, by shard and name, with how many.
@@ -65,7 +66,13 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, folder: Path, bound: BoundModel, plan: Plan, *, strict: bool = False
+        self,
+        folder: Path,
+        bound: BoundModel,
+        plan: Plan,
+        *,
+        strict: bool = False,
+        see: Callable[[Sequence[QuantizedLayer]], None] = lambda layers: None,
     ) -> None:
         self.folder = folder
         self.bound = bound
@@ -73,6 +80,7 @@ class CheckpointWriter:
         self.strict = strict
         self.nonfinite: dict[str, dict[str, str]] = {}
         self.last_files: list[str] = []
+        self._see = see
         self._reader = source_reader(plan, bound)
         self._rows = {row.site.name: row for row in plan.quantized}
 
@@ -80,6 +88,7 @@ class CheckpointWriter:
         self, step: BoundStep, layers: Sequence[QuantizedLayer], changed: Mapping[str, Tensor]
     ) -> str:
         """Write one step's shard: its quantized layers, what was changed, the rest as it is."""
+        self._see(layers)
         solved = {f"{self._rows[layer.name].site.disk_name}.weight": layer for layer in layers}
         shard = self._shard_name(self.bound.steps.index(step) + 1)
         plain = {self.bound.names.to_disk(name): tensor for name, tensor in changed.items()}

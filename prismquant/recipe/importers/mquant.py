@@ -59,6 +59,10 @@ _CLIPPED: Fields = {
     "signed_scale": False,
 }
 _LARGEST: Fields = {"kind": "minmax"}
+_GROUPS = (
+    "groups are of the original order of columns; where they do not divide a layer's, smaller ones "
+    "are taken, not a last one that is cut off"
+)
 _TOWERS = {"visual": ("vision", "projector"), "llm": ("llm",)}
 _STARTS = re.compile(r"^\s*(--|[A-Z_]+=\S*\s|python3?\s|torchrun\s)")
 
@@ -240,7 +244,8 @@ def _rules(section: SourceSection, modality: str, side: _Side) -> list[Fields]:
     if size > 0 and side.rtn:
         section.dropped("w_groupsize", "rounding to nearest is by channel, there too", "gptq")
     elif size > 0:
-        section.changed("w_groupsize", told, "groups are of the original order of columns")
+        fields["fallback"] = "nearest"
+        section.changed("w_groupsize", told, _GROUPS)
     else:
         section.honoured("w_groupsize", told)
     rules = [{"match": match} | fields]

@@ -1,0 +1,76 @@
+"""Namespaces of MQuant's flags, as its functions take them: read by the table of its flags."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from prismquant.compat.mquant.families import FAMILIES, Family
+from prismquant.errors import RecipeError
+from prismquant.recipe.importers import mquant
+from prismquant.recipe.importers.imported import Imported
+from prismquant.recipe.importers.mquant_flags import FLAGS
+
+# The call itself names these.
+_NAMED = ("model_name", "name", "dataset_name")
+# Values that the drivers' parsers give to what nobody has asked for, where they are not off.
+_PARSED: Mapping[str, Any] = {
+    "analysis_mode": "v1",
+    "analysis_num": 32,
+    "answer_path": "./output/answers-new",
+    "batchsize": 1,
+    "calib_mode": "v2",
+    "draw_save_path": "output/qwenvl_base",
+    "eval_num": 32,
+}
+
+
+def flags_of(args: Any) -> dict[str, Any]:
+    """The flags that a namespace sets to something else than MQuant's default.
+
+    Args:
+        args: ``argparse.Namespace``, a dictionary, a dataclass, or any object whose public
+            attributes are flags. What it lacks takes MQuant's default.
+    """
+    if isinstance(args, Mapping):
+        given = dict(args)
+    else:
+        named = {name: getattr(args, name) for name in dir(args) if not name.startswith("_")}
+        given = {name: value for name, value in named.items() if not callable(value)}
+    return {name: value for name, value in given.items() if not _is_default(name, value)}
+
+
+def read_namespace(args: Any, family: Family, forced: Mapping[str, Any]) -> Imported:
+    """The recipe that a namespace asks for.
+
+    Args:
+        args: As :func:`flags_of` takes it.
+        family: Of the model.
+        forced: Flags that the called function decides.
+
+    Raises:
+        RecipeError: A flag is unknown, is of another family, or has no such value; lists all that
+            is wrong.
+    """
+    flags = flags_of(args)
+    foreign = [one for one in FAMILIES if one is not family and flags.get(one.connector)]
+    for other in foreign:
+        raise RecipeError(
+            f"{other.connector} is of {other.title}; the connector of {family.title} is quantized "
+            f"by {family.connector}",
+            where=f"args.{other.connector}",
+            remedy=f"set {family.connector} = True, and {other.connector} = False",
+        )
+    return mquant.read(flags | dict(forced), "args")
+
+
+def _is_default(name: str, value: Any) -> bool:
+    if value is None or name in _NAMED:
+        return True
+    if name not in FLAGS:
+        return False
+    setting = FLAGS[name]
+    if setting.idle:
+        return value in (False, "", 0) or value == (_PARSED.get(name) or setting.default)
+    said = setting.default.partition(";")[0]
+    return str(value).lower() == said or (isinstance(value, float) and f"{value:g}" == said)
