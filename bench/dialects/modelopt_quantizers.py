@@ -11,10 +11,13 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import modelopt.torch.quantization as mtq
 import torch
+from modelopt.torch.opt.config_loader import load_config
 from modelopt.torch.quantization.conversion import replace_quant_module, set_quantizer_by_cfg
 
 LAYERS = (
@@ -77,6 +80,22 @@ def told(quantizer: Any) -> list[object] | None:
     ]
 
 
+def parts() -> dict[str, object]:
+    """Parts that recipe files import, resolved; of whole configurations the paths alone."""
+    folder = Path(str(files("modelopt_recipes")))
+    found: dict[str, object] = {}
+    for file in sorted(folder.glob("configs/**/*.yaml")):
+        path = str(file.relative_to(folder)).removesuffix(".yaml")
+        if "diffusers" not in path:
+            found[path] = None if "presets/model" in path else load_config(path)
+    return found
+
+
+def given(value: Any) -> Any:
+    """A configuration as JSON types, without what it leaves at its default."""
+    return value.model_dump(exclude_unset=True)
+
+
 def main() -> None:
     """Write the quantizers of all configurations."""
     warnings.filterwarnings("ignore")
@@ -85,7 +104,7 @@ def main() -> None:
     }
     found = {}
     for name, entries in (named | OWN).items():
-        if "KV" in name or "MAMBA" in name:
+        if "KV" in name:
             continue
         model = tree()
         replace_quant_module(model)
@@ -98,7 +117,8 @@ def main() -> None:
             for layer in LAYERS
         }
     with open(sys.argv[1], "w", encoding="utf-8") as file:
-        json.dump({"own": OWN, "quantizers": found}, file, separators=(",", ":"))
+        content = {"own": OWN, "quantizers": found, "parts": parts()}
+        json.dump(content, file, separators=(",", ":"), default=given)
         file.write("\n")
 
 

@@ -517,7 +517,7 @@ def test_wrong_arguments_of_a_search(content: Any, words: str) -> None:
         ({"quant_cfg": [3]}, "it needs quantizer_name"),
         ({"quant_cfg": {3: {"enable": True}}}, "a key is a word"),
         ({"quant_cfg": OFF, "algorithm": "max", "algo": 1}, "algo: unknown key"),
-        ({"quantize": {"quant_cfg": OFF}, "imports": {"a": "b"}}, "write the entries out"),
+        ({"quantize": {"quant_cfg": OFF}, "imports": {"a": "b"}}, "ModelOpt has no part 'b'"),
         (
             with_entries(weights(axis=0), {"quantizer_name": "*k_bmm_quantizer", "cfg": {}}),
             "keys and values have one format",

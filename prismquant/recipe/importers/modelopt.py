@@ -22,6 +22,7 @@ from prismquant.errors import suggest
 from prismquant.recipe.importers.calibration_algorithms import ALGORITHMS, algorithm_of
 from prismquant.recipe.importers.imported import Imported
 from prismquant.recipe.importers.ledger import Ledger, joined, shown
+from prismquant.recipe.importers.modelopt_imports import IMPORT, with_imports
 from prismquant.recipe.importers.modelopt_presets import DISABLED_LAYERS, PRESETS
 from prismquant.recipe.importers.modelopt_search import (
     CONSTRAINTS,
@@ -53,7 +54,7 @@ CONFIG: Table = (
     idle("effective_bits", "bytes are counted exactly"),
     idle("metadata", "of a file, not of a model"),
     Setting("quantize", "", "all of the above, in a file"),
-    Setting("imports", "", "", "an error: write the entries out, or name a configuration"),
+    Setting("imports", "", "rules", "parts that the tool has, or YAML files; $import puts them in"),
 )
 TABLES: Mapping[str, Table] = {
     "Configuration": CONFIG,
@@ -117,11 +118,9 @@ def recognizes(content: Any) -> bool:
         return content.removeprefix("mtq.") in PRESETS
     if not isinstance(content, Mapping):
         return False
-    return (
-        "quant_cfg" in content
-        or is_search(content)
-        or (isinstance(content.get("quantize"), Mapping) and "quant_cfg" in content["quantize"])
-    )
+    inner = content.get("quantize")
+    whole = isinstance(inner, Mapping) and bool({"quant_cfg", IMPORT} & {*inner})
+    return "quant_cfg" in content or is_search(content) or whole
 
 
 def read(content: Any, source: str) -> Imported:
@@ -134,9 +133,12 @@ def read(content: Any, source: str) -> Imported:
     Raises:
         RecipeError: It is not valid, or has no counterpart; lists all that is wrong.
     """
-    if isinstance(content, Mapping) and is_search(content):
-        raise refuse_search(content, source, read)
     ledger = Ledger(NAME, source)
+    if isinstance(content, Mapping):
+        content = with_imports(ledger, content, source)
+        ledger.require_valid()
+        if is_search(content):
+            raise refuse_search(content, source, read)
     name = Path(source).stem
     if isinstance(content, str):
         name = content.removeprefix("mtq.")
@@ -144,8 +146,6 @@ def read(content: Any, source: str) -> Imported:
             ledger.wrong("", f"no configuration is called so; {suggest(name, PRESETS)}")
         content = PRESETS.get(name, {"quant_cfg": []})
     section = SourceSection(ledger, "", content, CONFIG)
-    if "imports" in section:
-        section.wrong("imports", "write the entries out, or name a configuration")
     if "quantize" in section:
         section = SourceSection(ledger, "quantize", section.content["quantize"], CONFIG)
     found = _ReadEntries()

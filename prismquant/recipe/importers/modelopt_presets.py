@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Entry = dict[str, Any]
@@ -61,11 +61,36 @@ _MLP = (
 )
 
 
+DEFAULT_DISABLED: list[Entry] = [
+    *({"quantizer_name": name, "enable": False} for name in DISABLED_LAYERS),
+    *({"quantizer_name": "*", "parent_class": name, "enable": False} for name in _DISABLED_CLASSES),
+]
+"""Entries that end every named configuration."""
+
+MAMBA_MOE_DISABLED: list[Entry] = [
+    {"quantizer_name": name, "enable": False}
+    for name in (
+        *("*fc1_latent_proj*", "*fc2_latent_proj*", "*q_proj*", "*k_proj*", "*v_proj*"),
+        *("*o_proj*", "*self_attention.linear_qkv*", "*self_attention.linear_proj*"),
+    )
+]
+"""Entries of hybrids of attention and state spaces, whose attention stays in floating point."""
+_CONSERVATIVE: list[Entry] = [
+    {"quantizer_name": name, "enable": False} for name in ("*mixer.in_proj*", "*mixer.out_proj*")
+]
+
+
 def _mx(bits: Any) -> Entry:
     return {"num_bits": bits, "block_sizes": {-1: 32, "type": "dynamic", "scale_bits": (8, 0)}}
 
 
-def _config(weights: Any, inputs: Any, algorithm: Any, parts: tuple[str, ...] = ("*",)) -> Entry:
+def _config(
+    weights: Any,
+    inputs: Any,
+    algorithm: Any,
+    parts: tuple[str, ...] = ("*",),
+    more: Sequence[Entry] = (),
+) -> Entry:
     entries: list[Entry] = [{"quantizer_name": "*", "enable": False}]
     for part in parts:
         entries.append({"quantizer_name": f"{part}weight_quantizer", "cfg": weights})
@@ -73,11 +98,7 @@ def _config(weights: Any, inputs: Any, algorithm: Any, parts: tuple[str, ...] = 
             entries.append({"quantizer_name": f"{part}input_quantizer", "cfg": inputs})
         elif part == "*":
             entries.append({"quantizer_name": "*input_quantizer", "enable": False})
-    entries += [{"quantizer_name": name, "enable": False} for name in DISABLED_LAYERS]
-    entries += [
-        {"quantizer_name": "*", "parent_class": name, "enable": False} for name in _DISABLED_CLASSES
-    ]
-    return {"quant_cfg": entries, "algorithm": algorithm}
+    return {"quant_cfg": [*entries, *DEFAULT_DISABLED, *more], "algorithm": algorithm}
 
 
 _BLOCK = {"num_bits": (4, 3), "axis": None, "block_sizes": {-1: 128, -2: 128}}
@@ -93,6 +114,7 @@ _SIXTH = {
     "stop_multiplier": 1.5,
     "step_size": 0.5,
 }
+_HYBRID = [*MAMBA_MOE_DISABLED, *_CONSERVATIVE]
 _EXPERTS = ("*block_sparse_moe*", "*.experts.*")
 
 PRESETS: Mapping[str, Entry] = {
@@ -125,7 +147,11 @@ PRESETS: Mapping[str, Entry] = {
     "MXFP8_DEFAULT_CFG": _config(_mx((4, 3)), _mx((4, 3)), None),
     "MXINT8_DEFAULT_CFG": _config(_mx(8), _mx(8), None),
     "W4A8_MXFP4_FP8_CFG": _config(_mx((2, 1)), _FP8, None),
+    "MAMBA_MOE_FP8_AGGRESSIVE_CFG": _config(_FP8, _FP8, "max", more=MAMBA_MOE_DISABLED),
+    "MAMBA_MOE_FP8_CONSERVATIVE_CFG": _config(_FP8, _FP8, "max", more=_HYBRID),
+    "MAMBA_MOE_NVFP4_AGGRESSIVE_CFG": _config(_NVFP4, _NVFP4, "max", more=MAMBA_MOE_DISABLED),
+    "MAMBA_MOE_NVFP4_CONSERVATIVE_CFG": _config(_NVFP4, _NVFP4, "max", more=_HYBRID),
     "FP8_KV_CFG": {"quant_cfg": [{"quantizer_name": "*[kv]_bmm_quantizer", "cfg": _FP8}]},
     "NVFP4_KV_CFG": {"quant_cfg": [{"quantizer_name": "*[kv]_bmm_quantizer", "cfg": _NVFP4}]},
 }
-"""Named configurations, but for those of architectures that are not known here."""
+"""Named configurations."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prismquant.recipe.importers.ledger import Ledger, joined, quoted
+from prismquant.recipe.importers.modelopt_imports import ImportedEntries
 from prismquant.recipe.importers.source_section import Setting, SourceSection, Table
 
 ENTRY: Table = (
@@ -51,7 +52,9 @@ def entries_of(ledger: Ledger, place: str, value: Any) -> list[QuantizerEntry]:
     found: list[QuantizerEntry] = []
     for number, one in enumerate(value):
         where = f"{place}[{number}]"
-        if isinstance(one, Mapping) and "quantizer_name" in one:
+        if isinstance(one, ImportedEntries):
+            found += entries_of(ledger, where, list(one))
+        elif isinstance(one, Mapping) and "quantizer_name" in one:
             found += _listed(ledger, where, one)
         elif isinstance(one, Mapping) and one:
             for key, inner in one.items():
