@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from prismquant.api import find_mix, inspect, measure, quantize
     from prismquant.errors import PrismQuantError
     from prismquant.export.load_quantized import load
+    from prismquant.families.check_family import check_family
     from prismquant.quantization.request import Result
     from prismquant.recipe.importers.import_recipe import import_recipe
     from prismquant.recipe.schema import Recipe, load_recipe
@@ -32,6 +33,7 @@ __all__ = [
     "Result",
     "__version__",
     "analyze",
+    "check_family",
     "find_mix",
     "import_recipe",
     "inspect",
@@ -47,6 +49,7 @@ _HOMES = {
     "Recipe": "prismquant.recipe.schema",
     "Result": "prismquant.quantization.request",
     "analyze": "prismquant.search.public",
+    "check_family": "prismquant.families.check_family",
     "find_mix": "prismquant.api",
     "FoundMix": "prismquant.search.find_mix",
     "import_recipe": "prismquant.recipe.importers.import_recipe",

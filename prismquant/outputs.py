@@ -20,7 +20,18 @@ from prismquant.storage import is_temporary, storage_error
 _SHOWN = 3
 # What names of files end with that are written into a result: no folder may have such a name.
 _WRITTEN = frozenset(
-    [".safetensors", ".gguf", ".json", ".yaml", ".jinja", ".txt", ".model", ".tiktoken", ".py"]
+    [
+        ".safetensors",
+        ".gguf",
+        ".json",
+        ".yaml",
+        ".jinja",
+        ".txt",
+        ".model",
+        ".tiktoken",
+        ".toml",
+        ".py",
+    ]
 )
 
 

@@ -24,6 +24,7 @@ NAMES = [
     "Result",
     "__version__",
     "analyze",
+    "check_family",
     "find_mix",
     "import_recipe",
     "inspect",

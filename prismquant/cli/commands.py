@@ -13,6 +13,7 @@ import typer
 
 from prismquant.arguments import as_choice, as_path
 from prismquant.cli.analyze_command import analyze
+from prismquant.cli.arch_commands import archs
 from prismquant.cli.options import (
     AnalyzeOptions,
     AsJson,
@@ -45,6 +46,7 @@ app = typer.Typer(
     help="Quantize vision-language models after training, and prove what was lost.",
 )
 app.command()(takes(AnalyzeOptions)(analyze))
+app.add_typer(archs, name="arch")
 app.add_typer(recipes, name="recipe")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-_COPIED = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"}
+_COPIED = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".toml", ".py"}
 
 
 def files_to_copy(folder: Path) -> Iterator[Path]:

@@ -35,11 +35,15 @@ from prismquant.models.arch import (
     VllmNames,
 )
 from prismquant.models.strict_table import StrictTable
+from prismquant.opening import read_bounded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_FOLDER = Path(__file__).parent / "archs"
+PACKAGED = Path(__file__).parent / "archs"
+# An architecture file in a checkpoint's folder: a family that the package does not know.
+BESIDE = "prismquant_arch.toml"
+_MAX_BYTES = 1 << 20
 _E = TypeVar("_E", bound=StrEnum)
 
 
@@ -50,16 +54,16 @@ def known_archs() -> Mapping[str, ArchSpec]:
     Raises:
         ModelError: A file is malformed.
     """
-    return {path.stem: load_arch(path) for path in sorted(_FOLDER.glob("*.toml"))}
+    return {path.stem: load_arch(path) for path in sorted(PACKAGED.glob("*.toml"))}
 
 
 def load_arch(path: Path) -> ArchSpec:
     """Read one architecture file.
 
     Args:
-        path: A TOML file; its stem is the architecture's name. ``extends`` names a sibling file
-            whose keys, and those of the file that it extends, hold where this one does not set
-            them.
+        path: A TOML file; its stem is the architecture's name. ``extends`` names a sibling file, or
+            one of the package's, whose keys, and those of the file that it extends, hold where this
+            one does not set them.
 
     Raises:
         ModelError: The file is not TOML, has unknown, missing or mistyped keys, or contradicts
@@ -98,18 +102,56 @@ def _with_parents(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The keys of a file, and those of the files that it extends where it does not set them."""
     if path in below:
         raise ModelError("an architecture file extends itself", where=str(path))
-    data = _read_toml(path)
+    data = read_toml(path)
     parent = data.pop("extends", None)
     if parent is None:
         return data
-    return {**_with_parents(path.with_name(f"{parent}.toml"), (*below, path)), **data}
+    return {**_with_parents(extended_file(path, parent), (*below, path)), **data}
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def extended_file(path: Path, parent: Any) -> Path:
+    """The file that another extends: its sibling, or one of the package's.
+
+    Raises:
+        ModelError: No file can be called so.
+    """
+    if not isinstance(parent, str) or Path(parent).name != parent:
+        raise ModelError(
+            f"extends is {parent!r}, not the name of an architecture file",
+            where=str(path),
+            remedy="e.g. extends = 'llama'",
+        )
+    sibling = path.with_name(f"{parent}.toml")
+    return sibling if sibling.is_file() else PACKAGED / sibling.name
+
+
+def arch_beside(folder: Path) -> ArchSpec | None:
+    """The architecture that a checkpoint's folder brings along; None where it brings none.
+
+    Raises:
+        ModelError: As for :func:`load_arch`.
+    """
+    return load_arch(path) if (path := folder / BESIDE).is_file() else None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The keys of an architecture file alone.
+
+    Raises:
+        ModelError: It cannot be read, or is not TOML.
+    """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_bounded(path, _MAX_BYTES).decode("utf-8"))
     except FileNotFoundError as error:
-        raise ModelError(f"there is no architecture file {path.name}", where=str(path)) from error
+        known = ", ".join(sorted(item.stem for item in PACKAGED.glob("*.toml")))
+        raise ModelError(
+            f"there is no architecture file {path.name}",
+            where=str(path),
+            remedy=f"the package has {known}",
+        ) from error
+    except OSError as error:
+        said = error.strerror or error
+        raise ModelError(f"it cannot be read: {said}", where=str(path)) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"not a TOML file: {error}", where=str(path)) from error
 

@@ -26,6 +26,7 @@ from prismquant.models.arch import (
     SiteKind,
     Tower,
 )
+from prismquant.models.arch_files import BESIDE
 from prismquant.models.bind_edges import bind_edges
 from prismquant.models.bind_streams import bind_streams
 from prismquant.models.bound import BoundModel, BoundSite, BoundStep
@@ -97,7 +98,7 @@ def bind(
     streams = bind_streams(arch, modules, edges, probe, misfits)
     misfits.add_all(config_findings(config.get_text_config(), modules))
     unused = [f"config.json: {key} is not used" for key in unused_keys(arch, folder, config)]
-    notes = [*unused, *index_notes(folder, infos)]
+    notes = [*_described_beside(arch), *unused, *index_notes(folder, infos)]
     if says_tied and not tied:
         notes.append(
             f"config.json ties the head to the embeddings, but {names.to_disk(head_weight)} is "
@@ -129,6 +130,11 @@ def bind(
         has_weights=bool(infos),
         notes=tuple(notes),
     )
+
+
+def _described_beside(arch: ArchSpec) -> list[str]:
+    """A line for the user where no file of the package describes the model."""
+    return [f"{BESIDE} in the model's folder describes it"] * (arch.name == Path(BESIDE).stem)
 
 
 def _bind_steps(

@@ -29,7 +29,7 @@ def broken(tmp_path: Path):
     """``broken(name, old, new)`` loads a copy of an architecture file with one text replaced."""
 
     def load(name: str, old: str, new: str) -> None:
-        for path in arch_files._FOLDER.glob("*.toml"):
+        for path in arch_files.PACKAGED.glob("*.toml"):
             shutil.copy(path, tmp_path / path.name)
         target = tmp_path / f"{name}.toml"
         text = target.read_text()

@@ -1,0 +1,232 @@
+"""An architecture file, tried on a small model of the family that it describes.
+
+The file claims what the layers of a model are, in which order they run, between which of them scale
+can move, and what can be rotated. A wrong claim is worse than an error: calibration would see other
+activations than the model, or a transform would change the model before anything is rounded. So
+each is tried: the model's own configuration is shrunk to two narrow blocks of each kind, filled
+with random weights, and run. That takes seconds for a model of any size, and reads no weights.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prismquant.arguments import as_path
+from prismquant.data.batches import Batch, make_batches
+from prismquant.errors import ModelError, brief
+from prismquant.families.family_claims import FamilyCheck, FamilyClaim
+from prismquant.families.specimen import KINDS, write_samples, write_specimen
+from prismquant.families.specimen_run import SpecimenRun
+from prismquant.families.tried_replay import replay_claims
+from prismquant.families.tried_rotations import rotation_claims
+from prismquant.families.tried_scales import edge_claims
+from prismquant.memory import memory_error
+from prismquant.models.arch import ArchSpec
+from prismquant.models.arch_files import (
+    BESIDE,
+    PACKAGED,
+    extended_file,
+    load_arch,
+    read_toml,
+)
+from prismquant.models.bind import bind
+from prismquant.models.bound import BoundModel
+from prismquant.models.config import identify, native_config, read_config
+from prismquant.models.float_model import load_float
+from prismquant.models.processor import load_processor
+
+__all__ = ["check_family"]
+
+_SAMPLES = 3
+# Of files that a model's configuration and its processor are made of.
+_SMALL = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+
+
+def check_family(model: Path | str, arch_file: Path | str | None = None) -> FamilyCheck:
+    """Try every claim of an architecture file on a small model with a given configuration.
+
+    Args:
+        model: Folder of a checkpoint: its config.json, and the files of its processor. Shards need
+            not be there.
+        arch_file: An architecture file; None: the one that describes this ``model_type``.
+
+    Raises:
+        ModelError: No file describes the model, the file is malformed or does not fit the model, or
+            transformers cannot build a small one.
+        DataError: The processor cannot be loaded.
+    """
+    folder = as_path(model, "model")
+    file = None if arch_file is None else as_path(arch_file, "arch")
+    with tempfile.TemporaryDirectory() as work:
+        described = folder
+        if file is not None:
+            _require_type(load_arch(file), folder, file)
+            described = _with_arch(folder, file, Path(work) / "described")
+        arch = identify(described)
+        config = native_config(arch, described)
+        specimen = write_specimen(config, arch, Path(work) / "specimen")
+        notes = tuple(_bring_arch(described, specimen, arch))
+        bound = _bound(specimen, file or Path(f"{arch.name}.toml"))
+        batches = _batches(bound, load_processor(described), Path(work) / "samples")
+        run, refused = _run(bound, batches)
+        claims = (
+            *_parameter_claims(bound),
+            *_pattern_claims(bound),
+            *replay_claims(run, refused),
+            *edge_claims(run),
+            *rotation_claims(run),
+        )
+    blocks = Counter(str(step.modality) for step in bound.steps if step.kind == "block")
+    return FamilyCheck(arch.name, arch.title, dict(blocks), claims, notes)
+
+
+def _require_type(arch: ArchSpec, folder: Path, file: Path) -> None:
+    model_type = read_config(folder).get("model_type")
+    if model_type not in arch.model_types:
+        raise ModelError(
+            f"{file.name} describes {', '.join(arch.model_types)}, but the checkpoint's model_type "
+            f"is {model_type!r}",
+            where=str(file),
+            remedy="add it to model_types, or give another file",
+        )
+
+
+def _bound(specimen: Path, file: Path) -> BoundModel:
+    """The small model, bound to the architecture file.
+
+    Raises:
+        ModelError: The file does not fit it, whose author can correct that.
+    """
+    try:
+        return bind(specimen)
+    except ModelError as error:
+        raise ModelError(
+            str(error.what).replace("the checkpoint does not fit", "the file does not fit"),
+            where=str(file),
+            remedy="correct the file: every path, site and edge must be as the model has it",
+            findings=error.findings,
+        ) from error
+
+
+def _with_arch(folder: Path, file: Path, copy: Path) -> Path:
+    """A copy of what is small in a model's folder, with an architecture file beside it."""
+    copy.mkdir()
+    for item in folder.iterdir():
+        if item.suffix in _SMALL and item.is_file():
+            shutil.copyfile(item, copy / item.name)
+    _copy_arch(file, copy)
+    return copy
+
+
+def _copy_arch(path: Path, folder: Path) -> None:
+    """Put an architecture file, and those of its folder that it extends, beside a checkpoint."""
+    name, source = BESIDE, path
+    while source.parent != PACKAGED:
+        shutil.copyfile(source, folder / name)
+        parent = read_toml(source).get("extends")
+        if parent is None:
+            return
+        source = extended_file(source, parent)
+        name = source.name
+
+
+def _bring_arch(described: Path, specimen: Path, arch: ArchSpec) -> Iterator[str]:
+    """Put the architecture file beside the small model too; notes on what is not tried of it."""
+    if (described / BESIDE).is_file():
+        _copy_arch(described / BESIDE, specimen)
+    written = identify(specimen)
+    if written.name != arch.name:
+        yield (
+            f"the small model is a {written.title} as transformers writes it: what {arch.name} "
+            "calls tensors and settings is not tried"
+        )
+    elif len(arch.layouts) > 1:
+        yield "names of tensors are tried as transformers writes them, no other layout"
+
+
+def _batches(bound: BoundModel, processor: Any, work: Path) -> dict[str, Batch]:
+    """A batch of each kind of sample, and one of all kinds together."""
+    groups = bound.arch.input_groups
+    seen = {"video" if "video" in group[0] else "image" for group in groups}
+    kinds = [kind for kind in KINDS if kind == "text" or kind in seen]
+    found = {}
+    for names in dict.fromkeys([*((kind,) for kind in kinds), tuple(kinds)]):
+        called = " and ".join(names)
+        samples = write_samples(work / called, names, _SAMPLES)
+        [found[called]] = make_batches(
+            samples,
+            processor,
+            batch_size=_SAMPLES,
+            vision_token_ids=bound.vision_token_ids,
+        )
+    return found
+
+
+def _run(bound: BoundModel, batches: Mapping[str, Batch]) -> tuple[SpecimenRun, dict[str, str]]:
+    """The model, having seen the batches that it takes; and why it does not take the others."""
+    model = load_float(bound.folder, torch.float32)
+    taken, refused = {}, {}
+    for kind, batch in batches.items():
+        if (said := _refusal(model, batch)) is None:
+            taken[kind] = batch
+        else:
+            refused[kind] = said
+    if not taken:
+        raise ModelError(
+            f"the model's own code runs no sample of any kind: {next(iter(refused.values()))}",
+            where=bound.arch.title,
+            remedy="try transformers' own example of the model in this environment",
+        )
+    return SpecimenRun.of(bound, model, taken), refused
+
+
+def _refusal(model: nn.Module, batch: Batch) -> str | None:
+    """Objection of the model's own code to a batch; None where it runs."""
+    try:
+        with torch.no_grad():
+            model(**batch.inputs, use_cache=False)
+    # Third-party code, over inputs of third-party code.
+    except Exception as error:
+        if memory_error(error) is not None:
+            raise
+        return brief(error)
+    return None
+
+
+def _parameter_claims(bound: BoundModel) -> Iterator[FamilyClaim]:
+    """That every matrix has a place, which binding has seen."""
+    roles = Counter(f"{site.modality} {site.role}" for site in bound.sites)
+    said = ", ".join(f"{role} ({count})" for role, count in roles.items())
+    yield FamilyClaim("every matrix is a layer or left alone", True, f"layers: {said}")
+    reasons = dict.fromkeys(one.reason for one in bound.left_alone)
+    for reason in reasons:
+        names = [one.name for one in bound.left_alone if one.reason == reason]
+        yield FamilyClaim("left alone", True, f"{', '.join(names)}: {reason}")
+
+
+def _pattern_claims(bound: BoundModel) -> Iterator[FamilyClaim]:
+    """That every pattern of the file means something."""
+    owners = {name.rpartition(".")[0] for name in bound.shapes}
+    gguf = bound.arch.gguf
+    patterns = {
+        "left_alone": list(bound.arch.left_alone),
+        "gguf.tensors": [] if gguf is None else list(gguf.tensors),
+    }
+    for table, names in patterns.items():
+        idle = [name for name in names if not _matched(name, (*owners, *bound.shapes))]
+        if names:
+            said = f"these match nothing: {', '.join(idle)}" if idle else f"{len(names)} patterns"
+            yield FamilyClaim(f"patterns of {table} match something", not idle, said)
+
+
+def _matched(pattern: str, names: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names)

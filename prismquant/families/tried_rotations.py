@@ -1,0 +1,74 @@
+"""Rotations of a model's towers, which must not change what it computes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import nn
+
+from prismquant.algorithms.rotation import RotatedTower, Rotation
+from prismquant.errors import PrismQuantError
+from prismquant.families.family_claims import FamilyClaim
+from prismquant.families.specimen_run import TOLERANCE, SpecimenRun
+from prismquant.models.arch import EdgeKind
+from prismquant.models.bound import BoundModel
+from prismquant.models.load import empty_model, materialize
+from prismquant.models.rotated_reader import RotatedReader
+from prismquant.models.rotated_towers import edges_of, online_rotations, online_sites, untied
+from prismquant.runtime.input_rotation import rotate_inputs
+
+__all__ = ["rotation_claims"]
+
+_Part = Literal["residual", "values", "online"]
+_NAMES: dict[_Part, str] = {
+    "residual": "residual stream",
+    "values": "values",
+    "online": "inputs of the last MLP layers",
+}
+
+
+def rotation_claims(run: SpecimenRun) -> Iterator[FamilyClaim]:
+    """That the streams, values and last MLP inputs which the file describes can be rotated."""
+    bound = run.bound
+    for modality in dict.fromkeys(step.modality for step in bound.steps if step.kind == "block"):
+        parts: dict[_Part, bool] = {
+            "residual": any(stream.modality == modality for stream in bound.streams),
+            "values": any(edges_of(bound, EdgeKind.VALUE, modality)),
+            "online": any(online_sites(bound, _rotated(modality, "online"))),
+        }
+        for part, described in parts.items():
+            if described:
+                yield _claim(run, modality, part)
+
+
+def _rotated(modality: str, part: _Part) -> RotatedTower:
+    return RotatedTower(
+        modality,
+        Rotation(residual=part == "residual", values=part == "values", online=part == "online"),
+    )
+
+
+def _claim(run: SpecimenRun, modality: str, part: _Part) -> FamilyClaim:
+    what = f"the {modality} tower's {_NAMES[part]} can be rotated"
+    try:
+        apart = run.difference(_rotated_model(run.bound, _rotated(modality, part)))
+    except PrismQuantError as error:
+        return FamilyClaim(what, None, str(error.what))
+    return FamilyClaim(what, apart <= TOLERANCE, f"logits differ by {apart:.1e}")
+
+
+def _rotated_model(bound: BoundModel, tower: RotatedTower) -> nn.Module:
+    """The model as it is with one tower rotated."""
+    reader = RotatedReader(bound.folder, bound, [tower])
+    online = online_rotations(bound, [tower])
+    config = copy.deepcopy(bound.config)
+    if untied(bound, [tower]):
+        config.tie_word_embeddings = False
+    model = empty_model(config, bound.arch)
+    materialize(model, "", reader, bound.names, "cpu", torch.float32)
+    for name, rotation in online.items():
+        rotate_inputs(model, name, rotation.block, rotation.signs)
+    return model

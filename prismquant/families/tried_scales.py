@@ -1,0 +1,51 @@
+"""Random scales moved along the smooth edges of a model, which must not change what it computes."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+
+from prismquant.engine.smoothing import move_scale
+from prismquant.families.family_claims import FamilyClaim
+from prismquant.families.specimen_run import TOLERANCE, SpecimenRun
+from prismquant.models.bound import BoundEdge
+
+__all__ = ["edge_claims"]
+
+_LARGEST_SCALE = 4.0
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+def edge_claims(run: SpecimenRun) -> Iterator[FamilyClaim]:
+    """That a scale which leaves a producer arrives at all its consumers, for each smooth edge.
+
+    Equal edges of several blocks are one claim; the worst of them decides. An edge through which
+    nothing passes on the way to the logits says nothing, so the producer is also scaled alone: that
+    must change them.
+    """
+    named: defaultdict[str, list[BoundEdge]] = defaultdict(list)
+    for edge in run.bound.edges:
+        what = f"scale moves from {edge.source} to {', '.join(edge.consumers)}"
+        named[_NUMBER.sub("*", what)].append(edge)
+    for what, edges in named.items():
+        moved, alone = zip(*(_moved(run, edge) for edge in edges), strict=True)
+        if min(alone) <= TOLERANCE:
+            yield FamilyClaim(what, None, "nothing of the samples passes it")
+        else:
+            said = f"logits differ by {max(moved):.1e}; by {min(alone):.1e} with half of it"
+            yield FamilyClaim(what, max(moved) <= TOLERANCE, said)
+
+
+def _moved(run: SpecimenRun, edge: BoundEdge) -> tuple[float, float]:
+    """Change of the logits by a scale that moves, and by one that leaves and does not arrive."""
+    draw = torch.Generator().manual_seed(edge.step)
+    exponent = 2 * torch.rand(edge.size, generator=draw) - 1
+    scale = _LARGEST_SCALE**exponent
+    with run.restored([edge.source, *edge.consumers]):
+        with run.restored(edge.consumers):
+            move_scale(run.model, edge, scale, torch.float32)
+            moved = run.difference()
+        return moved, run.difference()

@@ -1,0 +1,203 @@
+"""An architecture file, tried on a small model: right ones hold, wrong ones are told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import tiny_text
+import torch
+from typer.testing import CliRunner
+
+import prismquant as pq
+from prismquant.cli import app
+from prismquant.engine.streamed_model import StreamedModel
+from prismquant.errors import ModelError
+from prismquant.families.check_family import check_family
+from prismquant.families.specimen_run import TOLERANCE
+from prismquant.models import arch_files
+from prismquant.models.arch_files import BESIDE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from prismquant.families.family_claims import FamilyCheck
+
+ARCHS = Path(arch_files.__file__).parent / "archs"
+UP_EDGE = {'producer = "mlp.up_proj"': 'producer = "mlp.gate_proj"'}
+WRONG = UP_EDGE | {
+    '    "model.visual.merger.mlp.2",\n': "",
+    '"lm_head" = "OUTPUT"': '"head" = "OUTPUT"',
+}
+
+
+def without_weights(folder: Path, out: Path) -> Path:
+    """A model's folder as it is before its weights have come."""
+    return shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.safetensors"))
+
+
+def altered(family: str, folder: Path, passages: dict[str, str]) -> Path:
+    """The package's file of a family with some passages replaced."""
+    text = (ARCHS / f"{family}.toml").read_text(encoding="utf-8")
+    for old, new in passages.items():
+        assert old in text
+        text = text.replace(old, new, 1)
+    path = folder / f"{family}.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def wrong(check: FamilyCheck) -> list[str]:
+    return [claim.what for claim in check.claims if claim.holds is False]
+
+
+# --------------------------------------------------------------------- files that are right
+
+
+def test_all_claims_hold_for_pictures_clips_and_texts(
+    tiny_folder: Path, family: str, tmp_path: Path
+) -> None:
+    found = check_family(without_weights(tiny_folder, tmp_path / "model"))
+    assert (found.arch, wrong(found)) == (family, [])
+    assert found.sound
+    tried = [claim.what for claim in found.claims if claim.holds]
+    for kind in ("text", "image", "video", "text and image and video"):
+        assert f"units are run as by the model itself: {kind}" in tried
+    for tower in ("vision", "llm"):
+        assert f"the {tower} tower's values can be rotated" in tried
+        assert f"the {tower} tower's residual stream can be rotated" in tried
+    assert sum("scale moves" in what for what in tried) >= 6
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text"])
+def test_all_claims_hold_for_text_alone(
+    family: str, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Of Gemma: scaled embeddings, windows, bounded logits, and norms that no scale moves into."""
+    assert family in tiny_text.FAMILIES
+    found = check_family(without_weights(tiny(family, tie=family != "llama"), tmp_path / "model"))
+    assert wrong(found) == []
+    assert [claim.what for claim in found.claims if claim.holds is None] == []
+    norms = [claim for claim in found.claims if "input_layernorm" in claim.what]
+    assert bool(norms) == (family == "llama")
+
+
+def test_a_remote_layout_is_tried_as_transformers_writes_it(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = without_weights(tiny("video_llama_3", layout="remote"), tmp_path / "model")
+    found = check_family(folder)
+    assert found.sound
+    assert "what video_llama_3_remote calls tensors and settings is not tried" in found.notes[0]
+
+
+# --------------------------------------------------------------------- files that are wrong
+
+
+def test_wrong_claims_are_told(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """An edge that starts at the wrong layer, a stream without a writer, a name of nothing."""
+    found = check_family(tiny("qwen2_vl"), altered("qwen2_vl", tmp_path, WRONG))
+    assert not found.sound
+    blocks = "model.language_model.layers.*.mlp"
+    assert wrong(found) == [
+        "patterns of gguf.tensors match something",
+        f"scale moves from {blocks}.gate_proj to {blocks}.down_proj",
+        "the llm tower's residual stream can be rotated",
+        "the llm tower's inputs of the last MLP layers can be rotated",
+    ]
+
+
+def test_units_that_see_something_else_are_told(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that looks up embeddings by itself forgets that this model scales them."""
+
+    def raw(self: StreamedModel) -> Any:
+        name = f"{self.bound.arch.embeddings}.weight"
+        table = self._reader.read(self.bound.names.to_disk(name))
+        return lambda ids: torch.nn.functional.embedding(ids, table)
+
+    monkeypatch.setattr(StreamedModel, "embedding", raw)
+    found = check_family(tiny("gemma2"))
+    assert wrong(found) == ["units are run as by the model itself: text"]
+    assert TOLERANCE < 0.01
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ('path = "mlp.down_proj"', 'path = "mlp.down"', "'mlp.down_proj', which is no site"),
+        ('path = "attn.proj"\nstage = 1', 'path = "attn.proj"\nstage = "1"', "a whole number"),
+        ('["qwen2_vl"]', '["other"]', "describes other, but the checkpoint's model_type"),
+        ('modality = "vision"', 'modality = "vision', "not a TOML file"),
+        (
+            'entry = "model.visual.patch_embed"',
+            'entry = "model.visual.patch"',
+            "does not fit Qwen2-VL",
+        ),
+    ],
+    ids=["path", "number", "type", "syntax", "module"],
+)
+def test_a_file_that_does_not_fit_is_an_error_with_its_name(
+    old: str, new: str, told: str, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    file = altered("qwen2_vl", tmp_path, {old: new})
+    with pytest.raises(ModelError, match=told) as error:
+        check_family(tiny("qwen2_vl"), file)
+    assert str(error.value.where) == str(file)
+
+
+# --------------------------------------------------------------------- a file beside the checkpoint
+
+
+def test_a_family_of_ones_own_is_a_file_beside_the_checkpoint(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """It is checked, quantizes, goes along with the result, and its result is loaded by it."""
+    folder = shutil.copytree(tiny("llama"), tmp_path / "model")
+    (folder / BESIDE).write_text('extends = "llama"\ntitle = "My own"\n', encoding="utf-8")
+    found = check_family(folder)
+    assert (found.sound, found.title) == (True, "My own")
+    recipe = {"version": 1, "rules": [{"weights": "int8-channel", "solver": "rtn"}]}
+    result = pq.quantize(folder, recipe, tmp_path / "out")
+    assert any(BESIDE in line for line in result.plan.remarks)
+    assert (tmp_path / "out" / BESIDE).read_bytes() == (folder / BESIDE).read_bytes()
+    pq.load(tmp_path / "out")
+
+
+def test_a_file_beside_another_model_is_an_error(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny("llama"), tmp_path / "model")
+    (folder / BESIDE).write_text('extends = "qwen2"\n', encoding="utf-8")
+    with pytest.raises(ModelError, match="describes qwen2, but the checkpoint's"):
+        pq.inspect(folder, "w4a16")
+
+
+def test_a_file_may_extend_one_of_its_own_folder(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text('extends = "llama"\ntitle = "Base"\n', encoding="utf-8")
+    (tmp_path / "mine.toml").write_text('extends = "base"\n', encoding="utf-8")
+    assert check_family(tiny("llama"), tmp_path / "mine.toml").title == "Base"
+    (tmp_path / "mine.toml").write_text('extends = "../base"\n', encoding="utf-8")
+    with pytest.raises(ModelError, match="not the name of an architecture file"):
+        check_family(tiny("llama"), tmp_path / "mine.toml")
+
+
+# --------------------------------------------------------------------------------- the command line
+
+
+def test_the_command_tells_by_its_exit_status(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    folder, call = str(tiny("llama")), CliRunner().invoke
+    good = call(app, ["arch", "check", folder, "--json"])
+    assert good.exit_code == 0
+    assert json.loads(good.stdout)["sound"] is True
+    file = altered("llama", tmp_path, UP_EDGE)
+    bad = call(app, ["arch", "check", folder, "--arch", str(file)])
+    assert bad.exit_code == 1
+    assert "claims are wrong" in bad.stdout
+
+
+def test_the_list_names_every_file() -> None:
+    listed = json.loads(CliRunner().invoke(app, ["arch", "list", "--json"]).stdout)
+    assert {one["name"] for one in listed} == {path.stem for path in ARCHS.glob("*.toml")}
