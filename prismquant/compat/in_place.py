@@ -6,9 +6,10 @@ and given the result. Until all is done nothing of it changes.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -26,7 +27,7 @@ from prismquant.data import Sample
 from prismquant.data.media import Limits
 from prismquant.distributed import Alone
 from prismquant.engine.setup import Reporter, Silent
-from prismquant.errors import DataError
+from prismquant.errors import ArgumentError, DataError, PrismQuantError, suggest
 from prismquant.memory import memory_told
 from prismquant.models.bind import bind
 from prismquant.plan.make_plan import make_plan
@@ -105,6 +106,10 @@ def quantize_in_place(job: Job) -> Plan:
         PrismQuantError: With what is wrong, where, and the remedy; the model is as it was.
     """
     live, options = job.live, job.options
+    for name in options.keys() - EngineOptions.__annotations__:
+        raise ArgumentError(
+            f"there is no option {name!r}", remedy=suggest(name, EngineOptions.__annotations__)
+        )
     recipe = adapted(
         job.imported.recipe,
         kv_cache=options.get("kv_cache"),
@@ -114,7 +119,7 @@ def quantize_in_place(job: Job) -> Plan:
     )
     tensors, collected = live.tensors(), _Collected()
     told = options.get("reporter") or collected
-    with tempfile.TemporaryDirectory(prefix="prismquant-") as place:
+    with tempfile.TemporaryDirectory(prefix="prismquant-") as place, _named_for_callers(place):
         source, out = Path(place) / "model", options.get("out")
         request = _request(job, recipe, source, told)
         if out is not None:
@@ -133,6 +138,18 @@ def quantize_in_place(job: Job) -> Plan:
     return result.plan
 
 
+@contextlib.contextmanager
+def _named_for_callers(place: str) -> Iterator[None]:
+    """Within the block, an error about the temporary folder is one about the model in memory."""
+    try:
+        yield
+    except PrismQuantError as error:
+        if error.where is not None and place in error.where:
+            inside = Path(error.where).name
+            error.where = f"the model in memory{f', {inside}' if '.' in inside else ''}"
+        raise
+
+
 def _request(job: Job, recipe: Recipe, source: Path, told: Reporter) -> Request:
     """The request to the engine, its arguments checked, still without samples."""
     options = job.options
@@ -142,7 +159,7 @@ def _request(job: Job, recipe: Recipe, source: Path, told: Reporter) -> Request:
         recipe=recipe,
         out=source.with_name("result"),
         calibration=None,
-        target=job.live.device if job.device is None else as_device(job.device),
+        target=job.live.device if job.device is None else _device(job.device),
         wanted=None if wanted is None else as_arithmetic(wanted),
         resume=False,
         trust_remote_code=False,
@@ -155,6 +172,19 @@ def _request(job: Job, recipe: Recipe, source: Path, told: Reporter) -> Request:
         translation=job.imported.translation,
         see=job.see,
     )
+
+
+def _device(dev: Any) -> torch.device:
+    """The device that a caller names.
+
+    Raises:
+        ArgumentError: It is none, or is not there.
+    """
+    try:
+        return as_device(dev)
+    except PrismQuantError as error:
+        remedy = "give another dev; None is where the model is"
+        raise ArgumentError(error.what, where="dev", remedy=remedy) from error
 
 
 def _samples(job: Job, plan: Plan, *, processed: bool) -> tuple[Sample, ...]:

@@ -17,8 +17,16 @@ from prompt_dataset import PromptDataset, questions_only
 import prismquant as pq
 from prismquant.compat import mquant
 from prismquant.compat.mquant.families import QWEN2_VL, VIDEOLLAMA3, Family
-from prismquant.errors import DataError, ModelError, NumericsError, RecipeError
+from prismquant.errors import (
+    ArgumentError,
+    DataError,
+    ModelError,
+    NumericsError,
+    PlanError,
+    RecipeError,
+)
 from prismquant.models.attention import hooked
+from prismquant.models.config import import_transformers
 from prismquant.runtime.linear import QuantLinear
 
 if TYPE_CHECKING:
@@ -189,25 +197,39 @@ def test_wishes_beside_the_flags_reach_the_engine(setting: Setting, tmp_path: Pa
 # Against MQuant's formulas
 
 
-def test_rounding_and_quantizers_are_those_of_the_formulas(setting: Setting) -> None:
+def theirs(weight: torch.Tensor, *, asym: bool) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    """Scale, zero point, least and highest code of each row, by MQuant's formulas."""
+    low = weight.amin(1, keepdim=True).clamp(max=0)
+    high = weight.amax(1, keepdim=True).clamp(min=0)
+    if not asym:
+        scale = torch.maximum(-low, high) / 7
+        return scale, torch.zeros_like(scale), -8, 7
+    scale = (high - low) / 15
+    return scale, (-low / scale).round(), 0, 15
+
+
+@pytest.mark.parametrize("flags", ["", "--w_asym"])
+def test_rounding_and_quantizers_are_those_of_the_formulas(setting: Setting, flags: str) -> None:
     """Weights that the caller has changed in memory count."""
     wrapper = setting.wrapper()
     changed = wrapper.model.model.language_model.layers[0].mlp.down_proj.weight
     with torch.no_grad():
         changed.mul_(1.5)
     before = {name: tensor.clone() for name, tensor in wrapper.model.state_dict().items()}
-    args = namespace("--quant_llm --llm_w_rtn --llm_w_bits 4 --llm_a_bits 16")
+    args = namespace(f"--quant_llm --llm_w_rtn --llm_w_bits 4 --llm_a_bits 16 {flags}")
     quantizers = setting.plus(wrapper, args)
     assert len(quantizers) == 14
     for key, quantizer in quantizers.items():
         name = key.removesuffix(".module").replace("model.model.", "model.language_model.", 1)
         weight = before[f"{name}.weight"].double()
-        scale = weight.abs().amax(1, keepdim=True) / 7
-        assert (quantizer.bits, quantizer.sym, int(quantizer.maxq)) == (4, True, 7)
-        assert torch.equal(quantizer.scale, scale.float())
-        assert not quantizer.zero.any()
-        codes = (weight / quantizer.scale.double()).round().clamp(-8, 7)
-        values = (codes * quantizer.scale.double()).float()
+        scale, zero, low, high = theirs(weight.float(), asym=bool(flags))
+        assert (quantizer.bits, quantizer.sym) == (4, not flags)
+        assert int(quantizer.maxq) == high
+        assert torch.equal(quantizer.scale, scale)
+        assert torch.equal(quantizer.zero, zero)
+        scale = quantizer.scale.double()
+        codes = ((weight / scale).round() + zero).clamp(low, high)
+        values = ((codes - zero) * scale).float()
         assert torch.equal(wrapper.model.state_dict()[f"{name}.weight"], values)
     untouched = [n for n in before if ".language_model.layers." not in n]
     assert all(torch.equal(wrapper.model.state_dict()[n], before[n]) for n in untouched)
@@ -325,6 +347,49 @@ def test_a_part_says_that_inputs_stay_and_refuses_rotations(setting: Setting) ->
         llm(wrapper.model, None, SimpleNamespace(rotate=True, rotate_llm=True), {})
 
 
+# Models as callers load them
+
+
+def test_a_model_of_transformers_still_generates(setting: Setting) -> None:
+    transformers = import_transformers()
+    kind = getattr(transformers, setting.family.hf_class)
+    model = kind.from_pretrained(setting.folder, dtype=torch.bfloat16)
+    processor = transformers.AutoProcessor.from_pretrained(setting.folder)
+    args = namespace(
+        f"{setting.words('--visual_static --llm_static --act_order --rotate --rotate_llm')} "
+        "--rotate_visual_clip --online_llm_hadamard --online_visual_hadamard --visual_split"
+    )
+    wrapper = SimpleNamespace(model=model, processor=processor)
+    setting.plus(wrapper, args, kv_cache="fp8", dtype="float32")
+    inputs = {
+        name: tensor.bfloat16() if tensor.is_floating_point() else tensor
+        for name, tensor in tiny_vlm.encode(processor, setting.file)[0].items()
+    }
+    length = inputs["input_ids"].shape[1]
+    with torch.no_grad():
+        found = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert length < found.shape[1] <= length + 3
+
+
+def test_a_model_from_a_checkpoint_of_the_original_layout(
+    tiny: Callable[..., Path], setting: Setting
+) -> None:
+    model, processor = pq.load(tiny("video_llama_3", layout="remote"))
+    wrapper = SimpleNamespace(model=model, processor=processor)
+    quantizers = mquant.gptq_videollama3_fwrd_visual_projector(
+        wrapper, setting.dataset, None, None, {}, {}
+    )
+    assert list(quantizers) == ["model.mm_projector.readout.0", "model.mm_projector.readout.2"]
+
+
+def test_a_bare_model_takes_the_processor_of_its_folder(setting: Setting) -> None:
+    wrapper, bare = setting.wrapper(), setting.wrapper().model
+    args = namespace("--quant_llm --llm_a_bits 16")
+    assert setting.plus(bare, args).keys() == setting.plus(wrapper, args).keys()
+    for name, tensor in wrapper.model.state_dict().items():
+        assert torch.equal(bare.state_dict()[name], tensor), name
+
+
 # What stays, and what is taken out again
 
 
@@ -385,6 +450,42 @@ def test_the_other_familys_connector_is_told_this_ones(setting: Setting) -> None
     assert f"set {setting.family.connector} = True" in str(found.value.remedy)
 
 
+def test_options_devices_and_memory_are_checked(setting: Setting) -> None:
+    args = {"quant_llm": True, "llm_w_rtn": True}
+    with pytest.raises(ArgumentError, match="no option 'batchsize'") as found:
+        setting.plus(setting.wrapper(), args, batchsize=2)
+    assert "did you mean 'batch_size'" in str(found.value.remedy)
+    with pytest.raises(ArgumentError) as refused:
+        PLUS[setting.name](setting.wrapper(), None, "cuda:99", None, args)
+    assert (refused.value.where, refused.value.remedy) == (
+        "dev",
+        "give another dev; None is where the model is",
+    )
+    with pytest.raises(PlanError) as misfit:
+        setting.plus(setting.wrapper(), args | {"llm_w_bits": 16})
+    assert misfit.value.where == "the model in memory"
+    wrapper = setting.wrapper()
+    wrapper.model.model.language_model.layers[0].to("meta")
+    with pytest.raises(ModelError, match="it was offloaded"):
+        setting.plus(wrapper, args)
+
+
+def test_names_that_are_skipped_are_those_within_wrappers(setting: Setting) -> None:
+    skip = {"skip_names": ["mlp.down_proj.module"], "quant_llm": True, "llm_w_rtn": True}
+    keys = setting.plus(setting.wrapper(), skip)
+    assert len(keys) == 12
+    assert not any("down_proj" in key for key in keys)
+
+
+def test_bits_of_inputs_that_are_not_given_are_told(setting: Setting) -> None:
+    args = {"quant_llm": True, "llm_w_rtn": True}
+    with pytest.warns(mquant.CompatWarning, match="llm_a_bits: not given, so 8"):
+        setting.plus(setting.wrapper(), args)
+    with pytest.warns(mquant.CompatWarning) as found:
+        setting.plus(setting.wrapper(), args | {"llm_a_bits": 8})
+    assert "not given" not in str(found[0].message)
+
+
 def test_a_model_without_head_and_wrapped_layers_are_refused(setting: Setting) -> None:
     wrapper = setting.wrapper()
     with pytest.raises(ModelError, match="takes a whole model"):
@@ -408,8 +509,9 @@ def test_calibration_needs_a_processor_and_a_dataset(setting: Setting) -> None:
 
 
 def test_nothing_to_quantize_and_contradictions_are_told(setting: Setting) -> None:
-    with pytest.raises(RecipeError, match="nothing would be quantized"):
-        setting.plus(setting.wrapper(), SimpleNamespace())
+    for nothing in (None, SimpleNamespace(), {"llm_w_bits": 8}):
+        with pytest.raises(RecipeError, match="asks for no part of the model"):
+            setting.plus(setting.wrapper(), nothing)
     args = SimpleNamespace(quant_llm=True, llm_static=True, a_asym=True)
     with pytest.warns(mquant.CompatWarning, match="a_asym: true .*symmetric") as found:
         setting.plus(setting.wrapper(), args)

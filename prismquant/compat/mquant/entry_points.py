@@ -10,9 +10,9 @@ from typing import Any
 from prismquant.compat.in_place import EngineOptions, Job, quantize_in_place
 from prismquant.compat.live_model import LiveModel, model_in
 from prismquant.compat.mquant.families import FAMILIES, Family
-from prismquant.compat.mquant.namespaces import flags_of, read_namespace
+from prismquant.compat.mquant.namespaces import flags_of, has_flag, read_namespace
 from prismquant.compat.mquant.prompts import samples_of_prompts
-from prismquant.compat.mquant.weight_quantizers import WeightQuantizer, by_key, keep_quantizer
+from prismquant.compat.mquant.weight_quantizers import WeightQuantizer, by_key
 from prismquant.data import Sample
 from prismquant.errors import ModelError, RecipeError
 from prismquant.formats.quantized_layer import QuantizedLayer
@@ -80,7 +80,9 @@ def quantize_all(family: Family, call: FunctionCall) -> dict[str, WeightQuantize
     """
     live = _find(family, call.model, family.entry)
     imported = read_namespace(call.args, family, {"quant": True})
-    return _quantized(family, call, live, imported)
+    missing = [name for name in _input_bits(family, call.args) if not has_flag(call.args, name)]
+    remark = f"{', '.join(missing)}: not given, so 8 as in MQuant's driver: inputs are quantized"
+    return _quantized(family, call, live, imported, (remark,) * bool(missing))
 
 
 def quantize_part(
@@ -131,6 +133,13 @@ def quantize_part(
     return dict(quantizers) if not isinstance(quantizers, dict) else quantizers
 
 
+def _input_bits(family: Family, args: Any) -> list[str]:
+    """Names of the flags that say in how many bits inputs are, of the parts that are quantized."""
+    flags = flags_of(args)
+    visual = flags.get("quant_visual_clip") or flags.get(family.connector)
+    return ["visual_a_bits"] * bool(visual) + ["llm_a_bits"] * bool(flags.get("quant_llm"))
+
+
 def _quantized(
     family: Family,
     call: FunctionCall,
@@ -143,7 +152,7 @@ def _quantized(
 
     def see(layers: Sequence[QuantizedLayer]) -> None:
         for layer in layers:
-            found[layer.name] = keep_quantizer(layer, axes[f"{layer.name}.weight"])
+            found[layer.name] = WeightQuantizer.of(layer, axes[f"{layer.name}.weight"])
 
     def samples(count: int) -> tuple[Sample, ...]:
         return samples_of_prompts(call.dataset, call.dataset_name, live.holder, count)

@@ -13,6 +13,7 @@ from prismquant.recipe.importers.mquant_flags import FLAGS
 
 # The call itself names these.
 _NAMED = ("model_name", "name", "dataset_name")
+_ONLINE = ("online_visual_hadamard", "online_llm_hadamard")
 # Values that the drivers' parsers give to what nobody has asked for, where they are not off.
 _PARSED: Mapping[str, Any] = {
     "analysis_mode": "v1",
@@ -40,6 +41,12 @@ def flags_of(args: Any) -> dict[str, Any]:
     return {name: value for name, value in given.items() if not _is_default(name, value)}
 
 
+def has_flag(args: Any, name: str) -> bool:
+    """Whether a namespace says anything of a flag, be it the default."""
+    given = args.get(name) if isinstance(args, Mapping) else getattr(args, name, None)
+    return given is not None
+
+
 def read_namespace(args: Any, family: Family, forced: Mapping[str, Any]) -> Imported:
     """The recipe that a namespace asks for.
 
@@ -61,7 +68,16 @@ def read_namespace(args: Any, family: Family, forced: Mapping[str, Any]) -> Impo
             where=f"args.{other.connector}",
             remedy=f"set {family.connector} = True, and {other.connector} = False",
         )
-    return mquant.read(flags | dict(forced), "args")
+    asked = flags | dict(forced)
+    # An online rotation of a tower asks for the tower, too.
+    parts = ("quant_visual_clip", family.connector, "quant_llm")
+    if not any(asked.get(name) for name in (*parts, *_ONLINE)):
+        raise RecipeError(
+            f"args asks for no part of the model: {', '.join(parts)} are off",
+            where="args",
+            remedy=f"set args.{parts[-1]} = True, or those of the other parts",
+        )
+    return mquant.read(asked, "args")
 
 
 def _is_default(name: str, value: Any) -> bool:

@@ -45,13 +45,19 @@ class WeightQuantizer:
     group_index: Tensor | None = None
 
     @classmethod
-    def of(cls, weight: QuantizedTensor, axes: int) -> WeightQuantizer:
-        """The quantizer of a weight in codes.
+    def of(cls, layer: QuantizedLayer, axes: int) -> WeightQuantizer:
+        """The quantizer of a layer that was just solved.
 
         Args:
-            weight: The weight as a matrix.
-            axes: Of the module's weight.
+            layer: The layer.
+            axes: Number of axes of its module's weight.
+
+        Raises:
+            FormatError: Its codes are not at hand.
         """
+        weight = layer.weight
+        if not isinstance(weight, QuantizedTensor):
+            raise FormatError("the layer's codes are not at hand", where=layer.name)
         spec = weight.spec
         scale = weight.scale.detach().cpu().float()
         zero = torch.zeros_like(scale)
@@ -71,17 +77,6 @@ class WeightQuantizer:
             maxq=torch.tensor(most),
             group_index=None if weight.group_index is None else weight.group_index.cpu(),
         )
-
-
-def keep_quantizer(layer: QuantizedLayer, axes: int) -> WeightQuantizer:
-    """The quantizer of a layer that was just solved.
-
-    Raises:
-        FormatError: Its codes are not at hand.
-    """
-    if not isinstance(layer.weight, QuantizedTensor):
-        raise FormatError("the layer's codes are not at hand", where=layer.name)
-    return WeightQuantizer.of(layer.weight, axes)
 
 
 def by_key(

@@ -128,7 +128,8 @@ def read(content: Any, source: str) -> Imported:
     if len(skipped) > MAX_EXPRESSIONS:
         section.wrong("skip_names", f"{len(skipped)} parts of names, more than {MAX_EXPRESSIONS}")
         skipped = ()
-    for name in skipped:
+    # There layers are wrapped, and go by the name of what is in the wrapper.
+    for name in (re.sub(r"\.(module|L2)$", "", part) for part in skipped):
         skip = {"match": {"name": f"re:.*{re.escape(name)}.*"}, "skip": True, "optional": True}
         section.honoured("skip_names", f"skip: true, name: re:.*{re.escape(name)}.*")
         rules.append(skip)
