@@ -12,8 +12,9 @@ for ``W + a * P`` the error on tokens that were not used for ``P`` is a parabola
 
     g(a) = a^2 <P H', P> - 2 a <W D', P>,   D = sum (f - u) u^T,   H = sum u u^T
 
-with the held-out moments ``D'`` and ``H'``, so the best strength of each layer, and the best of
-several dampings, are found in closed form. No pass over the data is needed beyond the moments'.
+with the held-out moments ``D'`` and ``H'``, so the best strength of each layer for
+a damping is found in closed form, and of several dampings the best is taken. No pass over the data
+is needed beyond the moments'.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ class Correction:
             # One call alone: nothing to test on, so the careful end of each range.
             damping = _DAMPINGS[-1] if damping is None else damping
             strengths = [0.5 if strength is None else strength] * len(weights)
-        step = _step(drift, joined, damping, (0, 1))
+        step = _Regression(drift, joined, (0, 1)).step(damping)
         parts = step.split([len(weight) for weight in weights])
         corrected = tuple(
             weight + strength * part
@@ -120,9 +121,11 @@ def _choose(
     """The damping, and each layer's strength, that do best on the held-out part."""
     moment = drift.moments[1].result() * drift.moments[1].count
     wanted = joined @ drift.drifts[1]
-    best: tuple[float, float, list[float]] | None = None
-    for damping in _DAMPINGS if how.damping is None else (how.damping,):
-        step = _step(drift, joined, damping, (0,))
+    fitted = _Regression(drift, joined, (0,))
+
+    def on_held_out(damping: float) -> tuple[float, list[float]]:
+        """Say what is lost there beyond what no correction loses, and the strengths."""
+        step = fitted.step(damping)
         gains = (wanted * step).sum(1, dtype=torch.float64).split(list(rows))
         costs = ((step @ moment) * step).sum(1, dtype=torch.float64).split(list(rows))
         strengths, total = [], 0.0
@@ -131,40 +134,67 @@ def _choose(
             free = min(max(g / c, 0.0), 1.0) if c > 0 else 0.0
             strengths.append(free if how.strength is None else how.strength)
             total += strengths[-1] ** 2 * c - 2 * strengths[-1] * g
-        if best is None or total < best[0]:
-            best = (total, damping, strengths)
-    if best is None:  # the tuple of dampings is never empty
-        raise NumericsError("no damping was tried", where=drift.name)
-    return best[1], best[2]
+        return total, strengths
+
+    if how.damping is not None or fitted.is_nothing:
+        damping = _DAMPINGS[0] if how.damping is None else how.damping
+        return damping, on_held_out(damping)[1]
+    # Over the dampings the loss falls and rises once: what comes after a rise need not be tried.
+    best = (_DAMPINGS[-1], *on_held_out(_DAMPINGS[-1]))
+    for damping in reversed(_DAMPINGS[:-1]):
+        total, strengths = on_held_out(damping)
+        if total > best[1]:
+            break
+        best = (damping, total, strengths)
+    return best[0], best[2]
 
 
-def _step(drift: Drift, weights: Tensor, damping: float, parts: Sequence[int]) -> Tensor:
-    """``W D (H + damping)^-1`` of some of the parts, float32 ``[out, in]``."""
-    moment = sum(
-        (
-            drift.moments[p].result().double() * drift.moments[p].count
-            for p in parts
-            if drift.moments[p].count > 0
-        ),
-        torch.zeros((), dtype=torch.float64, device=weights.device),
-    )
-    moved = sum(
-        (drift.drifts[p].double() for p in parts),
-        torch.zeros((), dtype=torch.float64, device=weights.device),
-    )
-    diagonal = moment.diagonal()
-    # Channels that calibration never excites are not corrected: their moments are all zero.
-    floor = diagonal.max().clamp_min(torch.finfo(torch.float32).tiny) * 1e-9
-    moment = moment + torch.diag(damping * diagonal + floor)
-    image = weights.double() @ moved
-    factor, failed = torch.linalg.cholesky_ex(moment)
-    if bool(failed):
-        raise NumericsError(
-            f"the moments of {len(moment)} columns cannot be factorized with damping "
-            f"{damping:g}; their diagonal runs from {float(diagonal.min()):.4g} to "
-            f"{float(diagonal.max()):.4g}",
-            where=drift.name,
-            remedy="leave out `correction` for this layer, or raise its damping",
-        )
-    solved = torch.cholesky_solve(image.T, factor)
-    return solved.T.to(torch.float32)
+class _Regression:
+    """Regression of the drift on a layer's input, for several dampings.
+
+    Args:
+        drift: Of the input.
+        weights: float32 ``[out, in]``.
+        parts: Parts of the calls that it is of.
+    """
+
+    def __init__(self, drift: Drift, weights: Tensor, parts: Sequence[int]) -> None:
+        self._name = drift.name
+        zero = torch.zeros((), dtype=torch.float64, device=weights.device)
+        seen = [drift.moments[p] for p in parts if drift.moments[p].count > 0]
+        self._moment = sum((one.result().double() * one.count for one in seen), zero)
+        moved = sum((drift.drifts[p].double() for p in parts), zero)
+        self._image = weights.double() @ moved
+        self._diagonal = self._moment.diagonal().clone()
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether there is no drift at all, as before the first quantized layer."""
+        return not bool(self._image.any())
+
+    def step(self, damping: float) -> Tensor:
+        """Solve ``W D (H + damping)^-1``, float32 ``[out, in]``.
+
+        Args:
+            damping: Fraction of each diagonal entry of ``H`` that is added to it.
+
+        Raises:
+            NumericsError: The damped moments cannot be factorized.
+        """
+        if self.is_nothing:
+            return torch.zeros_like(self._image, dtype=torch.float32)
+        diagonal = self._diagonal
+        # Channels that calibration never excites are not corrected: their moments are all zero.
+        floor = diagonal.max().clamp_min(torch.finfo(torch.float32).tiny) * 1e-9
+        self._moment.diagonal().copy_(diagonal + (damping * diagonal + floor))
+        factor, failed = torch.linalg.cholesky_ex(self._moment)
+        if bool(failed):
+            raise NumericsError(
+                f"the moments of {len(diagonal)} columns cannot be factorized with damping "
+                f"{damping:g}; their diagonal runs from {float(diagonal.min()):.4g} to "
+                f"{float(diagonal.max()):.4g}",
+                where=self._name,
+                remedy="leave out `correction` for this layer, or raise its damping",
+            )
+        solved = torch.cholesky_solve(self._image.T, factor)
+        return solved.T.to(torch.float32)

@@ -70,16 +70,13 @@ def best_scale(
         NumericsError: Scaled weights or inputs leave float32.
     """
     trials = Trials(problem, rows)
-    least = before = trials.error(None)
+    moving = [one for one in candidates if not bool((one[1] == 1).all())]
+    before, *errors = trials.errors([None, *(scale for _, scale in moving)])
+    least, tried = before, len(moving)
     best: tuple[Choice, Tensor] | None = None
-    tried = 0
-    for choice, scale in candidates:
-        if bool((scale == 1).all()):
-            continue
-        tried += 1
-        error = trials.error(scale)
+    for candidate, error in zip(moving, errors, strict=True):
         if error < least:
-            least, best = error, (choice, scale)
+            least, best = error, candidate
     if best is None:
         return EdgeResult(None, EdgeDiagnostics(skipped=_NO_GAIN, tried=tried, error_before=before))
     return judge(

@@ -26,13 +26,15 @@ from prismquant.numerics.scales import ScaleFormat, global_scale
 from prismquant.statistics.input_range import InputRange
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from prismquant.algorithms.smooth_edge import Consumer, EdgeProblem
     from prismquant.formats.spec import NumberSpec
 
 # Numbers in a piece of a weight, or of the outputs of its rows: bounds the temporary memory.
 _PIECE = 1 << 24
+# Numbers in weights that are rounded together.
+_TOGETHER = 1 << 18
 
 
 def output_error(problem: EdgeProblem, scale: Tensor | None) -> float:
@@ -82,32 +84,54 @@ class Trials:
         self._kept = None if rows is None else list(self._pieces(rows))
 
     def error(self, scale: Tensor | None) -> float:
-        """The :func:`output_error`, from the rows that are looked at.
+        """The :func:`output_error` of one scale, as :meth:`errors` gives those of many."""
+        return self.errors([scale])[0]
+
+    def errors(self, scales: Sequence[Tensor | None]) -> list[float]:
+        """The :func:`output_error` of each scale, from the rows that are looked at.
 
         Args:
-            scale: float32 ``[size]``, or ``None``.
+            scales: float32 ``[size]``, or ``None``.
 
         Returns:
-            A relative squared error.
+            Relative squared errors.
 
         Raises:
             NumericsError: Scaled weights or inputs leave float32.
         """
-        problem = self._problem
-        if not len(self._inputs) or not problem.quantized:
-            return 0.0
-        factors = None if scale is None else scale.to(self._device, torch.float32)[self._columns]
-        seen, forms = self._seen(factors), self._forms(factors)
-        lost = torch.zeros(len(problem.consumers), dtype=torch.float64, device=self._device)
-        total = torch.zeros_like(lost)
+        if not len(self._inputs) or not self._problem.quantized:
+            return [0.0] * len(scales)
+        found: list[float] = []
+        together = self._together()
+        for start in range(0, len(scales), together):
+            found += self._errors(scales[start : start + together])
+        return found
+
+    def _together(self) -> int:
+        """Number of scales that are tried at once: small weights are rounded in one go."""
+        if self._kept is None:
+            return 1
+        return max(1, _TOGETHER // max(1, sum(piece.weight.numel() for piece in self._kept)))
+
+    def _errors(self, scales: Sequence[Tensor | None]) -> list[float]:
+        consumers = self._problem.consumers
+        factors = [
+            None if scale is None else scale.to(self._device, torch.float32)[self._columns]
+            for scale in scales
+        ]
+        seen, forms = [self._seen(one) for one in factors], [self._forms(one) for one in factors]
+        lost = torch.zeros(len(scales), len(consumers), dtype=torch.float64, device=self._device)
+        total = torch.zeros_like(lost[0])
         for piece in self._pieces(None) if self._kept is None else self._kept:
-            consumer = problem.consumers[piece.consumer]
-            weight = _rounded(consumer, piece.weight, factors, forms[piece.consumer])
-            output = torch.addmm(piece.output, seen, weight.T, alpha=-1)
-            lost[piece.consumer] += self._energy(output)
+            consumer = consumers[piece.consumer]
+            own = [form[piece.consumer] for form in forms]
+            for number, weight in enumerate(_rounded(consumer, piece.weight, factors, own)):
+                output = torch.addmm(piece.output, seen[number], weight.T, alpha=-1)
+                lost[number, piece.consumer] += self._energy(output)
             total[piece.consumer] += self._energy(piece.output)
         # A consumer that puts out nothing loses nothing.
-        return float((lost / torch.where(total > 0, total, math.inf)).mean())
+        relative = lost / torch.where(total > 0, total, math.inf)
+        return [float(one.mean()) for one in relative]
 
     def _energy(self, output: Tensor) -> Tensor:
         # Norms in one pass; only their squares, one a token, are summed in float64.
@@ -206,20 +230,31 @@ def _spread(total: int, rows: int, side: int) -> Tensor:
 
 
 def _rounded(
-    consumer: Consumer, weight: Tensor, factors: Tensor | None, form: ScaleFormat | None
-) -> Tensor:
-    """Rows of a consumer's weight, scaled and rounded to nearest."""
-    scaled = weight if factors is None else weight * factors
-    spec = consumer.spec
-    if spec is None or form is None:
-        return scaled
-    scale, zero = weight_scales(
-        scaled,
-        spec.grid,
-        spec.symmetric,
-        spec.granularity,
-        spec.group_size,
-        consumer.range_rule,
-        form,
-    )
-    return simulate(scaled, scale, zero, spec.grid, spec.granularity, spec.group_size)
+    consumer: Consumer,
+    weight: Tensor,
+    factors: Sequence[Tensor | None],
+    forms: Sequence[ScaleFormat | None],
+) -> Iterator[Tensor]:
+    """Rows of a consumer's weight, scaled by each of some factors and rounded to nearest."""
+    scaled = [weight if own is None else weight * own for own in factors]
+    spec, stored = consumer.spec, [form for form in forms if form is not None]
+    if spec is None or not stored:
+        yield from scaled
+        return
+    # Rows share no scale, but in whole blocks.
+    apart = spec.granularity == Granularity.TENSOR or len(weight) % _block_side(spec) != 0
+    # E4M3 scales hang on a global one.
+    apart |= stored[0].global_scale is not None
+    joined = zip(scaled, stored, strict=True) if apart else [(torch.cat(scaled), stored[0])]
+    for values, form in joined:
+        scale, zero = weight_scales(
+            values,
+            spec.grid,
+            spec.symmetric,
+            spec.granularity,
+            spec.group_size,
+            consumer.range_rule,
+            form,
+        )
+        rounded = simulate(values, scale, zero, spec.grid, spec.granularity, spec.group_size)
+        yield from rounded.split(len(weight))

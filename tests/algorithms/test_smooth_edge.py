@@ -249,6 +249,19 @@ def test_trials_on_some_rows_are_trials_of_an_edge_with_these_rows():
     assert Trials(problem).complete
 
 
+@pytest.mark.parametrize("rule", [MINMAX, RangeRule(kind="mse", steps=20)])
+@pytest.mark.parametrize("name", ["int4-g8", "int4-channel", "int8-tensor", "nvfp4", "fp4-b16"])
+def test_scales_that_are_tried_together_have_the_errors_that_they_have_alone(name, rule):
+    rows = (32, 16) if name == "fp4-b16" else (23, 6)
+    problem = edge(name, "int8-token", rows=rows, weight_range=rule)
+    generator = torch.Generator().manual_seed(3)
+    scales = [torch.exp(torch.randn(SIZE, generator=generator)) for _ in range(5)]
+    trials = Trials(problem, rows=40)
+    alone = [trials.error(scale) for scale in (None, *scales)]
+    assert trials.errors([None, *scales]) == alone
+    assert len({*alone}) == len(alone)
+
+
 # --- folding ----------------------------------------------------------------------------------
 
 
