@@ -13,9 +13,12 @@ from prismquant.errors import shortened, suggest
 from prismquant.models.arch import Modality
 from prismquant.models.arch_files import known_archs
 from prismquant.patterns import Pattern, compile_pattern
+from prismquant.recipe.joined_names import joined_names
 
 _LM_HEAD = "lm_head"
 _MAX_GLOB = 4000
+# Names of one joined list that are told one by one.
+_MOST_IDLE = 20
 # As many as are kept compiled: with more, each would be compiled anew for every layer.
 MAX_EXPRESSIONS = 1000
 
@@ -102,9 +105,16 @@ class Match(Strict):
         for role in self.role:
             if not any(_has_role(layer.role, role) for layer in meant):
                 yield f"role {role!r}"
+        many: list[str] = []
         for name in self.name:
-            if not any(_has_name(layer.name, name) for layer in meant):
+            if joined := joined_names(name):
+                many += joined.idle(layer.name for layer in meant)
+            elif not any(_has_name(layer.name, name) for layer in meant):
                 yield f"name {shortened(name)}"
+        for name in many[:_MOST_IDLE]:
+            yield f"name {shortened(name)}"
+        if len(many) > _MOST_IDLE:
+            yield f"each of {len(many) - _MOST_IDLE} more such names"
 
 
 @functools.cache

@@ -6,26 +6,18 @@ names of a long list are joined.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from prismquant.recipe.importers.ledger import Ledger
-from prismquant.recipe.importers.module_names import (
-    BELOW,
-    CONVOLUTION,
-    START,
-    NamedModules,
-    named_modules,
-)
+from prismquant.recipe.importers.module_names import CONVOLUTION, NamedModules, named_modules
 from prismquant.recipe.importers.source_section import SourceSection
+from prismquant.recipe.joined_names import LONGEST, join_names
 from prismquant.recipe.match import MAX_EXPRESSIONS
 
 MAX_NAMES = 20_000
 """Most entries of one list."""
 FEW = 200
 """Most entries that are told, and kept as expressions, one by one."""
-# Of one joined expression.
-_LONGEST = 3500
-_DOT = r"\."
 
 
 def listed_modules(
@@ -94,42 +86,12 @@ def together(patterns: Sequence[str]) -> list[str]:
     Args:
         patterns: As of :class:`NamedModules`; few stay as they are.
     """
-    if len(patterns) <= FEW:
-        return list(patterns)
-    found = [one for one in patterns if not one.startswith(START)]
-    names = sorted({one.removeprefix(START) for one in patterns if one.startswith(START)})
-    for ending in (BELOW, ""):
-        own = [name.removesuffix(BELOW) for name in names if name.endswith(BELOW) == bool(ending)]
-        found += [f"{START}{_alternatives(part)}{ending}" for part in _parts(own)]
-    return found
-
-
-def _parts(names: Sequence[str]) -> Iterator[list[str]]:
-    """The names in runs that fit an expression each."""
-    held: list[str] = []
-    length = 0
-    for name in names:
-        if held and length + len(name) > _LONGEST:
-            yield held
-            held, length = [], 0
-        held.append(name)
-        length += len(name) + 1
-    if held:
-        yield held
-
-
-def _alternatives(names: Sequence[str]) -> str:
-    """An expression for any of the names, what all of them begin with written once."""
-    split = [name.split(_DOT) for name in names]
-    alike = [len(set(column)) == 1 for column in zip(*(one[:-1] for one in split), strict=False)]
-    shared = (*alike, False).index(False)
-    ends = "|".join(_DOT.join(parts[shared:]) for parts in split)
-    return "".join(f"{part}{_DOT}" for part in split[0][:shared]) + f"(?:{ends})"
+    return list(patterns) if len(patterns) <= FEW else join_names(patterns)
 
 
 def too_long_together(patterns: Sequence[str]) -> str:
     """Words on layers that are too many to leave out of one rule alone; empty where they fit."""
-    if sum(len(one) + 6 for one in patterns) <= _LONGEST:
+    if sum(len(one) + 6 for one in patterns) <= LONGEST:
         return ""
     return (
         f"{len(patterns)} entries that this modifier alone ignores are too long together: use a "

@@ -11,11 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from prismquant.patterns import compile_pattern
+from prismquant.recipe.joined_names import BELOW, START
 
-START = r"re:(?:.*\.)?"
-"""Beginning of the pattern of every name."""
-BELOW = r"(?:\..*)?"
-"""End of the pattern of a name that is no glob."""
 _FLAGS = re.compile(r"\(\?([aimsx]+)\)")
 # An expression that begins like this means the same in every release of transformers.
 _ANYWHERE = re.compile(r"\^?(\(\?:)?(\.[*+]|model\\?\.)")

@@ -146,12 +146,17 @@ def rules_of(steps: Sequence[QuantizationStep], ledger: Ledger) -> list[Fields]:
         return []
     shared = set.intersection(*({one.pattern for one in step.ignored} for step in steps))
     rules: list[Fields] = []
+    alone: list[str] = []
     for step in steps:
         kept = [one.pattern for one in step.ignored if one.pattern not in shared]
         if too_long_together(kept):
             ledger.wrong("ignore", too_long_together(kept))
             return []
+        alone += [one for one in kept if one not in alone]
         rules += _rules_of(step, kept)
+    if alone:
+        # Changes nothing, as the rules after it leave them out; but what means no layer is told.
+        rules.insert(0, {"match": {"name": alone}, "skip": True})
     if len(rules) > 1:
         rules = [rule | {"optional": True} for rule in rules]
     skipped = [one.pattern for one in steps[0].ignored if one.pattern in shared]
