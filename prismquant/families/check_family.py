@@ -13,40 +13,32 @@ import fnmatch
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
 
 from prismquant.arguments import as_path
-from prismquant.data.batches import Batch, make_batches
-from prismquant.errors import ModelError, brief
+from prismquant.errors import ModelError
+from prismquant.families.copy_arch import copy_arch
 from prismquant.families.family_claims import FamilyCheck, FamilyClaim
-from prismquant.families.specimen import KINDS, write_samples, write_specimen
-from prismquant.families.specimen_run import SpecimenRun
+from prismquant.families.small_batches import (
+    renumbered,
+    run_specimen,
+    small_batches,
+    vocabulary_of,
+)
+from prismquant.families.specimen import write_specimen
 from prismquant.families.tried_replay import replay_claims
 from prismquant.families.tried_rotations import rotation_claims
 from prismquant.families.tried_scales import edge_claims
-from prismquant.memory import memory_error
 from prismquant.models.arch import ArchSpec
-from prismquant.models.arch_files import (
-    BESIDE,
-    PACKAGED,
-    extended_file,
-    load_arch,
-    read_toml,
-)
+from prismquant.models.arch_files import BESIDE, load_arch
 from prismquant.models.bind import bind
 from prismquant.models.bound import BoundModel
 from prismquant.models.config import identify, native_config, read_config
-from prismquant.models.float_model import load_float
 from prismquant.models.processor import load_processor
 
 __all__ = ["check_family"]
 
-_SAMPLES = 3
 # Of files that a model's configuration and its processor are made of.
 _SMALL = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 
@@ -73,11 +65,12 @@ def check_family(model: Path | str, arch_file: Path | str | None = None) -> Fami
             described = _with_arch(folder, file, Path(work) / "described")
         arch = identify(described)
         config = native_config(arch, described)
-        specimen = write_specimen(config, arch, Path(work) / "specimen")
+        batches = small_batches(arch, config, load_processor(described), Path(work) / "samples")
+        ids = vocabulary_of(config, batches.values())
+        specimen = write_specimen(config, arch, ids, Path(work) / "specimen")
         notes = tuple(_bring_arch(described, specimen, arch))
         bound = _bound(specimen, file or Path(f"{arch.name}.toml"))
-        batches = _batches(bound, load_processor(described), Path(work) / "samples")
-        run, refused = _run(bound, batches)
+        run, refused = run_specimen(bound, {k: renumbered(b, ids) for k, b in batches.items()})
         claims = (
             *_parameter_claims(bound),
             *_pattern_claims(bound),
@@ -123,26 +116,14 @@ def _with_arch(folder: Path, file: Path, copy: Path) -> Path:
     for item in folder.iterdir():
         if item.suffix in _SMALL and item.is_file():
             shutil.copyfile(item, copy / item.name)
-    _copy_arch(file, copy)
+    copy_arch(file, copy)
     return copy
-
-
-def _copy_arch(path: Path, folder: Path) -> None:
-    """Put an architecture file, and those of its folder that it extends, beside a checkpoint."""
-    name, source = BESIDE, path
-    while source.parent != PACKAGED:
-        shutil.copyfile(source, folder / name)
-        parent = read_toml(source).get("extends")
-        if parent is None:
-            return
-        source = extended_file(source, parent)
-        name = source.name
 
 
 def _bring_arch(described: Path, specimen: Path, arch: ArchSpec) -> Iterator[str]:
     """Put the architecture file beside the small model too; notes on what is not tried of it."""
     if (described / BESIDE).is_file():
-        _copy_arch(described / BESIDE, specimen)
+        copy_arch(described / BESIDE, specimen)
     written = identify(specimen)
     if written.name != arch.name:
         yield (
@@ -151,55 +132,6 @@ def _bring_arch(described: Path, specimen: Path, arch: ArchSpec) -> Iterator[str
         )
     elif len(arch.layouts) > 1:
         yield "names of tensors are tried as transformers writes them, no other layout"
-
-
-def _batches(bound: BoundModel, processor: Any, work: Path) -> dict[str, Batch]:
-    """A batch of each kind of sample, and one of all kinds together."""
-    groups = bound.arch.input_groups
-    seen = {"video" if "video" in group[0] else "image" for group in groups}
-    kinds = [kind for kind in KINDS if kind == "text" or kind in seen]
-    found = {}
-    for names in dict.fromkeys([*((kind,) for kind in kinds), tuple(kinds)]):
-        called = " and ".join(names)
-        samples = write_samples(work / called, names, _SAMPLES)
-        [found[called]] = make_batches(
-            samples,
-            processor,
-            batch_size=_SAMPLES,
-            vision_token_ids=bound.vision_token_ids,
-        )
-    return found
-
-
-def _run(bound: BoundModel, batches: Mapping[str, Batch]) -> tuple[SpecimenRun, dict[str, str]]:
-    """The model, having seen the batches that it takes; and why it does not take the others."""
-    model = load_float(bound.folder, torch.float32)
-    taken, refused = {}, {}
-    for kind, batch in batches.items():
-        if (said := _refusal(model, batch)) is None:
-            taken[kind] = batch
-        else:
-            refused[kind] = said
-    if not taken:
-        raise ModelError(
-            f"the model's own code runs no sample of any kind: {next(iter(refused.values()))}",
-            where=bound.arch.title,
-            remedy="try transformers' own example of the model in this environment",
-        )
-    return SpecimenRun.of(bound, model, taken), refused
-
-
-def _refusal(model: nn.Module, batch: Batch) -> str | None:
-    """Objection of the model's own code to a batch; None where it runs."""
-    try:
-        with torch.no_grad():
-            model(**batch.inputs, use_cache=False)
-    # Third-party code, over inputs of third-party code.
-    except Exception as error:
-        if memory_error(error) is not None:
-            raise
-        return brief(error)
-    return None
 
 
 def _parameter_claims(bound: BoundModel) -> Iterator[FamilyClaim]:

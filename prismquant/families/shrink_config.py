@@ -1,16 +1,17 @@
-"""A model's configuration with the same structure, and few and narrow blocks.
+"""A model's configuration with the same structure, and few words and narrow blocks.
 
-Two blocks of each kind stay, and a few attention heads of their own size. The vocabulary, the sizes
-of patches and all that says how the model computes stay as they are. A key that holds the width of
-the language model, such as what a vision tower puts out for it, follows that width.
+Two blocks of each kind stay, a few attention heads of their own size, and the tokens that are
+needed, numbered anew. The sizes of patches and all that says how the model computes stay as they
+are. A key that holds the width of the language model, such as what a vision tower puts out for it,
+follows that width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-__all__ = ["shrunk_config"]
+__all__ = ["shrunk_config", "special_ids"]
 
 _Section = dict[str, Any]
 
@@ -30,6 +31,7 @@ _DEPTH = ("num_hidden_layers", "depth", "num_layers")
 _INNER = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
 # All of these may hold the width of the language model.
 _OUTER = ("out_hidden_size", "hidden_size", "projection_dim", "text_hidden_size")
+_TOKEN_KEYS = ("token_id", "token_index", "token_ids")
 _MOST = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), _EXPERTS),
     **dict.fromkeys(("num_experts_per_tok", "num_selected_experts"), _ACTIVE),
@@ -37,11 +39,13 @@ _MOST = {
 }
 
 
-def shrunk_config(config: Any) -> Any:
+def shrunk_config(config: Any, token_ids: Sequence[int]) -> Any:
     """A configuration of the same class, of a model of two narrow blocks of each kind.
 
     Args:
         config: Native configuration; it is not changed.
+        token_ids: All tokens that stay, :func:`special_ids` among them; each becomes its place in
+            this list.
     """
     body = config.to_dict()
     sections = list(_sections(body, config))
@@ -51,12 +55,23 @@ def shrunk_config(config: Any) -> Any:
     for section in sections:
         _narrow(section)
         _shorten(section)
+        _renumber(section, token_ids)
     for section in sections:
         own = _first(section, _WIDTH)
         for outer in _OUTER:
             if outer != own and old is not None and section.get(outer) == old:
                 section[outer] = language[key]
     return type(config).from_dict(body)
+
+
+def special_ids(config: Any) -> set[int]:
+    """Ids of tokens that a configuration names."""
+    found: set[int] = set()
+    for section in _sections(config.to_dict(), config):
+        for key, value in section.items():
+            if key.endswith(_TOKEN_KEYS):
+                found |= {one for one in (value if isinstance(value, list) else [value]) if one}
+    return {one for one in found if type(one) is int and one >= 0} | {0}
 
 
 def _sections(body: _Section, config: Any) -> Iterator[_Section]:
@@ -102,6 +117,18 @@ def _narrow(section: _Section) -> None:
     for key in _INNER:
         if isinstance(section.get(key), int):
             section[key] = _EXPANSION * section[width]
+
+
+def _renumber(section: _Section, token_ids: Sequence[int]) -> None:
+    """Leave a part the vocabulary of some tokens."""
+    places = {token: place for place, token in enumerate(token_ids)}
+    if isinstance(section.get("vocab_size"), int):
+        section["vocab_size"] = len(token_ids)
+    for key, value in section.items():
+        if key.endswith(_TOKEN_KEYS) and isinstance(value, list):
+            section[key] = [places[one] for one in value if one in places]
+        elif key.endswith(_TOKEN_KEYS) and value in places:
+            section[key] = places[value]
 
 
 def _shorten(section: _Section) -> None:

@@ -40,12 +40,14 @@ _TEXTS = (
 _ANSWERS = ("red", "no, none of them is", "a bar")
 
 
-def write_specimen(config: Any, arch: ArchSpec, folder: Path) -> Path:
+def write_specimen(config: Any, arch: ArchSpec, token_ids: Sequence[int], folder: Path) -> Path:
     """Write a random checkpoint with two narrow blocks of each kind, as transformers writes it.
 
     Args:
         config: Native configuration of the family's model.
         arch: Names its class.
+        token_ids: The vocabulary, as :func:`~prismquant.families.shrink_config.shrunk_config` takes
+            it.
         folder: Where it goes; it is made.
 
     Returns:
@@ -54,7 +56,7 @@ def write_specimen(config: Any, arch: ArchSpec, folder: Path) -> Path:
     Raises:
         ModelError: transformers cannot build or write such a small model.
     """
-    small = shrunk_config(config)
+    small = shrunk_config(config, token_ids)
     empty_model(small, arch)  # its errors are in words
     for part in (small, *(getattr(small, name, None) for name in small.sub_configs)):
         if part is not None:

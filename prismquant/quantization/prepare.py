@@ -27,6 +27,7 @@ from prismquant.engine.placement import placements
 from prismquant.engine.setup import Reporter
 from prismquant.errors import BudgetError, DataError, PlanError
 from prismquant.export.companions import files_to_copy
+from prismquant.families.true_replay import require_true_replay
 from prismquant.memory import (
     available_bytes,
     free_device_bytes,
@@ -89,6 +90,8 @@ def prepare(asked: Request, bound: BoundModel, plan: Plan, precision: Precision)
     ranks, reporter, size = asked.ranks, asked.reporter, asked.recipe.calibration.batch_size
     room = memory_room(asked.memory_budget)
     samples = _calibration_samples(plan, asked, room)
+    if plan.needs_data:
+        require_true_replay(bound, trust_remote_code=asked.trust_remote_code)
     if bound.arch.sees:
         plan = _with_unseen(plan, samples, reporter, strict=asked.strict)
     own = share_of(by_length(samples), size, ranks)

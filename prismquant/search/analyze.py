@@ -22,6 +22,7 @@ from prismquant.engine.collectives import share_of
 from prismquant.engine.memory_forecast import count_tokens, kept_for_gradients
 from prismquant.engine.placement import Placement, Store
 from prismquant.errors import ArgumentError, DataError, grouped
+from prismquant.families.true_replay import require_true_replay
 from prismquant.memory import keep_heap_compact, resident_bytes
 from prismquant.models.arch import Modality
 from prismquant.models.bind import bind
@@ -136,6 +137,8 @@ def _prepare(asked: AnalysisRequest, bound: BoundModel, choices: Choices) -> _Pr
     """Read the samples, look at all of them once, and forecast the memory."""
     ranks, room = asked.ranks, memory_room(asked.memory_budget)
     samples = _samples(asked, choices, room)
+    if samples:
+        require_true_replay(bound, trust_remote_code=asked.trust_remote_code)
     size = _batch_size(asked)
     # Texts apart: batches without a picture are not run for units of the vision tower.
     order = sorted(by_length(samples), key=lambda sample: sample.kind != "text")

@@ -16,10 +16,12 @@ import prismquant as pq
 from prismquant.cli import app
 from prismquant.engine.streamed_model import StreamedModel
 from prismquant.errors import ModelError
+from prismquant.families import true_replay
 from prismquant.families.check_family import check_family
-from prismquant.families.specimen_run import TOLERANCE
+from prismquant.families.true_replay import require_true_replay
 from prismquant.models import arch_files
 from prismquant.models.arch_files import BESIDE
+from prismquant.models.bind import bind
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -110,10 +112,9 @@ def test_wrong_claims_are_told(tiny: Callable[..., Path], tmp_path: Path) -> Non
     ]
 
 
-def test_units_that_see_something_else_are_told(
-    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An engine that looks up embeddings by itself forgets that this model scales them."""
+@pytest.fixture
+def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that looks up embeddings by itself forgets that some models scale them."""
 
     def raw(self: StreamedModel) -> Any:
         name = f"{self.bound.arch.embeddings}.weight"
@@ -121,9 +122,38 @@ def test_units_that_see_something_else_are_told(
         return lambda ids: torch.nn.functional.embedding(ids, table)
 
     monkeypatch.setattr(StreamedModel, "embedding", raw)
-    found = check_family(tiny("gemma2"))
-    assert wrong(found) == ["units are run as by the model itself: text"]
-    assert TOLERANCE < 0.01
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_units_that_see_something_else_are_told(tiny: Callable[..., Path]) -> None:
+    assert wrong(check_family(tiny("gemma2"))) == ["units are run as by the model itself: text"]
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_no_run_begins_whose_units_would_see_something_else(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of large models, and of all that a file of one's own describes; with calibration data."""
+    data = tmp_path / "data.txt"
+    data.write_text("what is the colour of the bar ? " * 20, encoding="utf-8")
+    own = shutil.copytree(tiny("gemma2"), tmp_path / "own")
+    (own / BESIDE).write_text('extends = "gemma2"\n', encoding="utf-8")
+    monkeypatch.setattr(true_replay, "_LARGE", 0)
+    for folder in (own, tiny("gemma2")):
+        with pytest.raises(ModelError, match="calibration would see other activations than this"):
+            pq.quantize(folder, "w8a16", tmp_path / "out", data)
+        assert not list((tmp_path / "out").glob("*.safetensors"))
+        with pytest.raises(ModelError, match="calibration would see other activations than this"):
+            pq.analyze(folder, "int4-g64", tmp_path / "s.json", data)
+    recipe = {"rules": [{"match": {"role": "mlp"}, "weights": "int8-channel", "solver": "rtn"}]}
+    pq.quantize(own, recipe, tmp_path / "free")
+
+
+def test_a_run_of_a_true_family_begins(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(true_replay, "_LARGE", 0)
+    require_true_replay(bind(tiny("qwen2_5_vl")))
 
 
 @pytest.mark.parametrize(

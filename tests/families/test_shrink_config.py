@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from prismquant.families.shrink_config import shrunk_config
+from prismquant.families.shrink_config import shrunk_config, special_ids
 from prismquant.models.config import import_transformers
 
 transformers = import_transformers()
+TOKENS = [0, 1, 5, 151655, 151656]
 
 
 def test_widths_and_depths_shrink_together() -> None:
@@ -15,12 +16,13 @@ def test_widths_and_depths_shrink_together() -> None:
         text_config={"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8},
         vision_config={"out_hidden_size": 4096},
     )
-    small = shrunk_config(config)
+    small = shrunk_config(config, TOKENS)
     text, vision = small.text_config, small.vision_config
     assert (text.num_attention_heads, text.num_key_value_heads, text.head_dim) == (4, 2, 128)
     assert text.hidden_size == 512
     assert text.intermediate_size == 2 * text.hidden_size
-    assert text.vocab_size == config.text_config.vocab_size
+    assert text.vocab_size == len(TOKENS)
+    assert TOKENS[small.image_token_id] == config.image_token_id
     assert text.num_hidden_layers == 2
     # What the vision tower puts out is as wide as the language model.
     assert vision.out_hidden_size == text.hidden_size
@@ -34,7 +36,7 @@ def test_widths_and_depths_shrink_together() -> None:
 def test_two_blocks_of_each_kind_stay_in_their_order() -> None:
     pattern = ["sliding_attention"] * 5 + ["full_attention"]
     config = transformers.Gemma3TextConfig(num_hidden_layers=12, layer_types=pattern * 2)
-    small = shrunk_config(config)
+    small = shrunk_config(config, TOKENS)
     assert small.num_hidden_layers == 4
     assert small.layer_types == ["sliding_attention"] * 2 + ["full_attention"] * 2
     assert small.sliding_window <= 8
@@ -44,7 +46,7 @@ def test_few_heads_stay_as_they_are() -> None:
     config = transformers.LlamaConfig(
         hidden_size=96, num_attention_heads=3, num_key_value_heads=1, num_hidden_layers=1
     )
-    small = shrunk_config(config)
+    small = shrunk_config(config, TOKENS)
     assert (small.num_attention_heads, small.num_key_value_heads) == (2, 1)
     assert small.hidden_size == 64
     assert small.num_hidden_layers == 1
@@ -52,6 +54,11 @@ def test_few_heads_stay_as_they_are() -> None:
 
 @pytest.mark.parametrize("name", ["Qwen3VLMoeConfig", "MixtralConfig"])
 def test_experts_become_few(name: str) -> None:
-    small = shrunk_config(getattr(transformers, name)()).get_text_config()
+    small = shrunk_config(getattr(transformers, name)(), TOKENS).get_text_config()
     assert small.num_local_experts == 4
     assert small.num_experts_per_tok == 2
+
+
+def test_tokens_that_a_configuration_names_are_found_in_all_its_parts() -> None:
+    config = transformers.Qwen2VLConfig(text_config={"eos_token_id": [7, 9]}, image_token_id=12)
+    assert {0, 7, 9, 12} <= special_ids(config)

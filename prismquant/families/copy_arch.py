@@ -1,0 +1,26 @@
+"""Architecture files brought to another folder."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from prismquant.models.arch_files import BESIDE, PACKAGED, extended_file, read_toml
+
+__all__ = ["copy_arch"]
+
+
+def copy_arch(path: Path, folder: Path) -> None:
+    """Put an architecture file, and those of its folder that it extends, beside a checkpoint.
+
+    Raises:
+        ModelError: One cannot be read, or is not TOML.
+    """
+    name, source = BESIDE, path
+    while source.parent != PACKAGED:
+        shutil.copyfile(source, folder / name)
+        parent = read_toml(source).get("extends")
+        if parent is None:
+            return
+        source = extended_file(source, parent)
+        name = source.name
