@@ -41,8 +41,8 @@ class Questions:
 
 
 out = Path(sys.argv[1])
-questions = Questions(write_dataset(out / "calibration", split="calibration", count=32))
-evaluation = write_dataset(out / "evaluation", split="evaluation", count=48)
+questions = Questions(write_dataset(out / "calibration", split="calibration", count=16))
+evaluation = write_dataset(out / "evaluation", split="evaluation", count=32)
 
 parser = argparse.ArgumentParser()
 for flag in ("quant_llm", "quant_visual_clip", "quant_cross_attention", "llm_static", "act_order"):
@@ -50,7 +50,7 @@ for flag in ("quant_llm", "quant_visual_clip", "quant_cross_attention", "llm_sta
 for flag in ("visual_w_bits", "llm_w_bits", "nsamples", "calib_num"):
     parser.add_argument(f"--{flag}", type=int)
 words = "--quant_llm --quant_visual_clip --quant_cross_attention --visual_w_bits 8 --llm_w_bits 4"
-args = parser.parse_args(f"{words} --llm_static --act_order --nsamples 32".split())
+args = parser.parse_args(f"{words} --llm_static --act_order --nsamples 16".split())
 
 model, processor = pq.load(CHECKPOINT)
 wrapper = SimpleNamespace(model=model, processor=processor)

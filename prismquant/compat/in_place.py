@@ -24,7 +24,6 @@ from prismquant.compat.live_model import (
     write_weights,
 )
 from prismquant.data import Sample
-from prismquant.data.media import Limits
 from prismquant.distributed import Alone
 from prismquant.engine.setup import Reporter, Silent
 from prismquant.errors import ArgumentError, DataError, PrismQuantError, suggest
@@ -33,7 +32,7 @@ from prismquant.models.bind import bind
 from prismquant.plan.make_plan import make_plan
 from prismquant.plan.plan import Plan
 from prismquant.quantization.perform import perform
-from prismquant.quantization.request import Request, See
+from prismquant.quantization.request import Request, See, as_limits
 from prismquant.recipe.adapt import adapted
 from prismquant.recipe.importers.imported import Imported
 from prismquant.recipe.schema import Recipe
@@ -52,6 +51,9 @@ class EngineOptions(TypedDict, total=False):
         memory_budget: Bytes that the process may take, or a size such as ``16GiB``.
         fallback: Where a format cannot hold a layer's shape, take the nearest.
         on_failure: Where a solver fails: ``stop``, or ``rtn`` to round to nearest.
+        max_pixels: Pixels of a picture, or of a frame of a clip, as the model sees it.
+        max_frames: Frames of a clip.
+        max_length: Tokens of a sample; longer ones are cut, which is told.
         out: Folder in which the checkpoint is kept, for servers to load; by default it is
             temporary.
         reporter: Is told how far the run is; without one, remarks are warnings.
@@ -63,6 +65,9 @@ class EngineOptions(TypedDict, total=False):
     memory_budget: int | str | None
     fallback: bool
     on_failure: str | None
+    max_pixels: int | None
+    max_frames: int | None
+    max_length: int | None
     out: str | Path | None
     reporter: Reporter | None
 
@@ -154,6 +159,7 @@ def _request(job: Job, recipe: Recipe, source: Path, told: Reporter) -> Request:
     """The request to the engine, its arguments checked, still without samples."""
     options = job.options
     wanted, budget = options.get("dtype"), options.get("memory_budget")
+    most = (options.get("max_pixels"), options.get("max_frames"), options.get("max_length"))
     return Request(
         model=source,
         recipe=recipe,
@@ -167,7 +173,7 @@ def _request(job: Job, recipe: Recipe, source: Path, told: Reporter) -> Request:
         memory_budget=None if budget is None else as_bytes(budget, "memory_budget"),
         ranks=Alone(),
         strict=False,
-        limits=Limits(),
+        limits=as_limits(*most, seq_length=None),
         of_data=(),
         translation=job.imported.translation,
         see=job.see,

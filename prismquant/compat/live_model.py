@@ -180,7 +180,11 @@ def put_back(live: LiveModel, folder: Path, names: Collection[str]) -> None:
             own = nn.Parameter(values, requires_grad=held.requires_grad)
             live.model.get_submodule(source.arch.head).register_parameter("weight", own)
             live.config.tie_word_embeddings = False
+    before = dict(live.model.named_modules())
     simulate_activations(live.model, source)
+    for name, module in live.model.named_modules():
+        if module is not before.get(name, module):
+            _take_over_hooks(module, before[name])
 
 
 def remove_quantizers(holder: Any) -> None:
@@ -202,6 +206,18 @@ def remove_quantizers(holder: Any) -> None:
             module.input_quantizer = None
             module.output_quantizer = None
     unhook_attention(model)
+
+
+def _take_over_hooks(module: nn.Module, old: nn.Module) -> None:
+    """Let a caller's hooks on a module stay on the one that takes its place; handles still work."""
+    for name in (
+        "_forward_pre_hooks",
+        "_forward_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_pre_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+    ):
+        setattr(module, name, getattr(old, name))
 
 
 def _held(model: nn.Module, name: str) -> Tensor:

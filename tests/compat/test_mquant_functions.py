@@ -185,7 +185,14 @@ def test_bfloat16_models_keep_their_dtype(tiny: Callable[..., Path], tmp_path: P
 def test_wishes_beside_the_flags_reach_the_engine(setting: Setting, tmp_path: Path) -> None:
     words = setting.words(FLAGS["gptq w4a16"])
     wrapper, out = setting.wrapper(), tmp_path / "kept"
-    options: dict[str, Any] = {"kv_cache": "int8-head", "batch_size": 2, "dtype": "float32"}
+    options: dict[str, Any] = {
+        "kv_cache": "int8-head",
+        "batch_size": 2,
+        "dtype": "float32",
+        "max_pixels": 256,
+        "max_frames": 2,
+        "memory_budget": "64GiB",
+    }
     setting.plus(wrapper, namespace(words), out=out, **options)
     pq.quantize(setting.folder, f"--quant {words}", tmp_path / "out", setting.file, **options)
     assert_same(wrapper.model, tmp_path / "out", setting.file)
@@ -345,6 +352,8 @@ def test_a_part_says_that_inputs_stay_and_refuses_rotations(setting: Setting) ->
     assert not any(isinstance(module, QuantLinear) for module in wrapper.model.modules())
     with pytest.raises(RecipeError, match="a rotation is of a whole model"):
         llm(wrapper.model, None, SimpleNamespace(rotate=True, rotate_llm=True), {})
+    with pytest.raises(ArgumentError, match="a NoneType cannot take quantizers"):
+        llm(wrapper.model, None, SimpleNamespace(), None)
 
 
 # Models as callers load them
@@ -404,6 +413,25 @@ def test_quantizers_of_inputs_can_be_taken_out_again(setting: Setting) -> None:
     assert torch.equal(logits(wrapper.model, wrapper.processor, setting.file), wanted)
     with pytest.raises(ModelError, match="is no model"):
         mquant.remove_quantizers(object())
+
+
+def test_hooks_on_layers_stay(tiny: Callable[..., Path]) -> None:
+    model, processor = pq.load(tiny("qwen2_vl"))
+    seen: list[str] = []
+    layers = model.model.language_model.layers
+    handles = [
+        layers[0].mlp.up_proj.register_forward_hook(lambda *_: seen.append("after")),
+        layers[0].mlp.up_proj.register_forward_pre_hook(lambda *_: seen.append("before")),
+    ]
+    PLUS["qwen2_vl"](model, None, None, None, {"quant_llm": True, "llm_w_rtn": True})
+    assert isinstance(layers[0].mlp.up_proj, QuantLinear)
+    inputs = processor.tokenizer("what is it", return_tensors="pt")
+    model(**inputs)
+    assert seen == ["before", "after"]
+    for handle in handles:
+        handle.remove()
+    model(**inputs)
+    assert len(seen) == 2
 
 
 @pytest.mark.parametrize("fault", ["picture", "number"])

@@ -14,7 +14,7 @@ from prismquant.compat.mquant.namespaces import flags_of, has_flag, read_namespa
 from prismquant.compat.mquant.prompts import samples_of_prompts
 from prismquant.compat.mquant.weight_quantizers import WeightQuantizer, by_key
 from prismquant.data import Sample
-from prismquant.errors import ModelError, RecipeError
+from prismquant.errors import ArgumentError, ModelError, RecipeError
 from prismquant.formats.quantized_layer import QuantizedLayer
 from prismquant.recipe.importers.imported import Imported
 
@@ -99,8 +99,15 @@ def quantize_part(
         All of ``quantizers``.
 
     Raises:
+        ArgumentError: ``quantizers`` takes none.
         PrismQuantError: As of :func:`quantize_all`; or a flag asks for a rotation.
     """
+    if not isinstance(quantizers, MutableMapping):
+        raise ArgumentError(
+            f"a {type(quantizers).__name__} cannot take quantizers",
+            where="quantizers",
+            remedy="give a dictionary, which may be empty",
+        )
     family, flags = function.family, flags_of(call.args)
     live = _find(family, call.model, function.name)
     rotated = [name for name in _ROTATED if flags.get("rotate") and flags.get(name)]

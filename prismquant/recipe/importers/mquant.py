@@ -41,6 +41,8 @@ NOTES = (
     "Calibration is theirs: stage by stage, block by block, quantized inputs not simulated while "
     "GPTQ is at work. There GPTQ and static scales are calibrated on the set that is evaluated "
     "afterwards; here on `--calib`.",
+    "Its functions for Qwen2-VL and VideoLLaMA3 can be called by their names, on a model in "
+    "memory: [compat](compat.md).",
     "Weights without `--w_asym`: scale absmax / (2^(b-1) - 1), `int4-channel-narrow`; with "
     "`--.._w_clip` the scale is searched on the full grid, as there.",
     "An online rotation is in blocks of up to 1024 here, and never pads; which column a split "
