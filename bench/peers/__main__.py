@@ -14,7 +14,7 @@ picture in each sample, or none in any. With several calibration sets figures ar
 and the error is their spread. ``--cells FILE`` keeps finished rows: a run that was cut off goes on
 where it stopped. A setting is a preset, or ``w2a16``.
 
-The last table sets the best of any other tool's methods beside the recipe of ours that leaves the
+The last table sets the best of each other tool's methods beside the recipe of ours that leaves the
 choice of a method to held-out loss (``auto-..``), where that is among the recipes.
 
 Seconds are what the method took: for the tools without loading and saving the model, for ours with
@@ -39,7 +39,7 @@ import torch
 from rich.console import Console
 
 from bench.methods import Cells
-from bench.peers.rows import BEST, HEADERS, Row, averaged, best_rows, cells
+from bench.peers.rows import HEADERS, Row, averaged, best_rows, cells
 from bench.peers.worker import REPORT, stopwatch
 from bench.peers.yardstick import Yardstick
 from prismquant.api import quantize
@@ -338,8 +338,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     title = f"{options.samples} questions, {facts['threads']} thread(s)"
     title += "" if exact is None else f", float model {100 * exact:.1f} % exact"
     console.print(rich_table(HEADERS, [cells(row) for row in rows], title=title))
-    if best := best_rows(rows):
-        console.print(rich_table(BEST, best, title="KL on answers"))
+    headers, *best = best_rows(rows)
+    if best:
+        console.print(rich_table(headers, best, title="KL on answers"))
     print(json.dumps({"bench": "peers", **facts, "rows": [asdict(row) for row in rows]}))
 
 

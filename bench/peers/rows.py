@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 HEADERS = (
     *("model", "setting", "tool", "method"),
     *("KL on answers", "of pictures", "top-1", "exact match", "seconds", "of CPU"),
 )
-BEST = ("model", "setting", "best of other tools", "its KL", "automatic", "ratio")
+OURS = "prismquant"
 
 Figures = dict[str, float | None]
 
@@ -61,18 +61,26 @@ def cells(row: Row) -> list[str]:
 
 
 def best_rows(rows: Sequence[Row]) -> list[list[str]]:
-    """By model and setting: the automatic recipe's KL, the lowest of other tools, and the ratio."""
-    found = []
+    """A heading, then by model and setting: KL of rounding, of the preset, of the automatic recipe,
+    the lowest of each other tool with its method, and the automatic one's over the lowest of these.
+    """
+    tools = dict.fromkeys(row.tool for row in rows if row.tool != OURS)
+    found = [["model", "setting", "rounding", "preset", "automatic", *tools, "ratio"]]
     for model, setting in dict.fromkeys((row.model, row.setting) for row in rows):
         own = [row for row in rows if (row.model, row.setting) == (model, setting) and row.figures]
-        theirs = [row for row in own if row.tool != "prismquant"]
-        ours = next((row for row in own if row.method == f"auto-{setting}"), None)
-        if ours is not None and theirs:
-            best = min(theirs, key=_kl)
-            ratio = f"{_kl(ours) / _kl(best):.2f}"
-            names = [f"{best.tool} {best.method}", f"{_kl(best):.5f}", f"{_kl(ours):.5f}"]
-            found.append([model, setting, *names, ratio])
+        ours = {row.method: _kl(row) for row in own if row.tool == OURS}
+        names = (f"{setting} rtn minmax", setting, f"auto-{setting}")
+        best = {tool: _best(row for row in own if row.tool == tool) for tool in tools}
+        theirs = [_kl(row) for row in best.values() if row is not None]
+        if names[-1] in ours and theirs:
+            kls = [f"{ours[name]:.5f}" if name in ours else "" for name in names]
+            said = [f"{_kl(row):.5f} {row.method}" if row else "" for row in best.values()]
+            found.append([model, setting, *kls, *said, f"{ours[names[-1]] / min(theirs):.2f}"])
     return found
+
+
+def _best(rows: Iterable[Row]) -> Row | None:
+    return min(rows, key=_kl, default=None)
 
 
 def _kl(row: Row) -> float:

@@ -33,7 +33,10 @@ def test_the_automatic_recipe_is_set_beside_the_best_of_other_tools() -> None:
         Row("plain", "w4a16", "three", "gptq", why="not run"),
         row("one", "gptq", 0.08, setting="w8a8"),
     ]
-    assert best_rows(rows) == [["plain", "w4a16", "two awq", "0.05000", "0.02000", "0.40"]]
+    assert best_rows(rows) == [
+        ["model", "setting", "rounding", "preset", "automatic", "one", "two", "three", "ratio"],
+        ["plain", "w4a16", "", "0.01000", "0.02000", "0.08000 gptq", "0.05000 awq", "", "0.40"],
+    ]
 
 
 def test_a_recipe_that_leaves_a_choice_has_the_formats_of_its_setting() -> None:
