@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from prismquant.export.load_quantized import load
     from prismquant.families.check_family import check_family
     from prismquant.quantization.request import Result
+    from prismquant.recipe.exporters.export_recipe import export_recipe
     from prismquant.recipe.importers.import_recipe import import_recipe
     from prismquant.recipe.schema import Recipe, load_recipe
     from prismquant.search.find_mix import FoundMix
@@ -34,6 +35,7 @@ __all__ = [
     "__version__",
     "analyze",
     "check_family",
+    "export_recipe",
     "find_mix",
     "import_recipe",
     "inspect",
@@ -50,6 +52,7 @@ _HOMES = {
     "Result": "prismquant.quantization.request",
     "analyze": "prismquant.search.public",
     "check_family": "prismquant.families.check_family",
+    "export_recipe": "prismquant.recipe.exporters.export_recipe",
     "find_mix": "prismquant.api",
     "FoundMix": "prismquant.search.find_mix",
     "import_recipe": "prismquant.recipe.importers.import_recipe",

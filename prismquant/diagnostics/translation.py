@@ -38,6 +38,31 @@ class TranslatedSetting:
 
 
 @dataclass(frozen=True)
+class WrittenSetting:
+    """One setting of a recipe of ours, and what another tool's recipe has for it.
+
+    Attributes:
+        place: Where it stands with us, e.g. ``rules[0].options.damping``.
+        value: The value there, as text.
+        theirs: Their key and value; empty: there is none.
+        why: How theirs differs, or why there is none; may be empty where nothing differs.
+        nearest: The nearest thing that they have; empty: none, or it is ``theirs``.
+    """
+
+    place: str
+    value: str
+    theirs: str = ""
+    why: str = ""
+    nearest: str = ""
+
+    def describe(self) -> str:
+        """Say in one line what became of it."""
+        return TranslatedSetting(
+            self.place, self.value, self.theirs, self.why, self.nearest
+        ).describe()
+
+
+@dataclass(frozen=True)
 class Translation:
     """Translation of another tool's recipe, setting by setting.
 

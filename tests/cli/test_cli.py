@@ -78,7 +78,7 @@ def test_help_names_every_command(run: Cli) -> None:
         (["demo"], ["--out", "--json"]),
         (["search"], ["--bits", "--size", "--max-loss", "--for", "--pareto", "--out", "--json"]),
         (["recipe"], ["list", "show", "validate", "convert"]),
-        (["recipe", "convert"], ["--from", "--out", "--strict", "--json"]),
+        (["recipe", "convert"], ["--from", "--to", "--model", "--out", "--strict", "--json"]),
     ],
 )
 def test_every_command_has_help(run: Cli, command: list[str], options: list[str]) -> None:

@@ -130,6 +130,83 @@ def test_convert_refuses_what_it_should(tmp_path: Path, run: Cli) -> None:
     assert "there is no dialect" in run("recipe", "convert", "-8", "--from", "x")[2]
 
 
+# Into other tools' words
+
+
+MIXED = """
+version: 1
+rules:
+  - {match: {modality: llm, role: [attn, mlp]}, weights: int4-g16, solver: rtn, weight_range: mse}
+  - {match: {role: mlp.down, modality: llm}, weights: int8-channel, weight_range: minmax}
+"""
+SUFFIXES = {"llm-compressor": "yaml", "modelopt": "py", "mi-optimize": "yaml", "mquant": "txt"}
+
+
+@pytest.mark.parametrize("dialect", SUFFIXES)
+def test_a_recipe_is_written_for_another_tool_and_read_again(
+    dialect: str, tiny: Callable[..., Path], tmp_path: Path, run: Cli
+) -> None:
+    mine, out = tmp_path / "mixed.yaml", tmp_path / f"theirs.{SUFFIXES[dialect]}"
+    mine.write_text(MIXED)
+    words = ["recipe", "convert", str(mine), "--to", dialect]
+    for _ in range(2):  # An earlier one of its own is replaced.
+        status, said, told = run(*words, "--out", str(out))
+        assert (status, said) == (0, ""), told
+    assert f"mixed was written as a recipe of {dialect}" in told
+    assert "rules[1].weights" in told
+    assert "guessed: names of layers are those of all known families" in told
+    assert import_recipe(out.read_text().strip() if dialect == "mquant" else out).dialect == dialect
+    status, said, told = run(*words, "--model", str(tiny("qwen3_vl")), "--json")
+    assert status == 0, told
+    exported = json.loads(said)["exported"]
+    again = pq.export_recipe(mine, dialect, model=tiny("qwen3_vl"))
+    assert exported == again.to_dict()
+    assert not any("names of layers" in one for one in exported["guessed"])
+    status, said, told = run(*words, "--strict")
+    assert (status, said) == (1, "")
+    assert f"{dialect} cannot say the recipe as it is" in told
+    assert "rules[0].weight" in told
+
+
+def test_names_of_a_model_are_its_own(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    mine = tmp_path / "mixed.yaml"
+    mine.write_text(MIXED)
+    known = pq.export_recipe(mine, "llm-compressor").text
+    own = pq.export_recipe(mine, "llm-compressor", model=tiny("qwen2_vl")).text
+    assert "model\\.layers" in known
+    assert "model\\.layers" not in own
+
+
+def test_one_tools_recipe_becomes_anothers(tmp_path: Path, run: Cli) -> None:
+    flags = "--quant --quant_llm --llm_w_bits 4 --llm_w_rtn --llm_a_bits 16"
+    words = ["recipe", "convert", flags, "--to", "modelopt"]
+    status, said, told = run(*words, "--json")
+    assert status == 0, told
+    both = json.loads(said)
+    assert (both["dialect"], both["exported"]["dialect"]) == ("mquant", "modelopt")
+    assert not both["dropped"]
+    assert not both["exported"]["dropped"]
+    (tmp_path / "theirs.py").write_text(run(*words)[1])
+    assert import_recipe(tmp_path / "theirs.py").dialect == "modelopt"
+
+
+def test_writing_for_another_tool_is_refused_with_a_remedy(tmp_path: Path, run: Cli) -> None:
+    for words, said in (
+        (["w4a16", "--to", "modelop"], "did you mean 'modelopt'?"),
+        (["nvfp4", "--to", "mquant"], "it quantizes to integers of 2 to 8 bits"),
+        (["w4a16", "--model", "x"], "give --to"),
+        (["w4a16", "--to", "mquant", "--model", str(tmp_path)], "config.json"),
+    ):
+        status, out, told = run("recipe", "convert", *words)
+        assert status != 0
+        assert out == ""
+        assert said in told
+    (tmp_path / "mine.txt").write_text("my notes")
+    words = ["w4a16", "--to", "mquant", "--out", str(tmp_path / "mine.txt")]
+    assert run("recipe", "convert", *words)[0] == 1
+    assert (tmp_path / "mine.txt").read_text() == "my notes"
+
+
 def test_show_and_validate_take_other_tools_recipes(tmp_path: Path, run: Cli) -> None:
     (tmp_path / "toy.json").write_text(json.dumps(TOY))
     status, said, told = run("recipe", "show", str(tmp_path / "toy.json"))

@@ -1,0 +1,91 @@
+"""Bookkeeping of an exporter: each setting of a recipe, and what became of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prismquant.diagnostics.translation import WrittenSetting
+from prismquant.recipe.exporters.layer_work import LayerWork, RulePlaces
+from prismquant.recipe.importers.ledger import shown
+
+
+class ExportLedger:
+    """Settings of one recipe, noted while it is written.
+
+    Args:
+        places: Where its fields are said.
+    """
+
+    def __init__(self, places: RulePlaces) -> None:
+        self.places = places
+        # Layers share settings, which are noted once.
+        self.noted: dict[str, dict[WrittenSetting, None]] = {
+            "written": {},
+            "changed": {},
+            "dropped": {},
+        }
+        self.guesses: dict[str, None] = {}
+
+    def written(self, place: str, value: Any, theirs: str, why: str = "") -> None:
+        """Note a setting that means there what it means here."""
+        self.noted["written"][WrittenSetting(place, shown(value), theirs, why)] = None
+
+    def changed(self, place: str, value: Any, theirs: str, why: str) -> None:
+        """Note a setting that means something else there."""
+        self.noted["changed"][WrittenSetting(place, shown(value), theirs, why)] = None
+
+    def dropped(self, place: str, value: Any, why: str, nearest: str = "") -> None:
+        """Note a setting that has no counterpart there."""
+        self.noted["dropped"][WrittenSetting(place, shown(value), "", why, nearest)] = None
+
+    def guessed(self, what: str) -> None:
+        """Note what the recipe does not say, and the text does."""
+        self.guesses[what] = None
+
+    def mentions(self, place: str) -> bool:
+        """Whether anything is noted of a place, or below it."""
+        return any(
+            one.place == place or one.place.startswith((f"{place}.", f"{place} "))
+            for part in self.noted.values()
+            for one in part
+        )
+
+
+class WorkNotes:
+    """Notes on the fields of one kind of layers.
+
+    Args:
+        ledger: Where they go.
+        work: What is done to these layers.
+    """
+
+    def __init__(self, ledger: ExportLedger, work: LayerWork) -> None:
+        self._ledger = ledger
+        self.work = work
+        self.config = work.config
+
+    def said(self, name: str) -> bool:
+        """Whether the recipe says a field, or a key in it; else it has its default."""
+        return self._ledger.places.said(self.work, name)
+
+    def written(self, name: str, value: Any, theirs: str, why: str = "") -> None:
+        """Note a field as meaning there what it means here."""
+        self._ledger.written(self._at(name), value, theirs, why)
+
+    def changed(self, name: str, value: Any, theirs: str, why: str) -> None:
+        """Note a field as meaning something else there."""
+        self._ledger.changed(self._at(name), value, theirs, why)
+
+    def dropped(self, name: str, value: Any, why: str, nearest: str = "") -> None:
+        """Note a field as having no counterpart there."""
+        self._ledger.dropped(self._at(name), value, why, nearest)
+
+    def either(self, name: str, value: Any, theirs: str, why: str) -> None:
+        """Note a field as changed where there is a reason, else as written."""
+        if why:
+            self.changed(name, value, theirs, why)
+        else:
+            self.written(name, value, theirs)
+
+    def _at(self, name: str) -> str:
+        return self._ledger.places.of(self.work, name)
