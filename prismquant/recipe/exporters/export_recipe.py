@@ -30,11 +30,13 @@ class RecipeWriter:
         write: The text of a recipe, without a comment.
         use: Where the text goes, in words of the tool.
         first_words: Of a text that can have no comment above it; else empty.
+        numbered: Whether it may need names of single blocks where others have an expression.
     """
 
     write: Callable[[ExportTask], str]
     use: str
     first_words: str = ""
+    numbered: bool = False
 
 
 WRITERS: Mapping[str, RecipeWriter] = {
@@ -43,7 +45,7 @@ WRITERS: Mapping[str, RecipeWriter] = {
     ),
     modelopt.NAME: RecipeWriter(to_modelopt.write, "mtq.quantize(model, QUANT_CFG, forward_loop)"),
     mi_optimize.NAME: RecipeWriter(to_mi_optimize.write, "quantize.py --quant-config recipe.yaml"),
-    mquant.NAME: RecipeWriter(to_mquant.write, "arguments of the model's script", "--quant"),
+    mquant.NAME: RecipeWriter(to_mquant.write, "arguments of the model's script", "--quant", True),
 }
 """All dialects in which recipes are written."""
 
@@ -69,7 +71,7 @@ def export_recipe(
         )
     whole = import_recipe(recipe).recipe
     own = whole.chosen(whole.choose[0].name) if whole.choose else whole
-    scope = family_scope(_depth(own)) if model is None else model_scope(Path(model))
+    scope = family_scope(_depth(own, dialect)) if model is None else model_scope(Path(model))
     ledger = ExportLedger(RulePlaces(own, len(whole.rules)))
     if whole.choose:
         others = [one.name for one in whole.choose[1:]]
@@ -84,6 +86,7 @@ def export_recipe(
     return WrittenRecipe(dialect, whole.name, text, **parts, guessed=tuple(ledger.guesses))
 
 
-def _depth(recipe: Recipe) -> int:
-    """Number of blocks that must be looked at: where no name is asked for, all are alike."""
-    return ANY_DEPTH if any(rule.match.name for rule in recipe.rules) else 1
+def _depth(recipe: Recipe, dialect: str) -> int:
+    """Number of blocks that must be looked at: one, where all are alike."""
+    single = WRITERS[dialect].numbered or any(rule.match.name for rule in recipe.rules)
+    return ANY_DEPTH if single else 1

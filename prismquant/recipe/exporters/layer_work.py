@@ -115,14 +115,14 @@ def _config(recipe: Recipe, work: LayerWork, without: tuple[int, str] | None) ->
         fallback = rule.fallback if "fallback" in said else fallback
     try:
         config = build(merge(partials))
+        plain = replace(
+            config,
+            weight_range=_used(config.weight_range),
+            activation_range=_used(config.activation_range),
+        )
+        return plain.settled(), fallback
     except (PrismQuantError, TypeError, ValueError):
         return None
-    plain = replace(
-        config,
-        weight_range=_used(config.weight_range),
-        activation_range=_used(config.activation_range),
-    )
-    return plain.settled(), fallback
 
 
 def _used(rule: RangeRule) -> RangeRule:
