@@ -79,6 +79,9 @@ def meaning(config: LayerConfig) -> Any:
     solver = build_solver(config.solver, config.options)
     for name in getattr(solver, "idle", {}):
         solver = replace(solver, **{name: type(solver).__dataclass_fields__[name].default})  # type: ignore[type-var]
+    if config.solver == "gptq":
+        # The codes do not depend on it, and MQuant has no word for it.
+        solver = replace(solver, block_size=128)  # type: ignore[type-var]
     tuner = config.tuner and build_tuner(config.tuner, config.tuner_options)
     return (
         replace(

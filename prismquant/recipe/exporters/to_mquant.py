@@ -89,7 +89,7 @@ def write(task: ExportTask) -> str:
 
 
 def _words(key: str, value: Any) -> list[str]:
-    if value in (False, None, _NO_GROUPS):
+    if value is False or value == _NO_GROUPS:
         return []
     return [f"--{key}"] if value is True else [f"--{key}", str(value)]
 
