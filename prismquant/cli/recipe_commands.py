@@ -15,7 +15,7 @@ from prismquant.errors import ArgumentError
 from prismquant.report.tables import as_text
 
 if TYPE_CHECKING:
-    from prismquant.recipe.exporters.written_recipe import WrittenRecipe
+    from prismquant.recipe.exporters.foreign_recipe import ForeignRecipe
     from prismquant.recipe.importers.imported import Imported
 
 recipes = typer.Typer(no_args_is_help=True, help="List, show, check and convert recipes.")
@@ -123,14 +123,14 @@ def convert_recipe(
 _FIRST_WORDS = "# Converted by prismquant recipe convert"
 
 
-def _exported(imported: Imported, target: str, model: str | None) -> WrittenRecipe:
+def _exported(imported: Imported, target: str, model: str | None) -> ForeignRecipe:
     from prismquant.arguments import as_path
     from prismquant.recipe.exporters.export_recipe import export_recipe
 
     return export_recipe(imported, target, None if model is None else as_path(model, "model"))
 
 
-def _show(imported: Imported, exported: WrittenRecipe | None) -> None:
+def _show(imported: Imported, exported: ForeignRecipe | None) -> None:
     """Show what became of each setting, on the way in and on the way out."""
     from prismquant.report.translations import translation_table, written_table
 
@@ -169,7 +169,7 @@ def _written(imported: Imported) -> str:
     return yaml_comment(comment) + imported.recipe.to_yaml()
 
 
-def _their_text(imported: Imported, exported: WrittenRecipe) -> str:
+def _their_text(imported: Imported, exported: ForeignRecipe) -> str:
     """Another tool's recipe, with what became of all settings in a comment if it may have one."""
     from prismquant.recipe.exporters.export_recipe import WRITERS
     from prismquant.recipe.plain_yaml import yaml_comment

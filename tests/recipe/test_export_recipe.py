@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from prismquant.models.bound import BoundModel
-    from prismquant.recipe.exporters.written_recipe import WrittenRecipe
+    from prismquant.recipe.exporters.foreign_recipe import ForeignRecipe
     from prismquant.recipe.layer_config import LayerConfig
 
 
@@ -60,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("written")
 
 
-def read_back(exported: WrittenRecipe, folder: Path) -> Recipe:
+def read_back(exported: ForeignRecipe, folder: Path) -> Recipe:
     """The recipe that is read from the text of a dialect."""
     if exported.dialect == "mquant":
         return import_recipe(exported.text, "mquant").recipe
@@ -120,7 +120,7 @@ def first_of(recipe: Recipe) -> Recipe:
     return recipe.chosen(recipe.choose[0].name) if recipe.choose else recipe
 
 
-def check_nothing_is_lost(recipe: Recipe, exported: WrittenRecipe) -> None:
+def check_nothing_is_lost(recipe: Recipe, exported: ForeignRecipe) -> None:
     """Every word of a recipe stands in one of the lists."""
     places = {
         one.place.removesuffix(" (default)")
@@ -143,7 +143,7 @@ def check_nothing_is_lost(recipe: Recipe, exported: WrittenRecipe) -> None:
 
 
 def check_same_where_nothing_is_told(
-    recipe: Recipe, exported: WrittenRecipe, models: Models, folder: Path
+    recipe: Recipe, exported: ForeignRecipe, models: Models, folder: Path
 ) -> None:
     """Where nothing of the layers is changed or dropped, reading gives the same for each layer."""
     told = [one for one in (*exported.changed, *exported.dropped) if one.place.startswith("rules")]
@@ -154,7 +154,7 @@ def check_same_where_nothing_is_told(
         assert configs(back, model) == configs(recipe, model), name
 
 
-def written(recipe: Recipe, dialect: str, *reasons: str) -> WrittenRecipe | None:
+def written(recipe: Recipe, dialect: str, *reasons: str) -> ForeignRecipe | None:
     """The recipe in a dialect's words; None where it is refused for one of some reasons."""
     try:
         return export_recipe(recipe, dialect)
@@ -458,7 +458,7 @@ def test_what_both_can_say_is_the_same_after_a_round_trip(
         check_calibration(recipe, back, exported)
 
 
-def check_calibration(recipe: Recipe, back: Recipe, exported: WrittenRecipe) -> None:
+def check_calibration(recipe: Recipe, back: Recipe, exported: ForeignRecipe) -> None:
     """What stands of the calibration among what is written is the same again."""
     for one in exported.written:
         name = one.place.removeprefix("calibration.")

@@ -10,8 +10,8 @@ from prismquant.errors import RecipeError, suggest
 from prismquant.recipe.exporters import to_llm_compressor, to_mi_optimize, to_modelopt, to_mquant
 from prismquant.recipe.exporters.export_ledger import ExportLedger
 from prismquant.recipe.exporters.export_task import ExportTask, note_rest
+from prismquant.recipe.exporters.foreign_recipe import ForeignRecipe
 from prismquant.recipe.exporters.layer_work import RulePlaces, work_of
-from prismquant.recipe.exporters.written_recipe import WrittenRecipe
 from prismquant.recipe.exporters.written_scope import (
     ANY_DEPTH,
     family_scope,
@@ -52,7 +52,7 @@ WRITERS: Mapping[str, RecipeWriter] = {
 
 def export_recipe(
     recipe: RecipeSource, dialect: str, model: str | Path | None = None
-) -> WrittenRecipe:
+) -> ForeignRecipe:
     """A recipe in another tool's words, with what became of each of its settings.
 
     Args:
@@ -83,7 +83,7 @@ def export_recipe(
     if not scope.exact:
         ledger.guessed("names of layers are those of all known families; --model takes a model's")
     parts = {name: tuple(noted) for name, noted in ledger.noted.items()}
-    return WrittenRecipe(dialect, whole.name, text, **parts, guessed=tuple(ledger.guesses))
+    return ForeignRecipe(dialect, whole.name, text, **parts, guessed=tuple(ledger.guesses))
 
 
 def _depth(recipe: Recipe, dialect: str) -> int:

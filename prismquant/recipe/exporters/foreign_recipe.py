@@ -11,7 +11,7 @@ from prismquant.errors import RecipeError, listed
 
 
 @dataclass(frozen=True)
-class WrittenRecipe:
+class ForeignRecipe:
     """Another tool's recipe.
 
     Attributes:
