@@ -135,7 +135,7 @@ def quantize_in_place(job: Job) -> Plan:
         request = replace(request, samples=_samples(job, plan, processed=processed))
         write_weights(tensors, source)
         result = perform(request)
-        put_back(live, request.out, tensors)
+        put_back(live, source, request.out, tensors)
     for line in (*job.remarks, *result.plan.remarks, *result.notes):
         told.remark(line)
     if collected.lines:

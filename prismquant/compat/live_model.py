@@ -7,7 +7,7 @@ written as they are in memory, whatever was changed since they were loaded.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from prismquant.export.companions import files_to_copy
 from prismquant.export.compressed_tensors.stored import open_checkpoint
 from prismquant.export.load_quantized import simulate_activations
 from prismquant.memory import readable_bytes
-from prismquant.models.attention import unhook_attention
+from prismquant.models.attention import hook_attention, hooked, unhook_attention
 from prismquant.runtime.input_rotation import InputRotation
 from prismquant.runtime.kv_cache import KVHook
 from prismquant.runtime.linear import ActivationQuantizer, QuantLinear
+from prismquant.shards import ShardReader
 from prismquant.storage import copy_file, write_tensors
 
 # Bytes of tensors that go into one file.
@@ -158,31 +159,33 @@ def write_weights(tensors: Mapping[str, Tensor], folder: Path) -> None:
         write_tensors(folder / f"model-{number:05d}.safetensors", part)
 
 
-def put_back(live: LiveModel, folder: Path, names: Collection[str]) -> None:
+def put_back(live: LiveModel, source: Path, result: Path, names: Collection[str]) -> None:
     """Give a model the weights of a quantized checkpoint, and its roundings at run time; in place.
 
     Args:
         live: The model.
-        folder: The finished checkpoint, whose names are the model's module paths.
+        source: The checkpoint that was written of it, from which it is restored after an error.
+        result: The finished checkpoint, whose names are the model's module paths.
         names: Tensors that the model's checkpoint had.
     """
-    source = open_checkpoint(folder)
-    stored = [name for name in names if name in source.reader.names]
-    head = f"{source.arch.head}.weight"
-    with torch.no_grad():
-        for name in stored:
-            held = _held(live.model, name)
-            held.data.copy_(source.reader.read(name).reshape(held.shape))
-        if head not in names and head in source.reader.names:
-            # A rotation has untied it.
-            held = _held(live.model, head)
-            values = source.reader.read(head).to(held.device, held.dtype)
-            own = nn.Parameter(values, requires_grad=held.requires_grad)
-            live.model.get_submodule(source.arch.head).register_parameter("weight", own)
-            live.config.tie_word_embeddings = False
-    before = dict(live.model.named_modules())
-    simulate_activations(live.model, source)
-    for name, module in live.model.named_modules():
+    model, undo = live.model, _undo(live.model)
+    before, head = dict(model.named_modules()), getattr(model, "lm_head", None)
+    try:
+        checkpoint = open_checkpoint(result)
+        _copy_weights(model, checkpoint.reader, names)
+        simulate_activations(model, checkpoint)
+    except BaseException:
+        undo()
+        _copy_weights(model, ShardReader(source), names)
+        raise
+    weight = f"{checkpoint.arch.head}.weight"
+    if head is not None and weight not in names and weight in checkpoint.reader.names:
+        # A rotation has untied it.
+        held = head.weight
+        values = checkpoint.reader.read(weight).to(held.device, held.dtype)
+        head.weight = nn.Parameter(values, requires_grad=held.requires_grad)
+        live.config.tie_word_embeddings = False
+    for name, module in model.named_modules():
         if module is not before.get(name, module):
             _take_over_hooks(module, before[name])
 
@@ -208,6 +211,39 @@ def remove_quantizers(holder: Any) -> None:
     unhook_attention(model)
 
 
+def _copy_weights(model: nn.Module, reader: ShardReader, names: Collection[str]) -> None:
+    """Copy tensors of a checkpoint into a model, in the dtype and on the device that they have."""
+    with torch.no_grad():
+        for name in names:
+            owner, _, leaf = name.rpartition(".")
+            held: Tensor = getattr(model.get_submodule(owner), leaf)
+            held.data.copy_(reader.read(name).reshape(held.shape))
+
+
+def _undo(model: nn.Module) -> Callable[[], None]:
+    """Takes out again what is put around a model's layers from now on."""
+    modules = dict(model.named_modules())
+    around = {
+        layer: (layer.input_rotation, layer.input_quantizer, layer.output_quantizer)
+        for layer in modules.values()
+        if isinstance(layer, QuantLinear)
+    }
+    hooks = [(module, hook) for module in modules.values() if (hook := hooked(module)) is not None]
+
+    def undo() -> None:
+        unhook_attention(model)
+        for attention, hook in hooks:
+            hook_attention(attention, hook)
+        for name, module in modules.items():
+            owner, _, leaf = name.rpartition(".")
+            if name and model.get_submodule(name) is not module:
+                setattr(model.get_submodule(owner), leaf, module)
+        for layer, had in around.items():
+            layer.input_rotation, layer.input_quantizer, layer.output_quantizer = had
+
+    return undo
+
+
 def _take_over_hooks(module: nn.Module, old: nn.Module) -> None:
     """Let a caller's hooks on a module stay on the one that takes its place; handles still work."""
     for name in (
@@ -218,13 +254,6 @@ def _take_over_hooks(module: nn.Module, old: nn.Module) -> None:
         "_forward_hooks_always_called",
     ):
         setattr(module, name, getattr(old, name))
-
-
-def _held(model: nn.Module, name: str) -> Tensor:
-    """A parameter or a buffer by its path."""
-    owner, _, leaf = name.rpartition(".")
-    held: Tensor = getattr(model.get_submodule(owner), leaf)
-    return held
 
 
 def _shards(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:

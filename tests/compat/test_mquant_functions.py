@@ -15,7 +15,7 @@ import torch
 from prompt_dataset import PromptDataset, questions_only
 
 import prismquant as pq
-from prismquant.compat import mquant
+from prismquant.compat import live_model, mquant
 from prismquant.compat.mquant.families import QWEN2_VL, VIDEOLLAMA3, Family
 from prismquant.errors import (
     ArgumentError,
@@ -24,7 +24,9 @@ from prismquant.errors import (
     NumericsError,
     PlanError,
     RecipeError,
+    StorageError,
 )
+from prismquant.export.load_quantized import simulate_activations
 from prismquant.models.attention import hooked
 from prismquant.models.config import import_transformers
 from prismquant.runtime.linear import QuantLinear
@@ -451,6 +453,26 @@ def test_a_model_is_as_it_was_after_an_error(setting: Setting, fault: str, tmp_p
     assert after.keys() == before.keys()
     for name, tensor in before.items():
         assert torch.equal(after[name].nan_to_num(7.0), tensor.nan_to_num(7.0))
+
+
+def test_a_model_is_restored_where_its_result_cannot_be_put_in(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what an earlier call has put around its layers."""
+    wrapper = setting.wrapper()
+    args = namespace("--quant_llm --llm_w_rtn --llm_a_bits 4")
+    setting.plus(wrapper, args, kv_cache="int8-head")
+    wanted = logits(wrapper.model, wrapper.processor, setting.file)
+
+    def fail(model: Any, checkpoint: Any) -> None:
+        simulate_activations(model, checkpoint)
+        raise StorageError("the disk is gone")
+
+    monkeypatch.setattr(live_model, "simulate_activations", fail)
+    words = setting.words("--visual_w_rtn --llm_w_rtn --rotate --rotate_llm --online_llm_hadamard")
+    with pytest.raises(StorageError, match="the disk is gone"):
+        setting.plus(wrapper, namespace(words), kv_cache="fp8")
+    assert torch.equal(logits(wrapper.model, wrapper.processor, setting.file), wanted)
 
 
 # Wrong calls

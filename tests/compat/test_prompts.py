@@ -73,6 +73,17 @@ def test_the_first_rows_are_taken_in_their_order() -> None:
     assert len(read("one", "two", "three")) == 3
 
 
+def test_tables_of_pandas_are_read_row_by_row(picture: str) -> None:
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame({"image_path": [picture] * 3, "question": ["a ?", "b ?", "c ?"]})
+    given = SimpleNamespace(
+        data=table, build_prompt=lambda row: [row["image_path"], row["question"]]
+    )
+    found = samples_of_prompts(given, None, BARE, 8)
+    assert [sample.id for sample in found] == ["sample-0", "sample-1", "sample-2"]
+    assert [sample.messages[0]["content"][1]["text"] for sample in found] == ["a ?", "b ?", "c ?"]
+
+
 def test_a_wrappers_own_prompts_and_contents_count(picture: str) -> None:
     def prepare(items: list[dict[str, Any]], dataset: str) -> list[dict[str, Any]]:
         """Like VLMEvalKit's wrapper of Qwen2-VL."""
