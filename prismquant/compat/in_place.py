@@ -111,10 +111,7 @@ def quantize_in_place(job: Job) -> Plan:
         PrismQuantError: With what is wrong, where, and the remedy; the model is as it was.
     """
     live, options = job.live, job.options
-    for name in options.keys() - EngineOptions.__annotations__:
-        raise ArgumentError(
-            f"there is no option {name!r}", remedy=suggest(name, EngineOptions.__annotations__)
-        )
+    _require_known(options)
     recipe = adapted(
         job.imported.recipe,
         kv_cache=options.get("kv_cache"),
@@ -138,9 +135,22 @@ def quantize_in_place(job: Job) -> Plan:
         put_back(live, source, request.out, tensors)
     for line in (*job.remarks, *result.plan.remarks, *result.notes):
         told.remark(line)
-    if collected.lines:
+    translation = job.imported.translation
+    heading = "" if translation is None else translation.heading
+    if collected.lines.keys() - {heading}:
         warnings.warn("\n".join(collected.lines), CompatWarning, stacklevel=_TO_CALLER)
     return result.plan
+
+
+def _require_known(options: EngineOptions) -> None:
+    """Refuse keywords that are no options.
+
+    Raises:
+        ArgumentError: There is one.
+    """
+    known = EngineOptions.__annotations__
+    if unknown := sorted(options.keys() - known):
+        raise ArgumentError(f"there is no option {unknown[0]!r}", remedy=suggest(unknown[0], known))
 
 
 @contextlib.contextmanager

@@ -492,6 +492,23 @@ def test_the_wrong_family_is_told_which_function_to_call(tiny: Callable[..., Pat
     assert "prismquant.quantize(" in str(found.value.remedy)
 
 
+def test_a_model_of_remote_code_is_told_how_to_be_loaded() -> None:
+    class Videollama3Qwen2ForCausalLM(torch.nn.Module):
+        """Of the original repositories."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.config, self.lm_head = SimpleNamespace(), torch.nn.Linear(2, 2)
+
+    wrapper = SimpleNamespace(model=Videollama3Qwen2ForCausalLM())
+    with pytest.raises(ModelError, match="of the checkpoint's own code") as found:
+        PLUS["video_llama_3"](wrapper, None, None, None, {"quant_llm": True})
+    assert "prismquant.load(FOLDER)" in str(found.value.remedy)
+    with pytest.raises(ModelError) as other:
+        PLUS["qwen2_vl"](wrapper, None, None, None, {"quant_llm": True})
+    assert "call videollama3_rtn_gptq_fwrd_plus(" in str(other.value.remedy)
+
+
 def test_the_other_familys_connector_is_told_this_ones(setting: Setting) -> None:
     other = next(one for one in FAMILIES.values() if one is not setting.family)
     with pytest.raises(RecipeError) as found:
@@ -534,6 +551,9 @@ def test_bits_of_inputs_that_are_not_given_are_told(setting: Setting) -> None:
     with pytest.warns(mquant.CompatWarning) as found:
         setting.plus(setting.wrapper(), args | {"llm_a_bits": 8})
     assert "not given" not in str(found[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        setting.plus(setting.wrapper(), args | {"llm_a_bits": 16})
 
 
 def test_a_model_without_head_and_wrapped_layers_are_refused(setting: Setting) -> None:

@@ -200,8 +200,14 @@ def _find(family: Family, holder: Any, called: str) -> LiveModel:
 
 def _other_model(family: Family, given: str, names: Collection[str], called: str) -> ModelError:
     what = f"{called} quantizes {family.title}, and this is a {given}"
+    if family.remote_class in names:
+        return ModelError(
+            f"{called} takes a {family.hf_class} of transformers, and this is a {given} of the "
+            "checkpoint's own code",
+            remedy="load it by prismquant.load(FOLDER), which gives that class, and the processor",
+        )
     for other in FAMILIES:
-        if other.hf_class in names:
+        if other.hf_class in names or other.remote_class in names:
             return ModelError(
                 what,
                 remedy=f"call {other.entry}(model, dataset, dev, dataset_name, args); its "

@@ -16,6 +16,7 @@ class Family:
         connector: The flag that quantizes its connector.
         renamed: Beginnings of module paths here, and of the keys of quantizers there.
         wrapped: Whether layers are wrapped there: then their keys end in ``.module``.
+        remote_class: Class of code that original checkpoints bring along; empty: they bring none.
     """
 
     title: str
@@ -24,6 +25,7 @@ class Family:
     connector: str
     renamed: tuple[tuple[str, str], ...]
     wrapped: bool
+    remote_class: str = ""
 
     def key(self, name: str, *, split: bool) -> str:
         """The key of a layer's quantizer.
@@ -58,6 +60,7 @@ VIDEOLLAMA3 = Family(
         ("model.projector.", "model.mm_projector."),
     ),
     wrapped=False,
+    remote_class="Videollama3Qwen2ForCausalLM",
 )
 FAMILIES = (QWEN2_VL, VIDEOLLAMA3)
 """All of them."""

@@ -61,13 +61,8 @@ def read_namespace(args: Any, family: Family, forced: Mapping[str, Any]) -> Impo
     """
     flags = flags_of(args)
     foreign = [one for one in FAMILIES if one is not family and flags.get(one.connector)]
-    for other in foreign:
-        raise RecipeError(
-            f"{other.connector} is of {other.title}; the connector of {family.title} is quantized "
-            f"by {family.connector}",
-            where=f"args.{other.connector}",
-            remedy=f"set {family.connector} = True, and {other.connector} = False",
-        )
+    if foreign:
+        raise _foreign_flag(foreign[0], family)
     asked = flags | dict(forced)
     # An online rotation of a tower asks for the tower, too.
     parts = ("quant_visual_clip", family.connector, "quant_llm")
@@ -78,6 +73,15 @@ def read_namespace(args: Any, family: Family, forced: Mapping[str, Any]) -> Impo
             remedy=f"set args.{parts[-1]} = True, or those of the other parts",
         )
     return mquant.read(asked, "args")
+
+
+def _foreign_flag(other: Family, family: Family) -> RecipeError:
+    return RecipeError(
+        f"{other.connector} is of {other.title}; the connector of {family.title} is quantized by "
+        f"{family.connector}",
+        where=f"args.{other.connector}",
+        remedy=f"set {family.connector} = True, and {other.connector} = False",
+    )
 
 
 def _is_default(name: str, value: Any) -> bool:
