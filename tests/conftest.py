@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import tiny_families
 import tiny_text
 import tiny_vlm
 import torch
@@ -53,8 +54,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def get(family: str, **options: Any) -> Path:
         key = repr((family, sorted(options.items(), key=lambda item: item[0])))
         if key not in built:
-            build = tiny_text.build if family in tiny_text.FAMILIES else tiny_vlm.build
-            built[key] = build(family, tmp_path_factory.mktemp(family), **options)
+            makers = (tiny_text, tiny_families)
+            maker = next((one for one in makers if family in one.FAMILIES), tiny_vlm)
+            built[key] = maker.build(family, tmp_path_factory.mktemp(family), **options)
         return built[key]
 
     return get

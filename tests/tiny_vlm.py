@@ -283,9 +283,28 @@ def _names(family: str, layout: str | None) -> NameMap:
 
 def write_tokenizer(folder: Path, family: str, transformers: Any, *, chat: bool = True) -> None:
     """Write a tokenizer of words, with a chat template if it is to have one."""
+    fast = word_tokenizer(transformers, {})
+    start, end = "<|vision_start|>", "<|vision_end|>"
+    if family == "video_llama_3":
+        start, end = "", "\\n"
+    if chat:
+        fast.chat_template = chat_template(
+            f"{start}<|image_pad|>{end}", f"{start}<|video_pad|>{end}"
+        )
+    fast.save_pretrained(folder)
+
+
+def chat_template(image: str, video: str) -> str:
+    """A chat template that writes this text in the place of a picture, and of a clip."""
+    return _CHAT_TEMPLATE.replace("IMAGE", f"'{image}'").replace("VIDEO", f"'{video}'")
+
+
+def word_tokenizer(transformers: Any, named: dict[str, str]) -> Any:
+    """A tokenizer of words, with special tokens that it has attributes for."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    words = [*_SPECIAL, "<unk>", *dict.fromkeys((*_WORDS, *_SIGNS))]
+    special = [*_SPECIAL, *named.values()]
+    words = [*dict.fromkeys([*special, "<unk>", *_WORDS, *_SIGNS])]
     if len(words) > VOCABULARY:
         raise ValueError(f"{len(words)} words do not fit a vocabulary of {VOCABULARY}")
     vocabulary = {word: index for index, word in enumerate(words)}
@@ -297,21 +316,15 @@ def write_tokenizer(folder: Path, family: str, transformers: Any, *, chat: bool 
         ]
     )
     tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens([AddedToken(word, special=True) for word in _SPECIAL])
-    fast = transformers.PreTrainedTokenizerFast(
+    tokenizer.add_special_tokens([AddedToken(word, special=True) for word in special])
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         unk_token="<unk>",
         padding_side="left",
+        **({"extra_special_tokens": named} if named else {}),
     )
-    start, end = "<|vision_start|>", "<|vision_end|>"
-    if family == "video_llama_3":
-        start, end = "", "\\n"
-    template = _CHAT_TEMPLATE.replace("IMAGE", f"'{start}<|image_pad|>{end}'")
-    if chat:
-        fast.chat_template = template.replace("VIDEO", f"'{start}<|video_pad|>{end}'")
-    fast.save_pretrained(folder)
 
 
 def _write_processors(folder: Path, family: str, transformers: Any) -> None:

@@ -275,11 +275,21 @@ def _encoded_bytes(processor: Any, size: Size, frames: int, patches: int | None)
         patches: Number of patches where the processor tells it.
     """
     together = int(getattr(processor, "temporal_patch_size", 1) or 1)
-    if patches is None:
+    area = _patch_area(processor)
+    if patches is None or area is None:
         pixels = size[0] * size[1] * math.ceil(frames / together)
     else:
-        pixels = int(patches) * int(processor.patch_size) ** 2
+        pixels = int(patches) * area
     return pixels * together * _CHANNELS * _FLOAT32
+
+
+def _patch_area(processor: Any) -> int | None:
+    """Pixels of what a processor counts: a patch, or a crop as large as the model's input."""
+    side, size = getattr(processor, "patch_size", None), getattr(processor, "size", None)
+    if isinstance(side, int):
+        return side**2
+    height, width = (getattr(size, name, None) for name in ("height", "width"))
+    return height * width if isinstance(height, int) and isinstance(width, int) else None
 
 
 def _no_sizes(what: str) -> DataError:

@@ -35,7 +35,9 @@ def small_batches(arch: ArchSpec, config: Any, processor: Any, folder: Path) -> 
         processor: Of the model.
         folder: Where the samples go.
     """
-    seen = {"video" if "video" in group[0] else "image" for group in arch.input_groups}
+    # Some take a clip's frames as pictures: what they are given is called so, too.
+    clips = arch.sees and getattr(processor, "video_processor", None) is not None
+    seen = {"image", *["video"] * clips} if arch.sees else set()
     kinds = [kind for kind in KINDS if kind == "text" or kind in seen]
     found = {}
     for names in dict.fromkeys([*((kind,) for kind in kinds), tuple(kinds)]):

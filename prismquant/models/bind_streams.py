@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from prismquant.models.arch import ArchSpec, Stream
-from prismquant.models.bound import BoundEdge, BoundStream
+from prismquant.models.arch import ArchSpec, Modality, Stream
+from prismquant.models.bound import BoundEdge, BoundStep, BoundStream
 from prismquant.models.claims import CONVOLUTIONS
 from prismquant.models.misfits import Misfits, kind_of
 from prismquant.models.norm_probe import NormProbe
@@ -21,17 +21,28 @@ if TYPE_CHECKING:
 def bind_streams(
     arch: ArchSpec,
     modules: Mapping[str, nn.Module],
+    steps: tuple[BoundStep, ...],
     edges: tuple[BoundEdge, ...],
     probe: NormProbe,
     misfits: Misfits,
 ) -> tuple[BoundStream, ...]:
-    """The residual streams of a model; what is wrong with them is told to ``misfits``."""
+    """The residual streams of a model; what is wrong with them is told to ``misfits``.
+
+    A tower need not have one. Norms of projectors read the vision tower's.
+    """
     streams = [_bind_stream(stream, modules, probe, misfits) for stream in arch.streams]
     bound = tuple(stream for stream in streams if stream is not None)
     if len(bound) != len(arch.streams):
         return bound
     known = Counter(name for stream in bound for name in stream.norms)
-    sources = {edge.norm for edge in edges if edge.norm is not None}
+    described = {stream.modality for stream in bound}
+    if Modality.VISION in described:
+        described.add(Modality.PROJECTOR)
+    sources = {
+        edge.norm
+        for edge in edges
+        if edge.norm is not None and steps[edge.step].modality in described
+    }
     misfits.add_all(
         f"{name}: read from {known[name] or 'no'} residual streams"
         for name in sorted(sources | known.keys())

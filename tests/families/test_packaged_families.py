@@ -1,0 +1,94 @@
+"""Families by their names: the file is right, and a model goes through the whole pipeline."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import tiny_families
+import tiny_vlm
+import torch
+
+import prismquant as pq
+from prismquant.check import check
+from prismquant.data import read_samples
+from prismquant.data.batches import make_batches
+from prismquant.export.load_quantized import load_model
+from prismquant.families.check_family import check_family
+from prismquant.models.arch import Modality
+from prismquant.models.bind import bind
+from prismquant.models.config import import_transformers
+from prismquant.models.float_model import load_float
+from prismquant.models.processor import load_processor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+pytestmark = pytest.mark.parametrize("family", tiny_families.FAMILIES)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts, pictures and clips."""
+    return tiny_vlm.samples(tmp_path_factory.mktemp("data"), count=6)
+
+
+@torch.no_grad()
+def logits(model: nn.Module, folder: Path, data: Path) -> Tensor:
+    batches = make_batches(
+        read_samples(data),
+        load_processor(folder),
+        batch_size=1,
+        vision_token_ids=bind(folder).vision_token_ids,
+    )
+    call: Any = model
+    return torch.cat([call(**batch.inputs, use_cache=False).logits[0] for batch in batches])
+
+
+def test_the_file_is_right(family: str, tiny: Callable[..., Path]) -> None:
+    found = check_family(tiny(family))
+    assert [claim for claim in found.claims if claim.holds is not True] == []
+    assert found.blocks == {"vision": 2, "llm": 2}
+
+
+@pytest.mark.parametrize("preset", ["w4a16-all", "w8a8-all"])
+def test_transformers_gives_the_logits_of_our_simulation(
+    family: str, preset: str, tiny: Callable[..., Path], pictures: Path, tmp_path: Path
+) -> None:
+    """Of all towers; no row of the plan is left without a reason, and vLLM refuses nothing."""
+    folder, out = tiny(family), tmp_path / "out"
+    result = pq.quantize(folder, preset, out, pictures, fallback=True)
+    towers = {row.site.modality for row in result.plan.quantized}
+    assert towers == {Modality.VISION, Modality.PROJECTOR, Modality.LLM}
+    report = check(out, "vllm")
+    assert report.ok, report.findings
+    actual = logits(load_model(out), folder, pictures)
+    auto = import_transformers().AutoModelForImageTextToText
+    theirs = auto.from_pretrained(out, dtype=torch.float32, local_files_only=True).eval()
+    torch.testing.assert_close(actual, logits(theirs, folder, pictures), rtol=1e-3, atol=1e-3)
+    full = logits(load_float(folder), folder, pictures)
+    assert 1e-3 < (actual - full).abs().max() < full.abs().max()
+
+
+def test_what_was_lost_is_measured(
+    family: str, tiny: Callable[..., Path], pictures: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    pq.quantize(tiny(family), "w8a16", out, pictures)
+    found = pq.measure(out, pictures, reference=tiny(family))
+    assert found.overall.divergence["answer"].kl < 0.1
+    assert set(found.by_kind) == {"text", "image", "video"}
+
+
+def test_rotations_keep_the_function(
+    family: str, tiny: Callable[..., Path], pictures: Path, tmp_path: Path
+) -> None:
+    folder, out = tiny(family), tmp_path / "out"
+    rules = [{"match": {"role": "mlp.down"}, "weights": "int8-g32", "solver": "rtn"}]
+    rotated = {"rules": rules, "transforms": [{"name": "rotation", "match": {"modality": "llm"}}]}
+    pq.quantize(folder, rotated, out)
+    actual, full = (logits(m, folder, pictures) for m in (load_model(out), load_float(folder)))
+    assert (actual - full).abs().max() < 0.2 * full.abs().max()
