@@ -87,5 +87,9 @@ class WorkNotes:
         else:
             self.written(name, value, theirs)
 
+    def guessed(self, what: str) -> None:
+        """Note what the recipe does not say, and the text does."""
+        self._ledger.guessed(what)
+
     def _at(self, name: str) -> str:
         return self._ledger.places.of(self.work, name)

@@ -63,6 +63,10 @@ def _method(notes: WorkNotes, work: LayerWork, quiet: bool) -> tuple[Fields, boo
     if config.solver == "gptq":
         return _gptq(notes, options, rule, quiet), False
     found, why = _range_algorithm(options.scale_weighting, rule)
+    if config.weights is not None and config.weights.scale.startswith("e8m0"):
+        # Powers of two are taken from each block while the model runs.
+        why = "" if rule.kind == "minmax" else "scales hold every value there"
+        found = {"method": "max"}
     if not quiet:
         notes.written("solver", "rtn", f"algorithm: {found['method']}")
         notes.either("weight_range", _range_value(rule), f"algorithm: {_told(found)}", why)

@@ -39,7 +39,7 @@ def quantizer_attributes(
         notes: On the layer.
         side: ``weights``, ``activations`` or ``outputs``.
         spec: The format.
-        static: Whether scales of 8 bits are chosen before the run, not by absmax while it runs.
+        static: Whether E4M3 scales are chosen before the run, not by absmax while it runs.
     """
     if spec.scale == "float" and spec.kind not in _PLAIN:
         why = f"{spec.kind} is known in groups of 32 with scales of 8 bits alone there"
@@ -47,7 +47,8 @@ def quantizer_attributes(
         return None
     given, why = _nearest(spec)
     fields: Fields = {"num_bits": given.bits if given.kind == "int" else _BITS[given.kind]}
-    dynamic = given.dynamic or (given.scale != "float" and not static)
+    dynamic = given.dynamic or given.scale.startswith("e8m0")
+    dynamic |= given.scale == "e4m3" and not static
     if given.granularity == Granularity.CHANNEL:
         fields["axis"] = 0
     elif given.granularity == Granularity.TENSOR:

@@ -37,6 +37,8 @@ def arguments_of(notes: WorkNotes, side: str, spec: NumberSpec) -> Fields | None
         nearest = {"e5m2": "fp8 of E4M3", "e3m2": "mxfp6 of E2M3"}[spec.kind]
         notes.dropped(side, spec.name, "float is E4M3, E2M3 or E2M1 there", nearest)
         return None
+    if spec.kind == "e2m3":
+        notes.guessed("compressed-tensors 0.19 refuses numbers of 6 bits: a later one is needed")
     given, why = _nearest(spec, side)
     fields: Fields = {
         "num_bits": given.bits,
