@@ -93,3 +93,18 @@ class WorkNotes:
 
     def _at(self, name: str) -> str:
         return self._ledger.places.of(self.work, name)
+
+
+def note_fallback(notes: WorkNotes, why: str) -> None:
+    """Note what to do where a format cannot hold a layer, for a tool that is not told.
+
+    Args:
+        notes: On the layer.
+        why: What the tool does; empty: it has no groups here.
+    """
+    weights, value = notes.config.weights, notes.work.fallback
+    grouped = weights is not None and weights.granularity.grouped
+    if grouped and why and (value != "error" or notes.said("fallback")):
+        notes.dropped("fallback", value, why)
+    elif notes.said("fallback"):
+        notes.written("fallback", value, "", "no width is cut into groups")

@@ -126,7 +126,10 @@ def note_rest(task: ExportTask) -> None:
             where = f"{place}.{field}"
             if field == "optional" or task.ledger.mentions(where):
                 continue
-            if not meant:
+            if not meant and (task.scope.exact or rule.skip):
+                why = f"the rule means no layer of {task.scope.told}"
+                task.ledger.written(where, value, "", why)
+            elif not meant:
                 why = f"the rule means no layer of {task.scope.told}"
                 task.ledger.dropped(where, value, why, "--model")
             elif field == "match":

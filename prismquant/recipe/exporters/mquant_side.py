@@ -9,7 +9,7 @@ from prismquant.algorithms.methods import build_solver
 from prismquant.formats.spec import NumberSpec
 from prismquant.numerics.kinds import Granularity
 from prismquant.numerics.rules import RangeRule
-from prismquant.recipe.exporters.export_ledger import WorkNotes
+from prismquant.recipe.exporters.export_ledger import WorkNotes, note_fallback
 from prismquant.recipe.exporters.layer_work import LayerWork
 from prismquant.recipe.exporters.written_gptq import damping, refined
 
@@ -133,9 +133,16 @@ def note_side(notes: WorkNotes, name: str, shared: Fields) -> None:
             told = "blocks do not change the codes, and are of 128 columns there"
             notes.written("options.block_size", options.block_size, "", told)
     _note_range(notes, name, flags, options)
-    if notes.said("fallback"):
-        why = "no width is cut into groups, but by --w_groupsize"
-        notes.dropped("fallback", notes.work.fallback, why)
+    _note_fallback(notes, flags)
+
+
+def _note_fallback(notes: WorkNotes, flags: SideFlags) -> None:
+    value = notes.work.fallback
+    if not flags.w_groupsize or flags.w_groupsize < 0:
+        note_fallback(notes, "")
+    elif value != "error" or notes.said("fallback"):
+        why = "where groups do not divide a width, the last one is smaller there"
+        notes.changed("fallback", value, f"--w_groupsize {flags.w_groupsize}", why)
 
 
 _SHARED = "vision and language share it there"

@@ -13,7 +13,7 @@ from prismquant.algorithms.methods import build_solver
 from prismquant.errors import RecipeError
 from prismquant.models.arch import Modality
 from prismquant.numerics.rules import RangeRule
-from prismquant.recipe.exporters.export_ledger import ExportLedger, WorkNotes
+from prismquant.recipe.exporters.export_ledger import ExportLedger, WorkNotes, note_fallback
 from prismquant.recipe.exporters.export_task import ExportTask, note_alike, note_calibration
 from prismquant.recipe.exporters.layer_work import LayerWork
 from prismquant.recipe.exporters.written_gptq import damping, refined
@@ -102,10 +102,7 @@ def _arguments(notes: WorkNotes, work: LayerWork, first: str) -> tuple[str, Fiel
     elif algo == "awq":
         fields |= {"auto_scale": bool(first), "auto_clip": clipped}
     _note_range(notes, work, algo, clipped)
-    if work.fallback != "error":
-        notes.dropped("fallback", work.fallback, "a group that does not fit is an error there")
-    elif notes.said("fallback"):
-        notes.written("fallback", "error", "a group that does not fit is an error")
+    note_fallback(notes, "a group that does not fit is an error there")
     return algo, fields
 
 

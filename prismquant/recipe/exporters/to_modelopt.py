@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prismquant.errors import RecipeError
+from prismquant.recipe.exporters.export_ledger import note_fallback
 from prismquant.recipe.exporters.export_task import ExportTask, note_alike, note_calibration
 from prismquant.recipe.exporters.layer_work import LayerWork
 from prismquant.recipe.exporters.written_algorithms import algorithms_of
@@ -120,11 +121,7 @@ def _written(
             fields |= _calibrator(task, work)
         found[side] = repr(fields)
         attributes[found[side]] = fields
-    if work.fallback != "error":
-        why = "a group that does not fit is an error there, or padded"
-        notes.dropped("fallback", work.fallback, why)
-    elif notes.said("fallback"):
-        notes.written("fallback", "error", "a group that does not fit is an error")
+    note_fallback(notes, "a group that does not fit is an error there, or padded")
     return _Quantizers(**found)
 
 
