@@ -78,6 +78,12 @@ def export_recipe(
         why = f"which is best must be measured: this is the first, {whole.choose[0].name}"
         ledger.dropped("choose", others, why, "the recipe.yaml of a finished run")
     task = ExportTask(own, scope, work_of(own, scope), ledger)
+    if own.kv_cache is None and not any(work.quantized for work in task.work.values()):
+        raise RecipeError(
+            f"the recipe quantizes no layer of {scope.told}",
+            where=whole.name,
+            remedy="look at the plan: prismquant inspect MODEL --recipe RECIPE",
+        )
     text = WRITERS[dialect].write(task)
     note_rest(task)
     if not scope.exact:
