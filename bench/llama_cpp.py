@@ -4,10 +4,10 @@
     python -m bench.llama_cpp llama/bin/python
 
 Small random models of every family that llama.cpp has are quantized in each kind of block type and
-exported; the next token's probabilities after a text, and after a picture, are compared with those
-of the same weights in float32 transformers. A line each: the number of tokens that both readers
-counted, the largest difference of a logarithm over the likely tokens, and whether they agree on the
-likeliest. The last line is one JSON object.
+exported; the next token's probabilities after a text, and where it sees after a picture, are
+compared with those of the same weights in float32 transformers. A line each: the number of tokens
+that both readers counted, the largest difference of a logarithm over the likely tokens, and whether
+they agree on the likeliest. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from prismquant.api import export, quantize
 from prismquant.export.gguf.vocabulary import QWEN2_WORDS
@@ -30,9 +31,10 @@ from prismquant.models.float_model import load_float
 from prismquant.models.processor import load_processor
 from prismquant.opening import read_json
 from prismquant.recipe.schema import load_recipe
-from prismquant.storage import write_json
+from prismquant.storage import write_json, write_tensors
 
 sys.path.append("tests")
+import tiny_text
 import tiny_vlm
 
 FORMATS = (
@@ -44,7 +46,8 @@ FORMATS = (
     "int8-channel",
     "mxfp4",
 )
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+SEEING = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+FAMILIES = (*SEEING, *tiny_text.FAMILIES)
 LLM = {"modality": "llm", "role": ["attn", "mlp"]}
 TEXT = "the square is red"
 # Patches of the tower that are merged into one token are 8 pixels wide and high.
@@ -63,7 +66,6 @@ def main() -> int:
     rows = []
     with tempfile.TemporaryDirectory() as work:
         picture = noise(Path(work) / "noise.png")
-        calibration = tiny_vlm.samples(Path(work))
         for family in options.families:
             source = build(family, Path(work) / family)
             for number in options.formats:
@@ -72,10 +74,11 @@ def main() -> int:
                     {"solver": "rtn", "tuner": "none", "weight_range": "minmax"},
                     {"match": LLM, "weights": number},
                 )
-                quantize(source, recipe, out / "run", calibration)
+                quantize(source, recipe, out / "run")
                 export(out / "run", "dense", out / "dense", options={"dtype": torch.float32})
                 export(out / "run", "gguf", out / "gguf")
-                theirs, ours = ask(options.python, out / "gguf", picture), answer(out, picture)
+                shown = picture if family in SEEING else None
+                theirs, ours = ask(options.python, out / "gguf", shown), answer(out, shown)
                 rows.append({"family": family, "format": number, **compared(ours, theirs)})
                 print(rows[-1], flush=True)
     print(json.dumps({"llama.cpp": rows}))
@@ -87,8 +90,20 @@ def build(family: str, folder: Path) -> Path:
     folder.mkdir()
     # It adds features of the tower to the first blocks, but not to the last one.
     blocks = 4 if family == "qwen3_vl" else 2
-    tiny_vlm.build(family, folder, dtype=torch.bfloat16, llm_blocks=blocks)
+    made = tiny_vlm if family in SEEING else tiny_text
+    # It has no head of Gemma 2 that is not the embedding.
+    tie = family == "gemma2"
+    made.build(family, folder, dtype=torch.bfloat16, llm_blocks=blocks, tie=tie)
     config = read_json(folder / "config.json")
+    if family == "gemma3_text":
+        config["layer_types"] = ["sliding_attention"] * blocks  # every sixth is otherwise
+    if family == "gemma2":
+        # The head is the embedding, whose random columns make logits that no trained model has.
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.embed_tokens.weight"] /= 8
+        write_tensors(folder / "model.safetensors", tensors)
+    if family == "mistral":
+        config["sliding_window"] = None  # which it does not have
     if family == "qwen2_5_vl":
         config["vision_config"]["window_size"] = 112  # what llama.cpp assumes
     write_json(folder / "config.json", config)
@@ -146,28 +161,29 @@ def noise(path: Path) -> Path:
     return path
 
 
-def ask(python: str, folder: Path, picture: Path) -> dict[str, Any]:
+def ask(python: str, folder: Path, picture: Path | None) -> dict[str, Any]:
     """llama.cpp's answers."""
     (model,) = folder.glob("model-*.gguf")
     command = [python, "-m", "bench.peers.llama_cpp"]
-    files = [str(model), str(folder / "mmproj-F16.gguf"), str(picture), TEXT]
-    result = subprocess.run([*command, *files], capture_output=True, text=True, check=False)
+    words = [TEXT, str(model)]
+    words += [str(folder / "mmproj-F16.gguf"), str(picture)] if picture else []
+    result = subprocess.run([*command, *words], capture_output=True, text=True, check=False)
     if result.returncode:
         raise SystemExit(result.stderr[-2000:] + result.stdout[-500:])
     answers: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return answers
 
 
-def answer(out: Path, picture: Path) -> dict[str, tuple[int, torch.Tensor]]:
+def answer(out: Path, picture: Path | None) -> dict[str, tuple[int, torch.Tensor]]:
     """Number of tokens and logarithms of probabilities by transformers, of dense weights."""
     model, processor = load_float(out / "dense"), load_processor(out / "dense")
-    content = [{"type": "image", "image": ""}, {"type": "text", "text": TEXT}]
-    messages = [{"role": "user", "content": content}]
-    chat = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    inputs = {
-        "text": processor.tokenizer(TEXT, return_tensors="pt"),
-        "picture": processor(text=[chat], images=[Image.open(picture)], return_tensors="pt"),
-    }
+    inputs = {"text": processor.tokenizer(TEXT, return_tensors="pt")}
+    if picture is not None:
+        content = [{"type": "image", "image": ""}, {"type": "text", "text": TEXT}]
+        messages = [{"role": "user", "content": content}]
+        chat = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        shown = processor(text=[chat], images=[Image.open(picture)], return_tensors="pt")
+        inputs["picture"] = shown
     results = {}
     for name, given in inputs.items():
         with torch.no_grad():

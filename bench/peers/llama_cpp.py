@@ -1,7 +1,7 @@
 """What llama.cpp makes of GGUF files; for an environment of its own.
 
     python -m venv llama && llama/bin/pip install xllamacpp==2026.10.11549
-    llama/bin/python -m bench.peers.llama_cpp MODEL.gguf MMPROJ.gguf PICTURE.png TEXT
+    llama/bin/python -m bench.peers.llama_cpp TEXT MODEL.gguf [MMPROJ.gguf PICTURE.png]
 
 The last line is one JSON object: after TEXT, and after a chat turn of PICTURE and TEXT, the
 logarithm of the probability of every likely next token. Attention and its cache are float32; what
@@ -21,14 +21,15 @@ LIKELY = 64
 
 
 def main() -> None:
-    """Run both prompts."""
+    """Run the prompts."""
     import xllamacpp as llama
 
-    model, projector, picture, text = sys.argv[1:]
+    text, model, *seen = sys.argv[1:]
     parameters = llama.CommonParams()
     parameters.model.path = model
-    parameters.mmproj.path = projector
-    parameters.mmproj_use_gpu = False
+    if seen:
+        parameters.mmproj.path = seen[0]
+        parameters.mmproj_use_gpu = False
     parameters.n_ctx = 1024
     parameters.n_parallel = 1
     parameters.warmup = False
@@ -36,18 +37,16 @@ def main() -> None:
     parameters.cache_type_k = parameters.cache_type_v = llama.ggml_type.GGML_TYPE_F32
     parameters.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = llama.Server(parameters)
-    image = base64.b64encode(Path(picture).read_bytes()).decode()
-    content = [
-        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}},
-        {"type": "text", "text": text},
-    ]
     asked = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": LIKELY}
-    answers = {
-        "text": server.handle_completions({"prompt": text, "n_probs": LIKELY, **asked}),
-        "picture": server.handle_chat_completions(
-            {"messages": [{"role": "user", "content": content}], **asked}
-        ),
-    }
+    answers = {"text": server.handle_completions({"prompt": text, "n_probs": LIKELY, **asked})}
+    if seen:
+        image = base64.b64encode(Path(seen[1]).read_bytes()).decode()
+        content = [
+            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}},
+            {"type": "text", "text": text},
+        ]
+        messages = [{"role": "user", "content": content}]
+        answers["picture"] = server.handle_chat_completions({"messages": messages, **asked})
     print(json.dumps({name: likely(answer) for name, answer in answers.items()}))
 
 

@@ -299,15 +299,20 @@ class GgufNames:
 
     Attributes:
         architecture: Member of ``MODEL_ARCH``.
-        projector: Member of ``VisionProjectorType``.
+        projector: Member of ``VisionProjectorType``; empty: of text alone.
         tensors: Module path, with ``*`` for the number of a block -> members of ``MODEL_TENSOR``,
             of which a layer's rows are cut into as many; ``NAME:2`` where the number is not in the
             path.
+        rotary_pairs: Whether neighbouring rows of a query or key are turned together there, where
+            transformers turns rows that are half a head apart.
+        norms_from_one: Whether norms multiply by their weight there, and here by one more.
     """
 
     architecture: str
     projector: str
     tensors: Mapping[str, tuple[str, ...]]
+    rotary_pairs: bool = False
+    norms_from_one: bool = False
 
 
 @dataclass(frozen=True)

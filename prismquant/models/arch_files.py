@@ -381,11 +381,9 @@ def _gguf(table: StrictTable | None) -> GgufNames | None:
     """The names of llama.cpp; None where it does not have the family."""
     if table is None:
         return None
-    names = GgufNames(
-        architecture=table.text("architecture"),
-        projector=table.text("projector"),
-        tensors=table.lists("tensors"),
-    )
+    words = table.text("architecture"), table.maybe_text("projector") or ""
+    flags = table.flag("rotary_pairs"), table.flag("norms_from_one")
+    names = GgufNames(*words, table.lists("tensors"), *flags)
     table.finish()
     return names
 

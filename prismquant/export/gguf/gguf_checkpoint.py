@@ -1,8 +1,8 @@
-"""A checkpoint as two GGUF files: the language model in GGML's block types, and the vision tower.
+"""A checkpoint as GGUF files: the language model in GGML's block types, and the vision tower.
 
-Codes stay as they are (:mod:`.blocks` says how that is possible). Of what is not quantized, the
-language model keeps the source's dtype; the tower's matrices are float16, as llama.cpp wants them;
-norms and biases are float32 in both.
+Codes stay as they are (:mod:`.ggml_blocks` says how that is possible). Of what is not quantized,
+the language model keeps the source's dtype; the tower's matrices are float16, as llama.cpp wants
+them; norms and biases are float32 in both. A model of text alone is one file.
 """
 
 from __future__ import annotations
@@ -26,6 +26,13 @@ from prismquant.export.compressed_tensors.stored import StoredCheckpoint
 from prismquant.export.exporter import Progress, Refusal
 from prismquant.export.gguf import metadata
 from prismquant.export.gguf.ggml_blocks import BLOCK, BYTES, block_type, pack, why_not
+from prismquant.export.gguf.language_models import (
+    impossible,
+    remarks_of,
+    rope_factors,
+    text_config,
+    write_language,
+)
 from prismquant.export.gguf.llama_cpp_names import Part, parts
 from prismquant.export.gguf.vocabulary import read_vocabulary
 from prismquant.export.packed_integers import scale_refusal
@@ -49,7 +56,11 @@ _FILE_TYPES = {
 
 @dataclass(frozen=True)
 class _GgufTensor:
-    """One tensor of a file: what it is called there, its type, and where it comes from."""
+    """One tensor of a file: what it is called there, its type, and where it comes from.
+
+    ``turned`` is the number of heads whose rows stand in pairs there, ``offset`` what is added to
+    its values; ``values`` are those of a tensor that the source does not have.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -57,6 +68,9 @@ class _GgufTensor:
     layer: StoredLayer | None
     source: str
     part: Part
+    turned: int = 0
+    offset: float = 0.0
+    values: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -76,9 +90,11 @@ class GGUF:
             ModelError: The gguf package is missing.
         """
         _gguf()
-        config = _config(source)
-        if _names(source).projector == _WINDOWED:
+        config, names = _config(source), _names(source)
+        if names.projector == _WINDOWED:
             metadata.window_pattern(config.vision_config)
+        if names.projector == "":
+            _require_possible(source, names.architecture, config)
         refused = [_refusal(source, layer) for layer in source.layers]
         unknown = [
             Refusal(name, "llama.cpp has no place for this tensor")
@@ -91,12 +107,14 @@ class GGUF:
         """Parts of the model that the files lack."""
         config = _config(source)
         remarks = []
-        size = config.text_config.vocab_size
-        if read_vocabulary(source.folder, size, config.text_config) is None:
+        text = text_config(config)
+        if read_vocabulary(source.folder, text.vocab_size, text) is None:
             remarks.append(
                 "the tokenizer is none that llama.cpp has: the file has no vocabulary and takes "
                 "token ids only"
             )
+        if _names(source).projector == "":
+            return remarks + remarks_of(_names(source).architecture, text)
         window = getattr(config.vision_config, "window_size", metadata.WINDOW)
         if window != metadata.WINDOW:
             remarks.append(
@@ -106,28 +124,29 @@ class GGUF:
         return remarks
 
     def write(self, source: StoredCheckpoint, out: Path, progress: Progress) -> None:
-        """Write ``mmproj-F16.gguf`` and ``model-TYPE.gguf``, in this order."""
+        """Write ``mmproj-F16.gguf``, if it sees, and ``model-TYPE.gguf``, in this order."""
         config = _config(source)
-        own_names = _names(source)
+        names = _names(source)
         library = _gguf()
         text, vision = _pieces(source, config)
-        name = source.folder.resolve().name
         count = _Counter(progress, len(text) + len(vision))
-        writer = library.GGUFWriter(None, "clip")
-        kind = getattr(library.VisionProjectorType, own_names.projector)
-        file_type = int(library.LlamaFileType.MOSTLY_F16)
-        metadata.write_vision(writer, config, source.folder, kind, name, file_type)
-        _write_file(writer, out / "mmproj-F16.gguf", vision, source, count)
-
-        names = {tensor.name: title for tensor, title in library.MODEL_ARCH_NAMES.items()}
-        writer = library.GGUFWriter(None, names[own_names.architecture])
+        if names.projector:
+            writer = library.GGUFWriter(None, "clip")
+            kind = getattr(library.VisionProjectorType, names.projector)
+            name = source.folder.resolve().name
+            file_type = int(library.LlamaFileType.MOSTLY_F16)
+            metadata.write_vision(writer, config, source.folder, kind, name, file_type)
+            _write_file(writer, out / "mmproj-F16.gguf", vision, source, count)
+        architecture = library.MODEL_ARCH[names.architecture]
+        writer = library.GGUFWriter(None, library.MODEL_ARCH_NAMES[architecture])
         common = _common_type(text)
         name = _FILE_TYPES.get(common, f"MOSTLY_{common}")
-        file_type = int(getattr(library.LlamaFileType, name))
-        size = config.text_config.vocab_size
-        metadata.write_text(writer, config, name, file_type)
-        vocabulary = read_vocabulary(source.folder, size, config.text_config)
-        metadata.write_vocabulary(writer, vocabulary, size)
+        metadata.write_text(writer, config, name, int(getattr(library.LlamaFileType, name)))
+        own = text_config(config)
+        if not names.projector:
+            write_language(writer, library, names.architecture, own)
+        vocabulary = read_vocabulary(source.folder, own.vocab_size, own)
+        metadata.write_vocabulary(writer, vocabulary, own.vocab_size)
         _write_file(writer, out / f"model-{common}.gguf", text, source, count)
 
 
@@ -177,6 +196,16 @@ def _names(source: StoredCheckpoint) -> GgufNames:
     return source.arch.gguf
 
 
+def _require_possible(source: StoredCheckpoint, architecture: str, config: Any) -> None:
+    found = impossible(architecture, config)
+    if found:
+        raise FormatError(
+            f"llama.cpp cannot be told of this {source.arch.title}: {'; '.join(found)}",
+            where=str(source.folder),
+            remedy="choose another --format, such as dense",
+        )
+
+
 def _gguf() -> ModuleType:
     try:
         import gguf
@@ -191,13 +220,19 @@ def _gguf() -> ModuleType:
 def _parts(source: StoredCheckpoint, config: Any, name: str) -> tuple[bool, list[Part]] | None:
     if not source.names.knows(name):
         return None
-    levels = tuple(getattr(config.vision_config, "deepstack_visual_indexes", ()))
+    vision = getattr(config, "vision_config", None)
+    levels = tuple(getattr(vision, "deepstack_visual_indexes", ()))
     return parts(_names(source), source.names.to_module(name), levels)
 
 
 def _pieces(source: StoredCheckpoint, config: Any) -> tuple[list[_GgufTensor], list[_GgufTensor]]:
     """The tensors of the language model's file, and of the vision tower's."""
+    names, text = _names(source), text_config(config)
     files: tuple[list[_GgufTensor], list[_GgufTensor]] = ([], [])
+    if (factors := None if names.projector else rope_factors(text)) is not None:
+        part = Part("ROPE_FREQS", None, "weight")
+        shape = tuple(factors.shape)
+        files[0].append(_GgufTensor(_title(part), shape, "F32", None, "", part, values=factors))
     tied = source.tied
     for layer, name in source.walk():
         found = _parts(source, config, name)
@@ -208,8 +243,24 @@ def _pieces(source: StoredCheckpoint, config: Any) -> tuple[list[_GgufTensor], l
         kind = _type(source, layer, name, own[0], vision=vision)
         for part in own:
             cut = _cut_shape(shape, part)
-            files[vision].append(_GgufTensor(_title(part), cut, kind, layer, name, part))
+            files[vision].append(
+                _GgufTensor(
+                    *(_title(part), cut, kind, layer, name, part),
+                    turned=_heads(text, part) if names.rotary_pairs else 0,
+                    offset=1.0 if names.norms_from_one and _is_norm(part) else 0.0,
+                )
+            )
     return files
+
+
+def _heads(config: Any, part: Part) -> int:
+    """Heads of a query's or key's rows; 0 of other tensors."""
+    heads = {"ATTN_Q": "num_attention_heads", "ATTN_K": "num_key_value_heads"}
+    return int(getattr(config, heads[part.tensor])) if part.tensor in heads else 0
+
+
+def _is_norm(part: Part) -> bool:
+    return part.tensor.endswith("_NORM") and part.suffix == "weight"
 
 
 def _title(part: Part) -> str:
@@ -273,6 +324,9 @@ def _data(
     last, whole = "", None
     for piece in pieces:
         count(piece.name)
+        if piece.values is not None:
+            yield piece, piece.values.view(torch.uint8)
+            continue
         if piece.source != last or whole is None:
             last = piece.source
             layer = piece.layer
@@ -285,16 +339,25 @@ def _bytes(piece: _GgufTensor, whole: QuantizedTensor | Tensor) -> Tensor:
     """One piece, as uint8."""
     if isinstance(whole, QuantizedTensor):
         packed = pack(whole, piece.type)
-        return packed.chunk(piece.part.count)[piece.part.index]
+        return _in_pairs(packed.chunk(piece.part.count)[piece.part.index], piece.turned)
     if len(piece.shape) == whole.ndim - 1:
         cut = whole[:, :, piece.part.index]
     else:
         cut = whole.chunk(piece.part.count)[piece.part.index]
     dtype = next(dtype for dtype, name in _FLOATS.items() if name == piece.type)
-    values = cut.to(dtype).contiguous()
+    values = cut.to(dtype) + piece.offset if piece.offset else cut.to(dtype)
+    values = _in_pairs(values, piece.turned).contiguous()
     if not bool(values.isfinite().all()):
         raise NumericsError(f"a value does not fit {piece.type}", where=piece.source)
     return values.view(torch.uint8)
+
+
+def _in_pairs(rows: Tensor, heads: int) -> Tensor:
+    """Rows of each head so that those half a head apart are neighbours; 0 heads: as they are."""
+    if not heads:
+        return rows
+    halves = rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:])
+    return halves.transpose(1, 2).reshape(rows.shape)
 
 
 def _bytes_of_row(piece: _GgufTensor) -> int:

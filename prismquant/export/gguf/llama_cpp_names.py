@@ -1,7 +1,7 @@
 """Places of a model's tensors in GGUF files, by the names in its architecture file.
 
-The vision tower and the merger make up a file of their own (``mmproj``). There the patch embedding,
-a convolution over two frames, is stored as two over one frame.
+Of models that see, the vision tower and the merger make up a file of their own (``mmproj``). There
+the patch embedding, a convolution over two frames, is stored as two over one frame.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Metadata of GGUF files, all besides their tensors, for the architectures of :mod:`.names`.
+"""Metadata of GGUF files, all besides their tensors.
 
 Keys and their meaning are llama.cpp's; they are written through the gguf package, so that they are
 spelled as its readers expect.
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from prismquant.errors import FormatError
 from prismquant.export.companions import own_file
+from prismquant.export.gguf.language_models import rope_base, text_config
 from prismquant.export.gguf.vocabulary import Vocabulary
 from prismquant.opening import read_json
 from prismquant.version import __version__
@@ -35,8 +36,7 @@ def write_text(writer: GGUFWriter, config: Any, name: str, file_type: int) -> No
         name: What the model is called.
         file_type: A member of ``gguf.LlamaFileType``.
     """
-    text = config.text_config
-    rope = text.rope_parameters
+    text = text_config(config)
     writer.add_type("model")
     writer.add_name(name)
     writer.add_quantized_by(f"prismquant {__version__}")
@@ -49,14 +49,15 @@ def write_text(writer: GGUFWriter, config: Any, name: str, file_type: int) -> No
     writer.add_head_count(text.num_attention_heads)
     writer.add_head_count_kv(text.num_key_value_heads)
     writer.add_layer_norm_rms_eps(text.rms_norm_eps)
-    writer.add_rope_freq_base(rope["rope_theta"])
-    sections = list(rope.get("mrope_section") or [])
-    # Of time, height and width; the fourth kind of position is not used here.
-    writer.add_rope_dimension_sections((sections + [0] * 4)[:4])
+    writer.add_rope_freq_base(rope_base(text))
+    sections = list(text.rope_parameters.get("mrope_section") or [])
+    if sections:
+        # Of time, height and width; the fourth kind of position is not used here.
+        writer.add_rope_dimension_sections((sections + [0] * 4)[:4])
     if getattr(text, "head_dim", None):
         writer.add_key_length(text.head_dim)
         writer.add_value_length(text.head_dim)
-    levels = getattr(config.vision_config, "deepstack_visual_indexes", None)
+    levels = getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None)
     if levels is not None:
         writer.add_num_deepstack_layers(len(levels))
 
@@ -68,7 +69,7 @@ def write_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary | None, size: in
         writer.add_tokenizer_model("no_vocab")
         return
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
+    writer.add_tokenizer_pre(vocabulary.words)
     writer.add_token_list(list(vocabulary.tokens))
     writer.add_token_types(list(vocabulary.kinds))
     writer.add_token_merges(list(vocabulary.merges))
@@ -79,7 +80,7 @@ def write_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary | None, size: in
     }
     for role, number in vocabulary.ids.items():
         add[role](number)
-    writer.add_add_bos_token(False)
+    writer.add_add_bos_token(vocabulary.begins)
     if vocabulary.template is not None:
         writer.add_chat_template(vocabulary.template)
 

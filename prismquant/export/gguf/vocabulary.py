@@ -1,8 +1,8 @@
 """The tokenizer as GGUF holds it: token texts, their kinds, and the merges.
 
 llama.cpp has a fixed list of ways to cut text into words before merging; the released Qwen models
-use the one that it calls ``qwen2``. A tokenizer of another kind cannot be expressed, and the file
-then has no vocabulary: it still runs on token ids.
+use the one that it calls ``qwen2``, Llama 3 ``llama-bpe``. A tokenizer of another kind is not
+expressed, and the file then has no vocabulary: it still runs on token ids.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# How Llama 3's does: up to three digits are a word.
+LLAMA3_WORDS = QWEN2_WORDS.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+_WORDS = {QWEN2_WORDS: "qwen2", LLAMA3_WORDS: "llama-bpe"}
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
 
@@ -34,6 +37,8 @@ class Vocabulary:
         merges: Pairs, parted by a space, in their order.
         ids: Of special tokens: ``bos``, ``eos``, ``pad``.
         template: The chat template, or None.
+        words: llama.cpp's name for the way to cut text into words.
+        begins: Whether the token ``bos`` is put before every text.
     """
 
     tokens: tuple[str, ...]
@@ -41,6 +46,8 @@ class Vocabulary:
     merges: tuple[str, ...]
     ids: Mapping[str, int]
     template: str | None
+    words: str
+    begins: bool
 
 
 def read_vocabulary(folder: Path, size: int, config: Any) -> Vocabulary | None:
@@ -52,7 +59,7 @@ def read_vocabulary(folder: Path, size: int, config: Any) -> Vocabulary | None:
         config: The language model's configuration, for its special tokens.
 
     Returns:
-        The vocabulary; None if it is no byte-level BPE that cuts words as Qwen2 does.
+        The vocabulary; None if it is no byte-level BPE that cuts words as Qwen2 or Llama 3 does.
 
     Raises:
         StorageError: It is no tokenizer at all.
@@ -72,7 +79,9 @@ def read_vocabulary(folder: Path, size: int, config: Any) -> Vocabulary | None:
 
 def _read(folder: Path, content: Any, size: int, config: Any) -> Vocabulary | None:
     model = content.get("model") or {}
-    if model.get("type") != "BPE" or QWEN2_WORDS not in _patterns(content.get("pre_tokenizer")):
+    patterns = _patterns(content.get("pre_tokenizer"))
+    words = next((name for pattern, name in _WORDS.items() if pattern in patterns), None)
+    if model.get("type") != "BPE" or words is None:
         return None
     added = {int(entry["id"]): entry for entry in content.get("added_tokens") or []}
     texts = {int(number): text for text, number in model["vocab"].items()}
@@ -85,6 +94,8 @@ def _read(folder: Path, content: Any, size: int, config: Any) -> Vocabulary | No
         merges=tuple(merges),
         ids=_special_ids(folder, {text: number for number, text in texts.items()}, config),
         template=_template(folder),
+        words=words,
+        begins=_begins(content.get("post_processor")),
     )
 
 
@@ -97,6 +108,14 @@ def _patterns(node: Any) -> list[str]:
     own = node.get("pattern")
     found = [own["Regex"]] if isinstance(own, dict) and "Regex" in own else []
     return found + _patterns(node.get("pretokenizers"))
+
+
+def _begins(node: Any) -> bool:
+    """Whether a post-processor puts a special token before a text, however it is nested."""
+    if not isinstance(node, dict):
+        return False
+    first = (node.get("single") or [{}])[0]
+    return "SpecialToken" in first or any(map(_begins, node.get("processors") or []))
 
 
 def _kind(entry: Mapping[str, Any]) -> int:
