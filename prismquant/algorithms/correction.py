@@ -20,7 +20,7 @@ is needed beyond the moments'.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -50,6 +50,8 @@ class Correction:
     Raises:
         RecipeError: A value is out of bounds.
     """
+
+    rough: ClassVar[dict[str, Any]] = {"damping": 0.1}
 
     strength: float | None = None
     damping: float | None = None

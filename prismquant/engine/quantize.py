@@ -248,10 +248,11 @@ class _UnitWork:
         unit = self.unit
         self.how.stage(unit.name, "tune")
         unit.restart()
+        twin = unit.walk.float
         block = TunedBlock(
             unit.name,
             unit.module,
-            unit.float_module,
+            None if twin is None else twin.module(unit.name),
             list(unit.calls()),
             [output for _, output in unit.fix_float_outputs()],
             self.rows,

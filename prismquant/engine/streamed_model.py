@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from prismquant.data.batches import Batch
+from prismquant.distributed import Ranks
 from prismquant.engine.activation_store import ActivationStore
 from prismquant.engine.calls import StepCall
 from prismquant.engine.graph_replay import GraphReplay
 from prismquant.engine.passes import Passes, PausedPasses, ReplayedPasses, StepRun
 from prismquant.engine.placement import Placement
 from prismquant.engine.replay import Replay
+from prismquant.engine.walk_start import WalkStart
 from prismquant.formats.online_rotation import OnlineRotation
 from prismquant.models.arch import Modality
 from prismquant.models.attention import unhook_attention
@@ -76,6 +78,7 @@ class StreamedModel:
         self.bound = bound
         self.model = empty_model(bound.config, bound.arch)
         self._reader, self._placement, self._served = reader, placement, served
+        self._store = store
         self._narrow = {step.name: narrow_modules(bound, step) for step in bound.steps}
         device, dtype = placement.device, placement.precision.dtype
         self.replay = (GraphReplay if backward else Replay)(
@@ -84,6 +87,19 @@ class StreamedModel:
         self.followers = Replay(
             self.model, bound, followers, device=device, dtype=dtype, states=store
         )
+
+    def go_on_from(self, start: WalkStart) -> None:
+        """Take over the states of another walk over the same batches."""
+        self.replay, self.followers = start.replay.fork(), start.followers.fork()
+        self.replay.model = self.followers.model = self.model
+
+    def twin(self) -> StreamedModel:
+        """Another chain that goes on by itself from here, without followers."""
+        rest = (self._placement, self._store, self._served)
+        other = StreamedModel(self.bound, self._reader, (), *rest)
+        other.replay = self.replay.fork()
+        other.replay.model = other.model
+        return other
 
     def module(self, name: str) -> nn.Module:
         """The module of this path."""
@@ -163,6 +179,23 @@ class StreamedModel:
     def vision_steps(self) -> list[BoundStep]:
         """Steps before the language model, in its order; see :meth:`Replay.vision_steps`."""
         return self.replay.vision_steps() or self.followers.vision_steps()
+
+    def vision_order(self, ranks: Ranks) -> list[BoundStep]:
+        """Steps before the language model in the order in which it runs them; none without images.
+
+        A rank without pictures is told the order by another.
+        """
+        entries = [s.name for s in self.bound.steps if s.kind == "entry"]
+        with self.loaded(entries), self._placement.precision.in_force():
+            own = self.vision_steps()
+        known = ranks.gather_json([step.index for step in own])
+        return [self.bound.steps[index] for index in next(filter(None, known), [])]
+
+    def read_ahead(self, step: BoundStep) -> None:
+        """Let the system read the unit after this one while this one is computed."""
+        following = tuple(f"{after.name}." for after in self.bound.steps[step.index + 1 :][:1])
+        names = [name for name in self.bound.shapes if name.startswith(following)]
+        self._reader.read_ahead(self.bound.names.to_disk(name) for name in names)
 
     def follow(self, step: BoundStep) -> None:
         """Let followers pass a unit, as it is by now."""

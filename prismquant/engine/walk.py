@@ -10,9 +10,9 @@ visitor's business:
             ...
             unit.advance()
 
-Where a method aims at the float model, a second chain runs beside the first: the same units with
-float weights, fed by float units before them. A walk without batches loads nothing: its units only
-give their weights.
+Where a method aims at the float model, a second chain runs beside the first, from the first unit on
+that may change: the same units with float weights, fed by float units before them. A walk without
+batches loads nothing: its units only give their weights.
 
 *Followers* are batches that pass all units to the head, as the visitor leaves them, and of which it
 sees nothing on the way: what the model makes of samples that no statistic saw.
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -37,6 +37,7 @@ from prismquant.engine.passes import Output, Passes
 from prismquant.engine.placement import Placement
 from prismquant.engine.streamed_model import StreamedModel
 from prismquant.engine.visit import Visit
+from prismquant.engine.walk_start import WalkStart, steps_from
 from prismquant.models.arch import Modality
 from prismquant.models.bound import BoundModel, BoundSite, BoundStep
 from prismquant.runtime.linear import ActivationQuantizer, quant_linear
@@ -55,6 +56,7 @@ class ModelWalk:
         store: Keeps hidden states between units.
         ranks: Processes that walk together, each with batches of its own.
         followers: Batches that pass all units and of which no layer's inputs are shown.
+        start: Where to begin, with the states of a walk over the same batches; None: in front.
     """
 
     def __init__(
@@ -68,22 +70,24 @@ class ModelWalk:
         store: ActivationStore | None = None,
         ranks: Ranks | None = None,
         followers: Sequence[Batch] = (),
+        start: WalkStart | None = None,
     ) -> None:
-        self.bound, self.reader = bound, reader
+        self.bound, self.reader, self._start = bound, reader, start
         self.placement, self.visit = placement or Placement(), visit or Visit()
         self._ranks = ranks or Alone()
         self._layers = frozenset(self.visit.layers)
         self.main: StreamedModel | None = None
         self.float: StreamedModel | None = None
-        self.store = store or InMemory()
-        self._followed = bool(followers)
+        self.store, self._followed = store or InMemory(), bool(followers)
+        self.order: Sequence[BoundStep] = () if start is None else start.order
+        self._load_between: Callable[[StreamedModel], None] = lambda _: None
         if (taken := list(batches)) or followers:
             rest = (taken, self.placement, self.store, self.visit.served)
             self.main = StreamedModel(
                 bound, reader, *rest, backward=self.visit.backward, followers=followers
             )
-            if self.visit.float_chain:
-                self.float = StreamedModel(bound, reader, *rest)
+            if start is not None:
+                self.main.go_on_from(start)
 
     @property
     def models(self) -> list[StreamedModel]:
@@ -97,25 +101,28 @@ class ModelWalk:
             return
         vision = [s for s in self.bound.steps if s.modality is not Modality.LLM]
         llm = [s for s in self.bound.steps if s.modality is Modality.LLM]
+        start = self._start
+        within = start is not None and start.step in llm
         with contextlib.ExitStack() as around_llm:
-            order: list[BoundStep] = []
-            with self._loaded_between(vision=True):
-                order += self._vision_order(self.main, vision)
+            with contextlib.nullcontext() if within else self._loaded_between(vision=True):
+                if start is None:
+                    self.order = self.main.vision_order(self._ranks)
                 # Without images nothing passes the tower, and nothing in it needs data.
-                steps = order or vision
+                steps = [] if within else steps_from(start, self.order or vision)
                 for index, step in enumerate(steps):
-                    calibrated = bool(order) and self._any_wanted([*steps[index:], *llm])
-                    followed = bool(order) and self._followed
-                    yield Unit(self, step, calibrated=calibrated, followed=followed)
+                    calibrated = bool(self.order) and self._any_wanted([*steps[index:], *llm])
+                    followed = bool(self.order) and self._followed
+                    yield self._unit(step, calibrated=calibrated, followed=followed)
                 if (calibrated := self._any_wanted(llm)) or self._followed:
                     around_llm.enter_context(self._loaded_between(vision=False))
-                    for model in self.models:
+                    for model in [] if within else self.models:
                         model.begin_llm(calibrated=calibrated)
-            for index, step in enumerate(llm):
-                calibrated = self._any_wanted(llm[index:])
-                yield Unit(self, step, calibrated=calibrated, followed=self._followed)
+            rest = steps_from(start, llm)
+            for index, step in enumerate(rest):
+                calibrated = self._any_wanted(rest[index:])
+                yield self._unit(step, calibrated=calibrated, followed=self._followed)
             if self.visit.backward:
-                yield from self._back(self.main.graph, order, llm)
+                yield from self._back(self.main.graph, self.order, llm)
 
     def wanted(self, step: BoundStep) -> tuple[BoundSite, ...]:
         """The layers of a unit that the visitor looks at or replaces."""
@@ -124,17 +131,6 @@ class ModelWalk:
     def stored_dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor in the checkpoint: norms may be wider than all else."""
         return self.reader.info(self.bound.names.to_disk(name)).dtype
-
-    def _vision_order(self, main: StreamedModel, vision: Sequence[BoundStep]) -> list[BoundStep]:
-        """Steps before the language model in the order in which it runs them; none without images.
-
-        A rank without pictures is told the order by another.
-        """
-        entries = [step.name for step in vision if step.kind == "entry"]
-        with main.loaded(entries), self.placement.precision.in_force():
-            own = main.vision_steps()
-        known = self._ranks.gather_json([step.index for step in own])
-        return [self.bound.steps[index] for index in next(filter(None, known), [])]
 
     def _back(
         self, replay: GraphReplay, order: Sequence[BoundStep], llm: Sequence[BoundStep]
@@ -164,11 +160,24 @@ class ModelWalk:
     def _has_wanted(self, steps: Sequence[BoundStep]) -> bool:
         return any(self.wanted(step) or step.index in self.visit.attentions for step in steps)
 
+    def _unit(self, step: BoundStep, *, calibrated: bool, followed: bool) -> Unit:
+        """A unit; from the first on that may change, the float model goes on by itself."""
+        begins = self.visit.float_chain and self.float is None and self._has_wanted([step])
+        if calibrated and begins and self.main is not None:
+            self.float = self.main.twin()
+            self._load_between(self.float)
+        return Unit(self, step, calibrated=calibrated, followed=followed)
+
     @contextlib.contextmanager
     def _loaded_between(self, *, vision: bool) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            for model in self.models:
+
+            def load(model: StreamedModel) -> None:
                 stack.enter_context(model.loaded(model.between_units(vision=vision)))
+
+            self._load_between = load
+            for model in self.models:
+                load(model)
             yield
 
 
@@ -204,6 +213,11 @@ class Unit:
         """The unit's module path."""
         return self.step.name
 
+    def start(self) -> WalkStart:
+        """This place in the walk, before the unit is looked at; data must flow."""
+        states = self.main.replay.fork(), self.main.followers.fork()
+        return WalkStart(self.step, self.walk.order, *states)
+
     @property
     def flows(self) -> bool:
         """Whether any data pass it."""
@@ -234,11 +248,6 @@ class Unit:
         """Its module, with the weights as they are by now."""
         return self.main.module(self.name)
 
-    @property
-    def float_module(self) -> nn.Module | None:
-        """Its module in the float model, where there is a float chain."""
-        return None if self.walk.float is None else self.walk.float.module(self.name)
-
     @contextlib.contextmanager
     def loaded(self) -> Iterator[None]:
         """Within the block, its modules have their weights, where data flow."""
@@ -246,8 +255,8 @@ class Unit:
             for model in self.walk.models:
                 if self.calibrated or (self.followed and model is self.walk.main):
                     stack.enter_context(model.loaded([self.name]))
-            if self.walk.models:
-                self._read_ahead()
+            if self.walk.main is not None:
+                self.walk.main.read_ahead(self.step)
             yield
 
     def weight(self, layer: BoundSite) -> Tensor:
@@ -387,10 +396,3 @@ class Unit:
         single = all(len({site.input_key for site in stage}) == 1 for stage in self.stages)
         halting = bool(self.stages) and single and self.step.kind != "entry"
         return self.walk.placement.paused and halting
-
-    def _read_ahead(self) -> None:
-        """Let the system read the unit after this one while this one is computed."""
-        bound = self.walk.bound
-        following = tuple(f"{after.name}." for after in bound.steps[self.step.index + 1 :][:1])
-        names = [name for name in bound.shapes if name.startswith(following)]
-        self.walk.reader.read_ahead(bound.names.to_disk(name) for name in names)

@@ -25,6 +25,7 @@ from prismquant.memory import resident_bytes
 from prismquant.models.bind import bind
 from prismquant.models.bound import BoundModel
 from prismquant.plan.make_plan import make_plan
+from prismquant.plan.source import source_reader
 from prismquant.quantization.perform import perform, refuse_inside
 from prismquant.quantization.prepare import memory_room, source_files
 from prismquant.quantization.request import Request, Result
@@ -114,6 +115,8 @@ def _fitting(asked: Request, bound: BoundModel) -> tuple[list[str], list[MethodT
     for one in asked.recipe.choose:
         try:
             plan = make_plan(asked.recipe.chosen(one.name), bound)
+            # A tower that cannot be rotated is told here, before any trial.
+            source_reader(plan, bound)
             if asked.ranks.size > 1:
                 require_sharable(plan)
         except PrismQuantError as error:
@@ -219,9 +222,9 @@ class _Contest:
             self._seen |= dict.fromkeys(sample.id for sample in seen)
             left = {name: whole[name] for name in names}
             recipes, complete = trial_recipes(left, self._bound, one.blocks, one.fewest_blocks)
-            ranked = _best_first(
-                [self._trial(Ask(part, name, number, recipes[name], seen)) for name in names]
-            )
+            asks = [Ask(part, name, number, recipes[name], seen) for name in names]
+            self._runs.expect(asks)
+            ranked = _best_first([self._trial(ask) for ask in asks])
             names = [t.name for t in ranked[: 1 if leads_clearly(ranked) else one.kept]]
             if not names:
                 raise _nothing_works(asked, self._trials)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -27,7 +27,7 @@ from prismquant.engine.memory_forecast import ONCE, Forecast, enough_gib
 from prismquant.engine.quantize import quantize_unit
 from prismquant.engine.run import ACTIVATIONS, hand_on, visit_of
 from prismquant.engine.unit_plan import QuantizedUnit, Quantizing, unit_plans
-from prismquant.engine.walk import ModelWalk
+from prismquant.engine.walk import ModelWalk, Unit
 from prismquant.errors import BudgetError, NumericsError, PlanError, PrismQuantError, listed
 from prismquant.memory import give_back_freed, keep_heap_compact, readable_bytes
 from prismquant.models.bound import BoundModel
@@ -48,6 +48,7 @@ from prismquant.runtime.mixed import Precision
 from prismquant.search.analysis_request import DEFAULT_WEIGHTS
 from prismquant.search.held_out_loss import CHUNK, HeldOutLoss, Sums
 from prismquant.search.repair import weighted
+from prismquant.search.shared_prefix import SharedPrefix, touched_steps
 
 MOST_LOGITS = 1 << 30
 """Bytes of the unquantized model's logits that are kept between trials."""
@@ -100,6 +101,7 @@ class TrialRuns:
         self._followers: Survey | None = None
         self._batches: tuple[tuple[Sample, ...], Batches, Survey] | None = None
         self._most_needed = 0
+        self._prefix = SharedPrefix({})
 
     def __enter__(self) -> TrialRuns:
         return self
@@ -136,6 +138,19 @@ class TrialRuns:
         self._most_needed = max(needed.values())
         if self._most_needed > budget:
             raise _too_small(asked.recipe.name, budget, needed)
+
+    def expect(self, asks: Sequence[Ask]) -> None:
+        """Say which trials come next, on the same samples: what they share is computed once."""
+        plans = {ask.name: make_plan(ask.recipe, self._bound) for ask in asks}
+        # States that wait between trials are in no forecast.
+        shared = self._asked.memory_budget is None
+        self._prefix = SharedPrefix(
+            {
+                name: touched_steps(plan, self._bound)
+                for name, plan in plans.items()
+                if shared and plan.needs_data
+            }
+        )
 
     def run(self, ask: Ask) -> MethodTrial:
         """Quantize the model in one way and measure what it loses; alike on all ranks.
@@ -187,8 +202,14 @@ class TrialRuns:
                 store=store,
                 ranks=ranks,
                 followers=loss.batches,
+                start=self._prefix.begin(ask.name),
             )
-            return _walked(walk, how, loss)
+            try:
+                # Files are gone when the trial ends.
+                prefix = SharedPrefix({}) if states == "disk" else self._prefix
+                return _walked(walk, how, loss, partial(prefix.look, ask.name))
+            finally:
+                self._prefix.end(ask.name)
 
     def _calibration(
         self, plan: Plan, samples: tuple[Sample, ...]
@@ -281,14 +302,24 @@ class TrialRuns:
         return vision_weights(plan, self._bound, one_by_one, memory.placement, store)
 
 
-def _walked(walk: ModelWalk, how: Quantizing, loss: HeldOutLoss) -> Sums:
-    """Quantize unit by unit, and look at the followers' logits at the head."""
+def _walked(
+    walk: ModelWalk, how: Quantizing, loss: HeldOutLoss, look: Callable[[Unit], None]
+) -> Sums:
+    """Quantize unit by unit, and look at the followers' logits at the head.
+
+    Args:
+        walk: The walk.
+        how: What holds for all units.
+        loss: Takes the logits.
+        look: Looks at each unit before anything is done.
+    """
     planned = unit_plans(how.plan, walk.bound)
     sums: Sums = {}
     with contextlib.closing(walk.units()) as units:
         for unit in units:
             found = QuantizedUnit()
             own = planned[unit.name]
+            look(unit)
             with unit.loaded():
                 hand_on(unit, own, how, found, partial(quantize_unit, unit, own, how, found))
                 if unit.step.kind == "head":

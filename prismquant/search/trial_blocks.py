@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from prismquant.algorithms.correction import Correction
 from prismquant.errors import PlanError
 from prismquant.models.bound import BoundModel
 from prismquant.plan.make_plan import make_plan
@@ -47,7 +48,7 @@ def trial_recipes(
     Returns:
         Recipes that leave the other blocks alone, and whether they are of all blocks: where there
         are no more, or where an alternative cannot be laid over the model without the others.
-        Transforms search on coarser grids.
+        Transforms search on coarser grids, corrections have one damping.
     """
     whole = {name: quicker(one) for name, one in whole.items()}
     plans = [make_plan(one, bound) for one in whole.values()]
@@ -73,17 +74,29 @@ def trial_recipes(
 
 
 def quicker(recipe: Recipe) -> Recipe:
-    """The recipe with options of its transforms with which they take less time.
+    """The recipe with options of its transforms and corrections with which they take less time.
 
     What the recipe says itself stays.
     """
     transforms = []
     for rule in recipe.transforms:
-        method = rule.build()
-        idle: Mapping[str, str] = getattr(method, "idle", {})
-        rough: Mapping[str, Any] = getattr(method, "rough", {})
-        options = {key: value for key, value in rough.items() if key not in idle} | rule.options
         body = rule.model_dump(mode="json", exclude_unset=True)
+        options = _rough(rule.build(), rule.options)
         transforms.append(body | ({"options": options} if options else {}))
-    body = recipe.to_dict() | ({"transforms": transforms} if transforms else {})
-    return parse_recipe(body, source=recipe.name)
+    rules = []
+    for layers in recipe.rules:
+        body = layers.model_dump(mode="json", exclude_unset=True)
+        if isinstance(layers.correction, dict):
+            body["correction"] = _rough(Correction(**layers.correction), layers.correction)
+        rules.append(body)
+    body = recipe.to_dict() | {"rules": rules}
+    return parse_recipe(
+        body | ({"transforms": transforms} if transforms else {}), source=recipe.name
+    )
+
+
+def _rough(method: object, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with which a method takes less time, where none are given; without idle ones."""
+    idle: Mapping[str, str] = getattr(method, "idle", {})
+    rough: Mapping[str, Any] = getattr(method, "rough", {})
+    return {key: value for key, value in rough.items() if key not in idle} | dict(given)

@@ -205,6 +205,21 @@ def test_an_alternative_that_does_not_fit_is_left_out_and_told(
     assert any(line.startswith("impossible is left out") for line in listening.lines)
 
 
+def test_a_family_that_cannot_be_rotated_is_quantized_in_another_way(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Gemma 2 normalizes its residual stream on both sides; that is known before any trial."""
+    (tmp_path / "book.txt").write_text("what is the colour of the red circle ? it is blue . " * 20)
+    asked = recipe(PLAIN, {"name": "turned", "transforms": IMPOSSIBLE["transforms"][:1]}, SMOOTH)
+    given = tiny("gemma2"), asked, tmp_path / "out", tmp_path / "book.txt"
+    choice = pq.quantize(*given, seq_length=8).record.choice
+    assert choice is not None
+    failed = [trial for trial in choice.trials if trial.failure]
+    assert [trial.name for trial in failed] == ["turned"]
+    assert "describes no residual stream" in failed[0].failure
+    assert choice.told != "turned"
+
+
 def test_the_table_tells_the_first_finding_of_what_was_not_tried(finished: Path) -> None:
     record = RunRecord.from_dict(json.loads((finished / "prismquant/record.json").read_text()))
     assert record.choice is not None
