@@ -363,10 +363,11 @@ def _verification(data: Any, *, swaps: Any, model: Any, calibration: Any) -> Ver
     read_samples(source, require_answers=True, most_bytes=available_bytes())
 
     def trial(
-        folder: Path, recipe: Recipe, samples: str | None, place: Path
+        folder: Path, recipe: Recipe, samples: str | None, window: int | None, place: Path
     ) -> tuple[int, Sequence[Outcome]]:
-        result = quantize(folder, recipe, place, samples)
-        return result.plan.total_bytes, measure(place, source, reference=folder).outcomes
+        result = quantize(folder, recipe, place, samples, seq_length=window)
+        found = measure(place, source, reference=folder, seq_length=window)
+        return result.plan.total_bytes, found.outcomes
 
     return Verification(
         data=str(source),

@@ -349,6 +349,7 @@ def _sensitivity(
             "source": str(asked.calibration or ""),
             "samples": dict(Counter(sample.kind for sample in ready.samples)),
             "tokens": dict(ready.tokens),
+            "seq_length": asked.limits.seq_length,
         },
         weights=dict(asked.weights),
         formats=choices.formats,

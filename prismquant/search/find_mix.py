@@ -36,9 +36,10 @@ FRONT_VERSION = 1
 """Version of the layout of ``front.json``."""
 
 
-Trial = Callable[[Path, Recipe, str | None, Path], tuple[int, Sequence[Outcome]]]
-"""Quantizes a model by a recipe, with a source of calibration data, into a folder, and measures it
-against the model. Gives the bytes of all tensors on disk, and what became of each sample."""
+Trial = Callable[[Path, Recipe, str | None, int | None, Path], tuple[int, Sequence[Outcome]]]
+"""Quantizes a model by a recipe, with a source of calibration data and the tokens of a window of
+running text, into a folder, and measures it against the model. Gives the bytes of all tensors on
+disk, and what became of each sample."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,8 @@ class _Search:
         """Measure the mix in folders beside the recipe, which are gone afterwards."""
         model = asked.model or Path(self.found.model)
         source = asked.calibration or str(self.found.calibration.get("source") or "") or None
+        # Running text is cut as it was for the analysis.
+        window = self.found.calibration.get("seq_length")
         weights = self.constraints.weights or self.found.weights
         done = itertools.count()
         with tempfile.TemporaryDirectory(
@@ -193,7 +196,8 @@ class _Search:
                 number = next(done)
                 progress(number, asked.swaps + 1, f"measuring mix {number + 1}")
                 folder = Path(place) / str(number)
-                size, outcomes = asked.trial(model, self.recipe(tried).recipe, source, folder)
+                recipe = self.recipe(tried).recipe
+                size, outcomes = asked.trial(model, recipe, source, window, folder)
                 shutil.rmtree(folder, ignore_errors=True)
                 if size != tried.stored_bytes:
                     raise ModelError(

@@ -168,7 +168,8 @@ class Sensitivity:
         options: Its options, and those of the analysis.
         solver: Name of the solver whose codes were scored.
         solver_options: Its options.
-        calibration: Samples, by kind; their source; tokens by class.
+        calibration: Samples, by kind; their source; tokens by class; tokens of a window of running
+            text, where that was asked for.
         weights: Weight of each class of token in the sum of scores.
         formats: Formats on offer, by name.
         units: Units of choice, in the order in which the model runs them. Every layer that a recipe

@@ -11,6 +11,7 @@ import pytest
 from sensitivities import made, of_model
 
 import prismquant as pq
+from prismquant import api
 from prismquant.errors import ArgumentError, DataError, ModelError, PrismQuantError
 from prismquant.evaluate.figures import Deviation, Fidelity, Outcome, summarize
 from prismquant.models.bind import bind
@@ -273,3 +274,24 @@ def test_an_evaluation_tells_what_was_predicted(
     plain = pq.measure(tiny("qwen2_vl"), calibration_file, reference=tiny("qwen2_vl"))
     assert plain.predicted == {}
     assert prediction_table(plain.to_dict()) is None
+
+
+def test_running_text_is_cut_as_for_the_analysis(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = "what is the colour of the bar ? " * 40
+    text = tmp_path / "text.txt"
+    text.write_text(f"{words}\f{words}", encoding="utf-8")
+    found = pq.analyze(tiny("llama"), "int4-g64", tmp_path / "s.json", text, seq_length=48)
+    assert found.calibration["seq_length"] == 48
+    cut: list[int | None] = []
+    for name in ("quantize", "measure"):
+        real = getattr(api, name)
+
+        def told(*given: Any, _real: Any = real, **named: Any) -> Any:
+            cut.append(named["seq_length"])
+            return _real(*given, **named)
+
+        monkeypatch.setattr(api, name, told)
+    pq.find_mix(tmp_path / "s.json", bits="14", verify=text, swaps=0)
+    assert cut == [48, 48]
