@@ -29,6 +29,7 @@ from prismquant.engine.setup import Reporter, Silent
 from prismquant.errors import ArgumentError, DataError, PrismQuantError, suggest
 from prismquant.memory import memory_told
 from prismquant.models.bind import bind
+from prismquant.outputs import require_empty
 from prismquant.plan.make_plan import make_plan
 from prismquant.plan.plan import Plan
 from prismquant.quantization.perform import perform
@@ -126,6 +127,7 @@ def quantize_in_place(job: Job) -> Plan:
         request = _request(job, recipe, source, told)
         if out is not None:
             request = replace(request, out=as_path(out, "out"))
+            require_empty(request.out)
         processed = write_description(live, source)
         # Everything that can be refused is, before any weight is written.
         plan = make_plan(recipe, bind(source, headers_required=False))

@@ -528,6 +528,8 @@ def test_options_devices_and_memory_are_checked(setting: Setting) -> None:
         "dev",
         "give another dev; None is where the model is",
     )
+    with pytest.raises(StorageError, match="exists and is not empty"):
+        setting.plus(setting.wrapper(), args, out=setting.folder)
     with pytest.raises(PlanError) as misfit:
         setting.plus(setting.wrapper(), args | {"llm_w_bits": 16})
     assert misfit.value.where == "the model in memory"

@@ -7,12 +7,13 @@ import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, strategies
 
 from prismquant.compat.mquant.families import QWEN2_VL, VIDEOLLAMA3
 from prismquant.compat.mquant.namespaces import flags_of, read_namespace
-from prismquant.errors import RecipeError
+from prismquant.errors import ArgumentError, RecipeError
 from prismquant.recipe.importers import mquant
 
 # A parser of the drivers leaves these where nothing is asked for.
@@ -97,6 +98,11 @@ def test_any_object_with_attributes_is_a_namespace() -> None:
     for args in (given, alike, SimpleNamespace(quant_llm=True, llm_w_bits=8)):
         assert flags_of(args) == {"quant_llm": True, "llm_w_bits": 8}
     assert flags_of({"quant_llm": True, "llm_w_bits": 4}) == {"quant_llm": True}
+    numbers = {"quant_llm": np.bool_(True), "llm_w_bits": np.int64(8), "nsamples": np.int32(8)}
+    assert flags_of(numbers) == {"quant_llm": True, "llm_w_bits": 8}
+    for wrong in ("--quant_llm", ["--quant_llm"], 4):
+        with pytest.raises(ArgumentError, match="is no namespace of flags"):
+            flags_of(wrong)
 
 
 def test_unknown_flags_and_those_of_the_other_family_are_refused() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from prismquant.compat.mquant.families import FAMILIES, Family
-from prismquant.errors import RecipeError
+from prismquant.errors import ArgumentError, RecipeError
 from prismquant.recipe.importers import mquant
 from prismquant.recipe.importers.imported import Imported
 from prismquant.recipe.importers.mquant_flags import FLAGS
@@ -32,13 +34,23 @@ def flags_of(args: Any) -> dict[str, Any]:
     Args:
         args: ``argparse.Namespace``, a dictionary, a dataclass, or any object whose public
             attributes are flags. What it lacks takes MQuant's default.
+
+    Raises:
+        ArgumentError: It is a text, a number, or a list.
     """
+    if isinstance(args, str | bytes | int | float | Sequence):
+        raise ArgumentError(
+            f"a {type(args).__name__} is no namespace of flags",
+            where="args",
+            remedy="give what parser.parse_args() returns, or a dictionary of the flags",
+        )
     if isinstance(args, Mapping):
         given = dict(args)
     else:
         named = {name: getattr(args, name) for name in dir(args) if not name.startswith("_")}
         given = {name: value for name, value in named.items() if not callable(value)}
-    return {name: value for name, value in given.items() if not _is_default(name, value)}
+    plain = {name: v.item() if isinstance(v, np.generic) else v for name, v in given.items()}
+    return {name: value for name, value in plain.items() if not _is_default(name, value)}
 
 
 def has_flag(args: Any, name: str) -> bool:
