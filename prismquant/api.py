@@ -191,7 +191,9 @@ def quantize(
         model=as_path(model, "model"),
         recipe=chosen,
         out=as_path(out, "out"),
-        calibration=None if calibration is None else as_source(calibration, "calibration"),
+        calibration=(imported.data or None)
+        if calibration is None
+        else as_source(calibration, "calibration"),
         target=as_device(device),
         wanted=wanted,
         resume=as_flag(resume, "resume"),

@@ -7,11 +7,12 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prismquant.data.named_texts import NAMED_TEXTS, NamedText
 from prismquant.data.row_findings import RowFinding
 from prismquant.data.samples import excerpt
 from prismquant.errors import DataError
@@ -67,7 +68,9 @@ def read_rows(source: str | Path, limit: int | None, seed: int) -> tuple[_Rows, 
         return _rows_of_file(path, status), path.parent
     if not name or reader is not None or name[:1] == "." or (path.is_absolute() and not status):
         raise DataError(f"data file {name!r} is missing", where=name, remedy="check the path")
-    return _rows_of_dataset(name, limit, seed), Path()
+    text = NAMED_TEXTS.get(name.partition(":")[0])
+    rows = _rows_of_named(name, text, limit, seed) if text else _rows_of_dataset(name, limit, seed)
+    return rows, Path()
 
 
 def _status(path: Path) -> os.stat_result | None:
@@ -165,7 +168,10 @@ def _no_json(error: ValueError, text: str) -> str:
 def _rows_of_text(data: bytes) -> _Rows:
     """Documents of running text: a line that holds nothing but a form feed ends one."""
     documents = _DOCUMENT_END.split(data.decode().replace("\r\n", "\n"))
-    texts = [text for text in documents if text.strip()]
+    return _documents([text for text in documents if text.strip()])
+
+
+def _documents(texts: Sequence[str]) -> _Rows:
     return [
         Row(
             f"document {i}", i, {"messages": [{"role": "assistant", "content": text}]}, running=True
@@ -181,8 +187,33 @@ _READERS: dict[str, Callable[[bytes], _Rows]] = {
 }
 
 
-def _rows_of_dataset(name: str, limit: int | None, seed: int) -> _Rows:
-    """Rows of a Hugging Face dataset; streamed, so that a limit also limits the download."""
+def _rows_of_named(name: str, text: NamedText, limit: int | None, seed: int) -> _Rows:
+    """Documents of a text that goes by a name."""
+    datasets = _import_datasets(name)
+    given = {"revision": text.revision} if text.revision else {}
+    place = [text.repository, *filter(None, (text.subset,))]
+    split = name.partition(":")[2] or text.split
+    try:
+        table = datasets.load_dataset(*place, split=split, streaming=True, **given)
+        if text.joint is None and limit is not None:
+            table = table.shuffle(seed=seed, buffer_size=limit * _STREAM_FACTOR)
+            table = table.take(limit * _STREAM_FACTOR)
+        documents = [str(row[text.column]) for row in table]
+    # Whatever is wrong, datasets has its own exceptions for it.
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise DataError(
+            f"text {name!r}, {text.repository} on the Hugging Face hub, cannot be read: {reason}",
+            where=name,
+            remedy="give --calib FILE.txt, a file that holds it or another running text; or check "
+            "the network",
+        ) from error
+    if text.joint is not None:
+        documents = [text.joint.join(documents)]
+    return _documents([one for one in documents if one.strip()])
+
+
+def _import_datasets(name: str) -> Any:
     try:
         import datasets
     except ImportError as error:
@@ -191,6 +222,12 @@ def _rows_of_dataset(name: str, limit: int | None, seed: int) -> _Rows:
             where=name,
             remedy="check the path, or pip install 'prismquant[eval]'",
         ) from error
+    return datasets
+
+
+def _rows_of_dataset(name: str, limit: int | None, seed: int) -> _Rows:
+    """Rows of a Hugging Face dataset; streamed, so that a limit also limits the download."""
+    datasets = _import_datasets(name)
     repository, _, split = name.partition(":")
     try:
         table: Any = datasets.load_dataset(repository, split=split or "train", streaming=True)

@@ -17,7 +17,7 @@ from prismquant.data import Sample, fingerprint, located, media_of, read_samples
 from prismquant.data.pictures import read_picture
 from prismquant.data.read import sample_of
 from prismquant.data.row_findings import Findings
-from prismquant.data.rows import Row
+from prismquant.data.rows import Row, read_rows
 from prismquant.errors import DataError
 
 if TYPE_CHECKING:
@@ -616,3 +616,46 @@ def test_a_picture_that_is_named_is_shown_or_refused(
     assert "new.png" in [
         part for file in files for part in (file if isinstance(file, list) else [file])
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "split", "documents"),
+    [
+        ("wikitext2", ("Salesforce/wikitext", "wikitext-2-raw-v1"), "train", ["a\n\nb"]),
+        ("wikitext2:test", ("Salesforce/wikitext", "wikitext-2-raw-v1"), "test", ["a\n\nb"]),
+        ("c4", ("allenai/c4", "en"), "train", ["a", "b"]),
+        ("pileval", ("mit-han-lab/pile-val-backup",), "validation", ["a", "b"]),
+    ],
+)
+def test_texts_that_go_by_a_name(
+    name: str,
+    place: tuple[str, ...],
+    split: str,
+    documents: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(*given: str, **options: Any) -> list[dict[str, str]]:
+        asked.append((given, options["split"]))
+        return [{"text": "a"}, {"text": "b"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows, _ = read_rows(name, None, 0)
+    assert asked == [(place, split)]
+    assert [row.value["messages"][0]["content"] for row in rows] == documents
+    assert all(row.running for row in rows)
+
+
+def test_a_named_text_out_of_reach_says_what_to_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def load_dataset(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route to the hub\nlong trace")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError, match="Salesforce/wikitext on the Hugging Face hub") as caught:
+        read_rows("wikitext2", 4, 0)
+    assert "give --calib FILE.txt" in str(caught.value)
+    assert "long trace" not in str(caught.value)

@@ -6,6 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import tiny_text
 import torch
 import yaml
 from hypothesis import given as drawn
@@ -198,7 +199,9 @@ def test_calibration_and_what_else_the_documented_files_say() -> None:
     rtn, gptq, smooth = of(RTN), of(GPTQ), of(SMOOTHQUANT)
     assert rtn.recipe.calibration.samples == 1
     assert noted(rtn, "changed") == {"nsample"}
-    assert {"device", "offload", "name", "split", "seqlen", "model_type"} <= noted(rtn, "dropped")
+    assert {"device", "offload", "seqlen", "model_type"} <= noted(rtn, "dropped")
+    assert {"name", "split"} <= noted(rtn, "honoured")
+    assert (rtn.data, gptq.data, smooth.data) == ("ptb:train", "wikitext2:train", "")
     assert (rtn.recipe.calibration.block_sequential, rtn.recipe.calibration.layer_sequential) == (
         True,
         True,
@@ -463,7 +466,10 @@ def test_what_means_something_else_is_told(algo: str, keys: Any, changed: set[st
         ("awq+gptq", {"auto_clip": True}),
         ("smoothquant", {"a_groupsize": 8, "a_has_zero": True, "a_unsign": False}),
         ("rtn", {"device": "cuda", "offload": "cpu", "calibrate_seq_length": 2048}),
-        ("rtn", {"w_qscheme": "per_channel_affine", "calibrate_name": "c4", "model_type": "llama"}),
+        (
+            "rtn",
+            {"w_qscheme": "per_channel_affine", "calibrate_name": "boss", "model_type": "llama"},
+        ),
     ],
 )
 def test_what_has_no_effect_is_told(algo: str, keys: dict[str, Any]) -> None:
@@ -563,3 +569,52 @@ def test_of_two_counts_of_samples_one_counts_and_the_other_is_dropped() -> None:
 def test_too_many_layers_are_refused_at_once() -> None:
     with pytest.raises(RecipeError, match="skip_layers: 1001 expressions, more than 1000: join"):
         of(with_keys("rtn", skip_layers=[f"a{number}" for number in range(1001)]))
+
+
+@pytest.mark.parametrize(
+    ("config", "kwargs", "calibrate", "data"),
+    [
+        ({}, {}, {"name": "wikitext2", "split": "train"}, "wikitext2:train"),
+        ({}, {}, {"name": "c4"}, "c4"),
+        ({"calibrate_name": "ptb"}, {}, {}, "ptb"),
+        ({}, {"calibrate_name": "pileval"}, {"split": "validation"}, "pileval:validation"),
+        ({"calibrate_name": "c4"}, {"calibrate_name": "c4"}, {"name": "c4"}, "c4"),
+        ({}, {}, {"name": "ceval", "split": "test"}, ""),
+        ({}, {}, {}, ""),
+    ],
+)
+def test_the_text_that_is_named_is_calibrated_on(
+    config: Any, kwargs: Any, calibrate: Any, data: str
+) -> None:
+    content = with_keys("gptq", **kwargs)["quant_config"] | config
+    imported = of({"quant_config": content | {"calibrate_config": calibrate}})
+    assert imported.data == data
+    assert imported.to_dict().get("data", "") == data
+    kind = "honoured" if data else "dropped"
+    assert {*config, *kwargs, *calibrate} <= noted(imported, kind)
+
+
+def test_a_text_is_named_once() -> None:
+    content = with_keys("gptq", calibrate_name="ptb")["quant_config"]
+    for calibrate in ({"name": "c4"}, {"name": 3}):
+        with pytest.raises(RecipeError) as caught:
+            of({"quant_config": content | {"calibrate_config": calibrate}})
+        assert "calibrate_config.name: " in str(caught.value)
+
+
+def test_it_calibrates_on_the_named_text_where_no_data_are_given(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = []
+
+    def load_dataset(*place: str, **options: Any) -> list[dict[str, str]]:
+        asked.append((place, options["split"]))
+        return [{"text": ""}, {"text": "the square is red"}, {"text": " the circle is blue \n"}]
+
+    monkeypatch.setattr(pytest.importorskip("datasets"), "load_dataset", load_dataset)
+    model = tiny_text.build("llama", tmp_path / "model")
+    content = with_keys("gptq")["quant_config"]
+    content |= {"calibrate_config": {"name": "wikitext2", "split": "train", "nsamples": 2}}
+    result = pq.quantize(model, content, tmp_path / "out")
+    assert asked == [(("Salesforce/wikitext", "wikitext-2-raw-v1"), "train")]
+    assert result.record.calibration == "wikitext2:train"

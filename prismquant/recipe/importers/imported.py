@@ -23,6 +23,7 @@ class Imported:
         honoured: Settings that mean here what they mean there.
         changed: Settings that mean something else here, and how.
         dropped: Settings that have no effect here, and why.
+        data: Calibration data that it names, which are taken where no others are given.
     """
 
     dialect: str
@@ -31,6 +32,7 @@ class Imported:
     honoured: tuple[TranslatedSetting, ...] = ()
     changed: tuple[TranslatedSetting, ...] = ()
     dropped: tuple[TranslatedSetting, ...] = ()
+    data: str = ""
 
     @property
     def translation(self) -> Translation | None:
@@ -51,6 +53,7 @@ class Imported:
             "dialect": self.dialect,
             "source": self.source,
             "recipe": self.recipe.to_dict(),
+            **({"data": self.data} if self.data else {}),
             **{name: [vars(one) for one in part] for name, part in parts.items()},
         }
 

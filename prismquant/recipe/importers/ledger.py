@@ -91,7 +91,8 @@ class Ledger:
         self.require_valid()
         recipe = parse_recipe(content, source=f"{self._source}, read as {self._dialect}")
         parts = {name: tuple(noted) for name, noted in self._noted.items()}
-        return Imported(self._dialect, recipe, self._source, **parts)
+        kept = (parts["honoured"], parts["changed"], parts["dropped"])
+        return Imported(self._dialect, recipe, self._source, *kept)
 
     def require_valid(self) -> None:
         """Refuse a source in which something was noted as wrong.

@@ -12,6 +12,7 @@ narrow format. GPTQ and AWQ always have, or by default have, zero points.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from prismquant.arguments import MAX_SAMPLES
 from prismquant.patterns import compile_pattern
 from prismquant.recipe.importers.imported import Imported
 from prismquant.recipe.importers.integer_formats import inputs_of, outputs_of, weights_of
-from prismquant.recipe.importers.ledger import Ledger, joined, shown
+from prismquant.recipe.importers.ledger import Ledger, joined, quoted, shown
 from prismquant.recipe.importers.source_section import Setting, SourceSection, Table, idle
 from prismquant.recipe.match import MAX_EXPRESSIONS
 
@@ -38,11 +39,15 @@ _REFUSED = {
     "fp8": "write algo: rtn with w_dtype: fp8",
 }
 
+TEXTS = ("wikitext2", "c4", "ptb", "pileval")
+"""Texts that are known here by the names that the tool has for them."""
+_NAME = Setting("calibrate_name", "", "--calib", "wikitext2, c4, ptb, pileval; others are dropped")
+
 CONFIG: Table = (
     Setting("algo", "", "solver, transforms"),
     Setting("kwargs", "", "rules"),
     Setting("calibrate_config", "", "calibration"),
-    idle("calibrate_name", "named on the command line", "--calib"),
+    _NAME,
     idle("model_type", "the checkpoint's configuration says it"),
 )
 KWARGS: Table = (
@@ -70,7 +75,7 @@ KWARGS: Table = (
     Setting("layer_sequential", "false", "calibration.layer_sequential"),
     Setting("num_calibrate", "128", "calibration.samples", "passed over there"),
     idle("calibrate_seq_length", "named on the command line", "--seq-length"),
-    idle("calibrate_name", "named on the command line", "--calib"),
+    _NAME,
     idle("model_type", "the checkpoint's configuration says it"),
     idle("device", "named on the command line", "--device"),
     idle("offload", "--memory-budget decides what waits where", "--memory-budget"),
@@ -81,12 +86,12 @@ CALIBRATE: Table = (
     Setting("nsample", "", "calibration.samples", "passed over there, for want of an s"),
     Setting("num_calibrate", "", "calibration.samples", "passed over there"),
     Setting("seed", "42", "calibration.seed"),
+    Setting("name", "", "--calib", "wikitext2, c4, ptb, pileval; others are dropped"),
+    _NAME,
+    Setting("split", "", "--calib", "with the name: wikitext2:train"),
     *(
         idle(name, "named on the command line", "--calib")
-        for name in (
-            *("name", "split", "calibrate_subject", "calibrate_nums", "task_name"),
-            *("dataset_name", "shuffle", "calibrate_name"),
-        )
+        for name in ("calibrate_subject", "calibrate_nums", "task_name", "dataset_name", "shuffle")
     ),
     *(
         idle(name, "named on the command line", "--seq-length")
@@ -99,6 +104,8 @@ TABLES: Mapping[str, Table] = {
     "calibrate_config": CALIBRATE,
 }
 NOTES = (
+    "A text that `calibrate_config` names (`wikitext2`, `c4`, `ptb`, `pileval`) is read from the "
+    "Hugging Face hub where no `--calib` is given; without a network, give it as a `.txt` file.",
     "`algo`: `rtn`, `gptq`, `awq`, `smoothquant`, `zeroquant`, `spinquant`, and `awq+gptq`, "
     "`smoothquant+gptq`, `spinquant+gptq`. `spqr` and `quip` are errors. `zeroquant` is formats "
     "alone there and here; `tuner: zeroquant` would add the distillation of the paper.",
@@ -151,7 +158,9 @@ def read(content: Any, source: str) -> Imported:
     top = SourceSection(ledger, place, config, CONFIG)
     algo = _algorithm(top)
     arguments = SourceSection(ledger, top.at("kwargs"), top.content.get("kwargs") or {}, KWARGS)
-    calibration = _calibration(top, arguments)
+    given = top.content.get("calibrate_config") or {}
+    section = SourceSection(ledger, top.at("calibrate_config"), given, CALIBRATE)
+    calibration = _calibration(arguments, section)
     rule = _rule(arguments, algo)
     rules: list[Fields] = [{"match": {"modality": "llm"}} | rule]
     skipped = _skipped(arguments)
@@ -160,7 +169,9 @@ def read(content: Any, source: str) -> Imported:
     transforms = _transforms(arguments, algo, rule)
     _note_algorithm(top, algo, bool(transforms))
     body: Fields = {"name": Path(source).stem or NAME, "rules": rules, "calibration": calibration}
-    return ledger.finish(body | ({"transforms": transforms} if transforms else {}))
+    data = _data(top, arguments, section)
+    imported = ledger.finish(body | ({"transforms": transforms} if transforms else {}))
+    return replace(imported, data=data)
 
 
 def _config(ledger: Ledger, place: str, content: Mapping[str, Any]) -> tuple[str, Fields]:
@@ -303,14 +314,12 @@ def _skipped(section: SourceSection) -> list[str]:
     return found
 
 
-def _calibration(top: SourceSection, arguments: SourceSection) -> Fields:
+def _calibration(arguments: SourceSection, section: SourceSection) -> Fields:
     """Settings of the calibration."""
     ours: Fields = {}
     for key in ("block_sequential", "layer_sequential"):
         ours[key] = arguments.flag(key, False)
         arguments.honoured(key, f"calibration.{key}: {shown(ours[key])}")
-    given = top.content.get("calibrate_config")
-    section = SourceSection(top.ledger, top.at("calibrate_config"), given or {}, CALIBRATE)
     counts = (
         (arguments, "num_calibrate"),
         (section, "num_calibrate"),
@@ -332,3 +341,28 @@ def _calibration(top: SourceSection, arguments: SourceSection) -> Fields:
         ours["seed"] = section.integer("seed", 42, 0, 2**63 - 1)
         section.honoured("seed", f"calibration.seed: {ours['seed']}")
     return ours
+
+
+def _data(top: SourceSection, arguments: SourceSection, section: SourceSection) -> str:
+    """The text that is calibrated on, as ``--calib`` takes it; empty where none is known."""
+    data = ""
+    places = [(top, "calibrate_name"), (arguments, "calibrate_name")]
+    for part, key in [*places, (section, "calibrate_name"), (section, "name")]:
+        if key not in part:
+            continue
+        name = part.content[key]
+        if not isinstance(name, str):
+            part.wrong(key, f"a name, not {quoted(name)}")
+        elif name not in TEXTS:
+            part.dropped(key, "no text is known by this name", "--calib FILE")
+        elif data and data.partition(":")[0] != name:
+            part.wrong(key, f"it is named twice, once as {data}")
+        else:
+            split = section.content.get("split")
+            data = f"{name}:{split}" if isinstance(split, str) and split else name
+            part.honoured(key, f"--calib {data}, where no other data are given")
+    if data:
+        section.honoured("split", f"--calib {data}")
+    else:
+        section.dropped("split", "named on the command line", "--calib")
+    return data
