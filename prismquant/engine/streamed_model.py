@@ -79,6 +79,7 @@ class StreamedModel:
         self.model = empty_model(bound.config, bound.arch)
         self._reader, self._placement, self._served = reader, placement, served
         self._store = store
+        self._around = _modules_around(bound)
         self._narrow = {step.name: narrow_modules(bound, step) for step in bound.steps}
         device, dtype = placement.device, placement.precision.dtype
         self.replay = (GraphReplay if backward else Replay)(
@@ -128,20 +129,26 @@ class StreamedModel:
 
     @contextlib.contextmanager
     def loaded(self, names: Sequence[str]) -> Iterator[None]:
-        """Within the block, these modules have their weights, and rotate what they must."""
+        """Within the block, these modules have their weights, and rotate what they must.
+
+        A module that units lie in has its own alone: what lies in it may be the whole model.
+        """
         for name in names:
             self._load(name)
         try:
             yield
         finally:
             for name in names:
-                release(self.model, name)
-                unhook_attention(self.module(name))
-                _make_plain(self.model, name)
+                around = name in self._around
+                release(self.model, name, own=around)
+                if not around:
+                    unhook_attention(self.module(name))
+                    _make_plain(self.model, name)
 
     def _load(self, name: str) -> None:
         device, dtype = self._placement.device, self._placement.precision.dtype
-        materialize(self.model, name, self._reader, self.bound.names, device, dtype)
+        own = name in self._around
+        materialize(self.model, name, self._reader, self.bound.names, device, dtype, own=own)
         for layer, online in self._served.rotations.items():
             if layer == name or layer.startswith(f"{name}."):
                 rotate_inputs(self.model, layer, online.block, online.signs)
@@ -242,6 +249,12 @@ class StreamedModel:
             if not inside and of_vision == vision and owner not in names:
                 names.append(owner)
         return names
+
+
+def _modules_around(bound: BoundModel) -> frozenset[str]:
+    """Paths of modules that units lie in, the model's own among them, which is empty."""
+    paths = [step.name.split(".") for step in bound.steps]
+    return frozenset(".".join(path[:end]) for path in paths for end in range(len(path)))
 
 
 def narrow_modules(bound: BoundModel, step: BoundStep) -> list[str]:

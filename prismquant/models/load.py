@@ -168,6 +168,8 @@ def materialize(
     names: NameMap,
     device: torch.device | str,
     dtype: torch.dtype | None = None,
+    *,
+    own: bool = False,
 ) -> None:
     """Fill all parameters and buffers below a module path.
 
@@ -181,6 +183,7 @@ def materialize(
         names: Its names.
         device: Where the tensors go.
         dtype: Floating dtype of the parameters; None keeps the dtype on disk.
+        own: Fill only what the module itself holds, not what lies in modules below it.
 
     Raises:
         ModelError: The path does not exist, or a tensor has another shape than its parameter.
@@ -188,7 +191,7 @@ def materialize(
     """
     # With its index, so that tied ends on one device are recognized as such.
     device = torch.empty(0, device=device).device
-    for path, module in _below(model, prefix):
+    for path, module in _below(model, prefix)[: 1 if own else None]:
         for leaf, parameter in module._parameters.items():
             if parameter is None:
                 continue
@@ -215,13 +218,18 @@ def materialize(
                 module._buffers[leaf] = _read(full, reader, names, device, dtype)
 
 
-def release(model: nn.Module, prefix: str) -> None:
+def release(model: nn.Module, prefix: str, *, own: bool = False) -> None:
     """Turn the parameters below a module path back into shapes without memory.
+
+    Args:
+        model: From :func:`empty_model`.
+        prefix: Module path; empty for the whole model.
+        own: Only what the module itself holds.
 
     Raises:
         ModelError: The path does not exist.
     """
-    for _, module in _below(model, prefix):
+    for _, module in _below(model, prefix)[: 1 if own else None]:
         for leaf, parameter in module._parameters.items():
             if parameter is not None and not parameter.is_meta:
                 module._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)

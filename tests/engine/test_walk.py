@@ -203,3 +203,25 @@ def test_only_one_unit_at_a_time_has_weights(
                 owners = {owner for owner in names if any(n.startswith(f"{owner}.") for n in real)}
                 assert owners == {unit.name}
                 unit.advance()
+
+
+def test_a_module_around_units_is_loaded_without_them(
+    tiny: Callable[..., Path], calibration_file: Path
+) -> None:
+    """A parameter beside the towers must not bring the whole model into memory."""
+    folder = tiny("qwen2_vl", layout="native")
+    walk = walk_of(bind(folder), batches_of(folder, calibration_file))
+    assert walk.main is not None
+    walk.main.module("model").register_parameter("newline", torch.nn.Parameter(torch.ones(8)))
+    real = walk.main._reader.read
+
+    def read(name: str) -> Tensor:
+        return torch.full((8,), 3.0) if name.endswith("newline") else real(name)
+
+    walk.main._reader.read = read  # type: ignore[method-assign]
+    assert "model" in walk.main.between_units(vision=False)
+    with walk.main.loaded(["model"]):
+        loaded = [name for name, one in walk.main.model.named_parameters() if not one.is_meta]
+        assert loaded == ["model.newline"]
+        assert float(walk.main.module("model").get_parameter("newline").sum()) == 24.0
+    assert all(one.is_meta for one in walk.main.model.parameters())
