@@ -1,6 +1,7 @@
 """Compare automatic recipes with each of their alternatives.
 
-    python -m bench.automatic [--models plain outliers] [--settings w4a16 w4a8] [--out bench-out]
+    python -m bench.automatic [--models plain outliers] [--settings w4a16 w4a8] [--seeds 3]
+        [--out bench-out]
     python -m bench.automatic --folder NAME=DIR [--models plain outliers]
     python -m bench.automatic --folder NAME=DIR --models plain --group-size 64
         --calib FILE --evaluation FILE
@@ -11,13 +12,17 @@ its own, on any.
 Each cell quantizes the language model, writes the checkpoint, loads it again and compares it with
 the unquantized model on samples that calibration never saw. The loss is that by which the choice
 is made: KL divergence of answer tokens, and a fifth of that of other text. Finished cells are kept
-in ``OUT/automatic.jsonl``, and a run that was cut off goes on where it stopped.
+in ``OUT/automatic.jsonl``; a run that was cut off goes on where it stopped, and ``--seeds`` can be
+raised later: losses are then means over so many calibration sets.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -69,25 +74,36 @@ def cell(what: Subject, recipe: Recipe, calibration: Path) -> dict[str, Any]:
 
 
 def rows_of(done: Mapping[tuple[Any, ...], Mapping[str, Any]]) -> list[list[str]]:
-    """Rows of the table: the automatic recipe beside the best and the plain alternative."""
+    """Rows of the table: the automatic recipe beside the best and the plain alternative.
+
+    Losses and seconds are means over calibration sets. What is the best is told by these means, as
+    nobody can know which is the best for one set.
+    """
     rows = []
     for model, setting in dict.fromkeys(key[:2] for key in done):
-        own = {key[2]: one for key, one in done.items() if key[:2] == (model, setting)}
-        auto = own.pop(AUTO, None)
-        if auto is None or PLAIN not in own:
+        runs: dict[str, list[Mapping[str, Any]]] = {}
+        for key, one in done.items():
+            if key[:2] == (model, setting):
+                runs.setdefault(key[2], []).append(one)
+        auto = runs.pop(AUTO, None)
+        # Sets of which not all cells are done would tell the wrong means.
+        if auto is None or PLAIN not in runs or len({len(own) for own in runs.values()}) > 1:
             continue
-        best = min(own, key=lambda name: own[name]["loss"])
-        low, plain = own[best], own[PLAIN]
+        loss = {name: statistics.fmean(one["loss"] for one in own) for name, own in runs.items()}
+        seconds = [statistics.fmean(one["seconds"] for one in own) for own in (auto, runs[PLAIN])]
+        best = min(loss, key=lambda name: loss[name])
+        errors = [one["error"] for one in runs[best]]
+        chosen = statistics.fmean(one["loss"] for one in auto)
         rows.append(
             [
                 f"{model} {setting}",
-                f"{plain['loss']:.5f}",
+                f"{loss[PLAIN]:.5f}",
                 best,
-                f"{low['loss']:.5f} ± {low['error']:.5f}",
-                auto["chosen"],
-                f"{auto['loss']:.5f}",
-                f"{auto['loss'] / low['loss']:.2f}",
-                f"{auto['seconds'] / plain['seconds']:.1f}",
+                f"{loss[best]:.5f} ± {math.hypot(*errors) / len(errors):.5f}",
+                ", ".join(dict.fromkeys(one["chosen"] for one in auto)),
+                f"{chosen:.5f}",
+                f"{chosen / loss[best]:.2f}",
+                f"{seconds[0] / seconds[1]:.1f}",
             ]
         )
     return rows
@@ -116,6 +132,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, default=_GROUP, help="in place of 128")
     parser.add_argument("--models", nargs="+", default=["plain", "outliers"], help="versions of it")
     parser.add_argument("--samples", type=int, default=600, help="evaluation questions")
+    parser.add_argument("--seeds", type=int, default=1, help="calibration sets of scenes")
     parser.add_argument("--settings", nargs="+", default=SETTINGS, choices=SETTINGS)
     parser.add_argument("--factor", type=float, default=64.0, help="of outliers, a power of two")
     parser.add_argument("--channels", type=int, default=4, help="outlier channels at each norm")
@@ -126,6 +143,8 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.name, _, folder = (options.folder or "").partition("=")
     if options.folder and not folder:
         parser.error("--folder takes NAME=DIR")
+    if options.calib and options.seeds > 1:
+        parser.error("--seeds is of scenes: with --calib there is one calibration set")
     options.model = Path(folder) if folder else CHECKPOINT
     return options
 
@@ -141,17 +160,22 @@ def _facts(options: argparse.Namespace) -> dict[str, Any]:
     return facts
 
 
-def _subjects(options: argparse.Namespace, work: Path) -> Iterator[tuple[Subject, Path]]:
-    """Models, each with its calibration samples."""
-    data, evaluation = options.calib, options.evaluation
+def _subjects(options: argparse.Namespace, work: Path) -> Iterator[tuple[Subject, list[Path]]]:
+    """Models, each with its sets of calibration samples."""
+    sets, evaluation = [options.calib], options.evaluation
     # Scenes are short; of other samples a few fill the memory with logits.
     size = 2 if evaluation else 32
     if evaluation is None:
         evaluation = write_dataset(work / "eval", split="evaluation", count=options.samples)
-        data = write_dataset(work / "data", split="calibration", count=CALIBRATION_SAMPLES)
+        sets = [
+            write_dataset(
+                work / f"c{seed}", split="calibration", seed=seed, count=CALIBRATION_SAMPLES
+            )
+            for seed in range(options.seeds)
+        ]
     for what in subjects_of(options, work, evaluation, size):
         name = f"{options.name} {what.name}".strip()
-        yield replace(what, name=name), data
+        yield replace(what, name=name), sets
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -162,19 +186,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cells = Cells(options.out / "automatic.jsonl", facts)
     warm = False
     with tempfile.TemporaryDirectory() as folder:
-        for what, data in _subjects(options, Path(folder)):
-            for setting in options.settings:
+        for what, sets in _subjects(options, Path(folder)):
+            for setting, seed in itertools.product(options.settings, range(len(sets))):
                 auto = automatic(setting, options.group_size)
                 recipes = {PLAIN: _without_method(auto), AUTO: auto}
                 recipes |= {one.name: auto.chosen(one.name) for one in auto.choose}
                 for name, recipe in recipes.items():
-                    key = (what.name, setting, name)
+                    key = (what.name, setting, name, *[seed] * bool(seed))
                     if key not in cells.done:
                         if not warm:
                             # The first run in a process compiles its kernels.
-                            cell(what, recipes[PLAIN], data)
+                            cell(what, recipes[PLAIN], sets[seed])
                             warm = True
-                        cells.add(key, cell(what, recipe, data))
+                        cells.add(key, cell(what, recipe, sets[seed]))
                         console.print(f"{key}: loss {cells.done[key]['loss']:.5f}", style="dim")
     rows = rows_of(cells.done)
     console.print(rich_table(HEADERS, rows, title="time: CPU seconds over those of plain GPTQ"))

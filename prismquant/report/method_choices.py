@@ -15,7 +15,8 @@ def choice_table(choice: MethodChoice) -> Table:
     for trial in choice.trials:
         kl, tried = trial.kl or {}, trial.samples > 0
         last = max(one.round for one in choice.trials if one.part == trial.part)
-        won = choice.chosen.get(trial.part) == trial.name and trial.round == last
+        chosen = choice.told if trial.part == WHOLE else choice.chosen.get(trial.part)
+        won = chosen == trial.name and trial.round == last
         rows.append(
             [
                 trial.name if trial.part == WHOLE else f"{trial.part}: {trial.name}",

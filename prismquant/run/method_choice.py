@@ -62,7 +62,7 @@ class MethodChoice:
     Attributes:
         recipe: Name of the recipe that left the choice.
         chosen: Name of the alternative, by part of the model.
-        why: In words, by part.
+        why: In words, by part; of both parts together under ``model``, where that was tried.
         weights: Weight of each class of token in the loss.
         held_out: Ids of the samples that losses are of; no statistic of a trial saw them.
         seen: Ids of the samples that statistics of trials saw.
@@ -82,6 +82,15 @@ class MethodChoice:
     @property
     def told(self) -> str:
         """The choice in words, such as ``rotation``, or ``vision: plain, llm: rotation``."""
-        if [*self.chosen] == [WHOLE]:
-            return self.chosen[WHOLE]
-        return ", ".join(f"{part}: {name}" for part, name in self.chosen.items())
+        return told_parts(self.chosen)
+
+
+def told_parts(chosen: Mapping[str, str]) -> str:
+    """A choice in words: the alternative of the whole model, or that of each part.
+
+    Args:
+        chosen: Name of the alternative, by part of the model.
+    """
+    if [*chosen] == [WHOLE]:
+        return chosen[WHOLE]
+    return ", ".join(f"{part}: {name}" for part, name in chosen.items())

@@ -38,13 +38,13 @@ from prismquant.run.fingerprint import (
     unchanged,
 )
 from prismquant.run.identity import Identity
-from prismquant.run.method_choice import WHOLE, MethodChoice, MethodTrial
+from prismquant.run.method_choice import WHOLE, MethodChoice, MethodTrial, told_parts
 from prismquant.runtime.mixed import Precision
 from prismquant.search.analysis_notes import bounded_outputs
 from prismquant.search.analysis_request import DEFAULT_WEIGHTS
 from prismquant.search.held_out import ENOUGH_TEXT, FEWEST, HeldOut, enough_of, hold_out
 from prismquant.search.method_trials import Ask, TrialRuns
-from prismquant.search.model_parts import parts_of
+from prismquant.search.model_parts import one_for_all, parts_of
 from prismquant.search.trial_blocks import trial_recipes
 from prismquant.search.trial_file import TrialFile
 
@@ -82,7 +82,8 @@ def quantize_best(asked: Request) -> Result:
     """Quantize a checkpoint by the alternative of the recipe that loses least.
 
     Where the recipe quantizes the vision tower or the projector beside the language model, each of
-    the two parts has a choice of its own.
+    the two parts has a choice of its own, and what is chosen for both is tried once against the
+    best single alternative.
 
     Raises:
         PrismQuantError: With what is wrong, where, and the remedy. All that can be checked is
@@ -198,10 +199,14 @@ class _Contest:
         with unchanged(self._bound.folder, self._identity.files), self._runs:
             for part, recipes in parts_of(asked.recipe, names, self._bound).items():
                 chosen[part] = self._winner(part, recipes)
+            chosen = self._together(chosen, names)
+        why = {part: _why(part, name, self._trials) for part, name in chosen.items()}
+        if len(chosen) > 1 and any(trial.part == WHOLE for trial in self._trials):
+            why[WHOLE] = f"together {_why(WHOLE, told_parts(chosen), self._trials)}"
         return MethodChoice(
             recipe=asked.recipe.name,
             chosen=chosen,
-            why={part: _why(part, name, self._trials) for part, name in chosen.items()},
+            why=why,
             weights={str(name): weight for name, weight in DEFAULT_WEIGHTS.items() if weight},
             held_out=tuple(sample.id for sample in self._samples.held_out),
             seen=tuple(self._seen),
@@ -210,28 +215,47 @@ class _Contest:
 
     def _winner(self, part: str, whole: Mapping[str, Recipe]) -> str:
         """Name of the alternative that loses least in a part of the model."""
-        names, asked, rest = [*whole], self._asked, self._samples.rest
+        names = [*whole]
         if len(names) == 1 and part != WHOLE:
             return names[0]
         for number, one in enumerate(ROUNDS):
             if number and len(names) < 2:
                 break
-            least, most = (math.ceil(share * len(rest)) for share in (one.least, one.most))
-            least = max(FEWEST, asked.ranks.size, least)
-            seen = enough_of(rest, least, most, one.text, asked.recipe.calibration.seed)
-            self._seen |= dict.fromkeys(sample.id for sample in seen)
-            left = {name: whole[name] for name in names}
-            recipes, complete = trial_recipes(left, self._bound, one.blocks, one.fewest_blocks)
-            asks = [Ask(part, name, number, recipes[name], seen) for name in names]
-            self._runs.expect(asks)
-            ranked = _best_first([self._trial(ask) for ask in asks])
+            ranked, complete = self._round(part, {name: whole[name] for name in names}, number)
             names = [t.name for t in ranked[: 1 if leads_clearly(ranked) else one.kept]]
             if not names:
-                raise _nothing_works(asked, self._trials)
+                raise _nothing_works(self._asked, self._trials)
             if complete:
                 # More samples alone seldom change what wins.
                 break
         return names[0]
+
+    def _together(self, chosen: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
+        """The choices of the parts, unless one alternative for the whole model loses less.
+
+        What is lost in one part may hang on the other, which was in floating point so far.
+        """
+        recipe, joined = self._asked.recipe, told_parts(chosen)
+        alone = one_for_all(recipe, chosen, names, self._trials)
+        if alone is None:
+            return dict(chosen)
+        tried = {joined: recipe.combined(chosen), alone: recipe.chosen(alone)}
+        ranked, _ = self._round(WHOLE, tried, 0)
+        return {WHOLE: alone} if ranked and ranked[0].name == alone else dict(chosen)
+
+    def _round(
+        self, part: str, whole: Mapping[str, Recipe], number: int
+    ) -> tuple[list[MethodTrial], bool]:
+        """Trials of a round, the best first, and whether they were of all blocks."""
+        one, asked, rest = ROUNDS[number], self._asked, self._samples.rest
+        least, most = (math.ceil(share * len(rest)) for share in (one.least, one.most))
+        least = max(FEWEST, asked.ranks.size, least)
+        seen = enough_of(rest, least, most, one.text, asked.recipe.calibration.seed)
+        self._seen |= dict.fromkeys(sample.id for sample in seen)
+        recipes, complete = trial_recipes(whole, self._bound, one.blocks, one.fewest_blocks)
+        asks = [Ask(part, name, number, recipes[name], seen) for name in whole]
+        self._runs.expect(asks)
+        return _best_first([self._trial(ask) for ask in asks]), complete
 
     def _trial(self, ask: Ask) -> MethodTrial:
         """One trial, made now or known from before."""

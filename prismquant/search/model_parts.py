@@ -11,7 +11,7 @@ from prismquant.models.bound import BoundModel
 from prismquant.plan.make_plan import make_plan
 from prismquant.recipe.alternative import PARTS
 from prismquant.recipe.schema import Recipe
-from prismquant.run.method_choice import WHOLE
+from prismquant.run.method_choice import WHOLE, MethodTrial
 
 
 def parts_of(
@@ -45,6 +45,48 @@ def parts_of(
     except PlanError:
         return whole
     return found
+
+
+def one_for_all(
+    recipe: Recipe,
+    chosen: Mapping[str, str],
+    names: Sequence[str],
+    trials: Sequence[MethodTrial],
+) -> str | None:
+    """The single alternative with the least sum of losses, against which a joint choice is tried.
+
+    Args:
+        recipe: The recipe with the alternatives.
+        chosen: Name of the alternative, by part of the model.
+        names: Of those that can be laid over the model.
+        trials: All trials so far.
+
+    Returns:
+        Its name; None where what was chosen is one alternative, or none was tried in all parts.
+    """
+    if len(chosen) < 2:
+        return None
+    added = {
+        one.name: {part: json.dumps(one.within(part)) for part in chosen}
+        for one in recipe.choose
+        if one.name in names
+    }
+    sums: dict[str, float] = {}
+    for name, own in added.items():
+        if all(own[part] == added[other][part] for part, other in chosen.items()):
+            return None
+        # Those that add the same to a part were tried there once.
+        losses = [
+            trial.loss
+            for trial in trials
+            if trial.round == 0
+            and trial.loss is not None
+            and trial.part in chosen
+            and added[trial.name][trial.part] == own[trial.part]
+        ]
+        if len(losses) == len({trial.part for trial in trials if trial.part in chosen}):
+            sums[name] = sum(losses)
+    return min(sums, key=lambda name: sums[name], default=None)
 
 
 def _recipes(recipe: Recipe, names: Sequence[str], part: str) -> dict[str, Recipe]:

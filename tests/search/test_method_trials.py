@@ -28,12 +28,14 @@ from prismquant.models.float_model import load_float
 from prismquant.models.processor import load_processor
 from prismquant.quantization import prepare
 from prismquant.recipe.schema import parse_recipe
+from prismquant.report.method_choices import choice_table
 from prismquant.run.directory import RunDirectory
+from prismquant.run.method_choice import MethodTrial, told_parts
 from prismquant.search import choose_method, method_trials
 from prismquant.search.analysis_request import DEFAULT_WEIGHTS
 from prismquant.search.choose_method import ROUNDS
-from prismquant.search.method_trials import TrialRuns
-from prismquant.search.model_parts import parts_of
+from prismquant.search.method_trials import Ask, TrialRuns
+from prismquant.search.model_parts import one_for_all, parts_of
 from prismquant.search.repair import measured
 from prismquant.search.trial_blocks import trial_recipes
 
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
 
     from prismquant.plan.plan import Plan
     from prismquant.recipe.schema import Recipe
-    from prismquant.run.method_choice import MethodChoice, MethodTrial
+    from prismquant.run.method_choice import MethodChoice
 
 LLM = {"modality": "llm", "role": ["attn", "mlp"]}
 TOWER = {"modality": ["vision", "projector"], "role": ["attn", "mlp"]}
@@ -91,6 +93,13 @@ def loss_of_run(
     return {name.partition(": ")[2]: part for name, part in parts.items()}
 
 
+def lowest(choice: MethodChoice, part: str) -> str:
+    """What loses least in a part, in the last round that it was tried in."""
+    tried = [trial for trial in choice.trials if trial.part == part]
+    last = [trial for trial in tried if trial.round == max(one.round for one in tried)]
+    return min(last, key=lambda trial: trial.loss or 0.0).name
+
+
 @pytest.mark.parametrize(
     ("family", "where"),
     [("qwen2_vl", (LLM,)), ("qwen3_vl", (LLM, TOWER)), ("video_llama_3", (LLM,))],
@@ -106,7 +115,10 @@ def test_a_trial_measures_what_its_checkpoint_loses(
     choice = pq.quantize(folder, asked, tmp_path / "out", data).record.choice
     assert choice is not None
     parts = parts_of(asked, ["rotated", "smoothed"], bind(folder))
-    assert [*parts] == [*choice.chosen] == (["model"] if len(where) == 1 else ["vision", "llm"])
+    assert [*parts] == (["model"] if len(where) == 1 else ["vision", "llm"])
+    best = {part: lowest(choice, part) for part in parts}
+    parts.setdefault("model", {name: asked.chosen(name) for name in ("rotated", "smoothed")})
+    parts["model"] |= {told_parts(best): asked.combined(best)} if len(best) > 1 else {}
     for number, trial in enumerate(t for t in choice.trials if t.round == 0):
         whole = parts[trial.part]
         shown, _ = trial_recipes(whole, bind(folder), ROUNDS[0].blocks, ROUNDS[0].fewest_blocks)
@@ -115,6 +127,67 @@ def test_a_trial_measures_what_its_checkpoint_loses(
         assert trial.parts is not None
         assert trial.parts == pytest.approx(expected, rel=2e-3, abs=1e-9)
         assert trial.loss == pytest.approx(sum(expected.values()), rel=1e-3)
+
+
+# Losses of each alternative in the tower, in the language model, and in both.
+LOSSES = {"rotated": (1.0, 3.0, 4.0), "smoothed": (2.0, 1.0, 2.5)}
+
+
+@pytest.mark.parametrize(
+    ("together", "chosen"),
+    [
+        (2.0, {"vision": "rotated", "llm": "smoothed"}),
+        (3.0, {"model": "smoothed"}),
+        (None, {"model": "smoothed"}),
+    ],
+)
+def test_two_choices_are_tried_together_against_one_for_all(
+    tiny: Callable[..., Path],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    together: float | None,
+    chosen: dict[str, str],
+) -> None:
+    """Once; the single alternative is the one with the least sum. Where it fails, it is not taken.
+
+    Sums of losses are 4 and 3; the first two lose 2, or more, or fail.
+    """
+
+    def made_up(_: TrialRuns, ask: Ask) -> MethodTrial:
+        column = ["vision", "llm", "model"].index(ask.part)
+        loss = LOSSES[ask.name][column] if ask.name in LOSSES else together
+        if loss is None:
+            return MethodTrial(ask.name, ask.round, 4, part=ask.part, failure="it cannot be")
+        parts = {"a": 0.4 * loss, "b": 0.6 * loss}
+        return MethodTrial(ask.name, ask.round, 4, ask.part, loss, 0.1, {"answer": loss}, parts)
+
+    monkeypatch.setattr(TrialRuns, "run", made_up)
+    asked = recipe({**ROTATED, "rules": [{"solver": "rtn"}]}, SMOOTHED, where=(LLM, TOWER))
+    record = pq.quantize(tiny("qwen2_vl"), asked, tmp_path / "out", data).record
+    assert record.choice is not None
+    whole = [trial for trial in record.choice.trials if trial.part == "model"]
+    assert [trial.name for trial in whole] == ["vision: rotated, llm: smoothed", "smoothed"]
+    assert record.choice.chosen == chosen
+    if together == 2.0:
+        assert "together its held-out loss is 2, 0.5" in record.choice.why["model"]
+    table = choice_table(record.choice)
+    assert [str(cell) for cell in table.columns[-1].cells].count("chosen") == (
+        3 if together == 2.0 else 1
+    )
+
+
+def test_one_alternative_for_both_parts_is_not_tried_again() -> None:
+    asked = recipe(ROTATED, SMOOTHED, where=(LLM, TOWER))
+    trials = [
+        MethodTrial(name, 0, 4, part, loss)
+        for name, *losses in (("rotated", 1.0, 1.0), ("smoothed", 2.0, 2.0))
+        for part, loss in zip(("vision", "llm"), losses, strict=True)
+    ]
+    chosen = {"vision": "rotated", "llm": "rotated"}
+    assert one_for_all(asked, chosen, ["rotated", "smoothed"], trials) is None
+    mixed = {"vision": "smoothed", "llm": "rotated"}
+    assert one_for_all(asked, mixed, ["rotated", "smoothed"], trials) == "rotated"
 
 
 def test_a_choice_in_little_memory_is_the_same(
