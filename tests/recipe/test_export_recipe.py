@@ -276,7 +276,7 @@ SAYABLE: dict[str, dict[str, Any]] = {
         ),
         "inputs": (
             *("none", "int8-token-narrow", "int8-tensor-narrow", "fp8-token"),
-            *("int8-g64-narrow-dyn", "nvfp4-dyn", "mxfp8-ceil-dyn", "mxint8-ceil-dyn"),
+            *("nvfp4-dyn", "mxfp8-ceil-dyn", "mxint8-ceil-dyn"),
         ),
         "ranges": ("minmax",),
         "orders": ("original",),

@@ -53,7 +53,7 @@ def write(task: ExportTask) -> str:
         raise RecipeError(
             "nothing of the recipe can be said in the words of modelopt",
             where=task.recipe.name,
-            remedy="formats there are integers, E4M3, E2M1, and those in groups of 32 (MX)",
+            remedy="formats there are integers, E4M3, and groups with scales of 8 bits: NVFP4, MX",
         )
     note_alike(task)
     _note_calibration(task, algorithm)
@@ -118,27 +118,19 @@ def _written(
         if six and side == "weights":
             fields["block_sizes"]["four_over_six"] = True
         if side != "weights" and spec.calibrated:
-            fields |= _calibrator(task, work)
+            _note_range(task, work)
         found[side] = repr(fields)
         attributes[found[side]] = fields
     note_fallback(notes, "a group that does not fit is an error there, or padded")
     return _Quantizers(**found)
 
 
-def _calibrator(task: ExportTask, work: LayerWork) -> Fields:
-    """Attributes that choose a static range."""
-    notes, rule, spec = task.notes(work), work.config.activation_range, work.config.activations
-    plain = spec is not None and spec.scale == "float"
-    if rule.kind == "percentile" and plain:
-        why = "" if rule.percentile == _HISTOGRAM else f"of {_HISTOGRAM} there"
-        notes.either("activation_range", f"percentile {rule.percentile}", "histogram", why)
-        return {"calibrator": "histogram"}
+def _note_range(task: ExportTask, work: LayerWork) -> None:
+    """Note how a static range is found."""
+    rule = work.config.activation_range
+    # A histogram needs a method for its clip, which no configuration says.
     why = "" if rule.kind == "minmax" else "the range holds every value there"
-    notes.either("activation_range", rule.kind, "calibrator: max", why)
-    return {}
-
-
-_HISTOGRAM = 0.9999
+    task.notes(work).either("activation_range", rule.kind, "calibrator: max", why)
 
 
 def _cache_entry(task: ExportTask) -> Fields | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from prismquant.algorithms.methods import build_solver
+from prismquant.numerics.kinds import Granularity
 from prismquant.numerics.rules import RangeRule
 from prismquant.recipe.exporters.export_ledger import WorkNotes
 from prismquant.recipe.exporters.export_task import ExportTask
@@ -163,6 +164,14 @@ def _transform(task: ExportTask, place: str, rule: TransformRule) -> Fields | No
         task.ledger.dropped(place, rule.name, "no model is changed there", nearest)
         return None
     options: Any = rule.build()
+    if rule.name == "smoothquant" and not _smoothed_there(task):
+        why = "layers there must have int8 weights, and static int8 inputs of the tensor or none"
+        task.ledger.dropped(place, rule.name, why, "algorithm: awq_lite")
+        return None
+    if rule.name == "awq" and _by_token(task):
+        why = "no layer there may have inputs with a scale for each token"
+        task.ledger.dropped(place, rule.name, why, "activations: int8-tensor")
+        return None
     if rule.name == "smoothquant":
         alpha = 0.5 if options.alpha is None else options.alpha
         found: Fields = {"method": "smoothquant", "alpha": alpha}
@@ -183,6 +192,26 @@ def _transform(task: ExportTask, place: str, rule: TransformRule) -> Fields | No
     elif said:
         task.ledger.written(f"{place}.match", said, "all layers")
     return found
+
+
+def _by_token(task: ExportTask) -> bool:
+    """Whether any layer's input is written with a scale for each token."""
+    inputs = [work.config.activations for work, _ in task.counted(lambda _: True)]
+    return any(one is not None and one.dynamic and one.scale == "float" for one in inputs)
+
+
+def _smoothed_there(task: ExportTask) -> bool:
+    """Whether every layer has formats that the tool's SmoothQuant does not stumble over."""
+    configs = [work.config for work, _ in task.counted(lambda _: True)]
+    with_inputs = [one for one in configs if one.activations is not None]
+    return bool(with_inputs) and all(
+        one.weights is not None
+        and one.activations is not None
+        and one.weights.kind == one.activations.kind == "int"
+        and one.weights.bits == one.activations.bits == 8
+        and one.activations.granularity == Granularity.TENSOR
+        for one in with_inputs
+    )
 
 
 _OF_EACH = "of each layer there; one for all layers of one input here"

@@ -27,7 +27,7 @@ _BITS: dict[str, Any] = {
     "e2m1": (2, 1),
 }
 # All others are known in blocks with scales of 8 bits alone.
-_PLAIN = ("int", "e4m3", "e2m1")
+_PLAIN = ("int", "e4m3")
 
 
 def quantizer_attributes(
@@ -42,10 +42,14 @@ def quantizer_attributes(
         static: Whether E4M3 scales are chosen before the run, not by absmax while it runs.
     """
     if spec.scale == "float" and spec.kind not in _PLAIN:
-        why = f"{spec.kind} is known in groups of 32 with scales of 8 bits alone there"
-        notes.dropped(side, spec.name, why, f"mx{spec.name.partition('-')[0]}")
+        why = f"{spec.kind} is known in groups with scales of 8 bits alone there"
+        nearest = "nvfp4" if spec.kind == "e2m1" else f"mx{spec.name.partition('-')[0]}"
+        notes.dropped(side, spec.name, why, nearest)
         return None
     given, why = _nearest(spec)
+    if given.dynamic and given.scale == "float" and given.granularity == Granularity.GROUP:
+        given = replace(given, granularity=Granularity.TOKEN, group_size=None)
+        why = "; ".join(filter(None, (why, "blocks of inputs have scales of 8 bits there")))
     fields: Fields = {"num_bits": given.bits if given.kind == "int" else _BITS[given.kind]}
     dynamic = given.dynamic or given.scale.startswith("e8m0")
     dynamic |= given.scale == "e4m3" and not static
