@@ -67,9 +67,9 @@ def _entries(
     groups: Sequence[LayerGlobs[_Quantizers | None]], attributes: Mapping[str, Fields]
 ) -> list[Fields]:
     """Entries of all groups: those of all blocks, then those of single ones."""
-    settings = [group.setting for group in groups if group.setting is not None]
-    # All is off already; single blocks must turn off what the others have.
-    off = {side for side in KEYS if any(getattr(one, side) for one in settings)}
+    wide = [group.setting for group in groups if group.setting and group.all_blocks]
+    # All is off already; single blocks must turn off what all blocks have.
+    off = {side for side in KEYS if any(getattr(one, side) for one in wide)}
     entries: list[Fields] = []
     for group in groups:
         if group.setting is not None:

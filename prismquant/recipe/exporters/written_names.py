@@ -87,7 +87,9 @@ def path_shares(settings: Mapping[WrittenLayer, T]) -> dict[str, list[PathShare[
         by_path.setdefault(layer.path, {})[layer.block] = setting
     found = {}
     for path, blocks in by_path.items():
-        usual = Counter(blocks.values()).most_common(1)[0][0]
+        counts = Counter(blocks.values())
+        # Of two that are as frequent, not the one that leaves layers alone.
+        usual = max(counts, key=lambda one: (counts[one], bool(one)))
         own: dict[T, list[int]] = {}
         for block, setting in blocks.items():
             if setting != usual and block is not None:
