@@ -27,6 +27,9 @@ screen, in `--json` and in `record.json`: see [recipes](recipes.md#other-tools-r
 A setting of the first kind of table means here what it means there, unless the last column says
 otherwise; one of the second kind has no effect here. Keys that the tool does not know either are
 errors, and so is what has no counterpart at all.
+
+Recipes are written out for these tools as well, `prismquant recipe convert RECIPE --to modelopt`:
+see [in other tools' words](recipes.md#in-other-tools-words).
 """
 
 PROOF = """## How it is checked
