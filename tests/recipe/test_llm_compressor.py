@@ -1107,3 +1107,20 @@ def test_what_one_modifier_alone_ignores_has_a_bound() -> None:
     second = {"QuantizationModifier": {"scheme": "W8A8", "targets": ["re:.*attn.*"]}}
     content = {"a_stage": {"quant_modifiers": first}, "b_stage": {"quant_modifiers": second}}
     refused(content, "ignore: 100 entries that this modifier alone ignores are too long together")
+
+
+def test_a_list_of_modifiers_is_a_recipe() -> None:
+    modifiers = [{"SmoothQuantModifier": {}}, {"GPTQModifier": {"scheme": "W8A8"}}]
+    assert import_recipe(modifiers).dialect == "llm-compressor"
+    assert (
+        import_recipe(modifiers).recipe.rules
+        == import_recipe(modifiers, llm_compressor.NAME).recipe.rules
+    )
+    for content in ([], [3], [{"rules": []}]):
+        with pytest.raises(RecipeError) as caught:
+            import_recipe(content)
+        assert "only a list of llm-compressor's modifiers" in str(caught.value)
+    for content in (3, None, 1.5):
+        with pytest.raises(RecipeError) as caught:
+            import_recipe(content, llm_compressor.NAME)  # type: ignore[arg-type]
+        assert "a recipe is a file, a text or a dictionary" in str(caught.value)

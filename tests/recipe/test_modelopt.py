@@ -518,6 +518,11 @@ def test_wrong_arguments_of_a_search(content: Any, words: str) -> None:
         ({"quant_cfg": {3: {"enable": True}}}, "a key is a word"),
         ({"quant_cfg": OFF, "algorithm": "max", "algo": 1}, "algo: unknown key"),
         ({"quantize": {"quant_cfg": OFF}, "imports": {"a": "b"}}, "ModelOpt has no part 'b'"),
+        (with_entries({"qantizer_name": "*", "enable": False}), "did you mean 'quantizer_name'?"),
+        (with_entries({("a",): "*", "enable": False}), "a key is a word, not"),
+        (with_entries({"*weight_quantizr": {"num_bits": 4}}), "did you mean '*weight_quantizer'?"),
+        (with_entries({"lm_head": {"enable": False}}), "did you mean '*lm_head*'?"),
+        (with_entries({"*q*": {"enable": False, "bit": 4}}), "cfg.bit: unknown key"),
         (
             with_entries(weights(axis=0), {"quantizer_name": "*k_bmm_quantizer", "cfg": {}}),
             "keys and values have one format",

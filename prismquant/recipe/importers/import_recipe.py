@@ -11,11 +11,12 @@ from prismquant.errors import RecipeError, shortened, suggest
 from prismquant.recipe.importers import known_dialects
 from prismquant.recipe.importers.imported import OWN, Imported
 from prismquant.recipe.importers.known_dialects import Dialect
+from prismquant.recipe.importers.ledger import shown
 from prismquant.recipe.presets import NAMED
 from prismquant.recipe.recipe_file import read_recipe_file
 from prismquant.recipe.schema import Recipe, load_recipe, parse_recipe
 
-RecipeSource = str | Path | Mapping[str, Any] | Recipe | Imported
+RecipeSource = str | Path | Mapping[str, Any] | list[Any] | Recipe | Imported
 """All that stands for a recipe: a preset's name, a file, a content, or another tool's text."""
 
 _LONGEST_NAME = 60
@@ -25,8 +26,8 @@ def import_recipe(source: RecipeSource, dialect: str | None = None) -> Imported:
     """A recipe of this or another tool, with what became of each of its settings.
 
     Args:
-        source: A preset's name; a file of YAML, JSON or one Python literal; a dictionary; a text
-            of a tool that has such; or a recipe.
+        source: A preset's name; a file of YAML, JSON or one Python literal; a dictionary; a list or
+            a text of a tool that has such; or a recipe.
         dialect: Whose recipe it is; None: it is told by its content.
 
     Raises:
@@ -38,20 +39,28 @@ def import_recipe(source: RecipeSource, dialect: str | None = None) -> Imported:
         return Imported(OWN, source)
     if dialect not in (None, OWN):
         meant = _named(str(dialect))
-        if not (meant.reads_text or isinstance(source, Mapping) or os.path.exists(source)):
+        if not isinstance(source, str | Path | Mapping | list):
+            raise RecipeError(f"a recipe is a file, a text or a dictionary, not {shown(source)}")
+        if not (meant.reads_text or isinstance(source, Mapping | list) or os.path.exists(source)):
             raise RecipeError(f"no file is called {shortened(str(source))}")
         content, name = _content(source)
         return meant.read(content, name)
     is_preset = isinstance(source, str) and source in NAMED
     if dialect == OWN or is_preset or not _readable(source):
-        return Imported(OWN, load_recipe(source))
+        return _own(source)
     content, name = _content(source)
     for one in known_dialects.DIALECTS:
         if one.recognizes(content):
             return one.read(content, name)
-    if isinstance(source, Mapping) or not isinstance(content, Mapping):
-        return Imported(OWN, load_recipe(source))
+    if not isinstance(source, str | Path) or not isinstance(content, Mapping):
+        return _own(source)
     return Imported(OWN, parse_recipe({"name": Path(source).stem, **content}, source=name))
+
+
+def _own(source: str | Path | Mapping[str, Any] | list[Any]) -> Imported:
+    if isinstance(source, list):
+        raise RecipeError("only a list of llm-compressor's modifiers is a recipe, and this is none")
+    return Imported(OWN, load_recipe(source))
 
 
 def dialect_names() -> tuple[str, ...]:
@@ -68,7 +77,7 @@ def _named(name: str) -> Dialect:
 
 def _readable(source: Any) -> bool:
     """Whether there is a content to look at; else :func:`load_recipe` says what is wrong."""
-    if isinstance(source, Mapping):
+    if isinstance(source, Mapping | list):
         return True
     if not isinstance(source, str | Path):
         return False
@@ -81,9 +90,9 @@ def _is_text(source: str | Path) -> bool:
     )
 
 
-def _content(source: str | Path | Mapping[str, Any]) -> tuple[Any, str]:
+def _content(source: str | Path | Mapping[str, Any] | list[Any]) -> tuple[Any, str]:
     """The content of a file, or a content itself; and what it is called."""
-    if isinstance(source, Mapping):
+    if isinstance(source, Mapping | list):
         return source, "recipe"
     if isinstance(source, Path) or os.path.exists(source):
         return read_recipe_file(Path(source)), str(source)

@@ -182,6 +182,8 @@ _REFUSED = {
 }
 
 
+# Wherever a modifier may stand.
+_KNOWN = (*MODIFIERS, *_REFUSED, *(setting.name for setting in ONESHOT))
 # Arguments, a list, a stage, its modifiers.
 _DEEPEST = 4
 
@@ -279,7 +281,7 @@ def _modifiers(
         elif key == "run_type":
             ledger.dropped(within, value, "a recipe is always for one run of calibration")
         else:
-            ledger.wrong(within, f"unknown key; {suggest(key, [*MODIFIERS, *_REFUSED])}")
+            ledger.wrong(within, f"unknown key; {suggest(key, _KNOWN)}")
     return found
 
 

@@ -189,6 +189,12 @@ def _config(ledger: Ledger, place: str, content: Mapping[str, Any]) -> tuple[str
     if "kwargs" in content:
         return place, dict(content)
     # Documented as one flat mapping as well.
+    known = [setting.name for setting in CONFIG]
+    inner_ones = {
+        k for k, value in content.items() if isinstance(value, Mapping) and k not in known
+    }
+    ledger.refuse_unknown(place, dict.fromkeys(sorted(inner_ones)), known)
+    content = {key: value for key, value in content.items() if key not in inner_ones}
     top = {key: content[key] for key in ("algo", "calibrate_config") if key in content}
     return place, top | {"kwargs": {k: v for k, v in content.items() if k not in top}}
 

@@ -11,6 +11,7 @@ becomes a rule.
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import re
 from collections.abc import Mapping
@@ -18,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prismquant.errors import suggest
+from prismquant.errors import shortened, suggest
 from prismquant.recipe.importers.calibration_algorithms import ALGORITHMS, algorithm_of
 from prismquant.recipe.importers.imported import Imported
-from prismquant.recipe.importers.ledger import Ledger, joined, shown
+from prismquant.recipe.importers.ledger import Ledger, in_quotes, joined, shown
 from prismquant.recipe.importers.modelopt_imports import IMPORT, with_imports
 from prismquant.recipe.importers.modelopt_presets import DISABLED_LAYERS, PRESETS
 from prismquant.recipe.importers.modelopt_search import (
@@ -89,6 +90,9 @@ _FIELDS: Mapping[str, str] = {
     "input_quantizer": "activations",
     "output_quantizer": "outputs",
 }
+# Near enough to one of these is a slip; globs of other quantizers are not.
+_USUAL = ("default", *(f"*{kind}" for kind in KINDS))
+_SLIP = 0.85
 _CONVOLUTIONS = ("nn.Conv2d", "nn.Conv3d")
 _EVERYWHERE = {
     "lm_head": "lm_head",
@@ -205,6 +209,9 @@ def _layers(entry: QuantizerEntry) -> dict[Kind, tuple[str, ...]]:
 
 
 def _read_entry(ledger: Ledger, entry: QuantizerEntry, found: _ReadEntries) -> None:
+    if not entry.enable and isinstance(entry.cfg, Mapping):
+        known = [setting.name for setting in ATTRIBUTES]
+        ledger.refuse_unknown(joined(entry.place, "cfg"), _with_words(entry.cfg), known)
     if "bmm_quantizer" in entry.pattern or "softmax_quantizer" in entry.pattern:
         _read_cache(ledger, entry, found)
         return
@@ -221,6 +228,12 @@ def _read_entry(ledger: Ledger, entry: QuantizerEntry, found: _ReadEntries) -> N
         ledger.honoured(entry.place, entry.pattern, "skip: true")
         return
     if not layers:
+        meant = difflib.get_close_matches(entry.pattern, _USUAL, n=1, cutoff=_SLIP)
+        if not meant and not {*"*?["} & {*entry.pattern}:
+            meant = [f"*{entry.pattern}*"]
+        if meant:
+            what = f"{in_quotes(entry.pattern)} means no quantizer"
+            ledger.wrong(entry.place, f"{what}; did you mean {shortened(meant[0])}?")
         ledger.dropped(entry.place, entry.pattern, "it means no quantizer of a layer")
         return
     by_globs: dict[tuple[str, ...], Fields] = {}

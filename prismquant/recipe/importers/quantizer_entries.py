@@ -16,6 +16,8 @@ ENTRY: Table = (
     Setting("cfg", "null", "weights, activations, outputs"),
     Setting("enable", "true", "skip, activations: none, outputs: none"),
 )
+# Keys of an entry of the newer form, none of which is a glob.
+_BESIDE_A_NAME = {"cfg", "enable", "parent_class"}
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,10 @@ def entries_of(ledger: Ledger, place: str, value: Any) -> list[QuantizerEntry]:
             found += entries_of(ledger, where, list(one))
         elif isinstance(one, Mapping) and "quantizer_name" in one:
             found += _listed(ledger, where, one)
+        elif isinstance(one, Mapping) and {*one} & _BESIDE_A_NAME:
+            known = [setting.name for setting in ENTRY]
+            ledger.refuse_unknown(where, ledger.mapping(where, one), known)
+            ledger.wrong(where, "it needs quantizer_name")
         elif isinstance(one, Mapping) and one:
             for key, inner in one.items():
                 found += _pair(ledger, joined(where, str(key)), key, inner)
