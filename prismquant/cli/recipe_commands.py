@@ -95,8 +95,10 @@ def convert_recipe(
 ) -> None:
     """Turn a recipe into one of ours or of another tool, and tell what became of each setting."""
     from prismquant.recipe.importers.import_recipe import import_recipe
+    from prismquant.recipe.importers.imported import OWN
     from prismquant.storage import write_text
 
+    target = None if target == OWN else target
     path = None if out is None else _recipe_file(out, recipe, target)
     if model is not None and target is None:
         raise ArgumentError("--model names the layers of another tool's recipe", remedy="give --to")

@@ -177,6 +177,11 @@ def test_names_of_a_model_are_its_own(tiny: Callable[..., Path], tmp_path: Path)
     assert "model\\.layers" not in own
 
 
+def test_a_recipe_may_be_turned_into_ours_by_name(run: Cli) -> None:
+    words = ["recipe", "convert", "--from", "mquant", "--quant --quant_llm --llm_w_rtn"]
+    assert run(*words, "--to", "prismquant") == run(*words)
+
+
 def test_one_tools_recipe_becomes_anothers(tmp_path: Path, run: Cli) -> None:
     flags = "--quant --quant_llm --llm_w_bits 4 --llm_w_rtn --llm_a_bits 16"
     words = ["recipe", "convert", flags, "--to", "modelopt"]

@@ -72,7 +72,11 @@ def check_nothing_is_lost(recipe: Recipe, exported: ForeignRecipe) -> None:
 
     for index, rule in enumerate(recipe.rules):
         for field in rule.model_fields_set:
-            assert stands(f"rules[{index}].{field}"), (index, field, places)
+            place = f"rules[{index}].{field}"
+            assert stands(place), (place, places)
+            keys = getattr(rule, field) if field.endswith("options") else ()
+            for key in keys if place not in places else ():
+                assert stands(f"{place}.{key}"), (place, key, places)
     for index, _ in enumerate(recipe.transforms):
         assert stands(f"transforms[{index}]"), (index, places)
     for name in recipe.calibration.model_fields_set:
@@ -388,7 +392,7 @@ def test_what_both_can_say_is_the_same_after_a_round_trip(
     exported = written(recipe, dialect)
     if exported is None:
         return
-    unmeant = [one for one in exported.dropped if "the rule means no layer" in one.why]
+    unmeant = [one for one in exported.dropped if "means no layer of" in one.why]
     assert not exported.changed
     assert len(exported.dropped) == len(unmeant)
     back = read_back(exported, folder)
@@ -463,7 +467,7 @@ def test_named_schemes_and_configurations_come_back_as_they_were(
         assert name == "NVFP4_EXPERTS_ONLY_CFG"
         return
     # Experts and mixers, which no family here has.
-    told = [one for one in exported.dropped if "the rule means no layer" not in one.why]
+    told = [one for one in exported.dropped if "means no layer of" not in one.why]
     told += exported.changed
     assert not [one for one in told if one.place.startswith(("rules", "kv_cache"))], told
     back = read_back(exported, folder)
@@ -508,3 +512,68 @@ def test_edges_that_cannot_be_named_are_told(models: Models) -> None:
     assert "a part of a fused layer" in told[f"{qkv} -> {out}"]
     assert any("feed several columns" in why for why in told.values())
     assert any("several heads share" in why for why in told.values())
+
+
+# Bounds of the tools
+
+
+LANGUAGE = {"modality": "llm", "role": ["attn", "mlp"]}
+TOLD_OF_MODELOPT: dict[str, tuple[dict[str, Any], str]] = {
+    "smoothquant": ({"weights": "int8-channel", "activations": "int8-token"}, "static int8 inputs"),
+    "awq": ({"weights": "int4-g128", "activations": "int8-token"}, "a scale for each token"),
+}
+
+
+@pytest.mark.parametrize("name", TOLD_OF_MODELOPT)
+def test_what_modelopt_stumbles_over_is_left_out(name: str) -> None:
+    fields, why = TOLD_OF_MODELOPT[name]
+    rule = {"match": LANGUAGE, "solver": "rtn"} | fields
+    recipe = parse_recipe({"rules": [rule], "transforms": [{"name": name}]}, source="made")
+    exported = export_recipe(recipe, "modelopt")
+    assert f"'{name}" not in exported.text
+    [told] = [one for one in exported.dropped if one.place == "transforms[0]"]
+    assert why in told.why
+    rule["activations"] = "int8-tensor"
+    again = parse_recipe({"rules": [rule], "transforms": [{"name": name}]}, source="made")
+    assert f"'{name}" in export_recipe(again, "modelopt").text
+
+
+def test_inputs_and_numbers_that_a_tool_lacks_become_the_nearest_or_are_left_out() -> None:
+    rule = {"match": LANGUAGE, "solver": "rtn", "weights": "int8-channel-narrow"}
+    recipe = parse_recipe({"rules": [rule | {"activations": "int8-g64-narrow-dyn"}]}, source="made")
+    exported = export_recipe(recipe, "modelopt")
+    assert "'block_sizes': {-1: None}" in exported.text
+    assert [one.place for one in exported.changed] == ["rules[0].activations"]
+    for weights, nearest in (("fp4-g16", "nvfp4"), ("fp8-e5m2-channel", "mxfp8")):
+        mixed = {"match": {"role": "mlp.down"}, "weights": weights}
+        exported = export_recipe(parse_recipe({"rules": [rule, mixed]}, source="m"), "modelopt")
+        [told] = [one for one in exported.dropped if one.place == "rules[1].weights"]
+        assert told.nearest == nearest
+
+
+def test_a_choice_is_written_with_its_first_alternative_and_told(models: Models) -> None:
+    exported = export_recipe("auto-w8a8", "llm-compressor", models["llama"].folder)
+    assert "SmoothQuantModifier" in exported.text
+    [told] = [one for one in exported.dropped if one.place == "choose"]
+    assert "this is the first, smoothquant" in told.why
+    assert any(one.place == "choose[0].transforms[0]" for one in exported.changed)
+
+
+def test_a_list_of_names_says_which_mean_nothing() -> None:
+    match = {"name": ["*.layers.0.*", "*.experts.*"]}
+    recipe = parse_recipe({"rules": [{"match": match, "weights": "int8-channel"}]}, source="made")
+    [told] = [one for one in export_recipe(recipe, "modelopt").dropped if "match" in one.place]
+    assert "*.experts.*" in told.value
+    assert told.nearest == "--model"
+
+
+@pytest.mark.parametrize("dialect", WRITERS)
+def test_what_the_recipe_says_of_blocks_dampings_and_strengths_is_written(dialect: str) -> None:
+    options = {"block_size": 48, "damping": 0.25, "damping_basis": "mean", "refine_passes": 0}
+    rule = {"match": LANGUAGE, "weights": "int4-g32", "solver": "gptq", "options": options}
+    smoothed = {"name": "smoothquant", "options": {"alpha": 0.35}}
+    recipe = parse_recipe({"rules": [rule], "transforms": [smoothed]}, source="made")
+    text = export_recipe(recipe, dialect).text
+    assert "0.25" in text
+    assert ("0.35" in text) == (dialect in ("llm-compressor", "mi-optimize"))
+    assert ("48" in text) == (dialect != "mquant")

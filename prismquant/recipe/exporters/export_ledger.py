@@ -42,13 +42,15 @@ class ExportLedger:
         """Note what the recipe does not say, and the text does."""
         self.guesses[what] = None
 
+    @property
+    def noted_places(self) -> set[str]:
+        """Places of which anything is noted."""
+        return {one.place for part in self.noted.values() for one in part}
+
     def mentions(self, place: str) -> bool:
         """Whether anything is noted of a place, or below it."""
-        return any(
-            one.place == place or one.place.startswith((f"{place}.", f"{place} "))
-            for part in self.noted.values()
-            for one in part
-        )
+        below = (f"{place}.", f"{place} ")
+        return any(one == place or one.startswith(below) for one in self.noted_places)
 
 
 class WorkNotes:

@@ -72,7 +72,7 @@ def export_recipe(
     whole = import_recipe(recipe).recipe
     own = whole.chosen(whole.choose[0].name) if whole.choose else whole
     scope = family_scope(_depth(own, dialect)) if model is None else model_scope(Path(model))
-    ledger = ExportLedger(RulePlaces(own, len(whole.rules)))
+    ledger = ExportLedger(RulePlaces(own, whole))
     if whole.choose:
         others = [one.name for one in whole.choose[1:]]
         why = f"which is best must be measured: this is the first, {whole.choose[0].name}"

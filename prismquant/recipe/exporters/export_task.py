@@ -13,6 +13,7 @@ from prismquant.recipe.exporters.export_ledger import ExportLedger, WorkNotes
 from prismquant.recipe.exporters.layer_work import LayerWork, in_effect
 from prismquant.recipe.exporters.written_scope import WrittenEdge, WrittenLayer, WrittenScope
 from prismquant.recipe.match import Match
+from prismquant.recipe.rule import LayerRule
 from prismquant.recipe.schema import Recipe
 
 Fields = dict[str, Any]
@@ -117,32 +118,58 @@ def note_rest(task: ExportTask) -> None:
     """Note what no exporter spoke of: names of layers, and what has no effect here either."""
     for index, rule in enumerate(task.recipe.rules):
         place = task.ledger.places.of_rule(index)
-        body = {
-            field: _shown(field, value)
-            for field, value in rule.model_dump(mode="json", exclude_unset=True).items()
-        }
-        meant = [work for work in task.work.values() if index in work.rules]
-        for field, value in body.items():
-            where = f"{place}.{field}"
-            if field == "optional" or task.ledger.mentions(where):
-                continue
-            if not meant and (task.scope.exact or rule.skip):
-                why = f"the rule means no layer of {task.scope.told}"
-                task.ledger.written(where, value, "", why)
-            elif not meant:
-                why = f"the rule means no layer of {task.scope.told}"
-                task.ledger.dropped(where, value, why, "--model")
-            elif field == "match":
-                task.ledger.written(where, value, "names of layers")
-            elif field == "skip":
-                task.ledger.written(where, value, "these layers are left out" if value else "")
-            elif in_effect(task.recipe, index, field, task.work):
-                task.ledger.dropped(where, value, "nothing there is like it, for these layers")
-            else:
-                task.ledger.written(where, value, "", "it has no effect here either")
-        if "optional" in rule.model_fields_set:
+        body = rule.model_dump(mode="json", exclude_unset=True)
+        words = {field: _shown(field, value) for field, value in body.items()}
+        if any(index in work.rules for work in task.work.values()):
+            _note_names(task, place, rule)
+            _note_words(task, index, place, words)
+        else:
+            _note_unmeant(task, place, rule, words)
+        if "optional" in body:
             why = "names that mean no layer are passed over there"
             task.ledger.written(f"{place}.optional", rule.optional, "", why)
+
+
+def _note_unmeant(task: ExportTask, place: str, rule: LayerRule, words: Fields) -> None:
+    """Note a rule that means no layer: of a model nothing is lost with it, nor is what it skips."""
+    why = f"it means no layer of {task.scope.told}"
+    for field, value in words.items():
+        if field == "optional":
+            continue
+        if task.scope.exact or rule.skip:
+            task.ledger.written(f"{place}.{field}", value, "", why)
+        else:
+            task.ledger.dropped(f"{place}.{field}", value, why, "--model")
+
+
+def _note_names(task: ExportTask, place: str, rule: LayerRule) -> None:
+    """Note entries of a rule's lists that mean no layer, beside others that do."""
+    if task.scope.exact or rule.skip:
+        return
+    for entry in rule.match.idle_entries(task.scope.layers):
+        why = f"it means no layer of {task.scope.told}"
+        task.ledger.dropped(f"{place}.match", entry, why, "--model")
+
+
+def _note_words(task: ExportTask, index: int, place: str, words: Fields) -> None:
+    """Note fields of a rule, and keys of its options, that no exporter spoke of."""
+    named = {"match", "skip", "optional"}
+    if "match" in words:
+        task.ledger.written(f"{place}.match", words["match"], "names of layers")
+    if "skip" in words:
+        told = "these layers are left out" if words["skip"] else ""
+        task.ledger.written(f"{place}.skip", words["skip"], told)
+    for field, value in words.items():
+        keys = [f"{field}.{key}" for key in value] if field.endswith("options") else [field]
+        for name in keys if field not in named else ():
+            where = f"{place}.{name}"
+            said = value[name.partition(".")[2]] if "." in name else value
+            if task.ledger.mentions(where) or f"{place}.{field}" in task.ledger.noted_places:
+                continue
+            if in_effect(task.recipe, index, name, task.work):
+                task.ledger.dropped(where, said, "nothing there is like it, for these layers")
+            else:
+                task.ledger.written(where, said, "", "it has no effect here either")
 
 
 def _shown(field: str, value: Any) -> Any:

@@ -58,18 +58,24 @@ class RulePlaces:
 
     Args:
         recipe: An ordinary recipe.
-        own: How many of its rules are its own; the others are of its first alternative.
+        own: The recipe without its first alternative, whose rules and transforms come last.
     """
 
-    def __init__(self, recipe: Recipe, own: int) -> None:
+    def __init__(self, recipe: Recipe, own: Recipe) -> None:
         self.recipe = recipe
-        self._own = own
+        self._own = {"rules": len(own.rules), "transforms": len(own.transforms)}
 
     def of_rule(self, index: int) -> str:
         """Place of a rule."""
-        if index < self._own:
-            return f"rules[{index}]"
-        return f"choose[0].rules[{index - self._own}]"
+        return self._place("rules", index)
+
+    def of_transform(self, index: int) -> str:
+        """Place of a transform."""
+        return self._place("transforms", index)
+
+    def _place(self, kind: str, index: int) -> str:
+        own = self._own[kind]
+        return f"{kind}[{index}]" if index < own else f"choose[0].{kind}[{index - own}]"
 
     def of(self, work: LayerWork, name: str) -> str:
         """Place of a layer's field, or of a key in it (``options.damping``).
@@ -98,21 +104,34 @@ def says(rule: LayerRule, field: str, key: str) -> bool:
 
 
 def in_effect(
-    recipe: Recipe, index: int, field: str, work: Mapping[WrittenLayer, LayerWork]
+    recipe: Recipe, index: int, name: str, work: Mapping[WrittenLayer, LayerWork]
 ) -> bool:
-    """Whether any layer that is quantized would get something else without a field of a rule."""
+    """Whether any layer that is quantized would get something else without a word of a rule.
+
+    Args:
+        recipe: The recipe.
+        index: Of the rule.
+        name: A field, or a key in it (``options.damping``).
+        work: What is done to each layer.
+    """
     meant = [one for one in set(work.values()) if one.quantized and index in one.rules]
-    return any(_config(recipe, one, (index, field)) != _config(recipe, one, None) for one in meant)
+    return any(_config(recipe, one, (index, name)) != _config(recipe, one, None) for one in meant)
 
 
 def _config(recipe: Recipe, work: LayerWork, without: tuple[int, str] | None) -> Any:
-    """A layer's configuration, as if a field of a rule were not said."""
+    """A layer's configuration, as if a word of a rule were not said."""
     partials, fallback = [], None
+    left_out, word = without or (-1, "")
+    field, _, key = word.partition(".")
     for index in work.rules:
         rule = recipe.rules[index]
-        said = [name for name in rule.model_fields_set if (index, name) != without]
-        partials.append({name: getattr(rule, name) for name in said})
-        fallback = rule.fallback if "fallback" in said else fallback
+        said = {name: getattr(rule, name) for name in rule.model_fields_set}
+        if index == left_out and key:
+            said[field] = {name: one for name, one in said[field].items() if name != key}
+        elif index == left_out:
+            said.pop(field, None)
+        partials.append(said)
+        fallback = said.get("fallback", fallback)
     try:
         config = build(merge(partials))
         plain = replace(

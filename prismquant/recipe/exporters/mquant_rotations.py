@@ -22,7 +22,7 @@ def transform_flags(task: ExportTask, sides: tuple[str, ...]) -> list[str]:
     online: set[str] = set()
     kinds: set[str] = set()
     for index, rule in enumerate(task.recipe.transforms):
-        place = f"transforms[{index}]"
+        place = task.ledger.places.of_transform(index)
         if rule.name == "rotation":
             words += _rotation(task, place, rule, sides, online, kinds)
         elif rule.name != "split":
@@ -30,7 +30,7 @@ def transform_flags(task: ExportTask, sides: tuple[str, ...]) -> list[str]:
             task.ledger.dropped(place, rule.name, why, "--rotate")
     for index, rule in enumerate(task.recipe.transforms):
         if rule.name == "split":
-            words += _split(task, f"transforms[{index}]", rule, online)
+            words += _split(task, task.ledger.places.of_transform(index), rule, online)
     return list(dict.fromkeys(words))
 
 

@@ -178,7 +178,7 @@ def _transforms(task: ExportTask) -> tuple[str, Fields]:
     """First part of the algorithm's name, and the arguments of the transform."""
     name, fields = "", {}
     for index, rule in enumerate(task.recipe.transforms):
-        place = f"transforms[{index}]"
+        place = task.ledger.places.of_transform(index)
         if rule.name not in _FIRST:
             task.ledger.dropped(place, rule.name, "no column is kept in floating point there")
         elif name:

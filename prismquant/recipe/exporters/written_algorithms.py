@@ -29,7 +29,9 @@ def algorithms_of(task: ExportTask) -> tuple[Any, bool]:
     kinds = task.counted(lambda _: True)
     if not kinds:
         for index, rule in enumerate(task.recipe.transforms):
-            task.ledger.dropped(f"transforms[{index}]", rule.name, "no layer is quantized")
+            task.ledger.dropped(
+                task.ledger.places.of_transform(index), rule.name, "no layer is quantized"
+            )
         return "max", False
     usual = kinds[0][0]
     method, searched = _method(task.notes(usual), usual, quiet=False)
@@ -42,7 +44,7 @@ def algorithms_of(task: ExportTask) -> tuple[Any, bool]:
     before = [
         one
         for index, rule in enumerate(task.recipe.transforms)
-        if (one := _transform(task, f"transforms[{index}]", rule)) is not None
+        if (one := _transform(task, task.ledger.places.of_transform(index), rule)) is not None
     ]
     return _joined(before, method), searched
 

@@ -31,23 +31,18 @@ def transform_modifiers(task: ExportTask) -> list[tuple[str, Fields]]:
         if rule.name == "rotation"
     ]
     for index, rule in rotations:
-        found += _rotation(task, transform_place(task, index), rule, keys)
+        found += _rotation(task, task.ledger.places.of_transform(index), rule, keys)
         keys = False
     if keys:
         found.append(("SpinQuantModifier", {"rotations": ["R3"]}))
     for index, rule in enumerate(task.recipe.transforms):
-        place = transform_place(task, index)
+        place = task.ledger.places.of_transform(index)
         if rule.name == "split":
             why = "no column is kept in floating point there"
             task.ledger.dropped(place, rule.name, why, "SpinQuantModifier: random-hadamard")
         elif rule.name != "rotation":
             found += _scaled(task, place, rule)
     return found
-
-
-def transform_place(task: ExportTask, index: int) -> str:
-    """Place of a transform in the recipe."""
-    return f"transforms[{index}]"
 
 
 def _rotation(
