@@ -60,8 +60,13 @@ class Comparison:
 def prepare(folder: Path) -> None:
     """Write the model and its calibration text."""
     import_transformers()
-    tiny_llama.write(folder / "model")
+    for dtype in (torch.float32, torch.bfloat16):
+        tiny_llama.write(_model(folder, dtype), dtype)
     (folder / "calibration.txt").write_text(tiny_llama.text())
+
+
+def _model(folder: Path, dtype: torch.dtype) -> Path:
+    return folder / f"model-{str(dtype).removeprefix('torch.')}"
 
 
 def recipes() -> Iterator[tuple[str, str]]:
@@ -86,15 +91,16 @@ def compare(folder: Path, dialect: str, name: str) -> Comparison:
     else:
         golden = json.loads(FILES[dialect].read_text())["recipes"][name]
         recipe, theirs = golden["recipe"], golden["layers"]
+    dtype = torch.bfloat16 if name.endswith("bfloat16") else torch.float32
     out = folder / f"{dialect} {name}".replace(" ", "-")
     pq.quantize(
-        folder / "model",
+        _model(folder, dtype),
         recipe,
         out,
         folder / "calibration.txt",
         seq_length=tiny_llama.LENGTH,
     )
-    ours = dict(_layers(open_checkpoint(out), theirs))
+    ours = dict(_layers(open_checkpoint(out), theirs, dtype))
     first = tiny_llama.LAYERS[0]
     if ours.keys() != theirs.keys():
         raise ValueError(f"layers here and not there: {sorted(ours.keys() ^ theirs.keys())}")
@@ -119,7 +125,7 @@ def _inputs(layer: dict[str, Any]) -> Any:
 
 
 def _layers(
-    checkpoint: StoredCheckpoint, theirs: dict[str, Any]
+    checkpoint: StoredCheckpoint, theirs: dict[str, Any], dtype: torch.dtype
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """What we made of each layer, as the golden files tell of it."""
     for layer in checkpoint.quantized:
@@ -129,7 +135,7 @@ def _layers(
         points = layer.scheme.weights.grid.read(stored.codes).to(torch.float32)
         found = told(points, stored.scale, stored.zero_point, by_row=len(wanted["codes"]) > 8)
         if "loss" in wanted:
-            found["loss"] = tiny_llama.first_loss(stored.dequantize(torch.float32))
+            found["loss"] = tiny_llama.first_loss(stored.dequantize(torch.float32), dtype)
         if "inputs" in wanted and layer.inputs is not None:
             rounded = ActivationQuantizer(layer.inputs)(tiny_llama.inputs())
             found["inputs"] = checksum(rounded + 0.0)

@@ -31,6 +31,8 @@ def _recipe(modifier: str, **keys: Any) -> dict[str, Any]:
     return {"quant_stage": {"quant_modifiers": {modifier: {"ignore": ["lm_head"]} | keys}}}
 
 
+BFLOAT16 = "of bfloat16"
+"""End of the name of a recipe that is run on a checkpoint in bfloat16."""
 RECIPES: dict[str, dict[str, Any]] = {
     "rtn W4A16": _recipe("QuantizationModifier", scheme="W4A16"),
     "rtn W4A16_ASYM": _recipe("QuantizationModifier", scheme="W4A16_ASYM"),
@@ -45,33 +47,40 @@ RECIPES: dict[str, dict[str, Any]] = {
         "GPTQModifier", config_groups=_W4A8, block_size=64, dampening_frac=0.05
     ),
     "gptq 2 bits by channel": _recipe("GPTQModifier", config_groups=_W2),
+    f"rtn W4A16, {BFLOAT16}": _recipe("QuantizationModifier", scheme="W4A16"),
+    f"rtn W8A8, {BFLOAT16}": _recipe("QuantizationModifier", scheme="W8A8"),
 }
 """Recipes as a user of the tool writes them; in its YAML they are one text each."""
 
 
-def layer_codes(name: str, module: Any, *, solved: bool) -> dict[str, Any]:
+def layer_codes(name: str, module: Any, *, by_row: bool) -> dict[str, Any]:
     """Codes and scales of a module that was quantized, and how it rounds inputs."""
-    from compressed_tensors.quantization import dequantize, forward_quantize, quantize
+    from compressed_tensors.quantization import forward_quantize, quantize
 
     args, inputs = module.quantization_scheme.weights, module.quantization_scheme.input_activations
     zero = None if args.symmetric else module.weight_zero_point
     codes = quantize(module.weight, module.weight_scale, zero, args, dtype=torch.float32)
-    found = told(codes, module.weight_scale, zero, by_row=solved)
-    if solved and name == tiny_llama.LAYERS[0]:
-        found["loss"] = tiny_llama.first_loss(dequantize(codes, module.weight_scale, zero, args))
+    found = told(codes, module.weight_scale, zero, by_row=by_row)
+    if by_row and name == tiny_llama.LAYERS[0]:
+        scale = module.weight_scale.float()
+        points = codes if zero is None else codes - zero.repeat_interleave(args.group_size, dim=1)
+        values = points * scale.repeat_interleave(codes.shape[1] // scale.shape[1], dim=1)
+        found["loss"] = tiny_llama.first_loss(values, module.weight_scale.dtype)
     if inputs is not None and module.in_features == tiny_llama.HIDDEN:
         rounded = forward_quantize(module, tiny_llama.inputs()[None], "input", inputs)[0]
         found["inputs"] = checksum(rounded + 0.0)
     return found
 
 
-def run(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
+def run(name: str, folder: Path) -> dict[str, Any]:
     """Layers of a checkpoint after ``oneshot``."""
     from datasets import Dataset
     from llmcompressor import oneshot
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    recipe = RECIPES[name]
+    dtype = torch.bfloat16 if name.endswith(BFLOAT16) else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama.write(folder, dtype))
     ids = tiny_llama.token_ids()
     samples = [{"input_ids": one, "attention_mask": [1] * len(one)} for one in ids]
     data: dict[str, Any] = {}
@@ -80,8 +89,10 @@ def run(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
         data = {"dataset": Dataset.from_list(samples), "num_calibration_samples": len(samples)}
     oneshot(model=model, recipe=yaml.safe_dump(recipe), **data)
     return {
-        name: layer_codes(name, model.get_submodule(name), solved=solved)
-        for name in tiny_llama.LAYERS
+        layer: layer_codes(
+            layer, model.get_submodule(layer), by_row=solved or dtype != torch.float32
+        )
+        for layer in tiny_llama.LAYERS
     }
 
 
@@ -89,10 +100,9 @@ def main() -> None:
     """Write what all recipes come to."""
     _operators = worker.declare_torchvision_operators()  # gone as soon as nothing holds it
     with TemporaryDirectory() as temporary:
-        folder = tiny_llama.write(Path(temporary))
         found = {
-            name: {"recipe": recipe, "layers": run(recipe, folder)}
-            for name, recipe in RECIPES.items()
+            name: {"recipe": recipe, "layers": run(name, Path(temporary) / str(number))}
+            for number, (name, recipe) in enumerate(RECIPES.items())
         }
     tools = {name: version(name) for name in ("llmcompressor", "compressed-tensors", "torch")}
     with open(sys.argv[1], "w", encoding="utf-8") as file:

@@ -108,9 +108,9 @@ def first_moments() -> Tensor:
     return normed.T @ normed / len(normed)
 
 
-def first_loss(rounded: Tensor) -> float:
-    """Error of the first layer's output, relative to it, for a rounded weight."""
-    weight, moments = tensors()[f"{LAYERS[0]}.weight"].double(), first_moments()
+def first_loss(rounded: Tensor, dtype: torch.dtype = torch.float32) -> float:
+    """Error of the first layer's output, relative to it, for a rounded weight of a dtype."""
+    weight, moments = tensors()[f"{LAYERS[0]}.weight"].to(dtype).double(), first_moments()
     error = rounded.detach().double() - weight
     loss = (error @ moments * error).sum() / (weight @ moments * weight).sum()
     return float(f"{float(loss):.5g}")
