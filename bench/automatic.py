@@ -85,9 +85,10 @@ def rows_of(done: Mapping[tuple[Any, ...], Mapping[str, Any]]) -> list[list[str]
         for key, one in done.items():
             if key[:2] == (model, setting):
                 runs.setdefault(key[2], []).append(one)
-        auto = runs.pop(AUTO, None)
         # Sets of which not all cells are done would tell the wrong means.
-        if auto is None or PLAIN not in runs or len({len(own) for own in runs.values()}) > 1:
+        finished = len({len(own) for own in runs.values()}) == 1
+        auto = runs.pop(AUTO, None)
+        if auto is None or PLAIN not in runs or not finished:
             continue
         loss = {name: statistics.fmean(one["loss"] for one in own) for name, own in runs.items()}
         seconds = [statistics.fmean(one["seconds"] for one in own) for own in (auto, runs[PLAIN])]

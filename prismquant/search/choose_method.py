@@ -70,8 +70,8 @@ class Round:
 
 
 ROUNDS = (
-    Round(least=0.125, most=0.5, text=ENOUGH_TEXT, blocks=0.13, fewest_blocks=4, kept=2),
-    Round(least=0.25, most=0.75, text=2 * ENOUGH_TEXT, blocks=0.25, fewest_blocks=8, kept=1),
+    Round(least=0.125, most=1.0, text=ENOUGH_TEXT, blocks=0.13, fewest_blocks=4, kept=2),
+    Round(least=0.25, most=1.0, text=2 * ENOUGH_TEXT, blocks=0.25, fewest_blocks=8, kept=1),
 )
 """Rounds of a choice."""
 CLEAR_ERRORS, CLEAR_PART = 3.0, 0.1

@@ -15,7 +15,7 @@ FEWEST = 4
 ENOUGH_TEXT = 8192
 """Characters of text, some 2000 tokens, with which differences of a few percent can be seen."""
 
-_PART, _MOST = 8, 4
+_PART, _MOST = 8, 3
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class HeldOut:
     """Calibration samples in two parts, in the order of their source.
 
     Attributes:
-        held_out: An eighth of them, four at least; up to a quarter where they are short.
+        held_out: An eighth of them, four at least; up to a third where they are short.
         rest: All others.
     """
 
@@ -32,7 +32,7 @@ class HeldOut:
 
 
 def hold_out(samples: Sequence[Sample], seed: int) -> HeldOut:
-    """Hold an eighth of the samples out, and four at least; up to a quarter where they are short.
+    """Hold an eighth of the samples out, and four at least; up to a third where they are short.
 
     Args:
         samples: All of them.
