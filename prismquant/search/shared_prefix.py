@@ -59,8 +59,10 @@ class SharedPrefix:
             name: Of the trial whose walk comes to the unit.
             unit: The unit; nothing was done to it so far.
         """
+        if not unit.flows:
+            return
         before = _steps_before(unit)
-        if not unit.flows or before & self._left.get(name, before):
+        if before & self._left.get(name, before):
             return
         waiting = [
             other

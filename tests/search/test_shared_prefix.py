@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -99,6 +100,24 @@ def test_trials_that_share_lose_what_they_lose_apart(
     if family != "llama":
         assert forwards[0][first] < forwards[1][first]
     assert forwards[0].total() <= forwards[1].total()
+
+
+def test_texts_alone_do_not_pass_the_vision_tower(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = [{"role": "user", "content": "what colour ?"}, {"role": "assistant", "content": "blue"}]
+    rows = [json.dumps({"id": str(number), "messages": turns}) for number in range(9)]
+    data = tmp_path / "texts.jsonl"
+    data.write_text("\n".join(rows))
+    folder, asked = tiny("qwen2_vl"), recipe_of([LLM], [1, 0, 3])
+    losses = []
+    for out in ("together", "apart"):
+        choice = pq.quantize(folder, asked, tmp_path / out, data).record.choice
+        assert choice is not None
+        losses.append({trial.name: trial.parts for trial in choice.trials})
+        monkeypatch.setattr(SharedPrefix, "look", lambda *_: None)
+    assert losses[0] == losses[1]
+    assert [*losses[0]] == ["rotated", "plain", "awq"]
 
 
 def test_a_budget_leaves_no_room_for_states_between_trials(
