@@ -577,3 +577,13 @@ def test_what_the_recipe_says_of_blocks_dampings_and_strengths_is_written(dialec
     assert "0.25" in text
     assert ("0.35" in text) == (dialect in ("llm-compressor", "mi-optimize"))
     assert ("48" in text) == (dialect != "mquant")
+
+
+def test_parts_of_names_are_told_where_the_released_code_misreads_them(models: Models) -> None:
+    head = {"match": {"name": "*.layers.0.*", "modality": "llm"}, "skip": True}
+    for solver, misread in (("gptq", True), ("rtn", False)):
+        rule = {"match": LANGUAGE, "weights": "int4-channel-narrow", "solver": solver}
+        recipe = parse_recipe({"rules": [rule, head]}, source="made")
+        exported = export_recipe(recipe, "mquant", models["qwen2_vl"].folder)
+        assert exported.text.endswith("--skip_names layers.0.\n")
+        assert any("reads --skip_names wrongly" in one for one in exported.guessed) == misread

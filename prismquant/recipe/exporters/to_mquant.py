@@ -80,6 +80,12 @@ def write(task: ExportTask) -> str:
     words += _calibration_words(task, found)
     skipped = _skipped(task, found)
     if skipped:
+        task.ledger.guessed("--skip_names are parts of module paths in transformers 5")
+        if any(not side.flags.rtn for side in found.values()):
+            told = (
+                "GPTQ of the released code reads --skip_names wrongly; rounding to nearest does not"
+            )
+            task.ledger.guessed(told)
         words += ["--skip_names", *map(shlex.quote, skipped)]
     if task.recipe.kv_cache is not None:
         spec, _ = task.recipe.kv_cache_settings
