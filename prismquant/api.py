@@ -49,7 +49,13 @@ from prismquant.recipe.importers.import_recipe import RecipeSource, import_recip
 from prismquant.recipe.schema import Recipe
 from prismquant.search.choose_method import quantize_best
 from prismquant.search.constraints import Asked, parse_constraints
-from prismquant.search.find_mix import FoundMix, SearchRequest, Verification, search_mix
+from prismquant.search.find_mix import (
+    AsAnalyzed,
+    FoundMix,
+    SearchRequest,
+    Verification,
+    search_mix,
+)
 from prismquant.search.pareto import MAX_POINTS
 from prismquant.search.predicted_layers import Predictor
 from prismquant.search.repair import MAX_SWAPS
@@ -332,7 +338,7 @@ def find_mix(
             measured on them, and swaps of formats that help are kept.
         swaps: At most so many are tried, 8 by default, each of which quantizes the model once.
         model: Folder of the model, for ``verify``; by default where it lay when it was analyzed.
-        calibration: Calibration data, for ``verify``; by default those of the analysis.
+        calibration: Calibration data, for ``verify``; by default those of the analysis, as many.
         progress: Is told how many sizes, or mixes to measure, are done, of how many, and the next.
         asked: The constraints, see :class:`~prismquant.search.constraints.Asked`.
 
@@ -362,12 +368,16 @@ def _verification(data: Any, *, swaps: Any, model: Any, calibration: Any) -> Ver
     source = as_source(data, "verify")
     most = as_count(8 if swaps is None else swaps, "swaps", least=0, most=MAX_SWAPS)
     # What is wrong with the samples is said before anything is quantized.
-    read_samples(source, require_answers=True, most_bytes=available_bytes())
+    read = read_samples(source, require_answers=True, most_bytes=available_bytes())
+    text = any(sample.running for sample in read)
 
     def trial(
-        folder: Path, recipe: Recipe, samples: str | None, window: int | None, place: Path
+        folder: Path, recipe: Recipe, data: AsAnalyzed, place: Path
     ) -> tuple[int, Sequence[Outcome]]:
-        result = quantize(folder, recipe, place, samples, seq_length=window)
+        window, count = data.seq_length, data.samples
+        result = quantize(folder, recipe, place, data.source, samples=count, seq_length=window)
+        # Conversations are not cut.
+        window = window if text else None
         found = measure(place, source, reference=folder, seq_length=window)
         return result.plan.total_bytes, found.outcomes
 

@@ -85,7 +85,9 @@ def read_samples(
         raise DataError(
             f"{name} holds no samples",
             where=name,
-            remedy="one JSON object with 'messages' on each line of a .jsonl file",
+            remedy="a .txt file holds running text"
+            if name.endswith(".txt")
+            else "one JSON object with 'messages' on each line of a .jsonl file",
         )
     if windows is not None and not findings:
         found = _cut(found, windows, name)

@@ -198,6 +198,6 @@ def _require_scores(units: Sequence[ChoiceUnit], weights: Mapping[TokenClass, fl
                     remedy="analyze again with samples of that kind, or weigh it with 0",
                 )
     return [
-        f"no option has scores of {kind} tokens: their weight counts nothing"
+        f"the analysis has seen no {kind} tokens, so their weight counts nothing"
         for kind in sorted(counted - scored)
     ]

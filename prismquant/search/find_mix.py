@@ -36,10 +36,32 @@ FRONT_VERSION = 1
 """Version of the layout of ``front.json``."""
 
 
-Trial = Callable[[Path, Recipe, str | None, int | None, Path], tuple[int, Sequence[Outcome]]]
-"""Quantizes a model by a recipe, with a source of calibration data and the tokens of a window of
-running text, into a folder, and measures it against the model. Gives the bytes of all tensors on
-disk, and what became of each sample."""
+@dataclass(frozen=True)
+class AsAnalyzed:
+    """Calibration data of the mixes that are measured.
+
+    Attributes:
+        source: By file or name; None: there are none.
+        samples: How many are taken; None: as many as the recipe says.
+        seq_length: Tokens of a window of running text; None: the usual number.
+    """
+
+    source: str | None = None
+    samples: int | None = None
+    seq_length: int | None = None
+
+    @classmethod
+    def of(cls, found: Sensitivity) -> AsAnalyzed:
+        """The data by which an analysis was made."""
+        data = found.calibration
+        count = sum(dict(data.get("samples") or {}).values())
+        source = str(data.get("source") or "") or None
+        return cls(source, count or None, data.get("seq_length")) if source else cls()
+
+
+Trial = Callable[[Path, Recipe, AsAnalyzed, Path], tuple[int, Sequence[Outcome]]]
+"""Quantizes a model by a recipe, with calibration data, into a folder, and measures it against the
+model. Gives the bytes of all tensors on disk, and what became of each sample."""
 
 
 @dataclass(frozen=True)
@@ -183,9 +205,9 @@ class _Search:
     ) -> Verified:
         """Measure the mix in folders beside the recipe, which are gone afterwards."""
         model = asked.model or Path(self.found.model)
-        source = asked.calibration or str(self.found.calibration.get("source") or "") or None
-        # Running text is cut as it was for the analysis.
-        window = self.found.calibration.get("seq_length")
+        data = AsAnalyzed.of(self.found)
+        if asked.calibration is not None:
+            data = AsAnalyzed(asked.calibration)
         weights = self.constraints.weights or self.found.weights
         done = itertools.count()
         with tempfile.TemporaryDirectory(
@@ -197,7 +219,7 @@ class _Search:
                 progress(number, asked.swaps + 1, f"measuring mix {number + 1}")
                 folder = Path(place) / str(number)
                 recipe = self.recipe(tried).recipe
-                size, outcomes = asked.trial(model, recipe, source, window, folder)
+                size, outcomes = asked.trial(model, recipe, data, folder)
                 shutil.rmtree(folder, ignore_errors=True)
                 if size != tried.stored_bytes:
                     raise ModelError(

@@ -239,7 +239,7 @@ def test_classes_of_tokens_are_weighed_as_asked() -> None:
     assert own.loss == pytest.approx(own.losses["answer"] + 0.2 * own.losses["text"])
     with pytest.raises(PlanError, match="no option has scores of video tokens"):
         find(found, bits=4, weight="video=1")
-    note = "no option has scores of video tokens: their weight counts nothing"
+    note = "the analysis has seen no video tokens, so their weight counts nothing"
     assert find(found, bits=4, weight="video=1,text=1").notes == (note,)
 
 

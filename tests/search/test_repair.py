@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import tiny_vlm
 from sensitivities import made, of_model
 
 import prismquant as pq
@@ -276,22 +277,26 @@ def test_an_evaluation_tells_what_was_predicted(
     assert prediction_table(plain.to_dict()) is None
 
 
-def test_running_text_is_cut_as_for_the_analysis(
+def test_calibration_is_that_of_the_analysis(
     tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = "what is the colour of the bar ? " * 40
     text = tmp_path / "text.txt"
     text.write_text(f"{words}\f{words}", encoding="utf-8")
-    found = pq.analyze(tiny("llama"), "int4-g64", tmp_path / "s.json", text, seq_length=48)
-    assert found.calibration["seq_length"] == 48
-    cut: list[int | None] = []
+    pq.analyze(tiny("llama"), "int4-g64", tmp_path / "s.json", text, seq_length=48, samples=5)
+    asked: list[tuple[int | None, int | None]] = []
     for name in ("quantize", "measure"):
         real = getattr(api, name)
 
         def told(*given: Any, _real: Any = real, **named: Any) -> Any:
-            cut.append(named["seq_length"])
+            asked.append((named.get("samples"), named["seq_length"]))
             return _real(*given, **named)
 
         monkeypatch.setattr(api, name, told)
     pq.find_mix(tmp_path / "s.json", bits="14", verify=text, swaps=0)
-    assert cut == [48, 48]
+    assert asked == [(5, 48), (None, 48)]
+    # Conversations are not cut, and other calibration data are taken as the recipe says.
+    asked.clear()
+    talk = tiny_vlm.samples(tmp_path / "talk", kinds=("text",))
+    pq.find_mix(tmp_path / "s.json", bits="14", verify=talk, calibration=text, swaps=0)
+    assert asked == [(None, None), (None, None)]
