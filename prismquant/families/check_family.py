@@ -9,6 +9,7 @@ with random weights, and run. That takes seconds for a model of any size, and re
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import shutil
 import tempfile
@@ -17,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from prismquant.arguments import as_path
-from prismquant.errors import ModelError
+from prismquant.errors import DataError, ModelError
 from prismquant.families.copy_arch import copy_arch
 from prismquant.families.family_claims import FamilyCheck, FamilyClaim
 from prismquant.families.small_batches import (
@@ -58,7 +59,7 @@ def check_family(model: Path | str, arch_file: Path | str | None = None) -> Fami
     """
     folder = as_path(model, "model")
     file = None if arch_file is None else as_path(arch_file, "arch")
-    with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory() as work, _in_the_words_of(folder, file, Path(work)):
         described = folder
         if file is not None:
             _require_type(load_arch(file), folder, file)
@@ -79,7 +80,35 @@ def check_family(model: Path | str, arch_file: Path | str | None = None) -> Fami
             *rotation_claims(run),
         )
     blocks = Counter(str(step.modality) for step in bound.steps if step.kind == "block")
-    return FamilyCheck(arch.name, arch.title, dict(blocks), claims, notes)
+    name = arch.name if file is None else file.stem
+    return FamilyCheck(name, arch.title, dict(blocks), claims, notes)
+
+
+@contextlib.contextmanager
+def _in_the_words_of(folder: Path, file: Path | None, work: Path) -> Iterator[None]:
+    """Let errors name what the user has given, not the copies that were looked at.
+
+    Args:
+        folder: Of the model.
+        file: The architecture file that was given.
+        work: Where the copies lie.
+    """
+    try:
+        yield
+    except (ModelError, DataError) as error:
+
+        def given(text: str | None) -> str | None:
+            if text is not None and file is not None:
+                text = text.replace(str(work / "described" / BESIDE), str(file))
+                text = text.replace(BESIDE, file.name)
+            return None if text is None else text.replace(str(work / "described"), str(folder))
+
+        raise type(error)(
+            given(error.what) or "",
+            where=given(error.where),
+            remedy=given(error.remedy),
+            findings=[given(line) or "" for line in error.findings],
+        ) from error
 
 
 def _require_type(arch: ArchSpec, folder: Path, file: Path) -> None:
@@ -149,15 +178,13 @@ def _pattern_claims(bound: BoundModel) -> Iterator[FamilyClaim]:
     """That every pattern of the file means something."""
     owners = {name.rpartition(".")[0] for name in bound.shapes}
     gguf = bound.arch.gguf
-    patterns = {
-        "left_alone": list(bound.arch.left_alone),
-        "gguf.tensors": [] if gguf is None else list(gguf.tensors),
-    }
+    patterns = {"left_alone": list(bound.arch.left_alone)} if bound.arch.left_alone else {}
+    patterns |= {} if gguf is None else {"gguf.tensors": list(gguf.tensors)}
     for table, names in patterns.items():
         idle = [name for name in names if not _matched(name, (*owners, *bound.shapes))]
-        if names:
-            said = f"these match nothing: {', '.join(idle)}" if idle else f"{len(names)} patterns"
-            yield FamilyClaim(f"patterns of {table} match something", not idle, said)
+        said = f"these match nothing: {', '.join(idle)}" if idle else f"{len(names)} patterns"
+        sound = bool(names) and not idle
+        yield FamilyClaim(f"patterns of {table} match something", sound, said)
 
 
 def _matched(pattern: str, names: Sequence[str]) -> bool:

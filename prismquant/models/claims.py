@@ -31,13 +31,24 @@ def claim_parameters(
     Returns:
         What is left alone, in the order of the model.
     """
+    table = dict(model.named_modules()).get(arch.embeddings)
+    if not isinstance(table, nn.Embedding):
+        misfits.add(
+            f"{arch.embeddings}: expected the embeddings of tokens, found {kind_of(table)}",
+            f"correct embeddings in {arch.name}.toml",
+        )
     result: list[LeftAlone] = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner, _, leaf = name.rpartition(".")
         called, module = owner if leaf == "weight" else name, model.get_submodule(owner)
+        reason = _reason(arch, owner, name)
+        if called in sites and reason is not None:
+            misfits.add(
+                f"{called}: a site claims it, and left_alone leaves it alone",
+                f"keep one of the two in {arch.name}.toml",
+            )
         if parameter.dim() < 2 or called in sites or misfits.about(called):
             continue
-        reason = _reason(arch, owner, name)
         if reason is None and isinstance(module, nn.Embedding):
             reason = _EMBEDDING
         if reason is not None:

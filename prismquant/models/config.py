@@ -93,14 +93,16 @@ def identify(folder: Path | str) -> ArchSpec:
     where = str(Path(folder) / "config.json")
     if not isinstance(model_type, str):
         raise ModelError(
-            "config.json has no model_type",
+            "config.json has no model_type"
+            if model_type is None
+            else f"config.json: model_type is {model_type!r}, not a name",
             where=where,
             remedy=f"use a checkpoint of one of: {', '.join(sorted(by_type))}",
         )
     raise ModelError(
         f"no architecture describes model_type {model_type!r}",
         where=where,
-        remedy=suggest(model_type, by_type),
+        remedy=f"{suggest(model_type, by_type)}; or describe it yourself: docs/families.md",
     )
 
 

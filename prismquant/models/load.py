@@ -47,7 +47,7 @@ def empty_model(config: Any, arch: ArchSpec) -> nn.Module:
     Raises:
         ModelError: The config contradicts itself.
     """
-    transformers = import_transformers()
+    kind = _model_class(arch)
     config = copy.deepcopy(config)
     parts = [(part, part.dtype) for part in _config_parts(config)]
     try:
@@ -58,7 +58,7 @@ def empty_model(config: Any, arch: ArchSpec) -> nn.Module:
             # Fused products of all experts pass by every layer of one.
             part._experts_implementation = "eager"
         with _OnMeta():
-            model: nn.Module = getattr(transformers, arch.hf_class)(config)
+            model: nn.Module = kind(config)
         for part, dtype in parts:
             part.dtype = dtype
         for owner, module in _with_owners(model):
@@ -69,7 +69,8 @@ def empty_model(config: Any, arch: ArchSpec) -> nn.Module:
     except Exception as error:
         raise ModelError(
             f"transformers cannot build this {arch.title}: {brief(error)}",
-            remedy="restore config.json from the original checkpoint",
+            remedy="restore config.json from the original checkpoint; or, if the architecture file "
+            f"is your own, correct hf_class in {arch.name}.toml",
         ) from error
     model.eval()
     model.requires_grad_(False)
@@ -78,6 +79,20 @@ def empty_model(config: Any, arch: ArchSpec) -> nn.Module:
         if inner is not None and hasattr(inner, "use_cache"):
             inner.use_cache = False
     return model
+
+
+def _model_class(arch: ArchSpec) -> Any:
+    """The class of transformers that runs a family: an architecture file may be a stranger's."""
+    transformers = import_transformers()
+    kind = getattr(transformers, arch.hf_class, None)
+    if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
+        raise ModelError(
+            f"hf_class is {arch.hf_class!r}, which is no model of transformers "
+            f"{transformers.__version__}",
+            where=f"{arch.name}.toml",
+            remedy="correct it, or install a release of transformers that has the model",
+        )
+    return kind
 
 
 class _OnMeta(TorchFunctionMode):
