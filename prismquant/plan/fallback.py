@@ -85,7 +85,7 @@ def fit(
     candidates = [] if fallback == "error" else _ladder(weights, activations, fallback)
     for candidate in candidates:
         if misfit(site, candidate.weights, candidate.activations, shards) is None:
-            return replace(candidate, note=f"{reason}: {candidate.weights.describe()} instead")
+            return replace(candidate, note=f"{reason}: {_in_words(candidate, activations)} instead")
     raise _refusal(reason, site, weights, shards)
 
 
@@ -126,10 +126,22 @@ def fit_together(
     if fallen is None:
         return {}
     return {
-        name: replace(fallen, note="as the layers that it is fused with")
+        name: replace(
+            fallen,
+            note="as the layers that it is fused with: "
+            f"{_in_words(fallen, asked[name][1])} instead",
+        )
         for name, fitted in found.items()
         if not fitted.note and asked[name][:2] != (fallen.weights, fallen.activations)
     }
+
+
+def _in_words(fitted: Fitted, asked: NumberSpec | None) -> str:
+    """Formats in words: of the weight, and of the input where another one was asked for."""
+    words = fitted.weights.describe()
+    if fitted.activations is None or fitted.activations == asked:
+        return words
+    return f"{words}, inputs in {fitted.activations.describe()}"
 
 
 def _ladder(

@@ -103,7 +103,7 @@ def make_plan(recipe: Recipe, bound: BoundModel) -> Plan:
             *bound.notes,
             *(remark for _, remark in rules_of_absent_towers(recipe, bound)),
             *idle_entries(recipe, bound),
-            *remarks_on(rows),
+            *remarks_on(rows, resolved),
             *(kv_cache.remarks() if kv_cache else ()),
         ),
     )

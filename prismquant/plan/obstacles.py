@@ -1,15 +1,26 @@
-"""Readers that cannot load a checkpoint as it is planned, and why."""
+"""Layers that are not as the recipe has them, readers that cannot load them, and why."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from prismquant.plan.plan import PlanRow
+from prismquant.recipe.resolve import Resolved
 
 
-def remarks_on(rows: Sequence[PlanRow]) -> tuple[str, ...]:
-    """Remarks on readers that cannot load the checkpoint as it will be."""
+def remarks_on(rows: Sequence[PlanRow], resolved: Mapping[str, Resolved]) -> tuple[str, ...]:
+    """Remarks on formats that fell back, and on readers that cannot load the checkpoint.
+
+    Args:
+        rows: The layers.
+        resolved: What the recipe asks of each, by name.
+    """
     found: dict[str, list[str]] = {}
+    for row in rows:
+        asked = resolved[row.site.name].config
+        planned = (row.config.weights, row.config.activations)
+        if row.quantized and planned != (asked.weights, asked.activations):
+            found.setdefault(row.note, []).append(row.site.name)
     for row in rows:
         for why in _obstacles(row):
             found.setdefault(why, []).append(row.site.name)

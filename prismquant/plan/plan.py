@@ -134,7 +134,7 @@ class Plan:
         towers: Towers that are rotated, each with how.
         edges: Along which edges scale is moved, in the order of the work.
         kv_cache: What happens to the language model's keys and values; None: nothing.
-        remarks: What a user should know of the checkpoint: who cannot load it, and why.
+        remarks: What a user should know: formats that fell back, who cannot load it, and why.
     """
 
     recipe: str

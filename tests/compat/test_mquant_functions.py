@@ -558,6 +558,14 @@ def test_bits_of_inputs_that_are_not_given_are_told(setting: Setting) -> None:
         setting.plus(setting.wrapper(), args | {"llm_a_bits": 16})
 
 
+@pytest.mark.parametrize("size", [3, 7, 24, 96])
+def test_a_group_size_that_divides_no_layer_is_told(setting: Setting, size: int) -> None:
+    args = {"quant_llm": True, "llm_a_bits": 16, "w_groupsize": size}
+    told = rf"group size {size} does not divide its \d+ input features: int4 .* instead: model\."
+    with pytest.warns(mquant.CompatWarning, match=told):
+        setting.plus(setting.wrapper(), args)
+
+
 def test_a_model_without_head_and_wrapped_layers_are_refused(setting: Setting) -> None:
     wrapper = setting.wrapper()
     with pytest.raises(ModelError, match="takes a whole model"):

@@ -436,6 +436,33 @@ def test_a_group_size_may_fall_back_to_one_scale_a_row(
     check_bytes(result.plan, tmp_path)
 
 
+@pytest.mark.parametrize("size", [3, 7, 24, 96, 256])
+@pytest.mark.parametrize("fallback", ["channel", "nearest"])
+@pytest.mark.parametrize("inputs", ["none", "int8-token", "group"])
+def test_every_layer_that_falls_back_stands_in_a_remark(
+    tiny: Callable[..., Path], size: int, fallback: str, inputs: str
+) -> None:
+    """And no layer that is as the recipe has it."""
+    rule = CHANNEL | {"weights": f"int4-g{size}", "fallback": fallback}
+    rule |= {"activations": f"int8-g{size}-dyn" if inputs == "group" else inputs}
+    plan = plan_of(tiny("qwen2_vl"), rule, {"match": {"role": "patch_embed"}, "skip": True})
+    fallen: dict[str, list[str]] = {}
+    for row in plan.quantized:
+        if row.config.weights != spec(f"int4-g{size}"):
+            assert row.site.in_features % size
+            assert row.config.weights is not None
+            assert row.config.weights.describe() in row.note
+            assert (row.config.activations or spec("int8-token")) == spec("int8-token")
+            assert ("inputs in int8 token" in row.note) == (inputs == "group")
+            fallen.setdefault(row.note, []).append(row.site.name)
+    assert fallen
+    told = [line for line in plan.remarks if " instead: " in line]
+    assert len(told) == len(fallen)
+    for note, names in fallen.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        assert f"{note}: {names[0]}{more}" in told
+
+
 def test_a_rule_that_matches_nothing_is_an_error(tiny: Callable[..., Path]) -> None:
     idle = {"match": {"role": "attn.qkv.q", "modality": "vision"}, "skip": True}
     with pytest.raises(PlanError, match=r"rules\[1\] matches no layer") as caught:

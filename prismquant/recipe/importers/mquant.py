@@ -62,8 +62,8 @@ _CLIPPED: Fields = {
 }
 _LARGEST: Fields = {"kind": "minmax"}
 _GROUPS = (
-    "groups are of the original order of columns; where they do not divide a layer's, smaller ones "
-    "are taken, not a last one that is cut off"
+    "groups are of the original order of columns; where they do not divide a layer's, the next of "
+    "128, 64 and 32 that does is taken, or one scale a row, not a last one that is cut off"
 )
 _TOWERS = {"visual": ("vision", "projector"), "llm": ("llm",)}
 _STARTS = re.compile(r"^\s*(--|[A-Z_]+=\S*\s|python3?\s|torchrun\s)")
