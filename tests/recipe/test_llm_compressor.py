@@ -665,6 +665,31 @@ quant_stage:
     assert found.activation_range == RangeRule()
 
 
+@pytest.mark.parametrize(
+    "transform", ["SmoothQuantModifier", "SpinQuantModifier", "AWQModifier", "IMatrixGatherer"]
+)
+@pytest.mark.parametrize("quantizer", ["GPTQModifier", "QuantizationModifier", "AutoRoundModifier"])
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_transform_after_what_quantizes_is_told(
+    transform: str, quantizer: str, stages: int
+) -> None:
+    """And one that stands before it is not."""
+    asked = {quantizer: {"scheme": "W8A8"}}
+    orders = ([{transform: None}, asked], [asked, {transform: None}])
+    if stages == 1:
+        right, wrong = ({"quant_modifiers": one | two} for one, two in orders)
+    else:
+        right, wrong = ({"a_stage": {"modifiers": one}, "b_stage": two} for one, two in orders)
+    if transform == "AWQModifier":
+        # It must be followed by one that quantizes.
+        wrong |= {"last_stage": {"QuantizationModifier": {"scheme": "W8A8"}}}
+    late = "its turn comes after"
+    assert not any(late in line for line in of(right).lines)
+    [told] = [line for line in of(wrong).lines if late in line]
+    assert transform in told
+    assert f"{late} {quantizer}" in told
+
+
 def test_the_documented_cache_with_gptq() -> None:
     imported = of(
         """

@@ -160,6 +160,8 @@ NOTES = (
     "there it is a whole path. So `vpm`, `visual` and `resampler.*` mean what they look like. What "
     "means no layer of the model is a note of the plan.",
     "The patch embedding is quantized only where `Conv2d`, `Conv3d` or its name is a target.",
+    "A modifier that transforms takes its turn before all that quantize: where it stands after "
+    "one, that is told.",
     "`QuIPModifier`, pruning and distillation are errors.",
 )
 
@@ -194,6 +196,7 @@ class _Gathered:
 
     steps: list[QuantizationStep] = field(default_factory=list)
     transforms: list[Fields] = field(default_factory=list)
+    quantizes: list[str] = field(default_factory=list)
     awaits: str = ""
     cache: str = ""
     calibration: Fields = field(default_factory=dict)
@@ -308,6 +311,14 @@ def _calibrate(
 
 
 def _read_modifier(section: SourceSection, name: str, gathered: _Gathered) -> None:
+    if gathered.quantizes and (name == "AWQModifier" or name not in _METHODS):
+        section.ledger.changed(
+            section.place,
+            dict(section.content),
+            "before all that is quantized",
+            f"there its turn comes after {' and '.join(gathered.quantizes)}, when weights are "
+            "quantized already: put it first in the file",
+        )
     if name == "IMatrixGatherer":
         return
     if name == "SpinQuantModifier":
@@ -323,6 +334,7 @@ def _read_modifier(section: SourceSection, name: str, gathered: _Gathered) -> No
             gathered.awaits = section.place
             return
         # Older releases: the modifier rounds to nearest itself.
+    gathered.quantizes.append(name)
     method, order = _METHODS[name](section)
     step = quantization_step(section, method, order)
     if not any(key in section for key in ("scheme", "config_groups", "kv_cache_scheme")):
