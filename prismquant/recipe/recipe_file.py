@@ -1,4 +1,4 @@
-"""Files that hold a recipe, of this or another tool: YAML, JSON, or one Python literal.
+"""Files that hold a recipe, of this or another tool: YAML, JSON, one Python literal, or a command.
 
 A Python file is parsed, never run: it holds one literal, or one assignment of one, beside comments
 and a text at the top.
@@ -7,6 +7,8 @@ and a text at the top.
 from __future__ import annotations
 
 import ast
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from prismquant.errors import RecipeError
 from prismquant.opening import parse_json, read_bounded
 from prismquant.recipe.plain_yaml import MAX_BYTES, read_yaml
 
+_SCRIPT = re.compile(r"#!.*\b(ba|z|da)?sh\b")
 _LITERAL = "a single literal, or a single assignment of one"
 
 
@@ -21,14 +24,19 @@ def read_recipe_file(path: Path) -> Any:
     """The value in a recipe's file.
 
     Args:
-        path: ``.json`` and ``.py`` are read as such, all else as YAML.
+        path: ``.json`` and ``.py`` are read as such; shell scripts (``.sh``, or any that begins as
+            one) and command lines are their text; all else is YAML.
 
     Raises:
         RecipeError: The file cannot be read, is too large, or is not of its kind.
     """
-    kind, reader = {".json": ("JSON", parse_json), ".py": ("Python", _read_literal)}.get(
-        path.suffix.lower(), ("YAML", read_yaml)
-    )
+    readers: dict[str, tuple[str, Callable[[str], Any]]] = {
+        ".json": ("JSON", parse_json),
+        ".py": ("Python", _read_literal),
+        ".sh": ("text", str),
+        ".bash": ("text", str),
+    }
+    kind, reader = readers.get(path.suffix.lower(), ("YAML", _read_yaml_or_text))
     try:
         return reader(read_bounded(path, MAX_BYTES).decode("utf-8"))
     except OSError as error:
@@ -37,6 +45,15 @@ def read_recipe_file(path: Path) -> Any:
         ) from error
     except ValueError as error:
         raise RecipeError(f"not valid {kind}: {error}", where=str(path)) from error
+
+
+def _read_yaml_or_text(text: str) -> Any:
+    """The value in YAML; a text with flags, or a shell script, as it stands."""
+    if _SCRIPT.match(text):
+        return text
+    value = read_yaml(text)
+    # YAML would join the lines of a command.
+    return text if isinstance(value, str) and "--" in value else value
 
 
 def _read_literal(text: str) -> Any:

@@ -292,7 +292,8 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
         raise RecipeError(
             "the file holds no mapping with a key 'rules'",
             where=str(path),
-            remedy="begin with `version: 1` and `rules:`",
+            remedy="begin with `version: 1` and `rules:`; of a script of another tool give the "
+            "line of the command alone",
         )
     return parse_recipe({"name": path.stem, **content}, source=str(path))
 

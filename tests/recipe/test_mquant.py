@@ -114,6 +114,41 @@ def test_it_runs_and_its_record_keeps_what_became_of_it(
     assert pq.load(tmp_path / "out")[0] is not None
 
 
+@pytest.mark.parametrize("suffix", ["run.sh", "run", "run.txt"])
+@pytest.mark.parametrize("before", ["", "set -euo pipefail\nexport HF_HOME=/x\ncd exam\n"])
+@pytest.mark.parametrize("launcher", ["python -u ", "torchrun --nproc_per_node=2 ", "X=1 python3 "])
+@pytest.mark.parametrize(
+    "after",
+    ["", " | tee log.txt", " > log 2>&1 &", " 2>&1 | tee -a log", " && echo --done", " # x"],
+)
+def test_a_script_around_the_command_is_read_past_and_told(
+    suffix: str, before: str, launcher: str, after: str, tmp_path: Path
+) -> None:
+    flags = f"{ALL} \\\n  --llm_w_bits 4 --skip_names mlp 'a b' --seed 2"
+    command = f"{launcher}exam/quant_qwen2vl.py {flags}{after}"
+    text = f"#!/usr/bin/env bash\n# quantize\n{before}\n{command}\n"
+    (tmp_path / suffix).write_text(text)
+    found = of(tmp_path / suffix)
+    plain = of(flags)
+    assert found.recipe == plain.recipe
+    told = {one.value for one in found.dropped} - {one.value for one in plain.dropped}
+    assert {*before.splitlines()} <= told
+    assert ("--nproc_per_node=2" in " ".join(told)) == ("torchrun" in launcher)
+    for part in ("tee", "log", "echo"):
+        assert any(part in one for one in told) == (part in after)
+
+
+def test_a_script_of_two_commands_or_none_is_refused_in_words(tmp_path: Path) -> None:
+    path = tmp_path / "run.sh"
+    path.write_text("set -e\npython a.py --quant --quant_llm\npython a.py --quant --quant_llm\n")
+    with pytest.raises(RecipeError, match=r"2 commands \(lines 2, 3\): give one"):
+        import_recipe(path)
+    path.write_text("set -e\n$PYTHON run.pyc --quant --quant_llm\n")
+    with pytest.raises(RecipeError) as caught:
+        import_recipe(path)
+    assert "the line of the command alone" in str(caught.value.remedy)
+
+
 @pytest.mark.parametrize(
     ("script", "bits", "samples"),
     [("quant_qwen2vl.py", 4, 8), ("quant_qwenvl.py", 16, 8), ("quant_minicpmv.py", 16, 128)],

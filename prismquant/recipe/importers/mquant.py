@@ -10,7 +10,6 @@ effect here either, and that is told.
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,8 @@ from typing import Any
 from prismquant.arguments import MAX_SAMPLES
 from prismquant.recipe.importers.imported import Imported
 from prismquant.recipe.importers.ledger import Ledger
-from prismquant.recipe.importers.mquant_flags import FLAGS, TABLES, VALUES
+from prismquant.recipe.importers.mquant_command import flags_in, holds_command
+from prismquant.recipe.importers.mquant_flags import FLAGS, TABLES
 from prismquant.recipe.importers.mquant_transforms import transforms_of
 from prismquant.recipe.importers.source_section import SourceSection
 from prismquant.recipe.match import MAX_EXPRESSIONS
@@ -66,7 +66,6 @@ _GROUPS = (
     "128, 64 and 32 that does is taken, or one scale a row, not a last one that is cut off"
 )
 _TOWERS = {"visual": ("vision", "projector"), "llm": ("llm",)}
-_STARTS = re.compile(r"^\s*(--|[A-Z_]+=\S*\s|python3?\s|torchrun\s)")
 
 
 @dataclass(frozen=True)
@@ -92,9 +91,7 @@ def recognizes(content: Any) -> bool:
     if isinstance(content, Mapping):
         keys = set(content)
         return bool(keys) and keys <= FLAGS.keys() and bool(keys & _TELLING)
-    if not isinstance(content, str) or not _STARTS.match(content):
-        return False
-    return bool(set(re.findall(r"--([A-Za-z0-9_]+)", content)) & FLAGS.keys())
+    return isinstance(content, str) and holds_command(content)
 
 
 _TELLING = {"quant", "quant_llm", "quant_visual_clip", "llm_w_bits", "visual_w_bits", "rotate_llm"}
@@ -112,7 +109,7 @@ def read(content: Any, source: str) -> Imported:
     """
     ledger = Ledger(NAME, source)
     driver = _DRIVER.search(content) if isinstance(content, str) else None
-    given = content if isinstance(content, Mapping) else _parsed(ledger, str(content))
+    given = content if isinstance(content, Mapping) else flags_in(str(content), ledger)
     script = driver.group(1) if driver else ""
     bits = 16 if script in _SIXTEEN else None
     section = SourceSection(ledger, "", given, FLAGS.values())
@@ -140,51 +137,6 @@ def read(content: Any, source: str) -> Imported:
     body: Fields = {"name": NAME, "rules": rules}
     body["calibration"] = _calibration(section, used, _MANY_SAMPLES.get(script, 8))
     return ledger.finish(body | ({"transforms": transforms} if transforms else {}))
-
-
-def _parsed(ledger: Ledger, text: str) -> Fields:
-    """Flags of a command line, each with its value."""
-    try:
-        words = shlex.split(text.replace("\\\n", " ").replace("\\ ", " "))
-    except ValueError as error:
-        ledger.wrong("", f"the quotes do not match: {error}")
-        return {}
-    while words and not words[0].startswith("--"):
-        words.pop(0)
-    found: Fields = {}
-    while words:
-        word = words.pop(0)
-        name, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--"):
-            ledger.wrong("", f"{word!r} belongs to no flag")
-        elif name in found:
-            ledger.wrong(name, "it is given twice")
-        elif equals and name in FLAGS and name not in (*VALUES, "skip_names"):
-            ledger.wrong(name, "it takes no value")
-        elif equals:
-            found[name] = _typed(name, value)
-        elif name == "skip_names":
-            found[name] = []
-            while words and not words[0].startswith("--"):
-                found[name].append(words.pop(0))
-            if not found[name]:
-                ledger.wrong(name, "it needs parts of names")
-        elif VALUES.get(name) and words and not words[0].startswith("--"):
-            found[name] = _typed(name, words.pop(0))
-        else:
-            found[name] = True
-    return found
-
-
-def _typed(name: str, value: str) -> Any:
-    """A value as the flag's type has it; text that is none stays text, and is refused later."""
-    for kind in (int, float):
-        if VALUES.get(name) in (kind, float):
-            try:
-                return kind(value)
-            except ValueError:
-                continue
-    return value
 
 
 def _side(section: SourceSection, name: str, bits: int | None) -> _Side:
