@@ -587,3 +587,16 @@ def test_parts_of_names_are_told_where_the_released_code_misreads_them(models: M
         exported = export_recipe(recipe, "mquant", models["qwen2_vl"].folder)
         assert exported.text.endswith("--skip_names layers.0.\n")
         assert any("reads --skip_names wrongly" in one for one in exported.guessed) == misread
+
+
+@pytest.mark.parametrize(("family", "breaks"), [("qwen2_vl", True), ("llama", False)])
+def test_a_rotated_stream_is_told_of_models_that_see(
+    family: str, breaks: bool, tiny: Callable[..., Path]
+) -> None:
+    """llm-compressor's own mappings rotate the embeddings, and not what a projector adds."""
+    rules = [{"match": LANGUAGE, "weights": "int8-channel", "solver": "rtn"}]
+    rotation = {"name": "rotation", "match": {"modality": "llm"}}
+    recipe = parse_recipe({"version": 1, "rules": rules, "transforms": [rotation]}, source="r")
+    found = export_recipe(recipe, "llm-compressor", tiny(family))
+    said = [one.why for one in found.changed if one.place.startswith("transforms[0]")]
+    assert any("a projector adds" in why for why in said) == breaks

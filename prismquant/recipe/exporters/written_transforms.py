@@ -21,6 +21,13 @@ _FOUND = {
 }
 
 
+# Its own mappings know the embedding, and no projector.
+_BLIND = (
+    "of a model that sees, the embeddings are rotated there and what a projector adds to them is "
+    "not, which breaks it: give `mappings` that know it, or use it on text alone"
+)
+
+
 def transform_modifiers(task: ExportTask) -> list[tuple[str, Fields]]:
     """Modifiers of all transforms, rotations first, with notes on them."""
     found: list[tuple[str, Fields]] = []
@@ -64,7 +71,11 @@ def _rotation(
     if options.kind == "hadamard" and not options.signs:
         kind = "hadamard"
     body: Fields = {"rotations": rotations, "transform_type": kind}
-    ledger.written(place, rule.name, f"SpinQuantModifier: {', '.join(rotations)}, {kind}")
+    told = f"SpinQuantModifier: {', '.join(rotations)}, {kind}"
+    if options.residual and any(one.modality != Modality.LLM for one in task.scope.layers):
+        ledger.changed(place, rule.name, told, _BLIND)
+    else:
+        ledger.written(place, rule.name, told)
     if options.kind == "random" and options.online and not options.signs:
         ledger.changed(f"{place}.options.signs", False, kind, "R4 is drawn like R1 there")
     if options.online_block is not None:
