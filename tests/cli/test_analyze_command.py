@@ -80,7 +80,7 @@ def test_wrong_words_end_with_status_2(
 
 # An analysis that is sent a signal as soon as it has kept its first unit.
 STOPPED = """
-import os, sys
+import os, signal, sys
 from prismquant.cli import main
 from prismquant.search.partial_scores import PartialScores
 
@@ -91,6 +91,7 @@ def add_and_stop(self, *given):
     os.kill(os.getpid(), number)
 
 PartialScores.add = add_and_stop
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
 main()
 """
 
