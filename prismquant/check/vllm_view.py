@@ -20,7 +20,7 @@ from prismquant.export.compressed_tensors.section import (
     Section,
     Targets,
 )
-from prismquant.models.arch import FusedLayer, VllmNames
+from prismquant.models.reader_names import FusedLayer, VllmNames
 
 VERSION = "0.33"
 _HEAD_CLASS, _OTHER_CLASS = "ParallelLMHead", "ParallelLinear"

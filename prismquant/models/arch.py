@@ -15,6 +15,8 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from prismquant.errors import ModelError
+from prismquant.models.reader_names import FusedLayer, GgufNames, GptqNames, VllmNames
+from prismquant.models.remote_arch import ConfigMap, ProcessorMap
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -185,146 +187,6 @@ class Layout:
 
     name: str
     rewrites: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True)
-class Inference:
-    """Rule by which a missing config value follows from headers or from another value.
-
-    Exactly one of three forms: the size of ``tensor`` along ``axis``; the ``count`` of numbered
-    members below a path; or the value of key ``divide`` divided by ``by``.
-    """
-
-    tensor: str | None = None
-    axis: int = 0
-    count: str | None = None
-    divide: str | None = None
-    by: int = 1
-
-
-@dataclass(frozen=True)
-class ConfigSection:
-    """One part of a converted config.
-
-    Attributes:
-        target: Key in the native config, e.g. ``text_config``.
-        source: Key of the sub-dictionary that is read; empty for the top level.
-        values: Constants, e.g. the native model type.
-        keys: Keys that are copied when present.
-        infer: Native key -> how to find it when the source dictionary does not have it.
-    """
-
-    target: str
-    source: str
-    values: Mapping[str, str]
-    keys: tuple[str, ...]
-    infer: Mapping[str, Inference]
-
-
-@dataclass(frozen=True)
-class ConfigMap:
-    """Map from the config.json of a remote-code checkpoint to a native config.
-
-    Attributes:
-        hf_class: Native config class.
-        keys: Top-level keys that are copied when present.
-        require: Top-level key -> the only value that the native class implements.
-        unused: Top-level keys of released checkpoints that change nothing here.
-        tokens: Native key -> text of the added token whose id it takes.
-        sections: Sub-configs.
-    """
-
-    hf_class: str
-    keys: tuple[str, ...]
-    require: Mapping[str, str]
-    unused: tuple[str, ...]
-    tokens: Mapping[str, str]
-    sections: tuple[ConfigSection, ...]
-
-
-@dataclass(frozen=True)
-class ProcessorMap:
-    """Recipe of a native processor for a checkpoint whose own processor is remote code.
-
-    Attributes:
-        hf_class, image_class, video_class: Native classes.
-        keys: Keys copied from preprocessor_config.json to both image and video processor.
-        min_tokens, max_tokens: Keys that hold a size in visual tokens; multiplied by the pixels of
-            a token.
-        chat_template: Jinja template that writes one placeholder per image or video.
-    """
-
-    hf_class: str
-    image_class: str
-    video_class: str
-    keys: tuple[str, ...]
-    min_tokens: str
-    max_tokens: str
-    chat_template: str
-
-
-# Names that readers of checkpoints have for the parts of a model.
-
-
-@dataclass(frozen=True)
-class FusedLayer:
-    """The layer that servers make of several sites with one fuse label.
-
-    Attributes:
-        name: Its name, beside which its parts would lie.
-        kind: Name of its class in vLLM, among which targets such as ``Linear`` are looked for.
-    """
-
-    name: str
-    kind: str
-
-
-@dataclass(frozen=True)
-class VllmNames:
-    """Names in vLLM, as it makes them of those of a checkpoint.
-
-    Attributes:
-        prefixes: ``(on disk or in transformers, in vLLM)``, tried in order, each once.
-        head: What it compares with a configuration's targets for the language model's head, if not
-            the renamed path.
-    """
-
-    prefixes: tuple[tuple[str, str], ...]
-    head: str | None = None
-
-
-@dataclass(frozen=True)
-class GgufNames:
-    """Names that llama.cpp has for a family and its tensors, as members of the gguf package.
-
-    Attributes:
-        architecture: Member of ``MODEL_ARCH``.
-        projector: Member of ``VisionProjectorType``; empty: of text alone.
-        tensors: Module path, with ``*`` for the number of a block -> members of ``MODEL_TENSOR``,
-            of which a layer's rows are cut into as many; ``NAME:2`` where the number is not in the
-            path.
-        rotary_pairs: Whether neighbouring rows of a query or key are turned together there, where
-            transformers turns rows that are half a head apart.
-        norms_from_one: Whether norms multiply by their weight there, and here by one more.
-    """
-
-    architecture: str
-    projector: str
-    tensors: Mapping[str, tuple[str, ...]]
-    rotary_pairs: bool = False
-    norms_from_one: bool = False
-
-
-@dataclass(frozen=True)
-class GptqNames:
-    """Paths of layers in readers of GPTQ checkpoints, which differ in how they begin.
-
-    Attributes:
-        prefixes: Beginning of a path -> regular expression of what stands there in any reader; the
-            first that fits counts.
-    """
-
-    prefixes: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -16,24 +16,18 @@ from prismquant.errors import ModelError, suggest
 from prismquant.models.arch import (
     ArchSpec,
     Cached,
-    ConfigMap,
-    ConfigSection,
     Edge,
     EdgeKind,
-    FusedLayer,
-    GgufNames,
-    GptqNames,
-    Inference,
     Layout,
     Modality,
     Parallel,
-    ProcessorMap,
     Site,
     SiteKind,
     Stream,
     Tower,
-    VllmNames,
 )
+from prismquant.models.reader_names import fused_layers, gguf_names, gptq_names, vllm_names
+from prismquant.models.remote_arch import read_config_map, read_processor_map
 from prismquant.models.strict_table import StrictTable
 from prismquant.opening import read_bounded
 
@@ -85,13 +79,13 @@ def load_arch(path: Path) -> ArchSpec:
         edges=tuple(_edge(table) for table in top.tables("edges")),
         streams=tuple(_stream(table) for table in top.tables("streams")),
         left_alone=top.strings("left_alone"),
-        fused=_fused(top.table("fused")),
-        vllm=_vllm(top.table("vllm")),
-        gguf=_gguf(top.table("gguf")),
-        gptq=_gptq(top.table("gptq")),
+        fused=fused_layers(top.table("fused")),
+        vllm=vllm_names(top.table("vllm")),
+        gguf=gguf_names(top.table("gguf")),
+        gptq=gptq_names(top.table("gptq")),
         ignored_tensors=top.texts("ignored_tensors", ()),
-        config_map=_config_map(table) if (table := top.table("config")) else None,
-        processor_map=_processor_map(table) if (table := top.table("processor")) else None,
+        config_map=read_config_map(table) if (table := top.table("config")) else None,
+        processor_map=read_processor_map(table) if (table := top.table("processor")) else None,
     )
     top.finish()
     _check(arch, str(path))
@@ -248,64 +242,6 @@ def _layout(table: StrictTable) -> Layout:
     return Layout(name, tuple(pairs.items()))
 
 
-def _config_map(table: StrictTable) -> ConfigMap:
-    config = ConfigMap(
-        hf_class=table.text("hf_class"),
-        keys=table.texts("keys"),
-        require=table.strings("require"),
-        unused=table.texts("unused", ()),
-        tokens=table.strings("tokens"),
-        sections=tuple(_section(item) for item in table.tables("sections")),
-    )
-    table.finish()
-    return config
-
-
-def _section(table: StrictTable) -> ConfigSection:
-    section = ConfigSection(
-        target=table.text("target"),
-        source=table.maybe_text("source") or "",
-        values=table.strings("values"),
-        keys=table.texts("keys"),
-        infer=_inferences(table.table("infer")),
-    )
-    table.finish()
-    return section
-
-
-def _inferences(table: StrictTable | None) -> dict[str, Inference]:
-    result: dict[str, Inference] = {}
-    if table is None:
-        return result
-    for key, item in table.children():
-        result[key] = Inference(
-            tensor=item.maybe_text("tensor"),
-            axis=item.number("axis", 0),
-            count=item.maybe_text("count"),
-            divide=item.maybe_text("divide"),
-            by=item.number("by", 1),
-        )
-        item.finish()
-        given = (result[key].tensor, result[key].count, result[key].divide)
-        if sum(value is not None for value in given) != 1:
-            raise item.wrong("give exactly one of tensor, count and divide")
-    return result
-
-
-def _processor_map(table: StrictTable) -> ProcessorMap:
-    processor = ProcessorMap(
-        hf_class=table.text("hf_class"),
-        image_class=table.text("image_class"),
-        video_class=table.text("video_class"),
-        keys=table.texts("keys"),
-        min_tokens=table.text("min_tokens"),
-        max_tokens=table.text("max_tokens"),
-        chat_template=table.text("chat_template"),
-    )
-    table.finish()
-    return processor
-
-
 def _check(arch: ArchSpec, file: str) -> None:
     """Refuse contradictions that the types cannot show."""
     if not arch.towers or not arch.layouts:
@@ -357,41 +293,3 @@ def _check_streams(arch: ArchSpec, file: str) -> None:
                         f"the {stream.modality} tower's residual stream lacks {forgotten[0]!r}",
                         where=file,
                     )
-
-
-def _fused(table: StrictTable | None) -> dict[str, FusedLayer]:
-    """Fuse label -> the layer that servers make of its sites."""
-    result: dict[str, FusedLayer] = {}
-    for label, item in table.children() if table else ():
-        result[label] = FusedLayer(item.text("name"), item.text("class"))
-        item.finish()
-    return result
-
-
-def _vllm(table: StrictTable | None) -> VllmNames | None:
-    """The names of vLLM; None where it does not have the family."""
-    if table is None:
-        return None
-    names = VllmNames(table.pairs("prefixes"), table.maybe_text("head"))
-    table.finish()
-    return names
-
-
-def _gguf(table: StrictTable | None) -> GgufNames | None:
-    """The names of llama.cpp; None where it does not have the family."""
-    if table is None:
-        return None
-    words = table.text("architecture"), table.maybe_text("projector") or ""
-    flags = table.flag("rotary_pairs"), table.flag("norms_from_one")
-    names = GgufNames(*words, table.lists("tensors"), *flags)
-    table.finish()
-    return names
-
-
-def _gptq(table: StrictTable | None) -> GptqNames:
-    """The paths of readers of GPTQ layers; those of transformers where nothing is said."""
-    if table is None:
-        return GptqNames()
-    names = GptqNames(table.pairs("prefixes"))
-    table.finish()
-    return names

@@ -29,7 +29,8 @@ from prismquant.opening import MAX_JSON_BYTES, read_json, require_regular
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from prismquant.models.arch import ArchSpec, ProcessorMap
+    from prismquant.models.arch import ArchSpec
+    from prismquant.models.remote_arch import ProcessorMap
 
 __all__ = ["load_processor"]
 

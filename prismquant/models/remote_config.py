@@ -8,7 +8,7 @@ from typing import Any
 
 from prismquant.errors import ModelError, brief
 from prismquant.headers import TensorInfo
-from prismquant.models.arch import ConfigMap, ConfigSection, Inference
+from prismquant.models.remote_arch import ConfigMap, ConfigSection, Inference
 from prismquant.opening import read_json
 
 

@@ -37,9 +37,9 @@ from prismquant.export.gguf.llama_cpp_names import Part, parts
 from prismquant.export.gguf.vocabulary import read_vocabulary
 from prismquant.export.packed_integers import scale_refusal
 from prismquant.formats.quantized_layer import QuantizedTensor
-from prismquant.models.arch import GgufNames
 from prismquant.models.arch_files import known_archs
 from prismquant.models.config import native_config
+from prismquant.models.reader_names import GgufNames
 from prismquant.storage import atomic_path
 
 # The projector whose tower looks at windows.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from prismquant.models.arch import GgufNames
+from prismquant.models.reader_names import GgufNames
 
 _PATCHES = "V_ENC_EMBD_PATCH"
 _DEEPSTACK = "V_DS"
