@@ -110,7 +110,7 @@ def kept_for_gradients(
     """
     total = 0
     for tower in (Modality.LLM, Modality.VISION) if whole else (Modality.LLM,):
-        blocks = [s for s in bound.steps if s.modality is tower and s.kind == "block"]
+        blocks = [s for s in bound.steps if s.modality is tower and s.kind == "block" and s.sites]
         widths = [min(site.in_features for site in block.sites) for block in blocks]
         total += tokens[tower].largest * (sum(widths) + losses * max(widths, default=0))
     return samples * total * precision.dtype.itemsize

@@ -28,12 +28,14 @@ from prismquant.families.small_batches import (
     vocabulary_of,
 )
 from prismquant.families.specimen import write_specimen
+from prismquant.families.specimen_run import SpecimenRun
 from prismquant.families.tried_replay import replay_claims
 from prismquant.families.tried_rotations import rotation_claims
 from prismquant.families.tried_scales import edge_claims
 from prismquant.models.arch import ArchSpec
 from prismquant.models.arch_files import BESIDE, load_arch
 from prismquant.models.bind import bind
+from prismquant.models.block_kinds import absent_sites, block_notes
 from prismquant.models.bound import BoundModel
 from prismquant.models.config import identify, native_config, read_config
 from prismquant.models.processor import load_processor
@@ -75,6 +77,7 @@ def check_family(model: Path | str, arch_file: Path | str | None = None) -> Fami
         claims = (
             *_parameter_claims(bound),
             *_pattern_claims(bound),
+            *_block_claims(run),
             *replay_claims(run, refused),
             *edge_claims(run),
             *rotation_claims(run),
@@ -185,6 +188,15 @@ def _pattern_claims(bound: BoundModel) -> Iterator[FamilyClaim]:
         said = f"these match nothing: {', '.join(idle)}" if idle else f"{len(names)} patterns"
         sound = bool(names) and not idle
         yield FamilyClaim(f"patterns of {table} match something", sound, said)
+
+
+def _block_claims(run: SpecimenRun) -> Iterator[FamilyClaim]:
+    """Claims on what only some blocks have: it is there; and which blocks have it."""
+    paths, arch, steps = dict(run.model.named_modules()), run.bound.arch, run.bound.steps
+    for said in absent_sites(arch, steps, paths):
+        yield FamilyClaim("every layer is in some block", None, said)
+    for said in block_notes(arch, steps, paths):
+        yield FamilyClaim("blocks differ", True, said)
 
 
 def _matched(pattern: str, names: Sequence[str]) -> bool:

@@ -19,7 +19,7 @@ from prismquant.models.reader_names import FusedLayer, GgufNames, GptqNames, Vll
 from prismquant.models.remote_arch import ConfigMap, ProcessorMap
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Container, Mapping
 
 
 class Modality(StrEnum):
@@ -82,6 +82,8 @@ class Site:
         elementwise: Whether only elementwise functions act between it and the layers of its module.
         online_rotation: Whether its input is what an online rotation multiplies.
         cache: What its outputs become in the cache of keys and values.
+        in_blocks_with: Path of a module, relative as ``path``: only blocks that have this module
+            have the site. None: all have it.
     """
 
     role: str
@@ -95,6 +97,16 @@ class Site:
     elementwise: bool = False
     online_rotation: bool = False
     cache: Cached | None = None
+    in_blocks_with: str | None = None
+
+    def is_in(self, block: str, paths: Container[str]) -> bool:
+        """Whether a block has it.
+
+        Args:
+            block: Path of the block.
+            paths: Of all modules of the model.
+        """
+        return self.in_blocks_with is None or f"{block}.{self.in_blocks_with}" in paths
 
 
 @dataclass(frozen=True)
@@ -102,6 +114,8 @@ class Edge:
     """Smooth edge: a producer and its consumers, between which scale can move.
 
     Paths are relative to the step's module, or absolute where an :class:`ArchSpec` holds the edge.
+    In a block that lacks some of its sites the edge ends in the others; without its producer, or
+    without consumers, it is not there.
 
     Attributes:
         kind: Form of the producer.

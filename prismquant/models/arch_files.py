@@ -183,6 +183,9 @@ def _tower(table: StrictTable) -> Tower:
         raise table.wrong("blocks and depth come together")
     if (tower.entry is None) != (not tower.entry_sites):
         raise table.wrong("entry and entry_sites come together")
+    somewhere = [site.path for site in tower.sites if site.in_blocks_with is not None]
+    if somewhere and tower.blocks is None:
+        raise table.wrong(f"in_blocks_with of {somewhere[0]!r}: a tower of modules has no blocks")
     return tower
 
 
@@ -199,6 +202,7 @@ def _site(table: StrictTable) -> Site:
         elementwise=table.flag("elementwise"),
         online_rotation=table.flag("online_rotation"),
         cache=_maybe_member(table, Cached, "cache"),
+        in_blocks_with=table.maybe_text("in_blocks_with"),
     )
     table.finish()
     return site

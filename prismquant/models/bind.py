@@ -29,6 +29,7 @@ from prismquant.models.arch import (
 from prismquant.models.arch_files import BESIDE
 from prismquant.models.bind_edges import bind_edges
 from prismquant.models.bind_streams import bind_streams
+from prismquant.models.block_kinds import absent_sites, block_notes
 from prismquant.models.bound import BoundModel, BoundSite, BoundStep
 from prismquant.models.claims import CONVOLUTIONS, claim_parameters
 from prismquant.models.config import (
@@ -98,7 +99,7 @@ def bind(
     streams = bind_streams(arch, modules, steps, edges, probe, misfits)
     misfits.add_all(config_findings(config.get_text_config(), modules))
     unused = [f"config.json: {key} is not used" for key in unused_keys(arch, folder, config)]
-    notes = [*_described_beside(arch), *unused, *index_notes(folder, infos)]
+    notes = [*_description_notes(arch, steps, modules), *unused, *index_notes(folder, infos)]
     if says_tied and not tied:
         notes.append(
             f"config.json ties the head to the embeddings, but {names.to_disk(head_weight)} is "
@@ -132,9 +133,12 @@ def bind(
     )
 
 
-def _described_beside(arch: ArchSpec) -> list[str]:
-    """A line for the user where no file of the package describes the model."""
-    return [f"{BESIDE} in the model's folder describes it"] * (arch.name == Path(BESIDE).stem)
+def _description_notes(
+    arch: ArchSpec, steps: tuple[BoundStep, ...], modules: Mapping[str, nn.Module]
+) -> list[str]:
+    """Lines for the user where no file of the package describes the model, or blocks differ."""
+    own = [f"{BESIDE} in the model's folder describes it"] * (arch.name == Path(BESIDE).stem)
+    return [*own, *block_notes(arch, steps, modules), *absent_sites(arch, steps, modules)]
 
 
 def _bind_steps(
@@ -152,6 +156,7 @@ def _bind_steps(
             bound = [
                 _bind_site(site, tower, path, index, names, modules, dtypes, misfits)
                 for site in sites
+                if site.is_in(path, modules)
             ]
             kept = sorted((site for site in bound if site is not None), key=lambda site: site.stage)
             steps.append(BoundStep(index, tower.modality, path, tuple(kept), kind))

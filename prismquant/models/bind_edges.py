@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -38,11 +39,20 @@ def bind_edges(
             continue
         for step in steps:
             if step.modality is tower.modality and step.kind in ("block", "projector"):
-                for edge in tower.edges:
+                lacking = {s.path for s in tower.sites if not s.is_in(step.name, modules)}
+                for edge in (one for e in tower.edges if (one := _without(e, lacking))):
                     result.extend(binder.bind(edge, f"{step.name}.", heads, kv_heads))
     for edge in arch.edges:
         result.extend(binder.bind(edge))
     return tuple(result)
+
+
+def _without(edge: Edge, lacking: set[str]) -> Edge | None:
+    """The edge in a block that lacks some sites; None where one of its ends is missing."""
+    consumers = tuple(path for path in edge.consumers if path not in lacking)
+    if not consumers or edge.producer in lacking:
+        return None
+    return dataclasses.replace(edge, consumers=consumers)
 
 
 @dataclass(frozen=True)

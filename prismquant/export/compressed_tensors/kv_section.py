@@ -125,8 +125,10 @@ def quantize_kv_cache(
     tower = arch.tower(Modality.LLM)
     blocks: Any = model.get_submodule(tower.blocks or "")
     kv_heads = int(config_value(model.config, tower.kv_heads or tower.heads or ""))
-    paths = [site.path for site in tower.sites if site.cache is Cached.KEYS]
-    for projection in (f"{tower.blocks}.{i}.{path}" for i in range(len(blocks)) for path in paths):
+    modules = dict(model.named_modules())
+    keys = [site for site in tower.sites if site.cache is Cached.KEYS]
+    paths = [f"{tower.blocks}.{index}" for index in range(len(blocks))]
+    for projection in (f"{b}.{s.path}" for b in paths for s in keys if s.is_in(b, modules)):
         attention = projection.rpartition(".")[0]
         prefix = names.to_disk(f"{attention}.k_scale").removesuffix(".k_scale")
         linear: Any = model.get_submodule(projection)
