@@ -11,8 +11,10 @@ import itertools
 import math
 import os
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import torch
@@ -29,19 +31,56 @@ SINGLE_NAME = "model.safetensors"
 _MAX_INDEX_BYTES = 32 << 20
 
 
+@dataclass(frozen=True)
+class TensorView:
+    """A matrix that lies within a stored tensor of three dimensions.
+
+    Attributes:
+        source: Name of the stored tensor, a stack of matrices.
+        index: Number of the stored matrix that it lies in.
+        rows: First of its rows there, and the one after its last; columns, where it is transposed.
+        transposed: Whether its rows are the columns of the stored matrix.
+    """
+
+    source: str
+    index: int
+    rows: tuple[int, int]
+    transposed: bool
+
+    def shape(self, stored: Sequence[int]) -> tuple[int, int]:
+        """Its shape, by that of the stored tensor."""
+        return (self.rows[1] - self.rows[0], stored[1 if self.transposed else 2])
+
+    def of(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Its numbers, by those of the stored matrix."""
+        rows = slice(*self.rows)
+        return matrix[:, rows].T.contiguous() if self.transposed else matrix[rows]
+
+
+NO_VIEWS: Mapping[str, TensorView] = MappingProxyType({})
+
+
 class ShardReader:
     """Tensors of a checkpoint folder by name, read one at a time.
 
     Args:
         folder: Holds ``*.safetensors``, with or without an index.
         files: Read only these of its shards.
+        views: Matrices that are shown by names of their own, in the place of the tensors that they
+            lie in; these can be read, too, and are not among :attr:`names`.
 
     Raises:
         StorageError: There is no shard, a shard that the index names is missing, or one is broken.
     """
 
-    def __init__(self, folder: Path, files: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        files: Sequence[str] | None = None,
+        views: Mapping[str, TensorView] = NO_VIEWS,
+    ) -> None:
         self.folder = Path(folder)
+        self.views = views
         self._infos: dict[str, TensorInfo] = {}
         self._starts: dict[str, int] = {}
         index = read_index(self.folder) if files is None else None
@@ -69,17 +108,41 @@ class ShardReader:
     @property
     def names(self) -> frozenset[str]:
         """Names of all tensors."""
-        return frozenset(self._infos)
+        if not self.views:
+            return frozenset(self._infos)
+        hidden = {view.source for view in self.views.values()}
+        return frozenset({*self.views, *(name for name in self._infos if name not in hidden)})
 
     def info(self, name: str) -> TensorInfo:
         """Dtype and shape of a tensor, from its header."""
+        if (view := self.views.get(name)) is not None:
+            stored = ShardReader.info(self, view.source)
+            return TensorInfo(stored.dtype, view.shape(stored.shape), stored.file)
         if name not in self._infos:
             raise StorageError(f"tensor {name!r} is missing", where=str(self.folder))
         return self._infos[name]
 
+    def whole(self, names: Collection[str]) -> frozenset[str]:
+        """These names, with that of a stored tensor in the place of all matrices in it.
+
+        Args:
+            names: Of tensors; matrices stay by themselves where one of the same tensor is missing.
+        """
+        given = frozenset(names)
+        parts: dict[str, set[str]] = {}
+        for name, view in self.views.items():
+            parts.setdefault(view.source, set()).add(name)
+        whole = {source for source, held in parts.items() if held <= given}
+        return (given - {name for source in whole for name in parts[source]}) | whole
+
     def read(self, name: str) -> torch.Tensor:
         """The tensor, in its dtype on disk, in ordinary (not memory-mapped) memory."""
         # Of this class in any case: readers that show other tensors build on what is on disk.
+        if (view := self.views.get(name)) is not None:
+            stored = ShardReader.info(self, view.source)
+            matrix = torch.empty(stored.shape[1:], dtype=stored.dtype)
+            start = view.index * matrix.numel() * stored.dtype.itemsize
+            return view.of(self._read_into(matrix, view.source, [start]))
         info = ShardReader.info(self, name)
         return self._read_into(torch.empty(info.shape, dtype=info.dtype), name, [0])
 
@@ -97,6 +160,8 @@ class ShardReader:
             StorageError: The tensor is missing, has no such line, or cannot be read.
         """
         self._require_rows(name, rows)
+        if name in self.views:
+            return ShardReader.read(self, name)[rows]
         info = ShardReader.info(self, name)
         lines = torch.empty(len(rows), *info.shape[1:], dtype=info.dtype)
         size = math.prod(info.shape[1:]) * info.dtype.itemsize
@@ -125,8 +190,9 @@ class ShardReader:
         """
         if not hasattr(os, "posix_fadvise"):
             return
+        stored = {self.views[name].source if name in self.views else name for name in names}
         for file, found in itertools.groupby(
-            sorted((self._infos[name].file, name) for name in names if name in self._infos),
+            sorted((self._infos[name].file, name) for name in stored if name in self._infos),
             key=lambda pair: pair[0],
         ):
             with contextlib.suppress(OSError), open_regular(self.folder / file) as shard:

@@ -55,7 +55,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         key = repr((family, sorted(options.items(), key=lambda item: item[0])))
         if key not in built:
             makers = (tiny_text, tiny_families)
-            maker = next((one for one in makers if family in one.FAMILIES), tiny_vlm)
+            known = ((*one.FAMILIES, *one.SPARSE) for one in makers)
+            found = (one for one, names in zip(makers, known, strict=True) if family in names)
+            maker = next(found, tiny_vlm)
             built[key] = maker.build(family, tmp_path_factory.mktemp(family), **options)
         return built[key]
 

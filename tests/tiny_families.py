@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FAMILIES = ("internvl",)
+SPARSE = ("qwen3_vl_moe",)
 
 # Of pictures, in pixels; a patch has four on each side.
 _SIDE = 32
@@ -29,7 +30,7 @@ def build(family: str, folder: Path, *, dtype: torch.dtype = torch.float32) -> P
     """Write a random checkpoint with two blocks in each tower, as transformers writes it.
 
     Args:
-        family: One of :data:`FAMILIES`.
+        family: One of :data:`FAMILIES` or :data:`SPARSE`.
         folder: Where it goes.
         dtype: Of the weights.
     """
@@ -94,6 +95,24 @@ def _internvl(transformers: Any, tokenizer: Any) -> tuple[Any, Any]:
     return config, processor
 
 
+def _qwen3_vl_moe(transformers: Any, tokenizer: Any) -> tuple[Any, Any]:
+    config = tiny_vlm.config_of("qwen3_vl", transformers)
+    text = config.text_config.to_dict() | {
+        "model_type": "qwen3_vl_moe_text",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 128,
+    }
+    values = config.to_dict() | {"text_config": text}
+    del values["model_type"]
+    values["vision_config"].pop("model_type")
+    start, end = "<|vision_start|>", "<|vision_end|>"
+    pads = (f"{start}<|{kind}_pad|>{end}" for kind in ("image", "video"))
+    tokenizer.chat_template = tiny_vlm.chat_template(*pads)
+    processor = tiny_vlm.processor_of("qwen3_vl", transformers, tokenizer)
+    return transformers.Qwen3VLMoeConfig(**values), processor
+
+
 _INTERNVL = {
     "start_image_token": "<img>",
     "end_image_token": "</img>",
@@ -103,4 +122,5 @@ _INTERNVL = {
 # Tokens that a family's tokenizer names, and what makes its configuration and its processor.
 _MADE: dict[str, tuple[dict[str, str], Callable[[Any, Any], tuple[Any, Any]]]] = {
     "internvl": (_INTERNVL, _internvl),
+    "qwen3_vl_moe": ({}, _qwen3_vl_moe),
 }

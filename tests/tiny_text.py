@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text")
+SPARSE = ("qwen3_moe",)
 
 # A sliding window that the texts of the tests are longer than.
 WINDOW = 6
@@ -34,7 +35,7 @@ def build(
     """Write a random checkpoint.
 
     Args:
-        family: One of :data:`FAMILIES`.
+        family: One of :data:`FAMILIES` or :data:`SPARSE`.
         folder: Where it goes.
         seed: Of the weights.
         llm_blocks: Depth.
@@ -84,6 +85,8 @@ def _values(family: str, blocks: int, tie: bool) -> dict[str, Any]:
     }
     if family == "qwen2":
         del values["head_dim"]
+    if family == "qwen3_moe":
+        values |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
     if family in ("mistral", "gemma2", "gemma3_text"):
         values["sliding_window"] = WINDOW
     if family.startswith("gemma"):

@@ -106,7 +106,7 @@ def build(
     """
     transformers = import_transformers()
     depth = vision_blocks or (3 if family == "qwen3_vl" else 2)
-    config = _config(family, transformers, llm_blocks, depth, tie)
+    config = config_of(family, transformers, llm_blocks, depth, tie)
     arch = known_archs()[family]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -191,7 +191,10 @@ def _picture(size: tuple[int, int], colour: str, shape: str, position: float) ->
     return image
 
 
-def _config(family: str, transformers: Any, llm_blocks: int, depth: int, tie: bool) -> Any:
+def config_of(
+    family: str, transformers: Any, llm_blocks: int = 2, depth: int = 2, tie: bool = False
+) -> Any:
+    """A family's configuration, of narrow blocks."""
     ids = {text: index for index, text in enumerate(_SPECIAL)}
     text: dict[str, Any] = {
         "vocab_size": VOCABULARY,
@@ -271,7 +274,9 @@ def randomize(model: nn.Module) -> None:
                 parameter.normal_(0.0, 1.0)
             else:
                 # Unit gain; a little more in attention, so that it is not uniform.
-                parameter.normal_(0.0, 1.3 * parameter[0].numel() ** -0.5)
+                stacked = parameter.dim() == 3 and name.endswith("_proj")
+                fan_in = parameter.shape[-1] if stacked else parameter[0].numel()
+                parameter.normal_(0.0, 1.3 * fan_in**-0.5)
 
 
 def _names(family: str, layout: str | None) -> NameMap:
@@ -328,6 +333,12 @@ def word_tokenizer(transformers: Any, named: dict[str, str]) -> Any:
 
 
 def _write_processors(folder: Path, family: str, transformers: Any) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    processor_of(family, transformers, tokenizer).save_pretrained(folder)
+
+
+def processor_of(family: str, transformers: Any, tokenizer: Any) -> Any:
+    """A family's processor of small pictures and clips."""
     title = {
         "qwen2_vl": "Qwen2VL",
         "qwen2_5_vl": "Qwen2_5_VL",
@@ -344,13 +355,12 @@ def _write_processors(folder: Path, family: str, transformers: Any) -> None:
         "video_llama_3": "VideoLlama3VideoProcessor",
     }.get(family, "Qwen2VLVideoProcessor")
     extra = {} if llama else {"cap_pixels_per_frame": False}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    getattr(transformers, f"{title}Processor")(
+    return getattr(transformers, f"{title}Processor")(
         image_processor=image(**common),
         tokenizer=tokenizer,
         video_processor=getattr(transformers, video_class)(**common, **extra),
         chat_template=tokenizer.chat_template,
-    ).save_pretrained(folder)
+    )
 
 
 def _write_remote(folder: Path, config: Any) -> None:

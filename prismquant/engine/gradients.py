@@ -124,7 +124,7 @@ def vision_weights(
     dtype = placement.precision.dtype
     precision = Precision(torch.bfloat16 if dtype is torch.float16 else dtype)
     try:
-        reader, where = ShardReader(bound.folder), replace(placement, precision=precision)
+        reader, where = bound.shards(), replace(placement, precision=precision)
         ratios = gradient_ratios(bound, reader, batches, where, store)
     except torch.OutOfMemoryError as error:
         raise PrismQuantError(

@@ -29,6 +29,7 @@ from prismquant.families.small_batches import (
 )
 from prismquant.families.specimen import write_specimen
 from prismquant.families.specimen_run import SpecimenRun
+from prismquant.families.tried_experts import expert_claims
 from prismquant.families.tried_replay import replay_claims
 from prismquant.families.tried_rotations import rotation_claims
 from prismquant.families.tried_scales import edge_claims
@@ -78,6 +79,7 @@ def check_family(model: Path | str, arch_file: Path | str | None = None) -> Fami
             *_parameter_claims(bound),
             *_pattern_claims(bound),
             *_block_claims(run),
+            *expert_claims(run),
             *replay_claims(run, refused),
             *edge_claims(run),
             *rotation_claims(run),

@@ -91,7 +91,10 @@ def _randomize(model: nn.Module) -> None:
             elif isinstance(module, nn.Embedding):
                 parameter.normal_(0.0, 1.0)
             else:
-                parameter.normal_(0.0, 1.3 * parameter[0].numel() ** -0.5)
+                # A stack of experts' matrices is no weight of its module.
+                stacked = parameter.dim() == 3 and name.endswith("_proj")
+                fan_in = parameter.shape[-1] if stacked else parameter[0].numel()
+                parameter.normal_(0.0, 1.3 * fan_in**-0.5)
 
 
 def write_samples(folder: Path, kinds: Sequence[str], count: int) -> tuple[Sample, ...]:

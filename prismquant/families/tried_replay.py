@@ -14,7 +14,6 @@ from prismquant.errors import PrismQuantError
 from prismquant.families.family_claims import FamilyClaim
 from prismquant.families.specimen_run import TOLERANCE, SpecimenRun, largest_difference
 from prismquant.models.bound import BoundModel
-from prismquant.shards import ShardReader
 
 __all__ = ["replay_claims", "walked_logits"]
 
@@ -43,9 +42,7 @@ def replay_claims(run: SpecimenRun, refused: Mapping[str, str]) -> Iterator[Fami
 @torch.no_grad()
 def walked_logits(bound: BoundModel, batch: Batch) -> Tensor:
     """Logits of a batch where tokens count, by a walk that changes nothing."""
-    walk = ModelWalk(
-        bound, ShardReader(bound.folder), [batch], visit=Visit(layers=(bound.arch.head,))
-    )
+    walk = ModelWalk(bound, bound.shards(), [batch], visit=Visit(layers=(bound.arch.head,)))
     found: list[Tensor] = []
     for unit in walk.units():
         with unit.loaded():

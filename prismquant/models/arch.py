@@ -72,7 +72,7 @@ class Site:
     Attributes:
         role: What the layer does, e.g. ``attn.qkv.q``; recipes match it exactly or by dotted
             prefix.
-        path: Module path relative to the step's module.
+        path: Module path relative to the step's module; ``*`` for the number of an expert.
         kind: Linear layer or patch convolution.
         stage: Order inside the step; sites of one stage are calibrated in one pass.
         input: Label of the tensor it reads; sites of a step with equal labels read the same tensor.
@@ -148,6 +148,8 @@ class Tower:
         entry: Module that runs before the blocks and holds ``entry_sites``.
         blocks: Path of the module list of equal blocks.
         modules: Paths of single modules, for a projector; ``*`` stands for all members of a list.
+        experts: Paths of modules in a block that hold experts, relative to it; each expert's
+            matrices become layers, as :mod:`prismquant.models.experts` says.
         entry_sites: Sites of the entry, relative to it.
         sites: Sites of every block or module, relative to it.
         edges: Edges of every block or module, relative to it.
@@ -162,6 +164,7 @@ class Tower:
     entry: str | None = None
     blocks: str | None = None
     modules: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ()
     entry_sites: tuple[Site, ...] = ()
     sites: tuple[Site, ...] = ()
     edges: tuple[Edge, ...] = ()
@@ -251,6 +254,11 @@ class ArchSpec:
     ignored_tensors: tuple[str, ...] = ()
     config_map: ConfigMap | None = None
     processor_map: ProcessorMap | None = None
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Module paths of experts, ``*`` for the number of a block."""
+        return tuple(f"{t.blocks}.*.{path}" for t in self.towers if t.blocks for path in t.experts)
 
     @property
     def sees(self) -> bool:

@@ -169,6 +169,7 @@ def _tower(table: StrictTable) -> Tower:
         entry=table.maybe_text("entry"),
         blocks=table.maybe_text("blocks"),
         modules=table.texts("modules", ()),
+        experts=table.texts("experts", ()),
         entry_sites=tuple(_site(item) for item in table.tables("entry_sites")),
         sites=tuple(_site(item) for item in table.tables("sites")),
         edges=tuple(_edge(item) for item in table.tables("edges")),
@@ -179,6 +180,11 @@ def _tower(table: StrictTable) -> Tower:
     table.finish()
     if (tower.blocks is None) == (not tower.modules):
         raise table.wrong("a tower has either blocks or modules")
+    if tower.experts and tower.blocks is None:
+        raise table.wrong("experts are paths within blocks")
+    starred = {site.path.split(".*.")[0] for site in tower.sites if "*" in site.path}
+    if strange := sorted(starred ^ set(tower.experts)):
+        raise table.wrong(f"experts and sites with `*` in their paths differ: {strange[0]!r}")
     if (tower.blocks is None) != (tower.depth is None):
         raise table.wrong("blocks and depth come together")
     if (tower.entry is None) != (not tower.entry_sites):

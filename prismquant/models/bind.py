@@ -28,9 +28,10 @@ from prismquant.models.arch import (
 )
 from prismquant.models.arch_files import BESIDE
 from prismquant.models.bind_edges import bind_edges
+from prismquant.models.bind_experts import shown_tensors, sites_of_experts
 from prismquant.models.bind_streams import bind_streams
 from prismquant.models.block_kinds import absent_sites, block_notes
-from prismquant.models.bound import BoundModel, BoundSite, BoundStep
+from prismquant.models.bound import BoundModel, BoundSite, BoundStep, ExpertPlace
 from prismquant.models.claims import CONVOLUTIONS, claim_parameters
 from prismquant.models.config import (
     header_infos,
@@ -74,7 +75,7 @@ def bind(
     """
     folder = Path(folder)
     arch = identify(folder)
-    infos = header_infos(folder)
+    infos: Mapping[str, TensorInfo] = header_infos(folder)
     if headers_required and not infos:
         raise ModelError(
             "the model folder has no readable *.safetensors shard",
@@ -87,6 +88,8 @@ def bind(
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     disk_names = infos.keys() or (read_index(folder) or {}).keys()
     names = choose_layout(arch.layouts, disk_names, modules.keys())
+    stored = infos
+    views, infos = shown_tensors(arch, model, names, folder, stored)
     head_weight = f"{arch.head}.weight"
     says_tied = bool(getattr(config, "tie_word_embeddings", False))
     tied = says_tied and names.to_disk(head_weight) not in disk_names
@@ -99,12 +102,9 @@ def bind(
     streams = bind_streams(arch, modules, steps, edges, probe, misfits)
     misfits.add_all(config_findings(config.get_text_config(), modules))
     unused = [f"config.json: {key} is not used" for key in unused_keys(arch, folder, config)]
-    notes = [*_description_notes(arch, steps, modules), *unused, *index_notes(folder, infos)]
+    notes = [*_description_notes(arch, steps, modules), *unused, *index_notes(folder, stored)]
     if says_tied and not tied:
-        notes.append(
-            f"config.json ties the head to the embeddings, but {names.to_disk(head_weight)} is "
-            "stored: it counts, and the result's config.json says so"
-        )
+        notes.append(_not_tied(names.to_disk(head_weight)))
     if not quantized:
         strange = _compare(arch, names, shapes, infos, head_weight if tied else None)
         if section := read_config(folder).get("quantization_config"):
@@ -129,6 +129,7 @@ def bind(
         shapes=shapes,
         tied=tied,
         has_weights=bool(infos),
+        views=views,
         notes=tuple(notes),
     )
 
@@ -139,6 +140,14 @@ def _description_notes(
     """Lines for the user where no file of the package describes the model, or blocks differ."""
     own = [f"{BESIDE} in the model's folder describes it"] * (arch.name == Path(BESIDE).stem)
     return [*own, *block_notes(arch, steps, modules), *absent_sites(arch, steps, modules)]
+
+
+def _not_tied(head: str) -> str:
+    """A line on a head that is stored although the configuration calls it the embedding."""
+    return (
+        f"config.json ties the head to the embeddings, but {head} is stored: it counts, and the "
+        "result's config.json says so"
+    )
 
 
 def _bind_steps(
@@ -154,11 +163,12 @@ def _bind_steps(
         for path, kind, sites in _tower_steps(tower, modules, misfits):
             index = len(steps)
             bound = [
-                _bind_site(site, tower, path, index, names, modules, dtypes, misfits)
+                _bind_site(one, tower, path, index, names, modules, dtypes, misfits, expert)
                 for site in sites
                 if site.is_in(path, modules)
+                for one, expert in sites_of_experts(site, path, modules, misfits)
             ]
-            kept = sorted((site for site in bound if site is not None), key=lambda site: site.stage)
+            kept = sorted((site for site in bound if site is not None), key=_in_order)
             steps.append(BoundStep(index, tower.modality, path, tuple(kept), kind))
     head = Site("lm_head", "", SiteKind.LINEAR, 0, "final")
     llm = arch.towers[-1]
@@ -169,6 +179,11 @@ def _bind_steps(
             bound_head = dataclasses.replace(bound_head, dtype=dtype, tied=True)
         steps.append(BoundStep(len(steps), llm.modality, arch.head, (bound_head,), "head"))
     return tuple(steps)
+
+
+def _in_order(site: BoundSite) -> tuple[int, int]:
+    """By stage, then expert by expert."""
+    return site.stage, -1 if site.expert is None else site.expert.number
 
 
 def _tower_steps(
@@ -204,6 +219,7 @@ def _bind_site(
     modules: Mapping[str, nn.Module],
     dtypes: _Dtypes,
     misfits: Misfits,
+    expert: ExpertPlace | None = None,
 ) -> BoundSite | None:
     name = f"{parent}.{site.path}" if site.path else parent
     module = modules.get(name)
@@ -237,6 +253,7 @@ def _bind_site(
         elementwise=site.elementwise,
         online_rotation=site.online_rotation,
         cache=site.cache,
+        expert=expert,
     )
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from prismquant.errors import ModelError
 from prismquant.models.arch import ArchSpec, Edge, EdgeKind
+from prismquant.models.bind_experts import edges_of_experts
 from prismquant.models.bound import BoundEdge, BoundStep
 from prismquant.models.config import config_value
 from prismquant.models.misfits import Misfits, kind_of
@@ -40,8 +41,9 @@ def bind_edges(
         for step in steps:
             if step.modality is tower.modality and step.kind in ("block", "projector"):
                 lacking = {s.path for s in tower.sites if not s.is_in(step.name, modules)}
-                for edge in (one for e in tower.edges if (one := _without(e, lacking))):
-                    result.extend(binder.bind(edge, f"{step.name}.", heads, kv_heads))
+                for edge in (kept for e in tower.edges if (kept := _without(e, lacking))):
+                    for one in edges_of_experts(edge, step.name, modules):
+                        result.extend(binder.bind(one, f"{step.name}.", heads, kv_heads))
     for edge in arch.edges:
         result.extend(binder.bind(edge))
     return tuple(result)

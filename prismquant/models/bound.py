@@ -16,9 +16,23 @@ from prismquant.errors import ModelError, suggest
 from prismquant.models.arch import ArchSpec, Cached, EdgeKind, Modality, Parallel, SiteKind
 from prismquant.models.config import config_value
 from prismquant.models.names import NameMap
+from prismquant.shards import ShardReader, TensorView
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+
+@dataclass(frozen=True)
+class ExpertPlace:
+    """Place of an expert in a block.
+
+    Attributes:
+        module: Path of the module that holds all experts of the block.
+        number: Its number among them.
+    """
+
+    module: str
+    number: int
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,8 @@ class BoundSite:
         elementwise: Whether only elementwise functions act between it and the layers of its module.
         online_rotation: Whether its input is what an online rotation multiplies.
         cache: What its outputs become in the cache of keys and values.
+        expert: The expert that it is part of, which sees the tokens that are sent to it; None: it
+            sees all.
     """
 
     name: str
@@ -65,6 +81,12 @@ class BoundSite:
     elementwise: bool = False
     online_rotation: bool = False
     cache: Cached | None = None
+    expert: ExpertPlace | None = None
+
+    @property
+    def scheme_key(self) -> str | None:
+        """Equal for layers to which servers give one scheme: fused ones, all experts of a block."""
+        return self.fuse_key if self.expert is None else self.expert.module
 
 
 @dataclass(frozen=True)
@@ -175,6 +197,8 @@ class BoundModel:
         shapes: Module tensor name -> shape, for every parameter and stored buffer.
         tied: Whether the head's weight is the token embedding.
         has_weights: Whether the folder has readable shards.
+        views: Layers' weights that lie within larger stored tensors, by the names that they have
+            alone.
         notes: What the folder says that was passed over, in sentences.
     """
 
@@ -191,6 +215,7 @@ class BoundModel:
     shapes: Mapping[str, tuple[int, ...]]
     tied: bool
     has_weights: bool
+    views: Mapping[str, TensorView] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     _by_name: dict[str, BoundSite] = field(default_factory=dict, repr=False, compare=False)
 
@@ -209,6 +234,10 @@ class BoundModel:
                 remedy=suggest(name, self._by_name) if len(self._by_name) < 40 else None,
             )
         return self._by_name[name]
+
+    def shards(self) -> ShardReader:
+        """Its tensors on disk, each layer's weight by a name of its own."""
+        return ShardReader(self.folder, views=self.views)
 
     @property
     def vision_token_ids(self) -> tuple[int, ...]:

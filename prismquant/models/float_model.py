@@ -9,7 +9,6 @@ from torch import nn
 
 from prismquant.models.bind import bind
 from prismquant.models.load import empty_model, materialize
-from prismquant.shards import ShardReader
 
 
 def load_float(
@@ -34,5 +33,5 @@ def load_float(
     """
     bound = bind(folder)
     model = empty_model(bound.config, bound.arch)
-    materialize(model, "", ShardReader(bound.folder), bound.names, device, dtype)
+    materialize(model, "", bound.shards(), bound.names, device, dtype)
     return model

@@ -59,6 +59,10 @@ def empty_model(config: Any, arch: ArchSpec) -> nn.Module:
             part._experts_implementation = "eager"
         with _OnMeta():
             model: nn.Module = kind(config)
+            if arch.experts:
+                from prismquant.models.experts import split_experts  # of few models
+
+                split_experts(model, arch.experts)
         for part, dtype in parts:
             part.dtype = dtype
         for owner, module in _with_owners(model):

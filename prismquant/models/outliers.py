@@ -23,7 +23,7 @@ from prismquant.errors import ModelError, NumericsError
 from prismquant.models.arch import EdgeKind, Modality
 from prismquant.models.bind import bind
 from prismquant.models.bound import BoundEdge, BoundModel
-from prismquant.shards import INDEX_NAME, ShardReader
+from prismquant.shards import INDEX_NAME
 from prismquant.storage import copy_file, write_tensors
 
 # How often a block has a channel of its own in place of a common one.
@@ -60,7 +60,7 @@ def add_outliers(
     out = Path(out)
     if out.resolve() == bound.folder.resolve():
         raise ModelError("the copy would overwrite its source", where=str(out))
-    reader = ShardReader(bound.folder)
+    reader = bound.shards()
     tensors = {bound.names.to_module(name): reader.read(name) for name in reader.names}
     chosen = scale_edges(
         tensors, bound, factor=factor, channels=channels, seed=seed, modality=modality

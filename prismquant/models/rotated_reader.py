@@ -60,7 +60,7 @@ class RotatedReader(ShardReader):
         towers: Sequence[RotatedTower],
         exact: Collection[str] = (),
     ) -> None:
-        super().__init__(folder)
+        super().__init__(folder, views=bound.views)
         self._bound = bound
         self._exact = frozenset(exact)
         self._edits = _edits(bound, towers)

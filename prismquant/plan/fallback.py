@@ -108,7 +108,7 @@ def fit_together(
     asked: Mapping[str, Asked],
     shards: int = 1,
 ) -> dict[str, Fitted]:
-    """Formats for layers that servers fuse, which must agree: where one falls back, all do.
+    """Formats for layers that servers give one scheme: where one falls back, all do.
 
     Args:
         sites: The layers.
@@ -122,18 +122,24 @@ def fit_together(
         PlanError: A shape does not fit.
     """
     found = {site.name: fit(site, *asked[site.name], shards) for site in sites}
-    fallen = next((fitted for fitted in found.values() if fitted.note), None)
+    candidates = dict.fromkeys(fitted for fitted in found.values() if fitted.note)
+    fallen = next((one for one in candidates if _fits_all(one, sites, shards)), None)
     if fallen is None:
         return {}
+    formats = (fallen.weights, fallen.activations)
+    others = (
+        "the other experts of its block" if sites[0].expert else "the layers that it is fused with"
+    )
     return {
-        name: replace(
-            fallen,
-            note="as the layers that it is fused with: "
-            f"{_in_words(fallen, asked[name][1])} instead",
-        )
+        name: replace(fallen, note=f"as {others}: {_in_words(fallen, asked[name][1])} instead")
         for name, fitted in found.items()
-        if not fitted.note and asked[name][:2] != (fallen.weights, fallen.activations)
+        if formats not in ((fitted.weights, fitted.activations), asked[name][:2])
     }
+
+
+def _fits_all(fitted: Fitted, sites: Sequence[BoundSite], shards: int) -> bool:
+    """Whether all layers can have the formats of one."""
+    return all(misfit(s, fitted.weights, fitted.activations, shards) is None for s in sites)
 
 
 def _in_words(fitted: Fitted, asked: NumberSpec | None) -> str:

@@ -24,6 +24,7 @@ from prismquant.plan.recipe_findings import (
     idle_entries,
     idle_rules,
     rules_of_absent_towers,
+    torn_experts,
     torn_fusions,
 )
 from prismquant.plan.transform_plan import (
@@ -36,7 +37,6 @@ from prismquant.plan.transform_plan import (
 from prismquant.recipe.layer_config import Options
 from prismquant.recipe.resolve import Resolved, resolve
 from prismquant.recipe.schema import Recipe
-from prismquant.shards import ShardReader
 
 _LOOK = "`prismquant inspect MODEL` lists every layer with its modality, role and shape"
 _UNTOUCHED = "no rule gives it a weight format"
@@ -75,7 +75,7 @@ def make_plan(recipe: Recipe, bound: BoundModel) -> Plan:
         f"{name}: {error.what}" + (f" ({error.remedy})" if error.remedy and not remedy else "")
         for name, error in misfits.items()
     ]
-    findings += torn_fusions(rows)
+    findings += [*torn_fusions(rows), *torn_experts(rows)]
     edges = plan_edges(transforms, bound, rows, findings)
     findings += idle_rooms(transforms, rows)
     kv_cache = plan_kv_cache(recipe, bound)
@@ -144,7 +144,7 @@ def _rows(
 def _source_sizes(bound: BoundModel) -> dict[str, int]:
     """Bytes of every tensor by its name on disk; without shards, as the configuration implies."""
     if bound.has_weights:
-        reader = ShardReader(bound.folder)
+        reader = bound.shards()
         return {name: reader.info(name).nbytes for name in reader.names}
     head = f"{bound.arch.head}.weight"
     return {
@@ -180,11 +180,11 @@ def _followers(
 
 
 def _fused(sites: Iterable[BoundSite]) -> dict[str, list[BoundSite]]:
-    """Layers that servers load as one matrix."""
+    """Layers that servers load as one matrix, or as the experts of a block."""
     groups: dict[str, list[BoundSite]] = {}
     for site in sites:
-        if site.fuse_key is not None:
-            groups.setdefault(site.fuse_key, []).append(site)
+        if site.scheme_key is not None:
+            groups.setdefault(site.scheme_key, []).append(site)
     return groups
 
 

@@ -1,3 +1,3 @@
 """Version of the form in which plan.json is written."""
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3

@@ -89,6 +89,31 @@ def torn_fusions(rows: Sequence[PlanRow]) -> list[str]:
     return findings
 
 
+def torn_experts(rows: Sequence[PlanRow]) -> list[str]:
+    """Servers run all experts of a block at once: their layers must have one scheme."""
+    blocks: dict[str, list[PlanRow]] = {}
+    for row in rows:
+        if row.site.expert is not None:
+            blocks.setdefault(row.site.expert.module, []).append(row)
+    findings = [
+        f"{row.site.name}: experts cannot be calibrated yet; use solver: rtn, dynamic inputs"
+        for members in blocks.values()
+        for row in members
+        if row.needs_data
+    ]
+    for module, members in blocks.items():
+        schemes: dict[object, PlanRow] = {}
+        for row in members:
+            schemes.setdefault((row.config.weights, *row.config.sides), row)
+        if len(schemes) > 1:
+            said = "; ".join(f"{r.site.name}: {r.config.describe()}" for r in schemes.values())
+            findings.append(
+                f"{module}: all layers of all experts of a block must share a scheme, as servers "
+                f"run them at once, but: {said}"
+            )
+    return findings
+
+
 def _shares_global_scale(rows: Sequence[PlanRow]) -> bool:
     return any(
         row.config.weights is not None and row.config.weights.scale == "e4m3" for row in rows

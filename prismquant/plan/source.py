@@ -11,6 +11,6 @@ from prismquant.shards import ShardReader
 def source_reader(plan: Plan, bound: BoundModel) -> ShardReader:
     """The checkpoint as the run sees it: rotated, where the plan says so."""
     if not plan.towers:
-        return ShardReader(bound.folder)
+        return bound.shards()
     exact = {f"{row.site.name}.weight" for row in plan.quantized}
     return RotatedReader(bound.folder, bound, plan.towers, exact)

@@ -23,7 +23,6 @@ from prismquant.engine.walk import ModelWalk
 from prismquant.models.bound import BoundModel
 from prismquant.search.choices import Choices, UnitRows
 from prismquant.search.sensitivity import Score, TokenClass
-from prismquant.shards import ShardReader
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ class Analysis:
         )
         return ModelWalk(
             self.bound,
-            ShardReader(self.bound.folder),
+            self.bound.shards(),
             self.batches,
             self.placement,
             visit=visit,

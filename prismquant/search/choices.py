@@ -29,7 +29,6 @@ from prismquant.plan.plan import Plan, PlanRow
 from prismquant.recipe.schema import Recipe, parse_recipe
 from prismquant.search.format_grammar import numbers_of, rule_of
 from prismquant.search.sensitivity import FLOAT, Choice, ChoiceUnit, FormatOption, LayerShape
-from prismquant.shards import ShardReader
 
 # Layers of a unit whose names a unit's name spells out.
 _SPELLED = 4
@@ -254,7 +253,7 @@ def _by_layer(plan: Plan) -> dict[str, PlanRow]:
 def _numbers(bound: BoundModel) -> int:
     """Count of all numbers on disk; without shards, as the configuration implies."""
     if bound.has_weights:
-        reader = ShardReader(bound.folder)
+        reader = bound.shards()
         return sum(math.prod(reader.info(name).shape) for name in reader.names)
     tied = f"{bound.arch.head}.weight" if bound.tied else None
     return sum(math.prod(shape) for name, shape in bound.shapes.items() if name != tied)

@@ -25,7 +25,6 @@ from prismquant.models.bound import BoundModel
 from prismquant.search.divergence import UnchangedLogits
 from prismquant.search.sensitivity import TOKEN_CLASSES, TokenClass
 from prismquant.search.token_places import token_places
-from prismquant.shards import ShardReader
 
 CHUNK = 64
 """Places whose logits are looked at together."""
@@ -86,7 +85,7 @@ class HeldOutLoss:
         """Walk through the float model."""
         walk = ModelWalk(
             self._bound,
-            ShardReader(self._bound.folder),
+            self._bound.shards(),
             placement=self._placement,
             store=self._store,
             ranks=self._ranks,

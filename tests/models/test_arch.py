@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 ALL = sorted(known_archs())
 SEEING = [name for name in ALL if known_archs()[name].sees]
 TEXT = [name for name in ALL if not known_archs()[name].sees]
+DENSE = [name for name in ALL if not known_archs()[name].experts]
+SPARSE = [name for name in ALL if known_archs()[name].experts]
 
 
 @pytest.fixture
@@ -46,10 +48,11 @@ def test_these_architectures_are_described():
         "qwen2_5_vl",
         "qwen2_vl",
         "qwen3_vl",
+        "qwen3_vl_moe",
         "video_llama_3",
         "video_llama_3_remote",
     ]
-    assert TEXT == ["gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3"]
+    assert TEXT == ["gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe"]
 
 
 @pytest.mark.parametrize("name", TEXT)
@@ -75,7 +78,7 @@ def test_every_architecture_that_sees_has_the_three_modalities_with_the_language
     ]
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", DENSE)
 def test_every_language_model_has_seven_sites_in_four_stages(name):
     sites = known_archs()[name].tower(Modality.LLM).sites
     assert [(site.role, site.stage, site.fuse) for site in sites] == [
@@ -91,7 +94,19 @@ def test_every_language_model_has_seven_sites_in_four_stages(name):
     assert len({site.input for site in sites}) == 4
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", SPARSE)
+def test_experts_have_an_input_each_and_no_router_is_a_site(name):
+    sites = known_archs()[name].tower(Modality.LLM).sites[4:]
+    assert [(site.role, site.stage, site.input, site.fuse, site.parallel) for site in sites] == [
+        ("mlp.experts.gate", 2, "expert_in", "gate_up", "column"),
+        ("mlp.experts.up", 2, "expert_in", "gate_up", "column"),
+        ("mlp.experts.down", 3, "expert_mid", None, "row"),
+    ]
+    assert all(site.path.startswith("mlp.experts.*.") for site in sites)
+    assert any(path.endswith(".mlp.gate") for path in known_archs()[name].left_alone)
+
+
+@pytest.mark.parametrize("name", DENSE)
 def test_what_a_role_means_is_said_of_every_site(name):
     """Servers, caches, rotations and streams go by these, never by the name of a role."""
     parallel = {"attn.out": "row", "mlp.down": "row", "projector.fc2": "row"} | dict.fromkeys(
@@ -111,9 +126,11 @@ def test_names_of_readers_lie_beside_the_family():
     archs = known_archs()
     seen = [name for name in ALL if archs[name].vllm and archs[name].gguf]
     assert [one for one in seen if archs[one].sees] == ["qwen2_5_vl", "qwen2_vl", "qwen3_vl"]
-    assert [one for one in seen if not archs[one].sees] == [o for o in ALL if not archs[o].sees]
+    assert [one for one in seen if not archs[one].sees] == [o for o in DENSE if o in TEXT]
     for arch in archs.values():
-        labels = {site.fuse for tower in arch.towers for site in tower.sites if site.fuse}
+        sites = [site for tower in arch.towers for site in tower.sites]
+        # Experts of a block are one layer in servers, whatever they fuse in it.
+        labels = {site.fuse for site in sites if site.fuse and "*" not in site.path}
         assert labels == arch.fused.keys(), arch.name
         assert arch.gptq.prefixes, arch.name
 
@@ -151,7 +168,7 @@ def test_a_fused_query_key_value_layer_offers_only_its_value_part():
     assert (edge.producer, edge.part) == ("attn.qkv", "v")
 
 
-@pytest.mark.parametrize("name", SEEING)
+@pytest.mark.parametrize("name", [name for name in SEEING if name in DENSE])
 def test_both_towers_have_a_residual_stream(name):
     """Vision writers come from the patch embedding on; the LLM's include the projector.
 

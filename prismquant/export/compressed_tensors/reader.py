@@ -34,7 +34,7 @@ from prismquant.formats.quantized_layer import (
 )
 from prismquant.formats.spec import NumberSpec
 from prismquant.headers import TensorInfo
-from prismquant.shards import ShardReader
+from prismquant.shards import NO_VIEWS, ShardReader, TensorView
 
 _NO_ALIASES: Mapping[str, Collection[str]] = MappingProxyType({})
 _WEIGHT_SUFFIXES = (
@@ -185,14 +185,18 @@ class DequantizingReader(ShardReader):
     Args:
         folder: The checkpoint.
         schemes: How layers are stored, and their shapes, by prefix of their names on disk.
+        views: As for :class:`~prismquant.shards.ShardReader`.
     """
 
     def __init__(
-        self, folder: Path, schemes: Mapping[str, tuple[StoredScheme, tuple[int, int]]]
+        self,
+        folder: Path,
+        schemes: Mapping[str, tuple[StoredScheme, tuple[int, int]]],
+        views: Mapping[str, TensorView] = NO_VIEWS,
     ) -> None:
-        super().__init__(folder)
+        super().__init__(folder, views=views)
         self._schemes = schemes
-        self._stored = FiniteReader(folder)
+        self._stored = FiniteReader(folder, views=views)
         self._own: dict[str, set[str]] = {prefix: set() for prefix in schemes}
         for name in self._stored.names:
             prefix, _, suffix = name.rpartition(".")

@@ -42,7 +42,7 @@ from prismquant.models.arch import ArchSpec
 from prismquant.models.config import identify, native_config, read_config
 from prismquant.models.load import empty_model
 from prismquant.models.names import NameMap, choose_layout
-from prismquant.shards import ShardReader
+from prismquant.shards import NO_VIEWS, ShardReader, TensorView
 
 _CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale", ".k_zero_point", ".v_zero_point")
 
@@ -205,6 +205,9 @@ def open_checkpoint(folder: Path) -> StoredCheckpoint:
     model = empty_model(native_config(arch, folder), arch)
     shards = FiniteReader(folder)
     names = choose_layout(arch.layouts, shards.names, dict(model.named_modules()))
+    views = stored_views(arch, model, names, shards)
+    if views:
+        shards = FiniteReader(folder, views=views)
     called = _config_names(model, names, remote=arch.config_map is not None)
     linears = {
         said: Linear(
@@ -218,9 +221,20 @@ def open_checkpoint(folder: Path) -> StoredCheckpoint:
     require_tensors(folder, faults)
     _embedding_dtype(shards, names, arch)
     stored = {x.prefix: (x.scheme, x.shape) for x in layers if x.scheme is not None}
-    reader = DequantizingReader(folder, stored)
+    reader = DequantizingReader(folder, stored, views)
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     return StoredCheckpoint(folder, arch, config, section, names, layers, shards, reader, tied)
+
+
+def stored_views(
+    arch: ArchSpec, model: nn.Module, names: NameMap, shards: ShardReader
+) -> Mapping[str, TensorView]:
+    """Layers' weights that lie within larger stored tensors, by the names that they have alone."""
+    if not arch.experts:
+        return NO_VIEWS
+    from prismquant.models.experts import expert_views  # of few models
+
+    return expert_views(model, names, {name: shards.info(name) for name in shards.names})
 
 
 @dataclass(frozen=True)

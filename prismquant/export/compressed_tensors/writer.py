@@ -92,13 +92,15 @@ class CheckpointWriter:
         solved = {f"{self._rows[layer.name].site.disk_name}.weight": layer for layer in layers}
         shard = self._shard_name(self.bound.steps.index(step) + 1)
         plain = {self.bound.names.to_disk(name): tensor for name, tensor in changed.items()}
-        tensors = self._rotations(step)
+        tensors, kept = self._rotations(step), []
         for name in self._names_of(step):
             layer = solved.pop(name, None)
             if layer is not None:
                 tensors |= _layer_tensors(layer, self._rows[layer.name])
             elif name not in plain:
-                plain[name] = self._reader.read(name)
+                kept.append(name)
+        # A stack of matrices of which none has changed stays one.
+        plain |= {name: self._reader.read(name) for name in sorted(self._reader.whole(kept))}
         if solved:
             raise StorageError(f"the source has no tensor {next(iter(solved))!r}", where=step.name)
         self.nonfinite[shard] = self._nonfinite(plain)
