@@ -2,7 +2,8 @@
 
 A transform says by how much; here the producer is divided and its consumers are multiplied, so
 that the function stays as it is. A norm is stored in the checkpoint's dtype and not quantized: its
-new values are rounded to that dtype first, and the consumers take what was really divided.
+new values are rounded to that dtype first, and the consumers take what was really divided. Where a
+norm multiplies by ``1 + w``, that is what is divided: ``w' = (1 + w) / s - 1``.
 """
 
 from __future__ import annotations
@@ -91,7 +92,10 @@ def move_scale(
     rows = slice(edge.first_row, edge.first_row + edge.size)
     weight = upper.get_parameter("weight")
     scale = scale.to(weight.device, torch.float32)
-    if edge.norm is not None:
+    stored = None
+    if edge.from_one:
+        stored, scale = _divided_from_one(weight.float(), scale, stored_dtype)
+    elif edge.norm is not None:
         stored = (weight[rows].float() / scale).to(stored_dtype).float()
         # Where the norm is zero nothing passes, and any scale is as good.
         moved = (weight[rows].float() / stored).isfinite() & (stored != 0)
@@ -103,10 +107,13 @@ def move_scale(
             continue
         parts = parameter.detach().clone()
         divisor = scale.reshape(-1, *[1] * (parts.ndim - 1))
-        parts[rows] = (parts[rows].float() / divisor).to(parts.dtype)
+        if leaf == "weight" and stored is not None:
+            parts[rows] = stored.to(parts.dtype)
+        else:
+            parts[rows] = (parts[rows].float() / divisor).to(parts.dtype)
         setattr(upper, leaf, nn.Parameter(parts, requires_grad=False))
         changed.append(f"{edge.source}.{leaf}")
-    for name in edge.consumers:
+    for name in edge.readers:
         consumer = model.get_submodule(name)
         old = consumer.get_parameter("weight")
         columns = channel_of_column(edge, old.shape[1]).to(old.device)
@@ -114,3 +121,23 @@ def move_scale(
         consumer.weight = nn.Parameter(values, requires_grad=False)
         changed.append(f"{name}.weight")
     return changed
+
+
+def _divided_from_one(
+    weight: Tensor, scale: Tensor, stored_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The weight of a norm that multiplies by one plus it, divided; and by what it really was.
+
+    Weights near -1 are coarse: none is stored as -1 itself, which would let nothing pass.
+
+    Args:
+        weight: float32 ``[size]``.
+        scale: The scale that is wanted, float32 ``[size]``.
+        stored_dtype: Of the norm in the checkpoint.
+    """
+    gain = 1 + weight
+    stored = (gain / scale - 1).to(stored_dtype)
+    closed = torch.full_like(stored, -1)
+    beside = torch.where(gain < 0, closed.nextafter(closed - 1), closed.nextafter(closed + 1))
+    stored = torch.where((stored == closed) & (gain != 0), beside, stored).float()
+    return stored, torch.where(gain != 0, gain / (1 + stored), scale)

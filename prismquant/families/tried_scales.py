@@ -28,7 +28,7 @@ def edge_claims(run: SpecimenRun) -> Iterator[FamilyClaim]:
     """
     named: defaultdict[str, list[BoundEdge]] = defaultdict(list)
     for edge in run.bound.edges:
-        what = f"scale moves from {edge.source} to {', '.join(edge.consumers)}"
+        what = f"scale moves from {edge.source} to {', '.join(edge.readers)}"
         named[_NUMBER.sub("*", what)].append(edge)
     for what, edges in named.items():
         moved, alone = zip(*(_moved(run, edge) for edge in edges), strict=True)
@@ -44,8 +44,8 @@ def _moved(run: SpecimenRun, edge: BoundEdge) -> tuple[float, float]:
     draw = torch.Generator().manual_seed(edge.step)
     exponent = 2 * torch.rand(edge.size, generator=draw) - 1
     scale = _LARGEST_SCALE**exponent
-    with run.restored([edge.source, *edge.consumers]):
-        with run.restored(edge.consumers):
+    with run.restored([edge.source, *edge.readers]):
+        with run.restored(edge.readers):
             move_scale(run.model, edge, scale, torch.float32)
             moved = run.difference()
         return moved, run.difference()

@@ -57,7 +57,7 @@ class Cached(StrEnum):
 class EdgeKind(StrEnum):
     """Rescaling that an edge allows without changing the float function."""
 
-    # norm weight (and bias) times s, consumer columns divided by s
+    # what a norm multiplies by (and its bias) times s, consumer columns divided by s
     NORM = "norm"
     # producer rows (and bias) times s, consumer columns divided by s; only products in between
     LINEAR = "linear"
@@ -121,9 +121,13 @@ class Edge:
         kind: Form of the producer.
         norm: The norm that produces, for kind ``norm``.
         producer: The linear that produces, for the other kinds.
-        consumers: All linears that read its output; the list is complete.
+        consumers: All that read its output, sites and layers that are left alone; the list is
+            complete.
         part: ``v`` when the producer is a fused query-key-value layer, of which the last third
             counts.
+        inner: Whether the norm reads something inside of a block, not the residual stream.
+        gated: Whether a gate multiplies the values of heads before the consumers read them: scale
+            passes, a rotation does not.
     """
 
     kind: EdgeKind
@@ -131,6 +135,8 @@ class Edge:
     producer: str | None
     consumers: tuple[str, ...]
     part: str | None = None
+    inner: bool = False
+    gated: bool = False
 
     @property
     def source(self) -> str:

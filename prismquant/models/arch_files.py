@@ -6,6 +6,7 @@ Reading is strict. An unknown key, a missing key or a reference to a site that d
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import tomllib
 from enum import StrEnum
@@ -221,8 +222,14 @@ def _edge(table: StrictTable) -> Edge:
         producer=table.maybe_text("producer"),
         consumers=table.texts("consumers"),
         part=table.maybe_text("part"),
+        inner=table.flag("inner"),
+        gated=table.flag("gated"),
     )
     table.finish()
+    if edge.inner and edge.kind is not EdgeKind.NORM:
+        raise table.wrong("inner is said of norms")
+    if edge.gated and edge.kind is not EdgeKind.VALUE:
+        raise table.wrong("gated is said of values")
     if (edge.kind is EdgeKind.NORM) != (edge.norm is not None) or (edge.norm and edge.producer):
         raise table.wrong("kind 'norm' has a norm, the other kinds have a producer")
     if not edge.source or not edge.consumers:
@@ -265,7 +272,8 @@ def _check(arch: ArchSpec, file: str) -> None:
             raise ModelError(f"a site of the {tower.modality} tower is listed twice", where=file)
         inputs = {site.path: site.input for site in tower.sites}
         for edge in tower.edges:
-            ends = set(edge.consumers)
+            beside = {one for one in edge.consumers if _left_alone(arch, tower, one)}
+            ends = set(edge.consumers) - beside
             if edge.kind is not EdgeKind.NORM:
                 ends.add(edge.source)
             if strange := sorted(ends - inputs.keys()):
@@ -275,14 +283,20 @@ def _check(arch: ArchSpec, file: str) -> None:
                     remedy=suggest(strange[0], paths),
                 )
             # A consumer list that leaves out a reader of the same tensor would change the function.
-            labels = {inputs[path] for path in edge.consumers}
+            labels = {inputs[path] for path in edge.consumers if path not in beside}
             readers = {site.path for site in tower.sites if site.input in labels}
-            if readers != set(edge.consumers):
+            if readers != set(edge.consumers) - beside:
                 raise ModelError(
                     f"the edge from {edge.source!r} must list all readers: {sorted(readers)}",
                     where=file,
                 )
     _check_streams(arch, file)
+
+
+def _left_alone(arch: ArchSpec, tower: Tower, path: str) -> bool:
+    """Whether a layer of a block is left alone in some blocks."""
+    name = f"{tower.blocks}.0.{path}"
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in arch.left_alone)
 
 
 def _check_streams(arch: ArchSpec, file: str) -> None:
@@ -295,7 +309,7 @@ def _check_streams(arch: ArchSpec, file: str) -> None:
             if tower.blocks is None or tower.modality is not stream.modality:
                 continue
             writers = {site.path for site in tower.sites if site.closes_stream}
-            norms = {edge.norm for edge in tower.edges if edge.norm is not None}
+            norms = {e.norm for e in tower.edges if e.norm is not None and not e.inner}
             for paths, listed in ((writers, stream.writers), (norms, stream.norms)):
                 expected = {f"{tower.blocks}.*.{path}" for path in paths}
                 if forgotten := sorted(expected - set(listed)):

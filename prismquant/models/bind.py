@@ -98,7 +98,7 @@ def bind(
     steps = _bind_steps(arch, names, modules, dtypes, tied, misfits)
     sites = tuple(site for step in steps for site in step.sites)
     left_alone = claim_parameters(arch, model, {site.name for site in sites}, misfits)
-    edges = bind_edges(arch, config, modules, steps, probe, misfits)
+    edges = bind_edges(arch, config, modules, steps, left_alone, probe, misfits)
     streams = bind_streams(arch, modules, steps, edges, probe, misfits)
     misfits.add_all(config_findings(config.get_text_config(), modules))
     unused = [f"config.json: {key} is not used" for key in unused_keys(arch, folder, config)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from prismquant.errors import ModelError
-from prismquant.models.arch import ArchSpec, Edge, EdgeKind
+from prismquant.models.arch import ArchSpec, Edge, EdgeKind, Tower
 from prismquant.models.bind_experts import edges_of_experts
-from prismquant.models.bound import BoundEdge, BoundStep
+from prismquant.models.bound import BoundEdge, BoundStep, LeftAlone
 from prismquant.models.config import config_value
 from prismquant.models.misfits import Misfits, kind_of
 from prismquant.models.norm_probe import NormProbe
@@ -24,12 +24,24 @@ def bind_edges(
     config: Any,
     modules: Mapping[str, nn.Module],
     steps: tuple[BoundStep, ...],
+    left_alone: Sequence[LeftAlone],
     probe: NormProbe,
     misfits: Misfits,
 ) -> tuple[BoundEdge, ...]:
-    """All edges of a model; those that do not hold there are told to ``misfits``."""
+    """All edges of a model; those that do not hold there are told to ``misfits``.
+
+    Args:
+        arch: Describes them.
+        config: Native config of the model.
+        modules: All its modules by path.
+        steps: Its steps.
+        left_alone: Layers that are left alone, in which edges can end, too.
+        probe: Knows norms.
+        misfits: Takes what does not fit.
+    """
     owner = {site.name: step.index for step in steps for site in step.sites}
-    binder = _EdgeBinder(arch, modules, owner, probe, misfits)
+    apart = frozenset(item.name for item in left_alone)
+    binder = _EdgeBinder(arch, modules, owner, apart, probe, misfits)
     result: list[BoundEdge] = []
     for tower in arch.towers:
         try:
@@ -40,21 +52,41 @@ def bind_edges(
             continue
         for step in steps:
             if step.modality is tower.modality and step.kind in ("block", "projector"):
-                lacking = {s.path for s in tower.sites if not s.is_in(step.name, modules)}
-                for edge in (kept for e in tower.edges if (kept := _without(e, lacking))):
+                for edge in _present(tower, step.name, modules):
                     for one in edges_of_experts(edge, step.name, modules):
                         result.extend(binder.bind(one, f"{step.name}.", heads, kv_heads))
+        misfits.add_all(_unheard_of(tower, steps, modules))
     for edge in arch.edges:
         result.extend(binder.bind(edge))
     return tuple(result)
 
 
-def _without(edge: Edge, lacking: set[str]) -> Edge | None:
-    """The edge in a block that lacks some sites; None where one of its ends is missing."""
-    consumers = tuple(path for path in edge.consumers if path not in lacking)
-    if not consumers or edge.producer in lacking:
-        return None
-    return dataclasses.replace(edge, consumers=consumers)
+def _present(tower: Tower, block: str, modules: Mapping[str, nn.Module]) -> Iterator[Edge]:
+    """Edges of a block, each with the ends that the block has; not those that lack one end."""
+    sites = {site.path: site for site in tower.sites}
+    for edge in tower.edges:
+        consumers = tuple(
+            path
+            for path in edge.consumers
+            if (
+                sites[path].is_in(block, modules) if path in sites else f"{block}.{path}" in modules
+            )
+        )
+        producer = None if edge.producer is None else sites.get(edge.producer)
+        absent = producer is not None and not producer.is_in(block, modules)
+        if not absent and any(path in sites for path in consumers):
+            yield dataclasses.replace(edge, consumers=consumers)
+
+
+def _unheard_of(
+    tower: Tower, steps: Sequence[BoundStep], modules: Mapping[str, nn.Module]
+) -> Iterator[str]:
+    """Findings on ends of edges that are no sites, and that no block of the tower has."""
+    blocks = [s.name for s in steps if s.modality is tower.modality and s.kind == "block"]
+    ends = {path for edge in tower.edges for path in edge.consumers}
+    for path in sorted(ends - {site.path for site in tower.sites}):
+        if blocks and not any(f"{block}.{path}" in modules for block in blocks):
+            yield f"{tower.blocks}.*.{path}: an edge ends here, but no block has it"
 
 
 @dataclass(frozen=True)
@@ -65,6 +97,7 @@ class _EdgeBinder:
         arch: The architecture.
         modules: All modules by path.
         owner: Site name -> index of its step.
+        left_alone: Paths of modules that are left alone.
         probe: Knows norms.
         misfits: Takes what does not fit.
     """
@@ -72,6 +105,7 @@ class _EdgeBinder:
     arch: ArchSpec
     modules: Mapping[str, nn.Module]
     owner: Mapping[str, int]
+    left_alone: frozenset[str]
     probe: NormProbe
     misfits: Misfits
 
@@ -81,16 +115,18 @@ class _EdgeBinder:
         """The edge below a path; nothing where it does not hold."""
         name = prefix + edge.source
         source = self.modules.get(name)
-        consumers = tuple(prefix + path for path in edge.consumers)
+        readers = tuple(prefix + path for path in edge.consumers)
         weight = getattr(source, "weight", None)
         if not isinstance(weight, torch.Tensor):
             self.misfits.add(f"{name}: an edge starts here, found {kind_of(source)}")
             return
-        if edge.kind is EdgeKind.NORM and not self._is_plain_norm(name, source):
+        gain = self._gain(name, source) if edge.kind is EdgeKind.NORM else "weight"
+        if gain is None:
             return
-        found = [self.modules.get(path) for path in consumers]
-        linears = [module for module in found if isinstance(module, nn.Linear)]
-        if len(linears) != len(consumers) or any(path not in self.owner for path in consumers):
+        widths = {_width(self.modules.get(path)) for path in readers}
+        consumers = tuple(path for path in readers if path in self.owner)
+        others = tuple(path for path in readers if path not in self.owner)
+        if 0 in widths or not all(path in self.left_alone for path in others):
             self.misfits.add(f"{name}: an edge ends in something that is no site")
             return
         rows = weight.shape[0]
@@ -101,10 +137,8 @@ class _EdgeBinder:
             return
         # Grouped heads: several heads read a value channel, so the input is wider by their ratio.
         width = size if not is_value else size * heads // kv_heads
-        if not width or any(linear.in_features % width for linear in linears):
-            self.misfits.add(
-                f"{name}: {size} channels do not divide the inputs of {list(consumers)}"
-            )
+        if not width or len(widths) != 1 or max(widths) % width:
+            self.misfits.add(f"{name}: {size} channels do not divide the inputs of {list(readers)}")
             return
         yield BoundEdge(
             kind=edge.kind,
@@ -113,23 +147,31 @@ class _EdgeBinder:
             consumers=consumers,
             size=size,
             first_row=rows - size,
-            tile=linears[0].in_features // width,
+            tile=max(widths) // width,
             heads=heads if is_value else 0,
             kv_heads=kv_heads if is_value else 0,
             step=self.owner[consumers[0]],
+            others=others,
+            from_one=gain == "1 + weight",
+            inner=edge.inner,
+            gated=edge.gated,
         )
 
-    def _is_plain_norm(self, name: str, module: nn.Module | None) -> bool:
-        """Whether scale can move into a norm's weight as it stands."""
+    def _gain(self, name: str, module: nn.Module | None) -> str | None:
+        """Factor of a norm, weight or one more; None where scale cannot move into its weight."""
         behaviour = self.probe.behaviour(module)
-        if behaviour is not None and behaviour.gain == "weight":
-            return True
-        why = "its output does not scale with its weight"
         if behaviour is not None:
-            why = f"it multiplies by {behaviour.gain}, and scale can only move into a plain weight"
+            return behaviour.gain
         self.misfits.add(
-            f"{name}: an edge starts at this {kind_of(module)}, but {why}",
+            f"{name}: an edge starts at this {kind_of(module)}, but its output does not scale with "
+            "its weight",
             f"leave this edge, and the residual stream that is read through the norm, out of "
             f"{self.arch.name}.toml: its layers are then quantized without smoothing or rotation",
         )
-        return False
+        return None
+
+
+def _width(module: nn.Module | None) -> int:
+    """Columns of a layer's matrix; 0 for what has none."""
+    weight = getattr(module, "weight", None)
+    return weight.shape[1] if isinstance(weight, torch.Tensor) and weight.dim() == 2 else 0

@@ -41,7 +41,7 @@ def bind_streams(
     sources = {
         edge.norm
         for edge in edges
-        if edge.norm is not None and steps[edge.step].modality in described
+        if edge.norm is not None and not edge.inner and steps[edge.step].modality in described
     }
     misfits.add_all(
         f"{name}: read from {known[name] or 'no'} residual streams"

@@ -116,13 +116,17 @@ class BoundEdge:
         kind: Which rescaling it allows.
         norm: The norm that produces, or None.
         producer: The linear that produces, or None.
-        consumers: All readers of its output.
+        consumers: All sites that read its output.
+        others: Layers that are left alone and read it, too: scale arrives there as well.
         size: Channels that can be scaled: of the norm, or output rows of the linear.
         first_row: First row of the producer's weight that counts: two thirds down a fused
             query-key-value.
         tile: Times that the channels repeat in a consumer's input: 4 behind a concatenating merger.
         heads, kv_heads: Attention heads, for kind ``value``; otherwise 0.
         step: Index of the step of the consumers.
+        from_one: Whether the norm multiplies by one plus its weight.
+        inner: Whether the norm reads something inside of a block, not the residual stream.
+        gated: Whether a gate lies between values and consumers, which no rotation passes.
     """
 
     kind: EdgeKind
@@ -135,11 +139,20 @@ class BoundEdge:
     heads: int
     kv_heads: int
     step: int
+    others: tuple[str, ...] = ()
+    from_one: bool = False
+    inner: bool = False
+    gated: bool = False
 
     @property
     def source(self) -> str:
         """Path of what produces: the norm or the linear."""
         return self.norm or self.producer or ""
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """Paths of all layers that read its output."""
+        return (*self.consumers, *self.others)
 
 
 @dataclass(frozen=True)

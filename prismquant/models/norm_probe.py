@@ -3,10 +3,12 @@
 A module is called in float64 with random numbers in place of its parameters. Where scaling its
 weight scales its output, scale can move between it and the layers that read it. Most norms multiply
 by ``weight``, some (Gemma 3, Qwen3.5) by ``1 + weight``: there, ``1 + weight`` is what is scaled.
+Where a norm is called with a gate, which multiplies its output, the gate is some numbers, too.
 """
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,7 +66,7 @@ def _probe(module: nn.Module, width: int) -> NormBehaviour | None:
         given = {"weight": weight}
         if getattr(module, "bias", None) is not None:
             given["bias"] = bias
-        result = torch.func.functional_call(module, given, (x,))
+        result = torch.func.functional_call(module, given, (x, *gates))
         if not isinstance(result, Tensor) or result.shape != x.shape or result.is_meta:
             raise TypeError("not a norm")
         return result.double()
@@ -72,6 +74,7 @@ def _probe(module: nn.Module, width: int) -> NormBehaviour | None:
     # With a mean, which LayerNorm subtracts.
     x = uniform(_ROWS, width) + torch.randn(_ROWS, width, generator=draw, dtype=torch.float64)
     weight, bias, scale = uniform(width), uniform(width), uniform(width)
+    gates = [uniform(_ROWS, width)] * (_arguments(module) == 2)
     try:
         scaled = call(x, weight, bias) * scale
         if _close(call(x, weight * scale, bias * scale), scaled):
@@ -89,6 +92,12 @@ def _probe(module: nn.Module, width: int) -> NormBehaviour | None:
         return None
     centred = None if not commutes[1] else not commutes[0]
     return NormBehaviour("1 + weight" if plus else "weight", centred)
+
+
+def _arguments(module: nn.Module) -> int:
+    """Arguments without which a module cannot be called."""
+    given = inspect.signature(module.forward).parameters.values()
+    return sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in given)
 
 
 def _mirrored(x: Tensor, normal: Tensor) -> Tensor:

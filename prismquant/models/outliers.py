@@ -147,20 +147,35 @@ def _scale(
     for leaf in ("weight", "bias"):
         name = f"{edge.source}.{leaf}"
         if name in tensors:
-            tensors[name] = _multiplied(tensors[name], name, rows, 0, factor)
+            from_one = edge.from_one and leaf == "weight"
+            tensors[name] = _multiplied(tensors[name], name, rows, 0, factor, from_one=from_one)
     # Behind a concatenation channel c feeds the columns c, c + size, c + 2 size ...
     columns = torch.cat([torch.tensor(channels) + k * edge.size for k in range(edge.tile)])
-    for consumer in edge.consumers:
+    for consumer in edge.readers:
         name = f"{consumer}.weight"
         tensors[name] = _multiplied(tensors[name], name, columns, 1, 1.0 / factor)
 
 
 def _multiplied(
-    tensor: torch.Tensor, name: str, index: torch.Tensor, axis: int, factor: float
+    tensor: torch.Tensor,
+    name: str,
+    index: torch.Tensor,
+    axis: int,
+    factor: float,
+    *,
+    from_one: bool = False,
 ) -> torch.Tensor:
+    """A tensor with some entries times a factor; of one plus the entries, where that counts."""
     old = tensor.index_select(axis, index)
-    new = old * factor
-    if not torch.equal(new * (1.0 / factor), old):
+    if from_one:
+        # Norms add one in float32.
+        gain = (1 + old.float()) * factor
+        new = (gain.double() - 1).to(old.dtype)
+        exact = torch.equal(1 + new.float(), gain)
+    else:
+        new = old * factor
+        exact = torch.equal(new * (1.0 / factor), old)
+    if not exact:
         raise NumericsError(
             f"{tensor.dtype} cannot hold {name} times {factor} exactly",
             where=name,

@@ -90,7 +90,8 @@ class RotatedReader(ShardReader):
             return super().read(name).to(dtype)
         stored = super().read(self._embedding if name == self._head else name)
         if edit.plain_norm:
-            return torch.full_like(stored, 1.0 if leaf == "weight" else 0.0, dtype=dtype)
+            plain = leaf == "weight" and not edit.from_one
+            return torch.full_like(stored, float(plain), dtype=dtype)
         if leaf == "weight":
             matrix = self._columns(edit, stored.flatten(1), torch.float64 if edit.rows else dtype)
             if edit.rows:
@@ -111,7 +112,8 @@ class RotatedReader(ShardReader):
     def _columns(self, edit: _Edit, matrix: Tensor, dtype: torch.dtype) -> Tensor:
         operations = list(edit.columns)
         if edit.norm is not None:
-            scale = self._norm(edit.norm, "weight").repeat(matrix.shape[1] // edit.norm_size)
+            scale = self._norm(edit.norm, "weight") + float(edit.from_one)
+            scale = scale.repeat(matrix.shape[1] // edit.norm_size)
             operations.insert(0, lambda x: x * scale)
         return _apply(matrix, operations, dtype) if operations else matrix.to(dtype)
 
@@ -139,6 +141,7 @@ class _Edit:
         plain_norm: The module is a norm whose scale and shift went elsewhere.
         norm: The norm whose scale goes into the columns, and whose shift into the bias.
         norm_size: Its channels.
+        from_one: Whether that norm, or the module itself, multiplies by one plus its weight.
         columns: Operations on the input side of the weight.
         rows: Operations on the output side of the weight, and on the bias.
     """
@@ -146,6 +149,7 @@ class _Edit:
     plain_norm: bool = False
     norm: str | None = None
     norm_size: int = 0
+    from_one: bool = False
     columns: list[_Operation] = field(default_factory=list)
     rows: list[_Operation] = field(default_factory=list)
 
@@ -178,16 +182,18 @@ def _edit_stream(edits: _Edits, bound: BoundModel, tower: RotatedTower) -> None:
     for edge in bound.edges:
         if edge.norm not in stream.norms:
             continue
-        edits[edge.source].plain_norm = True
-        for consumer in edge.consumers:
-            _check_bias(bound, edge.source, consumer)
-            edits[consumer].norm, edits[consumer].norm_size = edge.norm, edge.size
-            edits[consumer].columns.append(turn)
+        edits[edge.source].plain_norm, edits[edge.source].from_one = True, edge.from_one
+        for reader in edge.readers:
+            _check_bias(bound, edge.source, reader)
+            edit = edits[reader]
+            edit.norm, edit.norm_size, edit.from_one = edge.norm, edge.size, edge.from_one
+            edit.columns.append(turn)
 
 
 def _edit_values(edits: _Edits, bound: BoundModel, tower: RotatedTower) -> None:
-    edges = edges_of(bound, EdgeKind.VALUE, tower.modality)
-    for edge in edges:
+    for edge in edges_of(bound, EdgeKind.VALUE, tower.modality):
+        if edge.gated:
+            continue
         turn = _rotator(tower, edge.size // edge.kv_heads, "values")
         rows = slice(edge.first_row, edge.first_row + edge.size)
         edits[edge.source].rows.append(functools.partial(_on_slice, rows, turn))

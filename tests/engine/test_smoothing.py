@@ -62,6 +62,22 @@ class Norm(nn.Module):
         return torch.cat([self.a(y), self.b(y)], 1)
 
 
+class FromOne(nn.Module):
+    """A norm that multiplies by one plus its weight, and two readers; all in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.Module()
+        self.norm.weight = nn.Parameter(torch.empty(SIZE))
+        self.a = nn.Linear(SIZE, OUT)
+        self.b = nn.Linear(SIZE, OUT, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.rms_norm(x.double(), (SIZE,)) * (1 + self.norm.weight.double())
+        parts = [y @ layer.weight.double().mT for layer in (self.a, self.b)]
+        return torch.cat([parts[0] + self.a.bias.double(), parts[1]], 1)
+
+
 class Gated(nn.Module):
     """A gate beside the upper end."""
 
@@ -177,6 +193,33 @@ def test_a_norm_that_is_zero_somewhere_stays_zero_there() -> None:
     assert model.norm.weight[[0, 5]].tolist() == [0.0, 0.0]  # type: ignore[index]
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
     torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_plus_the_weight_is_divided_where_that_is_what_a_norm_multiplies_by(
+    dtype: torch.dtype,
+) -> None:
+    """The reader of ``b`` is left alone, and takes the scale all the same."""
+    model = filled(FromOne())
+    moved = edge(EdgeKind.NORM, "norm", "a", others=("b",), from_one=True)
+    old = model.norm.weight.to(dtype).float()  # type: ignore[operator, union-attr]
+    # No gain at all; a gain that a coarse dtype loses beside one; a negative one.
+    old[:3] = torch.tensor([-1.0, 0.0, -3.0])
+    model.norm.weight.copy_(old)  # type: ignore[operator, union-attr]
+    scale = drawn(5)
+    scale[1] = 4096.0
+    x = torch.randn(8, SIZE, generator=torch.Generator().manual_seed(1))
+    before = model(x)
+    changed = move_scale(model, moved, scale, dtype)
+    assert changed == ["norm.weight", "a.weight", "b.weight"]
+    new: Tensor = model.norm.weight  # type: ignore[assignment, union-attr]
+    assert torch.equal(new.to(dtype).float(), new)
+    torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
+    gain = ((1 + old.double()) / scale)[3:]
+    torch.testing.assert_close(1 + new[3:].double(), gain, rtol=0, atol=torch.finfo(dtype).eps * 8)
+    assert new[0] == -1
+    assert new[1] > -1
+    assert new[2] < -1
 
 
 def test_powers_of_two_are_moved_without_any_rounding() -> None:

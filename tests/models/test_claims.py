@@ -1,6 +1,6 @@
 """Families whose descriptions miss something are refused; norms are known by what they compute.
 
-``archs/`` beside this file describes two families wrongly, each as one would at first.
+``archs/`` beside this file describes two families in part, one of them wrongly.
 """
 
 from __future__ import annotations
@@ -142,13 +142,22 @@ def test_every_matrix_of_a_supported_family_has_a_place(tiny_folder: Path):
 # ------------------------------------------------------------------------------------------- norms
 
 
-def test_an_edge_at_a_norm_of_gemma_3_is_refused(describe: Callable[..., Path]):
+def test_an_edge_at_a_norm_of_gemma_3_knows_that_it_multiplies_by_one_more(
+    describe: Callable[..., Path],
+):
+    bound = bind(describe("gemma3"), headers_required=False)
+    assert [edge.from_one for edge in bound.edges] == [True, True]
+
+
+def test_an_edge_at_a_norm_whose_output_does_not_scale_with_its_weight_is_refused(
+    describe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(NormProbe, "behaviour", lambda *_: None)
     error = _refusal(describe("gemma3"))
     (line,) = error.what.splitlines()[1:]
     assert line == (
         "  - model.language_model.layers.*.input_layernorm: an edge starts at this Gemma3RMSNorm, "
-        "but it multiplies by 1 + weight, and scale can only move into a plain weight "
-        "(2 layers: 0-1)"
+        "but its output does not scale with its weight (2 layers: 0-1)"
     )
     assert "leave this edge" in str(error.remedy)
     assert "gemma3.toml" in str(error.remedy)
@@ -219,4 +228,4 @@ def test_norms_of_transformers_are_told_apart():
     assert probe.behaviour(Qwen2RMSNorm(64)) == NormBehaviour("weight", centred=False)
     assert probe.behaviour(Gemma3RMSNorm(64)) == NormBehaviour("1 + weight", centred=False)
     assert probe.behaviour(Qwen3_5RMSNorm(64)) == NormBehaviour("1 + weight", centred=False)
-    assert probe.behaviour(Qwen3_5RMSNormGated(64)) is None
+    assert probe.behaviour(Qwen3_5RMSNormGated(64)) == NormBehaviour("weight", centred=None)

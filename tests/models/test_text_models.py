@@ -103,14 +103,16 @@ def test_scale_moved_along_any_edge_leaves_the_function(
     for edge in bound.edges:
         scale = 0.5 + torch.rand(edge.size, generator=generator, dtype=torch.float64)
         source = model.get_submodule(edge.source)
+        source.weight += float(edge.from_one)
         source.weight *= scale if source.weight.dim() == 1 else scale[:, None]
+        source.weight -= float(edge.from_one)
         if getattr(source, "bias", None) is not None:
             source.bias *= scale
         columns = scale
         if edge.kind is EdgeKind.VALUE:
             heads = scale.view(edge.kv_heads, -1)
             columns = heads.repeat_interleave(edge.heads // edge.kv_heads, 0).flatten()
-        for consumer in edge.consumers:
+        for consumer in edge.readers:
             model.get_submodule(consumer).weight.div_(columns)
     assert {edge.kind for edge in bound.edges} >= {EdgeKind.VALUE, EdgeKind.LINEAR}
     # Norms of transformers compute in float32.

@@ -174,7 +174,7 @@ def _named(task: ExportTask, edges: list[WrittenEdge]) -> Iterable[tuple[list[st
     """Expressions of both ends of each edge: the shortest that mean no other end or layer."""
     ends: dict[str, str] = {layer.path: layer.path for layer in task.scope.layers}
     for edge in task.scope.edges:
-        ends.setdefault(edge.source, edge.source)
+        ends |= {path: path for path in (edge.source, *edge.consumers)}
     kinds: dict[str, set[str]] = {}
     for edge in edges:
         tail = ".".join(edge.source.rsplit(".", 1)[-1:])
