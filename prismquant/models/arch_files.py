@@ -27,6 +27,7 @@ from prismquant.models.arch import (
     Stream,
     Tower,
 )
+from prismquant.models.arch_parts import with_parts
 from prismquant.models.reader_names import fused_layers, gguf_names, gptq_names, vllm_names
 from prismquant.models.remote_arch import read_config_map, read_processor_map
 from prismquant.models.strict_table import StrictTable
@@ -58,13 +59,13 @@ def load_arch(path: Path) -> ArchSpec:
     Args:
         path: A TOML file; its stem is the architecture's name. ``extends`` names a sibling file, or
             one of the package's, whose keys, and those of the file that it extends, hold where this
-            one does not set them.
+            one does not set them. A tower may be ``like`` one of the package's parts.
 
     Raises:
         ModelError: The file is not TOML, has unknown, missing or mistyped keys, or contradicts
             itself.
     """
-    data = _with_parents(path)
+    data = with_parts(_with_parents(path), str(path), read_toml)
     top = StrictTable(data, str(path), "")
     arch = ArchSpec(
         name=path.stem,
@@ -164,6 +165,8 @@ def _maybe_member(table: StrictTable, kind: type[_E], key: str) -> _E | None:
 
 
 def _tower(table: StrictTable) -> Tower:
+    if (part := table.maybe_text("like")) is not None:
+        table = table.called(f"like {part!r}")
     tower = Tower(
         modality=_member(table, Modality, table.text("modality")),
         root=table.text("root"),

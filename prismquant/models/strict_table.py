@@ -19,6 +19,12 @@ class StrictTable:
         self._path = path
         self._read: set[str] = set()
 
+    def called(self, what: str) -> StrictTable:
+        """The same table, whose errors also say what it is made of."""
+        table = StrictTable(self._data, f"{self._file} ({what})", self._path)
+        table._read = self._read
+        return table
+
     def text(self, key: str) -> str:
         value = self._take(key)
         if not isinstance(value, str):

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from prismquant.families.family_claims import FamilyCheck
 
 ARCHS = Path(arch_files.__file__).parent / "archs"
+# Qwen2-VL without parts: every passage of it stands in the file.
+WHOLE = Path(__file__).parents[1] / "models" / "archs" / "whole.toml"
 UP_EDGE = {'producer = "mlp.up_proj"': 'producer = "mlp.gate_proj"'}
 WRONG = UP_EDGE | {
     '    "model.visual.merger.mlp.2",\n': "",
@@ -41,13 +43,13 @@ def without_weights(folder: Path, out: Path) -> Path:
     return shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.safetensors"))
 
 
-def altered(family: str, folder: Path, passages: dict[str, str]) -> Path:
-    """The package's file of a family with some passages replaced."""
-    text = (ARCHS / f"{family}.toml").read_text(encoding="utf-8")
+def altered(file: Path, folder: Path, passages: dict[str, str]) -> Path:
+    """A family's file with some passages replaced."""
+    text = file.read_text(encoding="utf-8")
     for old, new in passages.items():
         assert old in text
         text = text.replace(old, new, 1)
-    path = folder / f"{family}.toml"
+    path = folder / file.name
     path.write_text(text, encoding="utf-8")
     return path
 
@@ -101,7 +103,7 @@ def test_a_remote_layout_is_tried_as_transformers_writes_it(
 
 def test_wrong_claims_are_told(tiny: Callable[..., Path], tmp_path: Path) -> None:
     """An edge that starts at the wrong layer, a stream without a writer, a name of nothing."""
-    found = check_family(tiny("qwen2_vl"), altered("qwen2_vl", tmp_path, WRONG))
+    found = check_family(tiny("qwen2_vl"), altered(WHOLE, tmp_path, WRONG))
     assert not found.sound
     blocks = "model.language_model.layers.*.mlp"
     assert wrong(found) == [
@@ -174,7 +176,7 @@ def test_a_run_of_a_true_family_begins(
 def test_a_file_that_does_not_fit_is_an_error_with_its_name(
     old: str, new: str, told: str, tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
-    file = altered("qwen2_vl", tmp_path, {old: new})
+    file = altered(WHOLE, tmp_path, {old: new})
     with pytest.raises(ModelError, match=told) as error:
         check_family(tiny("qwen2_vl"), file)
     assert Path(str(error.value.where)).name == file.name
@@ -223,7 +225,9 @@ def test_the_command_tells_by_its_exit_status(tiny: Callable[..., Path], tmp_pat
     good = call(app, ["arch", "check", folder, "--json"])
     assert good.exit_code == 0
     assert json.loads(good.stdout)["sound"] is True
-    file = altered("llama", tmp_path, UP_EDGE)
+    edge = '{ kind = "linear", producer = "self_attn.k_proj", consumers = ["self_attn.o_proj"] }'
+    place = 'like = "llama"\n'
+    file = altered(ARCHS / "llama.toml", tmp_path, {place: f"{place}edges = [{edge}]\n"})
     bad = call(app, ["arch", "check", folder, "--arch", str(file)])
     assert bad.exit_code == 1
     assert "claims are wrong" in bad.stdout
@@ -232,11 +236,12 @@ def test_the_command_tells_by_its_exit_status(tiny: Callable[..., Path], tmp_pat
 def test_an_empty_table_of_names_is_no_claim_that_holds(
     tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
+    shutil.copy(WHOLE, tmp_path)
     own = tmp_path / "mine.toml"
     own.write_text(
-        'extends = "llama"\n[gguf]\narchitecture = "LLAMA"\nprojector = ""\ntensors = {}\n'
+        'extends = "whole"\n[gguf]\narchitecture = "QWEN2VL"\nprojector = ""\ntensors = {}\n'
     )
-    found = check_family(tiny("llama"), own)
+    found = check_family(tiny("qwen2_vl"), own)
     assert wrong(found) == ["patterns of gguf.tensors match something"]
     assert found.arch == "mine"
 

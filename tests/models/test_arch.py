@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -16,10 +16,9 @@ from prismquant.models.arch import EdgeKind, Layout, Modality, SiteKind
 from prismquant.models.arch_files import known_archs, load_arch
 from prismquant.models.names import NameMap, choose_layout
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 ALL = sorted(known_archs())
+# Qwen2-VL without parts: all towers, sites, edges and streams written out.
+WHOLE = Path(__file__).parent / "archs" / "whole.toml"
 SEEING = [name for name in ALL if known_archs()[name].sees]
 TEXT = [name for name in ALL if not known_archs()[name].sees]
 DENSE = [name for name in ALL if not known_archs()[name].experts]
@@ -31,7 +30,7 @@ def broken(tmp_path: Path):
     """``broken(name, old, new)`` loads a copy of an architecture file with one text replaced."""
 
     def load(name: str, old: str, new: str) -> None:
-        for path in arch_files.PACKAGED.glob("*.toml"):
+        for path in (*arch_files.PACKAGED.glob("*.toml"), WHOLE):
             shutil.copy(path, tmp_path / path.name)
         target = tmp_path / f"{name}.toml"
         text = target.read_text()
@@ -196,9 +195,9 @@ def test_a_missing_tower_is_an_error():
 
 def test_an_unknown_key_is_named_with_its_path_and_a_suggestion(broken):
     with pytest.raises(ModelError, match=r"towers\[0\].entry_sites\[0\].stagee") as caught:
-        broken("qwen2_vl", 'input = "pixels"', 'input = "pixels"\nstagee = 1')
+        broken("whole", 'input = "pixels"', 'input = "pixels"\nstagee = 1')
     assert "did you mean 'stage'" in str(caught.value)
-    assert "qwen2_vl.toml" in str(caught.value)
+    assert "whole.toml" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +226,7 @@ def test_an_unknown_key_is_named_with_its_path_and_a_suggestion(broken):
         ('depth = "vision_config.depth"\n', "", "blocks and depth come together"),
         ('title = "Qwen2-VL"', "title = ", "not a TOML file"),
         ('title = "Qwen2-VL"', 'title = "Qwen2-VL"\nextends = "nothing"', "nothing.toml"),
-        ('title = "Qwen2-VL"', 'title = "Qwen2-VL"\nextends = "qwen2_vl"', "extends itself"),
+        ('title = "Qwen2-VL"', 'title = "Qwen2-VL"\nextends = "whole"', "extends itself"),
         ('title = "Qwen2-VL"', 'title = "Qwen2-VL"\nleft_alone = 3', "must be a table"),
         ("[[edges]]\nkind", "[edges]\nkind", "list of tables"),
         ('[[streams]]\nmodality = "llm"', '[[streams]]\nmodality = "vision"', "two residual"),
@@ -247,13 +246,13 @@ def test_an_unknown_key_is_named_with_its_path_and_a_suggestion(broken):
 )
 def test_a_mistake_in_a_file_is_refused(broken, old, new, message):
     with pytest.raises(ModelError, match=re.escape(message)):
-        broken("qwen2_vl", old, new)
+        broken("whole", old, new)
 
 
 def test_a_stream_has_two_ends(broken):
     with pytest.raises(ModelError, match="a stream has writers and norms"):
         broken(
-            "qwen3_vl",
+            "whole",
             "[[streams]]",
             '[[streams]]\nmodality = "vision"\nwriters = []\nnorms = []\n\n[[streams]]',
         )
