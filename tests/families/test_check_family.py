@@ -80,13 +80,13 @@ def test_all_claims_hold_for_pictures_clips_and_texts(
 def test_all_claims_hold_for_text_alone(
     family: str, tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Of Gemma: scaled embeddings, windows, bounded logits, and norms that no scale moves into."""
+    """Of Gemma: scaled embeddings, windows, bounded logits, and norms of one plus a weight."""
     assert family in tiny_text.FAMILIES
     found = check_family(without_weights(tiny(family, tie=family != "llama"), tmp_path / "model"))
     assert wrong(found) == []
     assert [claim.what for claim in found.claims if claim.holds is None] == []
     norms = [claim for claim in found.claims if "input_layernorm" in claim.what]
-    assert bool(norms) == (family == "llama")
+    assert [claim.holds for claim in norms] == [True]
 
 
 def test_a_remote_layout_is_tried_as_transformers_writes_it(
