@@ -164,7 +164,7 @@ def checked_layers(checkpoint: Checkpoint, model: BoundModel) -> Iterator[Checke
     found = _found_in_vllm(checkpoint, model, [*sites, *spare])
     for name in [*sites, *spare]:
         disk = _disk(model, name)
-        called = disk if model.arch.config_map is not None else name
+        called = model.names.in_config(name)
         out_features, in_features = model.shapes[f"{name}.weight"]
         in_transformers = group_in_transformers(called, checkpoint.read)
         in_vllm, group = found.get(name), in_transformers
@@ -202,7 +202,7 @@ def _found_in_vllm(
     for key, members in parts.items():
         label = key.rpartition(":")[2] if keys.get(members[0]) else None
         one = vllm.find_group(
-            members,
+            [model.names.in_config(name) for name in members],
             model.arch.fused.get(label or ""),
             section,
             own_names,

@@ -11,15 +11,13 @@ from prismquant.check.findings import Finding, Severity
 from prismquant.check.open_checkpoint import checked_layers
 from prismquant.check.rule_table import FILE_RULES, RULES
 from prismquant.check.target_reader import TargetReader
-from prismquant.export.compressed_tensors.config_writer import private_section, quantization_config
+from prismquant.export.compressed_tensors.config_writer import written_config
 from prismquant.export.compressed_tensors.expected import expected_tensors
 from prismquant.export.compressed_tensors.section import CONFIG_KEY, DENSE, group_in_transformers
 from prismquant.export.compressed_tensors.section_grammar import read_section
-from prismquant.export.compressed_tensors.stored import untied_config
 from prismquant.headers import TensorInfo
 from prismquant.models.bound import BoundModel
 from prismquant.models.rotated_towers import untied
-from prismquant.opening import read_json
 from prismquant.plan.plan import Plan
 
 KV_CACHE = "kv_cache"
@@ -78,20 +76,13 @@ def planned_checkpoint(plan: Plan, bound: BoundModel, target: TargetReader | Non
         bound: The model that it is laid over.
         target: The reader; None: none in particular.
     """
-    config = dict(read_json(bound.folder / "config.json"))
-    config.pop(CONFIG_KEY, None)
+    config = written_config(plan, bound)
     tied = bound.tied and not untied(bound, plan.towers)
-    if bound.config.tie_word_embeddings and not tied:
-        config = untied_config(config)
-    section = quantization_config(plan, bound) or {}
-    if section:
-        config[CONFIG_KEY] = section
-    config |= private_section(plan, bound)
     checkpoint = Checkpoint(
         folder=bound.folder,
         target=target,
         config=config,
-        section=section,
+        section=config.get(CONFIG_KEY) or {},
         read=read_section(config),
         headers={},
         unreadable={},

@@ -20,6 +20,7 @@ from prismquant.export.compressed_tensors.expected import (
 )
 from prismquant.export.compressed_tensors.section import METHOD, PACK, SchemeGroup
 from prismquant.formats.quantized_layer import finite_fault, scale_fault
+from prismquant.models.config import is_ignored
 
 _DAMAGED = "copy the file again, or quantize again: what is computed with it is no number"
 _UNTIE = "set tie_word_embeddings to false, also in text_config"
@@ -102,7 +103,8 @@ def unknown(checkpoint: Checkpoint) -> list[Problem]:
     found = []
     for name in sorted(checkpoint.tensors):
         prefix, _, suffix = name.rpartition(".")
-        if prefix in attentions and suffix in _CACHE_SUFFIXES:
+        of_cache = prefix in attentions and suffix in _CACHE_SUFFIXES
+        if of_cache or is_ignored(model.arch, name):
             continue
         known = model.names.knows(name) and model.names.to_module(prefix + ".x")[:-2] in owners
         if not known and not _is_transform(prefix):

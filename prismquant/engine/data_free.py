@@ -106,8 +106,7 @@ class _Task:
         """Most bytes that a unit takes: plain tensors, codes, packed codes, a group's weights."""
         rows, names = self.planned[unit.name].rows, self.setup.bound.names
         reader = unit.walk.reader
-        prefix = f"{unit.name}."
-        owned = (name for name in reader.names if names.to_module(name).startswith(prefix))
+        owned = (name for name in reader.names if names.lies_in(name, unit.name))
         size = sum(reader.info(name).nbytes for name in owned)
 
         def source_bytes(row: PlanRow) -> int:

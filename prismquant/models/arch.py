@@ -206,10 +206,13 @@ class Layout:
         name: Short name for messages.
         rewrites: ``(disk prefix, module prefix)`` pairs of whole dotted parts; the longest match
             wins. Empty means that names are module paths already.
+        config_names_on_disk: Whether servers look layers up by their names on disk, so that a
+            quantization configuration holds these; else it holds module paths.
     """
 
     name: str
     rewrites: tuple[tuple[str, str], ...] = ()
+    config_names_on_disk: bool = False
 
 
 @dataclass(frozen=True)
@@ -236,6 +239,8 @@ class ArchSpec:
         gguf: What llama.cpp calls its parts; None where llama.cpp does not have it.
         gptq: What readers of GPTQ layers call its parts.
         ignored_tensors: Patterns of tensors on disk that the model does not need.
+        config_part: Key of the part of the configuration that describes what ``hf_class`` runs,
+            where a checkpoint holds several models.
         config_map: Present for remote-code checkpoints that the native class runs.
         processor_map: Likewise.
     """
@@ -258,6 +263,7 @@ class ArchSpec:
     gguf: GgufNames | None = None
     gptq: GptqNames = field(default_factory=GptqNames)
     ignored_tensors: tuple[str, ...] = ()
+    config_part: str | None = None
     config_map: ConfigMap | None = None
     processor_map: ProcessorMap | None = None
 

@@ -72,6 +72,7 @@ def load_arch(path: Path) -> ArchSpec:
         title=top.text("title"),
         model_types=top.texts("model_types"),
         hf_class=top.text("hf_class"),
+        config_part=top.maybe_text("config_part"),
         towers=tuple(_tower(table) for table in top.tables("towers")),
         head=top.text("head"),
         embeddings=top.text("embeddings"),
@@ -256,10 +257,11 @@ def _stream(table: StrictTable) -> Stream:
 
 def _layout(table: StrictTable) -> Layout:
     name, pairs = table.text("name"), table.strings("rewrites")
+    config_names_on_disk = table.flag("config_names_on_disk")
     table.finish()
     if len(set(pairs.values())) != len(pairs):
         raise table.wrong("two disk prefixes map to one module prefix")
-    return Layout(name, tuple(pairs.items()))
+    return Layout(name, tuple(pairs.items()), config_names_on_disk)
 
 
 def _check(arch: ArchSpec, file: str) -> None:

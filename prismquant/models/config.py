@@ -142,6 +142,9 @@ def native_config(
             )
         except Exception as error:
             raise _bad_config(arch, folder, error) from error
+        if arch.config_part is not None:
+            # A checkpoint of that part alone has no such key.
+            config = getattr(config, arch.config_part, config)
     _check_depth(arch, config, folder, infos)
     return config
 

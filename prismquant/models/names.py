@@ -31,11 +31,13 @@ class NameMap:
         rewrites: ``(disk prefix, module prefix)`` of whole dotted parts, of which the longest that
             fits counts; empty is the identity.
         others: More of them that are read, and never written.
+        config_names_on_disk: Whether a quantization configuration calls layers as the disk does.
     """
 
     layout: str
     rewrites: tuple[tuple[str, str], ...] = ()
     others: tuple[tuple[str, str], ...] = ()
+    config_names_on_disk: bool = False
 
     @functools.cached_property
     def _modules(self) -> dict[str, str]:
@@ -56,6 +58,16 @@ class NameMap:
             raise ModelError(f"layout {self.layout!r} has no name on disk for {module_name!r}")
         return disk
 
+    def in_config(self, module_path: str) -> str:
+        """The name of a layer in a quantization configuration, by which readers look it up.
+
+        Raises:
+            ModelError: The layout has no place for the name.
+        """
+        if not self.config_names_on_disk:
+            return module_path
+        return self.to_disk(f"{module_path}.weight").removesuffix(".weight")
+
     def to_module(self, disk_name: str) -> str:
         """The module path of a name on disk.
 
@@ -66,6 +78,11 @@ class NameMap:
         if module is None:
             raise ModelError(f"layout {self.layout!r} does not know the tensor {disk_name!r}")
         return module
+
+    def lies_in(self, disk_name: str, module_path: str) -> bool:
+        """Whether a tensor on disk lies in a module; another model's beside it lies in none."""
+        module = self._maybe_module(disk_name)
+        return module is not None and module.startswith(f"{module_path}.")
 
     def knows(self, disk_name: str) -> bool:
         """Whether a name on disk can be translated."""
@@ -104,7 +121,10 @@ def choose_layout(
     Raises:
         ModelError: Two tensors on disk are one tensor of the model.
     """
-    maps = [NameMap(layout.name, layout.rewrites) for layout in layouts]
+    maps = [
+        NameMap(layout.name, layout.rewrites, config_names_on_disk=layout.config_names_on_disk)
+        for layout in layouts
+    ]
     disk_names = sorted(disk_names)
 
     def hits(names: NameMap) -> int:
@@ -150,7 +170,7 @@ def _mixed(main: NameMap, reads: NameMap, meant: Mapping[str, str]) -> NameMap:
         if _rewrite(module, written) != disk:
             written[module] = disk
     pairs = tuple((disk, module) for module, disk in written.items())
-    return NameMap("mixed", pairs, reads.rewrites)
+    return NameMap("mixed", pairs, reads.rewrites, main.config_names_on_disk)
 
 
 def _pair(name: str, pairs: Iterable[tuple[str, str]]) -> tuple[str, str]:

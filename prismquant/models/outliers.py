@@ -61,14 +61,17 @@ def add_outliers(
     if out.resolve() == bound.folder.resolve():
         raise ModelError("the copy would overwrite its source", where=str(out))
     reader = bound.shards()
-    tensors = {bound.names.to_module(name): reader.read(name) for name in reader.names}
+    names, others = bound.names, {n for n in reader.names if not bound.names.knows(n)}
+    tensors = {names.to_module(name): reader.read(name) for name in reader.names - others}
     chosen = scale_edges(
         tensors, bound, factor=factor, channels=channels, seed=seed, modality=modality
     )
     for path in sorted(bound.folder.iterdir()):
         if path.is_file() and path.suffix != ".safetensors" and path.name != INDEX_NAME:
             copy_file(path, out / path.name)
-    stored = {bound.names.to_disk(name): tensor for name, tensor in tensors.items()}
+    stored = {names.to_disk(name): tensor for name, tensor in tensors.items()}
+    # Of another model beside this one.
+    stored |= {name: reader.read(name) for name in others}
     write_tensors(out / "model.safetensors", stored)
     return chosen
 

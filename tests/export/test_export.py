@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import compressed_tensors_library as library
 import pytest
 import torch
-from known_failures import decompressed_by_transformers
+from known_failures import decompressed_by_transformers, inputs_scaled_per_token
 
 import prismquant as pq
 from prismquant.data import read_samples
@@ -98,32 +98,14 @@ def test_bfloat16_checkpoints_agree_to_their_tolerance(
 
 
 def test_dynamic_inputs_of_two_dimensions_are_scaled_per_token(
-    tiny_folder: Path,
-    calibration_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    tiny_folder: Path, calibration_file: Path, tmp_path: Path
 ) -> None:
-    """Vision towers pass [tokens, features]; a scale a token is what the configuration says.
-
-    The compressed-tensors library keeps the first two axes whatever the rank, and so takes one
-    scale for the whole matrix there. Given a leading axis it does what it says, and then agrees
-    with us.
-    """
-    from compressed_tensors.quantization.lifecycle import forward as lifecycle
-
+    """Vision towers pass [tokens, features]; a scale a token is what the configuration says."""
     out = quantized(tiny_folder, tmp_path / "out", calibration_file, "w8a8-all")
     ours, theirs = load_model(out), from_transformers(out)
     as_is = logits(theirs, tiny_folder, calibration_file)
-    original = lifecycle.compute_dynamic_scales_and_zp
-
-    def per_token(value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if value.ndim != 2:
-            return original(value, *args, **kwargs)
-        scale, zero_point = original(value[None], *args, **kwargs)
-        return scale[0], zero_point[0]
-
-    monkeypatch.setattr(lifecycle, "compute_dynamic_scales_and_zp", per_token)
-    mended = logits(theirs, tiny_folder, calibration_file)
+    with inputs_scaled_per_token():
+        mended = logits(theirs, tiny_folder, calibration_file)
     actual = logits(ours, tiny_folder, calibration_file)
     torch.testing.assert_close(actual, mended, rtol=1e-4, atol=1e-4)
     assert (as_is - actual).abs().max() > 1e-4

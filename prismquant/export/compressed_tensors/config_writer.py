@@ -12,19 +12,23 @@ are kept here:
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from prismquant.errors import FormatError
 from prismquant.export.compressed_tensors.kv_section import kv_cache_scheme
 from prismquant.export.compressed_tensors.layer_edits import transform_name
+from prismquant.export.compressed_tensors.plain_config import untied_config, without_sections
 from prismquant.export.compressed_tensors.private_section import INPUT, OUTPUT
 from prismquant.export.compressed_tensors.quantization_args import args_of
-from prismquant.export.compressed_tensors.section import METHOD, PRIVATE_KEY, ROTATED_AT
+from prismquant.export.compressed_tensors.section import CONFIG_KEY, METHOD, PRIVATE_KEY, ROTATED_AT
 from prismquant.formats.packed import is_declarable
 from prismquant.formats.spec import NumberSpec
 from prismquant.models.arch import SiteKind
 from prismquant.models.bound import BoundModel, BoundSite
+from prismquant.models.rotated_towers import untied
 from prismquant.numerics.hadamard import power_of_two_block
+from prismquant.opening import read_json
 from prismquant.plan.bit_layout import DENSE
 from prismquant.plan.kv_plan import KVPlan
 from prismquant.plan.plan import Plan
@@ -36,18 +40,45 @@ _KEY_ROTATION = "key_rotation"
 _Key = tuple[NumberSpec | None, NumberSpec | None, NumberSpec | None, str]
 
 
-def quantization_config(plan: Plan, bound: BoundModel) -> dict[str, Any] | None:
+def written_config(plan: Plan, bound: BoundModel) -> dict[str, Any]:
+    """The ``config.json`` of a plan's checkpoint.
+
+    It is the source's, with a ``quantization_config`` and our own section. Where one part of it
+    describes the model, transformers loads that part by itself and looks into no other: it has the
+    section as well, with module paths.
+    """
+    part = bound.arch.config_part
+    # What was quantized already was refused: such a section is one that was left behind.
+    config = without_sections(read_json(bound.folder / "config.json"), part)
+    tied = bound.tied and not untied(bound, plan.towers)
+    if bound.config.tie_word_embeddings and not tied:
+        config = untied_config(config, part)
+    if section := quantization_config(plan, bound, bound.names.in_config):
+        config[CONFIG_KEY] = section
+    if part in config and (section := quantization_config(plan, bound, str)):
+        config[part] |= {CONFIG_KEY: section}
+    return config | _private_section(plan, bound)
+
+
+def quantization_config(
+    plan: Plan, bound: BoundModel, called: Callable[[str], str]
+) -> dict[str, Any] | None:
     """The ``quantization_config`` of a plan; None where there is nothing to say.
 
     A rotation at run time, or a quantized key-value cache, is declared even where no layer is
     stored quantized.
+
+    Args:
+        plan: What is stored.
+        bound: The model.
+        called: From a layer's module path to what the configuration calls it.
     """
     schemes: dict[_Key, list[str]] = {}
     for row in plan.quantized:
         if row.layout != DENSE:
             sides = [spec if spec and is_declarable(spec) else None for spec in row.config.sides]
             key = (row.config.weights, sides[0], sides[1], row.layout)
-            schemes.setdefault(key, []).append(_config_name(bound, row.site.name))
+            schemes.setdefault(key, []).append(called(row.site.name))
     transforms = _transform_config(plan, bound)
     kv_cache = plan.kv_cache.spec if plan.kv_cache else None
     if not schemes and not transforms and kv_cache is None:
@@ -64,7 +95,7 @@ def quantization_config(plan: Plan, bound: BoundModel) -> dict[str, Any] | None:
     }
     layouts = {group["format"] for group in groups.values()} or {DENSE}
     quantized = {name for names in schemes.values() for name in names}
-    linears = {_config_name(bound, name) for name in _linears(bound)}
+    linears = {called(name) for name in _linears(bound)}
     return {
         "quant_method": METHOD,
         "version": CONFIG_VERSION,
@@ -77,13 +108,6 @@ def quantization_config(plan: Plan, bound: BoundModel) -> dict[str, Any] | None:
         "transform_config": transforms,
         "config_groups": groups,
     }
-
-
-def _config_name(bound: BoundModel, module_name: str) -> str:
-    """Readers look a layer up by the path it has in their model."""
-    if bound.arch.config_map is None:
-        return module_name
-    return bound.names.to_disk(f"{module_name}.weight").removesuffix(".weight")
 
 
 def _linears(bound: BoundModel) -> list[str]:
@@ -170,13 +194,13 @@ def _attention_pattern(path: str) -> str:
     return f"re:(.*[.])?{tower}[.](.*[.])?{'[.]'.join(block)}$"
 
 
-def private_section(plan: Plan, bound: BoundModel) -> dict[str, Any]:
+def _private_section(plan: Plan, bound: BoundModel) -> dict[str, Any]:
     """Our own section, for what the configuration cannot say; empty where there is nothing."""
     found: dict[str, dict[str, Any]] = {}
     for row in plan.quantized:
         for side, spec in ((INPUT, row.config.activations), (OUTPUT, row.config.outputs)):
             if spec is not None and (row.stored_dense or not _says_all(spec)):
-                found.setdefault(_config_name(bound, row.site.name), {})[side] = spec.to_dict()
+                found.setdefault(bound.names.in_config(row.site.name), {})[side] = spec.to_dict()
     return {PRIVATE_KEY: {"activations": found}} if found else {}
 
 

@@ -101,9 +101,14 @@ class StoredCheckpoint:
     @property
     def plain_config(self) -> dict[str, Any]:
         """``config.json`` without what it says of quantization, and of a tie that is none."""
-        said = (CONFIG_KEY, PRIVATE_KEY)
-        config = {key: value for key, value in self.config.items() if key not in said}
-        return config if self.tied == self.says_tied else untied_config(config)
+        from prismquant.export.compressed_tensors.plain_config import (  # of exports alone
+            untied_config,
+            without_sections,
+        )
+
+        part = self.arch.config_part
+        config = without_sections(self.config, part)
+        return config if self.tied == self.says_tied else untied_config(config, part)
 
     @property
     def tied(self) -> bool:
@@ -208,7 +213,8 @@ def open_checkpoint(folder: Path) -> StoredCheckpoint:
     views = stored_views(arch, model, names, shards)
     if views:
         shards = FiniteReader(folder, views=views)
-    called = _config_names(model, names, remote=arch.config_map is not None)
+    linears_of = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    called = {names.in_config(name): name for name in linears_of}
     linears = {
         said: Linear(
             name, names.to_disk(f"{name}.weight").removesuffix(".weight"), _shape(model, name)
@@ -342,14 +348,6 @@ def other_names(called: Mapping[str, str], arch: ArchSpec) -> dict[str, tuple[st
     return {said: tuple(dict.fromkeys(names(module))) for said, module in called.items()}
 
 
-def untied_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of a model whose head has a weight of its own."""
-    text = config.get("text_config")
-    if isinstance(text, dict) and "tie_word_embeddings" in text:
-        config = config | {"text_config": text | {"tie_word_embeddings": False}}
-    return config | {"tie_word_embeddings": False}
-
-
 def is_leftover(folder: Path, config: Mapping[str, Any]) -> bool:
     """True if a configuration has the section of another method beside weights in floating point.
 
@@ -366,14 +364,6 @@ def is_leftover(folder: Path, config: Mapping[str, Any]) -> bool:
         bind(folder)
         return True
     return False
-
-
-def _config_names(model: nn.Module, names: NameMap, *, remote: bool) -> dict[str, str]:
-    """Name of each linear layer in the configuration -> its module path."""
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not remote:
-        return {name: name for name in linears}
-    return {names.to_disk(f"{name}.weight").removesuffix(".weight"): name for name in linears}
 
 
 def _embedding_dtype(shards: ShardReader, names: NameMap, arch: ArchSpec) -> torch.dtype:

@@ -16,18 +16,13 @@ from torch import Tensor
 
 from prismquant.errors import StorageError
 from prismquant.export.companions import files_to_copy
-from prismquant.export.compressed_tensors.config_writer import (
-    private_section,
-    quantization_config,
-)
+from prismquant.export.compressed_tensors.config_writer import written_config
 from prismquant.export.compressed_tensors.layer_edits import (
     column_tensors,
     read_outlier_columns,
     rotation_tensors,
 )
 from prismquant.export.compressed_tensors.reader import StoredScheme, read_weight, static_scale
-from prismquant.export.compressed_tensors.section import CONFIG_KEY
-from prismquant.export.compressed_tensors.stored import untied_config
 from prismquant.formats.packed import pack
 from prismquant.formats.quantized_layer import (
     DenseWeight,
@@ -38,9 +33,7 @@ from prismquant.formats.quantized_layer import (
 )
 from prismquant.headers import read_header
 from prismquant.models.bound import BoundModel, BoundStep
-from prismquant.models.rotated_towers import untied
 from prismquant.numerics.finite import nonfinite
-from prismquant.opening import read_json
 from prismquant.plan.bit_layout import DENSE
 from prismquant.plan.kv_plan import KVLayer
 from prismquant.plan.plan import Plan, PlanRow
@@ -140,15 +133,7 @@ class CheckpointWriter:
         copied = [path.relative_to(source).as_posix() for path in files_to_copy(source)]
         for name in copied:
             copy_file(source / name, self.folder / name)
-        config = dict(read_json(source / "config.json"))
-        # What was quantized already was refused: such a section is one that was left behind.
-        config.pop(CONFIG_KEY, None)
-        tied = self.bound.tied and not untied(self.bound, self.plan.towers)
-        if self.bound.config.tie_word_embeddings and not tied:
-            config = untied_config(config)
-        if groups := quantization_config(self.plan, self.bound):
-            config |= {CONFIG_KEY: groups}
-        write_json(self.folder / "config.json", config | private_section(self.plan, self.bound))
+        write_json(self.folder / "config.json", written_config(self.plan, self.bound))
         self.last_files = [shard, INDEX_NAME, *copied, "config.json"]
         return found
 
@@ -194,12 +179,8 @@ class CheckpointWriter:
         }
 
     def _names_of(self, step: BoundStep) -> list[str]:
-        prefix = f"{step.name}."
-        return [
-            n
-            for n in sorted(self._reader.names)
-            if self.bound.names.to_module(n).startswith(prefix)
-        ]
+        names = self.bound.names
+        return [n for n in sorted(self._reader.names) if names.lies_in(n, step.name)]
 
     def _loose_names(self) -> list[str]:
         taken = {name for step in self.bound.steps for name in self._names_of(step)}

@@ -1,0 +1,52 @@
+"""Small random models of families that are tested by their name alone, saved as real checkpoints.
+
+A file here is a family: ``make`` gives its configuration and its processor, of the parts that
+transformers has for it, and ``TOKENS`` the tokens that its tokenizer names. Weights, words and
+samples are those of :mod:`tiny_vlm`. ``SPARSE`` says of a family that it has experts.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING, Any
+
+import tiny_vlm
+import torch
+
+from prismquant.models.arch_files import known_archs
+from prismquant.models.config import import_transformers
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_FILES = {
+    name: importlib.import_module(f"tiny_families.{name}")
+    for _, name, _ in pkgutil.iter_modules(__path__)
+    if name != "parts"
+}
+SPARSE = tuple(name for name, file in _FILES.items() if getattr(file, "SPARSE", False))
+FAMILIES = tuple(name for name in _FILES if name not in SPARSE)
+
+
+def build(family: str, folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:
+    """Write a random checkpoint with two blocks in each tower, as transformers writes it.
+
+    Args:
+        family: One of :data:`FAMILIES` or :data:`SPARSE`.
+        folder: Where it goes.
+        dtype: Of the weights.
+    """
+    transformers: Any = import_transformers()
+    file = _FILES[family]
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = tiny_vlm.word_tokenizer(transformers, file.TOKENS)
+    config, processor = file.make(transformers, tokenizer)
+    processor.save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = getattr(transformers, known_archs()[family].hf_class)(config)
+        tiny_vlm.randomize(model)
+    model.to(dtype).save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    return folder
