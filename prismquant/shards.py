@@ -33,31 +33,49 @@ _MAX_INDEX_BYTES = 32 << 20
 
 @dataclass(frozen=True)
 class TensorView:
-    """A matrix that lies within a stored tensor of three dimensions.
+    """A tensor that lies within a larger stored one.
 
     Attributes:
-        source: Name of the stored tensor, a stack of matrices.
-        index: Number of the stored matrix that it lies in.
+        source: Name of the stored tensor: one matrix or vector, or a stack of them.
+        index: Number of the matrix of a stack that it lies in; None: the tensor is no stack.
         rows: First of its rows there, and the one after its last; columns, where it is transposed.
         transposed: Whether its rows are the columns of the stored matrix.
     """
 
     source: str
-    index: int
+    index: int | None
     rows: tuple[int, int]
     transposed: bool
 
-    def shape(self, stored: Sequence[int]) -> tuple[int, int]:
+    def shape(self, stored: Sequence[int]) -> tuple[int, ...]:
         """Its shape, by that of the stored tensor."""
-        return (self.rows[1] - self.rows[0], stored[1 if self.transposed else 2])
+        sides = stored if self.index is None else stored[1:]
+        return (self.rows[1] - self.rows[0], *(sides[:1] if self.transposed else sides[1:]))
 
     def of(self, matrix: torch.Tensor) -> torch.Tensor:
-        """Its numbers, by those of the stored matrix."""
+        """Its numbers, by those of the stored matrix or vector."""
         rows = slice(*self.rows)
         return matrix[:, rows].T.contiguous() if self.transposed else matrix[rows]
 
 
 NO_VIEWS: Mapping[str, TensorView] = MappingProxyType({})
+
+
+def infos_with_views(
+    infos: Mapping[str, TensorInfo], views: Mapping[str, TensorView]
+) -> dict[str, TensorInfo]:
+    """Headers with views in the place of the tensors that they lie in.
+
+    Args:
+        infos: Headers of all tensors that are stored.
+        views: Views by their names.
+    """
+    hidden = {view.source for view in views.values()}
+    found = {name: info for name, info in infos.items() if name not in hidden}
+    for name, view in views.items():
+        stored = infos[view.source]
+        found[name] = TensorInfo(stored.dtype, view.shape(stored.shape), stored.file)
+    return found
 
 
 class ShardReader:
@@ -139,12 +157,26 @@ class ShardReader:
         """The tensor, in its dtype on disk, in ordinary (not memory-mapped) memory."""
         # Of this class in any case: readers that show other tensors build on what is on disk.
         if (view := self.views.get(name)) is not None:
-            stored = ShardReader.info(self, view.source)
-            matrix = torch.empty(stored.shape[1:], dtype=stored.dtype)
-            start = view.index * matrix.numel() * stored.dtype.itemsize
-            return view.of(self._read_into(matrix, view.source, [start]))
+            return view.of(self.read_matrix(view.source, view.index))
         info = ShardReader.info(self, name)
         return self._read_into(torch.empty(info.shape, dtype=info.dtype), name, [0])
+
+    def read_matrix(self, name: str, index: int | None) -> torch.Tensor:
+        """One matrix of a stored stack, without the others; without an index, the whole tensor.
+
+        Args:
+            name: Of the stored tensor, ``[n, ...]``.
+            index: Number of the matrix.
+
+        Returns:
+            ``[...]``, in its dtype on disk.
+        """
+        if index is None:
+            return ShardReader.read(self, name)
+        stored = ShardReader.info(self, name)
+        matrix = torch.empty(stored.shape[1:], dtype=stored.dtype)
+        start = index * matrix.numel() * stored.dtype.itemsize
+        return self._read_into(matrix, name, [start])
 
     def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Some lines of a matrix, without the rest of it ever being in memory.
@@ -161,7 +193,7 @@ class ShardReader:
         """
         self._require_rows(name, rows)
         if name in self.views:
-            return ShardReader.read(self, name)[rows]
+            return self.read(name)[rows]
         info = ShardReader.info(self, name)
         lines = torch.empty(len(rows), *info.shape[1:], dtype=info.dtype)
         size = math.prod(info.shape[1:]) * info.dtype.itemsize

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from prismquant.sources.recognize import SECTION_FILES
+
+# What config.json says of quantization, other writers say in files of their own as well.
+_ABOUT_WEIGHTS = {"config.json", *SECTION_FILES}
 _COPIED = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".toml", ".py"}
 
 
@@ -39,7 +43,7 @@ def own_file(folder: Path, name: str) -> Path | None:
 
 def _candidates(folder: Path) -> Iterator[Path]:
     for path in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
-        about_weights = path.name == "config.json" or path.name.endswith(".index.json")
+        about_weights = path.name in _ABOUT_WEIGHTS or path.name.endswith(".index.json")
         hidden = path.name.startswith(".")
         if path.is_file() and path.suffix in _COPIED and not about_weights and not hidden:
             yield path

@@ -6,6 +6,7 @@ have (quantized inputs, rotations, a quantized cache) is imported for those alon
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from torch import nn
 
 from prismquant.arguments import FLOATS, as_dtype, as_flag, as_path, default_modes
 from prismquant.export.compressed_tensors.reader import StoredLayer
+from prismquant.export.compressed_tensors.section import CONFIG_KEY, METHOD
 from prismquant.export.compressed_tensors.stored import StoredCheckpoint, open_checkpoint
 from prismquant.formats.quantized_layer import scale_and_zero_point
-from prismquant.models.config import native_config
+from prismquant.models.config import native_config, read_config
 from prismquant.models.load import empty_model, materialize
 from prismquant.models.processor import load_processor
 
@@ -67,11 +69,28 @@ def load_model(
     Raises:
         ModelError, FormatError, StorageError: The checkpoint cannot be read.
     """
+    if _is_foreign(folder):
+        from prismquant.models.float_model import load_float  # shows other tools' codes as floats
+
+        return load_float(folder, dtype, device=device)
     source = open_checkpoint(folder)
     model = empty_model(native_config(source.arch, folder), source.arch)
     materialize(model, "", source.reader, source.names, device, dtype or source.dtype)
     simulate_activations(model, source)
     return model
+
+
+def _is_foreign(folder: Path) -> bool:
+    """Whether a checkpoint is quantized in a way that is read as a source alone."""
+    section = read_config(folder).get(CONFIG_KEY)
+    if not (folder / "hf_quant_config.json").is_file() and (
+        not isinstance(section, Mapping) or section.get("quant_method") == METHOD
+    ):
+        return False
+    from prismquant.models.config import header_infos
+    from prismquant.sources.recognize import quantized_source
+
+    return quantized_source(folder, read_config(folder), header_infos(folder)) is not None
 
 
 def simulate_activations(model: nn.Module, source: StoredCheckpoint) -> None:

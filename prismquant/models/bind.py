@@ -48,7 +48,9 @@ from prismquant.models.load import empty_model
 from prismquant.models.misfits import Misfits, kind_of
 from prismquant.models.names import NameMap, choose_layout
 from prismquant.models.norm_probe import NormProbe
+from prismquant.models.other_folders import no_shards, refuse_adapter
 from prismquant.shards import read_index
+from prismquant.sources.recognize import quantized_source
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -75,21 +77,16 @@ def bind(
     """
     folder = Path(folder)
     arch = identify(folder)
-    infos: Mapping[str, TensorInfo] = header_infos(folder)
-    if headers_required and not infos:
-        raise ModelError(
-            "the model folder has no readable *.safetensors shard",
-            where=str(folder),
-            remedy="complete the download; pickle files are never read",
-        )
+    stored = _headers(folder, required=headers_required)
+    source = None if quantized else quantized_source(folder, read_config(folder), stored)
+    infos: Mapping[str, TensorInfo] = stored if source is None else source.shown(stored)
     config = native_config(arch, folder, infos)
     model = empty_model(config, arch)
     modules = dict(model.named_modules(remove_duplicate=False))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     disk_names = infos.keys() or (read_index(folder) or {}).keys()
     names = choose_layout(arch.layouts, disk_names, modules.keys())
-    stored = infos
-    views, infos = shown_tensors(arch, model, names, folder, stored)
+    views, infos = shown_tensors(arch, model, names, infos)
     head_weight = f"{arch.head}.weight"
     says_tied = bool(getattr(config, "tie_word_embeddings", False))
     tied = says_tied and names.to_disk(head_weight) not in disk_names
@@ -103,11 +100,12 @@ def bind(
     misfits.add_all(config_findings(config.get_text_config(), modules))
     unused = [f"config.json: {key} is not used" for key in unused_keys(arch, folder, config)]
     notes = [*_description_notes(arch, steps, modules), *unused, *index_notes(folder, stored)]
-    if says_tied and not tied:
-        notes.append(_not_tied(names.to_disk(head_weight)))
+    notes += [] if source is None else source.notes()
+    notes += [_not_tied(names.to_disk(head_weight))] * (says_tied and not tied)
     if not quantized:
         strange = _compare(arch, names, shapes, infos, head_weight if tied else None)
-        if section := read_config(folder).get("quantization_config"):
+        section = read_config(folder).get("quantization_config")
+        if section and source is None:
             notes.append(_leftover(section, folder, is_float=bool(infos) and not strange))
         misfits.add_all(strange if infos else [])
     if not misfits:
@@ -129,9 +127,19 @@ def bind(
         shapes=shapes,
         tied=tied,
         has_weights=bool(infos),
+        source=source,
         views=views,
         notes=tuple(notes),
     )
+
+
+def _headers(folder: Path, *, required: bool) -> dict[str, TensorInfo]:
+    """Headers of all shards, which are those of a model."""
+    stored = header_infos(folder)
+    refuse_adapter(folder, stored)
+    if required and not stored:
+        raise no_shards(folder)
+    return stored
 
 
 def _description_notes(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -11,7 +10,7 @@ from torch import nn
 from prismquant.models.arch import ArchSpec, Edge, Site
 from prismquant.models.bound import ExpertPlace
 from prismquant.models.misfits import Misfits, kind_of
-from prismquant.shards import NO_VIEWS, ShardReader
+from prismquant.shards import NO_VIEWS, infos_with_views
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -80,7 +79,6 @@ def shown_tensors(
     arch: ArchSpec,
     model: nn.Module,
     names: NameMap,
-    folder: Path,
     infos: Mapping[str, TensorInfo],
 ) -> tuple[Mapping[str, TensorView], Mapping[str, TensorInfo]]:
     """Matrices that lie within stored tensors, by their own names; and headers that show them.
@@ -89,7 +87,6 @@ def shown_tensors(
         arch: Says which modules hold experts.
         model: Without weights.
         names: Its names on disk.
-        folder: The checkpoint.
         infos: Headers of all stored tensors.
     """
     if not arch.experts:
@@ -99,5 +96,4 @@ def shown_tensors(
     views = expert_views(model, names, infos)
     if not views:
         return NO_VIEWS, infos
-    reader = ShardReader(folder, views=views)
-    return views, {name: reader.info(name) for name in reader.names}
+    return views, infos_with_views(infos, views)

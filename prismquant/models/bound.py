@@ -17,6 +17,7 @@ from prismquant.models.arch import ArchSpec, Cached, EdgeKind, Modality, Paralle
 from prismquant.models.config import config_value
 from prismquant.models.names import NameMap
 from prismquant.shards import ShardReader, TensorView
+from prismquant.sources.quantized_source import FloatReader, QuantizedSource
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -210,6 +211,7 @@ class BoundModel:
         shapes: Module tensor name -> shape, for every parameter and stored buffer.
         tied: Whether the head's weight is the token embedding.
         has_weights: Whether the folder has readable shards.
+        source: How the checkpoint is quantized already; None: its weights are in floating point.
         views: Layers' weights that lie within larger stored tensors, by the names that they have
             alone.
         notes: What the folder says that was passed over, in sentences.
@@ -228,6 +230,7 @@ class BoundModel:
     shapes: Mapping[str, tuple[int, ...]]
     tied: bool
     has_weights: bool
+    source: QuantizedSource | None = None
     views: Mapping[str, TensorView] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     _by_name: dict[str, BoundSite] = field(default_factory=dict, repr=False, compare=False)
@@ -249,7 +252,9 @@ class BoundModel:
         return self._by_name[name]
 
     def shards(self) -> ShardReader:
-        """Its tensors on disk, each layer's weight by a name of its own."""
+        """Its tensors in floating point, each layer's weight by a name of its own."""
+        if self.source is not None:
+            return FloatReader(self.folder, self.source, self.views)
         return ShardReader(self.folder, views=self.views)
 
     @property

@@ -264,11 +264,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     found = _listed(folder)
     path = folder / "config.json"
     if path.name not in found:
-        raise ModelError(
-            f"the model folder has no config.json; it holds {', '.join(found[:6]) or 'nothing'}",
-            where=str(folder),
-            remedy="give the folder of a Hugging Face checkpoint",
-        )
+        from prismquant.models.other_folders import no_config  # of no model
+
+        raise no_config(folder, found)
     try:
         config = read_json(path, _MAX_CONFIG_BYTES)
     except StorageError as error:

@@ -8,7 +8,7 @@ rounding of the stored weights.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,7 +61,7 @@ class RotatedReader(ShardReader):
         exact: Collection[str] = (),
     ) -> None:
         super().__init__(folder, views=bound.views)
-        self._bound = bound
+        self._bound, self._stored = bound, bound.shards()
         self._exact = frozenset(exact)
         self._edits = _edits(bound, towers)
         head = f"{bound.arch.head}.weight"
@@ -71,11 +71,11 @@ class RotatedReader(ShardReader):
     @property
     def names(self) -> frozenset[str]:
         """Names of all tensors; a head that is no longer tied has its own."""
-        return super().names | ({self._head} if self._head else frozenset())
+        return self._stored.names | ({self._head} if self._head else frozenset())
 
     def info(self, name: str) -> TensorInfo:
         """Dtype and shape of a tensor."""
-        info = super().info(self._embedding if name == self._head else name)
+        info = self._stored.info(self._embedding if name == self._head else name)
         if self._module_name(name) in self._exact:
             dtype = torch.promote_types(info.dtype, torch.float32)
             return TensorInfo(dtype, info.shape, info.file)
@@ -87,8 +87,8 @@ class RotatedReader(ShardReader):
         owner, _, leaf = self._module_name(name).rpartition(".")
         edit = self._edits.get(owner)
         if edit is None:
-            return super().read(name).to(dtype)
-        stored = super().read(self._embedding if name == self._head else name)
+            return self._stored.read(name).to(dtype)
+        stored = self._stored.read(self._embedding if name == self._head else name)
         if edit.plain_norm:
             plain = leaf == "weight" and not edit.from_one
             return torch.full_like(stored, float(plain), dtype=dtype)
@@ -105,9 +105,13 @@ class RotatedReader(ShardReader):
         edit = self._edits.get(self._module_name(name).rpartition(".")[0])
         if name == self._head or (edit is not None and (edit.rows or edit.plain_norm)):
             return self.read(name)[rows]
-        lines = super().read_rows(name, rows)
+        lines = self._stored.read_rows(name, rows)
         dtype = self.info(name).dtype
         return lines.to(dtype) if edit is None else self._columns(edit, lines, dtype)
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Let the system fetch what the tensors are made of."""
+        self._stored.read_ahead(names)
 
     def _columns(self, edit: _Edit, matrix: Tensor, dtype: torch.dtype) -> Tensor:
         operations = list(edit.columns)
@@ -121,12 +125,12 @@ class RotatedReader(ShardReader):
         """With what the norm's shift contributes."""
         if edit.norm is None or f"{edit.norm}.bias" not in self._bound.shapes:
             return bias
-        weight = super().read(self._bound.names.to_disk(f"{owner}.weight")).flatten(1)
+        weight = self._stored.read(self._bound.names.to_disk(f"{owner}.weight")).flatten(1)
         shift = self._norm(edit.norm, "bias").repeat(weight.shape[1] // edit.norm_size)
         return bias + _apply(weight, [lambda x: x * shift], torch.float64).sum(1)
 
     def _norm(self, name: str, leaf: str) -> Tensor:
-        return super().read(self._bound.names.to_disk(f"{name}.{leaf}")).double()
+        return self._stored.read(self._bound.names.to_disk(f"{name}.{leaf}")).double()
 
     def _module_name(self, name: str) -> str:
         names = self._bound.names

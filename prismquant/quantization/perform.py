@@ -225,6 +225,8 @@ def _damage(nonfinite: Mapping[str, str]) -> list[str]:
 def _unusual(bound: BoundModel, ranks: Ranks, *, locked: bool) -> dict[str, str]:
     """Unusual facts of the surroundings, for the record."""
     told = {} if locked else {"lock": "none"}
+    if bound.source is not None:
+        told["source"] = bound.source.describe()
     if left := links_outside(bound.folder):
         told["links_outside"] = ", ".join(left)
     return told | ({"ranks": str(ranks.size)} if ranks.size > 1 else {})

@@ -50,6 +50,7 @@ from prismquant.run.fingerprint import (
 from prismquant.run.identity import Identity
 from prismquant.runtime.mixed import Precision
 from prismquant.shards import ShardReader
+from prismquant.sources.recognize import SECTION_FILES
 
 # Tokens of a call on a CPU: products are as fast as with more, and activations as large as these
 # come from memory that is already there.
@@ -326,4 +327,5 @@ def source_files(folder: Path) -> list[Path]:
     """All files of a source that decide the result, or become a part of it."""
     reader = ShardReader(folder)
     shards = {folder / reader.info(name).file for name in reader.names}
-    return [folder / "config.json", *sorted(shards), *files_to_copy(folder)]
+    declared = [folder / name for name in SECTION_FILES if (folder / name).is_file()]
+    return [folder / "config.json", *declared, *sorted(shards), *files_to_copy(folder)]

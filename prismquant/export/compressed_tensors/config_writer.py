@@ -48,7 +48,7 @@ def written_config(plan: Plan, bound: BoundModel) -> dict[str, Any]:
     section as well, with module paths.
     """
     part = bound.arch.config_part
-    # What was quantized already was refused: such a section is one that was left behind.
+    # A section of the source is of weights that are in floating point here, or was left behind.
     config = without_sections(read_json(bound.folder / "config.json"), part)
     tied = bound.tied and not untied(bound, plan.towers)
     if bound.config.tie_word_embeddings and not tied:

@@ -9,7 +9,7 @@ from prismquant.export.compressed_tensors.section import CONFIG_KEY, PRIVATE_KEY
 
 
 def without_sections(config: Mapping[str, Any], part: str | None) -> dict[str, Any]:
-    """A configuration without what it says of quantization.
+    """A configuration without what it says of quantization, in any of its parts.
 
     Args:
         config: The content of ``config.json``.
@@ -17,7 +17,10 @@ def without_sections(config: Mapping[str, Any], part: str | None) -> dict[str, A
     """
     said = (CONFIG_KEY, PRIVATE_KEY)
     plain = {key: value for key, value in config.items() if key not in said}
-    return plain | {part: without_sections(plain[part], None)} if part in plain else plain
+    for name, inner in plain.items():
+        if name == part or (isinstance(inner, Mapping) and CONFIG_KEY in inner):
+            plain[name] = without_sections(inner, None)
+    return plain
 
 
 def untied_config(config: dict[str, Any], part: str | None) -> dict[str, Any]:

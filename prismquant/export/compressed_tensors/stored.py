@@ -361,8 +361,7 @@ def is_leftover(folder: Path, config: Mapping[str, Any]) -> bool:
     from prismquant.models.bind import bind
 
     with contextlib.suppress(ModelError, StorageError):
-        bind(folder)
-        return True
+        return bind(folder).source is None
     return False
 
 
