@@ -59,6 +59,9 @@ def _import_torchvision() -> None:
 _import_torchvision()
 import transformers  # noqa: E402
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
+from transformers.models.qwen3_5.modeling_qwen3_5 import (  # noqa: E402
+    torch_chunk_gated_delta_rule,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -109,6 +112,10 @@ LINE_TEMPLATE = CHAT_TEMPLATE.replace(VISION_START, "").replace(VISION_END, "\n"
 class Settings:
     """What a run is made of; two runs with equal settings and threads give equal weights.
 
+    A family with experts has ``experts`` in each layer, ``active`` of them for each token, and
+    these together are as wide as the MLP of another family. ``balance`` weighs what keeps an
+    expert from being chosen by no token.
+
     Until step ``curriculum`` the scenes grow harder, and long descriptions teach the model to look.
     From step ``settle`` on the scenes are of mixed hardness, more rows are text, and short answers
     count more, so that it learns to compare and to count as well.
@@ -119,6 +126,9 @@ class Settings:
     width: int = 128
     layers: int = 5
     inner: int = 256
+    experts: int = 8
+    active: int = 2
+    balance: float = 0.01
     vision_layers: int = 3
     rope_theta: float = 100.0
     rate: float = 2e-3
@@ -143,6 +153,7 @@ class Batch:
         pixels: (views, patches, values); a view is a picture or what one patch holds of a clip,
             a frame or a pair of frames.
         slots: (rows, tokens), true where the vision features go, in order.
+        turns: (rows, tokens), the number of a token's question; 0 before the first, -1 for padding.
         lengths: (answer tokens), for each of the targets in order the length of its answer.
         cells: (views, cells, attributes), what each cell shows, see :func:`cell_labels`.
     """
@@ -153,6 +164,7 @@ class Batch:
     mask: Tensor
     pixels: Tensor
     slots: Tensor
+    turns: Tensor
     lengths: Tensor
     cells: Tensor
 
@@ -177,6 +189,21 @@ Encode = Callable[[str], list[int]]
 
 
 @dataclass(frozen=True, slots=True)
+class Pass:
+    """What a model makes of a batch.
+
+    Attributes:
+        hidden: (rows, tokens, width), the last hidden states.
+        features: (views, tokens, width), the vision features.
+        routing: for each layer with experts, (rows * tokens, experts), the router's logits.
+    """
+
+    hidden: Tensor
+    features: Tensor
+    routing: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """One architecture; another one is another entry of FAMILIES.
 
@@ -185,8 +212,7 @@ class Family:
             tokens.
         processor: makes its processor from the tokenizer.
         prefix: returns what comes before the question of a sample.
-        hidden: returns the last hidden states of a batch, (rows, tokens, width), and its vision
-            features, (views, tokens, width).
+        forward: runs the model on a batch.
         frames: frames in one patch of a clip.
         wording: what its processor writes into prompts, for the tokenizer to learn.
         template: its chat template.
@@ -196,7 +222,7 @@ class Family:
     config: Callable[[Settings, Mapping[str, int], int], Any]
     processor: Callable[[Any], Any]
     prefix: Callable[[Encode, SceneSample], Prefix]
-    hidden: Callable[[Any, Batch], tuple[Tensor, Tensor]]
+    forward: Callable[[Any, Batch], Pass]
     frames: int = 2
     wording: tuple[str, ...] = ()
     template: str = CHAT_TEMPLATE
@@ -436,7 +462,7 @@ def qwen2_vl_prefix(encode: Encode, sample: SceneSample) -> Prefix:
     return writer.prefix
 
 
-def qwen2_vl_hidden(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+def qwen2_vl_forward(model: Any, batch: Batch) -> Pass:
     """Put the vision features into the slots and run the language model."""
     features = qwen2_vl_encode(model, batch.pixels) if len(batch.pixels) else no_features(model)
     outputs = model.model.language_model(
@@ -445,7 +471,7 @@ def qwen2_vl_hidden(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         attention_mask={"full_attention": batch.mask},
         use_cache=False,
     )
-    return outputs.last_hidden_state, features
+    return Pass(outputs.last_hidden_state, features)
 
 
 def qwen2_vl_encode(model: Any, pixels: Tensor) -> Tensor:
@@ -468,25 +494,37 @@ def qwen3_vl_config(settings: Settings, ids: Mapping[str, int], vocabulary: int)
     Its first two vision blocks feed the first two language layers, and its table of positions has
     an entry for each patch of a frame.
     """
+    return transformers.Qwen3VLConfig(
+        text_config=qwen3_vl_text(settings, ids, vocabulary),
+        vision_config=qwen3_vl_vision(settings),
+        **qwen_tokens(ids),
+    )
+
+
+def qwen3_vl_text(
+    settings: Settings, ids: Mapping[str, int], vocabulary: int
+) -> dict[str, Any]:
+    """Return the settings of the language model of a small Qwen3-VL."""
     text = text_config(settings, ids, vocabulary)
     text["head_dim"] = HEAD
     text["rope_parameters"] |= {"mrope_section": [6, 5, 5], "mrope_interleaved": True}
-    return transformers.Qwen3VLConfig(
-        text_config=text,
-        vision_config={
-            "depth": settings.vision_layers,
-            "hidden_size": 128,
-            "intermediate_size": 512,
-            "num_heads": 4,
-            "patch_size": PATCH,
-            "spatial_merge_size": MERGE,
-            "temporal_patch_size": 2,
-            "out_hidden_size": settings.width,
-            "num_position_embeddings": GRID**2,
-            "deepstack_visual_indexes": [0, 1],
-        },
-        **qwen_tokens(ids),
-    )
+    return text
+
+
+def qwen3_vl_vision(settings: Settings) -> dict[str, Any]:
+    """Return the settings of the vision tower of a small Qwen3-VL."""
+    return {
+        "depth": settings.vision_layers,
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_heads": 4,
+        "patch_size": PATCH,
+        "spatial_merge_size": MERGE,
+        "temporal_patch_size": 2,
+        "out_hidden_size": settings.width,
+        "num_position_embeddings": GRID**2,
+        "deepstack_visual_indexes": [0, 1],
+    }
 
 
 def qwen3_vl_processor(tokenizer: Any) -> Any:
@@ -523,11 +561,12 @@ def qwen3_vl_stamp(pair: int) -> str:
     return f"<{(2 * pair + 0.5) / FRAME_RATE:.1f} seconds>"
 
 
-def qwen3_vl_hidden(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+def qwen3_vl_forward(model: Any, batch: Batch) -> Pass:
     """Put the vision features into the slots and run the language model with the early ones."""
     features, early = no_features(model), None
     if len(batch.pixels):
         features, early = qwen3_vl_encode(model, batch.pixels)
+    experts = hasattr(model.config.text_config, "num_experts")
     outputs = model.model.language_model(
         inputs_embeds=input_embeddings(model, batch, features),
         position_ids=batch.places,
@@ -535,16 +574,17 @@ def qwen3_vl_hidden(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         use_cache=False,
         visual_pos_masks=batch.slots,
         deepstack_visual_embeds=early,
+        **({"output_router_logits": True} if experts else {}),
     )
-    return outputs.last_hidden_state, features
+    return Pass(outputs.last_hidden_state, features, outputs.get("router_logits") or ())
 
 
 def qwen3_vl_encode(model: Any, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Run the vision tower on all views at once.
 
     Returns:
-        The features, (views, tokens, width), and those of the early blocks, (tokens of all views,
-        width) for each of the first language layers.
+        The features, (views, tokens, width), and those of the early blocks, if it gives any,
+        (tokens of all views, width) for each of the first language layers.
     """
     visual = model.model.visual
     places = patch_places()
@@ -554,10 +594,219 @@ def qwen3_vl_encode(model: Any, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
     early: list[Tensor] = []
     for index, block in enumerate(visual.blocks):
         hidden = qwen_block(block, hidden, turns)
-        if index in visual.deepstack_visual_indexes:
+        if index in getattr(visual, "deepstack_visual_indexes", ()):
             early.append(visual.deepstack_merger_list[len(early)](hidden))
     tokens: Tensor = visual.merger(hidden)
     return tokens.view(len(pixels), SIDE**2, -1), early
+
+
+# Qwen3-VL with experts
+
+
+def qwen3_vl_moe_config(settings: Settings, ids: Mapping[str, int], vocabulary: int) -> Any:
+    """Return a small Qwen3-VL whose every language layer has experts in the place of its MLP."""
+    experts = {
+        "num_experts": settings.experts,
+        "num_experts_per_tok": settings.active,
+        "moe_intermediate_size": settings.inner // settings.active,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "router_aux_loss_coef": settings.balance,
+    }
+    return transformers.Qwen3VLMoeConfig(
+        text_config=qwen3_vl_text(settings, ids, vocabulary) | experts,
+        vision_config=qwen3_vl_vision(settings),
+        **qwen_tokens(ids),
+    )
+
+
+# Qwen3.5
+
+
+def qwen3_5_config(settings: Settings, ids: Mapping[str, int], vocabulary: int) -> Any:
+    """Return a small Qwen3.5: every third language layer and the last have full attention.
+
+    The others have linear attention, with two heads of values for each of keys. The rotary
+    positions turn half of a head.
+    """
+    text = text_config(settings, ids, vocabulary)
+    text["head_dim"] = HEAD
+    text["rope_parameters"] |= {
+        "mrope_section": [3, 3, 2],
+        "mrope_interleaved": True,
+        "partial_rotary_factor": 0.5,
+    }
+    last = settings.layers - 1
+    text["layer_types"] = [
+        "full_attention" if layer % 3 == 2 or layer == last else "linear_attention"
+        for layer in range(settings.layers)
+    ]
+    heads = settings.width // HEAD
+    text |= {"linear_key_head_dim": HEAD, "linear_num_key_heads": heads // 2}
+    text |= {"linear_value_head_dim": HEAD, "linear_num_value_heads": heads}
+    vision = qwen3_vl_vision(settings)
+    del vision["deepstack_visual_indexes"]
+    return transformers.Qwen3_5Config(
+        text_config=text, vision_config=vision, **qwen_tokens(ids)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """Tokens of some rows of a batch, each sequence from its start, padded at the end.
+
+    Attributes:
+        rows: (sequences), the row of each.
+        tokens: (sequences, longest), the places of its tokens in the row.
+        real: (sequences, longest), false for padding.
+    """
+
+    rows: Tensor
+    tokens: Tensor
+    real: Tensor
+
+    def take(self, values: Tensor) -> Tensor:
+        """Return what belongs to the tokens, (sequences, longest, ..), of (rows, tokens, ..)."""
+        return values[self.rows[:, None], self.tokens]
+
+
+@dataclass(frozen=True, slots=True)
+class Forks:
+    """Where the questions of a batch start from the state after what comes before them.
+
+    Attributes:
+        prefix: what comes before the questions of each row.
+        questions: those of about the same length together.
+        early: (2, early tokens), row and place of the questions' first tokens, which see less of
+            their question than a convolution spans.
+        before: (early tokens, kernel), the places of what they see, the latest last; -1 for none.
+    """
+
+    prefix: Sequences
+    questions: list[Sequences]
+    early: Tensor
+    before: Tensor
+
+
+CHUNK = 16
+"""Tokens that linear attention mixes at once."""
+
+
+def find_forks(turns: Tensor, kernel: int) -> Forks:
+    """Find the questions of a batch, whose tokens are consecutive.
+
+    Args:
+        turns: (rows, tokens), as of a batch.
+        kernel: tokens that a convolution spans.
+    """
+    sizes = (turns == 0).sum(1)
+    counts = turns.amax(1)
+    rows = torch.repeat_interleave(torch.arange(len(turns)), counts)
+    numbers = torch.cat([torch.arange(1, int(count) + 1) for count in counts])
+    mine = turns[rows] == numbers[:, None]
+    starts, lengths = mine.int().argmax(1), mine.sum(1)
+    chunks = (lengths + CHUNK - 1) // CHUNK
+    questions = [
+        _sequences(rows[chunks == size], starts[chunks == size], lengths[chunks == size])
+        for size in chunks.unique()
+    ]
+    offsets = torch.arange(kernel - 1)
+    short = offsets < lengths[:, None]
+    back = offsets[:, None] - torch.arange(kernel - 1, -1, -1)
+    inside, outside = starts[:, None, None] + back, sizes[rows][:, None, None] + back
+    before = torch.where(back >= 0, inside, outside.clamp(min=-1))
+    return Forks(
+        prefix=_sequences(torch.arange(len(turns)), torch.zeros_like(sizes), sizes),
+        questions=questions,
+        early=torch.stack([rows[:, None].expand_as(short), starts[:, None] + offsets])[:, short],
+        before=before[short],
+    )
+
+
+def _sequences(rows: Tensor, starts: Tensor, lengths: Tensor) -> Sequences:
+    steps = torch.arange(int(lengths.max()))
+    real = steps < lengths[:, None]
+    return Sequences(rows, torch.where(real, starts[:, None] + steps, 0), real)
+
+
+def linear_attention(layer: Any, hidden: Tensor, forks: Forks) -> Tensor:
+    """Run linear attention on (rows, tokens, width), each question from the state of its prefix."""
+    mixed = functional.silu(convolve(layer.in_proj_qkv(hidden), layer.conv1d.weight[:, 0].T, forks))
+    parts = mixed.float().split([layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
+    widths = (layer.head_k_dim, layer.head_k_dim, layer.head_v_dim)
+    heads = [part.unflatten(-1, (-1, size)) for part, size in zip(parts, widths, strict=True)]
+    steps = functional.softplus(layer.in_proj_a(hidden).float() + layer.dt_bias)
+    heads += [-layer.A_log.float().exp() * steps, layer.in_proj_b(hidden).float().sigmoid()]
+    result = torch.zeros_like(heads[2])
+    with torch.autocast("cpu", enabled=False):
+        found, states = delta_rule(heads, forks.prefix, None)
+        result[forks.prefix.real.nonzero(as_tuple=True)] = found
+        for some in forks.questions:
+            found, _ = delta_rule(heads, some, states[some.rows])
+            places = some.rows[:, None].expand_as(some.tokens)[some.real], some.tokens[some.real]
+            result = result.index_put(places, found)
+    gate = layer.in_proj_z(hidden).unflatten(-1, (-1, layer.head_v_dim))
+    output: Tensor = layer.out_proj(layer.norm(result, gate).flatten(2))
+    return output
+
+
+def convolve(values: Tensor, weight: Tensor, forks: Forks) -> Tensor:
+    """Convolve each channel of (rows, tokens, channels) with (kernel, channels), causally."""
+    weight, count = weight.to(values.dtype), values.shape[1]
+    padded = functional.pad(values, (0, 0, len(weight) - 1, 0))
+    shifts = [padded[:, tap : tap + count] * weight[tap] for tap in range(len(weight))]
+    seen = values[forks.early[0][:, None], forks.before] * (forks.before >= 0)[..., None]
+    plain = sum(shifts[1:], start=shifts[0])
+    return plain.index_put((forks.early[0], forks.early[1]), (seen * weight).sum(1))
+
+
+def delta_rule(
+    heads: Sequence[Tensor], some: Sequences, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Mix the values of sequences by the gated delta rule.
+
+    Args:
+        heads: queries, keys and values, (rows, tokens, heads, size); logarithms of decay, and
+            strengths of writing, (rows, tokens, heads).
+        some: the sequences.
+        state: (sequences, heads, key size, value size) at their starts, or None for zero.
+
+    Returns:
+        For the sequences' real tokens, (tokens, heads, size); and the states after the last ones.
+    """
+    query, key, value, decay, strength = (some.take(part) for part in heads)
+    # Padding neither decays a state nor writes to it.
+    mixed, after = torch_chunk_gated_delta_rule(
+        query,
+        key,
+        value,
+        g=decay * some.real[..., None],
+        beta=strength * some.real[..., None],
+        chunk_size=CHUNK,
+        initial_state=state,
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=True,
+    )
+    return mixed[some.real], after
+
+
+def qwen3_5_forward(model: Any, batch: Batch) -> Pass:
+    """Put the vision features into the slots and run the language model layer by layer."""
+    features = no_features(model)
+    if len(batch.pixels):
+        features, _ = qwen3_vl_encode(model, batch.pixels)
+    hidden = input_embeddings(model, batch, features)
+    language = model.model.language_model
+    turns = language.rotary_emb(hidden, batch.places)
+    forks = find_forks(batch.turns, model.config.text_config.linear_conv_kernel_dim)
+    for layer in language.layers:
+        normed = layer.input_layernorm(hidden)
+        if layer.block_type == "linear_attention":
+            hidden = hidden + linear_attention(layer.linear_attn, normed, forks)
+        else:
+            hidden = hidden + layer.self_attn(normed, turns, batch.mask)[0]
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return Pass(language.norm(hidden), features)
 
 
 # VideoLLaMA3
@@ -618,7 +867,7 @@ def video_llama_3_stamp(frame: int) -> str:
     return f"{',' if frame else ''}Time {frame / FRAME_RATE:.1f}s:"
 
 
-def video_llama_3_hidden(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+def video_llama_3_forward(model: Any, batch: Batch) -> Pass:
     """Put the vision features into the slots and run the language model."""
     features = no_features(model)
     if len(batch.pixels):
@@ -629,7 +878,7 @@ def video_llama_3_hidden(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         attention_mask={"full_attention": batch.mask},
         use_cache=False,
     )
-    return outputs.last_hidden_state, features
+    return Pass(outputs.last_hidden_state, features)
 
 
 def video_llama_3_encode(model: Any, pixels: Tensor) -> Tensor:
@@ -654,19 +903,33 @@ def video_llama_3_encode(model: Any, pixels: Tensor) -> Tensor:
 
 
 FAMILIES: dict[str, Family] = {
-    "qwen2_vl": Family(qwen2_vl_config, qwen2_vl_processor, qwen2_vl_prefix, qwen2_vl_hidden),
+    "qwen2_vl": Family(qwen2_vl_config, qwen2_vl_processor, qwen2_vl_prefix, qwen2_vl_forward),
     "qwen3_vl": Family(
         qwen3_vl_config,
         qwen3_vl_processor,
         qwen3_vl_prefix,
-        qwen3_vl_hidden,
+        qwen3_vl_forward,
+        wording=tuple(qwen3_vl_stamp(pair) for pair in range(LONGEST_CLIP // 2)),
+    ),
+    "qwen3_vl_moe": Family(
+        qwen3_vl_moe_config,
+        qwen3_vl_processor,
+        qwen3_vl_prefix,
+        qwen3_vl_forward,
+        wording=tuple(qwen3_vl_stamp(pair) for pair in range(LONGEST_CLIP // 2)),
+    ),
+    "qwen3_5": Family(
+        qwen3_5_config,
+        qwen3_vl_processor,
+        qwen3_vl_prefix,
+        qwen3_5_forward,
         wording=tuple(qwen3_vl_stamp(pair) for pair in range(LONGEST_CLIP // 2)),
     ),
     "video_llama_3": Family(
         video_llama_3_config,
         video_llama_3_processor,
         video_llama_3_prefix,
-        video_llama_3_hidden,
+        video_llama_3_forward,
         frames=1,
         wording=tuple(video_llama_3_stamp(frame) for frame in range(LONGEST_CLIP)),
         template=LINE_TEMPLATE,
@@ -678,13 +941,14 @@ FAMILIES: dict[str, Family] = {
 def initialise(model: nn.Module, layers: int, vision_layers: int) -> None:
     """Draw weights with standard deviation 1 / sqrt(inputs), less at the ends of residual branches.
 
-    The usual 0.02 is far too small for layers this narrow.
+    The usual 0.02 is far too small for layers this narrow. Linear attention starts with steps
+    between 0.001 and 0.1, evenly in their logarithms, as Mamba does, so that it remembers.
     """
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
             inputs = module.weight[0].numel()
             std = inputs**-0.5
-            if name.endswith(("o_proj", "down_proj")):
+            if name.endswith(("o_proj", "down_proj", "linear_attn.out_proj")):
                 std /= math.sqrt(2 * layers)
             elif name.endswith(("attn.proj", "out_proj", "mlp.fc2", "mlp.linear_fc2")):
                 std /= math.sqrt(2 * vision_layers)
@@ -693,6 +957,13 @@ def initialise(model: nn.Module, layers: int, vision_layers: int) -> None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.5)
+        elif name.endswith("linear_attn"):
+            steps = torch.empty_like(module.dt_bias).uniform_(math.log(0.001), math.log(0.1)).exp()
+            module.dt_bias.data.copy_(steps.expm1().log())
+        elif name.endswith("experts"):
+            for key, weight in module.named_parameters(recurse=False):
+                ends = math.sqrt(2 * layers) if key == "down_proj" else 1.0
+                nn.init.normal_(weight, std=weight.shape[-1] ** -0.5 / ends)
 
 
 # Batches
@@ -823,6 +1094,7 @@ class Packer:
             mask=causal & ((keys == queries) | (keys == 0)),
             pixels=torch.from_numpy(pixels),
             slots=torch.from_numpy(slots_array),
+            turns=turn_tensor,
             lengths=torch.tensor(lengths),
             cells=torch.from_numpy(
                 np.concatenate(cells) if cells else np.zeros((0, 1, 1), dtype=np.int64)
@@ -830,13 +1102,38 @@ class Packer:
         )
 
 
-def answer_logits(model: Any, family: Family, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the logits that predict the answers' tokens, and the vision features.
+def answer_logits(model: Any, family: Family, batch: Batch) -> tuple[Tensor, Pass]:
+    """Return the logits that predict the answers' tokens, and what else the pass has made.
 
-    Shapes: (answer tokens of the batch, vocabulary) and (views, tokens, width).
+    Shape of the logits: (answer tokens of the batch, vocabulary).
     """
-    hidden, features = family.hidden(model, batch)
-    return model.lm_head(hidden[batch.targets >= 0]), features
+    made = family.forward(model, batch)
+    return model.lm_head(made.hidden[batch.targets >= 0]), made
+
+
+def choices(logits: Tensor, active: int) -> Tensor:
+    """Return how many tokens choose each expert, (experts,), from the router's (tokens, experts)."""
+    chosen = logits.topk(active, dim=-1).indices
+    return torch.bincount(chosen.flatten(), minlength=logits.shape[-1])
+
+
+def balance_loss(routing: Sequence[Tensor], real: Tensor, active: int) -> Tensor:
+    """Return the mean over layers of the load-balancing loss of Switch Transformers.
+
+    It is 1 where the experts of each layer share the tokens evenly, more where they do not. See
+    equations 4 to 6 of "Switch Transformers" (Fedus, Zoph, Shazeer, 2021).
+
+    Args:
+        routing: for each layer, (tokens, experts).
+        real: (tokens), false for padding.
+        active: experts of a token.
+    """
+    losses = []
+    for logits in routing:
+        counts = choices(logits[real], active)
+        likely = logits[real].float().softmax(-1).mean(0)
+        losses.append((counts / counts.sum() * likely).sum() * len(likely))
+    return torch.stack(losses).mean()
 
 
 def probe_loss(probe: nn.Module, features: Tensor, cells: Tensor) -> Tensor:
@@ -866,12 +1163,14 @@ class Scores:
             by ``kind/topic``.
         counts: number of questions behind each share.
         logits: (answer tokens, vocabulary).
+        shares: for each layer with experts, (experts,), the share of the tokens' choices.
     """
 
     loss: float
     exact: dict[str, float]
     counts: dict[str, int]
     logits: Tensor
+    shares: list[list[float]]
 
 
 @torch.no_grad()
@@ -879,12 +1178,16 @@ def score(
     model: Any, family: Family, packer: Packer, samples: Sequence[SceneSample], rows: int = 100
 ) -> Scores:
     """Ask each sample's first question in a row of its own; compare the answers token by token."""
-    logits, targets = [], []
+    logits, targets, chosen = [], [], []
+    active = getattr(model.config.text_config, "num_experts_per_tok", 0)
     right: dict[str, list[bool]] = defaultdict(list)
     for start in range(0, len(samples), rows):
         chunk = samples[start : start + rows]
         batch = packer.pack(chunk)
-        logits.append(answer_logits(model, family, batch)[0].float())
+        found, made = answer_logits(model, family, batch)
+        logits.append(found.float())
+        real = batch.turns.flatten() >= 0
+        chosen.append([choices(layer[real], active) for layer in made.routing])
         targets.append(batch.targets[batch.targets >= 0])
         hits = logits[-1].argmax(-1) == targets[-1]
         owners = (batch.targets >= 0).nonzero()[:, 0]
@@ -895,8 +1198,13 @@ def score(
     everything = torch.cat(logits)
     loss = functional.cross_entropy(everything, torch.cat(targets)).item()
     exact_share = {key: sum(values) / len(values) for key, values in sorted(right.items())}
+    totals = [torch.stack(layer).sum(0) for layer in zip(*chosen, strict=True)]
     return Scores(
-        loss, exact_share, {key: len(values) for key, values in right.items()}, everything
+        loss,
+        exact_share,
+        {key: len(values) for key, values in right.items()},
+        everything,
+        [(total / total.sum()).tolist() for total in totals],
     )
 
 
@@ -904,13 +1212,14 @@ def score(
 def round_language_weights(model: Any, bits: int, group: int = 128) -> None:
     """Round the language layers' projections to nearest, a symmetric scale for each group."""
     top = 2 ** (bits - 1) - 1
-    for module in model.model.language_model.layers.modules():
-        if isinstance(module, nn.Linear):
-            grouped = module.weight.view(module.out_features, -1, group)
+    for name, module in model.model.language_model.layers.named_modules():
+        weights = [module.weight] if isinstance(module, nn.Linear) else []
+        if name.endswith("experts"):
+            weights = list(module.parameters(recurse=False))
+        for weight in weights:
+            grouped = weight.unflatten(-1, (-1, group))
             scale = grouped.abs().amax(-1, keepdim=True) / top
-            module.weight.copy_(
-                ((grouped / scale).round().clamp(-top, top) * scale).view_as(module.weight)
-            )
+            weight.copy_(((grouped / scale).round().clamp(-top, top) * scale).flatten(-2))
 
 
 def divergence(reference: Tensor, other: Tensor) -> float:
@@ -928,7 +1237,12 @@ def measure(model: Any, family: Family, packer: Packer, seed: int, per_kind: int
     ]
     shipped = copy.deepcopy(model).eval().to(torch.bfloat16).float()
     plain = score(shipped, family, packer, samples)
-    result: dict[str, Any] = {"loss": plain.loss, "exact": plain.exact, "counts": plain.counts}
+    result: dict[str, Any] = {
+        "loss": plain.loss,
+        "exact": plain.exact,
+        "counts": plain.counts,
+        "shares": plain.shares,
+    }
     for bits in (4, 3):
         rounded = copy.deepcopy(shipped)
         round_language_weights(rounded, bits)
@@ -1079,10 +1393,14 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = settings.rate * rate_factor(self.step, settings)
         with torch.autocast("cpu", torch.bfloat16):
-            logits, features = answer_logits(self.model, self.family, batch)
+            logits, made = answer_logits(self.model, self.family, batch)
         loss = answer_loss(logits, batch, balanced=self.step >= settings.settle)
         help_factor = max(0.0, 1 - self.step / (2 * settings.curriculum))
-        (loss + help_factor * probe_loss(self.probe, features, batch.cells)).backward()
+        whole = loss + help_factor * probe_loss(self.probe, made.features, batch.cells)
+        if made.routing:
+            real = batch.turns.flatten() >= 0
+            whole = whole + settings.balance * balance_loss(made.routing, real, settings.active)
+        whole.backward()
         nn.utils.clip_grad_norm_(self.trained.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -1112,7 +1430,7 @@ class Run:
         with safe_open(self.out / "training" / "state.safetensors", "pt") as file:
             progress = json.loads(file.metadata()["progress"])
             mine, theirs = asdict(self.settings), progress["settings"]
-            changed = [name for name in mine if name != "steps" and mine[name] != theirs[name]]
+            changed = [name for name in mine if name != "steps" and mine[name] != theirs.get(name)]
             if changed:
                 raise SystemExit(
                     f"cannot resume: the interrupted run had other values of {', '.join(changed)}"
@@ -1158,6 +1476,14 @@ class Run:
             value.numel() for value in self.model.model.language_model.layers.parameters()
         )
         exact, counts = measured["exact"], measured["counts"]
+        text = self.model.config.text_config
+        inside = f"{settings.inner} in the MLP"
+        if measured["shares"]:
+            inside = f"{settings.experts} experts of {text.moe_intermediate_size} in each,"
+            inside += f" {settings.active} for a token"
+        mixing = getattr(text, "layer_types", None) or []
+        linear = mixing.count("linear_attention")
+        inside += f", {linear} of the layers with linear attention" if linear else ""
         state = "" if self.step == settings.steps else " (an intermediate state of the run)"
         topics = "".join(
             f"| {key.replace('/', ': ')} | {counts[key]} | {share:.1%} |\n"
@@ -1166,12 +1492,13 @@ class Run:
         )
         facts = (
             f"- Architecture: language model {settings.width} wide, {settings.layers} layers,"
-            f" {settings.inner} in the MLP ({language / 1e6:.2f} M parameters in its layers);"
+            f" {inside} ({language / 1e6:.2f} M parameters in its layers);"
             f" vision tower 128 wide, {settings.vision_layers} blocks,"
             f" patches of {PATCH} x {PATCH} pixels on"
             f" {board.FRAME_PIXELS} x {board.FRAME_PIXELS} frames, {SIDE**2} tokens for a picture"
             f" or {'a pair of frames' if self.family.frames == 2 else 'a frame'}. The inputs and"
-            f" outputs of every Linear are multiples of {WIDTH_UNIT}.",
+            f" outputs of every Linear are multiples of {WIDTH_UNIT}"
+            f"{', but for the gates of linear attention' if linear else ''}.",
             f"- Training: {self.step} steps{state} of {settings.rows} rows of"
             f" {self.family.row_tokens} tokens, AdamW, peak rate {settings.rate:g},"
             f" {self.seconds / 60:.0f} minutes on {torch.get_num_threads()} CPU thread(s), bfloat16"
@@ -1180,6 +1507,17 @@ class Run:
         )
         options = "" if settings.family == "qwen2_vl" else f" --family {settings.family}"
         options += "" if settings.steps == Settings.steps else f" --steps {settings.steps}"
+        shares = "".join(
+            f"| {layer} | {' | '.join(f'{share:.1%}' for share in row)} |\n"
+            for layer, row in enumerate(measured["shares"])
+        )
+        if shares:
+            numbers = range(settings.experts)
+            shares = (
+                "\nShare of the tokens' choices of each expert, by layer, on the same questions:\n\n"
+                f"| layer | {' | '.join(str(number) for number in numbers)} |\n"
+                f"|---|{'---|' * settings.experts}\n{shares}"
+            )
         listed = "\n".join(textwrap.fill(fact, 100, subsequent_indent="  ") for fact in facts)
         return f"""# PrismQuant demonstration model ({settings.family})
 
@@ -1208,7 +1546,7 @@ language layers are rounded to nearest, symmetrically, with one scale for each 1
 
 | questions | number | exact match |
 |---|---|---|
-{topics}"""
+{topics}{shares}"""
 
 
 def main() -> None:
