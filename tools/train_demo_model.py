@@ -501,9 +501,7 @@ def qwen3_vl_config(settings: Settings, ids: Mapping[str, int], vocabulary: int)
     )
 
 
-def qwen3_vl_text(
-    settings: Settings, ids: Mapping[str, int], vocabulary: int
-) -> dict[str, Any]:
+def qwen3_vl_text(settings: Settings, ids: Mapping[str, int], vocabulary: int) -> dict[str, Any]:
     """Return the settings of the language model of a small Qwen3-VL."""
     text = text_config(settings, ids, vocabulary)
     text["head_dim"] = HEAD
@@ -646,9 +644,7 @@ def qwen3_5_config(settings: Settings, ids: Mapping[str, int], vocabulary: int) 
     text |= {"linear_value_head_dim": HEAD, "linear_num_value_heads": heads}
     vision = qwen3_vl_vision(settings)
     del vision["deepstack_visual_indexes"]
-    return transformers.Qwen3_5Config(
-        text_config=text, vision_config=vision, **qwen_tokens(ids)
-    )
+    return transformers.Qwen3_5Config(text_config=text, vision_config=vision, **qwen_tokens(ids))
 
 
 @dataclass(frozen=True, slots=True)
@@ -1112,7 +1108,7 @@ def answer_logits(model: Any, family: Family, batch: Batch) -> tuple[Tensor, Pas
 
 
 def choices(logits: Tensor, active: int) -> Tensor:
-    """Return how many tokens choose each expert, (experts,), from the router's (tokens, experts)."""
+    """Return how many tokens choose each expert, (experts,), from (tokens, experts)."""
     chosen = logits.topk(active, dim=-1).indices
     return torch.bincount(chosen.flatten(), minlength=logits.shape[-1])
 
@@ -1363,8 +1359,13 @@ class Run:
         self.optimizer = torch.optim.AdamW(groups, lr=settings.rate, betas=(0.9, 0.98))
         self.step, self.seconds = 0, 0.0
 
-    def train(self, report_every: int, save_every: int, measure_every: int) -> None:
-        """Train to the last step, reporting, saving and measuring on the way."""
+    def train(
+        self, report_every: int, save_every: int, measure_every: int, per_kind: int = 700
+    ) -> None:
+        """Train to the last step, reporting, saving and measuring on the way.
+
+        The last measurement asks ``per_kind`` questions of each kind.
+        """
         check_against_processor(
             self.model, self.family, self.packer, self.processor, self.settings.seed
         )
@@ -1384,7 +1385,7 @@ class Run:
             if self.step % measure_every == 0 and self.step < self.settings.steps:
                 self.publish(per_kind=200)
         self.save_training()
-        self.publish(per_kind=700)
+        self.publish(per_kind)
 
     def _advance(self) -> float:
         """Take one step; return the mean loss of its answer tokens, in nats."""
@@ -1514,7 +1515,7 @@ class Run:
         if shares:
             numbers = range(settings.experts)
             shares = (
-                "\nShare of the tokens' choices of each expert, by layer, on the same questions:\n\n"
+                "\nShare of the tokens' choices of each expert, by layer, on these questions:\n\n"
                 f"| layer | {' | '.join(str(number) for number in numbers)} |\n"
                 f"|---|{'---|' * settings.experts}\n{shares}"
             )

@@ -33,7 +33,7 @@ def main() -> None:
     oneshot(
         model=model,
         dataset=Dataset.from_list(rows),
-        recipe=recipe(options.method, options.bits, options.group_size, options.activation_bits),
+        recipe=recipe(options, model),
         data_collator=one_sample,
         processor=processor,
         num_calibration_samples=len(rows),

@@ -1,9 +1,11 @@
-"""GPTQ by gptqmodel on a Qwen2-VL; for an environment of its own.
+"""GPTQ by gptqmodel on a language model that sees; for an environment of its own.
 
     python -m venv peer && peer/bin/pip install gptqmodel==7.6.0 transformers==5.23.0
     peer/bin/python -m bench.peers.gptq_model MODEL CALIBRATION.jsonl OUT [--bits 4]
 
-It reads the conversations itself, pictures included.
+It reads the conversations itself, pictures included. Its class for a Qwen3.5 without experts takes
+texts only, so that one is built as its class for the same model with experts is, which takes
+pictures. Experts it takes apart by itself; each sees the tokens that the router sends to it.
 """
 
 from __future__ import annotations
@@ -17,9 +19,22 @@ from bench.peers import worker
 METHODS = ("gptq",)
 
 
+def take_pictures() -> None:
+    """Let a Qwen3.5 without experts be calibrated with pictures."""
+    from gptqmodel.models import auto
+    from gptqmodel.models.definitions.base_qwen3_vl import BaseQwen3VLGPTQ
+
+    name = "qwen3_5"
+    known = auto.MODEL_MAP[name]
+    kept = ("module_tree", "layer_modules_strict", "pre_lm_head_norm_module", "rotary_embedding")
+    settings = {key: getattr(known, key) for key in (*kept, "out_of_model_tensors")}
+    settings["require_mm_token_type_ids"] = True
+    auto.MODEL_MAP[name] = type(known.__name__, (BaseQwen3VLGPTQ,), settings)
+
+
 def main() -> None:
     """Quantize and write the rounded weights."""
-    options = worker.arguments("gptqmodel on a Qwen2-VL", METHODS)
+    options = worker.arguments("gptqmodel on a language model that sees", METHODS)
     # With its default of more workers it stops on a machine of two cores.
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     _operators = worker.declare_torchvision_operators()  # gone as soon as nothing holds it
@@ -27,6 +42,7 @@ def main() -> None:
     from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
     from transformers import AutoProcessor
 
+    take_pictures()
     config = QuantizeConfig(
         bits=options.bits,
         group_size=options.group_size or -1,

@@ -3,14 +3,17 @@
     python -m venv peer && peer/bin/pip install llmcompressor==0.14.0.1
     peer/bin/python -m bench.peers.llm_compressor MODEL CALIBRATION.jsonl OUT [--method gptq]
 
-Samples must have a picture: its tracing fails on a set that mixes pictures and clips. It has no
-table of these models' norms for AWQ and SmoothQuant, so they are named here: AWQ's as for all
-models of this shape; SmoothQuant's default table (the two norms), or, for ``smoothquant-all``,
-also the gated product before the last projection.
+Samples must have a picture: its tracing fails on a set that mixes pictures and clips. It has a
+table of norms for AWQ and SmoothQuant for models with linear attention, which is used, and none for
+the others, so they are named here: AWQ's as for all models of this shape; SmoothQuant's default
+table (the two norms, where there are experts that of attention alone), or, for ``smoothquant-all``,
+also the gated product before the last projection. It takes experts apart by itself, and shows all
+tokens of the calibration set to each of them.
 """
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import torch
@@ -23,38 +26,50 @@ METHODS = ("gptq", "awq", "rtn", "smoothquant-gptq", "smoothquant-all-gptq")
 LLM = "re:.*language_model.*"
 ATTENTION = [f"{LLM}q_proj$", f"{LLM}k_proj$", f"{LLM}v_proj$"]
 GATED = [f"{LLM}gate_proj$", f"{LLM}up_proj$"]
+ROUTER = f"{LLM}mlp.gate$"
+SMALL = [f"re:.*{name}$" for name in worker.SMALL]
 
 
-def recipe(method: str, bits: int, group_size: int, activation_bits: int) -> list[Any]:
+def recipe(options: argparse.Namespace, model: torch.nn.Module) -> list[Any]:
     """The modifiers of a method, at its defaults."""
     from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
     from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+    from llmcompressor.modifiers.transform.smoothquant.dynamic_mappings import (
+        get_layer_mappings_from_model,
+    )
 
+    method, group_size, bits = options.method, options.group_size, options.bits
+    experts = bool(worker.experts_modules(model))
+    own_table = any("linear_attn" in name for name, _ in model.named_modules())
     common = {"type": "int", "symmetric": True}
     scale = {"strategy": "group", "group_size": group_size} if group_size else {}
     group: dict[str, Any] = {
         "targets": ["Linear"],
         "weights": {"strategy": "channel", **common, "num_bits": bits, **scale},
     }
-    if activation_bits:
-        tokens = {"strategy": "token", "dynamic": True, "num_bits": activation_bits}
+    if options.activation_bits:
+        tokens = {"strategy": "token", "dynamic": True, "num_bits": options.activation_bits}
         group["input_activations"] = common | tokens
     rounding: Any = GPTQModifier if method.endswith("gptq") else QuantizationModifier
-    last = rounding(config_groups={"group_0": group}, ignore=IGNORED)
+    last = rounding(config_groups={"group_0": group}, ignore=[*IGNORED, *SMALL])
+    if method == "awq" and own_table:
+        return [AWQModifier(), last]
     if method == "awq":
+        gated = [ROUTER, *GATED] if experts else GATED
         mappings = [
             AWQMapping(f"{LLM}input_layernorm$", ATTENTION),
             AWQMapping(f"{LLM}self_attn.v_proj$", [f"{LLM}self_attn.o_proj$"]),
-            AWQMapping(f"{LLM}post_attention_layernorm$", GATED),
+            AWQMapping(f"{LLM}post_attention_layernorm$", gated),
             AWQMapping(f"{LLM}up_proj$", [f"{LLM}down_proj$"]),
         ]
         return [AWQModifier(mappings=mappings), last]
     if method.startswith("smoothquant"):
-        edges: list[Any] = [
-            (ATTENTION, f"{LLM}input_layernorm$"),
-            (GATED, f"{LLM}post_attention_layernorm$"),
-        ]
+        edges = list(get_layer_mappings_from_model(model)) if own_table else []
+        if not own_table:
+            edges.append((ATTENTION, f"{LLM}input_layernorm$"))
+        if not own_table and not experts:
+            edges.append((GATED, f"{LLM}post_attention_layernorm$"))
         if "all" in method:
             edges.append(([f"{LLM}down_proj$"], f"{LLM}up_proj$"))
         return [SmoothQuantModifier(mappings=edges), last]
@@ -102,7 +117,7 @@ def main() -> None:
         {key: value.tolist() for key, value in worker.encode(messages, processor).items()}
         for messages in worker.conversations(options.calibration, options.samples)
     ]
-    steps = recipe(options.method, options.bits, options.group_size, options.activation_bits)
+    steps = recipe(options, model)
     leave_memory_unpinned()
     watch = worker.stopwatch()
     oneshot(

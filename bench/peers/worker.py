@@ -19,6 +19,8 @@ from typing import Any
 import torch
 
 REPORT = "peer.json"
+# Gates of linear attention, with an output for each head: all tools leave them in floating point.
+SMALL = ("linear_attn.in_proj_a", "linear_attn.in_proj_b")
 
 
 def arguments(description: str, methods: Sequence[str]) -> argparse.Namespace:
@@ -88,12 +90,54 @@ def float_model(folder: Path) -> Any:
 
 
 def language_linears(model: torch.nn.Module) -> list[str]:
-    """Module paths of the linear layers of the language model's blocks."""
+    """Module paths of the linear layers of the language model's blocks that tools quantize."""
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and "language_model.layers." in name
+        if isinstance(module, torch.nn.Linear)
+        and "language_model.layers." in name
+        and not name.endswith(SMALL)
     ]
+
+
+def experts_modules(model: torch.nn.Module) -> list[str]:
+    """Module paths of experts whose matrices lie in two tensors, gate over up and down."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if {"gate_up_proj", "down_proj"} <= dict(module.named_parameters(recurse=False)).keys()
+    ]
+
+
+def with_experts_together(
+    parameters: Mapping[str, torch.Tensor], model: torch.nn.Module
+) -> dict[str, torch.Tensor]:
+    """The parameters, and experts' tensors made of the matrices that tools have split them into.
+
+    Args:
+        parameters: Those of each expert as ``PATH.NUMBER.gate_proj.weight``, if they were split.
+        model: As it is in transformers, its experts together.
+    """
+    found = dict(parameters)
+    for path in experts_modules(model):
+        numbers = range(len(model.get_parameter(f"{path}.down_proj")))
+        if f"{path}.0.down_proj.weight" in found:
+            gates, ups, downs = (
+                [found.pop(f"{path}.{number}.{leaf}.weight") for number in numbers]
+                for leaf in ("gate_proj", "up_proj", "down_proj")
+            )
+            pairs = zip(gates, ups, strict=True)
+            found[f"{path}.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in pairs])
+            found[f"{path}.down_proj"] = torch.stack(downs)
+    return found
+
+
+def language_matrices(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Weights [out, in] of the language model's blocks, those of each expert by itself."""
+    found = [model.get_parameter(f"{name}.weight") for name in language_linears(model)]
+    experts = [model.get_submodule(path) for path in experts_modules(model)]
+    together = [tensor for one in experts for tensor in one.parameters(recurse=False)]
+    return [*found, *(matrix for tensor in together for matrix in tensor)]
 
 
 def stopwatch() -> Callable[[], dict[str, float]]:
@@ -122,7 +166,8 @@ def save(
 
     Args:
         options: From :func:`arguments`.
-        parameters: By their names in the transformers model; those missing stay as they were.
+        parameters: By their names in the transformers model, those of experts as it has them or one
+            by one; those missing stay as they were.
         processor: Goes into the folder too.
         took: From :func:`stopwatch`.
         packages: Whose versions are reported.
@@ -131,21 +176,20 @@ def save(
         ValueError: A layer's weights take more values than the bits allow.
     """
     model = float_model(options.model)
-    layers = language_linears(model)
+    parameters = with_experts_together(parameters, model)
     changed = 0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             value = parameters.get(name, parameter).to(parameter.dtype)
             changed += not torch.equal(value, parameter)
             parameter.copy_(value)
-        levels = max(
-            most_levels(model.get_submodule(name).weight, options.group_size) for name in layers
-        )
+        matrices = language_matrices(model)
+        levels = max(most_levels(matrix, options.group_size) for matrix in matrices)
     if levels > 2**options.bits:
         raise ValueError(f"{levels} values share a scale: more than {options.bits} bits hold")
     model.save_pretrained(options.out)
     processor.save_pretrained(options.out)
-    figures = {"layers": len(layers), "changed_parameters": changed, "most_levels": levels}
+    figures = {"layers": len(matrices), "changed_parameters": changed, "most_levels": levels}
     write_report(options.out, {**took, **figures}, packages)
 
 

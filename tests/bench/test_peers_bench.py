@@ -7,11 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench.methods import Cells
 from bench.peers.__main__ import formats, named_recipe, planned
 from bench.peers.rows import Row, averaged, best_rows, cells
-from bench.peers.worker import conversations
+from bench.peers.worker import conversations, language_matrices, with_experts_together
 from prismquant.demo.main_job import CHECKPOINT
 from prismquant.models.bind import bind
 from prismquant.recipe.schema import load_recipe
@@ -92,3 +93,29 @@ def test_samples_have_a_picture_each_or_none(kind: str, tmp_path: Path) -> None:
         assert found[0][0]["content"][0]["image"] == str(tmp_path / "a.png")
     with pytest.raises(ValueError, match="some samples have a picture and some have none"):
         conversations(files["mixed"], 5)
+
+
+class Fused(torch.nn.Module):
+    """Two experts, 4 wide and 3 inside, as transformers holds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(0)
+        self.gate_up_proj = torch.nn.Parameter(torch.randn(2, 6, 4, generator=draw))
+        self.down_proj = torch.nn.Parameter(torch.randn(2, 4, 3, generator=draw))
+
+
+def test_experts_that_a_tool_took_apart_are_put_together() -> None:
+    model = torch.nn.ModuleDict({"experts": Fused(), "other": torch.nn.Linear(4, 4)})
+    whole = dict(model.named_parameters())
+    apart = {name: value for name, value in whole.items() if name.startswith("other")}
+    for number in range(2):
+        gate, up = whole["experts.gate_up_proj"][number].chunk(2)
+        apart[f"experts.{number}.gate_proj.weight"] = gate
+        apart[f"experts.{number}.up_proj.weight"] = up
+        apart[f"experts.{number}.down_proj.weight"] = whole["experts.down_proj"][number]
+    together = with_experts_together(apart, model)
+    assert together.keys() == whole.keys()
+    assert all(torch.equal(value, whole[name]) for name, value in together.items())
+    assert with_experts_together(whole, model) == whole
+    assert [tuple(one.shape) for one in language_matrices(model)] == [(6, 4)] * 2 + [(4, 3)] * 2
