@@ -106,6 +106,8 @@ def unknown(checkpoint: Checkpoint) -> list[Problem]:
         of_cache = prefix in attentions and suffix in _CACHE_SUFFIXES
         if of_cache or is_ignored(model.arch, name):
             continue
+        if name in model.carried:
+            continue
         known = model.names.knows(name) and model.names.to_module(prefix + ".x")[:-2] in owners
         if not known and not _is_transform(prefix):
             found.append(("tensors belong to nothing in the model", name, "delete them"))

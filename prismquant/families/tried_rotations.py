@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -14,7 +15,7 @@ from prismquant.errors import PrismQuantError
 from prismquant.families.family_claims import FamilyClaim
 from prismquant.families.specimen_run import TOLERANCE, SpecimenRun
 from prismquant.models.arch import EdgeKind
-from prismquant.models.bound import BoundModel
+from prismquant.models.bound import BoundEdge, BoundModel
 from prismquant.models.load import empty_model, materialize
 from prismquant.models.rotated_reader import RotatedReader
 from prismquant.models.rotated_towers import edges_of, online_rotations, online_sites, untied
@@ -34,14 +35,17 @@ def rotation_claims(run: SpecimenRun) -> Iterator[FamilyClaim]:
     """That the streams, values and last MLP inputs which the file describes can be rotated."""
     bound = run.bound
     for modality in dict.fromkeys(step.modality for step in bound.steps if step.kind == "block"):
+        values = list(edges_of(bound, EdgeKind.VALUE, modality))
         parts: dict[_Part, bool] = {
             "residual": any(stream.modality == modality for stream in bound.streams),
-            "values": any(edges_of(bound, EdgeKind.VALUE, modality)),
+            "values": not all(edge.gated for edge in values),
             "online": any(online_sites(bound, _rotated(modality, "online"))),
         }
         for part, described in parts.items():
             if described:
                 yield _claim(run, modality, part)
+        if gated := [replace(edge, gated=False) for edge in values if edge.gated]:
+            yield _gate_claim(run, modality, gated)
 
 
 def _rotated(modality: str, part: _Part) -> RotatedTower:
@@ -57,7 +61,20 @@ def _claim(run: SpecimenRun, modality: str, part: _Part) -> FamilyClaim:
         apart = run.difference(_rotated_model(run.bound, _rotated(modality, part)))
     except PrismQuantError as error:
         return FamilyClaim(what, None, str(error.what))
-    return FamilyClaim(what, apart <= TOLERANCE, f"logits differ by {apart:.1e}")
+    said = f"logits differ by {apart:.1e}"
+    if part == "values" and apart > TOLERANCE:
+        said += "; where a gate multiplies the values of heads, the edge says gated = true"
+    return FamilyClaim(what, apart <= TOLERANCE, said)
+
+
+def _gate_claim(run: SpecimenRun, modality: str, edges: list[BoundEdge]) -> FamilyClaim:
+    """That no rotation passes what is said to be gated: else it would be left out for nothing."""
+    bound = replace(run.bound, edges=tuple(edges))
+    apart = run.difference(_rotated_model(bound, _rotated(modality, "values")))
+    said = f"logits would differ by {apart:.1e}"
+    if apart <= TOLERANCE:
+        said += ", so no gate multiplies them: leave gated out"
+    return FamilyClaim(f"a gate multiplies the {modality} tower's values", apart > TOLERANCE, said)
 
 
 def _rotated_model(bound: BoundModel, tower: RotatedTower) -> nn.Module:

@@ -238,9 +238,10 @@ class ArchSpec:
         vllm: What vLLM calls its parts; None where vLLM does not have it.
         gguf: What llama.cpp calls its parts; None where llama.cpp does not have it.
         gptq: What readers of GPTQ layers call its parts.
-        ignored_tensors: Patterns of tensors on disk that the model does not need.
         config_part: Key of the part of the configuration that describes what ``hf_class`` runs,
             where a checkpoint holds several models.
+        ignored_tensors: Patterns of tensors on disk that the model's class drops; they are carried
+            over into the result as they are.
         config_map: Present for remote-code checkpoints that the native class runs.
         processor_map: Likewise.
     """

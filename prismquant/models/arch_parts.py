@@ -256,7 +256,7 @@ def _stream(tower: Mapping[str, Any]) -> _Table:
     ends, blocks = tower["stream"], f"{tower.get('blocks')}.*."
     sites, edges = tower.get("sites", ()), tower.get("edges", ())
     added = [f"{blocks}{site.get('path')}" for site in sites if site.get("closes_stream")]
-    read = [f"{blocks}{edge['norm']}" for edge in edges if "norm" in edge]
+    read = [f"{blocks}{e['norm']}" for e in edges if "norm" in e and not e.get("inner")]
     return {
         "modality": tower.get("modality"),
         "writers": [*ends["writers"], *added],

@@ -43,7 +43,7 @@ from prismquant.models.config import (
 )
 from prismquant.models.config_findings import config_findings
 from prismquant.models.dry_forward import forward_findings
-from prismquant.models.index_notes import index_notes
+from prismquant.models.index_notes import carried_notes, index_notes
 from prismquant.models.load import empty_model
 from prismquant.models.misfits import Misfits, kind_of
 from prismquant.models.names import NameMap, choose_layout
@@ -99,8 +99,9 @@ def bind(
     streams = bind_streams(arch, modules, steps, edges, probe, misfits)
     misfits.add_all(config_findings(config.get_text_config(), modules))
     unused = [f"config.json: {key} is not used" for key in unused_keys(arch, folder, config)]
-    notes = [*_description_notes(arch, steps, modules), *unused, *index_notes(folder, stored)]
-    notes += [] if source is None else source.notes()
+    carried = {name: stored[name].shape for name in sorted(stored) if is_ignored(arch, name)}
+    notes = [*_description_notes(arch, steps, modules), *unused, *carried_notes(carried)]
+    notes += [*index_notes(folder, stored), *([] if source is None else source.notes())]
     notes += [_not_tied(names.to_disk(head_weight))] * (says_tied and not tied)
     if not quantized:
         strange = _compare(arch, names, shapes, infos, head_weight if tied else None)
@@ -130,6 +131,7 @@ def bind(
         source=source,
         views=views,
         notes=tuple(notes),
+        carried=carried,
     )
 
 

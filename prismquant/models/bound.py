@@ -215,6 +215,8 @@ class BoundModel:
         views: Layers' weights that lie within larger stored tensors, by the names that they have
             alone.
         notes: What the folder says that was passed over, in sentences.
+        carried: Name on disk -> shape, of stored tensors that the model's class drops, such as
+            layers that draft tokens; they are carried over as they are.
     """
 
     arch: ArchSpec
@@ -233,6 +235,7 @@ class BoundModel:
     source: QuantizedSource | None = None
     views: Mapping[str, TensorView] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    carried: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     _by_name: dict[str, BoundSite] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:

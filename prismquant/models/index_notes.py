@@ -1,4 +1,4 @@
-"""Tensors that the index of a checkpoint leaves out, which readers treat differently."""
+"""Notes on tensors that the index of a checkpoint leaves out, and on those of no module."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 from prismquant.shards import read_index
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
     from pathlib import Path
 
     from prismquant.headers import TensorInfo
 
-__all__ = ["index_notes"]
+__all__ = ["carried_notes", "index_notes"]
 
 _SHOWN = 3
 
@@ -38,6 +38,19 @@ def index_notes(folder: Path, infos: Mapping[str, TensorInfo]) -> list[str]:
     if shards := sorted({p.name for p in folder.glob("*.safetensors")} - set(index.values())):
         notes.append(f"shards that the index does not name are not read: {_listed(shards)}")
     return notes
+
+
+def carried_notes(names: Collection[str]) -> list[str]:
+    """A note on tensors that the model's class drops; none where there are none.
+
+    Args:
+        names: Their names on disk.
+    """
+    if not names:
+        return []
+    verb = "is" if len(names) == 1 else "are"
+    said = f"{_listed(names)} {verb} no part of the model as transformers runs it"
+    return [f"{said}: carried over as {'it is' if len(names) == 1 else 'they are'}, unquantized"]
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -33,6 +33,8 @@ from prismquant.plan.transform_plan import (
     plan_edges,
     plan_transforms,
     rotated_towers,
+    unfit_drafts,
+    unrotated_values,
 )
 from prismquant.recipe.layer_config import Options
 from prismquant.recipe.resolve import Resolved, resolve
@@ -103,6 +105,8 @@ def make_plan(recipe: Recipe, bound: BoundModel) -> Plan:
             *bound.notes,
             *(remark for _, remark in rules_of_absent_towers(recipe, bound)),
             *idle_entries(recipe, bound),
+            *unrotated_values(towers, bound),
+            *unfit_drafts(towers, edges, bound),
             *remarks_on(rows, resolved),
             *(kv_cache.remarks() if kv_cache else ()),
         ),

@@ -9,9 +9,10 @@ from prismquant.algorithms.protocols import Edit
 from prismquant.algorithms.rotation import RotatedTower
 from prismquant.algorithms.smooth_edge import ScaledEdge
 from prismquant.algorithms.split import KeptColumns
-from prismquant.errors import PrismQuantError
+from prismquant.errors import PrismQuantError, grouped
+from prismquant.models.arch import EdgeKind, Modality
 from prismquant.models.bound import BoundEdge, BoundModel
-from prismquant.models.rotated_towers import online_rotations
+from prismquant.models.rotated_towers import edges_of, online_rotations
 from prismquant.plan.plan import OutlierRoom, PlanEdge, PlanRow
 from prismquant.recipe.layer_config import Options
 from prismquant.recipe.match import Match
@@ -75,6 +76,34 @@ def rotated_towers(
     except PrismQuantError as error:
         findings.append(_finding(error))
     return towers
+
+
+def unrotated_values(towers: Sequence[RotatedTower], bound: BoundModel) -> list[str]:
+    """Remarks on attention layers whose values a rotation leaves as they are."""
+    lines = []
+    for tower in towers:
+        edges = edges_of(bound, EdgeKind.VALUE, tower.modality)
+        gated = [edge.consumers[0] for edge in edges if edge.gated]
+        if gated and tower.rotation.values:
+            lines += [
+                f"{name}: its input is not rotated, for a gate multiplies it" for name in gated
+            ]
+    return grouped(lines)
+
+
+def unfit_drafts(
+    towers: Sequence[RotatedTower], edges: Sequence[PlanEdge], bound: BoundModel
+) -> list[str]:
+    """A remark where carried tensors read what is rotated, or a head whose columns are scaled."""
+    rotated = any(t.modality == Modality.LLM and t.rotation.residual for t in towers)
+    scaled = any(bound.arch.head in edge.edge.consumers for edge in edges)
+    if not bound.carried or not (rotated or scaled):
+        return []
+    what = "the residual stream is rotated" if rotated else "scale is moved into the head"
+    return [
+        f"{next(iter(bound.carried))} and its like are no part of the model, and {what}: "
+        "tokens that they draft will be refused"
+    ]
 
 
 def outlier_rooms(planned: Sequence[PlannedTransform]) -> dict[str, OutlierRoom]:

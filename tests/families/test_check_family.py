@@ -114,6 +114,42 @@ def test_wrong_claims_are_told(tiny: Callable[..., Path], tmp_path: Path) -> Non
     ]
 
 
+def test_a_gate_that_is_not_said_and_a_reader_that_is_forgotten_are_told(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Attention whose outputs a gate multiplies, and a norm read by a layer that is left alone."""
+    readers = [f"self_attn.{part}_proj" for part in "qkv"]
+    readers += [f"linear_attn.in_proj_{part}" for part in ("qkv", "z", "b")]
+    like = 'like = "qwen_hybrid"\n'
+    edges = f"""edges = [
+        {{ kind = "norm", norm = "input_layernorm", consumers = {readers} }},
+        {{ kind = "value", producer = "self_attn.v_proj", consumers = ["self_attn.o_proj"] }},
+    ]
+    """
+    file = altered(ARCHS / "qwen3_5.toml", tmp_path, {like: like + edges})
+    found = check_family(tiny("qwen3_5"), file)
+    block = "model.language_model.layers.*"
+    ends = ", ".join(f"{block}.{path}" for path in readers[3:])
+    assert wrong(found) == [
+        f"scale moves from {block}.input_layernorm to {ends}",
+        "the llm tower's residual stream can be rotated",
+        "the llm tower's values can be rotated",
+    ]
+    (said,) = [claim.said for claim in found.claims if "llm tower's values" in claim.what]
+    assert "gated = true" in said
+
+
+def test_a_gate_that_is_not_there_is_told(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Values that can be rotated would stay as they are for nothing."""
+    value = 'producer = "self_attn.v_proj", consumers = ["self_attn.o_proj"]'
+    gated = f'edges = [{{ kind = "value", {value}, gated = true }}]'
+    like = 'like = "llama"\n'
+    found = check_family(
+        tiny("llama"), altered(ARCHS / "llama.toml", tmp_path, {like: f"{like}{gated}\n"})
+    )
+    assert wrong(found) == ["a gate multiplies the llm tower's values"]
+
+
 @pytest.fixture
 def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that looks up embeddings by itself forgets that some models scale them."""

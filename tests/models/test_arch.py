@@ -47,6 +47,7 @@ def test_these_architectures_are_described():
         "qwen2_5_omni",
         "qwen2_5_vl",
         "qwen2_vl",
+        "qwen3_5",
         "qwen3_vl",
         "qwen3_vl_moe",
         "video_llama_3",
@@ -80,7 +81,10 @@ def test_every_architecture_that_sees_has_the_three_modalities_with_the_language
 
 @pytest.mark.parametrize("name", DENSE)
 def test_every_language_model_has_seven_sites_in_four_stages(name):
-    sites = known_archs()[name].tower(Modality.LLM).sites
+    """Beside them, linear attention has three in some blocks."""
+    every = known_archs()[name].tower(Modality.LLM).sites
+    sites = [site for site in every if not site.role.startswith("attn.linear")]
+    assert len(every) - len(sites) == 3 * (name == "qwen3_5")
     assert [(site.role, site.stage, site.fuse) for site in sites] == [
         ("attn.qkv.q", 0, "qkv"),
         ("attn.qkv.k", 0, "qkv"),
@@ -109,14 +113,15 @@ def test_experts_have_an_input_each_and_no_router_is_a_site(name):
 @pytest.mark.parametrize("name", DENSE)
 def test_what_a_role_means_is_said_of_every_site(name):
     """Servers, caches, rotations and streams go by these, never by the name of a role."""
-    parallel = {"attn.out": "row", "mlp.down": "row", "projector.fc2": "row"} | dict.fromkeys(
-        ("attn.qkv", "attn.qkv.q", "mlp.gate", "mlp.up", "projector.fc1"), "column"
-    )
+    closing = ("attn.out", "attn.linear.out", "mlp.down")
+    column = ("attn.qkv", "attn.qkv.q", "attn.linear.qkv", "attn.linear.z", "mlp.gate", "mlp.up")
+    parallel = dict.fromkeys((*closing, "projector.fc2"), "row")
+    parallel |= dict.fromkeys((*column, "projector.fc1"), "column")
     cached = {"attn.qkv.k": "keys", "attn.qkv.v": "values"}
     for tower in known_archs()[name].towers:
         for site in tower.sites:
             assert site.parallel == parallel.get(site.role), site.role
-            assert site.closes_stream == (site.role in ("attn.out", "mlp.down")), site.role
+            assert site.closes_stream == (site.role in closing), site.role
             assert site.elementwise == site.role.startswith("mlp."), site.role
             assert site.online_rotation == (site.role == "mlp.down"), site.role
             assert site.cache == (cached.get(site.role) if tower.modality == "llm" else None)

@@ -2,7 +2,8 @@
 
 A file here is a family: ``make`` gives its configuration and its processor, of the parts that
 transformers has for it, and ``TOKENS`` the tokens that its tokenizer names. Weights, words and
-samples are those of :mod:`tiny_vlm`. ``SPARSE`` says of a family that it has experts.
+samples are those of :mod:`tiny_vlm`. ``SPARSE`` says of a family that it has experts; ``DROPPED``
+are stored tensors that its class drops, with their shapes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch
 
 from prismquant.models.arch_files import known_archs
 from prismquant.models.config import import_transformers
+from prismquant.shards import ShardReader
+from prismquant.storage import write_tensors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,5 +51,16 @@ def build(family: str, folder: Path, *, dtype: torch.dtype = torch.float32) -> P
         model = getattr(transformers, known_archs()[family].hf_class)(config)
         tiny_vlm.randomize(model)
     model.to(dtype).save_pretrained(folder)
+    if dropped := getattr(file, "DROPPED", None):
+        _add_tensors(folder, dropped, dtype)
     (folder / "generation_config.json").unlink(missing_ok=True)
     return folder
+
+
+def _add_tensors(folder: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+    """Put random tensors beside a model's, which its class drops."""
+    reader = ShardReader(folder)
+    draw = torch.Generator().manual_seed(1)
+    tensors = {name: reader.read(name) for name in reader.names}
+    tensors |= {n: torch.randn(shape, generator=draw).to(dtype) for n, shape in shapes.items()}
+    write_tensors(folder / "model.safetensors", tensors)

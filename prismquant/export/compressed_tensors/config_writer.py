@@ -102,7 +102,7 @@ def quantization_config(
         "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "global_compression_ratio": None,
-        "ignore": sorted(linears - quantized),
+        "ignore": sorted((linears | _carried(bound)) - quantized),
         "kv_cache_scheme": kv_cache_scheme(kv_cache),
         "sparsity_config": {},
         "transform_config": transforms,
@@ -115,6 +115,12 @@ def _linears(bound: BoundModel) -> list[str]:
     # A bare parameter that is left alone is no module, which readers could ignore.
     alone = [x.name for x in bound.left_alone if f"{x.name}.weight" in bound.shapes]
     return [*sites, *alone]
+
+
+def _carried(bound: BoundModel) -> set[str]:
+    """Layers that only some readers have, such as those that draft tokens; by names on disk."""
+    matrices = (name for name, shape in bound.carried.items() if len(shape) > 1)
+    return {name.removesuffix(".weight") for name in matrices if name.endswith(".weight")}
 
 
 def _transform_config(plan: Plan, bound: BoundModel) -> dict[str, Any]:
