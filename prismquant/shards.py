@@ -53,9 +53,9 @@ class TensorView:
         return (self.rows[1] - self.rows[0], *(sides[:1] if self.transposed else sides[1:]))
 
     def of(self, matrix: torch.Tensor) -> torch.Tensor:
-        """Its numbers, by those of the stored matrix or vector."""
+        """Its place in the stored matrix or vector, in the memory of that."""
         rows = slice(*self.rows)
-        return matrix[:, rows].T.contiguous() if self.transposed else matrix[rows]
+        return matrix[:, rows].T if self.transposed else matrix[rows]
 
 
 NO_VIEWS: Mapping[str, TensorView] = MappingProxyType({})
@@ -157,7 +157,7 @@ class ShardReader:
         """The tensor, in its dtype on disk, in ordinary (not memory-mapped) memory."""
         # Of this class in any case: readers that show other tensors build on what is on disk.
         if (view := self.views.get(name)) is not None:
-            return view.of(self.read_matrix(view.source, view.index))
+            return view.of(self.read_matrix(view.source, view.index)).contiguous()
         info = ShardReader.info(self, name)
         return self._read_into(torch.empty(info.shape, dtype=info.dtype), name, [0])
 
@@ -177,6 +177,21 @@ class ShardReader:
         matrix = torch.empty(stored.shape[1:], dtype=stored.dtype)
         start = index * matrix.numel() * stored.dtype.itemsize
         return self._read_into(matrix, name, [start])
+
+    def read_stack(self, source: str) -> torch.Tensor:
+        """A stored tensor that matrices lie in, made of these as they are shown.
+
+        Raises:
+            StorageError: It is missing, or cannot be read.
+        """
+        own = [name for name, view in self.views.items() if view.source == source]
+        dtype = self.info(own[0]).dtype
+        stack = torch.empty(ShardReader.info(self, source).shape, dtype=dtype)
+        for name in own:
+            index = self.views[name].index
+            whole = stack if index is None else stack[index]
+            self.views[name].of(whole).copy_(self.read(name))
+        return stack
 
     def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Some lines of a matrix, without the rest of it ever being in memory.

@@ -36,6 +36,8 @@ class LayerRecord:
         split_columns: Input columns that are kept in floating point.
         tuning: How its block was tuned; None: not.
         failure: Why it was rounded to nearest in place of being solved; None: it was solved.
+        routed: Tokens that the router sent to the expert that it is part of; None: it is part of
+            none, or nobody looked.
     """
 
     __pydantic_config__ = EXACT
@@ -51,6 +53,7 @@ class LayerRecord:
     split_columns: tuple[int, ...] = ()
     tuning: TuningDiagnostics | None = None
     failure: Failure | None = None
+    routed: Tokens | None = None
 
     @property
     def solver(self) -> str:

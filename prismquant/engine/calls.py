@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ class TowerPass:
             pixels they have the shape.
         row_weights: [tokens] float32, 0 for padding; None: every row counts.
         vision: [tokens] bool, rows of images and videos in the language model; None elsewhere.
+        video: [tokens] bool, rows of videos among these; None elsewhere.
         tokens: How many rows of each modality count in the language model; None elsewhere.
         kind: What a pass of the vision tower is of.
         latest: Name of the last finished step of the chain.
@@ -46,6 +47,7 @@ class TowerPass:
     inputs: Callable[[], dict[str, Any]]
     row_weights: Tensor | None
     vision: Tensor | None = None
+    video: Tensor | None = None
     tokens: Tokens | None = None
     kind: Kind = "text"
     latest: str = ""
@@ -84,6 +86,7 @@ class StepCall:
         kind: What all rows are of elsewhere.
         ids: Samples of the batch, in the language model.
         batch: Number of the batch.
+        video: [tokens] bool, which rows are of a video, in the language model; else None.
     """
 
     args: tuple[Any, ...]
@@ -95,6 +98,7 @@ class StepCall:
     kind: Kind = "text"
     ids: tuple[str, ...] = ()
     batch: int = 0
+    video: Tensor | None = None
 
     def seen(self, rows: int) -> Tokens:
         """Rows of a layer by modality; padding is of none."""
@@ -109,3 +113,44 @@ class StepCall:
             return self.row_weights
         weights = torch.where(self.vision, vision_weight, 1.0)
         return weights if self.row_weights is None else weights * self.row_weights
+
+    def of_rows(self, rows: Tensor) -> StepCall:
+        """The call as it is seen by a layer that is given some of its rows.
+
+        Args:
+            rows: Which, int64 ``[n]``; a row may come several times.
+        """
+        weights, vision, video = (
+            None if one is None else one[rows.to(one.device)]
+            for one in (self.row_weights, self.vision, self.video)
+        )
+        tokens = None if vision is None or video is None else tokens_by_kind(vision, video, weights)
+        return replace(self, row_weights=weights, vision=vision, video=video, tokens=tokens)
+
+
+def joined(calls: Sequence[StepCall]) -> StepCall:
+    """Several calls as one, whose rows follow each other; there must be one at least."""
+
+    def rows(parts: Sequence[Tensor | None]) -> Tensor | None:
+        known = [part for part in parts if part is not None]
+        return torch.cat(known) if len(known) == len(parts) else None
+
+    weights, vision, video = (
+        rows([getattr(call, name) for call in calls]) for name in ("row_weights", "vision", "video")
+    )
+    tokens = None if vision is None or video is None else tokens_by_kind(vision, video, weights)
+    kind = calls[0].kind
+    return StepCall((), {}, weights, vision, lambda _: None, tokens, kind, video=video)
+
+
+def tokens_by_kind(vision: Tensor, video: Tensor, weights: Tensor | None) -> Tokens:
+    """Tokens of each modality that count.
+
+    Args:
+        vision: bool ``[tokens]``, of images and videos.
+        video: bool ``[tokens]``, of videos.
+        weights: What each counts for; None: all count.
+    """
+    counted = torch.ones_like(vision) if weights is None else weights > 0
+    parts = (~vision, vision & ~video, vision & video)
+    return Tokens(*(int((part & counted).sum()) for part in parts))

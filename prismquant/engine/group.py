@@ -154,6 +154,10 @@ class LayerGroup:
         if any(row.config.static_output for row in self.rows):
             self._count("output_range", call.seen(x.shape[:-1].numel()))
 
+    def forgo(self, why: str) -> None:
+        """Do without moments, whatever may be shown: the layers are rounded to nearest."""
+        self._give_up(why)
+
     def fit_columns(self) -> None:
         """Decide which columns stay in floating point, once their magnitudes are known."""
         room = self.rows[0].outliers

@@ -22,9 +22,12 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 from prismquant.engine.calls import StepCall
+from prismquant.engine.expert_calls import ExpertCall
 from prismquant.engine.stand_ins import Enough, replaced_forwards
 
 Output = tuple[Callable[[Any], None], Any]
+# Calls, each with the inputs of the layers that it reaches, by name.
+Inputs = Iterator[tuple[StepCall, Mapping[str, Tensor]]]
 Around = Callable[[], contextlib.AbstractContextManager[None]]
 
 
@@ -55,7 +58,7 @@ class Passes(Protocol):
 
     def inputs(
         self, layers: Sequence[str], stage: Sequence[str] = (), unsolved: Sequence[str] = ()
-    ) -> Iterator[tuple[StepCall, Mapping[str, Tensor]]]:
+    ) -> Inputs:
         """Inputs of the layers, call by call.
 
         Args:
@@ -66,6 +69,17 @@ class Passes(Protocol):
         Yields:
             The call, and the input of each of the layers that it reaches.
         """
+
+    def experts(self, name: str, unsolved: Sequence[str] = ()) -> list[ExpertCall]:
+        """Calls of the step's experts.
+
+        Args:
+            name: Module path of the experts.
+            unsolved: As for :meth:`inputs`.
+        """
+
+    def give(self, name: str, outputs: Sequence[Tensor]) -> None:
+        """Let the experts put out these tensors from now on, one a call, in place of running."""
 
     def outputs(self) -> Iterator[Output]:
         """The step's outputs, each with what keeps it; keeping one ends that call."""
@@ -83,20 +97,39 @@ class ReplayedPasses:
 
     def __init__(self, run: StepRun) -> None:
         self._run = run
+        self._given: dict[str, Sequence[Tensor]] = {}
 
     def inputs(
         self, layers: Sequence[str], stage: Sequence[str] = (), unsolved: Sequence[str] = ()
-    ) -> Iterator[tuple[StepCall, Mapping[str, Tensor]]]:
+    ) -> Inputs:
         """See :class:`Passes`. A pass ends as soon as all of the layers were seen."""
-        for call in self._run.calls():
-            with self._run.around():
+        for number, call in enumerate(self._run.calls()):
+            with self._run.around(), self._giving(number):
                 seen = _seen(self._run, call, layers)
             yield call, seen
 
+    def experts(self, name: str, unsolved: Sequence[str] = ()) -> list[ExpertCall]:
+        """See :class:`Passes`. A pass ends at the experts."""
+        found = []
+        for number, call in enumerate(self._run.calls()):
+            with self._run.around(), self._giving(number):
+                given = _given_to(self._run, call, name)
+            found.append(ExpertCall(call, *given))
+        return found
+
+    def give(self, name: str, outputs: Sequence[Tensor]) -> None:
+        """See :class:`Passes`."""
+        self._given[name] = outputs
+
+    def _giving(self, number: int) -> contextlib.AbstractContextManager[None]:
+        """Within the block, experts put out what they were made to."""
+        given = {name: _returning(outputs[number]) for name, outputs in self._given.items()}
+        return replaced_forwards(self._run.model, given)
+
     def outputs(self) -> Iterator[Output]:
         """See :class:`Passes`."""
-        for call in self._run.calls():
-            with self._run.around():
+        for number, call in enumerate(self._run.calls()):
+            with self._run.around(), self._giving(number):
                 output = self._run.module(*call.args, **call.kwargs)
             keep = call.keep
             # What it was given, pixels perhaps, must be gone before the next call is made.
@@ -105,7 +138,8 @@ class ReplayedPasses:
             del keep, output
 
     def restart(self) -> None:
-        """There is nothing to forget."""
+        """See :class:`Passes`."""
+        self._given.clear()
 
 
 class _Pass:
@@ -114,7 +148,8 @@ class _Pass:
     Attributes:
         call: The call.
         task: Runs the step; None before and after.
-        input: Of the layer at which the pass halts.
+        input: Of the layer at which the pass halts; all that experts are given.
+        given: What the experts at which it halted shall put out; None: let them run.
         output: Of the step, once the pass has ended.
         ended: Whether it has.
         stale: Whether it has gone through a layer whose weights were going to change.
@@ -123,7 +158,8 @@ class _Pass:
     def __init__(self, call: StepCall) -> None:
         self.call = call
         self.task: greenlet | None = None
-        self.input: Tensor | None = None
+        self.input: Any = None
+        self.given: Tensor | None = None
         self.output: Any = None
         self.ended = False
         self.stale = False
@@ -131,7 +167,7 @@ class _Pass:
     def reset(self) -> None:
         if self.task is not None and not self.task.dead:
             self.task.throw(GreenletExit)
-        self.task, self.input, self.output = None, None, None
+        self.task, self.input, self.given, self.output = None, None, None, None
         self.ended, self.stale = False, False
 
     def advance(self, module: nn.Module) -> None:
@@ -142,8 +178,9 @@ class _Pass:
         if self.ended:
             return
         if self.task is None:
-            self.task = greenlet(lambda: module(*self.call.args, **self.call.kwargs))
-        value = self.task.switch()
+            self.task = greenlet(lambda _: module(*self.call.args, **self.call.kwargs))
+        given, self.given = self.given, None
+        value = self.task.switch(given)
         if self.task.dead:
             self.task, self.output, self.ended = None, value, True
         else:
@@ -164,15 +201,26 @@ class PausedPasses:
 
     def inputs(
         self, layers: Sequence[str], stage: Sequence[str] = (), unsolved: Sequence[str] = ()
-    ) -> Iterator[tuple[StepCall, Mapping[str, Tensor]]]:
+    ) -> Inputs:
         """See :class:`Passes`; the layers of a stage must share one input."""
         if self._halted != tuple(stage):
-            self._advance(stage, unsolved)
+            self._advance({name: self._halt(name) for name in stage}, unsolved)
         for one in self._all():
             if one.input is not None:
                 yield one.call, dict.fromkeys(layers, one.input)
             else:
                 yield one.call, {}
+
+    def experts(self, name: str, unsolved: Sequence[str] = ()) -> list[ExpertCall]:
+        """See :class:`Passes`."""
+        if self._halted != (name,):
+            self._advance({name: self._halt_experts(name)}, unsolved)
+        return [ExpertCall(one.call, *one.input) for one in self._all()]
+
+    def give(self, name: str, outputs: Sequence[Tensor]) -> None:
+        """See :class:`Passes`; the passes must halt at these experts."""
+        for one, output in zip(self._all(), outputs, strict=True):
+            one.given = output
 
     def outputs(self) -> Iterator[Output]:
         """See :class:`Passes`; the passes are done with."""
@@ -194,11 +242,10 @@ class PausedPasses:
             self._passes = [_Pass(call) for call in self._run.calls()]
         return self._passes
 
-    def _advance(self, stage: Sequence[str], unsolved: Sequence[str]) -> None:
-        """Let every pass run until it halts at the first of the stage's layers, or ends."""
-        self._halted = tuple(stage)
-        forwards = {name: self._halt(name) for name in stage}
-        forwards |= {name: self._mark(name) for name in unsolved}
+    def _advance(self, halts: dict[str, Callable[..., Any]], unsolved: Sequence[str]) -> None:
+        """Let every pass run until it halts at the first of these modules, or ends."""
+        self._halted = tuple(halts)
+        forwards = halts | {name: self._mark(name) for name in unsolved}
         with self._run.around(), replaced_forwards(self._run.model, forwards):
             for one in self._all():
                 one.advance(self._run.module)
@@ -215,6 +262,20 @@ class PausedPasses:
 
         return forward
 
+    def _halt_experts(self, name: str) -> Callable[..., Any]:
+        """In place of experts' forward: hand over what they are given; later, give or run."""
+
+        def forward(hidden: Tensor, index: Tensor, weights: Tensor) -> Any:
+            current = getcurrent()
+            if current.parent is None:  # never: passes run in greenlets of their own
+                raise RuntimeError(f"{name} runs outside of a pass")
+            given = current.parent.switch((hidden, index, weights))
+            if given is not None:
+                return given
+            return self._run.model.get_submodule(name)(hidden, index, weights)
+
+        return forward
+
     def _mark(self, name: str) -> Callable[..., Any]:
         """In place of the forward of a layer that is not yet solved: run it, and remember that."""
         module: Any = self._run.model.get_submodule(name)
@@ -225,6 +286,24 @@ class PausedPasses:
             return type(module).forward(module, *args, **kwargs)
 
         return forward
+
+
+def _returning(value: Tensor) -> Callable[..., Tensor]:
+    return lambda *_, **__: value
+
+
+def _given_to(run: StepRun, call: StepCall, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments of a step's experts in one pass, which ends there."""
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def forward(hidden: Tensor, index: Tensor, weights: Tensor) -> None:
+        seen.append((hidden, index, weights))
+        raise Enough
+
+    with contextlib.suppress(Enough), replaced_forwards(run.model, {name: forward}):
+        run.module(*call.args, **call.kwargs)
+    [given] = seen
+    return given
 
 
 def _seen(run: StepRun, call: StepCall, layers: Sequence[str]) -> dict[str, Tensor]:

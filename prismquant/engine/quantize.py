@@ -8,8 +8,10 @@ needs nothing from data is rounded straight from its weight.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from prismquant.diagnostics.step_record import EdgeRecord, LayerRecord
 from prismquant.engine.collectives import Task, solve_all
 from prismquant.engine.group import GroupSettings, LayerGroup, What
 from prismquant.engine.kv_observation import KVObservation
+from prismquant.engine.quantize_experts import ExpertsWork, Found, Show, inputs_of_experts
 from prismquant.engine.smoothing import edge_problem, move_scale
 from prismquant.engine.tuning import TunedBlock, tune
 from prismquant.engine.unit_plan import QuantizedUnit, Quantizing, UnitPlan
@@ -128,7 +131,13 @@ class _UnitWork:
             for name in names
         }
         seen: dict[str, Tokens] = {}
-        for call, inputs in self.unit.first_inputs(names):
+        alone = [name for name in names if bound.site(name).expert is not None]
+        shared = [name for name in names if name not in alone]
+        # What a norm puts out is read by all experts together.
+        of_all = {edge.edge.consumers[0] for edge in edges if edge.edge.norm is not None}
+        seen_by_all = self.unit.first_inputs(shared) if shared else ()
+        by_experts = inputs_of_experts(self.unit, alone, of_all)
+        for call, inputs in itertools.chain(seen_by_all, by_experts):
             for name, x in inputs.items():
                 rows = x.reshape(-1, records[name].in_features)
                 records[name].update(rows, call.row_weights, call.vision)
@@ -179,6 +188,14 @@ class _UnitWork:
         unit.restart()
 
     def _quantize_stage(self, rows: Sequence[PlanRow]) -> None:
+        if rows[0].site.expert is not None and any(row.needs_data for row in rows):
+            done = {layer.name for layer in self.found.layers}
+            others = [site.name for site in self.unit.layers if site.expert is None]
+            later = [name for name in others if name not in done]
+            work = (self._group, self._solve_shown, self._keep)
+            ExpertsWork(self.unit, rows, self.how, later, *work).run()
+            self.found.sort([row.site.name for row in rows])
+            return
         groups = problem_groups(rows)
         straight = [members for members in groups if is_rounded(members[0])]
         self._solve([self._group(members) for members in groups if members not in straight], rows)
@@ -189,15 +206,26 @@ class _UnitWork:
         self.found.sort([row.site.name for members in groups for row in members])
 
     def _solve(self, groups: Sequence[LayerGroup], rows: Sequence[PlanRow]) -> None:
-        """Gather what each group wants, then solve them."""
-        if not groups:
-            return
+        """Gather what each group wants of a stage's inputs, then solve them."""
+        stage = [row.site.name for row in rows]
+
+        def keep(found: Found) -> None:
+            for layer, record in found:
+                self._keep(layer, record)
+
+        if groups:
+            self._solve_shown(groups, partial(self._observe, stage), keep)
+
+    def _solve_shown(
+        self, groups: Sequence[LayerGroup], show: Show, keep: Callable[[Found], None]
+    ) -> None:
+        """Let each group be shown what it wants, then solve them."""
         titles: dict[What, str] = {"columns": "columns", "ranges": "ranges", "moments": "Hessians"}
         for what, title in titles.items():
             hungry = [group for group in groups if group.wants(what)]
             if hungry:
                 self.how.stage(self.unit.name, title)
-                self._observe([row.site.name for row in rows], hungry, what)
+                show(hungry, what)
             for group in hungry:
                 group.share(what, self.how.ranks)
                 if what == "columns":
@@ -210,8 +238,7 @@ class _UnitWork:
             give_back_freed()
             tasks = [Task(group.solver, group.problem()) for group in members]
             for group, result in zip(members, solve_all(tasks, self.how.ranks), strict=True):
-                for layer, record in group.solved(result):
-                    self._keep(layer, record)
+                keep(group.solved(result))
 
     def _group(self, rows: Sequence[PlanRow]) -> LayerGroup:
         precision = self.unit.walk.placement.precision

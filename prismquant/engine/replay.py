@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from prismquant.data.batches import Batch
 from prismquant.engine.activation_store import ActivationStore, InMemory
-from prismquant.engine.calls import StepCall, TowerPass
+from prismquant.engine.calls import StepCall, TowerPass, tokens_by_kind
 from prismquant.engine.stand_ins import (
     Captured,
     capture_here,
@@ -39,7 +39,6 @@ from prismquant.memory import memory_error
 from prismquant.models.arch import Modality
 from prismquant.models.bound import BoundModel, BoundStep
 from prismquant.numerics.finite import all_finite, finiteness
-from prismquant.statistics.tokens import Tokens
 
 
 class Replay:
@@ -132,7 +131,8 @@ class Replay:
             captured = self._capture(inputs, self._vision_stand_ins(passes) | known)
             mask = inputs.get("attention_mask")
             weights = None if mask is None else mask.reshape(-1).to(torch.float32)
-            tokens = self._count(inputs["input_ids"].reshape(-1), weights, vision)
+            video = self._of_videos(inputs["input_ids"].reshape(-1)) & vision
+            tokens = tokens_by_kind(vision, video, weights)
             if captured.args_of_step:
                 raise ModelError(
                     "the language model is called with positional arguments",
@@ -143,19 +143,15 @@ class Replay:
                 # Of a model of text alone, this tower itself looks up the embeddings.
                 given |= {"input_ids": None, "inputs_embeds": embed(inputs["input_ids"])}
             kept, number = self._states.keep(given), len(self._llm)
-            self._llm.append(TowerPass(kept, weights, vision, tokens, batch=number, ids=ids))
+            self._llm.append(TowerPass(kept, weights, vision, video, tokens, batch=number, ids=ids))
         if not self._keep_all:
             self._vision.clear()
             self._batches.clear()
 
-    def _count(self, ids: Tensor, weights: Tensor | None, vision: Tensor) -> Tokens:
-        """Tokens of each modality that count."""
+    def _of_videos(self, ids: Tensor) -> Tensor:
+        """Marks of tokens that stand for a video by their ids, bool ``[tokens]``."""
         keys = zip(self.bound.arch.vision_token_ids, self.bound.vision_token_ids, strict=True)
-        videos = ids.new_tensor([i for key, i in keys if "video" in key])
-        counted = torch.ones_like(vision) if weights is None else weights > 0
-        video = torch.isin(ids, videos) & vision
-        parts = (~vision, vision & ~video, video)
-        return Tokens(*(int((part & counted).sum()) for part in parts))
+        return torch.isin(ids, ids.new_tensor([i for key, i in keys if "video" in key]))
 
     def calls(self, step: BoundStep) -> Iterator[StepCall]:
         """Calls of ``step`` by the model, pass by pass; all steps before it must be finished."""
@@ -276,6 +272,7 @@ class Replay:
             state.tokens,
             ids=state.ids,
             batch=state.batch,
+            video=state.video,
         )
 
     def _step_call(self, step: BoundStep, state: TowerPass, captured: Captured) -> StepCall:
@@ -315,6 +312,7 @@ class Replay:
             state.kind,
             state.ids,
             state.batch,
+            state.video,
         )
 
     def _vision_stand_ins(self, passes: Sequence[TowerPass]) -> dict[str, Callable[..., Any]]:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import cached_property
 
 import torch
@@ -33,9 +33,11 @@ from prismquant.distributed import Alone, Ranks
 from prismquant.engine.activation_store import ActivationStore, InMemory
 from prismquant.engine.calls import StepCall
 from prismquant.engine.graph_replay import GraphCall, GraphReplay
-from prismquant.engine.passes import Output, Passes
+from prismquant.engine.passes import Inputs, Output, Passes
 from prismquant.engine.placement import Placement
 from prismquant.engine.streamed_model import StreamedModel
+from prismquant.engine.unit_experts import UnitExperts
+from prismquant.engine.unit_stages import has_one_input, stages_of
 from prismquant.engine.visit import Visit
 from prismquant.engine.walk_start import WalkStart, steps_from
 from prismquant.models.arch import Modality
@@ -230,11 +232,8 @@ class Unit:
 
     @cached_property
     def stages(self) -> tuple[tuple[BoundSite, ...], ...]:
-        """Its layers in the order in which it runs them; one stage where all are taken at once."""
-        if not self.walk.visit.stagewise:
-            return (self.layers,) if self.layers else ()
-        numbers = sorted({site.stage for site in self.layers})
-        return tuple(tuple(s for s in self.layers if s.stage == number) for number in numbers)
+        """Its layers in the order in which it runs them; see :func:`stages_of`."""
+        return stages_of(self.layers, stagewise=self.walk.visit.stagewise)
 
     @property
     def main(self) -> StreamedModel:
@@ -290,15 +289,11 @@ class Unit:
         """Within the block, it runs in its precision, and finished layers as asked."""
         return self.main.as_served(self.step)
 
-    def first_inputs(
-        self, layers: Sequence[str]
-    ) -> Iterator[tuple[StepCall, Mapping[str, Tensor]]]:
+    def first_inputs(self, layers: Sequence[str]) -> Inputs:
         """Inputs of layers, call by call, in passes that nothing else uses."""
         return self.main.passes(self.step).inputs(layers)
 
-    def inputs(
-        self, layers: Sequence[str], stage: Sequence[str]
-    ) -> Iterator[tuple[StepCall, Mapping[str, Tensor]]]:
+    def inputs(self, layers: Sequence[str], stage: Sequence[str]) -> Inputs:
         """Inputs of layers of a stage, call by call, as the stages before it leave them.
 
         Args:
@@ -308,9 +303,7 @@ class Unit:
         later = [s.name for s in self.layers if s.name not in {*self._replaced, *stage}]
         return self._passes.inputs(layers, stage, later)
 
-    def float_inputs(
-        self, layers: Sequence[str], stage: Sequence[str]
-    ) -> Iterator[tuple[StepCall, Mapping[str, Tensor]]]:
+    def float_inputs(self, layers: Sequence[str], stage: Sequence[str]) -> Inputs:
         """The same of the float model, in which nothing changes; there must be a float chain."""
         if self._float_passes is None:
             raise RuntimeError(f"{self.name} is walked through without a float chain")
@@ -333,6 +326,7 @@ class Unit:
 
     def restart(self) -> None:
         """Forget passes that have gone through what has just changed."""
+        self.experts.restart()
         self._passes.restart()
 
     def replace(
@@ -371,11 +365,18 @@ class Unit:
     def advance(self) -> None:
         """Hand the unit's outputs on to the units after it, in both chains."""
         if self.carries and self.calibrated:
+            if not self._fixed:
+                self.experts.run()
             outputs = self._fixed or self._passes.outputs()
             for keep, output in itertools.chain(self.float_outputs(), outputs):
                 keep(output)
         if self.carries and self.followed:
             self.main.follow(self.step)
+
+    @cached_property
+    def experts(self) -> UnitExperts:
+        """Its experts, where it has any; data must flow."""
+        return UnitExperts(self.step, lambda: self._passes, self.main.module, self.as_served)
 
     @cached_property
     def _passes(self) -> Passes:
@@ -393,6 +394,6 @@ class Unit:
 
         At the entry unit they would hold all pixels.
         """
-        single = all(len({site.input_key for site in stage}) == 1 for stage in self.stages)
+        single = all(has_one_input(stage) for stage in self.stages)
         halting = bool(self.stages) and single and self.step.kind != "entry"
         return self.walk.placement.paused and halting

@@ -56,17 +56,26 @@ def sites_of_experts(
 def edges_of_experts(edge: Edge, parent: str, modules: Mapping[str, nn.Module]) -> Iterator[Edge]:
     """The edge; where its producer's path has a ``*``, that of each expert.
 
+    A norm before the experts, whose path has none, has the layers of all of them as consumers.
+
     Args:
         edge: An edge of a step.
         parent: Path of the step's module.
         modules: All modules by path.
     """
-    holder, star, _ = edge.source.partition(_EACH)
-    if not star:
-        yield edge
+
+    def count(path: str) -> int:
+        experts = modules.get(f"{parent}.{path.partition(_EACH)[0]}")
+        return len(experts) if isinstance(experts, nn.ModuleList) else 0
+
+    if _EACH not in edge.source:
+        readers: list[str] = []
+        for path in edge.consumers:
+            several = [_of_expert(path, number) for number in range(count(path))]
+            readers += several if _EACH in path else [path]
+        yield replace(edge, consumers=tuple(readers))
         return
-    experts = modules.get(f"{parent}.{holder}")
-    for number in range(len(experts) if isinstance(experts, nn.ModuleList) else 0):
+    for number in range(count(edge.source)):
         consumers = tuple(_of_expert(path, number) for path in edge.consumers)
         yield replace(edge, producer=_of_expert(edge.source, number), consumers=consumers)
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from prismquant.models.names import NameMap
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
+LAST = "down_proj"
+"""Name of an expert's layer that reads what its others put out."""
 # What transformers' wrapper of experts says of a module, and what is computed here.
 _COMPUTED = {
     "has_gate": True,

@@ -209,6 +209,11 @@ def _row(
         # The head alone makes up its step: its solver has settled what a tuner would look at.
         note = f"{config.tuner} tunes blocks, not the head"
         config = replace(config, tuner=None, tuner_options=Options())
+    if site.expert is None:
+        config = config.without_experts()
+    elif config.correction is not None:
+        note = "an expert is not corrected: the float model sends it other tokens"
+        config = replace(config, correction=None)
     row = PlanRow(
         site=site,
         config=config.settled(),

@@ -95,12 +95,7 @@ def torn_experts(rows: Sequence[PlanRow]) -> list[str]:
     for row in rows:
         if row.site.expert is not None:
             blocks.setdefault(row.site.expert.module, []).append(row)
-    findings = [
-        f"{row.site.name}: experts cannot be calibrated yet; use solver: rtn, dynamic inputs"
-        for members in blocks.values()
-        for row in members
-        if row.needs_data
-    ]
+    findings = []
     for module, members in blocks.items():
         schemes: dict[object, PlanRow] = {}
         for row in members:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from prismquant.algorithms.correction import Correction
 
 OnFailure = Literal["stop", "rtn"]
+FewTokens = Literal["all", "rtn"]
 Partial = Mapping[str, Any]
 
 NONE = "none"
@@ -76,6 +77,9 @@ class LayerConfig:
         weight_range: How the weight's range is chosen.
         activation_range: How a static activation's range is chosen.
         on_failure: Answer to a solver that fails: ``stop``, or ``rtn`` to round to nearest.
+        min_tokens: Tokens that an expert must have been sent to be calibrated on them alone.
+        few_tokens: What becomes of one that was sent fewer: ``all``, to be calibrated on all tokens
+            of its block, or ``rtn`` to round to nearest.
     """
 
     weights: NumberSpec | None = None
@@ -90,6 +94,8 @@ class LayerConfig:
     weight_range: RangeRule = field(default_factory=RangeRule)
     activation_range: RangeRule = field(default_factory=RangeRule)
     on_failure: OnFailure = "stop"
+    min_tokens: int = 32
+    few_tokens: FewTokens = "all"
 
     @property
     def static_input(self) -> bool:
@@ -141,6 +147,11 @@ class LayerConfig:
             activation_range=self.activation_range if static else RangeRule(),
             on_failure=self.on_failure if self.can_fail else "stop",
         )
+
+    def without_experts(self) -> LayerConfig:
+        """The same work on a layer that is part of no expert."""
+        usual = LayerConfig()
+        return replace(self, min_tokens=usual.min_tokens, few_tokens=usual.few_tokens)
 
     def describe(self) -> str:
         """Number formats in a few words for a message, e.g. ``int4 g128 sym, input int8 token``."""

@@ -25,7 +25,7 @@ from prismquant.recipe.field_checks import (
     known_fields,
     range_fields,
 )
-from prismquant.recipe.layer_config import OnFailure
+from prismquant.recipe.layer_config import FewTokens, OnFailure
 from prismquant.recipe.match import Match, Strict
 
 Fields = dict[str, Any]
@@ -60,6 +60,9 @@ class LayerRule(Strict):
             for one scale a row, or ``nearest`` for a smaller group first.
         on_failure: What to do where the solver fails for want of usable statistics: ``stop``, or
             ``rtn`` to round to nearest.
+        min_tokens: Tokens that an expert must have been sent to be calibrated on them alone.
+        few_tokens: What becomes of one that was sent fewer: ``all``, to be calibrated on all tokens
+            of its block, or ``rtn`` to round to nearest.
         skip: ``true`` leaves the layer alone.
         optional: ``true`` where the rule may match no layer, which is told; else that is an error.
     """
@@ -78,6 +81,8 @@ class LayerRule(Strict):
     activation_range: Fields | None = None
     fallback: Fallback | None = None
     on_failure: OnFailure | None = None
+    min_tokens: int | None = Field(default=None, ge=0, strict=True)
+    few_tokens: FewTokens | None = None
     skip: Flag | None = None
     optional: Flag | None = None
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from prismquant.diagnostics.expert_coverage import coverage_lines
 from prismquant.diagnostics.failed_layers import failed_layers
 from prismquant.diagnostics.step_record import StepRecord
 from prismquant.report.plan_summary import FLOAT, PlannedEdge, PlannedLayer, PlanSummary
@@ -119,20 +120,21 @@ def memory_line(record: RunRecord) -> str:
 
 def token_lines(files: RunFiles) -> list[str]:
     """Tokens of each modality that the statistics have seen, a line for each tower; more where
-    layers of one tower differ.
+    layers of one tower differ; and those that experts were sent.
     """
     towers = {layer.name: layer.modality for layer in files.plan.layers}
     found: dict[tuple[str, Tokens], list[str]] = {}
     for layer in (layer for step in files.record.steps for layer in step.layers):
-        for statistic, tokens in layer.tokens.items():
+        for statistic, tokens in layer.tokens.items() if layer.routed is None else ():
             found.setdefault((towers[layer.name], tokens), []).append(statistic)
     alike = Counter(tower for tower, _ in found)
-    return [
+    lines = [
         f"statistics of the {_TOWERS.get(tower, tower)}"
         + (f" ({', '.join(sorted(set(names)))})" if alike[tower] > 1 else "")
         + f" have seen {tokens.describe()}"
         for (tower, tokens), names in found.items()
     ]
+    return lines + coverage_lines(files.record.steps)
 
 
 def _remark(step: StepRecord) -> str:

@@ -32,6 +32,11 @@ class Tokens:
         return Tokens(self.text + other.text, self.image + other.image, self.video + other.video)
 
     @property
+    def total(self) -> int:
+        """Number of tokens of all modalities together."""
+        return self.text + self.image + self.video
+
+    @property
     def without_vision(self) -> Tokens:
         """The text tokens alone."""
         return Tokens(text=self.text)

@@ -93,7 +93,10 @@ class CheckpointWriter:
             elif name not in plain:
                 kept.append(name)
         # A stack of matrices of which none has changed stays one.
-        plain |= {name: self._reader.read(name) for name in sorted(self._reader.whole(kept))}
+        whole = self._reader.whole(kept)
+        for name in sorted(whole):
+            stacked = name not in kept
+            plain[name] = self._reader.read_stack(name) if stacked else self._reader.read(name)
         if solved:
             raise StorageError(f"the source has no tensor {next(iter(solved))!r}", where=step.name)
         self.nonfinite[shard] = self._nonfinite(plain)

@@ -99,6 +99,9 @@ def note_alike(task: ExportTask, tuners: tuple[str, ...] = ()) -> None:
         if notes.said("on_failure"):
             why = "there it is not asked what a failed layer becomes"
             notes.dropped("on_failure", config.on_failure, why)
+        for field in ("min_tokens", "few_tokens"):
+            if notes.said(field):
+                notes.dropped(field, getattr(config, field), "there experts are not told apart")
     _note_recipe(task)
 
 
