@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,6 +69,8 @@ _CHAT_TEMPLATE = """
 {{- IMAGE -}}
 {%- elif item['type'] == 'video' -%}
 {{- VIDEO -}}
+{%- elif item['type'] == 'audio' -%}
+{{- AUDIO -}}
 {%- else -%}
 {{- item['text'] -}}
 {%- endif -%}
@@ -299,9 +302,11 @@ def write_tokenizer(folder: Path, family: str, transformers: Any, *, chat: bool 
     fast.save_pretrained(folder)
 
 
-def chat_template(image: str, video: str) -> str:
-    """A chat template that writes this text in the place of a picture, and of a clip."""
-    return _CHAT_TEMPLATE.replace("IMAGE", f"'{image}'").replace("VIDEO", f"'{video}'")
+def chat_template(image: str, video: str, audio: str = "") -> str:
+    """A chat template that writes this text in the place of a picture, a clip, and a sound."""
+    said = {"IMAGE": image, "VIDEO": video, "AUDIO": audio}
+    parts = re.split("(IMAGE|VIDEO|AUDIO)", _CHAT_TEMPLATE)
+    return "".join(f"'{said[part]}'" if part in said else part for part in parts)
 
 
 def word_tokenizer(transformers: Any, named: dict[str, str]) -> Any:

@@ -17,7 +17,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from prismquant.data import Sample, text_of
+from prismquant.data import Sample, media_of, text_of
 from prismquant.data.lengths import even_parts
 from prismquant.data.media import Cost, Limits, media_cost, processor_inputs
 from prismquant.data.spans import NoSpan, Rendered, answer_span, render
@@ -245,9 +245,10 @@ def make_batches(
         cannot be read, or a sample that the processor refuses, is a :class:`DataError` by then.
 
     Raises:
-        DataError: The batch size leaves nothing, or a sample shows what the model cannot see.
+        DataError: The batch size leaves nothing, or a sample holds what the model can neither see
+            nor hear.
     """
-    _require_eyes(samples, processor)
+    _require_senses(samples, processor)
     if batch_size < 1:
         raise DataError(
             f"a batch of {batch_size} samples is impossible", remedy="a batch size of 1 or more"
@@ -261,17 +262,21 @@ def make_batches(
     return Batches(tuple(parts), processor, frozenset(vision_token_ids), limits)
 
 
-def _require_eyes(samples: Sequence[Sample], processor: Any) -> None:
-    """Refuse pictures and clips for a model of text alone."""
-    if getattr(processor, "image_processor", None) is not None:
-        return
-    shown = [sample.id for sample in samples if sample.kind != "text"]
-    if shown:
-        raise DataError(
-            f"{len(shown)} samples show pictures or clips, and the model reads text alone",
-            where=f"sample {shown[0]}",
-            remedy="leave them out, or use a vision-language model",
-        )
+def _require_senses(samples: Sequence[Sample], processor: Any) -> None:
+    """Refuse pictures and clips for a model that sees none, and sounds for one that hears none."""
+    for part, kinds, called, can in (
+        ("image_processor", {"image", "video"}, "show pictures or clips", "does not see"),
+        ("feature_extractor", {"audio"}, "hold sounds", "does not hear"),
+    ):
+        if getattr(processor, part, None) is not None:
+            continue
+        found = [s.id for s in samples if kinds & {kind for kind, _ in media_of(s)}]
+        if found:
+            raise DataError(
+                f"{len(found)} samples {called}, and the model {can}",
+                where=f"sample {found[0]}",
+                remedy="leave them out, or use another model",
+            )
 
 
 def _processed(

@@ -33,14 +33,14 @@ _MESSAGE_NOTES = {
     *("lang", "language", "model", "source", "score", "meta", "metadata"),
 }
 _ITEM_NOTES = {"cache_control", "uuid"}
-_TYPES = {"image": "image", "image_url": "image", "video": "video", "video_url": "video"}
-NO_EARS = "sound is not supported: no model here hears"
+_TYPES = {name: kind for kind in MEDIA for name in (kind, f"{kind}_url")}
 _URL = re.compile(r"(?!file:)([a-z][a-z0-9+.-]+://|(https?|data|s3|gs|hf):)", re.IGNORECASE)
 
 _SIZES = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 _COUNTS = {
     "image": _SIZES,
     "video": (*_SIZES, "total_pixels", "nframes", "min_frames", "max_frames"),
+    "audio": (),
 }
 _CLIP_NUMBERS = {"fps": (1e-4, 1e4), "video_start": (0.0, 1e9), "video_end": (0.0, 1e9)}
 _MOST = 2**31 - 1
@@ -168,10 +168,12 @@ def _items(value: Any, markers: Collection[str]) -> list[dict[str, Any]]:
         return _pieces(require_text(value.get("text"), "the text of an item"), markers)
     if isinstance(kind, str) and kind in _TYPES:
         return [_media_item(value, kind)]
-    if isinstance(kind, str) and "audio" in kind.casefold():
-        raise Findings(f"an item of type {kind!r}: {NO_EARS}")
+    if kind == "input_audio":
+        raise Findings("a sound is a file: save the one in this item as a file")
     hint = f" ({suggest(kind, ('text', *_TYPES))})" if isinstance(kind, str) else ""
-    raise Findings(f"an item is of type text, image or video, not {excerpt(repr(value))}{hint}")
+    raise Findings(
+        f"an item is of type text, image, video or audio, not {excerpt(repr(value))}{hint}"
+    )
 
 
 def _pieces(text: str, markers: Collection[str]) -> list[dict[str, Any]]:
@@ -181,8 +183,6 @@ def _pieces(text: str, markers: Collection[str]) -> list[dict[str, Any]]:
     pieces = re.split(f"<({'|'.join(markers)})>", text) if markers else [text]
     if len(pieces) == 1:
         return [{"type": "text", "text": text}]
-    if "audio" in pieces[1::2]:
-        raise Findings(f"an <audio> marker: {NO_EARS}")
     items: list[dict[str, Any]] = []
     for number, piece in enumerate(pieces):
         if number % 2:
@@ -302,7 +302,8 @@ def parse_file(value: Any, kind: str) -> Any:
     Args:
         value: A path, a ``file://`` URL, a picture of PIL, the bytes of a picture file, or
             ``{"path": .., "bytes": ..}``; for a clip, also a list of its frames in these forms.
-        kind: ``image`` or ``video``.
+            Sounds are named by paths.
+        kind: ``image``, ``video`` or ``audio``.
 
     Raises:
         Findings: It names nothing that can be read from this machine's disks.
@@ -313,7 +314,9 @@ def parse_file(value: Any, kind: str) -> Any:
         return _picture(value)
     file = _picture(value)
     if not isinstance(file, str):
-        raise Findings("a clip is a file or a list of frames; save the one in this row as a file")
+        form = "a file" if kind == "audio" else "a file or a list of frames"
+        what = "sound" if kind == "audio" else "clip"
+        raise Findings(f"a {what} is {form}; save the one in this row as a file")
     return file
 
 

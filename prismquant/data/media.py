@@ -18,6 +18,7 @@ from prismquant.data import Sample, located, media_of
 from prismquant.data.frame_sampling import Sampling
 from prismquant.data.pictures import DECODING_BYTES, header_size, read_picture
 from prismquant.data.sizes import OwnSizes, Size, fitted, frame_size, picture_size, sized
+from prismquant.data.sound import read_sound, sound_seconds
 from prismquant.data.video import Clip, Outline, outline_video, read_frames, read_video
 from prismquant.errors import DataError
 
@@ -93,7 +94,23 @@ def processor_inputs(sample: Sample, processor: Any, limits: Limits) -> dict[str
             "do_sample_frames": False,
             "video_metadata": [clip.metadata for clip in clips],
         }
+    if sounds := [item["audio"] for kind, item in items if kind == "audio"]:
+        rate = heard_rate(processor)
+        given["audio"] = [read_sound(sample.folder / sound, rate) for sound in sounds]
+        given["audio_kwargs"] = {"sampling_rate": rate}
     return given
+
+
+def heard_rate(processor: Any) -> int:
+    """Samples per second of the sounds that a processor takes.
+
+    Raises:
+        DataError: It takes none.
+    """
+    ears = getattr(processor, "feature_extractor", None)
+    if ears is None:
+        raise DataError("the model hears no sounds", remedy="leave them out of the data")
+    return int(ears.sampling_rate)
 
 
 def media_cost(sample: Sample, processor: Any, limits: Limits) -> Cost:
@@ -117,6 +134,10 @@ def media_cost(sample: Sample, processor: Any, limits: Limits) -> Cost:
             outline = rules.outline(item, sample)
             held.append(outline.frames * math.prod(outline.size) * _CHANNELS)
             pixels.append(rules.pixel_bytes(outline, item))
+    for sound in [item["audio"] for kind, item in items if kind == "audio"]:
+        seconds = sound_seconds(sample.folder / sound) or 0.0
+        held.append(int(seconds * heard_rate(processor)) * _FLOAT32)
+        pixels.append(_heard_bytes(processor, seconds))
     # The processor arranges what it is given in another way, which is a copy of it.
     work = _ONE if len(pixels) == 1 and not videos else _SEVERAL
     working = sum(held) + int(work * sum(pixels))
@@ -281,6 +302,14 @@ def _encoded_bytes(processor: Any, size: Size, frames: int, patches: int | None)
     else:
         pixels = int(patches) * area
     return pixels * together * _CHANNELS * _FLOAT32
+
+
+def _heard_bytes(processor: Any, seconds: float) -> int:
+    """Bytes of the spectrum that a processor makes of a sound; most make one of a fixed length."""
+    ears = processor.feature_extractor
+    hop, bands = getattr(ears, "hop_length", 1), getattr(ears, "feature_size", 1)
+    frames = getattr(ears, "nb_max_frames", None) or seconds * ears.sampling_rate / hop
+    return int(frames) * int(bands) * _FLOAT32
 
 
 def _patch_area(processor: Any) -> int | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from prismquant.data.items import is_nothing, parse_file, with_file
+from prismquant.data.items import MEDIA, is_nothing, parse_file, with_file
 from prismquant.data.row_findings import Findings, collect
 from prismquant.data.samples import Message, items_of
 
@@ -48,7 +48,7 @@ def place_files(
     lines: list[str] = []
     queues: dict[str, Iterator[Any]] = {}
     loose: list[dict[str, Any]] = []
-    for kind in ("image", "video"):
+    for kind in MEDIA:
         try:
             files = _files(kind, lists[kind], counts[kind]) if kind in lists else []
         except Findings as findings:
@@ -103,7 +103,7 @@ def _filled(message: Message, queues: Mapping[str, Iterator[tuple[int, Any]]]) -
         return message
     items = collect(lambda item: _with_next(item, queues), content)
     if message["role"] == "assistant" and any(item["type"] != "text" for item in items):
-        raise Findings("an answer that shows a picture or a clip")
+        raise Findings("an answer that shows a picture or a clip, or holds a sound")
     return {"role": message["role"], "content": items}
 
 

@@ -21,6 +21,7 @@ from prismquant.data.samples import (
     located,
     media_of,
 )
+from prismquant.data.sound import probe_sound
 from prismquant.data.unused import leaves, misspelt, require_nothing_lost
 from prismquant.data.video import probe_video
 from prismquant.errors import DataError
@@ -168,7 +169,7 @@ def sample_of(row: Row, folder: Path, stem: str) -> Sample:
     conversation = conversation_of(value)
     if not conversation.messages:
         raise Findings("the conversation is empty")
-    lists = {kind: listing for kind in ("image", "video") if (listing := listed(value, kind))}
+    lists = {kind: listing for kind in MEDIA if (listing := listed(value, kind))}
     lines = misspelt(value, conversation.head)
     messages: tuple[Message, ...] = ()
     try:
@@ -229,6 +230,9 @@ def _check(
             findings.append(RowFinding(where, what))
         for kind, item in media_of(sample):
             files = item[kind] if isinstance(item[kind], list) else [item[kind]]
+            if kind == "audio":
+                findings += _sound_findings(where, files, sample)
+                continue
             is_clip_file = kind == "video" and not isinstance(item[kind], list)
             try:
                 sizes = {_size(file, sample, is_clip_file, seen, most_bytes) for file in files}
@@ -242,6 +246,17 @@ def _check(
                     RowFinding(where, f"frames of one clip differ in size: {listed_sizes}")
                 )
     return findings
+
+
+def _sound_findings(where: str, files: Sequence[str], sample: Sample) -> list[RowFinding]:
+    """Findings about sounds, which are only opened."""
+    try:
+        for file in files:
+            probe_sound(sample.folder / file)
+    except DataError as error:
+        remedy = f" ({error.remedy})" if error.remedy else ""
+        return [RowFinding(where, f"{error.what}{remedy}")]
+    return []
 
 
 def _size(

@@ -17,10 +17,10 @@ from prismquant.data.pictures import EmbeddedPicture, Source
 from prismquant.errors import DataError
 from prismquant.opening import open_regular
 
-Kind = Literal["text", "image", "video"]
+Kind = Literal["text", "audio", "image", "video"]
 Message = Mapping[str, Any]
 
-KINDS: tuple[Kind, ...] = ("text", "image", "video")
+KINDS: tuple[Kind, ...] = ("text", "audio", "image", "video")
 _EXCERPT = 60
 _TYPE_KEYS = ("type", "topic")
 
@@ -69,11 +69,13 @@ class Sample:
 
     Attributes:
         id: Unique within its source.
-        kind: ``video`` if it shows any clip, else ``image`` if it shows any picture, else ``text``.
+        kind: ``video`` if it shows any clip, else ``image`` if it shows any picture, else ``audio``
+            if it holds any sound, else ``text``.
         messages: Each holds ``role`` (``system``, ``user``, ``assistant`` or ``tool``) and
             ``content``: a string, or a list of items ``{"type": "text", "text": ..}``,
-            ``{"type": "image", "image": path}`` and ``{"type": "video", "video": path or list of
-            frame paths}``. Pictures of a dataset (of PIL, or embedded) stand in place of paths.
+            ``{"type": "image", "image": path}``, ``{"type": "audio", "audio": path}`` and
+            ``{"type": "video", "video": path or list of frame paths}``. Pictures of a dataset (of
+            PIL, or embedded) stand in place of paths.
             Items also hold the options that the row gives for them, typed and checked: positive
             ints ``min_pixels``, ``max_pixels``, ``resized_height``, ``resized_width``, and of clips
             ``total_pixels``, ``nframes``, ``min_frames``, ``max_frames`` and the floats ``fps``,
@@ -133,8 +135,8 @@ def require_modalities(samples: Iterable[Sample], needed: Collection[str]) -> No
 
     Args:
         samples: What was read.
-        needed: Any of ``text`` (a sample without pictures), ``image``, ``video``, and ``vision``
-            (either).
+        needed: Any of ``text`` (a sample without pictures), ``audio``, ``image``, ``video``, and
+            ``vision`` (either of the last two).
 
     Raises:
         DataError: Something that is needed does not occur, or is no known word.
@@ -148,7 +150,7 @@ def require_modalities(samples: Iterable[Sample], needed: Collection[str]) -> No
     counts: Counter[str] = Counter()
     for sample in samples:
         shown = {kind for kind, _ in media_of(sample)}
-        present |= shown | ({"vision"} if shown else {"text"})
+        present |= shown | ({"vision"} if shown - {"audio"} else {"text"})
         counts[sample.kind] += 1
     if missing := sorted(set(needed) - present):
         listed = ", ".join(f"{counts[kind]} {kind}" for kind in KINDS)
@@ -191,7 +193,7 @@ def items_of(message: Message) -> list[Mapping[str, Any]]:
 def kind_of(messages: Iterable[Message]) -> Kind:
     """Kind of a conversation, by what it shows."""
     shown = {item["type"] for message in messages for item in items_of(message)}
-    return "video" if "video" in shown else "image" if "image" in shown else "text"
+    return next((kind for kind in reversed(KINDS) if kind in shown), "text")
 
 
 def text_of(message: Message) -> str:
@@ -203,7 +205,7 @@ def text_of(message: Message) -> str:
 
 
 def media_of(sample: Sample) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every picture and clip of a sample in order: its kind and its item."""
+    """Every picture, clip and sound of a sample in order: its kind and its item."""
     for message in sample.messages:
         for item in items_of(message):
             if item["type"] != "text":

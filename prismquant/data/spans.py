@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prismquant.data import Message, Sample, media_of, text_of
+from prismquant.data.items import MEDIA
 from prismquant.errors import DataError
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def render(sample: Sample, processor: Any) -> Rendered:
 
     Raises:
         DataError: The template refuses the conversation, or placeholders are not as many as
-            pictures and clips.
+            pictures, clips and sounds.
     """
     if not getattr(processor, "chats", True) and len(sample.messages) == 1:
         return Rendered(text_of(sample.messages[0]), bare=True)
@@ -82,7 +83,7 @@ def answer_span(tokens: Sequence[int], rendered: Rendered, processor: Any) -> tu
         NoSpan: It cannot be told.
     """
     text, tokenizer = rendered.text, processor.tokenizer
-    marks = [getattr(processor, f"{kind}_token", None) for kind in ("image", "video")]
+    marks = [getattr(processor, f"{kind}_token", None) for kind in MEDIA]
     shown = [mark for mark in marks if mark and mark in text]
     skipped = max((text.rindex(mark) + len(mark) for mark in shown), default=0)
     start = (rendered.start or 0) - skipped
@@ -139,7 +140,7 @@ def _start(sample: Sample, processor: Any, messages: list[Any], text: str) -> in
 
 def _require_placeholders(sample: Sample, processor: Any, text: str) -> None:
     counts = Counter(kind for kind, _ in media_of(sample))
-    for kind in ("image", "video"):
+    for kind in MEDIA:
         token = getattr(processor, f"{kind}_token", None)
         found = text.count(token) if token else 0
         if found != counts[kind]:

@@ -23,7 +23,7 @@ from prismquant.data.dialects import (
     Conversation,
     near_key,
 )
-from prismquant.data.items import MEDIA, NO_EARS, ROLES, is_nothing, local_path
+from prismquant.data.items import MEDIA, ROLES, is_nothing, local_path
 from prismquant.data.pictures import EmbeddedPicture
 from prismquant.data.places import CLIPS, PICTURES
 from prismquant.data.row_findings import Findings
@@ -50,7 +50,7 @@ _MEANINGS = {
 _TEMPLATE_KEYS = ("tools", "functions", "documents")
 _EMPTY_TEXTS = ("", "[]", "{}")
 _PICTURE = "names a picture or a clip that is not shown"
-_SOUND = f"cannot be used ({NO_EARS})"
+_SOUND = "names a sound that is not heard"
 
 Leaf = tuple[tuple[str, ...], Any]
 

@@ -6,8 +6,6 @@ sample again by rules of their own. Frames are chosen here: evenly spaced, about
 them for each second of a file, or as the clip's item in the data says. PyAV is needed for video
 files only and is imported only then.
 
-A video file comes from a stranger. Only containers that hold their own data are opened, not
-playlists that name other files, and the reader is handed an open file instead of a path.
 """
 
 from __future__ import annotations
@@ -23,13 +21,14 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from prismquant.data.containers import opened
 from prismquant.data.frame_sampling import Sampling, chosen_frames, spread_frames
 from prismquant.data.pictures import MAX_PIXELS, Source, read_picture
 from prismquant.errors import DataError
-from prismquant.opening import open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from prismquant.data.sizes import Size
@@ -39,16 +38,12 @@ if TYPE_CHECKING:
 Scaling = Callable[["Size", int], "Size"]
 Frames = npt.NDArray[np.uint8]
 
-# As FFmpeg names what reads them. Playlists (hls, dash, concat ..) would open other files.
+# As FFmpeg names what reads them.
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,flv,gif,ogg,asf"
-_OPEN_OPTIONS = {
-    "format_whitelist": _CONTAINERS,
-    "protocol_whitelist": "",
-    "enable_drefs": "0",
-    "use_absolute_path": "0",
-}
-_INSTALL_VIDEO = (
-    "pip install 'prismquant[video]' (PyAV), or give the clip as a list of frame pictures"
+_INSTEAD = "or give the clip as a list of frame pictures"
+_READ = (
+    "video files are MP4, MOV, MKV, WebM, AVI, MPEG, FLV, Ogg, WMV or GIF; "
+    "playlists and streams are not followed"
 )
 
 
@@ -233,38 +228,8 @@ def _count_frames(path: Path) -> tuple[int, Fraction]:
     return total, Fraction(rate)
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        import av
-    except ImportError as error:
-        raise DataError(
-            f"video file {path.name} needs PyAV, which is not installed",
-            where=str(path),
-            remedy=_INSTALL_VIDEO,
-        ) from error
-    try:
-        file = open_regular(path)
-    except FileNotFoundError as error:
-        raise DataError(f"video {path} is missing") from error
-    except OSError as error:
-        raise DataError(f"video {path} cannot be read: {error.strerror}") from error
-    with file:
-        try:
-            container = av.open(file, container_options=dict(_OPEN_OPTIONS), io_open=_refuse)
-        except (av.FFmpegError, ValueError, OSError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise DataError(
-                f"video {path} cannot be read: {reason}",
-                remedy="video files are MP4, MOV, MKV, WebM, AVI, MPEG, FLV, Ogg, WMV or GIF; "
-                "playlists and streams are not followed",
-            ) from error
-        with container:
-            yield container
-
-
-def _refuse(url: str, *_: Any) -> None:
-    raise OSError(f"a clip names another file, {url}")
+def _opened(path: Path) -> AbstractContextManager[Any]:
+    return opened(path, "video", _CONTAINERS, read=_READ, instead=_INSTEAD)
 
 
 def _stream(container: Any, path: Path) -> Any:

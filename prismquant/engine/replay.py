@@ -238,7 +238,7 @@ class Replay:
     def _vision_passes(self, inputs: dict[str, Any], batch: Batch, number: int) -> list[TowerPass]:
         """One pass for each group of vision inputs that the batch has, e.g. images, then videos."""
         groups = self.bound.arch.input_groups
-        vision_keys = {key for group in groups for key in group}
+        vision_keys = {key for group in groups for key in group} | {*self.bound.arch.audio_inputs}
         device, dtype = self._device, self._dtype
 
         def of_group(group: Sequence[str]) -> dict[str, Any]:

@@ -36,17 +36,18 @@ def small_batches(arch: ArchSpec, config: Any, processor: Any, folder: Path) -> 
         folder: Where the samples go.
     """
     # Some take a clip's frames as pictures: what they are given is called so, too.
-    clips = arch.sees and getattr(processor, "video_processor", None) is not None
-    seen = {"image", *["video"] * clips} if arch.sees else set()
-    kinds = [kind for kind in KINDS if kind == "text" or kind in seen]
+    parts = {"image": "image_processor", "video": "video_processor", "audio": "feature_extractor"}
+    taken = [kind for kind, part in parts.items() if getattr(processor, part, None) is not None]
+    kinds = [kind for kind in KINDS if kind == "text" or kind in taken]
     found = {}
     for names in dict.fromkeys([*((kind,) for kind in kinds), tuple(kinds)]):
         called = " and ".join(names)
-        samples = write_samples(folder / called, names, _SAMPLES)
+        count = max(_SAMPLES, len(names))
+        samples = write_samples(folder / called, names, count)
         [found[called]] = make_batches(
             samples,
             processor,
-            batch_size=_SAMPLES,
+            batch_size=count,
             vision_token_ids=[int(config_value(config, key)) for key in arch.vision_token_ids],
         )
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import wave
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,11 @@ from prismquant.storage import write_text
 
 __all__ = ["KINDS", "write_samples", "write_specimen"]
 
-# Kinds of samples: of one kind each, and pictures beside clips in one sample.
-KINDS = ("text", "image", "video")
+# Kinds of samples, each of which shows what it is called.
+KINDS = ("text", "audio", "image", "video")
 _FRAMES = 4
+# Samples of a sound per second.
+_RATE = 16_000
 # Of pictures, in pixels; processors enlarge what is too small for them.
 _SIZES = ((64, 48), (96, 64), (48, 80))
 _TEXTS = (
@@ -98,7 +101,7 @@ def _randomize(model: nn.Module) -> None:
 
 
 def write_samples(folder: Path, kinds: Sequence[str], count: int) -> tuple[Sample, ...]:
-    """Write and read samples of some kinds, by turns, with pictures and clips of random pixels.
+    """Write and read samples of some kinds, by turns, with sounds, pictures and clips of noise.
 
     Args:
         folder: Where files go; it is made.
@@ -112,13 +115,30 @@ def write_samples(folder: Path, kinds: Sequence[str], count: int) -> tuple[Sampl
         content: list[dict[str, Any]] = [{"type": "text", "text": text}]
         if kind != "text":
             size = _SIZES[number % len(_SIZES)]
-            frames = _write_pictures(folder / f"{kind}-{number}", size, kind, number)
-            content.insert(0, {"type": kind, kind: frames if kind == "video" else frames[0]})
+            stem = folder / f"{kind}-{number}"
+            if kind == "audio":
+                files = [_write_sound(stem, number)]
+            else:
+                files = _write_pictures(stem, size, kind, number)
+            content.insert(0, {"type": kind, kind: files if kind == "video" else files[0]})
         answer = {"role": "assistant", "content": _ANSWERS[number % len(_ANSWERS)]}
         messages = [{"role": "user", "content": content if kind != "text" else text}, answer]
         lines.append(json.dumps({"id": f"{kind}-{number}", "messages": messages}))
     write_text(folder / "samples.jsonl", "\n".join(lines) + "\n")
     return read_samples(folder / "samples.jsonl")
+
+
+def _write_sound(stem: Path, seed: int) -> str:
+    """Name of a sound of noise, some tenths of a second long, each of another length."""
+    draw = torch.Generator().manual_seed(seed)
+    samples = torch.randint(-(2**13), 2**13, (_RATE // 4 + seed * 800,), generator=draw)
+    name = f"{stem.name}.wav"
+    with wave.open(str(stem.with_name(name)), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(_RATE)
+        file.writeframes(samples.to(torch.int16).numpy().tobytes())
+    return name
 
 
 def _write_pictures(stem: Path, size: tuple[int, int], kind: str, seed: int) -> list[str]:

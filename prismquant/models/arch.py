@@ -230,6 +230,8 @@ class ArchSpec:
         input_groups: Names of the vision inputs, one group per call of the vision tower, in call
             order.
         vision_token_ids: Config keys of the ids of image and video placeholders.
+        audio_inputs: Names of the inputs that hold sounds. Their tower stays in floating point and
+            is no unit: passes of the vision tower go without them.
         layouts: The first is assumed when a folder has no weights.
         edges: Edges between steps, with absolute paths.
         streams: Residual streams, one for a tower that can be rotated.
@@ -265,6 +267,7 @@ class ArchSpec:
     gptq: GptqNames = field(default_factory=GptqNames)
     ignored_tensors: tuple[str, ...] = ()
     config_part: str | None = None
+    audio_inputs: tuple[str, ...] = ()
     config_map: ConfigMap | None = None
     processor_map: ProcessorMap | None = None
 

@@ -78,6 +78,7 @@ def load_arch(path: Path) -> ArchSpec:
         embeddings=top.text("embeddings"),
         input_groups=top.groups("input_groups"),
         vision_token_ids=top.texts("vision_token_ids"),
+        audio_inputs=top.texts("audio_inputs", ()),
         layouts=tuple(_layout(table) for table in top.tables("layouts")),
         edges=tuple(_edge(table) for table in top.tables("edges")),
         streams=tuple(_stream(table) for table in top.tables("streams")),

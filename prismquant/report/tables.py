@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 NOTHING = "-"
-_KINDS = ("text", "image", "video")
+_KINDS = ("text", "audio", "image", "video")
 # Control characters but for tab and line feed, what turns the direction of writing, and halves of
 # characters that no encoding can write.
 _UNPRINTABLE = re.compile(

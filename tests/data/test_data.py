@@ -117,7 +117,7 @@ def test_a_text_file_is_running_text_in_documents(tmp_path: Path) -> None:
         (turns([image("gone.png")]), "gone.png is missing"),
         (turns([image("cut.png")]), "cut.png cannot be read"),
         (turns([image("https://a.b/c.png")]), "is not a local file"),
-        (turns([{"type": "audio"}]), "sound is not supported"),
+        (turns([{"type": "audio", "audio": "gone.wav"}]), "gone.wav is missing"),
         (turns([{"type": "image", "image": ""}]), "a file is named by its path"),
         (turns([{"type": "video", "video": ["ok.png", "gone.png"]}]), "gone.png is missing"),
         (turns([{"type": "video", "video": ["ok.png", "big.png"]}]), "clip differ in size"),
@@ -244,12 +244,12 @@ def test_missing_modalities_are_reported(tmp_path: Path) -> None:
     lines = [turns(), turns([image("a.png")])]
     samples = read_samples(write_lines(tmp_path / "data.jsonl", lines))
     require_modalities(samples, {"text", "image", "vision"})
-    with pytest.raises(DataError, match=r"needs video samples.*1 text, 1 image, 0 video"):
+    with pytest.raises(DataError, match=r"needs video samples.*1 text, 0 audio, 1 image, 0 video"):
         require_modalities(samples, {"image", "video"})
     with pytest.raises(DataError, match="needs vision samples"):
         require_modalities(samples[:1], {"vision"})
-    with pytest.raises(DataError, match="unknown modality 'audio'"):
-        require_modalities(samples, {"audio"})
+    with pytest.raises(DataError, match="unknown modality 'smell'"):
+        require_modalities(samples, {"smell"})
 
 
 def test_the_fingerprint_depends_on_contents_and_not_on_places(tmp_path: Path) -> None:

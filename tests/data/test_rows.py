@@ -178,9 +178,10 @@ def test_markers_in_answers_and_plain_texts_are_words(tmp_path: Path) -> None:
         (chat(images=[{"path": "a.png", "size": 3}]), "a file is named by its path"),
         (chat(videos=[b"abc"]), "save the one in this row as a file"),
         # Sound
-        (chat("<audio>x", audios=["a.wav"]), "sound is not supported"),
-        (chat(audios=["a.wav"]), "'audios' cannot be used (sound is not supported"),
-        (chat([{"type": "input_audio", "input_audio": {"data": "x"}}]), "sound is not supported"),
+        (chat("<audio>x"), "1 <audio> markers or items without a file, but 0 audio files"),
+        (chat("hi", audio_path="a.wav"), "'audio_path' names a sound that is not heard"),
+        (chat([{"type": "input_audio", "input_audio": {"data": "x"}}]), "a sound is a file"),
+        (chat([{"type": "audio", "audio": b"RIFF"}]), "a sound is a file"),
         # Keys that look as if they named a picture
         (chat(imagse=["a.png"]), "key 'imagse' is not used: did you mean 'images'?"),
         (chat("<video>x", vidoes=["a.mp4"]), "did you mean 'videos'?"),
@@ -245,9 +246,9 @@ def test_markers_in_answers_and_plain_texts_are_words(tmp_path: Path) -> None:
         ({"messages": ["x"]}, "message 1: it is no object, but 'x'"),
         ({"messages": {"role": "user"}}, "'messages' is not a list"),
         # Items
-        (chat([{"type": ["image"]}]), "an item is of type text, image or video, not {'type': ['im"),
+        (chat([{"type": ["image"]}]), "video or audio, not {'type': ['im"),
         (chat([{"type": "imgae", "image": "a.png"}]), "did you mean 'image'?"),
-        (chat([3]), "an item is of type text, image or video, not 3"),
+        (chat([3]), "an item is of type text, image, video or audio, not 3"),
         (chat([{"type": "image_url", "image_url": {}}]), "of type 'image_url' names no file"),
         (chat([{"type": "image_url", "image_url": {"ulr": "a.png"}}]), "a file is named by its"),
         (item(path="b.png"), "named by both 'image' and 'path'"),

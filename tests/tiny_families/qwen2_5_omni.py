@@ -67,7 +67,9 @@ def make(transformers: Any, tokenizer: Any) -> tuple[Any, Any]:
         tie_word_embeddings=False,
     )
     tokenizer.chat_template = tiny_vlm.chat_template(
-        "<|vision_bos|><|IMAGE|><|vision_eos|>", "<|vision_bos|><|VIDEO|><|vision_eos|>"
+        "<|vision_bos|><|IMAGE|><|vision_eos|>",
+        "<|vision_bos|><|VIDEO|><|vision_eos|>",
+        "<|audio_bos|><|AUDIO|><|audio_eos|>",
     )
     processor = transformers.Qwen2_5OmniProcessor(
         image_processor=transformers.Qwen2VLImageProcessor(patch_size=_PATCH, size=size),

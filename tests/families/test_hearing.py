@@ -1,0 +1,44 @@
+"""Models that hear: sounds go through their float tower, and into all that calibration sees."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import tiny_families
+
+import prismquant as pq
+from prismquant.families.check_family import check_family
+from prismquant.families.specimen import KINDS, write_samples
+from prismquant.models import arch_files
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_FAMILY = "qwen2_5_omni"
+
+
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_families.build(_FAMILY, tmp_path_factory.mktemp("models") / "thinker")
+
+
+def test_a_stream_that_sounds_enter_is_not_rotated_without_them(
+    thinker: Path, tmp_path: Path
+) -> None:
+    text = (arch_files.PACKAGED / f"{_FAMILY}.toml").read_text(encoding="utf-8")
+    assert ', "model.audio_tower.proj"' in text
+    file = tmp_path / "deaf.toml"
+    file.write_text(text.replace(', "model.audio_tower.proj"', ""), encoding="utf-8")
+    claims = check_family(thinker, file).claims
+    stream = "the llm tower's residual stream can be rotated"
+    assert [claim.what for claim in claims if claim.holds is False] == [stream]
+
+
+def test_sounds_are_calibrated_on_and_measured(thinker: Path, tmp_path: Path) -> None:
+    write_samples(tmp_path / "data", KINDS, 4)
+    data = tmp_path / "data" / "samples.jsonl"
+    pq.quantize(thinker, "w8a16", tmp_path / "out", data, fallback=True)
+    found = pq.measure(tmp_path / "out", data, reference=thinker)
+    assert set(found.by_kind) == {*KINDS}
+    assert found.by_kind["audio"].divergence["answer"].kl < 0.1
