@@ -266,6 +266,7 @@ def _require_senses(samples: Sequence[Sample], processor: Any) -> None:
     """Refuse pictures and clips for a model that sees none, and sounds for one that hears none."""
     for part, kinds, called, can in (
         ("image_processor", {"image", "video"}, "show pictures or clips", "does not see"),
+        ("video_processor", {"video"}, "show clips", "sees pictures alone"),
         ("feature_extractor", {"audio"}, "hold sounds", "does not hear"),
     ):
         if getattr(processor, part, None) is not None:

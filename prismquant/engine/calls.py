@@ -32,9 +32,10 @@ class TowerPass:
         kind: What a pass of the vision tower is of.
         latest: Name of the last finished step of the chain.
         hidden: Gives its output.
-        entry_shape: Shape of the entry step's output, for a stand-in that costs nothing.
+        entry_zeros: What the entry step's output is like, for a stand-in that costs nothing.
         features: Give the outputs of finished projector steps, by name.
-        finished: Give the outputs of all finished steps of the chain, where they are kept.
+        finished: Give the outputs of finished steps of the chain that later steps look back at; of
+            all, where outputs are kept.
         before: Name of the step of the chain that was finished before each finished step, by name;
             where outputs are kept.
         gradients: Give the gradients that have arrived at outputs, on the way back.
@@ -42,6 +43,8 @@ class TowerPass:
         ids: Samples of the batch.
         pixels: Makes the pixels, by their key, until the entry step has read them; for good where
             outputs are kept.
+        glance: Gives what of the pixels calls of later steps depend on, by their key; None: no more
+            than their shape.
     """
 
     inputs: Callable[[], dict[str, Any]]
@@ -52,7 +55,7 @@ class TowerPass:
     kind: Kind = "text"
     latest: str = ""
     hidden: Callable[[], Any] = lambda: None
-    entry_shape: torch.Size = field(default_factory=torch.Size)
+    entry_zeros: Any = None
     features: dict[str, Callable[[], Any]] = field(default_factory=dict)
     finished: dict[str, Callable[[], Any]] = field(default_factory=dict)
     before: dict[str, str] = field(default_factory=dict)
@@ -60,10 +63,15 @@ class TowerPass:
     batch: int = 0
     ids: tuple[str, ...] = ()
     pixels: Callable[[], dict[str, Tensor]] | None = None
+    glance: Callable[[], dict[str, Tensor]] | None = None
 
     def whole_inputs(self) -> dict[str, Any]:
         """The keyword arguments with pixels, as long as these are needed."""
         return self.inputs() | (self.pixels() if self.pixels else {})
+
+    def later_inputs(self) -> dict[str, Any]:
+        """The keyword arguments for calls of later steps than the entry step."""
+        return self.inputs() | (self.glance() if self.glance else {})
 
     def copied(self) -> TowerPass:
         """The same state, to go on from here by itself; no gradient has arrived at it."""

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from prismquant.engine.activation_store import ActivationStore
 from prismquant.engine.calls import Gradients, Source, StepCall, TowerPass
-from prismquant.engine.replay import Replay
+from prismquant.engine.captured_call import llm_root
+from prismquant.engine.replay import Replay, with_glances
 from prismquant.engine.stand_ins import capture_here
 from prismquant.models.arch import Modality
 from prismquant.models.bound import BoundStep
@@ -127,13 +128,14 @@ class GraphReplay(Replay):
         """
         if self._embed is None:
             raise RuntimeError("the language model has not begun")
-        known = {self.bound.arch.embeddings: self._embed, self._llm_root(): capture_here}
+        known = {self.bound.arch.embeddings: self._embed, llm_root(self.bound.arch): capture_here}
         for inputs, passes, llm in zip(self._batches, self._vision, self._llm, strict=True):
             if not passes:
                 continue
             leaves: list[dict[Source, Tensor]] = [{} for _ in passes]
             given = [self._on_leaves(s, own) for s, own in zip(passes, leaves, strict=True)]
-            captured = self._capture(inputs, self._vision_stand_ins(given) | known)
+            seen = with_glances(inputs, passes)
+            captured = self._capture(seen, self._vision_stand_ins(given) | known)
             outputs = _floats(captured.kwargs_of_step)
             arriving = [_taken(llm, (_INPUTS, number)) for number in range(len(outputs))]
             wanted = [leaf for own in leaves for leaf in own.values()]
@@ -149,12 +151,12 @@ class GraphReplay(Replay):
             return self._head_call(state)
         here = {step.name: capture_here}
         if step.modality is Modality.LLM:
-            root = self.model.get_submodule(self._llm_root())
+            root = self.model.get_submodule(llm_root(self.bound.arch))
             stand_ins = self._chain_stand_ins(state) | here
-            return self._step_call(step, state, self._capture(state.inputs(), stand_ins, root))
-        inputs = state.whole_inputs() if step.kind == "entry" else state.inputs()
+            return self._step_call(step, state, self._capture(state.inputs(), stand_ins, root), [])
+        inputs = state.whole_inputs() if step.kind == "entry" else state.later_inputs()
         stand_ins = self._vision_stand_ins([state]) | here
-        return self._step_call(step, state, self._capture(inputs, stand_ins))
+        return self._step_call(step, state, self._capture(inputs, stand_ins), [])
 
     def _states_of(self, step: BoundStep) -> list[TowerPass]:
         if step.modality is Modality.LLM:
@@ -180,9 +182,14 @@ class GraphReplay(Replay):
 
         features = {n: leaf(n, give, every=False) for n, give in state.features.items()}
         hidden = leaf(state.latest, state.hidden, every=False) if state.latest else state.hidden
+        finished = {
+            name: hidden if name == state.latest else leaf(name, give, every=False)
+            for name, give in state.finished.items()
+            if name in self._shortcuts.taps
+        }
         whole = state.tokens is not None and self._to_vision
         inputs = leaf(_INPUTS, state.inputs, every=True) if whole else state.inputs
-        return replace(state, hidden=hidden, features=features, inputs=inputs)
+        return replace(state, hidden=hidden, features=features, finished=finished, inputs=inputs)
 
 
 def _gradients(

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,16 +25,17 @@ from torch import Tensor, nn
 from prismquant.data.batches import Batch
 from prismquant.engine.activation_store import ActivationStore, InMemory
 from prismquant.engine.calls import StepCall, TowerPass, tokens_by_kind
+from prismquant.engine.captured_call import captured_call, llm_blocks, llm_root
+from prismquant.engine.shortcuts import Shortcuts
 from prismquant.engine.stand_ins import (
     Captured,
     capture_here,
     chain_link,
     first_tensor,
-    no_embedding,
     replaced_forwards,
 )
-from prismquant.errors import ModelError, NumericsError, PrismQuantError, brief
-from prismquant.memory import memory_error
+from prismquant.engine.vision_passes import vision_passes, without_pixels, zeros_like
+from prismquant.errors import ModelError, NumericsError
 from prismquant.models.arch import Modality
 from prismquant.models.bound import BoundModel, BoundStep
 from prismquant.numerics.finite import all_finite, finiteness
@@ -70,16 +70,18 @@ class Replay:
         self.model = model
         self.bound = bound
         self._states = states or InMemory()
-        self._device, self._dtype = device, dtype
-        self._batches = [self._without_pixels(batch) for batch in batches]
+        self._zero = torch.zeros(1, device=device, dtype=dtype)
+        arch = bound.arch
+        self._batches = [without_pixels(batch, arch, device, dtype) for batch in batches]
         self._vision_tokens = [batch.vision_mask.reshape(-1).to(device) for batch in batches]
         self._vision = [
-            self._vision_passes(inputs, batch, number)
+            vision_passes(inputs, batch, number, arch, dtype)
             for number, (inputs, batch) in enumerate(zip(self._batches, batches, strict=True))
         ]
         self._llm: list[TowerPass] = []
         self._ids = [batch.ids for batch in batches]
         self._keep_all = keep_all
+        self._shortcuts = Shortcuts(bound, self._zero)
         self._steps = {step.name: step for step in bound.steps}
 
     def vision_steps(self) -> list[BoundStep]:
@@ -91,29 +93,13 @@ class Replay:
         first = next((p for passes in self._vision for p in passes), None)
         if first is None:
             return []
-        steps = [s for s in self.bound.steps if s.modality is not Modality.LLM]
-        order: list[BoundStep] = []
-
-        def visit(step: BoundStep) -> Callable[..., Any]:
-            module = self.model.get_submodule(step.name)
-            forward = module.forward
-
-            def stand_in(*args: Any, **kwargs: Any) -> Any:
-                order.append(step)
-                if len(order) == len(steps):
-                    raise Captured(args, kwargs)
-                return forward(*args, **kwargs) if step.kind == "entry" else args[0]
-
-            return stand_in
-
-        self._capture(first.whole_inputs(), {s.name: visit(s) for s in steps})
-        return order
+        return self._shortcuts.vision_steps(self.model, first.whole_inputs())
 
     def token_ids(self) -> Tensor:
         """All token ids among the batches, sorted, int64 [n]."""
         ids = [inputs["input_ids"].flatten() for inputs in self._batches]
         unique: Tensor = torch.cat(ids).unique() if ids else torch.empty(0, dtype=torch.int64)
-        return unique.to(self._device)
+        return unique.to(self._zero.device)
 
     def begin_llm(self, embed: Callable[[Tensor], Tensor]) -> None:
         """Compute what the language model is given, and forget the vision tower's states.
@@ -123,12 +109,13 @@ class Replay:
         Args:
             embed: In place of the model's embeddings, from ids [B, T] to [B, T, hidden].
         """
-        root = self._llm_root()
+        root = llm_root(self.bound.arch)
         known = {self.bound.arch.embeddings: embed, root: capture_here}
         for inputs, passes, vision, ids in zip(
             self._batches, self._vision, self._vision_tokens, self._ids, strict=True
         ):
-            captured = self._capture(inputs, self._vision_stand_ins(passes) | known)
+            seen = with_glances(inputs, passes)
+            captured = self._capture(seen, self._vision_stand_ins(passes) | known)
             mask = inputs.get("attention_mask")
             weights = None if mask is None else mask.reshape(-1).to(torch.float32)
             video = self._of_videos(inputs["input_ids"].reshape(-1)) & vision
@@ -158,22 +145,23 @@ class Replay:
         if step.kind == "head":
             yield from map(self._head_call, self._llm)
         elif step.modality is Modality.LLM:
-            root = self.model.get_submodule(self._llm_root())
+            root = self.model.get_submodule(llm_root(self.bound.arch))
             for state in self._llm:
                 stand_ins = self._chain_stand_ins(state) | {step.name: capture_here}
                 captured = self._capture(state.inputs(), stand_ins, root)
-                yield self._step_call(step, state, captured)
+                yield self._step_call(step, state, captured, [])
         else:
             for passes in self._vision:
                 for state in passes:
                     stand_ins = self._vision_stand_ins([state]) | {step.name: capture_here}
                     whole = step.kind == "entry"
-                    inputs = state.whole_inputs() if whole else state.inputs()
+                    inputs = state.whole_inputs() if whole else state.later_inputs()
                     captured = self._capture(inputs, stand_ins)
+                    given = [inputs] * whole
                     # Its pixels must be gone before the next ones are made.
                     del inputs
-                    yield self._step_call(step, state, captured)
-                    del captured
+                    yield self._step_call(step, state, captured, given)
+                    del captured, given
 
     def fork(self, batches: Sequence[int] | None = None) -> Replay:
         """Another replay that goes on from here by itself.
@@ -215,7 +203,7 @@ class Replay:
         known = {name: forward for name, forward in known.items() if name not in later}
         if self._llm:
             with replaced_forwards(self.model, known):
-                output = self.model.get_submodule(self._llm_root())(**passes[0].inputs())
+                output = self.model.get_submodule(llm_root(self.bound.arch))(**passes[0].inputs())
             hidden: Tensor = output.last_hidden_state
             return hidden
         inputs = dict(self._batches[batch])
@@ -225,42 +213,8 @@ class Replay:
         captured = self._capture(inputs, known)
         return first_tensor((*captured.args_of_step, *captured.kwargs_of_step.values()))
 
-    def _without_pixels(self, batch: Batch) -> dict[str, Any]:
-        """A batch's inputs on the device; of pixels only the shape, which takes no memory."""
-        pixels = {group[0] for group in self.bound.arch.input_groups}
-        return {
-            key: _moved(value.new_zeros(1), self._device, self._dtype).expand(value.shape)
-            if key in pixels
-            else _moved(value, self._device, self._dtype)
-            for key, value in batch.inputs.items()
-        }
-
-    def _vision_passes(self, inputs: dict[str, Any], batch: Batch, number: int) -> list[TowerPass]:
-        """One pass for each group of vision inputs that the batch has, e.g. images, then videos."""
-        groups = self.bound.arch.input_groups
-        vision_keys = {key for group in groups for key in group} | {*self.bound.arch.audio_inputs}
-        device, dtype = self._device, self._dtype
-
-        def of_group(group: Sequence[str]) -> dict[str, Any]:
-            return {k: v for k, v in inputs.items() if k not in vision_keys or k in group}
-
-        def pixels(key: str) -> dict[str, Tensor]:
-            return {key: _moved(batch.whole().inputs[key], device, dtype)}
-
-        return [
-            TowerPass(
-                partial(of_group, group),
-                None,
-                kind="video" if "video" in group[0] else "image",
-                batch=number,
-                pixels=partial(pixels, group[0]),
-            )
-            for group in groups
-            if inputs.get(group[0]) is not None
-        ]
-
     def _head_call(self, state: TowerPass) -> StepCall:
-        root = self.model.get_submodule(self._llm_root())
+        root = self.model.get_submodule(llm_root(self.bound.arch))
         with replaced_forwards(self.model, self._chain_stand_ins(state)):
             output = root(**state.inputs())
         return StepCall(
@@ -275,7 +229,22 @@ class Replay:
             video=state.video,
         )
 
-    def _step_call(self, step: BoundStep, state: TowerPass, captured: Captured) -> StepCall:
+    def _step_call(
+        self,
+        step: BoundStep,
+        state: TowerPass,
+        captured: Captured,
+        whole: list[dict[str, Any]],
+    ) -> StepCall:
+        """A call, as the model makes it.
+
+        Args:
+            step: The unit.
+            state: The pass.
+            captured: How it is called.
+            whole: The model's inputs with pixels, at the entry unit; they are taken out.
+        """
+
         def keep(output: Any) -> None:
             values = output if isinstance(output, Tensor) else output[0]
             if not all_finite(values):
@@ -287,20 +256,20 @@ class Replay:
                 )
             if self._keep_all:
                 state.before[step.name] = state.latest
+            kept = self._states.keep(output)
             if step.kind == "projector":
-                state.features[step.name] = self._states.keep(output)
-                return
-            if step.kind == "entry":
-                state.entry_shape = values.shape
-                state.pixels = state.pixels if self._keep_all else None
-            if step.modality is Modality.LLM and not state.latest and not self._keep_all:
-                # From now on only its shape is looked at.
-                inputs = state.inputs()
-                hollow = {"inputs_embeds": _hollow(inputs["inputs_embeds"])}
-                state.inputs = self._states.keep(inputs | hollow)
-            state.latest, state.hidden = step.name, self._states.keep(output)
-            if self._keep_all:
-                state.finished[step.name] = state.hidden
+                state.features[step.name] = kept
+            else:
+                self._shortcuts.note_output(step, output)
+                if step.kind == "entry":
+                    state.entry_zeros = zeros_like(output)
+                    state.glance = self._shortcuts.glance(self.model, step, state, whole.pop())
+                    state.pixels = state.pixels if self._keep_all else None
+                elif step.modality is Modality.LLM and not state.latest and not self._keep_all:
+                    lighter = self._shortcuts.without_embeddings(self.model, state.inputs())
+                    state.inputs = self._states.keep(lighter)
+                state.latest, state.hidden = step.name, kept
+            self._keep_tapped(step, state, kept)
 
         return StepCall(
             captured.args_of_step,
@@ -315,17 +284,30 @@ class Replay:
             state.video,
         )
 
+    def _keep_tapped(self, step: BoundStep, state: TowerPass, kept: Callable[[], Any]) -> None:
+        """Keep the output of a unit that later ones look back at, and no longer than for these."""
+        taps = self._shortcuts.taps
+        if step.kind != "projector" and (self._keep_all or step.name in taps):
+            state.finished[step.name] = kept
+        if not self._keep_all:
+            for name in [name for name, reader in taps.items() if reader == step.name]:
+                state.finished.pop(name, None)
+
     def _vision_stand_ins(self, passes: Sequence[TowerPass]) -> dict[str, Callable[..., Any]]:
         """Stand-ins for finished vision steps; the passes follow each other within one forward."""
         queue = list(passes)
         current: list[TowerPass] = queue[:1]
 
-        def entry(*args: Any, **_: Any) -> Any:
-            state = queue.pop(0)
-            current[:] = [state]
-            if state.latest in self._steps and self._steps[state.latest].kind == "entry":
-                return state.hidden()
-            return first_tensor(args).new_zeros(1).expand(state.entry_shape)
+        def entry(name: str) -> Callable[..., Any]:
+            def stand_in(*_: Any, **__: Any) -> Any:
+                state = queue.pop(0)
+                current[:] = [state]
+                if state.latest == name:
+                    return state.hidden()
+                kept = state.finished.get(name) if name in self._shortcuts.taps else None
+                return state.entry_zeros if kept is None else kept()
+
+            return stand_in
 
         stand_ins: dict[str, Callable[..., Any]] = {}
         for step in self.bound.steps:
@@ -336,17 +318,18 @@ class Replay:
                     stand_ins[step.name] = lambda *_, _n=step.name, **__: current[0].features[_n]()
             elif step.kind == "entry":
                 if all(state.latest for state in passes):
-                    stand_ins[step.name] = entry
+                    stand_ins[step.name] = entry(step.name)
             else:
-                stand_ins[step.name] = chain_link(step.name, lambda: current[0])
+                stand_ins[step.name] = self._link(step.name, lambda: current[0])
         return stand_ins
 
     def _chain_stand_ins(self, state: TowerPass) -> dict[str, Callable[..., Any]]:
-        return {
-            step.name: chain_link(step.name, lambda: state)
-            for step in self.bound.steps
-            if step.modality is Modality.LLM and step.kind == "block"
-        }
+        return {name: self._link(name, lambda: state) for name in llm_blocks(self.bound)}
+
+    def _link(self, name: str, state: Callable[[], TowerPass]) -> Callable[..., Any]:
+        """Stand-in for a step of a chain."""
+        tapped, length = name in self._shortcuts.taps, self._shortcuts.lengths.get(name)
+        return chain_link(name, state, tapped=tapped, length=length)
 
     def _capture(
         self,
@@ -354,44 +337,11 @@ class Replay:
         stand_ins: dict[str, Callable[..., Any]],
         root: nn.Module | None = None,
     ) -> Captured:
-        name = self.bound.arch.embeddings
-        table = self.model.get_parameter(f"{name}.weight")
-        if table.is_meta:
-            # In the vision tower's turn, text embeddings are computed first and then not used.
-            stand_ins = {name: no_embedding(table)} | stand_ins
-        try:
-            with replaced_forwards(self.model, stand_ins):
-                if root is None:
-                    self.model(**inputs, use_cache=False)
-                else:
-                    root(**inputs)
-        except Captured as captured:
-            # Its frames would hold this pass, and what waits for it, until the next collection.
-            return captured.with_traceback(None)
-        except Exception as error:
-            if isinstance(error, PrismQuantError | OSError) or memory_error(error) is not None:
-                raise
-            raise ModelError(
-                f"the model's own code fails between its steps: {brief(error)}",
-                where=self.bound.arch.name,
-                remedy="restore config.json and the processor's files from the original checkpoint",
-            ) from error
-        raise ModelError(
-            "the model's forward pass ended without running the expected step",
-            where=self.bound.arch.name,
-            remedy="the architecture file names a module that this model does not call",
-        )
-
-    def _llm_root(self) -> str:
-        return next(t.root for t in self.bound.arch.towers if t.modality is Modality.LLM)
+        return captured_call(self.model, self.bound.arch, inputs, stand_ins, root)
 
 
-def _hollow(x: Tensor) -> Tensor:
-    """Zeros of the same shape that take no memory."""
-    return x.new_zeros(1).expand(x.shape)
-
-
-def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+def with_glances(inputs: dict[str, Any], passes: Sequence[TowerPass]) -> dict[str, Any]:
+    """A batch's inputs, with what of its pixels the code between units looks at."""
+    for state in passes:
+        inputs = inputs | (state.glance() if state.glance else {})
+    return inputs

@@ -29,27 +29,51 @@ def capture_here(*args: Any, **kwargs: Any) -> Any:
     raise Captured(args, kwargs)
 
 
-def chain_link(name: str, state: Callable[[], TowerPass]) -> Callable[..., Any]:
-    """The last finished step gives its output; every other hands its input through."""
+def chain_link(
+    name: str, state: Callable[[], TowerPass], *, tapped: bool = False, length: int | None = None
+) -> Callable[..., Any]:
+    """The last finished step gives its output; every other hands its input through.
+
+    Args:
+        name: Of the step.
+        state: Gives the pass.
+        tapped: Whether its output was kept, if it is not the last, as later steps look back at it.
+        length: Number of values that it gives as a tuple; None: it gives a tensor.
+    """
 
     def stand_in(*args: Any, **kwargs: Any) -> Any:
         now = state()
-        return now.hidden() if now.latest == name else first_tensor(args or tuple(kwargs.values()))
+        if now.latest == name:
+            return now.hidden()
+        if tapped and name in now.finished:
+            return now.finished[name]()
+        return as_output(length, *args, **kwargs)
 
     return stand_in
+
+
+def as_output(length: int | None, *args: Any, **kwargs: Any) -> Any:
+    """The first tensor that a step is given, as the step gives its output."""
+    first = first_tensor((*args, *kwargs.values()))
+    return first if length is None else (first, *[None] * (length - 1))
 
 
 @contextlib.contextmanager
 def replaced_forwards(model: nn.Module, forwards: dict[str, Callable[..., Any]]) -> Iterator[None]:
     """Within the block, the modules named run other functions in place of their ``forward``."""
     modules = {model.get_submodule(name): forward for name, forward in forwards.items()}
+    # A step that is itself a layer may be replaced already.
+    before = {module: vars(module).get("forward") for module in modules}
     for module, forward in modules.items():
         module.forward = forward
     try:
         yield
     finally:
-        for module in modules:
-            del module.forward
+        for module, own in before.items():
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own
 
 
 def no_embedding(table: Tensor) -> Callable[..., Any]:

@@ -185,7 +185,8 @@ class StreamedModel:
 
     def vision_steps(self) -> list[BoundStep]:
         """Steps before the language model, in its order; see :meth:`Replay.vision_steps`."""
-        return self.replay.vision_steps() or self.followers.vision_steps()
+        own, followed = self.replay.vision_steps(), self.followers.vision_steps()
+        return own or followed
 
     def vision_order(self, ranks: Ranks) -> list[BoundStep]:
         """Steps before the language model in the order in which it runs them; none without images.

@@ -24,19 +24,23 @@ def edge_claims(run: SpecimenRun) -> Iterator[FamilyClaim]:
 
     Equal edges of several blocks are one claim; the worst of them decides. An edge through which
     nothing passes on the way to the logits says nothing, so the producer is also scaled alone: that
-    must change them.
+    must change them. Such may be the edges of blocks whose output the model does not read.
     """
     named: defaultdict[str, list[BoundEdge]] = defaultdict(list)
     for edge in run.bound.edges:
         what = f"scale moves from {edge.source} to {', '.join(edge.readers)}"
         named[_NUMBER.sub("*", what)].append(edge)
     for what, edges in named.items():
-        moved, alone = zip(*(_moved(run, edge) for edge in edges), strict=True)
-        if min(alone) <= TOLERANCE:
+        found = [_moved(run, edge) for edge in edges]
+        passed = [(moved, alone) for moved, alone in found if alone > TOLERANCE]
+        if not passed:
             yield FamilyClaim(what, None, "nothing of the samples passes it")
-        else:
-            said = f"logits differ by {max(moved):.1e}; by {min(alone):.1e} with half of it"
-            yield FamilyClaim(what, max(moved) <= TOLERANCE, said)
+            continue
+        moved, alone = zip(*passed, strict=True)
+        said = f"logits differ by {max(moved):.1e}; by {min(alone):.1e} with half of it"
+        if idle := len(found) - len(passed):
+            said += f"; nothing passes {idle} of {len(found)}"
+        yield FamilyClaim(what, max(moved) <= TOLERANCE, said)
 
 
 def _moved(run: SpecimenRun, edge: BoundEdge) -> tuple[float, float]:

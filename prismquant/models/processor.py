@@ -75,7 +75,7 @@ def load_processor(folder: Path | str, *, trust_remote_code: bool = False) -> An
     config = native_config(arch, folder)
     try:
         processor = _load(arch, folder, config, trust_remote_code)
-        if broken := _trial_findings(processor) if arch.sees else ():
+        if broken := _trial_findings(arch, processor) if arch.sees else ():
             raise DataError(
                 f"the checkpoint's processor is broken: {'; '.join(broken)}",
                 where=" and ".join(str(folder / n) for n in _SETTINGS if (folder / n).exists()),
@@ -215,13 +215,22 @@ def _other_sizes(arch: ArchSpec, processor: Any, config: Any) -> list[str]:
     return findings
 
 
-def _trial_findings(processor: Any) -> list[str]:
+def _takes_clips(arch: ArchSpec, processor: Any) -> bool:
+    """Whether a family, or its processor's class, has inputs of clips."""
+    parts = getattr(type(processor), "get_attributes", list[str])()
+    keys = [key for group in arch.input_groups for key in group]
+    return any("video" in name for name in (*parts, *keys))
+
+
+def _trial_findings(arch: ArchSpec, processor: Any) -> list[str]:
     """Findings on a processor that can process nothing, or lacks a part.
 
     Args:
+        arch: Says what the model is given.
         processor: As transformers has loaded it.
     """
-    parts = ("image_processor", "video_processor", "tokenizer")
+    clips = _takes_clips(arch, processor)
+    parts = ("image_processor", *["video_processor"] * clips, "tokenizer")
     missing = [part for part in parts if getattr(processor, part, None) is None]
     if missing:
         return [
@@ -231,8 +240,10 @@ def _trial_findings(processor: Any) -> list[str]:
     clip = torch.full((_FRAMES, 3, _SIDE, _SIDE), 128, dtype=torch.uint8)
     trials: dict[str, tuple[Any, dict[str, Any]]] = {
         "picture": (processor.image_processor, {"images": [clip[0]]}),
-        "clip": (processor.video_processor, {"videos": [clip], "do_sample_frames": False}),
     }
+    if clips:
+        given = {"videos": [clip], "do_sample_frames": False}
+        trials["clip"] = (processor.video_processor, given)
     return [
         f"it cannot process any {kind}: {said}"
         for kind, (part, media) in trials.items()

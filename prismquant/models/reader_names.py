@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,10 +33,20 @@ class VllmNames:
         prefixes: ``(on disk or in transformers, in vLLM)``, tried in order, each once.
         head: What it compares with a configuration's targets for the language model's head, if not
             the renamed path.
+        patterns: ``(beginning of a module path, expression of what stands there in any reader)``,
+            where vLLM's own path is not what it makes of a plain target.
     """
 
     prefixes: tuple[tuple[str, str], ...]
     head: str | None = None
+    patterns: tuple[tuple[str, str], ...] = ()
+
+    def target(self, module_name: str) -> str:
+        """What a configuration calls a layer: its path, or a pattern that fits in all readers."""
+        for beginning, pattern in self.patterns:
+            if module_name.startswith(beginning):
+                return f"re:{pattern}{re.escape(module_name.removeprefix(beginning))}$"
+        return module_name
 
 
 @dataclass(frozen=True)
@@ -85,7 +96,8 @@ def vllm_names(table: StrictTable | None) -> VllmNames | None:
     """The names of vLLM; None where it does not have the family."""
     if table is None:
         return None
-    names = VllmNames(table.pairs("prefixes"), table.maybe_text("head"))
+    patterns = tuple(table.strings("patterns").items())
+    names = VllmNames(table.pairs("prefixes"), table.maybe_text("head"), patterns)
     table.finish()
     return names
 

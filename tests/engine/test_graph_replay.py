@@ -163,6 +163,20 @@ def test_several_pictures_and_a_clip_in_one_sample(tiny_folder: Path, tmp_path: 
     assert_same(streamed_gradients(bound, names, batches), expected)
 
 
+def test_gradients_reach_a_block_before_the_last_from_which_features_are_read(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The last block of this vision tower has no part in the logits."""
+    folder = tiny("llava")
+    bound = bind(folder)
+    names = [
+        s.name for s in bound.sites if not s.name.startswith("model.vision_tower.encoder.layers.1")
+    ]
+    batches = batches_of(folder, tiny_vlm.samples(tmp_path, ("text", "image"), count=4), 4)
+    expected = whole_gradients(folder, names, batches)
+    assert_same(streamed_gradients(bound, names, batches), expected)
+
+
 def test_the_way_back_ends_at_the_first_layer_that_is_wanted(
     tiny: Callable[..., Path], calibration_file: Path
 ) -> None:

@@ -6,6 +6,11 @@ from typing import Any
 
 import tiny_vlm
 
+# Of square pictures, in pixels; a patch has four on each side.
+SIDE = 32
+SQUARE = {"height": SIDE, "width": SIDE}
+PATCHES = (SIDE // tiny_vlm.PATCH) ** 2
+
 
 def text(tokenizer: Any) -> dict[str, Any]:
     return {
@@ -29,3 +34,9 @@ def vision() -> dict[str, Any]:
         "num_hidden_layers": 2,
         "num_attention_heads": tiny_vlm.HEADS,
     }
+
+
+def square_vision(model_type: str) -> dict[str, Any]:
+    """A tower of pictures of one size."""
+    sizes = {"image_size": SIDE, "patch_size": tiny_vlm.PATCH}
+    return {"model_type": model_type, **vision(), **sizes}

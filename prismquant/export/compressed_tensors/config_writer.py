@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from prismquant.errors import FormatError
@@ -53,7 +54,7 @@ def written_config(plan: Plan, bound: BoundModel) -> dict[str, Any]:
     tied = bound.tied and not untied(bound, plan.towers)
     if bound.config.tie_word_embeddings and not tied:
         config = untied_config(config, part)
-    if section := quantization_config(plan, bound, bound.names.in_config):
+    if section := quantization_config(plan, bound, partial(_called, bound)):
         config[CONFIG_KEY] = section
     if part in config and (section := quantization_config(plan, bound, str)):
         config[part] |= {CONFIG_KEY: section}
@@ -108,6 +109,12 @@ def quantization_config(
         "transform_config": transforms,
         "config_groups": groups,
     }
+
+
+def _called(bound: BoundModel, module_name: str) -> str:
+    """What readers are told that a layer is called."""
+    name = bound.names.in_config(module_name)
+    return name if bound.arch.vllm is None else bound.arch.vllm.target(name)
 
 
 def _linears(bound: BoundModel) -> list[str]:
