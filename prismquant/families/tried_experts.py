@@ -43,6 +43,9 @@ def _own_model(run: SpecimenRun) -> nn.Module:
     kind: Any = getattr(import_transformers(), run.bound.arch.hf_class)
     with contextlib.redirect_stderr(io.StringIO()):  # its bar of progress
         model: nn.Module = kind.from_pretrained(
-            run.bound.folder, dtype=torch.float32, local_files_only=True
+            run.bound.folder,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            local_files_only=True,
         )
     return model.eval()
