@@ -83,7 +83,7 @@ class Shortcuts:
     def glance(
         self, model: nn.Module, entry: BoundStep, state: TowerPass, whole: dict[str, Any]
     ) -> Callable[[], dict[str, Tensor]] | None:
-        """What of the pixels calls of later steps depend on, by their key; see :class:`TowerPass`.
+        """Pixels, or what of them calls of later steps depend on, by their key; see :class:`TowerPass`.
 
         Args:
             model: The model.
@@ -125,7 +125,7 @@ class Shortcuts:
     def _readings(
         self, model: nn.Module, inputs: dict[str, Any], outputs: Mapping[str, UnitOutput]
     ) -> list[UnitReading]:
-        """What the units before the language model, and itself, are given in a pass of zeros."""
+        """Readings of the units before the language model, and of itself, in a pass of zeros."""
         units = [s.name for s in self._bound.steps if s.modality is not Modality.LLM]
         known = dict.fromkeys(self._alike, partial(as_output, None)) | dict(outputs)
         arch = self._bound.arch

@@ -30,7 +30,7 @@ UnitOutput = Callable[..., Any]
 
 @dataclass(frozen=True)
 class UnitReading:
-    """What one unit was given in a trial pass.
+    """Arguments of one unit in a trial pass.
 
     Attributes:
         name: Of the unit; of the module that a pass ends at, its own.

@@ -82,7 +82,7 @@ def zeros_like(value: Any) -> Any:
 
 
 def lighter(pixels: dict[str, Tensor]) -> Iterator[Callable[[], dict[str, Tensor]] | None]:
-    """What may do in the place of pixels once they were read, the lightest first.
+    """Substitutes for pixels that were read, the lightest first.
 
     Yields:
         None: their shape; then, which pictures are blank, as blank ones may be padding.

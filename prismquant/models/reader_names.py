@@ -42,7 +42,7 @@ class VllmNames:
     patterns: tuple[tuple[str, str], ...] = ()
 
     def target(self, module_name: str) -> str:
-        """What a configuration calls a layer: its path, or a pattern that fits in all readers."""
+        """Path of a layer for a configuration, or a pattern that fits in all readers."""
         for beginning, pattern in self.patterns:
             if module_name.startswith(beginning):
                 return f"re:{pattern}{re.escape(module_name.removeprefix(beginning))}$"

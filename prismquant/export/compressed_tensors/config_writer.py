@@ -112,7 +112,7 @@ def quantization_config(
 
 
 def _called(bound: BoundModel, module_name: str) -> str:
-    """What readers are told that a layer is called."""
+    """Name or pattern by which a configuration calls a layer."""
     name = bound.names.in_config(module_name)
     return name if bound.arch.vllm is None else bound.arch.vllm.target(name)
 
