@@ -83,7 +83,7 @@ class Shortcuts:
     def glance(
         self, model: nn.Module, entry: BoundStep, state: TowerPass, whole: dict[str, Any]
     ) -> Callable[[], dict[str, Tensor]] | None:
-        """Pixels, or what of them calls of later steps depend on, by their key; see :class:`TowerPass`.
+        """Pixels, or what of them later calls depend on, by their key; see :class:`TowerPass`.
 
         Args:
             model: The model.
