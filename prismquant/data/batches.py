@@ -228,6 +228,7 @@ def make_batches(
     vision_token_ids: Collection[int],
     limits: Limits | None = None,
     most_tokens: int | None = None,
+    one_kind: bool = False,
 ) -> Batches:
     """Render, tokenize and pad samples, a batch at a time. Kinds mix freely within a batch.
 
@@ -239,6 +240,7 @@ def make_batches(
         limits: What samples have at most. An answer that was cut is no answer: its mask is empty.
         most_tokens: Samples that together have more tokens than this, by a rough estimate, are cut
             into even parts that have not, down to single samples.
+        one_kind: Put pictures and clips into batches of their own; texts go with pictures.
 
     Returns:
         Batches on the CPU. Pictures and clips are read when their batch is asked for; a file that
@@ -246,9 +248,11 @@ def make_batches(
 
     Raises:
         DataError: The batch size leaves nothing, or a sample holds what the model can neither see
-            nor hear.
+            nor hear, or cannot see together.
     """
     _require_senses(samples, processor)
+    if one_kind:
+        _require_one_kind(samples)
     if batch_size < 1:
         raise DataError(
             f"a batch of {batch_size} samples is impossible", remedy="a batch size of 1 or more"
@@ -257,7 +261,8 @@ def make_batches(
     parts = [
         tuple(part)
         for start in range(0, len(samples), batch_size)
-        for part in even_parts(samples[start : start + batch_size], most_tokens, limits)
+        for batch in _apart(samples[start : start + batch_size], one_kind=one_kind)
+        for part in even_parts(batch, most_tokens, limits)
     ]
     return Batches(tuple(parts), processor, frozenset(vision_token_ids), limits)
 
@@ -278,6 +283,26 @@ def _require_senses(samples: Sequence[Sample], processor: Any) -> None:
                 where=f"sample {found[0]}",
                 remedy="leave them out, or use another model",
             )
+
+
+def _apart(samples: Sequence[Sample], *, one_kind: bool) -> list[Sequence[Sample]]:
+    """Samples with clips and the others apart, where a batch shows one kind of media."""
+    if not one_kind:
+        return [samples]
+    sides = [[s for s in samples if (s.kind == "video") == clip] for clip in (False, True)]
+    return [side for side in sides if side]
+
+
+def _require_one_kind(samples: Sequence[Sample]) -> None:
+    """Refuse samples that show pictures beside clips."""
+    mixed = [s.id for s in samples if {"image", "video"} <= {kind for kind, _ in media_of(s)}]
+    if mixed:
+        raise DataError(
+            f"{len(mixed)} samples show pictures beside clips, which the model's own code cannot "
+            "tell apart",
+            where=f"sample {mixed[0]}",
+            remedy="leave them out, or show a clip's frames as pictures",
+        )
 
 
 def _processed(

@@ -76,6 +76,7 @@ def measure_folder(asked: Measurement) -> Fidelity:
         vision_token_ids=[int(config_value(config, key)) for key in arch.vision_token_ids],
         limits=asked.limits,
         most_tokens=_MOST_TOKENS if any(sample.running for sample in samples) else None,
+        one_kind=arch.one_kind,
     )
     found = survey(batches, most_bytes=room, positions=position_limit(config))
     loaded = load_model(asked.folder, dtype=asked.dtype)

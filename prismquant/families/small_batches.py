@@ -40,7 +40,8 @@ def small_batches(arch: ArchSpec, config: Any, processor: Any, folder: Path) -> 
     taken = [kind for kind, part in parts.items() if getattr(processor, part, None) is not None]
     kinds = [kind for kind in KINDS if kind == "text" or kind in taken]
     found = {}
-    for names in dict.fromkeys([*((kind,) for kind in kinds), tuple(kinds)]):
+    together = [("text", kind) for kind in kinds[1:]] if arch.one_kind else [tuple(kinds)]
+    for names in dict.fromkeys([*((kind,) for kind in kinds), *together]):
         called = " and ".join(names)
         count = max(_SAMPLES, len(names))
         samples = write_samples(folder / called, names, count)

@@ -10,6 +10,7 @@ tensors (layouts). There is no code per model: a new family is a new file.
 
 from __future__ import annotations
 
+import fnmatch
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -123,8 +124,8 @@ class Edge:
         producer: The linear that produces, for the other kinds.
         consumers: All that read its output, sites and layers that are left alone; the list is
             complete.
-        part: ``v`` when the producer is a fused query-key-value layer, of which the last third
-            counts.
+        part: ``v`` when the producer is a fused query-key-value layer, of which the last rows
+            count; ``up`` when it is gate and up in one, of which the last half counts.
         inner: Whether the norm reads something inside of a block, not the residual stream.
         gated: Whether a gate multiplies the values of heads before the consumers read them: scale
             passes, a rotation does not.
@@ -177,6 +178,11 @@ class Tower:
     depth: str | None = None
     heads: str | None = None
     kv_heads: str | None = None
+
+    def runs(self, module: str) -> bool:
+        """Whether a module is one of its blocks or modules."""
+        patterns = (f"{self.blocks}.*",) if self.blocks else self.modules
+        return any(fnmatch.fnmatchcase(module, pattern) for pattern in patterns)
 
 
 @dataclass(frozen=True)
@@ -232,6 +238,8 @@ class ArchSpec:
         vision_token_ids: Config keys of the ids of image and video placeholders.
         audio_inputs: Names of the inputs that hold sounds. Their tower stays in floating point and
             is no unit: passes of the vision tower go without them.
+        one_kind: Whether a batch shows pictures or clips, not both: the model's own code cannot
+            tell them apart.
         layouts: The first is assumed when a folder has no weights.
         edges: Edges between steps, with absolute paths.
         streams: Residual streams, one for a tower that can be rotated.
@@ -258,6 +266,7 @@ class ArchSpec:
     input_groups: tuple[tuple[str, ...], ...]
     vision_token_ids: tuple[str, ...]
     layouts: tuple[Layout, ...]
+    one_kind: bool = False
     edges: tuple[Edge, ...] = ()
     streams: tuple[Stream, ...] = ()
     left_alone: Mapping[str, str] = field(default_factory=dict)

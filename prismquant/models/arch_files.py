@@ -79,6 +79,7 @@ def load_arch(path: Path) -> ArchSpec:
         input_groups=top.groups("input_groups"),
         vision_token_ids=top.texts("vision_token_ids"),
         audio_inputs=top.texts("audio_inputs", ()),
+        one_kind=top.flag("one_kind"),
         layouts=tuple(_layout(table) for table in top.tables("layouts")),
         edges=tuple(_edge(table) for table in top.tables("edges")),
         streams=tuple(_stream(table) for table in top.tables("streams")),
@@ -239,8 +240,8 @@ def _edge(table: StrictTable) -> Edge:
         raise table.wrong("kind 'norm' has a norm, the other kinds have a producer")
     if not edge.source or not edge.consumers:
         raise table.wrong("an edge needs two ends")
-    if edge.part not in (None, "v"):
-        raise table.wrong(f"part can only be 'v', not {edge.part!r}")
+    if edge.part not in (None, "v", "up"):
+        raise table.wrong(f"part can only be 'v' or 'up', not {edge.part!r}")
     return edge
 
 

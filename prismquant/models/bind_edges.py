@@ -51,7 +51,7 @@ def bind_edges(
             misfits.add(error.what)
             continue
         for step in steps:
-            if step.modality is tower.modality and step.kind in ("block", "projector"):
+            if step.kind in ("block", "projector") and tower.runs(step.name):
                 for edge in _present(tower, step.name, modules):
                     for one in edges_of_experts(edge, step.name, modules):
                         result.extend(binder.bind(one, f"{step.name}.", heads, kv_heads))
@@ -82,7 +82,7 @@ def _unheard_of(
     tower: Tower, steps: Sequence[BoundStep], modules: Mapping[str, nn.Module]
 ) -> Iterator[str]:
     """Findings on ends of edges that are no sites, and that no block of the tower has."""
-    blocks = [s.name for s in steps if s.modality is tower.modality and s.kind == "block"]
+    blocks = [s.name for s in steps if s.kind == "block" and tower.runs(s.name)]
     ends = {path for edge in tower.edges for path in edge.consumers}
     for path in sorted(ends - {site.path for site in tower.sites}):
         if blocks and not any(f"{block}.{path}" in modules for block in blocks):
@@ -130,7 +130,7 @@ class _EdgeBinder:
             self.misfits.add(f"{name}: an edge ends in something that is no site")
             return
         rows = weight.shape[0]
-        size = rows // 3 if edge.part == "v" else rows
+        size = rows // {"v": 3, "up": 2}.get(edge.part or "", 1)
         is_value = edge.kind is EdgeKind.VALUE
         if is_value and (not kv_heads or size % kv_heads):
             self.misfits.add(f"{name}: {size} value channels do not fit {kv_heads} heads")

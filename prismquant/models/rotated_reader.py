@@ -212,8 +212,9 @@ def _edit_online(edits: _Edits, bound: BoundModel, tower: RotatedTower) -> None:
         if signs is not None:
             flip = functools.partial(torch.mul, signs.double())
             edit.columns.append(flip)
-            if (producer := gated_by(bound, site)) is not None:
-                edits[producer].rows.append(flip)
+            if (edge := gated_by(bound, site)) is not None:
+                rows = slice(edge.first_row, edge.first_row + edge.size)
+                edits[edge.source].rows.append(functools.partial(_on_slice, rows, flip))
         block = online_block(tower.rotation, site)
         edit.columns.append(functools.partial(block_hadamard, block=block))
 

@@ -106,9 +106,9 @@ def _online_seed(rotation: Rotation, site: BoundSite) -> str:
     return f"{rotation.seed}:{site.name}"
 
 
-def gated_by(bound: BoundModel, site: BoundSite) -> str | None:
-    """The layer whose rows can take the signs: only products lie between it and the site."""
+def gated_by(bound: BoundModel, site: BoundSite) -> BoundEdge | None:
+    """The edge whose rows can take the signs: only products lie between them and the site."""
     for edge in edges_of(bound, EdgeKind.LINEAR, site.modality):
         if edge.consumers == (site.name,) and edge.size == site.in_features:
-            return edge.producer
+            return edge
     return None

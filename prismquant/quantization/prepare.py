@@ -148,6 +148,7 @@ def surveyed_batches(
         vision_token_ids=bound.vision_token_ids,
         limits=limits,
         most_tokens=_CPU_TOKENS if device.type == "cpu" else None,
+        one_kind=bound.arch.one_kind,
     )
     return batches, survey(batches, most_bytes=room, positions=position_limit(bound.config))
 

@@ -43,7 +43,9 @@ def broken(tmp_path: Path):
 
 def test_these_architectures_are_described():
     assert SEEING == [
+        "glm4v",
         "internvl",
+        "llava",
         "qwen2_5_omni",
         "qwen2_5_vl",
         "qwen2_vl",
@@ -79,7 +81,7 @@ def test_every_architecture_that_sees_has_the_three_modalities_with_the_language
     ]
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", [name for name in DENSE if name != "glm4v"])
 def test_every_language_model_has_seven_sites_in_four_stages(name):
     """Beside them, linear attention has three in some blocks."""
     every = known_archs()[name].tower(Modality.LLM).sites
@@ -115,8 +117,9 @@ def test_what_a_role_means_is_said_of_every_site(name):
     """Servers, caches, rotations and streams go by these, never by the name of a role."""
     closing = ("attn.out", "attn.linear.out", "mlp.down")
     column = ("attn.qkv", "attn.qkv.q", "attn.linear.qkv", "attn.linear.z", "mlp.gate", "mlp.up")
-    parallel = dict.fromkeys((*closing, "projector.fc2"), "row")
-    parallel |= dict.fromkeys((*column, "projector.fc1"), "column")
+    column += ("mlp.gate_up", "projector.fc1", "projector.gate", "projector.up")
+    parallel = dict.fromkeys((*closing, "projector.fc2", "projector.down"), "row")
+    parallel |= dict.fromkeys(column, "column")
     cached = {"attn.qkv.k": "keys", "attn.qkv.v": "values"}
     for tower in known_archs()[name].towers:
         for site in tower.sites:
@@ -165,20 +168,33 @@ def test_only_gated_blocks_have_linear_edges(name):
     assert any(edge.kind is EdgeKind.LINEAR for edge in vision.edges) == gated
 
 
+def test_a_fused_gate_and_up_offers_only_its_upper_half():
+    sites = known_archs()["glm4v"].tower(Modality.LLM).sites[4:]
+    assert [(site.role, site.stage, site.fuse) for site in sites] == [
+        ("mlp.gate_up", 2, None),
+        ("mlp.down", 3, None),
+    ]
+    edges = known_archs()["glm4v"].tower(Modality.LLM).edges
+    assert [(edge.source, edge.part) for edge in edges if edge.part] == [("mlp.gate_up_proj", "up")]
+
+
 def test_a_fused_query_key_value_layer_offers_only_its_value_part():
     edges = known_archs()["qwen3_vl"].tower("vision").edges
     (edge,) = [edge for edge in edges if edge.kind is EdgeKind.VALUE]
     assert (edge.producer, edge.part) == ("attn.qkv", "v")
 
 
-@pytest.mark.parametrize("name", SEEING)
+@pytest.mark.parametrize("name", [name for name in SEEING if known_archs()[name].streams])
 def test_both_towers_have_a_residual_stream(name):
     """Vision writers come from the patch embedding on; the LLM's include the projector.
 
-    InternVL's vision blocks scale what they add, so no rotation passes them.
+    InternVL's vision blocks scale what they add, and LLaVA's features come from a block before the
+    last: no rotation passes that.
     """
     *vision, llm = known_archs()[name].streams
-    assert [stream.modality for stream in vision] == [Modality.VISION] * (name != "internvl")
+    assert [stream.modality for stream in vision] == [Modality.VISION] * (
+        name not in ("internvl", "llava")
+    )
     assert llm.modality is Modality.LLM
     assert all("patch_embed" in stream.writers[0] for stream in vision)
     assert llm.writers[0] == known_archs()[name].embeddings
