@@ -28,7 +28,7 @@ from prismquant.export.compressed_tensors.expected import (
     ungrouped_fault,
 )
 from prismquant.export.compressed_tensors.private_section import read_private
-from prismquant.export.compressed_tensors.section import (
+from prismquant.formats.section import (
     DENSE,
     METHOD,
     Fault,

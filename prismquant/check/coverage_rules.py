@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from prismquant.check.checkpoint import CheckedLayer, Checkpoint
 from prismquant.check.findings import Problem, gathered
-from prismquant.export.compressed_tensors.section import SchemeGroup, Targets, groups_by_name
+from prismquant.formats.section import SchemeGroup, Targets, groups_by_name
 
 # Classes that a target may name although no linear layer has one.
 _OTHER_CLASSES = ("Attention", "Embedding")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from prismquant.check.checkpoint import CheckedLayer, Checkpoint
 from prismquant.check.findings import Problem, gathered
-from prismquant.export.compressed_tensors.section import (
+from prismquant.formats.section import (
     FLOAT,
     NAIVE,
     PACK,

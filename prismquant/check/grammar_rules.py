@@ -9,8 +9,9 @@ from prismquant.check import packed_int_rules as packed_int
 from prismquant.check.checkpoint import COMPRESSED_TENSORS, Checkpoint
 from prismquant.check.findings import Problem, faults_under, gathered
 from prismquant.errors import shortened
-from prismquant.export.compressed_tensors.quantization_args import Args
-from prismquant.export.compressed_tensors.section import (
+from prismquant.formats.packed import LAYOUTS
+from prismquant.formats.quantization_args import Args
+from prismquant.formats.section import (
     DENSE,
     FLOAT,
     INT,
@@ -23,8 +24,7 @@ from prismquant.export.compressed_tensors.section import (
     PACK,
     SchemeGroup,
 )
-from prismquant.export.compressed_tensors.section_grammar import TOP_KEYS
-from prismquant.formats.packed import LAYOUTS
+from prismquant.formats.section_grammar import TOP_KEYS
 
 _METHODS = (COMPRESSED_TENSORS, *modelopt.METHODS, *packed_int.METHODS)
 # layout -> (type, bits) of the weights that it holds; bits None for any.

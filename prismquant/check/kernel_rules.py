@@ -12,7 +12,7 @@ from prismquant.check import vllm_view as vllm
 from prismquant.check.checkpoint import Checkpoint
 from prismquant.check.findings import Problem, gathered
 from prismquant.check.target_reader import TargetReader
-from prismquant.export.compressed_tensors.section import (
+from prismquant.formats.section import (
     MXFP4,
     MXFP6,
     MXFP8,

@@ -11,7 +11,7 @@ from typing import Any
 
 from prismquant.check.checkpoint import COMPRESSED_TENSORS, Checkpoint
 from prismquant.check.findings import Problem, gathered
-from prismquant.export.compressed_tensors.quantization_args import Args, read_args
+from prismquant.formats.quantization_args import Args, read_args
 
 _KEY = "kv_cache_scheme"
 _SIDES = ("k_scale", "v_scale")

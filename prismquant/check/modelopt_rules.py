@@ -11,7 +11,7 @@ import torch
 from prismquant.check.checkpoint import MODELOPT_FILE, CheckedLayer, Checkpoint
 from prismquant.check.findings import Problem, gathered
 from prismquant.export.compressed_tensors.expected import REAL, SCALES, Expected
-from prismquant.export.compressed_tensors.quantization_args import shown
+from prismquant.formats.quantization_args import shown
 
 METHODS = ("modelopt", "modelopt_fp4", "modelopt_mixed")
 MIXED = "MIXED_PRECISION"

@@ -11,15 +11,15 @@ from prismquant.check import vllm_view as vllm
 from prismquant.check.checkpoint import GGUF, MODELOPT_FILE, CheckedLayer, Checkpoint
 from prismquant.check.target_reader import TargetReader
 from prismquant.errors import ModelError, PrismQuantError, StorageError
-from prismquant.export.compressed_tensors.section import (
+from prismquant.export.compressed_tensors.stored import other_names
+from prismquant.formats.section import (
     CONFIG_KEY,
     Fault,
     Section,
     group_in_prismquant,
     group_in_transformers,
 )
-from prismquant.export.compressed_tensors.section_grammar import read_section
-from prismquant.export.compressed_tensors.stored import other_names
+from prismquant.formats.section_grammar import read_section
 from prismquant.headers import TensorInfo, read_header
 from prismquant.models.arch import SiteKind
 from prismquant.models.arch_files import known_archs

@@ -10,8 +10,8 @@ import torch
 from prismquant.check.checkpoint import CheckedLayer, Checkpoint
 from prismquant.check.findings import Problem, gathered
 from prismquant.export.compressed_tensors.expected import REAL, Expected
-from prismquant.export.compressed_tensors.quantization_args import is_count, shown
-from prismquant.export.compressed_tensors.section import is_broken
+from prismquant.formats.quantization_args import is_count, shown
+from prismquant.formats.section import is_broken
 
 GPTQ, AWQ = "gptq", "awq"
 METHODS = (GPTQ, AWQ)

@@ -13,8 +13,8 @@ from prismquant.check.rule_table import FILE_RULES, RULES
 from prismquant.check.target_reader import TargetReader
 from prismquant.export.compressed_tensors.config_writer import written_config
 from prismquant.export.compressed_tensors.expected import expected_tensors
-from prismquant.export.compressed_tensors.section import CONFIG_KEY, DENSE, group_in_transformers
-from prismquant.export.compressed_tensors.section_grammar import read_section
+from prismquant.formats.section import CONFIG_KEY, DENSE, group_in_transformers
+from prismquant.formats.section_grammar import read_section
 from prismquant.headers import TensorInfo
 from prismquant.models.bound import BoundModel
 from prismquant.models.rotated_towers import untied

@@ -18,8 +18,8 @@ from prismquant.export.compressed_tensors.expected import (
     is_stored_packed,
     short,
 )
-from prismquant.export.compressed_tensors.section import METHOD, PACK, SchemeGroup
 from prismquant.formats.quantized_layer import finite_fault, scale_fault
+from prismquant.formats.section import METHOD, PACK, SchemeGroup
 from prismquant.models.config import is_ignored
 
 _DAMAGED = "copy the file again, or quantize again: what is computed with it is no number"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from prismquant.check.checkpoint import CheckedLayer, Checkpoint
 from prismquant.check.findings import Problem, gathered
-from prismquant.export.compressed_tensors.section import DeclaredTransform
+from prismquant.formats.section import DeclaredTransform
 
 _OF_ATTENTION = ("k_cache", "q_attn")
 _ONLINE = ("input", "output", "k_cache", "q_attn")

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from prismquant.export.compressed_tensors.quantization_args import Args
-from prismquant.export.compressed_tensors.section import (
+from prismquant.formats.quantization_args import Args
+from prismquant.formats.section import (
     INT,
     PACK,
     WITH_INPUTS,

@@ -15,10 +15,10 @@ from torch import nn
 
 from prismquant.arguments import FLOATS, as_dtype, as_flag, as_path, default_modes
 from prismquant.export.compressed_tensors.reader import StoredLayer
-from prismquant.export.compressed_tensors.section import CONFIG_KEY, METHOD
 from prismquant.export.compressed_tensors.stored import StoredCheckpoint, open_checkpoint
 from prismquant.formats.quantized_layer import scale_and_zero_point
-from prismquant.models.config import native_config, read_config
+from prismquant.formats.section import CONFIG_KEY, METHOD
+from prismquant.models.config import header_infos, identify, native_config, read_config
 from prismquant.models.load import empty_model, materialize
 from prismquant.models.processor import load_processor
 
@@ -87,10 +87,9 @@ def _is_foreign(folder: Path) -> bool:
         not isinstance(section, Mapping) or section.get("quant_method") == METHOD
     ):
         return False
-    from prismquant.models.config import header_infos
-    from prismquant.sources.recognize import quantized_source
+    from prismquant.models.open_source import source_of
 
-    return quantized_source(folder, read_config(folder), header_infos(folder)) is not None
+    return source_of(folder, identify(folder), header_infos(folder)) is not None
 
 
 def simulate_activations(model: nn.Module, source: StoredCheckpoint) -> None:

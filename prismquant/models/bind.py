@@ -48,9 +48,9 @@ from prismquant.models.load import empty_model
 from prismquant.models.misfits import Misfits, kind_of
 from prismquant.models.names import NameMap, choose_layout
 from prismquant.models.norm_probe import NormProbe
+from prismquant.models.open_source import source_of
 from prismquant.models.other_folders import no_shards, refuse_adapter
 from prismquant.shards import read_index
-from prismquant.sources.recognize import quantized_source
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -78,7 +78,7 @@ def bind(
     folder = Path(folder)
     arch = identify(folder)
     stored = _headers(folder, required=headers_required)
-    source = None if quantized else quantized_source(folder, read_config(folder), stored)
+    source = None if quantized else source_of(folder, arch, stored)
     infos: Mapping[str, TensorInfo] = stored if source is None else source.shown(stored)
     config = native_config(arch, folder, infos)
     model = empty_model(config, arch)

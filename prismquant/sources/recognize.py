@@ -13,8 +13,10 @@ import torch
 from prismquant.errors import FormatError, ModelError
 from prismquant.headers import TensorInfo
 from prismquant.opening import read_json
+from prismquant.sources.compressed_source import compressed_weights
 from prismquant.sources.quantized_source import QuantizedSource
 from prismquant.sources.scaled_sources import scaled_weights
+from prismquant.sources.source_headers import SourceHeaders
 from prismquant.sources.source_weight import SourceWeight
 from prismquant.sources.word_sources import awq_weights, gptq_weights
 
@@ -25,7 +27,7 @@ SECTION = "quantization_config"
 SECTION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
 _BYTES = (torch.uint8, torch.int8)
-_Find = Callable[[Mapping[str, Any], Mapping[str, TensorInfo]], Iterator[tuple[str, SourceWeight]]]
+_Find = Callable[[SourceHeaders], Iterator[tuple[str, SourceWeight]]]
 _METHODS: Mapping[str, _Find] = MappingProxyType(
     {
         "fp8": scaled_weights,
@@ -33,6 +35,7 @@ _METHODS: Mapping[str, _Find] = MappingProxyType(
         "modelopt": scaled_weights,
         "gptq": gptq_weights,
         "awq": awq_weights,
+        "compressed-tensors": compressed_weights,
     }
 )
 _OF_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq"}
@@ -48,7 +51,10 @@ _PARTS_OF_CONFIG = ("text_config", "llm_config", "thinker_config")
 
 
 def quantized_source(
-    folder: Path, config: Mapping[str, Any], infos: Mapping[str, TensorInfo]
+    folder: Path,
+    config: Mapping[str, Any],
+    infos: Mapping[str, TensorInfo],
+    called: Callable[[str], tuple[str, ...]],
 ) -> QuantizedSource | None:
     """Recognize how a checkpoint is quantized; None where its weights are in floating point.
 
@@ -56,6 +62,7 @@ def quantized_source(
         folder: The checkpoint.
         config: The content of its ``config.json``.
         infos: Headers of all its shards.
+        called: From the name of a layer on disk to all names that a configuration may have for it.
 
     Raises:
         ModelError: It is quantized by a method that cannot be read.
@@ -67,7 +74,7 @@ def quantized_source(
     if not section or method not in _METHODS:
         return None
     try:
-        weights = dict(_METHODS[method](section, infos))
+        weights = dict(_METHODS[method](SourceHeaders(folder, section, infos, called)))
     except FormatError as error:
         where = str(folder if error.where is None else f"{folder}: {error.where}")
         raise FormatError(error.what, where=where, remedy=error.remedy) from error

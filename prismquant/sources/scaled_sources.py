@@ -14,6 +14,7 @@ import torch
 
 from prismquant.errors import FormatError
 from prismquant.headers import TensorInfo
+from prismquant.sources.source_headers import SourceHeaders
 from prismquant.sources.source_weight import ScaledWeight
 
 _BYTES = (torch.uint8, torch.float8_e8m0fnu)
@@ -24,18 +25,13 @@ _CODED = (*_FP8, torch.uint8, torch.int8)
 _SCALES = ("_scale_inv", "_scale")
 
 
-def scaled_weights(
-    section: Mapping[str, Any], infos: Mapping[str, TensorInfo]
-) -> Iterator[tuple[str, ScaledWeight]]:
+def scaled_weights(source: SourceHeaders) -> Iterator[tuple[str, ScaledWeight]]:
     """Weights in codes that have a scale beside them, by the name that they have in floating point.
-
-    Args:
-        section: The configuration's, for the size of blocks.
-        infos: Headers of all stored tensors.
 
     Raises:
         FormatError: A weight in codes has no scale, or one of another shape.
     """
+    section, infos = source.section, source.infos
     for name, info in infos.items():
         if info.dtype in _CODED and len(info.shape) >= 2 and not name.endswith(_SCALES):
             scale = next((f"{name}{end}" for end in _SCALES if f"{name}{end}" in infos), None)

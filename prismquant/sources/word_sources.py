@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 
 from prismquant.errors import FormatError
 from prismquant.headers import TensorInfo
+from prismquant.sources.source_headers import SourceHeaders
 from prismquant.sources.source_weight import AWQWeight, GPTQWeight, SourceWeight
 
 _PARTS = ("qweight", "qzeros", "scales")
@@ -16,14 +16,13 @@ _GPTQ_VERSIONS = {"gptq": True, "gptq_v2": False}
 _ELSEWHERE = "convert it to checkpoint_format gptq with the tool that wrote it"
 
 
-def gptq_weights(
-    section: Mapping[str, Any], infos: Mapping[str, TensorInfo]
-) -> Iterator[tuple[str, SourceWeight]]:
+def gptq_weights(source: SourceHeaders) -> Iterator[tuple[str, SourceWeight]]:
     """Weights in the GPTQ layout, by the name that they have in floating point.
 
     Raises:
         FormatError: The configuration names another layout, or tensors are not of this one.
     """
+    section, infos = source.section, source.infos
     version = section.get("checkpoint_format") or "gptq"
     if version not in _GPTQ_VERSIONS or section.get("is_marlin_format"):
         raise FormatError(
@@ -46,14 +45,13 @@ def gptq_weights(
         yield f"{prefix}.weight", GPTQWeight(shape, parts, form, _GPTQ_VERSIONS[version])
 
 
-def awq_weights(
-    section: Mapping[str, Any], infos: Mapping[str, TensorInfo]
-) -> Iterator[tuple[str, SourceWeight]]:
+def awq_weights(source: SourceHeaders) -> Iterator[tuple[str, SourceWeight]]:
     """Weights in the AWQ layout, by the name that they have in floating point.
 
     Raises:
         FormatError: The configuration names another layout, or tensors are not of this one.
     """
+    section, infos = source.section, source.infos
     version = str(section.get("version") or "gemm").lower()
     bits = section.get("bits", section.get("w_bit", 4))
     if version != "gemm" or bits != 4:

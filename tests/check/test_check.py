@@ -22,8 +22,8 @@ from prismquant.check.findings import Problem, Rule, findings_of, folded
 from prismquant.check.vllm_view import scheme_class
 from prismquant.cli import app
 from prismquant.errors import ArgumentError, ModelError
-from prismquant.export.compressed_tensors.quantization_args import Args, args_faults
-from prismquant.export.compressed_tensors.section import SchemeGroup, Targets
+from prismquant.formats.quantization_args import Args, args_faults
+from prismquant.formats.section import SchemeGroup, Targets
 from prismquant.models.bind import bind
 from prismquant.models.bound import BoundModel
 from prismquant.opening import read_json

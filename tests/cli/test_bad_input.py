@@ -137,13 +137,18 @@ def test_a_model_of_pickles_is_not_read(model: Path, tmp_path: Path, out: Path) 
     folder = tmp_path / "model"
     shutil.copytree(model, folder)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    words = "no readable *.safetensors", str(folder), "pickle files are never read"
+    words = "pickle files, pytorch_model.bin", str(folder), "are never read"
     refused(ModelError, *words, model=folder, recipe="w8a8", out=out)
 
 
-def test_a_model_that_is_quantized_already(model: Path, tmp_path: Path, out: Path) -> None:
+def test_a_model_that_is_quantized_in_an_unknown_way(
+    model: Path, tmp_path: Path, out: Path
+) -> None:
     recipe = pq.load_recipe("w8a8").with_rules({"solver": "rtn"})
     pq.quantize(model, recipe, tmp_path / "once")
+    config = json.loads((tmp_path / "once" / "config.json").read_text())
+    config["quantization_config"]["quant_method"] = "hqq"
+    (tmp_path / "once" / "config.json").write_text(json.dumps(config))
     words = "the checkpoint is quantized already", "use the unquantized checkpoint"
     refused(ModelError, *words, model=tmp_path / "once", recipe=recipe, out=out)
 

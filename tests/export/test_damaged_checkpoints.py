@@ -22,11 +22,11 @@ from prismquant.check import check
 from prismquant.check import open_checkpoint as opening_for_rules
 from prismquant.errors import FormatError, NumericsError, PrismQuantError
 from prismquant.export.compressed_tensors import stored
-from prismquant.export.compressed_tensors.section import CONFIG_KEY
-from prismquant.export.compressed_tensors.section_grammar import read_section
 from prismquant.export.compressed_tensors.stored import open_checkpoint
 from prismquant.export.load_quantized import load_model
 from prismquant.formats.bit_streams import pack_bits
+from prismquant.formats.section import CONFIG_KEY
+from prismquant.formats.section_grammar import read_section
 from prismquant.models.bind import bind
 from prismquant.models.bound import BoundModel
 from prismquant.models.load import empty_model

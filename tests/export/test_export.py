@@ -15,8 +15,8 @@ from prismquant.data import read_samples
 from prismquant.data.batches import make_batches
 from prismquant.errors import FormatError
 from prismquant.export.compressed_tensors.reader import read_schemes
-from prismquant.export.compressed_tensors.section_grammar import read_section
 from prismquant.export.load_quantized import load_model
+from prismquant.formats.section_grammar import read_section
 from prismquant.models.bind import bind
 from prismquant.models.config import import_transformers
 from prismquant.models.float_model import load_float

@@ -21,10 +21,10 @@ from prismquant.api import export
 from prismquant.check import Severity, TargetReader, check
 from prismquant.errors import FormatError
 from prismquant.export.compressed_tensors.layer_edits import read_rotations
-from prismquant.export.compressed_tensors.section import CONFIG_KEY
-from prismquant.export.compressed_tensors.section_grammar import read_section
 from prismquant.export.compressed_tensors.stored import open_checkpoint
 from prismquant.export.load_quantized import load_model
+from prismquant.formats.section import CONFIG_KEY
+from prismquant.formats.section_grammar import read_section
 from prismquant.models.config import import_transformers
 from prismquant.numerics.kinds import Granularity
 from prismquant.opening import read_json

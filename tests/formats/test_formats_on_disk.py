@@ -14,9 +14,9 @@ from plan.test_plan import check_bytes
 import prismquant as pq
 from prismquant.errors import FormatError, PlanError
 from prismquant.export.compressed_tensors.private_section import read_private
-from prismquant.export.compressed_tensors.quantization_args import args_of, read_args, spec_of
 from prismquant.export.load_quantized import load_model
 from prismquant.formats.packed import is_declarable
+from prismquant.formats.quantization_args import args_of, read_args, spec_of
 from prismquant.formats.spec import PRESETS as FORMATS
 from prismquant.formats.spec import spec
 from prismquant.models.bind import bind

@@ -27,10 +27,10 @@ from prismquant.engine.kv_observation import KVRecord
 from prismquant.engine.setup import Silent
 from prismquant.errors import FormatError, NumericsError, PrismQuantError, RecipeError
 from prismquant.export.compressed_tensors.kv_section import kv_cache_scheme, read_kv_cache_scheme
-from prismquant.export.compressed_tensors.section import Section
-from prismquant.export.compressed_tensors.section_grammar import read_section
 from prismquant.export.load_quantized import load_model
 from prismquant.formats.kv_formats import KV_PRESETS, KVCacheSpec, kv_cache_spec
+from prismquant.formats.section import Section
+from prismquant.formats.section_grammar import read_section
 from prismquant.models.attention import attention_hooked, hook_attention, hooked, unhook_attention
 from prismquant.models.bind import bind
 from prismquant.models.config import import_transformers

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 FAMILY = "qwen2_5_vl"
 QUICK = {"solver": "rtn", "tuner": "none", "weight_range": "minmax"}
-LLM = {"modality": "llm", "role": ["attn", "mlp"]}
 
 
 def rewritten(
@@ -159,38 +158,53 @@ def test_other_fp8_scales(
     assert any(words in note for note in bound.notes)
 
 
-EXPORTS = [
-    ("gptq", {"weights": "int4-g16"}),
-    ("gptq", {"weights": "int8-channel"}),
-    ("gptq", {"weights": "int4-g16-asym"}),
-    ("gptq", {"weights": "int3-g32"}),
-    ("awq", {"weights": "int4-g16-asym"}),
-    ("awq", {"weights": "int4-g32"}),
-    ("modelopt", {"weights": "fp8-tensor", "activations": "fp8-tensor"}),
-    ("modelopt", {"weights": "fp8-channel", "activations": "fp8-token"}),
-    ("modelopt", {"weights": "nvfp4", "activations": "nvfp4-dyn"}),
-    ("modelopt", {"weights": "mxfp8", "activations": "mxfp8-dyn"}),
+# What each of four groups of layers is stored in; those of one group are fused.
+ROLES = ("attn.qkv", "attn.out", ["mlp.gate", "mlp.up"], "mlp.down")
+Formats = tuple[dict[str, str], ...]
+
+
+def in_formats(*formats: dict[str, str]) -> pq.Recipe:
+    """A recipe that gives each group of layers of the language model a format, in turn."""
+    rules = [
+        {"match": {"modality": "llm", "role": role}} | formats[place % len(formats)]
+        for place, role in enumerate(ROLES)
+    ]
+    return pq.load_recipe("w4a16").with_rules(QUICK, *rules)
+
+
+EXPORTS: list[tuple[str, Formats]] = [
+    ("gptq", ({"weights": "int4-g16"}, {"weights": "int8-channel"}, {"weights": "int3-g32"})),
+    ("gptq", ({"weights": "int4-g16-asym"}, {"weights": "int8-g32"})),
+    ("awq", ({"weights": "int4-g16-asym"}, {"weights": "int4-g16"})),
+    (
+        "modelopt",
+        (
+            {"weights": "fp8-tensor", "activations": "fp8-tensor"},
+            {"weights": "fp8-channel", "activations": "fp8-token"},
+            {"weights": "nvfp4", "activations": "nvfp4-dyn"},
+            {"weights": "mxfp8", "activations": "mxfp8-dyn"},
+        ),
+    ),
 ]
 
 
-def exported(source: Path, folder: Path, form: str, fields: dict[str, Any], data: Path) -> Path:
+def exported(source: Path, folder: Path, form: str, formats: Formats, data: Path) -> Path:
     """A checkpoint in another format, and ours that it was made from beside it."""
-    recipe = pq.load_recipe("w4a16").with_rules(QUICK, {"match": LLM} | fields)
-    pq.quantize(source, recipe, folder / "own", data)
+    pq.quantize(source, in_formats(*formats), folder / "own", data)
     export(folder / "own", form, folder / form)
     return folder / form
 
 
-@pytest.mark.parametrize(("form", "fields"), EXPORTS)
+@pytest.mark.parametrize(("form", "formats"), EXPORTS)
 def test_our_exports_are_sources_again(
     form: str,
-    fields: dict[str, Any],
+    formats: Formats,
     tiny: Callable[..., Path],
     calibration_file: Path,
     tmp_path: Path,
 ) -> None:
     dtype = torch.float16 if form in ("gptq", "awq") else torch.bfloat16
-    folder = exported(tiny(FAMILY, dtype=dtype), tmp_path, form, fields, calibration_file)
+    folder = exported(tiny(FAMILY, dtype=dtype), tmp_path, form, formats, calibration_file)
     own, bound = open_checkpoint(tmp_path / "own"), bind(folder)
     shown, codes = bound.shards(), {layer.prefix for layer in own.quantized}
     assert len(shown.names) == len(own.reader.names)
@@ -241,7 +255,7 @@ def test_files_of_a_quantized_source_are_part_of_the_identity(
         tiny(FAMILY, dtype=torch.bfloat16),
         tmp_path,
         "modelopt",
-        {"weights": "nvfp4", "activations": "nvfp4-dyn"},
+        ({"weights": "nvfp4", "activations": "nvfp4-dyn"},),
         calibration_file,
     )
     result = pq.quantize(
@@ -314,3 +328,62 @@ def test_folders_of_other_kinds_are_refused_with_the_remedy(
     (gguf / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
     with pytest.raises(ModelError, match="GGUF"):
         pq.inspect(gguf, "w4a16")
+
+
+OWN: list[Formats] = [
+    (
+        {"weights": "int4-g16"},
+        {"weights": "int4-g16-asym", "activations": "int8-token"},
+        {"weights": "int3-channel"},
+        {"weights": "int8-channel", "activations": "int8-token"},
+    ),
+    (
+        {"weights": "int8-tensor", "activations": "int8-tensor"},
+        {"weights": "fp8-channel", "activations": "fp8-token"},
+        {"weights": "fp8-b16"},
+        {"weights": "nvfp4", "activations": "nvfp4-dyn"},
+    ),
+    (
+        {"weights": "mxfp4"},
+        {"weights": "mxfp6", "activations": "mxfp6-dyn"},
+        {"weights": "mxfp8", "activations": "mxfp8-dyn"},
+    ),
+]
+
+
+@pytest.mark.parametrize("formats", OWN, ids=["integers", "floats", "mx"])
+def test_our_checkpoints_are_sources_again(
+    formats: Formats, tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path
+) -> None:
+    recipe = in_formats(*formats)
+    source = tiny(FAMILY, dtype=torch.bfloat16)
+    pq.quantize(source, recipe, tmp_path / "own", calibration_file)
+    own, bound = open_checkpoint(tmp_path / "own"), bind(tmp_path / "own")
+    shown = bound.shards()
+    assert shown.names == ShardReader(source).names
+    for name in shown.names:
+        wanted = own.reader.read(name).to(torch.bfloat16)
+        assert torch.equal(shown.read(name), wanted), name
+    assert bound.source is not None
+    assert len(bound.source.weights) == len(own.quantized)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("mxfp4", "mxfp8", "nvfp4", "fp8-channel"), ("int8-channel-narrow", "int4-g16-narrow")],
+    ids=["floats", "integers"],
+)
+def test_rounding_a_source_to_its_own_format_gives_its_codes(
+    names: tuple[str, ...], tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path
+) -> None:
+    """Where the largest value of each unit lies on the outermost point, which has its scale."""
+    recipe = in_formats(*({"weights": name} for name in names))
+    pq.quantize(tiny(FAMILY), recipe, tmp_path / "once", calibration_file)
+    pq.quantize(tmp_path / "once", recipe, tmp_path / "twice", calibration_file)
+    once, twice = (open_checkpoint(tmp_path / name) for name in ("once", "twice"))
+    for layer, again in zip(once.quantized, twice.quantized, strict=True):
+        first, second = once.codes(layer), twice.codes(again)
+        values = (one.dequantize() for one in (first, second))
+        torch.testing.assert_close(*values, rtol=3e-7, atol=0)
+        # What is rounded up to the next power of two has a scale twice as large, and half the code.
+        assert first.spec.name == "mxfp8" or torch.equal(first.codes, second.codes)

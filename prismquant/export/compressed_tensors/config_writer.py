@@ -21,9 +21,9 @@ from prismquant.export.compressed_tensors.kv_section import kv_cache_scheme
 from prismquant.export.compressed_tensors.layer_edits import transform_name
 from prismquant.export.compressed_tensors.plain_config import untied_config, without_sections
 from prismquant.export.compressed_tensors.private_section import INPUT, OUTPUT
-from prismquant.export.compressed_tensors.quantization_args import args_of
-from prismquant.export.compressed_tensors.section import CONFIG_KEY, METHOD, PRIVATE_KEY, ROTATED_AT
 from prismquant.formats.packed import is_declarable
+from prismquant.formats.quantization_args import args_of
+from prismquant.formats.section import CONFIG_KEY, METHOD, PRIVATE_KEY, ROTATED_AT
 from prismquant.formats.spec import NumberSpec
 from prismquant.models.arch import SiteKind
 from prismquant.models.bound import BoundModel, BoundSite

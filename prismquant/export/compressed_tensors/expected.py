@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from prismquant.errors import FormatError, grouped
-from prismquant.export.compressed_tensors.quantization_args import Args
 from prismquant.export.compressed_tensors.reader import StoredLayer
-from prismquant.export.compressed_tensors.section import (
+from prismquant.formats.quantization_args import Args
+from prismquant.formats.section import (
     FLOAT,
     INT,
     MXFP4,

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from prismquant.errors import FormatError
-from prismquant.export.compressed_tensors.section import Section
 from prismquant.formats.kv_formats import KVCacheSpec
 from prismquant.formats.quantized_layer import KVScales, scale_fault
+from prismquant.formats.section import Section
 from prismquant.models.arch import ArchSpec, Cached, Modality
 from prismquant.models.attention import quantize_cache
 from prismquant.models.config import config_value

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from prismquant.errors import FormatError
-from prismquant.export.compressed_tensors.section import (
+from prismquant.formats.online_rotation import OnlineRotation
+from prismquant.formats.quantized_layer import OutlierColumns
+from prismquant.formats.section import (
     ROTATED_AT,
     SIGNS,
     SPLIT_INDEX,
@@ -22,8 +24,6 @@ from prismquant.export.compressed_tensors.section import (
     DeclaredTransform,
     Section,
 )
-from prismquant.formats.online_rotation import OnlineRotation
-from prismquant.formats.quantized_layer import OutlierColumns
 from prismquant.numerics.hadamard import hadamard_matrix
 
 if TYPE_CHECKING:

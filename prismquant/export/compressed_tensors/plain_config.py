@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from prismquant.export.compressed_tensors.section import CONFIG_KEY, PRIVATE_KEY
+from prismquant.formats.section import CONFIG_KEY, PRIVATE_KEY
 
 
 def without_sections(config: Mapping[str, Any], part: str | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from prismquant.errors import FormatError, shortened
-from prismquant.export.compressed_tensors.section import PRIVATE_KEY
+from prismquant.formats.section import PRIVATE_KEY
 from prismquant.formats.spec import NumberSpec
 
 INPUT, OUTPUT = "input", "output"

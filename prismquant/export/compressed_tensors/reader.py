@@ -16,21 +16,21 @@ import torch
 from torch import Tensor
 
 from prismquant.errors import FormatError, NumericsError
-from prismquant.export.compressed_tensors.quantization_args import spec_of
-from prismquant.export.compressed_tensors.section import (
-    PACK,
-    SPLIT_INDEX,
-    SchemeGroup,
-    Section,
-    group_in_prismquant,
-)
 from prismquant.formats.packed import PackedWeight, check_layout
+from prismquant.formats.quantization_args import spec_of
 from prismquant.formats.quantized_layer import (
     OutlierColumns,
     QuantizedTensor,
     StaticScale,
     finite_fault,
     scale_fault,
+)
+from prismquant.formats.section import (
+    PACK,
+    SPLIT_INDEX,
+    SchemeGroup,
+    Section,
+    group_in_prismquant,
 )
 from prismquant.formats.spec import NumberSpec
 from prismquant.headers import TensorInfo

@@ -28,15 +28,15 @@ from prismquant.export.compressed_tensors.reader import (
     read_schemes,
     static_scale,
 )
-from prismquant.export.compressed_tensors.section import (
+from prismquant.formats.quantized_layer import OutlierColumns, QuantizedTensor, StaticScale
+from prismquant.formats.section import (
     CONFIG_KEY,
     METHOD,
     PRIVATE_KEY,
     SPLIT_INDEX,
     Section,
 )
-from prismquant.export.compressed_tensors.section_grammar import read_section
-from prismquant.formats.quantized_layer import OutlierColumns, QuantizedTensor, StaticScale
+from prismquant.formats.section_grammar import read_section
 from prismquant.formats.spec import NumberSpec
 from prismquant.models.arch import ArchSpec
 from prismquant.models.config import identify, native_config, read_config

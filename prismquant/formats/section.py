@@ -1,7 +1,7 @@
 """The ``quantization_config`` of a checkpoint as values: groups, ignores, cache, transforms.
 
 Whoever looks at a configuration (loading, evaluating, exporting, checking) looks at what
-:func:`~prismquant.export.compressed_tensors.section_grammar.read_section` makes of it. What is
+:func:`~prismquant.formats.section_grammar.read_section` makes of it. What is
 wrong is a :class:`Fault`, under the name of the rule of ``prismquant check`` that tells it;
 :meth:`Section.require` raises them all together for readers that cannot go on. So nothing that is
 refused is ever called fine.
@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from prismquant.errors import FormatError, PrismQuantError, grouped, shortened
-from prismquant.export.compressed_tensors.quantization_args import Args
 from prismquant.formats.packed import (
     FLOAT_QUANTIZED,
     INT_QUANTIZED,
@@ -31,6 +30,7 @@ from prismquant.formats.packed import (
     NVFP4_PACK_QUANTIZED,
     PACK_QUANTIZED,
 )
+from prismquant.formats.quantization_args import Args
 
 if TYPE_CHECKING:
     from prismquant.patterns import Pattern

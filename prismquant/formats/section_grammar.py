@@ -1,7 +1,7 @@
 """Reads a ``quantization_config`` with every key and every value accounted for.
 
 Reading never fails: what is wrong becomes a
-:class:`~prismquant.export.compressed_tensors.section.Fault` of the section.
+:class:`~prismquant.formats.section.Fault` of the section.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from prismquant.errors import shortened
-from prismquant.export.compressed_tensors.quantization_args import (
+from prismquant.formats.packed import LAYOUTS
+from prismquant.formats.quantization_args import (
     ARGS_KEYS,
     Args,
     args_faults,
@@ -23,7 +24,7 @@ from prismquant.export.compressed_tensors.quantization_args import (
     read_args,
     shown,
 )
-from prismquant.export.compressed_tensors.section import (
+from prismquant.formats.section import (
     CONFIG_KEY,
     DENSE,
     METHOD,
@@ -36,7 +37,6 @@ from prismquant.export.compressed_tensors.section import (
     Targets,
     is_broken,
 )
-from prismquant.formats.packed import LAYOUTS
 
 GROUP_KEYS = frozenset({"targets", "weights", "input_activations", "output_activations", "format"})
 ROLES = ("weights", "input_activations", "output_activations")
