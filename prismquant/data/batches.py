@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from prismquant.data import Sample, media_of, text_of
+from prismquant.data.joined_rows import joined_rows
 from prismquant.data.lengths import even_parts
 from prismquant.data.media import Cost, Limits, media_cost, processor_inputs
 from prismquant.data.spans import NoSpan, Rendered, answer_span, render
@@ -144,7 +145,7 @@ class Batches(Sequence[Batch]):
 
     def _made(self, samples: Sequence[Sample]) -> Batch:
         rows = [self._row(sample) for sample in samples]
-        inputs = _joined([row.inputs for row in rows], self._padding)
+        inputs = joined_rows([row.inputs for row in rows], self._padding)
         shape = inputs["input_ids"].shape
         answers = torch.zeros(shape, dtype=torch.bool)
         for number, row in enumerate(rows):
@@ -330,25 +331,6 @@ def _processed(
             remedy="crop the picture" if thin else "correct or remove the sample",
         ) from error
     return {name: value for name, value in encoded.items() if isinstance(value, Tensor)}
-
-
-def _joined(rows: Sequence[dict[str, Tensor]], padding: int) -> dict[str, Tensor]:
-    """Rows as one batch: what has a value for each token is padded, the rest is put in a row."""
-    if len(rows) == 1:
-        return dict(rows[0])
-    length = max(row["input_ids"].shape[1] for row in rows)
-    joined = {}
-    for name in dict.fromkeys(name for row in rows for name in row):
-        parts = [row[name] for row in rows if name in row]
-        if all(row[name].shape == row["input_ids"].shape for row in rows if name in row):
-            fill = padding if name == "input_ids" else 0
-            parts = [_padded(part, length, fill) for part in parts]
-        joined[name] = torch.cat(parts)
-    return joined
-
-
-def _padded(row: Tensor, length: int, fill: int) -> Tensor:
-    return torch.nn.functional.pad(row, (0, length - row.shape[1]), value=fill)
 
 
 def _cut(batch: Batch, length: int) -> Batch:

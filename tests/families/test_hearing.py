@@ -6,13 +6,19 @@ from typing import TYPE_CHECKING
 
 import pytest
 import tiny_families
+import torch
 
 import prismquant as pq
+from prismquant.data.batches import make_batches
+from prismquant.data.media import Limits, processor_inputs
+from prismquant.data.spans import render
 from prismquant.families.check_family import check_family
 from prismquant.families.specimen import KINDS, write_samples
 from prismquant.models import arch_files
+from prismquant.models.processor import load_processor
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 _FAMILY = "qwen2_5_omni"
@@ -42,3 +48,22 @@ def test_sounds_are_calibrated_on_and_measured(thinker: Path, tmp_path: Path) ->
     found = pq.measure(tmp_path / "out", data, reference=thinker)
     assert set(found.by_kind) == {*KINDS}
     assert found.by_kind["audio"].divergence["answer"].kl < 0.1
+
+
+def test_sounds_are_padded_as_the_processor_pads_them(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Samples are made one at a time; joined, they are what the processor makes of all."""
+    folder = tiny("qwen3_omni_moe")
+    processor = load_processor(folder)
+    samples = write_samples(tmp_path / "data", ("audio",), 3)
+    [batch] = make_batches(samples, processor, batch_size=3, vision_token_ids=())
+    sounds = [processor_inputs(sample, processor, Limits())["audio"][0] for sample in samples]
+    assert len({len(sound) for sound in sounds}) == 3
+    texts = [render(sample, processor).text for sample in samples]
+    expected = processor(text=texts, audio=sounds, return_tensors="pt", padding=True)
+    heard = batch.inputs["feature_attention_mask"].bool()
+    torch.testing.assert_close(heard, expected["feature_attention_mask"].bool())
+    ours, theirs = (one["input_features"].transpose(1, 2) for one in (batch.inputs, expected))
+    # A window at the end of a sound sees the padding.
+    torch.testing.assert_close(ours[heard], theirs[heard], rtol=1e-2, atol=1e-2)

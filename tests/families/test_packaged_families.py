@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-pytestmark = pytest.mark.parametrize("family", tiny_families.FAMILIES)
+DENSE = tiny_families.params(*tiny_families.FAMILIES)
+SPARSE = tiny_families.params(*tiny_families.SPARSE)
 
 
 def kinds_of(folder: Path) -> tuple[str, ...]:
@@ -55,6 +56,7 @@ def logits(model: nn.Module, folder: Path, data: Path) -> Tensor:
     return torch.cat([call(**batch.inputs, use_cache=False).logits[0] for batch in batches])
 
 
+@pytest.mark.parametrize("family", [*DENSE, *SPARSE])
 def test_the_file_is_right(family: str, tiny: Callable[..., Path]) -> None:
     found = check_family(tiny(family))
     assert [claim for claim in found.claims if claim.holds is not True] == []
@@ -62,6 +64,7 @@ def test_the_file_is_right(family: str, tiny: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize("preset", ["w4a16-all", "w8a8-all"])
+@pytest.mark.parametrize("family", DENSE)
 def test_transformers_gives_the_logits_of_our_simulation(
     family: str, preset: str, tiny: Callable[..., Path], pictures: Path, tmp_path: Path
 ) -> None:
@@ -81,6 +84,7 @@ def test_transformers_gives_the_logits_of_our_simulation(
     assert 1e-3 < (actual - full).abs().max() < full.abs().max()
 
 
+@pytest.mark.parametrize("family", DENSE)
 def test_what_was_lost_is_measured(
     family: str, tiny: Callable[..., Path], pictures: Path, tmp_path: Path
 ) -> None:
@@ -91,6 +95,7 @@ def test_what_was_lost_is_measured(
     assert set(found.by_kind) == set(kinds_of(tiny(family)))
 
 
+@pytest.mark.parametrize("family", DENSE)
 def test_rotations_keep_the_function(
     family: str, tiny: Callable[..., Path], pictures: Path, tmp_path: Path
 ) -> None:

@@ -50,6 +50,7 @@ def test_these_architectures_are_described():
         "qwen2_5_vl",
         "qwen2_vl",
         "qwen3_5",
+        "qwen3_omni_moe",
         "qwen3_vl",
         "qwen3_vl_moe",
         "video_llama_3",

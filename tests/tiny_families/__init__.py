@@ -3,7 +3,8 @@
 A file here is a family: ``make`` gives its configuration and its processor, of the parts that
 transformers has for it, and ``TOKENS`` the tokens that its tokenizer names. Weights, words and
 samples are those of :mod:`tiny_vlm`. ``SPARSE`` says of a family that it has experts; ``DROPPED``
-are stored tensors that its class drops, with their shapes.
+are stored tensors that its class drops, with their shapes; ``SLOW``, that another family has all
+that is particular of it, so that it is tried among slow tests.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import importlib
 import pkgutil
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import tiny_vlm
 import torch
 
@@ -30,6 +32,14 @@ _FILES = {
 }
 SPARSE = tuple(name for name, file in _FILES.items() if getattr(file, "SPARSE", False))
 FAMILIES = tuple(name for name in _FILES if name not in SPARSE)
+
+
+def params(*names: str) -> list[Any]:
+    """Families as parameters of a test, those that are slow with that mark."""
+    return [
+        pytest.param(name, marks=[pytest.mark.slow] * getattr(_FILES[name], "SLOW", False))
+        for name in names
+    ]
 
 
 def build(family: str, folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:

@@ -9,9 +9,9 @@ import tiny_vlm
 from tiny_families import parts
 
 # Clips have 100,352 pixels or more, whatever the processor's files say.
-_PATCH = 28
+PATCH = 28
 # Bands of a sound's spectrum.
-_MELS = 16
+MELS = 16
 TOKENS = {
     "image_token": "<|IMAGE|>",
     "video_token": "<|VIDEO|>",
@@ -24,10 +24,6 @@ TOKENS = {
 
 
 def make(transformers: Any, tokenizer: Any) -> tuple[Any, Any]:
-    def token(name: str) -> int:
-        return int(tokenizer.convert_tokens_to_ids(name))
-
-    size = {"shortest_edge": (4 * _PATCH) ** 2, "longest_edge": (6 * _PATCH) ** 2}
     config = transformers.Qwen2_5OmniThinkerConfig(
         text_config=parts.text(tokenizer)
         | {
@@ -43,9 +39,9 @@ def make(transformers: Any, tokenizer: Any) -> tuple[Any, Any]:
             "hidden_size": tiny_vlm.HIDDEN,
             "intermediate_size": tiny_vlm.INTERMEDIATE,
             "num_heads": tiny_vlm.HEADS,
-            "patch_size": _PATCH,
+            "patch_size": PATCH,
             "out_hidden_size": tiny_vlm.HIDDEN,
-            "window_size": 4 * _PATCH,
+            "window_size": 4 * PATCH,
             "fullatt_block_indexes": [1],
         },
         audio_config={
@@ -54,30 +50,42 @@ def make(transformers: Any, tokenizer: Any) -> tuple[Any, Any]:
             "encoder_attention_heads": tiny_vlm.HEADS,
             "encoder_ffn_dim": tiny_vlm.INTERMEDIATE,
             "output_dim": tiny_vlm.HIDDEN,
-            "num_mel_bins": _MELS,
+            "num_mel_bins": MELS,
             "n_window": 8,
         },
-        image_token_id=token("<|IMAGE|>"),
-        video_token_id=token("<|VIDEO|>"),
-        audio_token_id=token("<|AUDIO|>"),
-        audio_start_token_id=token("<|audio_bos|>"),
-        audio_end_token_id=token("<|audio_eos|>"),
-        vision_start_token_id=token("<|vision_bos|>"),
-        vision_end_token_id=token("<|vision_eos|>"),
         tie_word_embeddings=False,
+        **token_ids(tokenizer),
     )
+    return config, processor(transformers, transformers.Qwen2_5OmniProcessor, tokenizer)
+
+
+def token_ids(tokenizer: Any) -> dict[str, int]:
+    """Ids of the tokens that stand for media, and around them."""
+    named = {
+        "image_token_id": "<|IMAGE|>",
+        "video_token_id": "<|VIDEO|>",
+        "audio_token_id": "<|AUDIO|>",
+        "audio_start_token_id": "<|audio_bos|>",
+        "audio_end_token_id": "<|audio_eos|>",
+        "vision_start_token_id": "<|vision_bos|>",
+        "vision_end_token_id": "<|vision_eos|>",
+    }
+    return {key: int(tokenizer.convert_tokens_to_ids(token)) for key, token in named.items()}
+
+
+def processor(transformers: Any, kind: Any, tokenizer: Any) -> Any:
+    size = {"shortest_edge": (4 * PATCH) ** 2, "longest_edge": (6 * PATCH) ** 2}
     tokenizer.chat_template = tiny_vlm.chat_template(
         "<|vision_bos|><|IMAGE|><|vision_eos|>",
         "<|vision_bos|><|VIDEO|><|vision_eos|>",
         "<|audio_bos|><|AUDIO|><|audio_eos|>",
     )
-    processor = transformers.Qwen2_5OmniProcessor(
-        image_processor=transformers.Qwen2VLImageProcessor(patch_size=_PATCH, size=size),
+    return kind(
+        image_processor=transformers.Qwen2VLImageProcessor(patch_size=PATCH, size=size),
         video_processor=transformers.Qwen2VLVideoProcessor(
-            patch_size=_PATCH, size=size, cap_pixels_per_frame=False
+            patch_size=PATCH, size=size, cap_pixels_per_frame=False
         ),
-        feature_extractor=transformers.WhisperFeatureExtractor(feature_size=_MELS),
+        feature_extractor=transformers.WhisperFeatureExtractor(feature_size=MELS),
         tokenizer=tokenizer,
         chat_template=tokenizer.chat_template,
     )
-    return config, processor
