@@ -46,3 +46,21 @@ def inputs_scaled_per_token() -> Iterator[None]:
 
     with mock.patch.object(lifecycle, "compute_dynamic_scales_and_zp", per_token):
         yield
+
+
+@contextlib.contextmanager
+def packed_towers_loaded() -> Iterator[None]:
+    """Within the block, transformers loads a SigLIP tower whose weights are packed.
+
+    It draws weights anew for what it takes for missing, by names that packed layers do not have.
+    """
+    from transformers.models.siglip.modeling_siglip import SiglipPreTrainedModel
+
+    original = SiglipPreTrainedModel._init_weights
+
+    def draw(self: Any, module: Any) -> None:
+        with contextlib.suppress(AttributeError):
+            original(self, module)
+
+    with mock.patch.object(SiglipPreTrainedModel, "_init_weights", draw):
+        yield

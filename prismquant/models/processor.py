@@ -205,6 +205,8 @@ def _other_sizes(arch: ArchSpec, processor: Any, config: Any) -> list[str]:
         f"it marks media by the id {said}, but {key} is {config_value(config, key)}"
         for key in arch.vision_token_ids
         if (said := getattr(processor, key, None)) not in (None, config_value(config, key))
+        # Some are given one token in a text, and put others in its place.
+        and config_value(config, key) not in (getattr(processor, f"{key}s", None) or ())
     ]
     for part in ("image_processor", "video_processor"):
         for name, key in _SIZES.items():

@@ -8,7 +8,7 @@ import pytest
 import tiny_families
 import tiny_vlm
 import torch
-from known_failures import inputs_scaled_per_token
+from known_failures import inputs_scaled_per_token, packed_towers_loaded
 
 import prismquant as pq
 from prismquant.check import check
@@ -72,12 +72,14 @@ def test_transformers_gives_the_logits_of_our_simulation(
     folder, out = tiny(family), tmp_path / "out"
     result = pq.quantize(folder, preset, out, pictures, fallback=True)
     towers = {row.site.modality for row in result.plan.quantized}
-    assert towers == {Modality.VISION, Modality.PROJECTOR, Modality.LLM}
+    assert towers == {site.modality for site in bind(folder).sites}
+    assert {Modality.VISION, Modality.LLM} <= towers
     report = check(out, "vllm")
     assert report.ok, report.findings
     actual = logits(load_model(out), folder, pictures)
     kind = getattr(import_transformers(), bind(folder).arch.hf_class)
-    theirs = kind.from_pretrained(out, dtype=torch.float32, local_files_only=True).eval()
+    with packed_towers_loaded():
+        theirs = kind.from_pretrained(out, dtype=torch.float32, local_files_only=True).eval()
     with inputs_scaled_per_token():
         torch.testing.assert_close(actual, logits(theirs, folder, pictures), rtol=1e-3, atol=1e-3)
     full = logits(load_float(folder), folder, pictures)
