@@ -12,7 +12,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from prismquant.demo.main_job import CHECKPOINT
 from prismquant.demo.scenes import write_dataset
 from prismquant.headers import read_header
 from prismquant.models.arch_files import known_archs
 from prismquant.models.config import import_transformers
+from prismquant.models.experts import ExpertLayers
 from prismquant.models.load import empty_model
 from prismquant.models.names import NameMap
 from prismquant.shards import INDEX_NAME
@@ -91,7 +92,7 @@ class Dimensions:
 
 _QWEN2_ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
 
-_RELEASED: Mapping[str, Dimensions] = {
+_RELEASED: dict[str, Dimensions] = {
     "qwen2-vl-2b": Dimensions(
         "qwen2_vl",
         text={
@@ -169,12 +170,33 @@ _RELEASED: Mapping[str, Dimensions] = {
         special_blocks=("deepstack_visual_indexes", (8, 16, 24)),
     ),
 }
+_RELEASED |= {
+    "qwen3-vl-30b-a3b": replace(
+        _RELEASED["qwen3-vl-8b"],
+        family="qwen3_vl_moe",
+        text={
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "moe_intermediate_size": 768,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "max_position_embeddings": 262144,
+        },
+        vision={**_RELEASED["qwen3-vl-8b"].vision, "out_hidden_size": 2048},
+        blocks=48,
+    )
+}
 MODELS: Mapping[str, Dimensions] = {
     **_RELEASED,
     "qwen2.5-vl-7b-cut": _RELEASED["qwen2.5-vl-7b"].cut(4),
     "qwen3-vl-8b-cut": _RELEASED["qwen3-vl-8b"].cut(4),
+    "qwen3-vl-30b-a3b-cut": _RELEASED["qwen3-vl-30b-a3b"].cut(1),
 }
-"""By name; those that end in ``-cut`` have four blocks in each tower."""
+"""By name; those that end in ``-cut`` have four blocks in each tower, or one that has experts."""
 
 # A block of a tower; everything of one goes into one shard.
 _BLOCK = re.compile(r"(.*\.(?:blocks|layers)\.\d+)\.")
@@ -255,8 +277,8 @@ def write_weights(folder: Path, config: Any, family: str, seed: int = 0) -> None
     names = NameMap(arch.layouts[0].name, arch.layouts[0].rewrites)
     shards: dict[str, dict[str, torch.Size]] = {}
     # Tied ends are one parameter, which is told by one name.
-    for name, parameter in empty_model(config, arch).named_parameters():
-        shards.setdefault(_shard_of(name, parameter), {})[name] = parameter.shape
+    for name, shape in _stored_shapes(empty_model(config, arch)):
+        shards.setdefault(_shard_of(name, shape), {})[name] = shape
     generator = torch.Generator().manual_seed(seed)
     index: dict[str, str] = {}
     size = 0
@@ -271,6 +293,20 @@ def write_weights(folder: Path, config: Any, family: str, seed: int = 0) -> None
         {"metadata": {"total_size": size}, "weight_map": dict(sorted(index.items()))},
     )
     write_json(folder / "config.json", json.loads(config.to_json_string()))
+
+
+def _stored_shapes(model: nn.Module) -> Iterator[tuple[str, torch.Size]]:
+    """Names and shapes of parameters; of experts, those of the stacks of released checkpoints."""
+    stacked = tuple(n for n, m in model.named_modules() if isinstance(m, ExpertLayers))
+    for name, parameter in model.named_parameters():
+        owner = next((path for path in stacked if name.startswith(f"{path}.")), None)
+        if owner is None:
+            yield name, parameter.shape
+        elif name == f"{owner}.0.gate_proj.weight":
+            inner, width = parameter.shape
+            count = len(list(model.get_submodule(owner).children()))
+            yield f"{owner}.gate_up_proj", torch.Size((count, width, 2 * inner))
+            yield f"{owner}.down_proj", torch.Size((count, inner, width))
 
 
 def write_samples(folder: Path, *, count: int, side: int, seed: int = 0) -> Path:
@@ -320,11 +356,11 @@ def _is_there(folder: Path, config: Any) -> bool:
     return path.is_file() and json.loads(path.read_text()) == json.loads(config.to_json_string())
 
 
-def _shard_of(name: str, parameter: Tensor) -> str:
+def _shard_of(name: str, shape: torch.Size) -> str:
     block = _BLOCK.match(name)
     if block is not None:
         return block.group(1)
-    return name if parameter.numel() >= _LARGE else ""
+    return name if shape.numel() >= _LARGE else ""
 
 
 def _drawn(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
@@ -334,7 +370,9 @@ def _drawn(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
         return values.normal_(0.0, _BIAS_DEVIATION, generator=generator)
     if len(shape) == 1:
         return values.fill_(1.0)
-    return values.normal_(0.0, shape[1:].numel() ** -0.5, generator=generator)
+    # Released stacks of experts have the sides of each matrix the other way round.
+    fan_in = shape[1] if len(shape) == 3 and name.endswith("_proj") else shape[1:].numel()
+    return values.normal_(0.0, fan_in**-0.5, generator=generator)
 
 
 def _write_processor(folder: Path, dimensions: Dimensions) -> None:
@@ -342,13 +380,13 @@ def _write_processor(folder: Path, dimensions: Dimensions) -> None:
     transformers = import_transformers()
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(CHECKPOINT), local_files_only=True)
     title = getattr(transformers, known_archs()[dimensions.family].hf_class).__name__
-    title = title.removesuffix("ForConditionalGeneration")
+    title = title.removesuffix("ForConditionalGeneration").removesuffix("Moe")
     pixels = (2 * dimensions.patch) ** 2
     common = {
         "patch_size": dimensions.patch,
         "size": {"shortest_edge": 4 * pixels, "longest_edge": _MOST_TOKENS_OF_A_PICTURE * pixels},
     }
-    video = "Qwen3VLVideoProcessor" if dimensions.family == "qwen3_vl" else "Qwen2VLVideoProcessor"
+    video = "Qwen3VLVideoProcessor" if title == "Qwen3VL" else "Qwen2VLVideoProcessor"
     getattr(transformers, f"{title}Processor")(
         image_processor=transformers.Qwen2VLImageProcessorPil(**common),
         tokenizer=tokenizer,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from prismquant.check import coverage_rules as coverage
+from prismquant.check import expert_rules as experts
 from prismquant.check import file_rules as files
 from prismquant.check import fusion_rules as fusion
 from prismquant.check import grammar_rules as grammar
@@ -244,6 +245,15 @@ _KERNELS = (
         _E,
         "transformers unpacks the zero points",
         kernels.asymmetric_in_transformers,
+        (_HF,),
+        layered=True,
+    ),
+    Rule("transformers.experts", _E, "it stacks experts", experts.unread, (_HF,), layered=True),
+    Rule(
+        "transformers.expert-inputs",
+        _W,
+        "it rounds inputs of experts",
+        experts.float_inputs,
         (_HF,),
         layered=True,
     ),

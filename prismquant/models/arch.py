@@ -252,6 +252,8 @@ class ArchSpec:
             where a checkpoint holds several models.
         ignored_tensors: Patterns of tensors on disk that the model's class drops; they are carried
             over into the result as they are.
+        experts_stay_stacked: Whether transformers reads experts of the family as stacks alone, and
+            makes none of single tensors.
         config_map: Present for remote-code checkpoints that the native class runs.
         processor_map: Likewise.
     """
@@ -277,6 +279,7 @@ class ArchSpec:
     ignored_tensors: tuple[str, ...] = ()
     config_part: str | None = None
     audio_inputs: tuple[str, ...] = ()
+    experts_stay_stacked: bool = False
     config_map: ConfigMap | None = None
     processor_map: ProcessorMap | None = None
 

@@ -89,6 +89,7 @@ def load_arch(path: Path) -> ArchSpec:
         gguf=gguf_names(top.table("gguf")),
         gptq=gptq_names(top.table("gptq")),
         ignored_tensors=top.texts("ignored_tensors", ()),
+        experts_stay_stacked=top.flag("experts_stay_stacked"),
         config_map=read_config_map(table) if (table := top.table("config")) else None,
         processor_map=read_processor_map(table) if (table := top.table("processor")) else None,
     )

@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-DENSE = tiny_families.params(*tiny_families.FAMILIES)
-SPARSE = tiny_families.params(*tiny_families.SPARSE)
+FAMILIES = tiny_families.params(*tiny_families.FAMILIES, *tiny_families.SPARSE)
 
 
 def kinds_of(folder: Path) -> tuple[str, ...]:
@@ -56,7 +55,7 @@ def logits(model: nn.Module, folder: Path, data: Path) -> Tensor:
     return torch.cat([call(**batch.inputs, use_cache=False).logits[0] for batch in batches])
 
 
-@pytest.mark.parametrize("family", [*DENSE, *SPARSE])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_file_is_right(family: str, tiny: Callable[..., Path]) -> None:
     found = check_family(tiny(family))
     assert [claim for claim in found.claims if claim.holds is not True] == []
@@ -64,11 +63,14 @@ def test_the_file_is_right(family: str, tiny: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize("preset", ["w4a16-all", "w8a8-all"])
-@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_gives_the_logits_of_our_simulation(
     family: str, preset: str, tiny: Callable[..., Path], pictures: Path, tmp_path: Path
 ) -> None:
-    """Of all towers; no row of the plan is left without a reason, and vLLM refuses nothing."""
+    """Of all towers; no row of the plan is left without a reason, and vLLM refuses nothing.
+
+    Some experts transformers does not read, which is told.
+    """
     folder, out = tiny(family), tmp_path / "out"
     result = pq.quantize(folder, preset, out, pictures, fallback=True)
     towers = {row.site.modality for row in result.plan.quantized}
@@ -77,16 +79,18 @@ def test_transformers_gives_the_logits_of_our_simulation(
     report = check(out, "vllm")
     assert report.ok, report.findings
     actual = logits(load_model(out), folder, pictures)
+    full = logits(load_float(folder), folder, pictures)
+    assert 1e-3 < (actual - full).abs().max() < full.abs().max()
+    if "transformers.experts" in {finding.rule for finding in check(out, "transformers").findings}:
+        return
     kind = getattr(import_transformers(), bind(folder).arch.hf_class)
     with packed_towers_loaded():
         theirs = kind.from_pretrained(out, dtype=torch.float32, local_files_only=True).eval()
     with inputs_scaled_per_token():
         torch.testing.assert_close(actual, logits(theirs, folder, pictures), rtol=1e-3, atol=1e-3)
-    full = logits(load_float(folder), folder, pictures)
-    assert 1e-3 < (actual - full).abs().max() < full.abs().max()
 
 
-@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_what_was_lost_is_measured(
     family: str, tiny: Callable[..., Path], pictures: Path, tmp_path: Path
 ) -> None:
@@ -97,7 +101,7 @@ def test_what_was_lost_is_measured(
     assert set(found.by_kind) == set(kinds_of(tiny(family)))
 
 
-@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_rotations_keep_the_function(
     family: str, tiny: Callable[..., Path], pictures: Path, tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ import prismquant as pq
 from prismquant.errors import ModelError, PlanError
 from prismquant.export.load_quantized import load_model
 from prismquant.formats.spec import spec
+from prismquant.models.arch_files import known_archs
 from prismquant.models.bind import bind
 from prismquant.models.config import import_transformers
 from prismquant.models.experts import ExpertLayers, routed_places, split_experts
@@ -189,3 +190,15 @@ def test_formats_of_a_block_fall_back_together(tiny: Callable[..., Path]) -> Non
 def test_routers_are_left_alone_and_said_to_be(tiny: Callable[..., Path]) -> None:
     alone = {item.name: item for item in bind(tiny("qwen3_moe")).left_alone}
     assert alone["model.layers.0.mlp.gate"].reason.startswith("router")
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_vl_moe", "qwen3_5_moe"])
+def test_files_say_where_transformers_makes_no_stacks(
+    family: str, tiny: Callable[..., Path]
+) -> None:
+    transformers = import_transformers()
+    model = transformers_model(tiny(family))
+    conversions = transformers.conversion_mapping.get_model_conversion_mapping(model)
+    sources = [pattern for one in conversions for pattern in one.source_patterns]
+    merges = any("experts.*." in pattern for pattern in sources)
+    assert known_archs()[family].experts_stay_stacked is not merges
