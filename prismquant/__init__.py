@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from prismquant.errors import PrismQuantError
     from prismquant.export.load_quantized import load
     from prismquant.families.check_family import check_family
+    from prismquant.families.draft_family import draft_family
     from prismquant.quantization.request import Result
     from prismquant.recipe.exporters.export_recipe import export_recipe
     from prismquant.recipe.importers.import_recipe import import_recipe
@@ -35,6 +36,7 @@ __all__ = [
     "__version__",
     "analyze",
     "check_family",
+    "draft_family",
     "export_recipe",
     "find_mix",
     "import_recipe",
@@ -52,6 +54,7 @@ _HOMES = {
     "Result": "prismquant.quantization.request",
     "analyze": "prismquant.search.public",
     "check_family": "prismquant.families.check_family",
+    "draft_family": "prismquant.families.draft_family",
     "export_recipe": "prismquant.recipe.exporters.export_recipe",
     "find_mix": "prismquant.api",
     "FoundMix": "prismquant.search.find_mix",

@@ -25,6 +25,7 @@ NAMES = [
     "__version__",
     "analyze",
     "check_family",
+    "draft_family",
     "export_recipe",
     "find_mix",
     "import_recipe",

@@ -1,4 +1,4 @@
-"""The commands about families of models: list, check."""
+"""The commands about families of models: list, draft, check."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 
 from prismquant.cli.options import AsJson
-from prismquant.cli.output import say_json, show
+from prismquant.cli.output import say, say_json, show
 from prismquant.report.tables import as_text
 
-archs = typer.Typer(no_args_is_help=True, help="List and check descriptions of families.")
+archs = typer.Typer(no_args_is_help=True, help="List, draft and check descriptions of families.")
 
 
 @archs.command("list")
@@ -27,6 +27,23 @@ def list_archs(as_json: AsJson = False) -> None:
         say_json(rows)
     else:
         show(families_table(rows))
+
+
+@archs.command("draft")
+def draft_arch(
+    model: Annotated[
+        str, typer.Argument(help="Folder with config.json and the files of the processor.")
+    ],
+) -> None:
+    """Print an architecture file for a model, made of one run of a small random one.
+
+    No weights are read. What a run cannot show is marked DRAFT; then `prismquant arch check`.
+    """
+    from prismquant.families.draft_family import draft_family
+    from prismquant.threads import use_threads
+
+    use_threads(None)
+    say(draft_family(model), newline=False)
 
 
 @archs.command("check")

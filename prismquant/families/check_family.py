@@ -41,10 +41,10 @@ from prismquant.models.bound import BoundModel
 from prismquant.models.config import identify, native_config, read_config
 from prismquant.models.processor import load_processor
 
-__all__ = ["check_family"]
+__all__ = ["SMALL_FILES", "check_family", "in_the_words_of"]
 
 # Of files that a model's configuration and its processor are made of.
-_SMALL = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+SMALL_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 
 
 def check_family(model: Path | str, arch_file: Path | str | None = None) -> FamilyCheck:
@@ -62,7 +62,7 @@ def check_family(model: Path | str, arch_file: Path | str | None = None) -> Fami
     """
     folder = as_path(model, "model")
     file = None if arch_file is None else as_path(arch_file, "arch")
-    with tempfile.TemporaryDirectory() as work, _in_the_words_of(folder, file, Path(work)):
+    with tempfile.TemporaryDirectory() as work, in_the_words_of(folder, file, Path(work)):
         described = folder
         if file is not None:
             _require_type(load_arch(file), folder, file)
@@ -90,7 +90,7 @@ def check_family(model: Path | str, arch_file: Path | str | None = None) -> Fami
 
 
 @contextlib.contextmanager
-def _in_the_words_of(folder: Path, file: Path | None, work: Path) -> Iterator[None]:
+def in_the_words_of(folder: Path, file: Path | None, work: Path) -> Iterator[None]:
     """Let errors name what the user has given, not the copies that were looked at.
 
     Args:
@@ -148,7 +148,7 @@ def _with_arch(folder: Path, file: Path, copy: Path) -> Path:
     """A copy of what is small in a model's folder, with an architecture file beside it."""
     copy.mkdir()
     for item in folder.iterdir():
-        if item.suffix in _SMALL and item.is_file():
+        if item.suffix in SMALL_FILES and item.is_file():
             shutil.copyfile(item, copy / item.name)
     copy_arch(file, copy)
     return copy

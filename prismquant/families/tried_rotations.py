@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Literal
 
@@ -14,17 +14,17 @@ from prismquant.algorithms.rotation import RotatedTower, Rotation
 from prismquant.errors import PrismQuantError
 from prismquant.families.family_claims import FamilyClaim
 from prismquant.families.specimen_run import TOLERANCE, SpecimenRun
-from prismquant.models.arch import EdgeKind
+from prismquant.models.arch import EdgeKind, Modality
 from prismquant.models.bound import BoundEdge, BoundModel
 from prismquant.models.load import empty_model, materialize
 from prismquant.models.rotated_reader import RotatedReader
 from prismquant.models.rotated_towers import edges_of, online_rotations, online_sites, untied
 from prismquant.runtime.input_rotation import rotate_inputs
 
-__all__ = ["rotation_claims"]
+__all__ = ["RotatedPart", "rotated_parts", "rotation_claims"]
 
-_Part = Literal["residual", "values", "online"]
-_NAMES: dict[_Part, str] = {
+RotatedPart = Literal["residual", "values", "online"]
+_NAMES: dict[RotatedPart, str] = {
     "residual": "residual stream",
     "values": "values",
     "online": "inputs of the last MLP layers",
@@ -33,29 +33,42 @@ _NAMES: dict[_Part, str] = {
 
 def rotation_claims(run: SpecimenRun) -> Iterator[FamilyClaim]:
     """That the streams, values and last MLP inputs which the file describes can be rotated."""
+    for _, _, claim in rotated_parts(run):
+        yield claim
+    for modality in _towers(run.bound):
+        values = edges_of(run.bound, EdgeKind.VALUE, modality)
+        if gated := [replace(edge, gated=False) for edge in values if edge.gated]:
+            yield _gate_claim(run, modality, gated)
+
+
+def rotated_parts(run: SpecimenRun) -> Iterator[tuple[Modality, RotatedPart, FamilyClaim]]:
+    """Each part of a tower that the file says can be rotated, and whether it can."""
     bound = run.bound
-    for modality in dict.fromkeys(step.modality for step in bound.steps if step.kind == "block"):
+    for modality in _towers(bound):
         values = list(edges_of(bound, EdgeKind.VALUE, modality))
-        parts: dict[_Part, bool] = {
+        parts: dict[RotatedPart, bool] = {
             "residual": any(stream.modality == modality for stream in bound.streams),
             "values": not all(edge.gated for edge in values),
             "online": any(online_sites(bound, _rotated(modality, "online"))),
         }
         for part, described in parts.items():
             if described:
-                yield _claim(run, modality, part)
-        if gated := [replace(edge, gated=False) for edge in values if edge.gated]:
-            yield _gate_claim(run, modality, gated)
+                yield modality, part, _claim(run, modality, part)
 
 
-def _rotated(modality: str, part: _Part) -> RotatedTower:
+def _towers(bound: BoundModel) -> Iterable[Modality]:
+    """The modalities of towers with blocks."""
+    return dict.fromkeys(step.modality for step in bound.steps if step.kind == "block")
+
+
+def _rotated(modality: str, part: RotatedPart) -> RotatedTower:
     return RotatedTower(
         modality,
         Rotation(residual=part == "residual", values=part == "values", online=part == "online"),
     )
 
 
-def _claim(run: SpecimenRun, modality: str, part: _Part) -> FamilyClaim:
+def _claim(run: SpecimenRun, modality: str, part: RotatedPart) -> FamilyClaim:
     what = f"the {modality} tower's {_NAMES[part]} can be rotated"
     try:
         apart = run.difference(_rotated_model(run.bound, _rotated(modality, part)))

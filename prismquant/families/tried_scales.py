@@ -13,7 +13,7 @@ from prismquant.families.family_claims import FamilyClaim
 from prismquant.families.specimen_run import TOLERANCE, SpecimenRun
 from prismquant.models.bound import BoundEdge
 
-__all__ = ["edge_claims"]
+__all__ = ["edge_claims", "scale_differences"]
 
 _LARGEST_SCALE = 4.0
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -31,7 +31,7 @@ def edge_claims(run: SpecimenRun) -> Iterator[FamilyClaim]:
         what = f"scale moves from {edge.source} to {', '.join(edge.readers)}"
         named[_NUMBER.sub("*", what)].append(edge)
     for what, edges in named.items():
-        found = [_moved(run, edge) for edge in edges]
+        found = [scale_differences(run, edge) for edge in edges]
         passed = [(moved, alone) for moved, alone in found if alone > TOLERANCE]
         if not passed:
             yield FamilyClaim(what, None, "nothing of the samples passes it")
@@ -43,8 +43,13 @@ def edge_claims(run: SpecimenRun) -> Iterator[FamilyClaim]:
         yield FamilyClaim(what, max(moved) <= TOLERANCE, said)
 
 
-def _moved(run: SpecimenRun, edge: BoundEdge) -> tuple[float, float]:
-    """Change of the logits by a scale that moves, and by one that leaves and does not arrive."""
+def scale_differences(run: SpecimenRun, edge: BoundEdge) -> tuple[float, float]:
+    """Change of the logits by a scale that moves, and by one that leaves and does not arrive.
+
+    Args:
+        run: The model; it is as before afterwards.
+        edge: Along which a random scale moves.
+    """
     draw = torch.Generator().manual_seed(edge.step)
     exponent = 2 * torch.rand(edge.size, generator=draw) - 1
     scale = _LARGEST_SCALE**exponent
