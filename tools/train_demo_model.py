@@ -1508,6 +1508,7 @@ class Run:
         )
         options = "" if settings.family == "qwen2_vl" else f" --family {settings.family}"
         options += "" if settings.steps == Settings.steps else f" --steps {settings.steps}"
+        options += "" if settings.rows == Settings.rows else f" --rows {settings.rows}"
         shares = "".join(
             f"| {layer} | {' | '.join(f'{share:.1%}' for share in row)} |\n"
             for layer, row in enumerate(measured["shares"])
@@ -1560,6 +1561,7 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, default=Settings.steps, help="number of training steps"
     )
+    parser.add_argument("--rows", type=int, default=Settings.rows, help="rows of a step")
     parser.add_argument("--seed", type=int, default=Settings.seed, help="seed of weights and data")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
@@ -1568,7 +1570,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    run = Run(Settings(arguments.family, arguments.steps, seed=arguments.seed), arguments.out)
+    chosen = Settings(arguments.family, arguments.steps, rows=arguments.rows, seed=arguments.seed)
+    run = Run(chosen, arguments.out)
     if arguments.resume:
         run.resume()
     run.train(report_every=100, save_every=500, measure_every=arguments.measure_every)
