@@ -92,7 +92,8 @@ def find_group(
         names: What vLLM calls the architecture's parts.
         head: Whether it is the language model's head.
     """
-    paths = [rename(f"{part}.", names).removesuffix(".") for part in parts]
+    called = [one for part in parts for one in names.looked_up(part) or (part,)]
+    paths = [rename(f"{one}.", names).removesuffix(".") for one in called]
     if head and names.head is not None:
         paths = [names.head]
     whole = f"{paths[0].rpartition('.')[0]}.{fused.name}" if fused else paths[0]

@@ -35,11 +35,19 @@ class VllmNames:
             the renamed path.
         patterns: ``(beginning of a module path, expression of what stands there in any reader)``,
             where vLLM's own path is not what it makes of a plain target.
+        parts: ``(part of a module path, what stands there in a name that it looks up)``, where it
+            looks a layer up under names of no layer of the model, such as parts of a fused one.
     """
 
     prefixes: tuple[tuple[str, str], ...]
     head: str | None = None
     patterns: tuple[tuple[str, str], ...] = ()
+    parts: tuple[tuple[str, str], ...] = ()
+
+    def looked_up(self, module_name: str) -> tuple[str, ...]:
+        """Names under which it looks a layer up in place of its path; mostly none."""
+        found = (module_name.replace(old, new) for old, new in self.parts if old in module_name)
+        return tuple(dict.fromkeys(found))
 
     def target(self, module_name: str) -> str:
         """Path of a layer for a configuration, or a pattern that fits in all readers."""
@@ -97,7 +105,8 @@ def vllm_names(table: StrictTable | None) -> VllmNames | None:
     if table is None:
         return None
     patterns = tuple(table.strings("patterns").items())
-    names = VllmNames(table.pairs("prefixes"), table.maybe_text("head"), patterns)
+    parts = tuple((old, new) for old, names in table.lists("parts").items() for new in names)
+    names = VllmNames(table.pairs("prefixes"), table.maybe_text("head"), patterns, parts)
     table.finish()
     return names
 

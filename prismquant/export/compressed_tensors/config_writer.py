@@ -79,14 +79,15 @@ def quantization_config(
         if row.layout != DENSE:
             sides = [spec if spec and is_declarable(spec) else None for spec in row.config.sides]
             key = (row.config.weights, sides[0], sides[1], row.layout)
-            schemes.setdefault(key, []).append(called(row.site.name))
+            names = schemes.setdefault(key, [])
+            names += [called(row.site.name), *_looked_up(bound, row.site.name)]
     transforms = _transform_config(plan, bound)
     kv_cache = plan.kv_cache.spec if plan.kv_cache else None
     if not schemes and not transforms and kv_cache is None:
         return None
     groups = {
         f"group_{number}": {
-            "targets": sorted(names),
+            "targets": sorted(set(names)),
             "format": layout,
             "weights": args_of(weights),
             "input_activations": args_of(activations),
@@ -115,6 +116,11 @@ def _called(bound: BoundModel, module_name: str) -> str:
     """Name or pattern by which a configuration calls a layer."""
     name = bound.names.in_config(module_name)
     return name if bound.arch.vllm is None else bound.arch.vllm.target(name)
+
+
+def _looked_up(bound: BoundModel, module_name: str) -> tuple[str, ...]:
+    """Names by which vLLM looks a layer up beside its own."""
+    return () if bound.arch.vllm is None else bound.arch.vllm.looked_up(module_name)
 
 
 def _linears(bound: BoundModel) -> list[str]:
