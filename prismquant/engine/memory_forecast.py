@@ -30,6 +30,8 @@ from prismquant.runtime.mixed import Precision
 _FLOAT32 = 4
 # Hidden-wide tensors that a halted pass holds: the stream, what is normed, queries, keys, values.
 _HELD = 5
+# Tensors between the layers of an expert that are alive at once: gate, up, and their product.
+_BETWEEN = 3
 # Intermediate tensors of one call that are alive at once, in units of its widest layer.
 _ALIVE = 4
 # Bytes of a logit of two models with what is made of both, in float32 and float64.
@@ -239,7 +241,7 @@ class _Outline:
         if not self.plan.needs_data:
             passing = self._states(step) + self._call(step) if self.places else 0
             return max(loaded, weights + solving) + passing
-        states, held = self._states(step), self._held(step, rows)
+        states, held = self._states(step), self._held(step, rows) + self._routed(step)
         flowing = max(solving, self._call(step), self._pixels(step, rows))
         return states + max(loaded, weights + held + flowing)
 
@@ -296,6 +298,19 @@ class _Outline:
         widest = max(row.site.in_features * flow[row.site.name] for row in rows)
         width = _HELD * self._hidden(step) * self.itemsize + widest
         return self._tokens(step).total * width * self.chains
+
+    def _routed(self, step: BoundStep) -> int:
+        """Input and output of a step's experts for all calls, and what passes the one in question.
+
+        An expert that is sent few tokens may take all.
+        """
+        inner = max((s.out_features for s in step.sites if s.expert and s.fuse_key), default=0)
+        if not inner:
+            return 0
+        hidden = self._hidden(step)
+        # A halted pass holds the input, which is counted there.
+        wide = hidden * (2 if self.placement.paused else 3) + _BETWEEN * inner
+        return self._tokens(step).total * wide * self.itemsize
 
     def _call(self, step: BoundStep) -> int:
         flow = self._flow_itemsize(step)
