@@ -28,8 +28,9 @@ def edge_claims(run: SpecimenRun) -> Iterator[FamilyClaim]:
     """
     named: defaultdict[str, list[BoundEdge]] = defaultdict(list)
     for edge in run.bound.edges:
-        what = f"scale moves from {edge.source} to {', '.join(edge.readers)}"
-        named[_NUMBER.sub("*", what)].append(edge)
+        readers = dict.fromkeys(_NUMBER.sub("*", name) for name in edge.readers)
+        source = _NUMBER.sub("*", edge.source)
+        named[f"scale moves from {source} to {', '.join(readers)}"].append(edge)
     for what, edges in named.items():
         found = [scale_differences(run, edge) for edge in edges]
         passed = [(moved, alone) for moved, alone in found if alone > TOLERANCE]

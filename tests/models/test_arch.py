@@ -45,6 +45,7 @@ def test_these_architectures_are_described():
     assert SEEING == [
         "gemma3",
         "glm4v",
+        "glm4v_moe",
         "internvl",
         "llava",
         "qwen2_5_omni",
@@ -190,12 +191,12 @@ def test_a_fused_query_key_value_layer_offers_only_its_value_part():
 def test_both_towers_have_a_residual_stream(name):
     """Vision writers come from the patch embedding on; the LLM's include the projector.
 
-    InternVL's vision blocks scale what they add, and LLaVA's features come from a block before the
-    last: no rotation passes that.
+    InternVL's vision blocks scale what they add, LLaVA's features come from a block before the
+    last, and GLM's patches pass a norm before they enter: no rotation passes that.
     """
     *vision, llm = known_archs()[name].streams
     assert [stream.modality for stream in vision] == [Modality.VISION] * (
-        name not in ("internvl", "llava")
+        name not in ("glm4v_moe", "internvl", "llava")
     )
     assert llm.modality is Modality.LLM
     assert all("patch_embed" in stream.writers[0] for stream in vision)
