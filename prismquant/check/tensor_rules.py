@@ -108,7 +108,8 @@ def unknown(checkpoint: Checkpoint) -> list[Problem]:
             continue
         if name in model.carried:
             continue
-        known = model.names.knows(name) and model.names.to_module(prefix + ".x")[:-2] in owners
+        known = model.names.knows(name)
+        known = known and model.names.to_module(name).rpartition(".")[0] in owners
         if not known and not _is_transform(prefix):
             found.append(("tensors belong to nothing in the model", name, "delete them"))
     return gathered(found)

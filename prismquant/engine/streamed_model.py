@@ -26,6 +26,7 @@ from prismquant.models.arch import Modality
 from prismquant.models.attention import unhook_attention
 from prismquant.models.bound import BoundModel, BoundStep
 from prismquant.models.load import empty_model, materialize, release
+from prismquant.models.told_device import tell_device
 from prismquant.runtime.input_rotation import rotate_inputs
 from prismquant.runtime.kv_cache import cache_in_float
 from prismquant.runtime.linear import QuantLinear, activations_in_float
@@ -77,6 +78,7 @@ class StreamedModel:
     ) -> None:
         self.bound = bound
         self.model = empty_model(bound.config, bound.arch)
+        tell_device(self.model, placement.device)
         self._reader, self._placement, self._served = reader, placement, served
         self._store = store
         self._around = _modules_around(bound)

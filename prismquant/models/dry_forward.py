@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from prismquant.errors import brief
 from prismquant.memory import memory_error
 from prismquant.models.config import config_value
+from prismquant.models.told_device import tell_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -65,6 +66,7 @@ def forward_findings(
         model.get_submodule(name).register_forward_pre_hook(lambda *_, n=name: left.discard(n))
     for module in _outermost_holders(model):
         module.forward = _on_shapes(module.to("meta").forward)
+    tell_device(model, torch.device("cpu"))
     entry = next((site for step in steps for site in step.sites if step.kind == "entry"), None)
     picture = None if entry is None else _picture(arch, config, entry.in_features)
     passes = {"": _text(arch, config)} | ({" for pictures": picture} if picture else {})
@@ -91,6 +93,7 @@ def bounds_logits(model: nn.Module, arch: ArchSpec, config: Any) -> bool:
     """
     for module in _outermost_holders(model):
         module.forward = _on_shapes(module.to("meta").forward)
+    tell_device(model, torch.device("cpu"))
     head: Any = model.get_submodule(arch.head)
     forward = head.forward
     head.forward = lambda *args: torch.full_like(forward(*args), _LARGE)
@@ -162,6 +165,8 @@ def _picture(arch: ArchSpec, config: Any, width: int) -> dict[str, Any] | None:
         width: Numbers of a patch.
     """
     group = arch.input_groups[0] if arch.input_groups else ()
+    if not any(key.endswith("grid_thw") for key in group):
+        return None
     made: dict[str, Tensor] = {}
     merge = getattr(config.vision_config, "spatial_merge_size", 1)
     if any(key.endswith("merge_sizes") for key in group):
@@ -176,8 +181,6 @@ def _picture(arch: ArchSpec, config: Any, width: int) -> dict[str, Any] | None:
             made[key] = torch.tensor([merge], device="cpu")
         else:
             return None
-    if len(made) < 2:
-        return None
     marks = torch.tensor([[0] * 2 + [1] * _CELLS**2 + [0] * 2], device="cpu")
     token = int(config_value(config, arch.vision_token_ids[0]))
     ids = torch.where(marks > 0, token, _text(arch, config)["input_ids"][0, 0])

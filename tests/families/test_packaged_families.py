@@ -76,7 +76,7 @@ def test_transformers_gives_the_logits_of_our_simulation(
     towers = {row.site.modality for row in result.plan.quantized}
     assert towers == {site.modality for site in bind(folder).sites}
     assert {Modality.VISION, Modality.LLM} <= towers
-    report = check(out, "vllm")
+    report = check(out, "vllm" if bind(folder).arch.vllm else "transformers")
     assert report.ok, report.findings
     actual = logits(load_model(out), folder, pictures)
     full = logits(load_float(folder), folder, pictures)

@@ -9,6 +9,7 @@ import tiny_vlm
 # Of square pictures, in pixels; a patch has four on each side.
 SIDE = 32
 SQUARE = {"height": SIDE, "width": SIDE}
+GRIDS = [[SIDE, SIDE], [SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
 PATCHES = (SIDE // tiny_vlm.PATCH) ** 2
 
 
@@ -40,3 +41,29 @@ def square_vision(model_type: str) -> dict[str, Any]:
     """A tower of pictures of one size."""
     sizes = {"image_size": SIDE, "patch_size": tiny_vlm.PATCH}
     return {"model_type": model_type, **vision(), **sizes}
+
+
+def cropped(title: str, transformers: Any, tokenizer: Any) -> tuple[Any, Any]:
+    """Configuration and processor of a family that cuts pictures into crops, as Idefics3 does."""
+    config = getattr(transformers, f"{title}Config")(
+        text_config=text(tokenizer) | {"model_type": "llama"},
+        vision_config=vision() | {"image_size": SIDE, "patch_size": tiny_vlm.PATCH},
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+        tie_word_embeddings=False,
+    )
+    largest = {"longest_edge": SIDE}
+    own = {}
+    if title == "SmolVLM":
+        own["video_processor"] = transformers.SmolVLMVideoProcessor(
+            size=largest, max_image_size=largest, num_frames=4, fps=1
+        )
+    image_processor = getattr(transformers, f"{title}ImageProcessor")
+    processor = getattr(transformers, f"{title}Processor")(
+        image_processor=image_processor(size={"longest_edge": 2 * SIDE}, max_image_size=largest),
+        tokenizer=tokenizer,
+        image_seq_len=PATCHES // 4,
+        chat_template=tiny_vlm.chat_template("<image>", "<video>"),
+        **own,
+    )
+    return config, processor
