@@ -39,6 +39,7 @@ from prismquant.memory import (
     memory_told,
 )
 from prismquant.models.bind import bind
+from prismquant.models.given_arch import described_by
 from prismquant.plan.make_plan import make_plan
 from prismquant.plan.plan import Plan
 from prismquant.quantization.perform import perform
@@ -70,6 +71,7 @@ def inspect(
     fallback: bool = False,
     on_failure: str | None = None,
     tensor_parallel: int | None = None,
+    arch: str | Path | None = None,
 ) -> Plan:
     """Plan of a recipe for a model, from its configuration and the headers of its shards alone.
 
@@ -80,6 +82,7 @@ def inspect(
         fallback: Where a format cannot hold a layer's shape, take the nearest.
         on_failure: Where a solver fails: ``stop``, or ``rtn`` to round to nearest.
         tensor_parallel: Devices that will share each layer when it is served.
+        arch: An architecture file that describes the model, in place of the package's.
 
     Raises:
         ArgumentError, RecipeError, ModelError, PlanError: Something does not fit; the message says
@@ -93,7 +96,8 @@ def inspect(
         on_failure=on_failure,
         tensor_parallel=tensor_parallel,
     )
-    bound = bind(folder, headers_required=False)
+    with described_by(arch):
+        bound = bind(folder, headers_required=False)
     first = chosen.chosen(chosen.choose[0].name) if chosen.choose else chosen
     left = choice_lines(chosen.name, chosen.choose) if chosen.choose else ()
     plan = make_plan(first, bound)
@@ -127,6 +131,7 @@ def quantize(
     max_frames: int | None = None,
     max_length: int | None = None,
     seq_length: int | None = None,
+    arch: str | Path | None = None,
 ) -> Result:
     """Quantize a checkpoint, block by block, into a folder that transformers and vLLM load.
 
@@ -168,6 +173,7 @@ def quantize(
             that is longer than the model allows is refused.
         seq_length: Tokens of a window that running text (a ``.txt`` file) is cut into; by default
             2048, or as many as the model has positions.
+        arch: An architecture file that describes the model, in place of the package's.
 
     Raises:
         PrismQuantError: With what is wrong, where, and the remedy. All that can be checked is
@@ -214,11 +220,8 @@ def quantize(
         predict=Predictor(chosen, recipe),
         unpredicted=why_unpredicted(imported.recipe, chosen),
     )
-    return quantize_best(asked) if chosen.choose else perform(asked)
-
-
-def _optional_dtype(value: Any) -> torch.dtype | None:
-    return None if value is None else as_dtype(value, known=(*FLOATS, "float64"))
+    with described_by(arch):
+        return quantize_best(asked) if chosen.choose else perform(asked)
 
 
 @default_modes()
@@ -275,6 +278,7 @@ def measure(
     max_frames: int | None = None,
     max_length: int | None = None,
     seq_length: int | None = None,
+    arch: str | Path | None = None,
 ) -> Fidelity:
     """Measure a model's answers, alone and against a reference.
 
@@ -292,24 +296,26 @@ def measure(
         max_length: Tokens of a sample; longer ones are cut, which is told.
         seq_length: Tokens of a window that running text is cut into; by default 2048, or as many as
             the model has positions.
+        arch: An architecture file that describes model and reference, in place of the package's.
 
     Raises:
         PrismQuantError: A checkpoint or the data cannot be read, or the reference has another
             vocabulary.
     """
-    return measure_folder(
-        Measurement(
-            folder=as_path(model, "model"),
-            source=as_source(data, "data"),
-            reference=None if reference is None else as_path(reference, "reference"),
-            limit=None if limit is None else as_count(limit, "limit"),
-            batch_size=as_count(batch_size, "batch_size", most=MAX_BATCH),
-            dtype=_optional_dtype(dtype),
-            generated=as_flag(generated, "generated"),
-            trust_remote_code=as_flag(trust_remote_code, "trust_remote_code"),
-            limits=as_limits(max_pixels, max_frames, max_length, seq_length),
+    with described_by(arch):
+        return measure_folder(
+            Measurement(
+                folder=as_path(model, "model"),
+                source=as_source(data, "data"),
+                reference=None if reference is None else as_path(reference, "reference"),
+                limit=None if limit is None else as_count(limit, "limit"),
+                batch_size=as_count(batch_size, "batch_size", most=MAX_BATCH),
+                dtype=None if dtype is None else as_dtype(dtype, known=(*FLOATS, "float64")),
+                generated=as_flag(generated, "generated"),
+                trust_remote_code=as_flag(trust_remote_code, "trust_remote_code"),
+                limits=as_limits(max_pixels, max_frames, max_length, seq_length),
+            )
         )
-    )
 
 
 @default_modes()

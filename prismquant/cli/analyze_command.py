@@ -34,6 +34,7 @@ def analyze(asked: AnalyzeOptions) -> None:
                 asked.formats,
                 asked.out,
                 asked.calib,
+                arch=asked.arch,
                 method=asked.method,
                 solver=asked.solver,
                 samples=asked.samples,

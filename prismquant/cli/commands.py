@@ -16,6 +16,7 @@ from prismquant.cli.analyze_command import analyze
 from prismquant.cli.arch_commands import archs
 from prismquant.cli.options import (
     AnalyzeOptions,
+    Arch,
     AsJson,
     EvalOptions,
     Fallback,
@@ -91,6 +92,7 @@ def inspect(
     fallback: Fallback = False,
     on_failure: OnFailure = None,
     tensor_parallel: Shards = None,
+    arch: Arch = None,
     as_json: AsJson = False,
 ) -> None:
     """Print the plan: every layer with its format and size. Reads headers only, no weights."""
@@ -107,6 +109,7 @@ def inspect(
         fallback=fallback,
         on_failure=on_failure,
         tensor_parallel=tensor_parallel,
+        arch=arch,
     )
     content = plan.to_dict()
     if as_json:
@@ -144,6 +147,7 @@ def quantize(asked: QuantizeOptions) -> None:
                 recipe,
                 asked.out,
                 asked.calib,
+                arch=asked.arch,
                 samples=asked.samples,
                 batch_size=asked.batch_size,
                 solver=asked.solver,
@@ -214,16 +218,18 @@ def export(
     dtype: Annotated[
         str | None, typer.Option(help="Of dense weights: float32, bfloat16 or float16.")
     ] = None,
+    arch: Arch = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a quantized checkpoint in another format, or say which layers it cannot hold."""
     from prismquant.api import export as run
     from prismquant.check import check
+    from prismquant.models.given_arch import described_by
     from prismquant.report.progress import CountProgress
 
     console = make_console(stderr=True)
     options = {} if dtype is None else {"dtype": dtype}
-    with CountProgress(console) as progress:
+    with CountProgress(console) as progress, described_by(arch):
         result = run(
             model, format_name, out, weights_only=weights_only, options=options, progress=progress
         )
@@ -244,13 +250,14 @@ def export(
 def search(asked: SearchOptions) -> None:
     """Find the best mix of formats within a budget, and write it as a recipe."""
     from prismquant.api import find_mix
+    from prismquant.models.given_arch import described_by
     from prismquant.report.fronts import front_table, mix_table, swap_table
     from prismquant.report.progress import CountProgress
     from prismquant.search.constraints import Asked
 
     given = {name: getattr(asked, name) for name in Asked.__annotations__}
     console = make_console(stderr=True)
-    with CountProgress(console) as progress:
+    with CountProgress(console) as progress, described_by(asked.arch):
         found = find_mix(
             asked.sensitivity,
             out=asked.out,
@@ -286,15 +293,18 @@ def check_folder(
         str | None,
         typer.Option("--for", help="Who loads it: vllm, transformers, sglang or prismquant."),
     ] = None,
+    arch: Arch = None,
     as_json: AsJson = False,
 ) -> None:
     """Say whether a checkpoint will load, and as it is meant. Reads no weight."""
     from prismquant.check import TargetReader
     from prismquant.check import check as look
+    from prismquant.models.given_arch import described_by
     from prismquant.report.checks import findings_table, verdict
 
     reader = None if target is None else as_choice(target, "reader", TargetReader)
-    report = look(as_path(folder, "folder"), reader)
+    with described_by(arch):
+        report = look(as_path(folder, "folder"), reader)
     if as_json:
         say_json(report.to_dict())
     else:
@@ -324,6 +334,7 @@ def evaluate(asked: EvalOptions) -> None:
         asked.model,
         asked.data,
         reference=asked.reference,
+        arch=asked.arch,
         limit=asked.limit,
         max_pixels=asked.max_pixels,
         max_frames=asked.max_frames,

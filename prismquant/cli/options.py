@@ -21,6 +21,10 @@ OptionalRecipe = Annotated[
     str | None,
     typer.Option("--recipe", help="A preset's name or a file, of this or another tool."),
 ]
+Arch = Annotated[
+    str | None,
+    typer.Option("--arch", help="An architecture file that describes the model."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that lies in the checkpoint's folder.")
@@ -114,6 +118,7 @@ class QuantizeOptions:
         ),
     ] = False
     trust_remote_code: Trust = False
+    arch: Arch = None
     as_json: AsJson = False
 
 
@@ -171,6 +176,7 @@ class AnalyzeOptions:
         bool, typer.Option("--resume", help="Go on with an analysis that was cut off.")
     ] = False
     trust_remote_code: Trust = False
+    arch: Arch = None
     as_json: AsJson = False
 
 
@@ -194,6 +200,7 @@ class EvalOptions:
     max_length: MaxLength = None
     seq_length: SeqLength = None
     trust_remote_code: Trust = False
+    arch: Arch = None
     as_json: AsJson = False
 
 
@@ -263,6 +270,7 @@ class SearchOptions:
     calib: Annotated[
         str | None, typer.Option(help="Calibration for --verify; by default as in the analysis.")
     ] = None
+    arch: Arch = None
     as_json: AsJson = False
 
 

@@ -21,9 +21,10 @@ from prismquant.families.small_batches import (
 )
 from prismquant.families.specimen import write_specimen
 from prismquant.families.tried_replay import replay_claims
-from prismquant.models.arch_files import BESIDE
 from prismquant.models.bind import bind
 from prismquant.models.bound import BoundModel
+from prismquant.models.config import read_config
+from prismquant.models.given_arch import own_arch_file
 from prismquant.models.processor import load_processor
 
 __all__ = ["require_true_replay"]
@@ -44,16 +45,16 @@ def require_true_replay(bound: BoundModel, *, trust_remote_code: bool = False) -
     Raises:
         ModelError: Some unit is shown something else.
     """
-    own = bound.arch.name == Path(BESIDE).stem
-    if not own and sum(map(math.prod, bound.shapes.values())) < _LARGE:
+    own = own_arch_file(bound.folder, read_config(bound.folder).get("model_type"))
+    if own is None and sum(map(math.prod, bound.shapes.values())) < _LARGE:
         return
     processor = load_processor(bound.folder, trust_remote_code=trust_remote_code)
     with tempfile.TemporaryDirectory() as work:
         batches = small_batches(bound.arch, bound.config, processor, Path(work) / "samples")
         ids = vocabulary_of(bound.config, batches.values())
         specimen = write_specimen(bound.config, bound.arch, ids, Path(work) / "specimen")
-        if own:
-            copy_arch(bound.folder / BESIDE, specimen)
+        if own is not None:
+            copy_arch(own, specimen)
         small = {kind: renumbered(batch, ids) for kind, batch in batches.items()}
         run, _ = run_specimen(bind(specimen), small)
         wrong = [claim for claim in replay_claims(run, {}) if not claim.holds]

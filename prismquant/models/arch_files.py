@@ -125,15 +125,6 @@ def extended_file(path: Path, parent: Any) -> Path:
     return sibling if sibling.is_file() else PACKAGED / sibling.name
 
 
-def arch_beside(folder: Path) -> ArchSpec | None:
-    """The architecture that a checkpoint's folder brings along; None where it brings none.
-
-    Raises:
-        ModelError: As for :func:`load_arch`.
-    """
-    return load_arch(path) if (path := folder / BESIDE).is_file() else None
-
-
 def read_toml(path: Path) -> dict[str, Any]:
     """The keys of an architecture file alone.
 

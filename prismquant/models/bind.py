@@ -26,7 +26,6 @@ from prismquant.models.arch import (
     SiteKind,
     Tower,
 )
-from prismquant.models.arch_files import BESIDE
 from prismquant.models.bind_edges import bind_edges
 from prismquant.models.bind_experts import shown_tensors, sites_of_experts
 from prismquant.models.bind_streams import bind_streams
@@ -43,6 +42,7 @@ from prismquant.models.config import (
 )
 from prismquant.models.config_findings import config_findings
 from prismquant.models.dry_forward import forward_findings
+from prismquant.models.given_arch import own_arch_file
 from prismquant.models.index_notes import carried_notes, index_notes
 from prismquant.models.load import empty_model
 from prismquant.models.misfits import Misfits, kind_of
@@ -100,7 +100,7 @@ def bind(
     misfits.add_all(config_findings(config.get_text_config(), modules))
     unused = [f"config.json: {key} is not used" for key in unused_keys(arch, folder, config)]
     carried = {name: stored[name].shape for name in sorted(stored) if is_ignored(arch, name)}
-    notes = [*_description_notes(arch, steps, modules), *unused, *carried_notes(carried)]
+    notes = [*_description_notes(folder, arch, steps, modules), *unused, *carried_notes(carried)]
     notes += [*index_notes(folder, stored), *([] if source is None else source.notes())]
     notes += [_not_tied(names.to_disk(head_weight))] * (says_tied and not tied)
     if not quantized:
@@ -145,11 +145,16 @@ def _headers(folder: Path, *, required: bool) -> dict[str, TensorInfo]:
 
 
 def _description_notes(
-    arch: ArchSpec, steps: tuple[BoundStep, ...], modules: Mapping[str, nn.Module]
+    folder: Path,
+    arch: ArchSpec,
+    steps: tuple[BoundStep, ...],
+    modules: Mapping[str, nn.Module],
 ) -> list[str]:
     """Lines for the user where no file of the package describes the model, or blocks differ."""
-    own = [f"{BESIDE} in the model's folder describes it"] * (arch.name == Path(BESIDE).stem)
-    return [*own, *block_notes(arch, steps, modules), *absent_sites(arch, steps, modules)]
+    own = own_arch_file(folder, read_config(folder).get("model_type"))
+    where = " in the model's folder" if own is not None and own.parent == folder else ""
+    told = [] if own is None else [f"{own.name}{where} describes it"]
+    return [*told, *block_notes(arch, steps, modules), *absent_sites(arch, steps, modules)]
 
 
 def _not_tied(head: str) -> str:

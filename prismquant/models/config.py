@@ -22,7 +22,8 @@ import torch
 from prismquant.errors import ModelError, StorageError, brief, suggest
 from prismquant.headers import TensorInfo
 from prismquant.models.arch import ArchSpec
-from prismquant.models.arch_files import BESIDE, arch_beside, known_archs
+from prismquant.models.arch_files import known_archs, load_arch
+from prismquant.models.given_arch import own_arch_file
 from prismquant.models.names import any_layout
 from prismquant.opening import read_json
 from prismquant.shards import ShardReader, read_index
@@ -69,7 +70,7 @@ _IMPORTING = threading.Lock()
 def identify(folder: Path | str) -> ArchSpec:
     """Say which architecture a checkpoint folder holds.
 
-    A file that lies in the folder comes before those of the package.
+    A file that a caller gives comes first, then one that lies in the folder, then the package's.
 
     Raises:
         ModelError: There is no folder or no config.json, a file is broken, or no architecture file
@@ -77,16 +78,8 @@ def identify(folder: Path | str) -> ArchSpec:
     """
     config = read_config(Path(folder))
     model_type = config.get("model_type")
-    beside = arch_beside(Path(folder))
-    if beside is not None and model_type in beside.model_types:
-        return beside
-    if beside is not None:
-        raise ModelError(
-            f"{BESIDE} describes {', '.join(beside.model_types)}, but the checkpoint's model_type "
-            f"is {model_type!r}",
-            where=str(folder),
-            remedy=f"correct {BESIDE}, or take it away",
-        )
+    if (own := own_arch_file(Path(folder), model_type)) is not None:
+        return load_arch(own)
     by_type = {kind: arch for arch in known_archs().values() for kind in arch.model_types}
     if isinstance(model_type, str) and model_type in by_type:
         return by_type[model_type]

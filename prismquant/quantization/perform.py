@@ -24,9 +24,12 @@ from prismquant.engine.setup import Reporter, RunSetup
 from prismquant.errors import StorageError
 from prismquant.export.companions import files_to_copy, links_outside, links_remark
 from prismquant.export.compressed_tensors.writer import CheckpointWriter
+from prismquant.families.copy_arch import copy_arch
 from prismquant.memory import peak_memory_bytes
 from prismquant.models.bind import bind
 from prismquant.models.bound import BoundModel
+from prismquant.models.config import read_config
+from prismquant.models.given_arch import own_arch_file
 from prismquant.plan.make_plan import make_plan
 from prismquant.plan.plan import Plan, PlanRow
 from prismquant.quantization.prepare import Prepared, prepare
@@ -75,6 +78,9 @@ def perform(asked: Request) -> Result:
         if not record.finished:
             record = _quantized(asked, bound, ready, directory, record, precision)
             earlier = record.restarts[-1].notes if record.restarts else ()
+        own = own_arch_file(bound.folder, read_config(bound.folder).get("model_type"))
+        if first and own is not None:
+            copy_arch(own, asked.out)
         # A run that is resumed keeps those that it began with.
         lost = unknown if record.predictions == predictions else []
         told = (*_notes(record, bound, directory), *_prediction(asked), *lost)

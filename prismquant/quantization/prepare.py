@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,10 +38,13 @@ from prismquant.memory import (
 )
 from prismquant.models.arch import Modality
 from prismquant.models.bound import BoundModel
+from prismquant.models.config import read_config
+from prismquant.models.given_arch import own_arch_file
 from prismquant.models.processor import load_processor
 from prismquant.plan.plan import Plan
 from prismquant.plan.unseen import unseen_vision
 from prismquant.quantization.request import Request
+from prismquant.run.differences import ARCHITECTURE
 from prismquant.run.fingerprint import (
     code_versions,
     fingerprint_batches,
@@ -320,8 +324,15 @@ def _identity(
         samples=fingerprint_samples(samples),
         inputs=fingerprint_batches(dealt),
         arithmetic=arithmetic,
-        versions=code_versions(),
+        versions=code_versions() | _description(bound),
     )
+
+
+def _description(bound: BoundModel) -> dict[str, str]:
+    """Fingerprint of an architecture that no file of the package describes."""
+    own = own_arch_file(bound.folder, read_config(bound.folder).get("model_type"))
+    digest = hashlib.sha256(repr(bound.arch).encode()).hexdigest()[:16]
+    return {} if own is None else {ARCHITECTURE: digest}
 
 
 def source_files(folder: Path) -> list[Path]:

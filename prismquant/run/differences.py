@@ -12,6 +12,8 @@ from prismquant.errors import PrismQuantError
 from prismquant.formats.spec import NumberSpec
 from prismquant.run.identity import FileStamp, Identity
 
+# What describes the model, where no file of the package does.
+ARCHITECTURE = "architecture file"
 _SHOWN = 5
 _LONGEST = 60
 # What follows from other fields of a plan, or is only said for people.
@@ -173,7 +175,8 @@ def _sample_differences(earlier: Identity, now: Identity, *, explained: bool) ->
 
 def _version_differences(earlier: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     lines = [
-        f"code version: {name} {earlier.get(name, 'unknown')} -> {now.get(name, 'unknown')}"
+        f"{'' if name == ARCHITECTURE else 'code version: '}{name} "
+        f"{earlier.get(name, 'unknown')} -> {now.get(name, 'unknown')}"
         for name in dict.fromkeys([*earlier, *now])
         if name != "sources" and earlier.get(name) != now.get(name)
     ]

@@ -22,6 +22,7 @@ from prismquant.arguments import (
 )
 from prismquant.distributed import Alone, Ranks
 from prismquant.memory import memory_told
+from prismquant.models.given_arch import described_by
 from prismquant.quantization.request import as_limits
 from prismquant.search.analysis_methods import MAX_DRAWS, build_method, method_name
 from prismquant.search.analysis_request import (
@@ -67,6 +68,7 @@ def analyze(
     trust_remote_code: bool = False,
     reporter: AnalysisReporter | None = None,
     ranks: Ranks | None = None,
+    arch: str | Path | None = None,
 ) -> Sensitivity:
     """Score every unit of choice of a model in every format on offer, with exact bytes.
 
@@ -102,6 +104,7 @@ def analyze(
         trust_remote_code: Allow code in the checkpoint's folder to build the processor.
         reporter: Is told how far the analysis is.
         ranks: The processes that share the work.
+        arch: An architecture file that describes the model, in place of the package's.
 
     Returns:
         The sensitivity, as it was written to ``out``.
@@ -147,5 +150,5 @@ def analyze(
         ranks=ranks or Alone(),
     )
     smaller = [] if asked.method.one_by_one else ["--batch-size"]
-    with memory_told("--memory-budget", *smaller, "--max-pixels"):
+    with memory_told("--memory-budget", *smaller, "--max-pixels"), described_by(arch):
         return analyze_model(asked)

@@ -16,7 +16,7 @@ import prismquant as pq
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-MOST_MODULES = 38
+MOST_MODULES = 39
 QUANTIZING = {"engine", "plan", "recipe", "data", "algorithms", "statistics", "run", "search"}
 PROBE = """
 import json, sys
