@@ -44,6 +44,7 @@ def broken(tmp_path: Path):
 def test_these_architectures_are_described():
     assert SEEING == [
         "gemma3",
+        "glm46v",
         "glm4v",
         "glm4v_moe",
         "internvl",
@@ -83,7 +84,7 @@ def test_every_architecture_that_sees_has_the_three_modalities_with_the_language
     assert [tower.modality for tower in towers] == [Modality.VISION, *projector, Modality.LLM]
 
 
-@pytest.mark.parametrize("name", [name for name in DENSE if name != "glm4v"])
+@pytest.mark.parametrize("name", [name for name in DENSE if "glm" not in name])
 def test_every_language_model_has_seven_sites_in_four_stages(name):
     """Beside them, linear attention has three in some blocks."""
     every = known_archs()[name].tower(Modality.LLM).sites

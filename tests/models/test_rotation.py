@@ -483,3 +483,27 @@ def test_a_shift_without_a_bias_to_take_it_is_refused(tiny: Callable[..., Path])
     odd = dataclasses.replace(bound, shapes=shapes)
     with pytest.raises(ModelError, match=r"blocks.1.norm2 has a shift, and .*fc1 has no bias"):
         RotatedReader(bound.folder, odd, [RotatedTower(VISION)])
+
+
+def test_norms_of_one_plus_a_weight_are_folded_whole(tiny: Callable[..., Path]) -> None:
+    """In float64: what is left of a norm multiplies by one, and its readers take 1 + w, not w.
+
+    A rotation leaves the products of a layer's rows with one another. Layers that are left alone
+    read the norm of linear attention, too.
+    """
+    folder = tiny("qwen3_5")
+    bound, source = bind(folder), ShardReader(folder)
+    rotated = RotatedReader(folder, bound, [RotatedTower(Modality.LLM, Rotation(values=False))])
+    edges = [edge for edge in bound.edges if edge.from_one]
+    assert [len(edge.others) for edge in edges] == [2, 0, 0, 0, 0]
+    for edge in edges:
+        norm = source.read(f"{edge.source}.weight").double()
+        assert torch.equal(rotated.read(f"{edge.source}.weight"), torch.zeros(len(norm)))
+        for name in edge.readers:
+            weight = source.read(f"{name}.weight").double() * (1 + norm)
+            turned = rotated.read(f"{name}.weight").double()
+            scale = (weight @ weight.mT).abs().max().item()
+            torch.testing.assert_close(
+                turned @ turned.mT, weight @ weight.mT, rtol=0, atol=1e-6 * scale
+            )
+            assert (turned - weight).abs().max() > 0.1 * weight.abs().max()

@@ -12,8 +12,8 @@ _MARKS = tuple(f"<|{side}_of_{kind}|>" for kind in ("image", "video") for side i
 TOKENS = {f"{mark[2:-2]}_token": mark for mark in (*_MARKS, "<|image|>", "<|video|>")}
 
 
-def make(transformers: Any, tokenizer: Any) -> tuple[Any, Any]:
-    """Its configuration and its processor."""
+def make(transformers: Any, tokenizer: Any, name: str = "Glm4v") -> tuple[Any, Any]:
+    """Its configuration and its processor, or those of a family with the same towers."""
     ids = [*_MARKS, "<|image|>", "<|video|>"]
     names = [f"{kind}_{side}" for kind in ("image", "video") for side in ("start", "end")]
     keys = [f"{name}_token_id" for name in (*names, "image", "video")]
@@ -33,7 +33,7 @@ def make(transformers: Any, tokenizer: Any) -> tuple[Any, Any]:
         "patch_size": tiny_vlm.PATCH,
         "out_hidden_size": tiny_vlm.HIDDEN,
     }
-    config = transformers.Glm4vConfig(
+    config = getattr(transformers, f"{name}Config")(
         text_config=text,
         vision_config=vision,
         tie_word_embeddings=False,
@@ -42,10 +42,10 @@ def make(transformers: Any, tokenizer: Any) -> tuple[Any, Any]:
     tokenizer.chat_template = tiny_vlm.chat_template(
         "<|begin_of_image|><|image|><|end_of_image|>", "<|begin_of_video|><|video|><|end_of_video|>"
     )
-    size = {"shortest_edge": 64, "longest_edge": 128**2}
-    processor = transformers.Glm4vProcessor(
-        image_processor=transformers.Glm4vImageProcessor(patch_size=tiny_vlm.PATCH, size=size),
-        video_processor=transformers.Glm4vVideoProcessor(patch_size=tiny_vlm.PATCH, size=size),
+    pixels = {"patch_size": tiny_vlm.PATCH, "size": {"shortest_edge": 64, "longest_edge": 128**2}}
+    processor = getattr(transformers, f"{name}Processor")(
+        image_processor=getattr(transformers, f"{name}ImageProcessor")(**pixels),
+        video_processor=getattr(transformers, f"{name}VideoProcessor")(**pixels),
         tokenizer=tokenizer,
         chat_template=tokenizer.chat_template,
     )
