@@ -8,7 +8,6 @@ needs nothing from data is rounded straight from its weight.
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,7 +20,8 @@ from prismquant.diagnostics.step_record import EdgeRecord, LayerRecord
 from prismquant.engine.collectives import Task, solve_all
 from prismquant.engine.group import GroupSettings, LayerGroup, What
 from prismquant.engine.kv_observation import KVObservation
-from prismquant.engine.quantize_experts import ExpertsWork, Found, Show, inputs_of_experts
+from prismquant.engine.layer_inputs import inputs_of_layers
+from prismquant.engine.quantize_experts import ExpertsWork, Found, Show
 from prismquant.engine.smoothing import edge_problem, move_scale
 from prismquant.engine.tuning import TunedBlock, tune
 from prismquant.engine.unit_plan import QuantizedUnit, Quantizing, UnitPlan
@@ -131,13 +131,9 @@ class _UnitWork:
             for name in names
         }
         seen: dict[str, Tokens] = {}
-        alone = [name for name in names if bound.site(name).expert is not None]
-        shared = [name for name in names if name not in alone]
         # What a norm puts out is read by all experts together.
         of_all = {edge.edge.consumers[0] for edge in edges if edge.edge.norm is not None}
-        seen_by_all = self.unit.first_inputs(shared) if shared else ()
-        by_experts = inputs_of_experts(self.unit, alone, of_all)
-        for call, inputs in itertools.chain(seen_by_all, by_experts):
+        for call, inputs in inputs_of_layers(self.unit, names, of_all):
             for name, x in inputs.items():
                 rows = x.reshape(-1, records[name].in_features)
                 records[name].update(rows, call.row_weights, call.vision)

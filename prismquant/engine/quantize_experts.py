@@ -10,7 +10,7 @@ were sent to each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, cast
@@ -18,12 +18,10 @@ from typing import TYPE_CHECKING, cast
 from prismquant.diagnostics.step_record import LayerRecord
 from prismquant.engine.expert_calls import ExpertInput, RoutedCalls, middle
 from prismquant.engine.group import LayerGroup, What
-from prismquant.engine.passes import Inputs
 from prismquant.engine.unit_plan import Quantizing
 from prismquant.engine.walk import Unit
 from prismquant.engine.weight_rounding import is_rounded, round_layers
 from prismquant.formats.quantized_layer import QuantizedLayer
-from prismquant.models.bound import BoundSite, ExpertPlace
 from prismquant.models.experts import LAST
 from prismquant.plan.plan import PlanRow, problem_groups
 from prismquant.statistics.tokens import Tokens, summed
@@ -135,39 +133,6 @@ class ExpertsWork:
             if what == "ranges":
                 with self.unit.walk.placement.precision.in_force():
                     group.observe_outputs(shown.hidden, shown.call)
-
-
-def inputs_of_experts(unit: Unit, layers: Sequence[str], of_all: Collection[str] = ()) -> Inputs:
-    """Inputs of experts' layers as they are by now, one expert at a time, of all calls at once.
-
-    Args:
-        unit: The unit; data flow.
-        layers: Their names; what none of the tokens was sent to is passed over.
-        of_all: Those of the layers that stand for all experts of their block, and are shown the
-            tokens of all.
-    """
-    sites = [unit.walk.bound.site(name) for name in layers]
-    for module in dict.fromkeys(site.expert.module for site in sites if site.expert):
-        calls = unit.main.passes(unit.step).experts(module)
-        routed = RoutedCalls(calls, unit.main.module(module))
-        whole = [site.name for site in sites if site.name in of_all and _in(site, module)]
-        if whole:
-            seen = routed.all_tokens()
-            yield seen.call, dict.fromkeys(whole, seen.hidden)
-        for number, expert in enumerate(routed.experts):
-            place = ExpertPlace(module, number)
-            own = [s.name for s in sites if s.expert == place and s.name not in of_all]
-            given = routed.input(number)
-            if not own or not len(given.hidden):
-                continue
-            with unit.as_served():
-                inner = middle(cast("Expert", expert), given.hidden)
-            reads = {name: inner if _is_last(name) else given.hidden for name in own}
-            yield given.call, reads
-
-
-def _in(site: BoundSite, module: str) -> bool:
-    return site.expert is not None and site.expert.module == module
 
 
 def _guarded(row: PlanRow) -> PlanRow:

@@ -184,7 +184,7 @@ def _fused(bound: BoundModel) -> list[tuple[BoundSite, ...]]:
     """Layers of each unit, in the order of the model."""
     found: dict[str, list[BoundSite]] = {}
     for site in bound.sites:
-        found.setdefault(site.fuse_key or site.name, []).append(site)
+        found.setdefault(site.scheme_key or site.name, []).append(site)
     return [tuple(sites) for sites in found.values()]
 
 

@@ -20,6 +20,7 @@ from prismquant.engine.collectives import Task, solve_all
 from prismquant.engine.failure import Guarded
 from prismquant.engine.group import GroupSettings, LayerGroup, What
 from prismquant.engine.kv_observation import KVObservation
+from prismquant.engine.layer_inputs import inputs_of_layers
 from prismquant.engine.walk import Unit
 from prismquant.formats.quantized_layer import QuantizedLayer, scale_and_zero_point
 from prismquant.memory import give_back_freed
@@ -201,7 +202,7 @@ def _observe(unit: Unit, groups: Sequence[LayerGroup], analysis: Analysis) -> No
             continue
         analysis.stage(unit.name, "Hessians" if what == "moments" else what)
         names = list(dict.fromkeys(group.name for group in hungry))
-        for call, inputs in unit.first_inputs(names):
+        for call, inputs in inputs_of_layers(unit, names):
             for group in hungry:
                 if group.name in inputs:
                     group.observe(inputs[group.name], call, what)

@@ -231,6 +231,21 @@ def test_layers_may_all_be_taken_at_once(
     assert exact is not sequential
 
 
+@pytest.mark.slow
+def test_a_search_gives_all_experts_of_a_block_one_format(
+    tiny: Callable[..., Path], data: Path, tmp_path: Path
+) -> None:
+    """An analysis scores them together, and what is found can be quantized."""
+    folder, found = tiny("qwen3_vl_moe"), tmp_path / "sensitivity.json"
+    pq.analyze(folder, ("int4-g32", "int8-g32"), found, data, samples=4, modalities="llm")
+    mix = pq.find_mix(found, cap="llm=6")
+    plan = pq.quantize(folder, mix.recipe, tmp_path / "out", data).plan
+    for block in range(2):
+        module = f"model.language_model.layers.{block}.mlp.experts"
+        formats = {row.config.weights for row in plan.rows if row.site.name.startswith(module)}
+        assert len(formats) == 1
+
+
 @torch.no_grad()
 def test_quantized_inputs_of_experts_are_those_that_are_served(
     tiny: Callable[..., Path], data: Path, tmp_path: Path
