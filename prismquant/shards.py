@@ -185,13 +185,26 @@ class ShardReader:
             StorageError: It is missing, or cannot be read.
         """
         own = [name for name, view in self.views.items() if view.source == source]
-        dtype = self.info(own[0]).dtype
-        stack = torch.empty(ShardReader.info(self, source).shape, dtype=dtype)
-        for name in own:
-            index = self.views[name].index
-            whole = stack if index is None else stack[index]
-            self.views[name].of(whole).copy_(self.read(name))
-        return stack
+        return self.put_together({name: self.read(name) for name in own})[source]
+
+    def put_together(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors, matrices put into the stored tensors that they lie in.
+
+        Args:
+            tensors: By the names that are shown, all matrices of a stored tensor or none of them.
+        """
+        found: dict[str, torch.Tensor] = {}
+        for name, tensor in tensors.items():
+            view = self.views.get(name)
+            if view is None:
+                found[name] = tensor
+                continue
+            if view.source not in found:
+                shape = ShardReader.info(self, view.source).shape
+                found[view.source] = torch.empty(shape, dtype=tensor.dtype)
+            whole = found[view.source]
+            view.of(whole if view.index is None else whole[view.index]).copy_(tensor)
+        return found
 
     def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Some lines of a matrix, without the rest of it ever being in memory.

@@ -72,7 +72,7 @@ def add_outliers(
     stored = {names.to_disk(name): tensor for name, tensor in tensors.items()}
     # Of another model beside this one.
     stored |= {name: reader.read(name) for name in others}
-    write_tensors(out / "model.safetensors", stored)
+    write_tensors(out / "model.safetensors", reader.put_together(stored))
     return chosen
 
 

@@ -19,6 +19,7 @@ from prismquant.models.bind import bind
 from prismquant.models.config import import_transformers
 from prismquant.models.experts import ExpertLayers, routed_places, split_experts
 from prismquant.models.float_model import load_float
+from prismquant.models.outliers import add_outliers
 from prismquant.plan.fallback import fit_together
 from prismquant.shards import ShardReader
 from prismquant.storage import write_tensors
@@ -135,6 +136,24 @@ def test_experts_are_read_however_they_are_stored(
     folder = stored_as(kind, tiny, tmp_path)
     for model in (load_float(folder), load_model(folder)):
         torch.testing.assert_close(logits(model), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["fused", "transposed", "each"])
+def test_experts_with_outliers_are_stored_as_the_source_stores_them(
+    kind: str, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    source = stored_as(kind, tiny, tmp_path / "in")
+    touched = add_outliers(source, tmp_path / "out", factor=8.0, channels=2)
+    assert any(".experts." in name for name in touched)
+    before, after = (ShardReader(folder) for folder in (source, tmp_path / "out"))
+    assert {name: before.info(name).shape for name in before.names} == {
+        name: after.info(name).shape for name in after.names
+    }
+    assert torch.equal(logits(load_float(tmp_path / "out")), logits(load_float(source)))
+    if kind == "each":  # transformers reads Qwen3-MoE's experts one by one, as they are released
+        found = logits(transformers_model(tmp_path / "out"))
+        torch.testing.assert_close(found, logits(load_float(source)), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["fused", "transposed", "each"])
