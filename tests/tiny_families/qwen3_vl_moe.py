@@ -16,6 +16,7 @@ def make(transformers: Any, tokenizer: Any) -> tuple[Any, Any]:
         "model_type": "qwen3_vl_moe_text",
         "num_experts": 4,
         "num_experts_per_tok": 2,
+        "norm_topk_prob": True,  # transformers always does, vLLM asks
         "moe_intermediate_size": 128,
     }
     values = config.to_dict() | {"text_config": text}
