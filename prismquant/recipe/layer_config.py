@@ -94,7 +94,7 @@ class LayerConfig:
     weight_range: RangeRule = field(default_factory=RangeRule)
     activation_range: RangeRule = field(default_factory=RangeRule)
     on_failure: OnFailure = "stop"
-    min_tokens: int = 32
+    min_tokens: int = 256
     few_tokens: FewTokens = "all"
 
     @property

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from prismquant.runtime.mixed import Precision
 
 BLOCK = "model.language_model.layers.0"
-EXPERTS = [{"match": {"role": "mlp.experts"}, "weights": "int4-g32"}]
+EXPERTS = [{"match": {"role": "mlp.experts"}, "weights": "int4-g32", "min_tokens": 0}]
 
 
 @pytest.fixture(scope="module")
