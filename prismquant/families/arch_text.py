@@ -125,11 +125,14 @@ def _comments(notes: _Notes, place: str) -> Iterator[str]:
 
 
 def _layout(layout: Layout) -> Iterator[str]:
-    said = _said(layout, ["rewrites"]).items()
+    said = _said(layout, ["rewrites", "joined"]).items()
     yield from ("[[layouts]]", *(f"{key} = {_value(value)}" for key, value in said))
     if layout.rewrites:
         yield "[layouts.rewrites]"
         yield from (f"{_value(disk)} = {_value(module)}" for disk, module in layout.rewrites)
+    if layout.joined:
+        yield "[layouts.joined]"
+        yield from (f"{_value(stored)} = {_value(list(parts))}" for stored, parts in layout.joined)
 
 
 def _tower(tower: Tower) -> Iterator[str]:

@@ -211,14 +211,17 @@ class Layout:
     Attributes:
         name: Short name for messages.
         rewrites: ``(disk prefix, module prefix)`` pairs of whole dotted parts; the longest match
-            wins. Empty means that names are module paths already.
+            wins; ``*`` stands for one number. Empty means that names are module paths already.
         config_names_on_disk: Whether servers look layers up by their names on disk, so that a
             quantization configuration holds these; else it holds module paths.
+        joined: Prefix on disk of tensors that hold those of several layers, one below the other,
+            and the prefixes that each would have alone; ``*`` for the number of a block.
     """
 
     name: str
     rewrites: tuple[tuple[str, str], ...] = ()
     config_names_on_disk: bool = False
+    joined: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -252,10 +252,11 @@ def _stream(table: StrictTable) -> Stream:
 def _layout(table: StrictTable) -> Layout:
     name, pairs = table.text("name"), table.strings("rewrites")
     config_names_on_disk = table.flag("config_names_on_disk")
+    joined = table.lists("joined")
     table.finish()
     if len(set(pairs.values())) != len(pairs):
         raise table.wrong("two disk prefixes map to one module prefix")
-    return Layout(name, tuple(pairs.items()), config_names_on_disk)
+    return Layout(name, tuple(pairs.items()), config_names_on_disk, tuple(joined.items()))
 
 
 def _check(arch: ArchSpec, file: str) -> None:

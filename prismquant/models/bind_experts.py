@@ -9,6 +9,7 @@ from torch import nn
 
 from prismquant.models.arch import ArchSpec, Edge, Site
 from prismquant.models.bound import ExpertPlace
+from prismquant.models.fused_tensors import fused_views
 from prismquant.models.misfits import Misfits, kind_of
 from prismquant.shards import NO_VIEWS, infos_with_views
 
@@ -93,16 +94,17 @@ def shown_tensors(
     """Matrices that lie within stored tensors, by their own names; and headers that show them.
 
     Args:
-        arch: Says which modules hold experts.
+        arch: Says which modules hold experts, and which tensors are joined on disk.
         model: Without weights.
         names: Its names on disk.
         infos: Headers of all stored tensors.
     """
-    if not arch.experts:
-        return NO_VIEWS, infos
-    from prismquant.models.experts import expert_views  # of few models
+    views: dict[str, TensorView] = {}
+    if arch.experts:
+        from prismquant.models.experts import expert_views  # of few models
 
-    views = expert_views(model, names, infos)
-    if not views:
-        return NO_VIEWS, infos
-    return views, infos_with_views(infos, views)
+        views |= expert_views(model, names, infos)
+    for layout in arch.layouts:
+        if layout.joined and layout.name == names.layout:
+            views |= fused_views(layout, infos)
+    return (views, infos_with_views(infos, views)) if views else (NO_VIEWS, infos)

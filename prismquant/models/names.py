@@ -10,6 +10,7 @@ from.
 from __future__ import annotations
 
 import functools
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 
     from prismquant.models.arch import Layout
 
+# The number of a block within a name, and the mark of pairs that have one.
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+_STAR = "*"
+
 
 @dataclass(frozen=True)
 class NameMap:
@@ -29,7 +34,7 @@ class NameMap:
     Attributes:
         layout: Name of the layout; ``mixed`` where a checkpoint has names of several.
         rewrites: ``(disk prefix, module prefix)`` of whole dotted parts, of which the longest that
-            fits counts; empty is the identity.
+            fits counts, ``*`` standing for one number; empty is the identity.
         others: More of them that are read, and never written.
         config_names_on_disk: Whether a quantization configuration calls layers as the disk does.
     """
@@ -41,11 +46,11 @@ class NameMap:
 
     @functools.cached_property
     def _modules(self) -> dict[str, str]:
-        return dict((*self.others, *self.rewrites))
+        return _with_star(dict((*self.others, *self.rewrites)))
 
     @functools.cached_property
     def _disk(self) -> dict[str, str]:
-        return {module: disk for disk, module in self.rewrites}
+        return _with_star({module: disk for disk, module in self.rewrites})
 
     def to_disk(self, module_name: str) -> str:
         """The name on disk of a module path or of a tensor below it.
@@ -186,9 +191,17 @@ def _owner(name: str) -> str:
 def _rewrite(name: str, pairs: Mapping[str, str]) -> str | None:
     if not pairs:
         return name
-    prefix = name
+    prefix, numbered = name, _STAR in pairs
     while prefix not in pairs:
+        if numbered and (starred := _NUMBER.sub("*", prefix, count=1)) in pairs:
+            number = _NUMBER.search(prefix)
+            return pairs[starred].replace("*", number[0] if number else "") + name[len(prefix) :]
         prefix = _owner(prefix)
         if not prefix:
             return None
     return pairs[prefix] + name[len(prefix) :]
+
+
+def _with_star(pairs: Mapping[str, str]) -> dict[str, str]:
+    """The pairs, marked where a key stands for any number."""
+    return {**pairs, _STAR: _STAR} if any("*" in key for key in pairs) else dict(pairs)

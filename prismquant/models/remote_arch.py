@@ -35,6 +35,7 @@ class ConfigSection:
         source: Key of the sub-dictionary that is read; empty for the top level.
         values: Constants, e.g. the native model type.
         keys: Keys that are copied when present.
+        renames: Native key -> the key whose value it takes, when that is present.
         infer: Native key -> how to find it when the source dictionary does not have it.
     """
 
@@ -42,6 +43,7 @@ class ConfigSection:
     source: str
     values: Mapping[str, str]
     keys: tuple[str, ...]
+    renames: Mapping[str, str]
     infer: Mapping[str, Inference]
 
 
@@ -52,7 +54,7 @@ class ConfigMap:
     Attributes:
         hf_class: Native config class.
         keys: Top-level keys that are copied when present.
-        require: Top-level key -> the only value that the native class implements.
+        require: Top-level key -> the only value that the native class implements, as text.
         unused: Top-level keys of released checkpoints that change nothing here.
         tokens: Native key -> text of the added token whose id it takes.
         sections: Sub-configs.
@@ -106,6 +108,7 @@ def _section(table: StrictTable) -> ConfigSection:
         source=table.maybe_text("source") or "",
         values=table.strings("values"),
         keys=table.texts("keys"),
+        renames=table.strings("renames"),
         infer=_inferences(table.table("infer")),
     )
     table.finish()

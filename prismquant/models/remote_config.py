@@ -28,7 +28,7 @@ def converted_values(
         StorageError: A tokenizer file cannot be read.
     """
     for key, expected in table.require.items():
-        if raw.get(key, expected) != expected:
+        if str(raw.get(key, expected)) != expected:
             raise ModelError(
                 f"{key} is {raw[key]!r}; only {expected!r} is supported",
                 where=str(folder / "config.json"),
@@ -50,7 +50,8 @@ def _converted_section(
     source = raw.get(section.source) if section.source else raw
     result: dict[str, Any] = dict(section.values)
     if isinstance(source, dict) and source:
-        return result | {key: source[key] for key in section.keys if key in source}
+        named = {key: source[old] for key, old in section.renames.items() if old in source}
+        return result | named | {key: source[key] for key in section.keys if key in source}
     for key, rule in section.infer.items():
         value = _inferred(rule, infos, result)
         if value is None:

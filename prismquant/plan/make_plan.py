@@ -233,6 +233,13 @@ def _row(
             f"its weight is stored as {str(dtype).removeprefix('torch.')}, and scales cannot be",
             remedy="save the model in float32, bfloat16 or float16 first",
         )
+    view = bound.views.get(f"{site.disk_name}.weight")
+    if view is not None and view.index is None:
+        raise PlanError(
+            f"its weight is a part of {view.source} on disk, and readers want that whole",
+            remedy="leave it alone with `skip: true`, or use the checkpoint in transformers' own "
+            "format (of InternVL: the one whose name ends with -hf)",
+        )
     if site.tied and not own_head:
         raise PlanError(
             "its weight is tied to the input embeddings, which stay in floating point",

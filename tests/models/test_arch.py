@@ -45,7 +45,8 @@ def broken(tmp_path: Path):
 
 def test_every_architecture_is_tested():
     tested = {*tiny_vlm.FAMILIES, *tiny_families.FAMILIES, *tiny_families.SPARSE}
-    assert set(SEEING) <= tested | {"video_llama_3_remote"}
+    # The original layouts of two families have tests of their own.
+    assert set(SEEING) <= tested | {"video_llama_3_remote", "internvl_chat"}
     assert TEXT == ["gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe"]
 
 
@@ -286,6 +287,10 @@ def test_names_translate_there_and_back(name, parts, data):
     for layout in arch.layouts:
         names = NameMap(layout.name, layout.rewrites)
         roots = [tower.root for tower in arch.towers] + [arch.head]
+        # Some layers of a list have names of their own, and the list has none.
+        roots = [root for root in roots if any(root == module for _, module in names.rewrites)] or (
+            roots
+        )
         module = ".".join([data.draw(st.sampled_from(roots)), *parts])
         assert names.to_module(names.to_disk(module)) == module
 

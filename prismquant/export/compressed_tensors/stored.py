@@ -236,11 +236,11 @@ def stored_views(
     arch: ArchSpec, model: nn.Module, names: NameMap, shards: ShardReader
 ) -> Mapping[str, TensorView]:
     """Layers' weights that lie within larger stored tensors, by the names that they have alone."""
-    if not arch.experts:
+    if not arch.experts and not any(layout.joined for layout in arch.layouts):
         return NO_VIEWS
-    from prismquant.models.experts import expert_views  # of few models
+    from prismquant.models.bind_experts import shown_tensors  # of few models
 
-    return expert_views(model, names, {name: shards.info(name) for name in shards.names})
+    return shown_tensors(arch, model, names, {name: shards.info(name) for name in shards.names})[0]
 
 
 @dataclass(frozen=True)
