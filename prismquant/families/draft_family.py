@@ -104,7 +104,9 @@ def _seen(specimen: Path, arch: ArchSpec, batches: Mapping[str, Batch]) -> SeenM
     """
     kind = getattr(import_transformers(), arch.hf_class)
     with contextlib.redirect_stderr(io.StringIO()):  # its bar of progress
-        model: nn.Module = kind.from_pretrained(specimen, dtype=torch.float32).eval()
+        model: nn.Module = kind.from_pretrained(
+            specimen, dtype=torch.float32, trust_remote_code=False, local_files_only=True
+        ).eval()
     modules = dict(model.named_modules())
     names = {id(module): path for path, module in modules.items()}
     head = names.get(id(model.get_output_embeddings()))  # type: ignore[operator]
