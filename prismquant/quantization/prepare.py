@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,15 +37,13 @@ from prismquant.memory import (
 )
 from prismquant.models.arch import Modality
 from prismquant.models.bound import BoundModel
-from prismquant.models.config import read_config
-from prismquant.models.given_arch import own_arch_file
 from prismquant.models.processor import load_processor
 from prismquant.plan.plan import Plan
 from prismquant.plan.unseen import unseen_vision
 from prismquant.quantization.request import Request
-from prismquant.run.differences import ARCHITECTURE
 from prismquant.run.fingerprint import (
     code_versions,
+    described_versions,
     fingerprint_batches,
     fingerprint_samples,
     stamp_files,
@@ -324,15 +321,8 @@ def _identity(
         samples=fingerprint_samples(samples),
         inputs=fingerprint_batches(dealt),
         arithmetic=arithmetic,
-        versions=code_versions() | _description(bound),
+        versions=code_versions() | described_versions(bound.folder, bound.arch),
     )
-
-
-def _description(bound: BoundModel) -> dict[str, str]:
-    """Fingerprint of an architecture that no file of the package describes."""
-    own = own_arch_file(bound.folder, read_config(bound.folder).get("model_type"))
-    digest = hashlib.sha256(repr(bound.arch).encode()).hexdigest()[:16]
-    return {} if own is None else {ARCHITECTURE: digest}
 
 
 def source_files(folder: Path) -> list[Path]:

@@ -17,6 +17,10 @@ import torch
 
 from prismquant.data import Sample, fingerprint
 from prismquant.errors import StorageError
+from prismquant.models.arch import ArchSpec
+from prismquant.models.config import read_config
+from prismquant.models.given_arch import own_arch_file
+from prismquant.run.differences import ARCHITECTURE
 from prismquant.run.identity import FileStamp
 from prismquant.version import __version__
 
@@ -125,6 +129,18 @@ def code_versions() -> dict[str, str]:
         "transformers": version("transformers"),
         "numba": _version_if_any("numba"),
     }
+
+
+def described_versions(folder: Path, arch: ArchSpec) -> dict[str, str]:
+    """Fingerprint of an architecture, by its key; empty where a file of the package describes it.
+
+    Args:
+        folder: The checkpoint.
+        arch: Its architecture.
+    """
+    if own_arch_file(folder, read_config(folder).get("model_type")) is None:
+        return {}
+    return {ARCHITECTURE: hashlib.sha256(repr(arch).encode()).hexdigest()[:16]}
 
 
 def _version_if_any(package: str) -> str:

@@ -38,6 +38,7 @@ from prismquant.quantization.prepare import (
 from prismquant.run.directory import NOTHING_TO_RESUME
 from prismquant.run.fingerprint import (
     code_versions,
+    described_versions,
     fingerprint_batches,
     fingerprint_samples,
     stamp_files,
@@ -177,7 +178,7 @@ def _prepare(asked: AnalysisRequest, bound: BoundModel, choices: Choices) -> _Pr
         samples=fingerprint_samples(samples),
         inputs=fingerprint_batches(sorted(one for prints, _ in told for one in prints)),
         arithmetic=f"{asked.target.type} {precision.describe()}",
-        versions=code_versions(),
+        versions=code_versions() | described_versions(bound.folder, bound.arch),
     )
     settings = _settings(asked, choices)
     identity = AnalysisIdentity(settings, replace(run, plan=json_digest(settings)))

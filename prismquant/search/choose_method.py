@@ -33,6 +33,7 @@ from prismquant.recipe.schema import Recipe
 from prismquant.run.directory import RunDirectory
 from prismquant.run.fingerprint import (
     code_versions,
+    described_versions,
     fingerprint_samples,
     stamp_files,
     unchanged,
@@ -351,5 +352,5 @@ def _identity(asked: Request, bound: BoundModel, parts: HeldOut) -> Identity:
         samples=fingerprint_samples((*parts.held_out, *parts.rest)),
         inputs="",
         arithmetic=f"{asked.target.type} {precision.describe()}",
-        versions=code_versions(),
+        versions=code_versions() | described_versions(bound.folder, bound.arch),
     )

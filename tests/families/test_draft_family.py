@@ -20,7 +20,7 @@ from prismquant.errors import ModelError, PrismQuantError
 from prismquant.families.arch_text import arch_text
 from prismquant.families.check_family import check_family
 from prismquant.families.draft_family import draft_family
-from prismquant.models.arch_files import known_archs, load_arch
+from prismquant.models.arch_files import PACKAGED, known_archs, load_arch
 from prismquant.models.reader_names import GptqNames
 
 if TYPE_CHECKING:
@@ -68,6 +68,20 @@ def test_a_draft_holds_untouched(
     assert roles & {"attn.qkv", "attn.qkv.q"}
     assert tower.edges
     assert all("DRAFT" in reason for reason in arch.left_alone.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family", ["llava", "llava_onevision", "idefics3", "gemma3", "mistral3", "glm4v", "qwen3_5"]
+)
+def test_a_draft_of_a_model_that_sees_holds_untouched(
+    family: str, tmp_path: Path, drafted: Callable[[Path], ArchSpec]
+) -> None:
+    """Though the package's file says more than one run can show."""
+    arch = drafted(tiny_families.build(family, tmp_path / "model"))
+    assert {"vision", "llm"} <= {tower.modality for tower in arch.towers}
+    assert arch.input_groups[0][0].startswith("pixel_values")
+    assert arch.edges
 
 
 # ------------------------------------------------------------------ beside the package's files
@@ -142,6 +156,12 @@ def test_a_text_says_what_the_architecture_says(name: str, tmp_path: Path) -> No
     said = load_arch(file)
     assert said.fused.items() >= bare.fused.items()
     assert dataclasses.replace(said, fused=bare.fused) == bare
+
+
+def test_the_page_shows_a_file_whole() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    shown = page.partition("## A file, whole")[2].partition("```toml\n")[2].partition("```")[0]
+    assert shown == (PACKAGED / "video_llama_3.toml").read_text(encoding="utf-8")
 
 
 # ------------------------------------------------------------------ what cannot be drafted
