@@ -152,10 +152,9 @@ def main() -> int:
     parser.add_argument("--vllm-path")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    kept = (
-        options.cells.read_text().splitlines() if options.cells and options.cells.exists() else ()
-    )
-    done: dict[str, Row] = {row["family"]: row for row in map(json.loads, kept)}
+    kept: Path | None = options.cells
+    lines = kept.read_text(encoding="utf-8").splitlines() if kept and kept.exists() else []
+    done: dict[str, Row] = {row["family"]: row for row in map(json.loads, lines)}
     vllm = (options.vllm_python, options.vllm_path) if options.vllm_python else None
     for family in options.families:
         if family in done:
