@@ -153,7 +153,9 @@ def require_modalities(samples: Iterable[Sample], needed: Collection[str]) -> No
         present |= shown | ({"vision"} if shown - {"audio"} else {"text"})
         counts[sample.kind] += 1
     if missing := sorted(set(needed) - present):
-        listed = ", ".join(f"{counts[kind]} {kind}" for kind in KINDS)
+        # Few models hear, so nobody misses sounds.
+        listable = [kind for kind in KINDS if counts[kind] or kind != "audio"]
+        listed = ", ".join(f"{counts[kind]} {kind}" for kind in listable)
         raise DataError(
             f"the recipe needs {' and '.join(missing)} samples, but the data hold none ({listed})",
             remedy=f"add {' and '.join(missing)} samples to the calibration data, or leave these "

@@ -244,7 +244,7 @@ def test_missing_modalities_are_reported(tmp_path: Path) -> None:
     lines = [turns(), turns([image("a.png")])]
     samples = read_samples(write_lines(tmp_path / "data.jsonl", lines))
     require_modalities(samples, {"text", "image", "vision"})
-    with pytest.raises(DataError, match=r"needs video samples.*1 text, 0 audio, 1 image, 0 video"):
+    with pytest.raises(DataError, match=r"needs video samples.*1 text, 1 image, 0 video"):
         require_modalities(samples, {"image", "video"})
     with pytest.raises(DataError, match="needs vision samples"):
         require_modalities(samples[:1], {"vision"})
