@@ -64,6 +64,14 @@ def damaged(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     return change
 
 
+def in_float(draft: Draft) -> None:
+    """Dequantize all layers, each by itself, as a dense export does."""
+    for name in [name for name in draft.tensors if name.endswith(".weight_shape")]:
+        rows, columns = draft.tensors[name].tolist()
+        float_again(name.removesuffix(".weight_shape"), rows, columns)(draft)
+    del draft.config["quantization_config"]
+
+
 def tied(draft: Draft) -> None:
     """Say that the head is the embedding, although it is stored."""
     draft.config["tie_word_embeddings"] = True
@@ -234,6 +242,8 @@ CASES = [
     Case("transformers.asymmetric", "w4a16", of_args(symmetric=False), "transformers"),
     Case("transformers.experts", "w4a16", lambda d: None, "transformers", "qwen3_vl_moe"),
     Case("transformers.experts", "w8a8", lambda d: None, "transformers", "qwen3_moe"),
+    Case("transformers.single-experts", "w4a16", in_float, "transformers", "qwen3_vl_moe"),
+    Case("vllm.experts", "w8a8-static", lambda d: None, "vllm", "qwen3_vl_moe"),
     Case("transformers.expert-inputs", "fp8", lambda d: None, "transformers", "qwen3_moe"),
     Case("transformers.tower-tokens", "w8a8-all", lambda d: None, "transformers"),
     Case("sglang.kernels", "w4a16", lambda d: None, "sglang"),

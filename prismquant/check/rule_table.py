@@ -143,6 +143,14 @@ _TENSORS = (
     ),
 )
 _PLAIN = (
+    Rule(
+        "transformers.single-experts",
+        _E,
+        "it finds stacks of experts",
+        experts.single,
+        (_HF,),
+        layered=True,
+    ),
     _held_by_loading("tensors.ungrouped", "stored codes belong to a group", layered=True),
     _held_by_loading("tensors.plain", "other tensors are complete", layered=True),
     _held_by_loading("tensors.plain-shape", "and as the model has them", layered=True),
@@ -249,6 +257,7 @@ _KERNELS = (
         layered=True,
     ),
     Rule("transformers.experts", _E, "it stacks experts", experts.unread, (_HF,), layered=True),
+    Rule("vllm.experts", _E, "it has kernels for experts", experts.served, (_VLLM,), layered=True),
     Rule(
         "transformers.expert-inputs",
         _W,

@@ -18,12 +18,13 @@ from prismquant.data import Sample, located, media_of
 from prismquant.data.frame_sampling import Sampling
 from prismquant.data.pictures import DECODING_BYTES, header_size, read_picture
 from prismquant.data.sizes import OwnSizes, Size, fitted, frame_size, picture_size, sized
-from prismquant.data.sound import read_sound, sound_seconds
+from prismquant.data.sound import Wave, read_sound, sound_seconds
 from prismquant.data.video import Clip, Outline, outline_video, read_frames, read_video
 from prismquant.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 _FLOAT32 = 4
 _CHANNELS = 3
@@ -96,9 +97,24 @@ def processor_inputs(sample: Sample, processor: Any, limits: Limits) -> dict[str
         }
     if sounds := [item["audio"] for kind, item in items if kind == "audio"]:
         rate = heard_rate(processor)
-        given["audio"] = [read_sound(sample.folder / sound, rate) for sound in sounds]
+        given["audio"] = [_heard(sample.folder / sound, rate, processor) for sound in sounds]
         given["audio_kwargs"] = {"sampling_rate": rate}
     return given
+
+
+def _heard(path: Path, rate: int, processor: Any) -> Wave:
+    """A sound of which the processor cuts nothing off.
+
+    Raises:
+        DataError: It is longer than what the model hears, or cannot be read.
+    """
+    wave, most = read_sound(path, rate), getattr(processor.feature_extractor, "n_samples", None)
+    if most is not None and len(wave) > most:
+        raise DataError(
+            f"{path.name} lasts {len(wave) / rate:.1f} s, and the model hears {most / rate:g} s",
+            remedy="cut the sound",
+        )
+    return wave
 
 
 def heard_rate(processor: Any) -> int:

@@ -292,6 +292,12 @@ def _no_processor(folder: Path, error: Exception) -> DataError:
             where=str(folder / "tokenizer.json"),
             remedy="install the release of tokenizers that wrote it, or restore the original file",
         )
+    if isinstance(error, ImportError):
+        return DataError(
+            f"the checkpoint's processor needs a package that is not installed: {brief(error)}",
+            where=str(folder),
+            remedy="install that package",
+        )
     return _missing(folder, brief(error))
 
 

@@ -92,8 +92,13 @@ def prepare(asked: Request, bound: BoundModel, plan: Plan, precision: Precision)
     ranks, reporter, size = asked.ranks, asked.reporter, asked.recipe.calibration.batch_size
     room = memory_room(asked.memory_budget)
     samples = _calibration_samples(plan, asked, room)
-    if plan.needs_data:
-        require_true_replay(bound, trust_remote_code=asked.trust_remote_code)
+    if plan.needs_data or plan.edges or plan.towers:
+        require_true_replay(
+            bound,
+            scales=bool(plan.edges),
+            rotations=bool(plan.towers),
+            trust_remote_code=asked.trust_remote_code,
+        )
     if bound.arch.sees:
         plan = _with_unseen(plan, samples, reporter, strict=asked.strict)
     own = share_of(by_length(samples), size, ranks)

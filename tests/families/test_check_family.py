@@ -114,6 +114,20 @@ def test_wrong_claims_are_told(tiny: Callable[..., Path], tmp_path: Path) -> Non
     ]
 
 
+def test_a_transform_that_would_change_the_model_is_refused(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Of a file of one's own, whose stream lacks a writer; without the rotation it is no matter."""
+    file = altered(WHOLE, tmp_path, {'    "model.visual.merger.mlp.2",\n': ""})
+    rules = [{"match": {"role": "mlp.down"}, "weights": "int8-g32", "solver": "rtn"}]
+    rotation = {"name": "rotation", "match": {"modality": "llm"}}
+    rotated = {"rules": rules, "transforms": [rotation]}
+    with pytest.raises(ModelError, match="a transform of the recipe would change"):
+        pq.quantize(tiny("qwen2_vl"), rotated, tmp_path / "rotated", arch=file)
+    assert not (tmp_path / "rotated").exists()
+    pq.quantize(tiny("qwen2_vl"), {"rules": rules}, tmp_path / "plain", arch=file)
+
+
 def test_a_gate_that_is_not_said_and_a_reader_that_is_forgotten_are_told(
     tiny: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import wave
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,6 +14,7 @@ import prismquant as pq
 from prismquant.data.batches import make_batches
 from prismquant.data.media import Limits, processor_inputs
 from prismquant.data.spans import render
+from prismquant.errors import DataError
 from prismquant.families.check_family import check_family
 from prismquant.families.specimen import KINDS, write_samples
 from prismquant.models import arch_files
@@ -67,3 +70,18 @@ def test_sounds_are_padded_as_the_processor_pads_them(
     ours, theirs = (one["input_features"].transpose(1, 2) for one in (batch.inputs, expected))
     # A window at the end of a sound sees the padding.
     torch.testing.assert_close(ours[heard], theirs[heard], rtol=1e-2, atol=1e-2)
+
+
+def test_a_sound_that_the_model_would_not_hear_whole_is_refused(
+    thinker: Path, tmp_path: Path
+) -> None:
+    with wave.open(str(tmp_path / "long.wav"), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        file.writeframes(bytes(2 * 16_000 * 31))
+    content = [{"type": "audio", "audio": "long.wav"}, {"type": "text", "text": "What is it?"}]
+    row = {"messages": [{"role": "user", "content": content}]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    with pytest.raises(DataError, match=r"long.wav lasts 31.0 s, and the model hears 30 s"):
+        pq.quantize(thinker, "w8a16", tmp_path / "out", tmp_path / "data.jsonl", fallback=True)
