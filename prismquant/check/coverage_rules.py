@@ -122,11 +122,11 @@ def _unmet(checkpoint: Checkpoint, targets: Targets, names: set[str]) -> list[st
 
 
 def _modules(checkpoint: Checkpoint) -> set[str]:
-    """All layers and all modules with a parameter, by both of their names."""
+    """All layers and all modules with a parameter, by both of their names; and what is carried."""
     model = checkpoint.model
     if model is None:
         return set()
-    names = {*model.shapes, *(model.names.to_disk(name) for name in model.shapes)}
+    names = {*model.shapes, *(model.names.to_disk(name) for name in model.shapes), *model.carried}
     called = {layer.called for layer in checkpoint.layers}
     return called | {name.rpartition(".")[0] for name in names}
 
