@@ -6,5 +6,6 @@ from functools import partial
 
 from tiny_families import glm4v
 
+SLOW = True
 TOKENS = glm4v.TOKENS
 make = partial(glm4v.make, name="Glm46V")

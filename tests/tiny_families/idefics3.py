@@ -6,6 +6,7 @@ from typing import Any
 
 from tiny_families import parts
 
+SLOW = True
 TOKENS = {
     "image_token": "<image>",
     "fake_image_token": "<fake_token_around_image>",

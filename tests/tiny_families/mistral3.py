@@ -8,6 +8,7 @@ import tiny_vlm
 
 from tiny_families import parts
 
+SLOW = True
 TOKENS = {
     "image_token": "[IMG]",
     "image_break_token": "[IMG_BREAK]",
