@@ -96,7 +96,11 @@ def test_a_folder_without_a_model(tmp_path: Path, out: Path) -> None:
 
 def test_a_model_of_text_that_no_architecture_describes(tmp_path: Path, out: Path) -> None:
     write_json(tmp_path / "config.json", {"model_type": "gpt2", "hidden_size": 64})
-    words = "no architecture describes model_type 'gpt2'", "config.json", "known: gemma2"
+    words = (
+        "no architecture describes model_type 'gpt2'",
+        "config.json",
+        "known: deepseek_vl, gemma2",
+    )
     refused(ModelError, *words, model=tmp_path, recipe="w8a8", out=out)
 
 
