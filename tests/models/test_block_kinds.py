@@ -134,8 +134,8 @@ def test_a_wrong_path_stays_an_error(model: Callable[..., Path], wrong: Site, fi
 def test_a_tower_without_blocks_cannot_have_some_of_them(tmp_path: Path) -> None:
     file = tmp_path / "odd.toml"
     text = (Path(__file__).parents[2] / "prismquant/models/archs/qwen3_vl.toml").read_text()
-    file.write_text(
-        text.replace('role = "projector.fc1"', 'role = "projector.fc1"\nin_blocks_with = "norm"')
-    )
+    added = 'sites = [{ path = "linear_fc1", in_blocks_with = "norm" }]'
+    assert 'like = "merger"' in text
+    file.write_text(text.replace('like = "merger"', f'like = "merger"\n{added}'))
     with pytest.raises(ModelError, match="a tower of modules has no blocks"):
         load_arch(file)
