@@ -266,6 +266,8 @@ def test_a_tokenizer_without_a_template_takes_texts_as_they_are(
 def test_pictures_are_refused(
     tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match="4 samples show pictures or clips, and the model reads"):
+    with pytest.raises(
+        DataError, match="4 samples show pictures or clips, and the model does not see"
+    ):
         pq.quantize(tiny("llama"), "w4a16", tmp_path / "out", calibration_file)
     assert not (tmp_path / "out").exists()

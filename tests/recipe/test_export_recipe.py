@@ -422,13 +422,15 @@ def test_what_is_honoured_of_a_documented_recipe_is_kept_on_the_way_back(
     model = bind(tiny(family))
     # Arguments of a call, which no recipe of these tools says.
     elsewhere = ("samples", "batch_size") if imported.dialect == "llm-compressor" else ()
-    for exported in (
-        export_recipe(imported, imported.dialect),
-        export_recipe(imported, imported.dialect, model=tiny(family)),
+    # Without a model the recipe is for all families, of which some fuse what an edge starts at.
+    fused = {"transforms[0].match"}
+    for exported, spared in (
+        (export_recipe(imported, imported.dialect), fused),
+        (export_recipe(imported, imported.dialect, model=tiny(family)), set()),
     ):
         back = read_back(exported, folder)
         dropped = {one.place for one in exported.dropped}
-        assert dropped <= {f"calibration.{field}" for field in elsewhere}
+        assert dropped <= {f"calibration.{field}" for field in elsewhere} | spared
         changed = [one.place for one in exported.changed if one.place.startswith("rules")]
         # A last group that is cut off is not taken on either way.
         assert all(place.endswith("fallback") for place in changed), changed
