@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import tiny_families
 import tiny_vlm
 import torch
 
@@ -36,7 +37,7 @@ def batches_of(folder: Path, data: Path, size: int) -> Batches:
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny_families.params(*FAMILIES))
 @pytest.mark.parametrize("size", [1, 6])
 def test_units_see_what_the_model_would_show_them(
     family: str, size: int, tiny: Callable[..., Path], tmp_path: Path

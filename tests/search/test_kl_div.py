@@ -42,7 +42,9 @@ def measured(folder: Path, unit: ChoiceUnit, name: str, calibration: Path, out: 
     return pq.measure(out, calibration, reference=folder).overall.divergence
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "video_llama_3"])
+@pytest.mark.parametrize(
+    "family", ["qwen3_vl", pytest.param("video_llama_3", marks=pytest.mark.slow)]
+)
 def test_divergences_are_those_of_whole_quantized_models(
     tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path, family: str
 ) -> None:
@@ -86,7 +88,7 @@ def losses(found: Sensitivity) -> dict[tuple[str, str, str], float]:
     }
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", [pytest.param("qwen2_5_vl", marks=pytest.mark.slow), "qwen3_vl"])
 def test_steps_that_are_loaded_one_at_a_time_give_the_same(
     tiny: Callable[..., Path],
     calibration_file: Path,

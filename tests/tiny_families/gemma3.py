@@ -8,6 +8,7 @@ import tiny_vlm
 
 from tiny_families import parts
 
+SLOW = True
 TOKENS = {
     "boi_token": "<start_of_image>",
     "eoi_token": "<end_of_image>",

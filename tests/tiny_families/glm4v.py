@@ -9,6 +9,7 @@ import tiny_vlm
 from tiny_families import parts
 
 _MARKS = tuple(f"<|{side}_of_{kind}|>" for kind in ("image", "video") for side in ("begin", "end"))
+SLOW = True
 TOKENS = {f"{mark[2:-2]}_token": mark for mark in (*_MARKS, "<|image|>", "<|video|>")}
 
 

@@ -12,6 +12,7 @@ from tiny_families import parts
 PATCH = 28
 # Bands of a sound's spectrum.
 MELS = 16
+SLOW = True
 TOKENS = {
     "image_token": "<|IMAGE|>",
     "video_token": "<|VIDEO|>",
