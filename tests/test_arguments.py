@@ -188,6 +188,7 @@ GOOD: dict[str, Any] = {
 # What each argument must refuse, whichever function takes it.
 BAD: dict[str, list[Any]] = {
     "model": [None, ["m"], ""],
+    "arch": [3, ""],
     "folder": [None, 3, ""],
     "recipe": [None, 3],
     "out": [None, "", "x" * 300],

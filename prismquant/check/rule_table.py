@@ -47,6 +47,12 @@ FILE_RULES = (
     Rule("model.unknown", _N, "the architecture is known", files.unknown_model),
     Rule("model.config", _E, "the configuration describes it", files.broken_model),
 )
+
+
+def _stacked(name: str, says: str, find: _Find, severity: Severity = _E) -> Rule:
+    return Rule(name, severity, says, find, (_HF,), layered=True)
+
+
 _MODEL = (
     Rule(
         "model.vllm",
@@ -143,14 +149,7 @@ _TENSORS = (
     ),
 )
 _PLAIN = (
-    Rule(
-        "transformers.single-experts",
-        _E,
-        "it finds stacks of experts",
-        experts.single,
-        (_HF,),
-        layered=True,
-    ),
+    _stacked("transformers.single-experts", "it finds stacks of experts", experts.single),
     _held_by_loading("tensors.ungrouped", "stored codes belong to a group", layered=True),
     _held_by_loading("tensors.plain", "other tensors are complete", layered=True),
     _held_by_loading("tensors.plain-shape", "and as the model has them", layered=True),
@@ -256,16 +255,9 @@ _KERNELS = (
         (_HF,),
         layered=True,
     ),
-    Rule("transformers.experts", _E, "it stacks experts", experts.unread, (_HF,), layered=True),
+    _stacked("transformers.experts", "it stacks experts", experts.unread),
     Rule("vllm.experts", _E, "it has kernels for experts", experts.served, (_VLLM,), layered=True),
-    Rule(
-        "transformers.expert-inputs",
-        _W,
-        "it rounds inputs of experts",
-        experts.float_inputs,
-        (_HF,),
-        layered=True,
-    ),
+    _stacked("transformers.expert-inputs", "it rounds inputs of experts", experts.float_inputs, _W),
     Rule(
         "transformers.tower-tokens",
         _N,

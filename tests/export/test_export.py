@@ -250,6 +250,7 @@ def test_the_index_names_every_tensor_and_its_size(
     assert {p.name for p in out.glob("*.safetensors")} == set(index["weight_map"].values())
 
 
+@pytest.mark.slow
 def test_every_preset_loads_back(
     tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path
 ) -> None:

@@ -102,7 +102,11 @@ def lowest(choice: MethodChoice, part: str) -> str:
 
 @pytest.mark.parametrize(
     ("family", "where"),
-    [("qwen2_vl", (LLM,)), ("qwen3_vl", (LLM, TOWER)), ("video_llama_3", (LLM,))],
+    [
+        ("qwen2_vl", (LLM,)),
+        pytest.param("qwen3_vl", (LLM, TOWER), marks=pytest.mark.slow),
+        ("video_llama_3", (LLM,)),
+    ],
 )
 def test_a_trial_measures_what_its_checkpoint_loses(
     tiny: Callable[..., Path],
@@ -190,6 +194,7 @@ def test_one_alternative_for_both_parts_is_not_tried_again() -> None:
     assert one_for_all(asked, mixed, ["rotated", "smoothed"], trials) == "rotated"
 
 
+@pytest.mark.slow
 def test_a_choice_in_little_memory_is_the_same(
     tiny: Callable[..., Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,6 +303,7 @@ def test_where_all_fail_the_remedy_is_that_of_the_failures(
     assert str(told.value.remedy).startswith(remedy)
 
 
+@pytest.mark.slow
 def test_several_ranks_choose_what_one_does(
     tiny: Callable[..., Path], data: Path, tmp_path: Path
 ) -> None:
