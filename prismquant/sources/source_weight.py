@@ -91,7 +91,6 @@ class ScaledWeight(SourceWeight):
     def _scales(self, stored: ShardReader) -> Tensor:
         """float32 ``[matrices, blocks down, blocks across]``."""
         scale = scale_values(stored.read(self.parts["scale"]))
-        _require_no_negative(scale, self.parts["scale"])
         if "scale_2" in self.parts:
             factor = scale_values(stored.read(self.parts["scale_2"]))
             scale = scale * factor.reshape(-1, *[1] * (scale.dim() - 1))
@@ -126,7 +125,6 @@ class GPTQWeight(SourceWeight):
         if bool(((groups < 0) | (groups >= len(scales))).any()):
             raise FormatError("an input's group does not exist", where=self.parts["g_idx"])
         scales = scale_values(scales)
-        _require_no_negative(scales, self.parts["scales"])
         return gptq_values(words, zeros, scales, groups, less_one=self.less_one, dtype=dtype)
 
 
@@ -138,17 +136,6 @@ class AWQWeight(SourceWeight):
         """Codes less zero points, times scales."""
         words, zeros, scales = _read(stored, self.parts)
         return awq_values(words, zeros, scale_values(scales), dtype)
-
-
-def _require_no_negative(scale: Tensor, name: str) -> None:
-    """Refuse negative scales, which no tool writes; zero is that of a block of zeros."""
-    count = int((scale < 0).sum())
-    if count:
-        raise FormatError(
-            f"the scale of a weight is negative in {count} of {scale.numel()} places",
-            where=name,
-            remedy="restore the file from the original checkpoint",
-        )
 
 
 def _read(stored: ShardReader, parts: Mapping[str, str]) -> tuple[Tensor, Tensor, Tensor]:
