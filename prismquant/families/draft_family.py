@@ -31,6 +31,7 @@ from prismquant.families.small_batches import renumbered, small_batches, vocabul
 from prismquant.families.specimen import write_specimen
 from prismquant.families.tried_draft import tried_draft
 from prismquant.families.watched_run import WatchedRun, watch
+from prismquant.memory import memory_error
 from prismquant.models.arch import ArchSpec, Modality
 from prismquant.models.arch_files import BESIDE, load_arch
 from prismquant.models.claims import CONVOLUTIONS
@@ -136,6 +137,8 @@ def _watched(model: nn.Module, batch: Batch, refusals: list[str]) -> WatchedRun 
         return watch(model, batch.inputs)
     # Third-party code over a configuration that nobody has released.
     except Exception as error:
+        if memory_error(error) is not None:
+            raise
         refusals.append(f"{type(error).__name__}: {error}")
         return None
 

@@ -13,6 +13,7 @@ from torch import nn
 from prismquant.errors import brief
 from prismquant.families.family_claims import FamilyClaim
 from prismquant.families.specimen_run import TOLERANCE, SpecimenRun
+from prismquant.memory import memory_error
 from prismquant.models.config import import_transformers
 
 __all__ = ["expert_claims"]
@@ -31,6 +32,8 @@ def expert_claims(run: SpecimenRun) -> Iterator[FamilyClaim]:
         apart = run.difference(_own_model(run))
     # Third-party code over a model that nobody has released.
     except Exception as error:
+        if memory_error(error) is not None:
+            raise
         yield FamilyClaim(
             what, False, f"transformers cannot run what it has written: {brief(error)}"
         )

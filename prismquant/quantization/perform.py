@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter, deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -79,11 +79,10 @@ def perform(asked: Request) -> Result:
             record = _quantized(asked, bound, ready, directory, record, precision)
             earlier = record.restarts[-1].notes if record.restarts else ()
         own = own_arch_file(bound.folder, read_config(bound.folder).get("model_type"))
-        if first and own is not None:
-            copy_arch(own, asked.out)
+        brought = copy_arch(own, asked.out) if first and own is not None else ()
         # A run that is resumed keeps those that it began with.
         lost = unknown if record.predictions == predictions else []
-        told = (*_notes(record, bound, directory), *_prediction(asked), *lost)
+        told = (*_notes(record, bound, directory, brought), *_prediction(asked), *lost)
         notes = (*anew, *earlier, *told)
         return Result(asked.out, ready.plan, record, notes)
 
@@ -186,10 +185,20 @@ def _recorded(
     return directory.finish(replace(record, nonfinite=loose), writer.last_files)
 
 
-def _notes(record: RunRecord, bound: BoundModel, directory: RunDirectory) -> tuple[str, ...]:
-    """Notes on what did not go as a user may expect."""
+def _notes(
+    record: RunRecord, bound: BoundModel, directory: RunDirectory, brought: Collection[str]
+) -> tuple[str, ...]:
+    """Notes on what did not go as a user may expect.
+
+    Args:
+        record: Of the run.
+        bound: The model.
+        directory: Of the run.
+        brought: Files that are no part of the record and were put there all the same.
+    """
     failed, damaged = failure_lines(record.steps), _damage(record.damaged)
-    foreign = directory.foreign_files(record) if record.finished else []
+    found = directory.foreign_files(record) if record.finished else []
+    foreign = [name for name in found if name not in brought]
     beside = f"files that the run has not written lie in its folder: {', '.join(foreign)}"
     return (*failed, *damaged, *links_remark(bound.folder), *[beside] * bool(foreign))
 

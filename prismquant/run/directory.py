@@ -29,7 +29,6 @@ from prismquant.engine.activation_store import ActivationStore, opened_store
 from prismquant.engine.placement import Store
 from prismquant.errors import PrismQuantError, StorageError
 from prismquant.memory import readable_bytes
-from prismquant.models.arch_files import BESIDE
 from prismquant.opening import read_json
 from prismquant.outputs import require_empty, require_regular_files
 from prismquant.plan.plan import Plan
@@ -264,7 +263,7 @@ class RunDirectory:
 
     def foreign_files(self, record: RunRecord) -> list[str]:
         """Files of the folder that a finished run has not written, and leaves as they are."""
-        ours = {*(step.shard for step in record.steps), *record.files, BESIDE}
+        ours = {*(step.shard for step in record.steps), *record.files}
         files = sorted(path for path in self.folder.rglob("*") if path.is_file())
         names = [path.relative_to(self.folder).as_posix() for path in files]
         return [n for n in names if n not in ours and not n.startswith(f"{self._inside.name}/")]

@@ -57,6 +57,7 @@ def test_a_run_uses_it_keeps_it_and_says_so(model: Path, mine: Path, tmp_path: P
     result = pq.quantize(model, RTN, out, arch=mine)
     assert (out / BESIDE).read_bytes() == mine.read_bytes()
     assert (out / "base.toml").is_file()
+    assert not any("has not written" in line for line in result.notes)
     assert "mine.toml describes it" in result.plan.remarks
     assert result.record.identity.versions["architecture file"]
     assert identify(out).title == "My own"
