@@ -24,12 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from prismquant.api import measure, quantize
 from prismquant.check import Severity, check
-from prismquant.data.batches import make_batches
-from prismquant.data.read import read_samples
 from prismquant.errors import PrismQuantError, brief
 from prismquant.export.load_quantized import load_model
 from prismquant.families.check_family import check_family
@@ -43,6 +40,7 @@ import tiny_families
 import tiny_text
 import tiny_vlm
 from known_failures import inputs_scaled_per_token
+from sample_logits import sample_logits
 
 PRESETS = ("w4a16-all", "w8a8-all")
 _PARTS = {"image": "image_processor", "video": "video_processor", "audio": "feature_extractor"}
@@ -96,12 +94,12 @@ def _quantized(folder: Path, preset: str, out: Path, data: Path) -> Row:
     cell["vllm rules"] = _refused(out, "vllm") or "ok"
     if refused := _refused(out, "transformers"):
         return cell | {"transformers": refused}
-    ours = _logits(load_model(out), folder, data)
+    ours = sample_logits(load_model(out), folder, data)
     kind = getattr(import_transformers(), bind(folder).arch.hf_class)
     try:
         theirs = kind.from_pretrained(out, dtype=torch.float32, local_files_only=True).eval()
         with inputs_scaled_per_token():
-            cell["transformers"] = float((_logits(theirs, folder, data) - ours).abs().max())
+            cell["transformers"] = float((sample_logits(theirs, folder, data) - ours).abs().max())
     # Another library, on what it may not read.
     except Exception as error:
         cell["transformers"] = brief(error)
@@ -112,19 +110,6 @@ def _refused(folder: Path, reader: str) -> str:
     """Why a reader does not take a checkpoint, by the rules of ``prismquant check``; or nothing."""
     found = check(folder, reader).findings
     return next((one.what for one in found if one.severity is Severity.ERROR), "")
-
-
-@torch.no_grad()
-def _logits(model: nn.Module, folder: Path, data: Path) -> Tensor:
-    """Logits of all samples, one after the other."""
-    batches = make_batches(
-        read_samples(data),
-        load_processor(folder),
-        batch_size=1,
-        vision_token_ids=bind(folder).vision_token_ids,
-    )
-    call: Any = model
-    return torch.cat([call(**batch.inputs, use_cache=False).logits[0] for batch in batches])
 
 
 def _in_vllm(folder: Path, python: str, path: str) -> str:

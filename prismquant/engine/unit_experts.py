@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from prismquant.engine.expert_calls import RoutedCalls
 from prismquant.engine.passes import Passes
+from prismquant.engine.streamed_model import StreamedModel
 from prismquant.models.bound import BoundStep
 
 
@@ -22,16 +22,14 @@ class UnitExperts:
 
     Attributes:
         step: The unit.
-        passes: Gives its passes.
-        module: Gives a module by its path.
-        as_served: Is entered while experts run.
+        passes: Its passes.
+        model: The streamed model that it is of.
         given: Experts whose outputs were given to the passes.
     """
 
     step: BoundStep
-    passes: Callable[[], Passes]
-    module: Callable[[str], nn.Module]
-    as_served: Callable[[], AbstractContextManager[None]]
+    passes: Passes
+    model: StreamedModel
     given: set[str] = field(default_factory=set)
 
     def calls(self, name: str, unsolved: Sequence[str] = ()) -> RoutedCalls:
@@ -41,18 +39,18 @@ class UnitExperts:
             name: Module path.
             unsolved: Layers before them whose weights are going to change.
         """
-        return RoutedCalls(self.passes().experts(name, unsolved), self.module(name))
+        return RoutedCalls(self.passes.experts(name, unsolved), self.model.module(name))
 
     def give(self, name: str, outputs: Sequence[Tensor]) -> None:
         """Let experts put out these tensors, one a call, in place of running once more."""
         self.given.add(name)
-        self.passes().give(name, outputs)
+        self.passes.give(name, outputs)
 
     def run(self) -> None:
         """Run all whose outputs were not given yet."""
         for name in sorted({s.expert.module for s in self.step.sites if s.expert} - self.given):
             routed = self.calls(name)
-            with self.as_served():
+            with self.model.as_served(self.step):
                 self.give(name, routed.run())
 
     def restart(self) -> None:

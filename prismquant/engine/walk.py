@@ -376,7 +376,8 @@ class Unit:
     @cached_property
     def experts(self) -> UnitExperts:
         """Its experts, where it has any; data must flow."""
-        return UnitExperts(self.step, lambda: self._passes, self.main.module, self.as_served)
+        # Nothing of it leads back here: a circle would hold all that waits until it is found.
+        return UnitExperts(self.step, self._passes, self.main)
 
     @cached_property
     def _passes(self) -> Passes:
@@ -390,10 +391,7 @@ class Unit:
 
     @property
     def _paused(self) -> bool:
-        """Whether passes halt at stages: they can at one input at a time.
-
-        At the entry unit they would hold all pixels.
-        """
+        """Whether passes halt at stages: at one input each; the entry unit would hold all pixels."""
         single = all(has_one_input(stage) for stage in self.stages)
         halting = bool(self.stages) and single and self.step.kind != "entry"
         return self.walk.placement.paused and halting

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import tiny_families
 import tiny_vlm
 import torch
 from known_failures import inputs_scaled_per_token, packed_towers_loaded
+from sample_logits import sample_logits
 
 import prismquant as pq
 from prismquant.check import check
-from prismquant.data import read_samples
-from prismquant.data.batches import make_batches
 from prismquant.export.load_quantized import load_model
 from prismquant.families.check_family import check_family
 from prismquant.models.arch import Modality
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from torch import Tensor, nn
 
 FAMILIES = tiny_families.params(*tiny_families.FAMILIES, *tiny_families.SPARSE)
 
@@ -41,18 +39,6 @@ def kinds_of(folder: Path) -> tuple[str, ...]:
 def pictures(family: str, tiny: Callable[..., Path], tmp_path: Path) -> Path:
     """Texts, pictures and, where the family takes them, clips."""
     return tiny_vlm.samples(tmp_path / "data", kinds_of(tiny(family)), count=6)
-
-
-@torch.no_grad()
-def logits(model: nn.Module, folder: Path, data: Path) -> Tensor:
-    batches = make_batches(
-        read_samples(data),
-        load_processor(folder),
-        batch_size=1,
-        vision_token_ids=bind(folder).vision_token_ids,
-    )
-    call: Any = model
-    return torch.cat([call(**batch.inputs, use_cache=False).logits[0] for batch in batches])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -78,8 +64,8 @@ def test_transformers_gives_the_logits_of_our_simulation(
     assert {Modality.VISION, Modality.LLM} <= towers
     report = check(out, "vllm" if bind(folder).arch.vllm else "transformers")
     assert report.ok, report.findings
-    actual = logits(load_model(out), folder, pictures)
-    full = logits(load_float(folder), folder, pictures)
+    actual = sample_logits(load_model(out), folder, pictures)
+    full = sample_logits(load_float(folder), folder, pictures)
     assert 1e-3 < (actual - full).abs().max() < full.abs().max()
     if "transformers.experts" in {finding.rule for finding in check(out, "transformers").findings}:
         return
@@ -87,7 +73,9 @@ def test_transformers_gives_the_logits_of_our_simulation(
     with packed_towers_loaded():
         theirs = kind.from_pretrained(out, dtype=torch.float32, local_files_only=True).eval()
     with inputs_scaled_per_token():
-        torch.testing.assert_close(actual, logits(theirs, folder, pictures), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            actual, sample_logits(theirs, folder, pictures), rtol=1e-3, atol=1e-3
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -112,5 +100,7 @@ def test_rotations_keep_the_function(
     rotation = {"name": "rotation", "match": {"modality": "llm"}, "options": {"residual": residual}}
     rotated = {"rules": rules, "transforms": [rotation]}
     pq.quantize(folder, rotated, out)
-    actual, full = (logits(m, folder, pictures) for m in (load_model(out), load_float(folder)))
+    actual, full = (
+        sample_logits(m, folder, pictures) for m in (load_model(out), load_float(folder))
+    )
     assert (actual - full).abs().max() < 0.2 * full.abs().max()

@@ -67,3 +67,11 @@ def cropped(title: str, transformers: Any, tokenizer: Any) -> tuple[Any, Any]:
         **own,
     )
     return config, processor
+
+
+def qwen_processor(transformers: Any, tokenizer: Any) -> Any:
+    """The processor of Qwen3-VL."""
+    start, end = "<|vision_start|>", "<|vision_end|>"
+    pads = (f"{start}<|{kind}_pad|>{end}" for kind in ("image", "video"))
+    tokenizer.chat_template = tiny_vlm.chat_template(*pads)
+    return tiny_vlm.processor_of("qwen3_vl", transformers, tokenizer)

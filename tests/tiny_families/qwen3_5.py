@@ -18,12 +18,18 @@ DROPPED: dict[str, tuple[int, ...]] = {
 
 def make(transformers: Any, tokenizer: Any) -> tuple[Any, Any]:
     """Its configuration and its processor."""
-    values = tiny_vlm.config_of("qwen3_vl", transformers).to_dict()
-    del values["model_type"]
+    config = transformers.Qwen3_5Config(**values(transformers, tokenizer, "qwen3_5_text"))
+    return config, parts.qwen_processor(transformers, tokenizer)
+
+
+def values(transformers: Any, tokenizer: Any, model_type: str, **text: Any) -> dict[str, Any]:
+    """Values of a configuration, with more of its language model's."""
+    found: dict[str, Any] = tiny_vlm.config_of("qwen3_vl", transformers).to_dict()
+    del found["model_type"]
     for key in ("model_type", "deepstack_visual_indexes"):
-        values["vision_config"].pop(key)
-    values["text_config"] = parts.text(tokenizer) | {
-        "model_type": "qwen3_5_text",
+        found["vision_config"].pop(key)
+    found["text_config"] = parts.text(tokenizer) | {
+        "model_type": model_type,
         "head_dim": tiny_vlm.HIDDEN // tiny_vlm.HEADS,
         "layer_types": ["linear_attention", "full_attention"],
         "linear_key_head_dim": 32,
@@ -37,9 +43,6 @@ def make(transformers: Any, tokenizer: Any) -> tuple[Any, Any]:
             "mrope_interleaved": True,
             "partial_rotary_factor": 0.25,
         },
+        **text,
     }
-    start, end = "<|vision_start|>", "<|vision_end|>"
-    pads = (f"{start}<|{kind}_pad|>{end}" for kind in ("image", "video"))
-    tokenizer.chat_template = tiny_vlm.chat_template(*pads)
-    processor = tiny_vlm.processor_of("qwen3_vl", transformers, tokenizer)
-    return transformers.Qwen3_5Config(**values), processor
+    return found

@@ -6,6 +6,8 @@ from typing import Any
 
 import tiny_vlm
 
+from tiny_families import parts
+
 SPARSE = True
 TOKENS: dict[str, str] = {}
 
@@ -22,8 +24,5 @@ def make(transformers: Any, tokenizer: Any) -> tuple[Any, Any]:
     values = config.to_dict() | {"text_config": text}
     del values["model_type"]
     values["vision_config"].pop("model_type")
-    start, end = "<|vision_start|>", "<|vision_end|>"
-    pads = (f"{start}<|{kind}_pad|>{end}" for kind in ("image", "video"))
-    tokenizer.chat_template = tiny_vlm.chat_template(*pads)
-    processor = tiny_vlm.processor_of("qwen3_vl", transformers, tokenizer)
+    processor = parts.qwen_processor(transformers, tokenizer)
     return transformers.Qwen3VLMoeConfig(**values), processor
