@@ -391,7 +391,7 @@ class Unit:
 
     @property
     def _paused(self) -> bool:
-        """Whether passes halt at stages: at one input each; the entry unit would hold all pixels."""
+        """Whether passes halt at stages: at one input each, never at pixels."""
         single = all(has_one_input(stage) for stage in self.stages)
         halting = bool(self.stages) and single and self.step.kind != "entry"
         return self.walk.placement.paused and halting
