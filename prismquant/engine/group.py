@@ -21,7 +21,7 @@ from prismquant.diagnostics.step_record import LayerRecord
 from prismquant.distributed import Ranks
 from prismquant.engine.calls import StepCall
 from prismquant.engine.failure import Guarded, with_way_out
-from prismquant.engine.group_moments import GroupMoments
+from prismquant.engine.group_moments import Gathered, GroupMoments
 from prismquant.engine.static_ranges import MORE_SAMPLES, UNSEEN, StaticRanges
 from prismquant.errors import NumericsError
 from prismquant.formats.quantized_layer import (
@@ -72,6 +72,10 @@ class LayerGroup:
         modules: The layers.
         settings: What to know of the run.
         weight: Gives a layer's weight, ``[out, in]``.
+
+    Attributes:
+        keeps: Whether its Hessian is kept for others that have the same input.
+        gathered: That Hessian, once there was a problem.
     """
 
     def __init__(
@@ -99,6 +103,8 @@ class LayerGroup:
         self._seen: dict[str, Tokens] = {}
         self._kept: list[OutlierColumns | None] = [None] * len(rows)
         self._correction: CorrectionDiagnostics | None = None
+        self.keeps = False
+        self.gathered: Gathered | None = None
 
     @property
     def name(self) -> str:
@@ -112,7 +118,8 @@ class LayerGroup:
             return row.outliers is not None
         if what == "ranges":
             return row.config.static_input or any(row.config.static_output for row in self.rows)
-        return bool(self.solver.statistics) or row.config.correction is not None
+        gathers = self._moments.given is None
+        return gathers and (bool(self.solver.statistics) or row.config.correction is not None)
 
     def observe(self, x: Tensor, call: StepCall, what: What, wanted: Tensor | None = None) -> None:
         """Take in one call's input of the layers, any shape that reshapes to [rows, in].
@@ -153,6 +160,11 @@ class LayerGroup:
                 self._ranges.update_output(row, rows, call)
         if any(row.config.static_output for row in self.rows):
             self._count("output_range", call.seen(x.shape[:-1].numel()))
+
+    def take(self, gathered: Gathered) -> None:
+        """Have the Hessian that others with the same input have gathered; no pass is wanted."""
+        self._moments.given = gathered
+        self._seen["hessian"] = gathered.seen
 
     def forgo(self, why: str) -> None:
         """Do without moments, whatever may be shown: the layers are rounded to nearest."""
@@ -205,6 +217,8 @@ class LayerGroup:
         if self._moments.failure is not None:
             # The solver refuses a problem without a Hessian, and its guard rounds it.
             hessian, self._correction = None, None
+        if self.keeps and hessian is not None and tokens is not None:
+            self.gathered = Gathered(hessian, tokens, self._seen["hessian"])
         self._moments.release()
         self._kept = self._take_columns(weights)
         return LayerProblem(

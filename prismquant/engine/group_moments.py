@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +14,22 @@ from prismquant.distributed import Ranks
 from prismquant.errors import NumericsError
 from prismquant.statistics.drift import Drift
 from prismquant.statistics.hessian import Hessian
+from prismquant.statistics.tokens import Tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Gathered:
+    """A Hessian for all who have the same input: who takes it needs no pass over the data.
+
+    Attributes:
+        hessian: float32 ``[in, in]``. A solver may work in its memory, and leaves it as it was.
+        tokens: Number of tokens that it is of, each by its weight.
+        seen: These tokens, for the record.
+    """
+
+    hessian: Tensor
+    tokens: float
+    seen: Tokens
 
 
 class GroupMoments:
@@ -26,6 +43,7 @@ class GroupMoments:
 
     Attributes:
         failure: Why there are no moments; None: they can be gathered.
+        given: A Hessian that another group has gathered from the same input.
     """
 
     def __init__(
@@ -35,10 +53,13 @@ class GroupMoments:
         self._correction = correction
         self._record: Hessian | Drift | None = None
         self.failure: str | None = None
+        self.given: Gathered | None = None
 
     @property
     def tokens(self) -> float | None:
         """Number of tokens that the Hessian is of."""
+        if self.given is not None:
+            return self.given.tokens
         return None if self._record is None else self._record.count
 
     def update(
@@ -70,6 +91,8 @@ class GroupMoments:
 
     def hessian(self, columns: Tensor | None) -> Tensor | None:
         """The Hessian, if it was gathered; columns that were split off are no longer in it."""
+        if self.given is not None:
+            return self.given.hessian
         if self._record is None:
             return None
         hessian = self._record.result(consume=True)
@@ -88,11 +111,12 @@ class GroupMoments:
 
     def release(self) -> None:
         """Give the memory of the sums back."""
-        self._record = None
+        self._record = self.given = None
 
     def give_up(self, why: str) -> None:
         """Do without moments."""
-        self.failure, self._record = why, None
+        self.failure = why
+        self.release()
 
     def require(self, remedy: str, what: str) -> None:
         """Refuse to go on where nothing was seen.
@@ -100,5 +124,5 @@ class GroupMoments:
         Raises:
             NumericsError: Nothing was.
         """
-        if self._record is None:
+        if self._record is None and self.given is None:
             raise NumericsError(what, where=self._name, remedy=remedy)

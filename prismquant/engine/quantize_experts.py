@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, cast
 from prismquant.diagnostics.step_record import LayerRecord
 from prismquant.engine.expert_calls import ExpertInput, RoutedCalls, middle
 from prismquant.engine.group import LayerGroup, What
+from prismquant.engine.group_moments import Gathered
 from prismquant.engine.unit_plan import Quantizing
 from prismquant.engine.walk import Unit
 from prismquant.engine.weight_rounding import is_rounded, round_layers
@@ -59,6 +60,8 @@ class ExpertsWork:
     ) -> None:
         self.unit, self.rows, self.how, self._unsolved = unit, rows, how, unsolved
         self._group_of, self._solve, self._keep = group_of, solve, keep
+        # Of all tokens, by how layers take them in: all experts that lack tokens share it.
+        self._of_all: dict[object, Gathered] = {}
 
     def run(self) -> None:
         """Solve the experts, and let the unit hand on what they put out."""
@@ -70,6 +73,7 @@ class ExpertsWork:
                     own[row.site.expert.number].append(row)
             for number, rows in own.items():
                 self._expert(routed, number, rows)
+            self._of_all.clear()
             if self._stagewise:
                 self.unit.experts.give(module, routed.outputs)
             else:
@@ -89,7 +93,7 @@ class ExpertsWork:
         last = [row for row in rows if _is_last(row.site.name)]
         if not self._stagewise:
             between = self._middle(expert, shown)
-        self._layers(first, shown, sent)
+        self._layers(first, shown, sent, of_all=few)
         if self._stagewise:
             between = self._middle(expert, shown)
         self._layers(last, between, sent)
@@ -103,8 +107,10 @@ class ExpertsWork:
         with self.unit.as_served():
             return ExpertInput(shown.call, middle(expert, shown.hidden))
 
-    def _layers(self, rows: Sequence[PlanRow], shown: ExpertInput, sent: Tokens) -> None:
-        """Solve layers of an expert that share an input."""
+    def _layers(
+        self, rows: Sequence[PlanRow], shown: ExpertInput, sent: Tokens, *, of_all: bool = False
+    ) -> None:
+        """Solve layers of an expert that share an input; ``of_all``: it is that of the block."""
 
         def keep(found: Found) -> None:
             for layer, record in found:
@@ -114,7 +120,14 @@ class ExpertsWork:
             if is_rounded(members[0]):
                 keep(round_layers(self.unit, members, self.how))
                 continue
-            self._solve([self._group(members, sent)], partial(self._show, shown), keep)
+            group = self._group(members, sent)
+            how = self._taken_in(members[0]) if of_all else None
+            if how in self._of_all:
+                group.take(self._of_all[how])
+            group.keeps = how is not None
+            self._solve([group], partial(self._show, shown), keep)
+            if group.gathered is not None:
+                self._of_all[how] = group.gathered
 
     def _group(self, rows: Sequence[PlanRow], sent: Tokens) -> LayerGroup:
         """A group; without moments, where its expert was sent few tokens and the plan says so."""
@@ -125,6 +138,13 @@ class ExpertsWork:
         least = config.min_tokens
         group.forgo(f"{sent.total} tokens were sent to its expert, and min_tokens is {least}")
         return group
+
+    def _taken_in(self, row: PlanRow) -> object:
+        """All that the Hessian of a given input depends on; None where it can't be shared."""
+        config = row.config
+        if row.observed or config.correction is not None or config.few_tokens != "all":
+            return None
+        return config.activations, row.online, self.how.vision_weight(row)
 
     def _show(self, shown: ExpertInput, groups: Sequence[LayerGroup], what: What) -> None:
         """Let groups take in an input."""

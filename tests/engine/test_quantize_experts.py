@@ -50,11 +50,12 @@ def batches_of(folder: Path, data: Path, size: int) -> list[Batch]:
 
 
 def routed_by_transformers(
-    folder: Path, batches: list[Batch]
+    folder: Path, batches: list[Batch], *, everything: bool = False
 ) -> tuple[list[Tensor], list[Tensor], Any]:
     """Inputs and modalities of each expert of the first block in transformers' own model.
 
-    Padding is left out; modalities are 0 for text, 1 for images, 2 for videos.
+    Padding is left out; modalities are 0 for text, 1 for images, 2 for videos. With ``everything``
+    each expert is given all tokens.
     """
     kind: Any = import_transformers().Qwen3VLMoeForConditionalGeneration
     model = kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
@@ -71,7 +72,7 @@ def routed_by_transformers(
         kind_of_token = (ids == image).long() + 2 * (ids == video).long()
         counted = batch.inputs["attention_mask"].flatten().bool()
         for expert in range(4):
-            chosen = (index == expert).any(dim=1) & counted
+            chosen = counted if everything else (index == expert).any(dim=1) & counted
             inputs[expert].append(hidden[chosen].double())
             kinds[expert].append(kind_of_token[chosen])
     return [torch.cat(x) for x in inputs], [torch.cat(k) for k in kinds], experts
@@ -81,16 +82,20 @@ def layers_of(out: Path, result: Any) -> dict[str, LayerRecord]:
     return {layer.name: layer for step in result.record.steps for layer in step.layers}
 
 
-@pytest.mark.parametrize("batch_size", [1, 6])
+@pytest.mark.parametrize(("batch_size", "least"), [(1, 0), (6, 0), (6, 100_000)])
 def test_losses_are_those_over_the_tokens_that_transformers_sends(
-    batch_size: int, tiny: Callable[..., Path], data: Path, tmp_path: Path
+    batch_size: int, least: int, tiny: Callable[..., Path], data: Path, tmp_path: Path
 ) -> None:
-    """In float64, from the fused model; with padding, whose rows are sent to experts, too."""
+    """In float64, from the fused model; with padding, whose rows are sent to experts, too.
+
+    Experts that are sent too few have all tokens in their place.
+    """
     folder, out = tiny("qwen3_vl_moe"), tmp_path / "out"
-    result = pq.quantize(folder, {"rules": EXPERTS}, out, data, batch_size=batch_size)
+    rules = [EXPERTS[0] | {"min_tokens": least}]
+    result = pq.quantize(folder, {"rules": rules}, out, data, batch_size=batch_size)
     found, model = layers_of(out, result), load_model(out)
     batches = batches_of(folder, data, batch_size)
-    inputs, kinds, experts = routed_by_transformers(folder, batches)
+    inputs, kinds, experts = routed_by_transformers(folder, batches, everything=least > 0)
     if batch_size > 1:
         assert any((batch.inputs["attention_mask"] == 0).any() for batch in batches)
     for number, x in enumerate(inputs):
@@ -112,7 +117,7 @@ def test_losses_are_those_over_the_tokens_that_transformers_sends(
             assert record.loss == pytest.approx(float(loss), rel=2e-3)
             tokens = record.tokens["hessian"]
             assert [tokens.text, tokens.image, tokens.video] == counts
-            assert record.routed == tokens
+            assert least or record.routed == tokens
 
 
 def test_the_record_and_the_screen_tell_what_each_expert_was_sent(
