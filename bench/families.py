@@ -30,7 +30,8 @@ from prismquant.check import Severity, check
 from prismquant.errors import PrismQuantError, brief
 from prismquant.export.load_quantized import load_model
 from prismquant.families.check_family import check_family
-from prismquant.families.specimen import KINDS, write_samples
+from prismquant.families.small_batches import kinds_of
+from prismquant.families.specimen import write_samples
 from prismquant.models.bind import bind
 from prismquant.models.config import import_transformers
 from prismquant.models.processor import load_processor
@@ -43,7 +44,6 @@ from known_failures import inputs_scaled_per_token
 from sample_logits import sample_logits
 
 PRESETS = ("w4a16-all", "w8a8-all")
-_PARTS = {"image": "image_processor", "video": "video_processor", "audio": "feature_extractor"}
 _SAMPLES = 8
 
 Row = dict[str, Any]
@@ -67,9 +67,7 @@ def try_family(family: str, maker: Any, work: Path, vllm: tuple[str, str] | None
     replays = [c.said for c in found.claims if c.what.startswith("units are run")]
     apart = [float(number) for said in replays for number in re.findall(r"by ([0-9.e+-]+)", said)]
     row["replay"] = max(apart, default=None)
-    processor = load_processor(folder)
-    taken = [k for k, part in _PARTS.items() if getattr(processor, part, None) is not None]
-    kinds = [kind for kind in KINDS if kind == "text" or kind in taken]
+    kinds = kinds_of(bind(folder).config, load_processor(folder))
     write_samples(work / "data", kinds, _SAMPLES)
     data = work / "data" / "samples.jsonl"
     for preset in PRESETS:

@@ -11,7 +11,9 @@ from typing import Any
 
 from prismquant.check.checkpoint import COMPRESSED_TENSORS, Checkpoint
 from prismquant.check.findings import Problem, gathered
+from prismquant.errors import ModelError
 from prismquant.formats.quantization_args import Args, read_args
+from prismquant.models.config import config_value
 
 _KEY = "kv_cache_scheme"
 _SIDES = ("k_scale", "v_scale")
@@ -214,5 +216,7 @@ def _heads(checkpoint: Checkpoint) -> int | None:
     if model is None:
         return None
     text = getattr(model.config, "text_config", model.config)
-    heads = getattr(text, "num_key_value_heads", None)
-    return int(heads) if heads is not None else None
+    try:
+        return int(config_value(text, "num_key_value_heads"))
+    except ModelError:
+        return None

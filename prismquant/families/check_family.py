@@ -187,9 +187,14 @@ def _pattern_claims(bound: BoundModel) -> Iterator[FamilyClaim]:
     patterns |= {} if gguf is None else {"gguf.tensors": list(gguf.tensors)}
     for table, names in patterns.items():
         idle = [name for name in names if not _matched(name, (*owners, *bound.shapes))]
+        lacking = [name for name in idle if name in bound.arch.in_some_models]
+        idle = [name for name in idle if name not in lacking]
         said = f"these match nothing: {', '.join(idle)}" if idle else f"{len(names)} patterns"
         sound = bool(names) and not idle
         yield FamilyClaim(f"patterns of {table} match something", sound, said)
+        if lacking:
+            said = f"of other models of the family, not of this one: {', '.join(lacking)}"
+            yield FamilyClaim(f"further patterns of {table} match something", None, said)
 
 
 def _block_claims(run: SpecimenRun) -> Iterator[FamilyClaim]:

@@ -21,7 +21,7 @@ from prismquant.models.bound import BoundModel
 from prismquant.models.config import config_value
 from prismquant.models.float_model import load_float
 
-__all__ = ["renumbered", "run_specimen", "small_batches", "vocabulary_of"]
+__all__ = ["kinds_of", "renumbered", "run_specimen", "small_batches", "vocabulary_of"]
 
 _SAMPLES = 3
 
@@ -35,10 +35,7 @@ def small_batches(arch: ArchSpec, config: Any, processor: Any, folder: Path) -> 
         processor: Of the model.
         folder: Where the samples go.
     """
-    # Some take a clip's frames as pictures: what they are given is called so, too.
-    parts = {"image": "image_processor", "video": "video_processor", "audio": "feature_extractor"}
-    taken = [kind for kind, part in parts.items() if getattr(processor, part, None) is not None]
-    kinds = [kind for kind in KINDS if kind == "text" or kind in taken]
+    kinds = kinds_of(config, processor)
     found = {}
     together = [("text", kind) for kind in kinds[1:]] if arch.one_kind else [tuple(kinds)]
     for names in dict.fromkeys([*((kind,) for kind in kinds), *together]):
@@ -52,6 +49,22 @@ def small_batches(arch: ArchSpec, config: Any, processor: Any, folder: Path) -> 
             vision_token_ids=[int(config_value(config, key)) for key in arch.vision_token_ids],
         )
     return found
+
+
+def kinds_of(config: Any, processor: Any) -> list[str]:
+    """Kinds of samples that a model takes.
+
+    Args:
+        config: Native configuration; in a family that hears, ``audio_config`` is None where it has
+            no ears.
+        processor: Of the model.
+    """
+    # Some take a clip's frames as pictures: what they are given is called so, too.
+    parts = {"image": "image_processor", "video": "video_processor", "audio": "feature_extractor"}
+    taken = {kind for kind, part in parts.items() if getattr(processor, part, None) is not None}
+    if getattr(config, "audio_config", config) is None:
+        taken.discard("audio")
+    return [kind for kind in KINDS if kind == "text" or kind in taken]
 
 
 def vocabulary_of(config: Any, batches: Iterable[Batch]) -> list[int]:

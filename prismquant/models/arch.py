@@ -247,6 +247,7 @@ class ArchSpec:
         edges: Edges between steps, with absolute paths.
         streams: Residual streams, one for a tower that can be rotated.
         left_alone: Pattern of module or parameter paths -> why they are not quantized.
+        in_some_models: Those of these patterns that match nothing in some models of the family.
         fused: Fuse label -> the layer that servers make of its sites.
         vllm: What vLLM calls its parts; None where vLLM does not have it.
         gguf: What llama.cpp calls its parts; None where llama.cpp does not have it.
@@ -275,6 +276,7 @@ class ArchSpec:
     edges: tuple[Edge, ...] = ()
     streams: tuple[Stream, ...] = ()
     left_alone: Mapping[str, str] = field(default_factory=dict)
+    in_some_models: tuple[str, ...] = ()
     fused: Mapping[str, FusedLayer] = field(default_factory=dict)
     vllm: VllmNames | None = None
     gguf: GgufNames | None = None

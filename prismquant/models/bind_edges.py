@@ -44,12 +44,14 @@ def bind_edges(
     binder = _EdgeBinder(arch, modules, owner, apart, probe, misfits)
     result: list[BoundEdge] = []
     for tower in arch.towers:
-        try:
-            heads = int(config_value(config, tower.heads)) if tower.heads else 0
-            kv_heads = int(config_value(config, tower.kv_heads)) if tower.kv_heads else heads
-        except ModelError as error:
-            misfits.add(error.what)
-            continue
+        heads = kv_heads = 0
+        if any(edge.kind == "value" for edge in tower.edges):
+            try:
+                heads = int(config_value(config, tower.heads)) if tower.heads else 0
+                kv_heads = int(config_value(config, tower.kv_heads)) if tower.kv_heads else heads
+            except ModelError as error:
+                misfits.add(error.what)
+                continue
         for step in steps:
             if step.kind in ("block", "projector") and tower.runs(step.name):
                 for edge in _present(tower, step.name, modules):

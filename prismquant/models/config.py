@@ -220,7 +220,7 @@ def unused_keys(arch: ArchSpec, folder: Path, config: Any) -> list[str]:
     parts = {"": config} | {name: getattr(config, name, None) for name in config.sub_configs}
     found = []
     for name, part in parts.items():
-        given = raw.get(name, {}) if name else raw
+        given = (raw.get(name) or {}) if name else raw
         fields = vars(type(part)()).keys() if part is not None else set()
         for key in sorted(given.keys() - fields - _ANY_CONFIG):
             near = difflib.get_close_matches(key, fields - given.keys(), n=1, cutoff=_LIKE)
@@ -238,13 +238,16 @@ def config_value(config: Any, key: str) -> Any:
     """A value by dotted key, e.g. ``text_config.hidden_size``.
 
     Raises:
-        ModelError: The config has no such key.
+        ModelError: The config has no such key, or one for each block.
     """
     value = config
     for part in key.split("."):
-        if not hasattr(value, part):
-            raise ModelError(f"the config has no {key!r}")
-        value = getattr(value, part)
+        try:
+            value = getattr(value, part)
+        except AttributeError as error:
+            raise ModelError(f"the config has no {key!r}") from error
+        except Exception as error:  # transformers' own kind, which not all of its versions have
+            raise ModelError(f"{key!r} differs from block to block") from error
     return value
 
 

@@ -2,9 +2,10 @@
 
 A file here is a family: ``make`` gives its configuration and its processor, of the parts that
 transformers has for it, and ``TOKENS`` the tokens that its tokenizer names. Weights, words and
-samples are those of :mod:`tiny_vlm`. ``SPARSE`` says of a family that it has experts; ``DROPPED``
-are stored tensors that its class drops, with their shapes; ``SLOW``, that another family has all
-that is particular of it, so that it is tried among slow tests.
+samples are those of :mod:`tiny_vlm`. ``ARCH`` names the architecture where several models of it are
+tried; ``SPARSE`` says of a family that it has experts; ``DROPPED`` are stored tensors that its
+class drops, with their shapes; ``SLOW``, that another family has all that is particular of it, so
+that it is tried among slow tests.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def build(family: str, folder: Path, *, dtype: torch.dtype = torch.float32) -> P
     processor.save_pretrained(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = getattr(transformers, known_archs()[family].hf_class)(config)
+        arch = getattr(file, "ARCH", family)
+        model = getattr(transformers, known_archs()[arch].hf_class)(config)
         tiny_vlm.randomize(model)
     model.to(dtype).save_pretrained(folder)
     if dropped := getattr(file, "DROPPED", None):

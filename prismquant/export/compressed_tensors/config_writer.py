@@ -97,7 +97,7 @@ def quantization_config(
     }
     layouts = {group["format"] for group in groups.values()} or {DENSE}
     quantized = {name for names in schemes.values() for name in names}
-    linears = {called(name) for name in _linears(bound)}
+    linears = {one for name in _linears(bound) for one in (called(name), *_looked_up(bound, name))}
     return {
         "quant_method": METHOD,
         "version": CONFIG_VERSION,
