@@ -39,6 +39,8 @@ class TowerPass:
         before: Name of the step of the chain that was finished before each finished step, by name;
             where outputs are kept.
         gradients: Give the gradients that have arrived at outputs, on the way back.
+        written: Give what finished steps have written into dictionaries that they were given, such
+            as keys and values for later steps, by the argument and the entry.
         batch: Number of the batch.
         ids: Samples of the batch.
         pixels: Makes the pixels, by their key, until the entry step has read them; for good where
@@ -60,6 +62,7 @@ class TowerPass:
     finished: dict[str, Callable[[], Any]] = field(default_factory=dict)
     before: dict[str, str] = field(default_factory=dict)
     gradients: dict[Source, Callable[[], Gradients]] = field(default_factory=dict)
+    written: dict[str, dict[Any, Callable[[], Any]]] = field(default_factory=dict)
     batch: int = 0
     ids: tuple[str, ...] = ()
     pixels: Callable[[], dict[str, Tensor]] | None = None
@@ -75,8 +78,11 @@ class TowerPass:
 
     def copied(self) -> TowerPass:
         """The same state, to go on from here by itself; no gradient has arrived at it."""
-        features, finished, before = dict(self.features), dict(self.finished), dict(self.before)
-        return replace(self, features=features, finished=finished, before=before, gradients={})
+        kept: dict[str, Any] = {
+            name: dict(getattr(self, name)) for name in ("features", "finished", "before")
+        }
+        written = {key: dict(entries) for key, entries in self.written.items()}
+        return replace(self, **kept, written=written, gradients={})
 
 
 @dataclass(frozen=True)

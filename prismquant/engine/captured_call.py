@@ -7,7 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from prismquant.engine.stand_ins import Captured, no_embedding, replaced_forwards
+from prismquant.engine.stand_ins import (
+    Captured,
+    no_embedding,
+    numbers_unknown,
+    replaced_forwards,
+)
+from prismquant.engine.token_tables import token_tables
 from prismquant.errors import ModelError, PrismQuantError, brief
 from prismquant.memory import memory_error
 from prismquant.models.arch import ArchSpec, Modality
@@ -33,13 +39,12 @@ def captured_call(
     Raises:
         ModelError: The model's own code fails, or comes to its end.
     """
-    name = arch.embeddings
-    table = model.get_parameter(f"{name}.weight")
-    if table.is_meta:
-        # In the vision tower's turn, text embeddings are computed first and then not used.
-        stand_ins = {name: no_embedding(table)} | stand_ins
+    tables = token_tables(model, arch)
+    absent = {name: table for name, table in tables.items() if table.weight.is_meta}
+    # In the vision tower's turn, text embeddings are computed first and then not used.
+    stand_ins = {name: no_embedding(t.weight) for name, t in absent.items()} | stand_ins
     try:
-        with replaced_forwards(model, stand_ins):
+        with replaced_forwards(model, stand_ins), numbers_unknown([*absent.values()]):
             if root is None:
                 model(**inputs, use_cache=False)
             else:

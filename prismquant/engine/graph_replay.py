@@ -24,6 +24,7 @@ from prismquant.engine.calls import Gradients, Source, StepCall, TowerPass
 from prismquant.engine.captured_call import llm_root
 from prismquant.engine.replay import Replay, with_glances
 from prismquant.engine.stand_ins import capture_here
+from prismquant.engine.token_tables import Lookups
 from prismquant.models.arch import Modality
 from prismquant.models.bound import BoundStep
 
@@ -77,13 +78,13 @@ class GraphReplay(Replay):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs, keep_all=True)
-        self._embed: Callable[[Tensor], Tensor] | None = None
+        self._tables: Lookups | None = None
         self._to_vision = False
 
-    def begin_llm(self, embed: Callable[[Tensor], Tensor]) -> None:
+    def begin_llm(self, tables: Lookups) -> None:
         """See :class:`Replay`."""
-        self._embed = embed
-        super().begin_llm(embed)
+        self._tables = tables
+        super().begin_llm(tables)
 
     def turn_round(self, *, to_vision: bool) -> None:
         """Go back from now on; all units must be finished.
@@ -126,9 +127,9 @@ class GraphReplay(Replay):
 
         All units of the language model must be gone through.
         """
-        if self._embed is None:
+        if self._tables is None:
             raise RuntimeError("the language model has not begun")
-        known = {self.bound.arch.embeddings: self._embed, llm_root(self.bound.arch): capture_here}
+        known = {**self._tables, llm_root(self.bound.arch): capture_here}
         for inputs, passes, llm in zip(self._batches, self._vision, self._llm, strict=True):
             if not passes:
                 continue

@@ -16,7 +16,7 @@ images and once for its videos, and the language model once.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from prismquant.engine.stand_ins import (
     first_tensor,
     replaced_forwards,
 )
+from prismquant.engine.token_tables import Lookups
 from prismquant.engine.vision_passes import vision_passes, without_pixels, zeros_like
 from prismquant.errors import ModelError, NumericsError
 from prismquant.models.arch import Modality
@@ -101,16 +102,17 @@ class Replay:
         unique: Tensor = torch.cat(ids).unique() if ids else torch.empty(0, dtype=torch.int64)
         return unique.to(self._zero.device)
 
-    def begin_llm(self, embed: Callable[[Tensor], Tensor]) -> None:
+    def begin_llm(self, tables: Lookups) -> None:
         """Compute what the language model is given, and forget the vision tower's states.
 
         All vision steps must be finished. Where all outputs are kept, nothing is forgotten.
 
         Args:
-            embed: In place of the model's embeddings, from ids [B, T] to [B, T, hidden].
+            tables: In place of the model's embeddings, and of other tables of tokens, by their
+                paths: from ids [B, T] to [B, T, features].
         """
         root = llm_root(self.bound.arch)
-        known = {self.bound.arch.embeddings: embed, root: capture_here}
+        known = {**tables, root: capture_here}
         for inputs, passes, vision, ids in zip(
             self._batches, self._vision, self._vision_tokens, self._ids, strict=True
         ):
@@ -128,6 +130,7 @@ class Replay:
             given = captured.kwargs_of_step
             if given.get("inputs_embeds") is None:
                 # Of a model of text alone, this tower itself looks up the embeddings.
+                embed = tables[self.bound.arch.embeddings]
                 given |= {"input_ids": None, "inputs_embeds": embed(inputs["input_ids"])}
             kept, number = self._states.keep(given), len(self._llm)
             self._llm.append(TowerPass(kept, weights, vision, video, tokens, batch=number, ids=ids))
@@ -183,14 +186,14 @@ class Replay:
         """Numbers of the batches with pictures or clips; the language model must not have begun."""
         return [number for number, passes in enumerate(self._vision) if passes]
 
-    def last_hidden(self, batch: int, embed: Callable[[Tensor], Tensor]) -> Tensor:
+    def last_hidden(self, batch: int, tables: Lookups) -> Tensor:
         """Input of the head for a batch, by the model's own forward from where it is.
 
         All units that are not finished, and the modules between units, must be real.
 
         Args:
             batch: Number of the batch.
-            embed: As that of :meth:`begin_llm`.
+            tables: As those of :meth:`begin_llm`.
 
         Returns:
             ``[B, T, hidden]``.
@@ -209,7 +212,7 @@ class Replay:
         inputs = dict(self._batches[batch])
         for state in passes:
             inputs |= state.pixels() if state.pixels else {}
-        known |= {self.bound.arch.embeddings: embed, self.bound.arch.head: capture_here}
+        known |= {**tables, self.bound.arch.head: capture_here}
         captured = self._capture(inputs, known)
         return first_tensor((*captured.args_of_step, *captured.kwargs_of_step.values()))
 
@@ -245,6 +248,12 @@ class Replay:
             whole: The model's inputs with pixels, at the entry unit; they are taken out.
         """
 
+        dictionaries = {
+            key: value
+            for key, value in captured.kwargs_of_step.items()
+            if isinstance(value, MutableMapping)
+        }
+
         def keep(output: Any) -> None:
             values = output if isinstance(output, Tensor) else output[0]
             if not all_finite(values):
@@ -254,6 +263,7 @@ class Replay:
                     remedy="check the source weights and the calibration samples; "
                     "float16 overflow is cured by running in float32",
                 )
+            self._keep_written(step, state, dictionaries)
             if self._keep_all:
                 state.before[step.name] = state.latest
             kept = self._states.keep(output)
@@ -283,6 +293,23 @@ class Replay:
             state.batch,
             state.video,
         )
+
+    def _keep_written(
+        self, step: BoundStep, state: TowerPass, given: Mapping[str, MutableMapping[Any, Any]]
+    ) -> None:
+        """Keep what a step has written into dictionaries for later ones."""
+        for key, entries in given.items():
+            known = state.written.get(key, {})
+            new = {entry: value for entry, value in entries.items() if entry not in known}
+            if new and self._keep_all:
+                raise ModelError(
+                    f"{step.name} hands {key} on to later blocks beside its output, and no "
+                    "gradient is brought back that way",
+                    where=self.bound.arch.name,
+                    remedy="choose a score that needs no gradients, such as kl_div",
+                )
+            for entry, value in new.items():
+                state.written.setdefault(key, {})[entry] = self._states.keep(value)
 
     def _keep_tapped(self, step: BoundStep, state: TowerPass, kept: Callable[[], Any]) -> None:
         """Keep the output of a unit that later ones look back at, and no longer than for these."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ def chain_link(
 ) -> Callable[..., Any]:
     """The last finished step gives its output; every other hands its input through.
 
+    What finished steps have written into the dictionaries that they were given is there again.
+
     Args:
         name: Of the step.
         state: Gives the pass.
@@ -44,6 +46,8 @@ def chain_link(
     def stand_in(*args: Any, **kwargs: Any) -> Any:
         now = state()
         if now.latest == name:
+            for key, entries in now.written.items():
+                kwargs[key].update({entry: value() for entry, value in entries.items()})
             return now.hidden()
         if tapped and name in now.finished:
             return now.finished[name]()
@@ -74,6 +78,25 @@ def replaced_forwards(model: nn.Module, forwards: dict[str, Callable[..., Any]])
                 del module.forward
             else:
                 module.forward = own
+
+
+@contextlib.contextmanager
+def numbers_unknown(tables: Sequence[nn.Module]) -> Iterator[None]:
+    """Within the block, weights that are not read have NaN for numbers, which take no memory.
+
+    Code that looks at one runs; what it makes of it, if anything goes on from there, is refused as
+    any other NaN is.
+    """
+    before = [table._parameters["weight"] for table in tables]
+    for table, weight in zip(tables, before, strict=True):
+        if weight is not None and weight.is_meta:
+            unknown = torch.full((1,), torch.nan, dtype=weight.dtype).expand(weight.shape)
+            table._parameters["weight"] = nn.Parameter(unknown, requires_grad=False)
+    try:
+        yield
+    finally:
+        for table, weight in zip(tables, before, strict=True):
+            table._parameters["weight"] = weight
 
 
 def no_embedding(table: Tensor) -> Callable[..., Any]:

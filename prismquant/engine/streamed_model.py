@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from prismquant.data.batches import Batch
 from prismquant.distributed import Ranks
@@ -20,6 +18,7 @@ from prismquant.engine.graph_replay import GraphReplay
 from prismquant.engine.passes import Passes, PausedPasses, ReplayedPasses, StepRun
 from prismquant.engine.placement import Placement
 from prismquant.engine.replay import Replay
+from prismquant.engine.token_tables import Lookups, TableRows, token_tables
 from prismquant.engine.walk_start import WalkStart
 from prismquant.formats.online_rotation import OnlineRotation
 from prismquant.models.arch import Modality
@@ -181,9 +180,9 @@ class StreamedModel:
         Args:
             calibrated: For calibration batches, too; else for followers alone.
         """
-        embed = self.embedding()
+        tables = self.lookups()
         for replay in (self.replay, self.followers) if calibrated else (self.followers,):
-            replay.begin_llm(embed)
+            replay.begin_llm(tables)
 
     def vision_steps(self) -> list[BoundStep]:
         """Steps before the language model, in its order; see :meth:`Replay.vision_steps`."""
@@ -218,36 +217,28 @@ class StreamedModel:
         for keep, output in ReplayedPasses(run).outputs():
             keep(output)
 
-    def embedding(self) -> Callable[[Tensor], Tensor]:
-        """The embeddings of the tokens in the batches: the whole table is far larger.
-
-        They are the model's own: some multiply by a scale what they look up.
-        """
+    def lookups(self) -> Lookups:
+        """Tables of tokens, which have the rows of those in the batches."""
         ids = torch.cat([self.replay.token_ids(), self.followers.token_ids()]).unique()
-        name = self.bound.names.to_disk(f"{self.bound.arch.embeddings}.weight")
-        rows = self._reader.read_rows(name, ids.cpu())
-        rows = rows.to(self._placement.device, self._placement.precision.dtype)
-        table: Any = copy.copy(self.module(self.bound.arch.embeddings))
-        # Of padding only the gradient is special, and its row may not be among these.
-        table.padding_idx = None
+        return {
+            name: TableRows(table, ids, self._rows_of(name), self._placement)
+            for name, table in token_tables(self.model, self.bound.arch).items()
+        }
 
-        def embed(tokens: Tensor) -> Tensor:
-            places = torch.searchsorted(ids, tokens)
-            found: Tensor = functional_call(table, {"weight": rows}, (places,))
-            return found
-
-        return embed
+    def _rows_of(self, table: str) -> Callable[[Tensor], Tensor]:
+        return partial(self._reader.read_rows, self.bound.names.to_disk(f"{table}.weight"))
 
     def between_units(self, *, vision: bool) -> list[str]:
         """Modules that hold parameters outside all units, such as norms between towers."""
         steps = [step.name for step in self.bound.steps]
         towers = [t for t in self.bound.arch.towers if t.modality is not Modality.LLM]
         roots = [tower.root for tower in towers if tower.root]
+        tables = {self.bound.arch.embeddings, *self.bound.arch.tables}
         names: list[str] = []
         for name, _ in self.model.named_parameters():
             owner = name.rpartition(".")[0]
             inside = any(owner == s or owner.startswith(f"{s}.") for s in steps)
-            inside |= owner == self.bound.arch.embeddings
+            inside |= owner in tables
             of_vision = any(owner.startswith(f"{root}.") for root in roots)
             if not inside and of_vision == vision and owner not in names:
                 names.append(owner)

@@ -247,6 +247,8 @@ class ArchSpec:
         edges: Edges between steps, with absolute paths.
         streams: Residual streams, one for a tower that can be rotated.
         left_alone: Pattern of module or parameter paths -> why they are not quantized.
+        tables: Tables beside ``embeddings`` that are looked up by the ids of tokens: only the rows
+            of the tokens at hand are read.
         in_some_models: Those of these patterns that match nothing in some models of the family.
         fused: Fuse label -> the layer that servers make of its sites.
         vllm: What vLLM calls its parts; None where vLLM does not have it.
@@ -276,6 +278,7 @@ class ArchSpec:
     edges: tuple[Edge, ...] = ()
     streams: tuple[Stream, ...] = ()
     left_alone: Mapping[str, str] = field(default_factory=dict)
+    tables: tuple[str, ...] = ()
     in_some_models: tuple[str, ...] = ()
     fused: Mapping[str, FusedLayer] = field(default_factory=dict)
     vllm: VllmNames | None = None

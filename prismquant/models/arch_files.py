@@ -84,6 +84,7 @@ def load_arch(path: Path) -> ArchSpec:
         edges=tuple(_edge(table) for table in top.tables("edges")),
         streams=tuple(_stream(table) for table in top.tables("streams")),
         left_alone=top.strings("left_alone"),
+        tables=top.texts("tables", ()),
         in_some_models=top.texts("in_some_models", ()),
         fused=fused_layers(top.table("fused")),
         vllm=vllm_names(top.table("vllm")),

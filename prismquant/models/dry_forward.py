@@ -64,9 +64,7 @@ def forward_findings(
     left = {step.name for step in steps}
     for name in left.copy():
         model.get_submodule(name).register_forward_pre_hook(lambda *_, n=name: left.discard(n))
-    for module in _outermost_holders(model):
-        module.forward = _on_shapes(module.to("meta").forward)
-    tell_device(model, torch.device("cpu"))
+    _without_numbers(model, arch)
     entry = next((site for step in steps for site in step.sites if step.kind == "entry"), None)
     picture = None if entry is None else _picture(arch, config, entry.in_features)
     passes = {"": _text(arch, config)} | ({" for pictures": picture} if picture else {})
@@ -91,9 +89,7 @@ def bounds_logits(model: nn.Module, arch: ArchSpec, config: Any) -> bool:
     Returns:
         False also where that cannot be told without numbers.
     """
-    for module in _outermost_holders(model):
-        module.forward = _on_shapes(module.to("meta").forward)
-    tell_device(model, torch.device("cpu"))
+    _without_numbers(model, arch)
     head: Any = model.get_submodule(arch.head)
     forward = head.forward
     head.forward = lambda *args: torch.full_like(forward(*args), _LARGE)
@@ -103,6 +99,28 @@ def bounds_logits(model: nn.Module, arch: ArchSpec, config: Any) -> bool:
     except _NoNumbersError:
         return False
     return bool((logits != _LARGE).any())
+
+
+def _without_numbers(model: nn.Module, arch: ArchSpec) -> None:
+    """Let modules that hold parameters compute shapes, and put out zeros."""
+    for module in _outermost_holders(model):
+        module.forward = _on_shapes(module.to("meta").forward)
+    tell_device(model, torch.device("cpu"))
+    table = dict(model.named_modules()).get(arch.embeddings)
+    if isinstance(table, nn.Embedding):
+        # Some code between modules reads a row of it.
+        zeros = torch.zeros(1, dtype=table.weight.dtype, device="cpu").expand(table.weight.shape)
+        table.weight = nn.Parameter(zeros, requires_grad=False)
+        setattr(table, "forward", _zeros_for(zeros[0]))  # noqa: B010 - mypy takes it for a method
+
+
+def _zeros_for(row: Tensor) -> Callable[[Tensor], Tensor]:
+    """A look-up that finds one row everywhere."""
+
+    def look_up(ids: Tensor) -> Tensor:
+        return row.expand(*ids.shape, -1)
+
+    return look_up
 
 
 def _outermost_holders(module: nn.Module) -> Iterator[nn.Module]:

@@ -47,7 +47,7 @@ class SuffixRuns:
         self._placement = analysis.placement
         self._batches = len(analysis.batches)
         self.resident = _fits(analysis)
-        self._embed = main.embedding()
+        self._tables = main.lookups()
         self._order = self._steps_in_order(analysis.ranks)
 
     @contextlib.contextmanager
@@ -91,11 +91,11 @@ class SuffixRuns:
         with self._main.loaded([] if begun else self._main.between_units(vision=False)):
             self._finish(forks, unit.step)
             for place, batch in enumerate(seen):
-                yield batch, [fork.last_hidden(place, self._embed) for fork in forks]
+                yield batch, [fork.last_hidden(place, self._tables) for fork in forks]
 
     def last_hidden(self, fork: Replay, batch: int) -> Tensor:
         """Input of the head in a fork that has finished all blocks."""
-        return fork.last_hidden(batch, self._embed)
+        return fork.last_hidden(batch, self._tables)
 
     def quantized(self, layers: Layers) -> contextlib.AbstractContextManager[None]:
         """Within the block, these layers are quantized."""
@@ -120,7 +120,7 @@ class SuffixRuns:
 
     def _resident_run(self, batch: int, layers: Sequence[ReplacedLayer]) -> Tensor:
         with layers_in_place(layers), self._placement.precision.in_force():
-            return self._main.replay.last_hidden(batch, self._embed)
+            return self._main.replay.last_hidden(batch, self._tables)
 
     def _finish(self, forks: Sequence[Replay], step: BoundStep) -> None:
         """Run all steps after this one."""
@@ -129,7 +129,7 @@ class SuffixRuns:
         for later in self._order[place + 1 :]:
             if later.modality is Modality.LLM and not begun:
                 for fork in forks:
-                    fork.begin_llm(self._embed)
+                    fork.begin_llm(self._tables)
                 begun = True
             if later.kind == "head":
                 break

@@ -11,6 +11,7 @@ from torch import nn
 from prismquant.data import read_samples
 from prismquant.data.batches import Batch, make_batches
 from prismquant.engine.replay import Replay
+from prismquant.engine.token_tables import Lookups
 from prismquant.errors import ModelError
 from prismquant.models.arch import Modality
 from prismquant.models.bind import bind
@@ -33,10 +34,11 @@ def batches_of(folder: Path, data: Path, batch_size: int) -> list[Batch]:
     )
 
 
-def embedding_of(model: nn.Module, bound: BoundModel) -> Callable[[torch.Tensor], torch.Tensor]:
+def tables_of(model: nn.Module, bound: BoundModel) -> Lookups:
     """The model's own embedding."""
-    table = model.get_submodule(bound.arch.embeddings).get_parameter("weight")
-    return lambda ids: nn.functional.embedding(ids, table)
+    name = bound.arch.embeddings
+    table = model.get_submodule(name).get_parameter("weight")
+    return {name: lambda ids: nn.functional.embedding(ids, table)}
 
 
 def replayed_logits(model: nn.Module, folder: Path, batches: list[Batch]) -> list[torch.Tensor]:
@@ -51,7 +53,7 @@ def replayed_logits(model: nn.Module, folder: Path, batches: list[Batch]) -> lis
 
     for step in replay.vision_steps():
         forward(step)
-    replay.begin_llm(embedding_of(model, bound))
+    replay.begin_llm(tables_of(model, bound))
     for step in bound.steps:
         if step.modality is Modality.LLM and step.kind == "block":
             forward(step)
@@ -155,7 +157,7 @@ def test_what_is_kept_does_not_grow_with_the_number_of_blocks(
         for step in replay.vision_steps():
             for call in replay.calls(step):
                 call.keep(model.get_submodule(step.name)(*call.args, **call.kwargs))
-        replay.begin_llm(embedding_of(model, bound))
+        replay.begin_llm(tables_of(model, bound))
         for step in bound.steps:
             if step.modality is Modality.LLM and step.kind == "block":
                 for call in replay.calls(step):

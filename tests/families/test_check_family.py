@@ -169,11 +169,11 @@ def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that looks up embeddings by itself forgets that some models scale them."""
 
     def raw(self: StreamedModel) -> Any:
-        name = f"{self.bound.arch.embeddings}.weight"
-        table = self._reader.read(self.bound.names.to_disk(name))
-        return lambda ids: torch.nn.functional.embedding(ids, table)
+        name = self.bound.arch.embeddings
+        table = self._reader.read(self.bound.names.to_disk(f"{name}.weight"))
+        return {name: lambda ids: torch.nn.functional.embedding(ids, table)}
 
-    monkeypatch.setattr(StreamedModel, "embedding", raw)
+    monkeypatch.setattr(StreamedModel, "lookups", raw)
 
 
 @pytest.mark.usefixtures("forgetful")

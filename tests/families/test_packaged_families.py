@@ -48,7 +48,7 @@ def test_the_file_is_right(family: str, tiny: Callable[..., Path]) -> None:
     others = bind(tiny(family)).arch.in_some_models
     claims = [c for c in found.claims if not (others and c.what.startswith(lacking))]
     assert [claim for claim in claims if claim.holds is not True] == []
-    assert found.blocks == {"vision": 2, "llm": 2}
+    assert found.blocks == tiny_families.blocks_of(family)
 
 
 @pytest.mark.parametrize("preset", ["w4a16-all", "w8a8-all"])

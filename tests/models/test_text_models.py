@@ -149,7 +149,8 @@ def test_replay_equals_the_models_own_forward(
     assert max(int(batch.attended.sum(1).max()) for batch in batches) > tiny_text.WINDOW
     replay = Replay(model, bound, batches, device=torch.device("cpu"), dtype=torch.float32)
     assert replay.vision_steps() == []
-    replay.begin_llm(model.get_submodule(bound.arch.embeddings).forward)
+    table = bound.arch.embeddings
+    replay.begin_llm({table: model.get_submodule(table).forward})
     for step in bound.steps:
         module, rows = model.get_submodule(step.name), []
         for call in replay.calls(step):
@@ -177,8 +178,9 @@ def test_the_engines_embeddings_are_the_models_own(
     model = load_float(folder)
     for batch in batches:
         ids = batch.inputs["input_ids"]
-        own = model.get_submodule(bound.arch.embeddings)(ids)
-        assert torch.equal(walk.main.embedding()(ids), own)
+        table = bound.arch.embeddings
+        own = model.get_submodule(table)(ids)
+        assert torch.equal(walk.main.lookups()[table](ids), own)
 
 
 # ---------------------------------------------------------------------------------- from end to end

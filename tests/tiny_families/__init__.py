@@ -5,7 +5,8 @@ transformers has for it, and ``TOKENS`` the tokens that its tokenizer names. Wei
 samples are those of :mod:`tiny_vlm`. ``ARCH`` names the architecture where several models of it are
 tried; ``SPARSE`` says of a family that it has experts; ``DROPPED`` are stored tensors that its
 class drops, with their shapes; ``SLOW``, that another family has all that is particular of it, so
-that it is tried among slow tests.
+that it is tried among slow tests; ``BLOCKS``, how many its language model has, if not two;
+``finish`` sets what weights alone do not say.
 """
 
 from __future__ import annotations
@@ -35,6 +36,11 @@ SPARSE = tuple(name for name, file in _FILES.items() if getattr(file, "SPARSE", 
 FAMILIES = tuple(name for name in _FILES if name not in SPARSE)
 
 
+def blocks_of(family: str) -> dict[str, int]:
+    """How many blocks each tower has."""
+    return {"vision": 2, "llm": getattr(_FILES[family], "BLOCKS", 2)}
+
+
 def params(*names: str) -> list[Any]:
     """Families as parameters of a test, those that are slow with that mark."""
     return [
@@ -62,6 +68,7 @@ def build(family: str, folder: Path, *, dtype: torch.dtype = torch.float32) -> P
         arch = getattr(file, "ARCH", family)
         model = getattr(transformers, known_archs()[arch].hf_class)(config)
         tiny_vlm.randomize(model)
+        getattr(file, "finish", lambda _: None)(model)
     model.to(dtype).save_pretrained(folder)
     if dropped := getattr(file, "DROPPED", None):
         _add_tensors(folder, dropped, dtype)

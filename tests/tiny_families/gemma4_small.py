@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import tiny_vlm
+import torch
 
 from tiny_families import gemma4
 
 ARCH = "gemma4"
+BLOCKS = 4
 TOKENS = gemma4.TOKENS
 _SOUND = {"hidden_size": tiny_vlm.HIDDEN, "num_hidden_layers": 1, "num_attention_heads": 4}
 
@@ -31,3 +33,10 @@ def make(transformers: Any, tokenizer: Any) -> tuple[Any, Any]:
         **gemma4.token_ids(tokenizer),
     )
     return config, gemma4.processor(transformers, tokenizer)
+
+
+def finish(model: Any) -> None:
+    """Bounds between which layers of the towers clip what they read and put out."""
+    for name, bound in model.named_buffers():
+        if name.endswith(("_min", "_max")) and torch.isinf(bound):
+            bound.fill_(-2.0 if name.endswith("_min") else 2.0)
