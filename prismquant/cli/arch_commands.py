@@ -37,13 +37,17 @@ def draft_arch(
 ) -> None:
     """Print an architecture file for a model, made of one run of a small random one.
 
-    No weights are read. What a run cannot show is marked DRAFT; then `prismquant arch check`.
+    No weights are read. What a run cannot show is marked DRAFT. The draft is tried as `prismquant
+    arch check` tries it: if a claim is wrong, it is printed, and the command fails.
     """
     from prismquant.families.draft_family import draft_family
+    from prismquant.families.sound_draft import require_sound_draft
     from prismquant.threads import use_threads
 
     use_threads(None)
-    say(draft_family(model), newline=False)
+    text = draft_family(model)
+    say(text, newline=False)
+    require_sound_draft(model, text)
 
 
 @archs.command("check")

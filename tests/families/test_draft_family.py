@@ -20,6 +20,7 @@ from prismquant.errors import ModelError, PrismQuantError
 from prismquant.families.arch_text import arch_text
 from prismquant.families.check_family import check_family
 from prismquant.families.draft_family import draft_family
+from prismquant.families.sound_draft import require_sound_draft
 from prismquant.models.arch_files import PACKAGED, known_archs, load_arch
 from prismquant.models.reader_names import GptqNames
 
@@ -174,6 +175,24 @@ def test_the_command_prints_the_file(tmp_path: Path) -> None:
     (tmp_path / "my.toml").write_text(result.stdout, encoding="utf-8")
     assert load_arch(tmp_path / "my.toml").model_types == ("smollm3",)
     assert sum("DRAFT" in line for line in result.stdout.splitlines()) == 2
+
+
+def test_a_draft_that_does_not_hold_is_printed_and_fails(tmp_path: Path) -> None:
+    """Experts with biases are none that the package can round."""
+    folder = tiny_configs.build("smollm3", tmp_path / "model")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    transformers.GptOssConfig(
+        vocab_size=128, num_local_experts=4, num_experts_per_tok=2, **sizes, **heads
+    ).save_pretrained(folder)
+    result = CliRunner().invoke(app, ["arch", "draft", str(folder)])
+    assert result.exit_code != 0
+    assert 'hf_class = "GptOssForCausalLM"' in result.stdout
+    assert isinstance(result.exception, ModelError)
+    assert "no set of gated experts without bias" in str(result.exception)
+    assert result.exception.where == str(folder)
+    with pytest.raises(ModelError, match="the draft does not hold"):
+        require_sound_draft(folder, result.stdout)
 
 
 def test_a_folder_without_a_tokenizer_is_an_error(tmp_path: Path) -> None:
