@@ -71,13 +71,17 @@ class PackedIntegers(BitLayout):
             tensors["weight_g_idx"] = q.group_index.to(torch.int32)
         return tensors
 
+    def suffixes(self, spec: NumberSpec) -> tuple[frozenset[str], frozenset[str]]:
+        """Words and scales, zero points of what is not symmetric."""
+        zeros = [] if spec.symmetric else ["weight_zero_point"]
+        required = frozenset(["weight_packed", "weight_scale", *zeros])
+        return required, frozenset(["weight_shape", "weight_g_idx"])
+
     def unpack(
         self, tensors: Mapping[str, Tensor], spec: NumberSpec, shape: Sequence[int] | None
     ) -> QuantizedTensor:
         """The shape comes from ``weight_shape`` or the caller, who must agree."""
-        required = {"weight_packed", "weight_scale"}
-        required |= set() if spec.symmetric else {"weight_zero_point"}
-        self.check_names(tensors, required, {"weight_shape", "weight_g_idx"}, spec)
+        self.check_names(tensors, spec)
         rows, columns = _true_shape(tensors.get("weight_shape"), shape)
         codes = unpack_bits(tensors["weight_packed"], spec.bits, rows, columns)
         zero = None

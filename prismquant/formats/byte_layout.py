@@ -69,11 +69,15 @@ class PlainBytes(BitLayout):
         weight = q.codes.contiguous().view(self.dtype)
         return {"weight": weight, "weight_scale": q.scale.contiguous()}
 
+    def suffixes(self, spec: NumberSpec) -> tuple[frozenset[str], frozenset[str]]:
+        """Bytes and scales."""
+        return frozenset(["weight", "weight_scale"]), frozenset()
+
     def unpack(
         self, tensors: Mapping[str, Tensor], spec: NumberSpec, shape: Sequence[int] | None
     ) -> QuantizedTensor:
         """Bytes are the codes."""
-        self.check_names(tensors, {"weight", "weight_scale"}, set(), spec)
+        self.check_names(tensors, spec)
         stored = tensors["weight"]
         if stored.dtype != self.dtype:
             raise FormatError(f"{self.name} weights are {self.dtype}, not {stored.dtype}")

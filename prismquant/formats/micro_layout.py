@@ -70,13 +70,16 @@ class MicroScaled(BitLayout):
         # Layers that are fused share the global scale in memory; on disk each has its own.
         return tensors | {"weight_scale": levels, "weight_global_scale": q.global_scale.clone()}
 
+    def suffixes(self, spec: NumberSpec) -> tuple[frozenset[str], frozenset[str]]:
+        """Patterns and scales, and a scale of all E4M3 scales."""
+        above = ["weight_global_scale"] if self.coded_scale == "e4m3" else []
+        return frozenset([self._weight, "weight_scale", *above]), frozenset()
+
     def unpack(
         self, tensors: Mapping[str, Tensor], spec: NumberSpec, shape: Sequence[int] | None
     ) -> QuantizedTensor:
         """Any global scale is read, not only powers of two."""
-        required = {self._weight, "weight_scale"}
-        required |= {"weight_global_scale"} if self.coded_scale == "e4m3" else set()
-        self.check_names(tensors, required, set(), spec)
+        self.check_names(tensors, spec)
         codes = self._unpacked(tensors[self._weight])
         check_shape((codes.shape[0], codes.shape[1]), shape)
         stored = tensors["weight_scale"]

@@ -38,7 +38,7 @@ from prismquant.formats.quantized_layer import QuantizedTensor, check_codes, sca
 from prismquant.numerics.kinds import FloatKind
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from prismquant.formats.spec import Kind, NumberSpec
     from prismquant.numerics.kinds import ScaleKind
@@ -113,14 +113,21 @@ class BitLayout(ABC):
         """True if a static format can be held."""
         return self.akin(spec) and self.refusal(spec) is None
 
-    def check_names(
-        self,
-        tensors: Mapping[str, Tensor],
-        required: set[str],
-        optional: set[str],
-        spec: NumberSpec,
-    ) -> None:
-        """Refuse tensors that are missing or unexpected."""
+    @abstractmethod
+    def suffixes(self, spec: NumberSpec) -> tuple[frozenset[str], frozenset[str]]:
+        """Suffixes of the tensors that a weight must have in this layout, and those it may have."""
+
+    def check_names(self, tensors: Iterable[str], spec: NumberSpec) -> None:
+        """Refuse tensors that are missing or unexpected.
+
+        Args:
+            tensors: Their suffixes.
+            spec: The format of the weight.
+
+        Raises:
+            FormatError: There are such.
+        """
+        required, optional = self.suffixes(spec)
         missing = sorted(required - set(tensors))
         extra = sorted(set(tensors) - required - optional)
         if missing or extra:

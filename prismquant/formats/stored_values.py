@@ -7,6 +7,7 @@ time, so that nothing of the size of the weight is in memory beside what is stor
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def scale_values(stored: Tensor) -> Tensor:
         stored = stored.view(torch.float8_e8m0fnu)
     scale = stored.to(torch.float32)
     if not bool(scale.isfinite().all()):
-        raise FormatError("a scale is no number", remedy="copy the checkpoint again")
+        raise FormatError("a scale is no number")
     return scale
 
 
@@ -47,6 +48,8 @@ def scaled_values(
     scale: Tensor,
     block: tuple[int, int],
     dtype: torch.dtype,
+    *,
+    vanishing: bool = False,
 ) -> Tensor:
     """Points times the scales of their blocks.
 
@@ -56,18 +59,37 @@ def scaled_values(
         scale: float32 ``[ceil(out / rows), ceil(in / columns)]``.
         block: Rows and columns that share a scale; the last blocks may be cut off.
         dtype: Of the result.
+        vanishing: Whether some scales may be zero where points are not, as those that underflow.
 
     Returns:
         ``[out, in]``.
+
+    Raises:
+        FormatError: A scale is zero where points are not.
     """
     values = torch.empty(shape, dtype=dtype)
+    suspect = _is_suspect(scale, vanishing=vanishing)
     rows = torch.arange(shape[0]) // block[0]
     columns = torch.arange(shape[1]) // block[1]
     for piece in row_slices(*shape):
         factors = scale[rows[piece]]
         factors = factors if factors.shape[1] == 1 else factors[:, columns]
-        values[piece] = points(piece).to(torch.float32) * factors
+        numbers = points(piece).to(torch.float32)
+        if suspect:
+            _refuse_lost(numbers, factors)
+        values[piece] = numbers * factors
     return values
+
+
+def _refuse_lost(steps: Tensor, scale: Tensor) -> None:
+    """Refuse codes whose scale is zero, which would all become zero.
+
+    Raises:
+        FormatError: There are such.
+    """
+    lost = int(((scale == 0) & (steps != 0)).sum())
+    if lost:
+        raise FormatError(f"a scale is zero over {lost} codes that are not")
 
 
 def fp4_rows(packed: Tensor) -> Callable[[slice], Tensor]:
@@ -104,6 +126,7 @@ def gptq_values(
     *,
     less_one: bool,
     dtype: torch.dtype,
+    vanishing: bool = False,
 ) -> Tensor:
     """Values of a weight in the GPTQ layout: ``(code - zero point) * scale``.
 
@@ -114,13 +137,14 @@ def gptq_values(
         groups: int64 ``[in]``, the group of each input feature.
         less_one: Whether zero points are stored less one, as version 1 does.
         dtype: Of the result.
+        vanishing: As of :func:`scaled_values`.
 
     Returns:
         ``[out, in]``.
 
     Raises:
-        FormatError: The shapes do not belong together, or a zero point that is stored less one was
-            0, which readers take for different numbers.
+        FormatError: The shapes do not belong together, a zero point that is stored less one was
+            0, which readers take for different numbers, or a scale is zero where codes are not.
     """
     columns, rows = len(groups), qweight.shape[1]
     bits, rest = divmod(_WORD_BITS * qweight.shape[0], max(1, columns))
@@ -135,10 +159,18 @@ def gptq_values(
                 remedy="convert the checkpoint to checkpoint_format gptq_v2 with what wrote it",
             )
         zero = zero + 1
-    return _integer_values(qweight.T, bits, zero.T, scales.T, groups, dtype)
+    checked = _suspected(scales, groups, vanishing=vanishing)
+    return _integer_values(qweight.T, bits, zero.T, checked, dtype)
 
 
-def awq_values(qweight: Tensor, qzeros: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+def awq_values(
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    dtype: torch.dtype,
+    *,
+    vanishing: bool = False,
+) -> Tensor:
     """Values of a weight in the GEMM version of the AWQ layout.
 
     Args:
@@ -146,18 +178,23 @@ def awq_values(qweight: Tensor, qzeros: Tensor, scales: Tensor, dtype: torch.dty
         qzeros: int32 ``[G, out / 8]``, alike.
         scales: ``[G, out]``.
         dtype: Of the result.
+        vanishing: As of :func:`scaled_values`.
 
     Returns:
         ``[out, in]``.
+
+    Raises:
+        FormatError: A scale is zero where codes are not.
     """
     columns, rows = qweight.shape[0], scales.shape[1]
     groups = torch.arange(columns) // (columns // scales.shape[0])
     zero = _awq_codes(qzeros, rows).T
     codes = _awq_codes(qweight, rows).T
-    scale, values = scales.T.to(torch.float32), torch.empty(rows, columns, dtype=dtype)
+    scale = _suspected(scales, groups, vanishing=vanishing)
+    values = torch.empty(rows, columns, dtype=dtype)
     for piece in row_slices(rows, columns):
         steps = codes[piece].to(torch.float32) - zero[piece].to(torch.float32)[:, groups]
-        values[piece] = steps * scale[piece][:, groups]
+        values[piece] = scale.times(steps, piece)
     return values
 
 
@@ -169,14 +206,43 @@ def _awq_codes(packed: Tensor, rows: int) -> Tensor:
     return codes.reshape(len(packed), -1, len(AWQ_ORDER))[..., back].reshape(len(packed), rows)
 
 
+@dataclass(frozen=True, eq=False)
+class _Scales:
+    """Scales ``[out, G]`` in float32, the group of each column, and whether one may be wrong."""
+
+    scale: Tensor
+    groups: Tensor
+    suspect: bool
+
+    def times(self, steps: Tensor, piece: slice) -> Tensor:
+        """Steps of some rows times their scales."""
+        factors = self.scale[piece][:, self.groups]
+        if self.suspect:
+            _refuse_lost(steps, factors)
+        return steps * factors
+
+
+def _is_suspect(scale: Tensor, *, vanishing: bool) -> bool:
+    """Whether codes must be looked at, as some scale is zero: where it may be, all of them are."""
+    zero = scale == 0
+    return bool(zero.all() if vanishing else zero.any())
+
+
+def _suspected(scales: Tensor, groups: Tensor, *, vanishing: bool) -> _Scales:
+    """Scales ``[G, out]`` as they are multiplied."""
+    scale = scales.T.to(torch.float32)
+    return _Scales(scale, groups, _is_suspect(scale, vanishing=vanishing))
+
+
 def _integer_values(
-    packed: Tensor, bits: int, zero: Tensor, scale: Tensor, groups: Tensor, dtype: torch.dtype
+    packed: Tensor, bits: int, zero: Tensor, scale: _Scales, dtype: torch.dtype
 ) -> Tensor:
     """Unsigned codes ``[out, words]`` less their zero points ``[out, G]``, times their scales."""
-    rows, columns, half = len(packed), len(groups), 1 << (bits - 1)
-    values, scale = torch.empty(rows, columns, dtype=dtype), scale.to(torch.float32)
+    rows, columns, half = len(packed), len(scale.groups), 1 << (bits - 1)
+    values = torch.empty(rows, columns, dtype=dtype)
     for piece in row_slices(rows, columns):
         part = packed[piece].contiguous()
         codes = unpack_bits(part, bits, len(part), columns).to(torch.float32) + half
-        values[piece] = (codes - zero[piece].to(torch.float32)[:, groups]) * scale[piece][:, groups]
+        steps = codes - zero[piece].to(torch.float32)[:, scale.groups]
+        values[piece] = scale.times(steps, piece)
     return values

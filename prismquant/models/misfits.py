@@ -12,7 +12,7 @@ from prismquant.models.arch import ArchSpec
 
 # An error must fit a screen; the count of the rest is printed.
 _MOST_LINES = 30
-_USUAL_REMEDY = "use an unmodified, complete, unquantized checkpoint of this architecture"
+_USUAL_REMEDY = "use an unmodified, complete checkpoint of this architecture"
 
 
 class Misfits:

@@ -104,8 +104,11 @@ class FloatReader(ShardReader):
         try:
             return weight.values(self._stored, self._source.dtype, index)
         except FormatError as error:
-            where = f"{self.folder}: {name}"
-            raise FormatError(error.what, where=where, remedy=error.remedy) from error
+            part = error.where or name
+            file = self._stored.info(next(iter(weight.parts.values()))).file
+            remedy = error.remedy or f"copy {file} from the original checkpoint again"
+            where = f"{self.folder / file}: {part}"
+            raise FormatError(error.what, where=where, remedy=remedy) from error
 
     def read_rows(self, name: str, rows: Tensor) -> Tensor:
         """Lines of a tensor; of the whole one, where it is quantized or lies in another."""

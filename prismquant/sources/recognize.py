@@ -27,6 +27,9 @@ SECTION = "quantization_config"
 SECTION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
 _BYTES = (torch.uint8, torch.int8)
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+# Ends of names of tensors that only a weight in codes has.
+_MARKS = (".weight_packed", ".qweight", ".weight_scale_inv")
 _Find = Callable[[SourceHeaders], Iterator[tuple[str, SourceWeight]]]
 _METHODS: Mapping[str, _Find] = MappingProxyType(
     {
@@ -72,11 +75,12 @@ def quantized_source(
     method = str(section.get("quant_method", "")).lower() if section else ""
     _refuse_bitsandbytes(folder, method, infos)
     if not section or method not in _METHODS:
+        _refuse_codes(folder, method, infos)
         return None
     try:
         weights = dict(_METHODS[method](SourceHeaders(folder, section, infos, called)))
     except FormatError as error:
-        where = str(folder if error.where is None else f"{folder}: {error.where}")
+        where = str(folder if error.where is None else folder / error.where)
         raise FormatError(error.what, where=where, remedy=error.remedy) from error
     if not weights:
         return None
@@ -100,6 +104,35 @@ def declared_section(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] 
             if isinstance(content, dict):
                 return {"quant_method": method} | content
     return None
+
+
+def _refuse_codes(folder: Path, method: str, infos: Mapping[str, TensorInfo]) -> None:
+    """Refuse weights in codes of which no known method says what they mean.
+
+    Raises:
+        ModelError: There are such.
+    """
+    coded = next(
+        (
+            name
+            for name, info in infos.items()
+            if name.endswith(_MARKS) or (info.dtype in _FP8 and len(info.shape) > 1)
+        ),
+        None,
+    )
+    if coded is None:
+        return
+    said = (
+        f"by a method that is not read, {method!r}"
+        if method
+        else f"and config.json has no {SECTION} that says what they mean"
+    )
+    remedy = "use the unquantized checkpoint, or convert this one with the tool that wrote it"
+    raise ModelError(
+        f"weights are stored in codes ({coded} among them), {said}",
+        where=str(folder / infos[coded].file),
+        remedy=remedy if method else "restore config.json from the original checkpoint",
+    )
 
 
 def _refuse_bitsandbytes(folder: Path, method: str, infos: Mapping[str, TensorInfo]) -> None:

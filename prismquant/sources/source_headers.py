@@ -25,3 +25,14 @@ class SourceHeaders:
     section: Mapping[str, Any]
     infos: Mapping[str, TensorInfo]
     called: Callable[[str], tuple[str, ...]]
+
+    def place(self, name: str) -> str:
+        """A stored tensor with the file that it is in, as errors show them."""
+        return f"{self.infos[name].file}: {name}"
+
+    def copy_again(self, name: str) -> str:
+        """The remedy where a file or one beside it is damaged."""
+        return (
+            f"compare {self.infos[name].file}, the other shards and config.json with the original, "
+            "and copy again what differs; if nothing does, use the unquantized checkpoint"
+        )

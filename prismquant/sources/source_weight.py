@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from prismquant.formats.stored_values import (
     scaled_values,
 )
 from prismquant.shards import ShardReader
+
+# Dtypes of scales in which the scale of a row or group of tiny weights becomes zero.
+_UNDERFLOWING = (torch.float16, torch.float8_e4m3fn)
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,13 @@ class ScaledWeight(SourceWeight):
 
     def values(self, stored: ShardReader, dtype: torch.dtype, index: int | None = None) -> Tensor:
         """Numbers times scales, matrix by matrix."""
+        try:
+            return self._products(stored, dtype, index)
+        except FormatError as error:
+            where = error.where or self.parts["scale"]
+            raise FormatError(error.what, where=where, remedy=error.remedy) from error
+
+    def _products(self, stored: ShardReader, dtype: torch.dtype, index: int | None) -> Tensor:
         scale = self._scales(stored)
         if index is not None:
             return self._matrix(stored, index, scale[index], dtype)
@@ -83,10 +94,12 @@ class ScaledWeight(SourceWeight):
     ) -> Tensor:
         rows = self._rows(stored.read_matrix(self.parts["weight"], index))
         shape = (self.shape[-2], self.shape[-1])
+        vanishing = stored.info(self.parts["scale"]).dtype in _UNDERFLOWING
+        made = partial(scaled_values, rows, shape, scale, self.block, vanishing=vanishing)
         if "columns" not in self.parts:
-            return scaled_values(rows, shape, scale, self.block, dtype)
-        values = scaled_values(rows, shape, scale, self.block, torch.float32)
-        return (values * stored.read(self.parts["columns"]).to(torch.float32)).to(dtype)
+            return made(dtype)
+        factors = _factors(stored, self.parts["columns"])
+        return (made(torch.float32) * factors).to(dtype)
 
     def _scales(self, stored: ShardReader) -> Tensor:
         """float32 ``[matrices, blocks down, blocks across]``."""
@@ -94,6 +107,8 @@ class ScaledWeight(SourceWeight):
         if "scale_2" in self.parts:
             factor = scale_values(stored.read(self.parts["scale_2"]))
             scale = scale * factor.reshape(-1, *[1] * (scale.dim() - 1))
+            if not bool(scale.isfinite().all()):
+                raise FormatError("a scale overflows")
         rows, columns = self.shape[-2:]
         count = math.prod(self.shape[:-2])
         grid = (count, -(-rows // self.block[0]), -(-columns // self.block[1]))
@@ -101,7 +116,7 @@ class ScaledWeight(SourceWeight):
 
     def _rows(self, matrix: Tensor) -> Callable[[slice], Tensor]:
         if self.packed == "e2m1":
-            return fp4_rows(matrix)
+            return fp4_rows(matrix.view(torch.uint8))
         return paired_int4_rows(matrix) if self.packed == "int4" else lambda piece: matrix[piece]
 
 
@@ -123,9 +138,10 @@ class GPTQWeight(SourceWeight):
         if "g_idx" in self.parts:
             groups = stored.read(self.parts["g_idx"]).to(torch.int64)
         if bool(((groups < 0) | (groups >= len(scales))).any()):
-            raise FormatError("an input's group does not exist", where=self.parts["g_idx"])
-        scales = scale_values(scales)
-        return gptq_values(words, zeros, scales, groups, less_one=self.less_one, dtype=dtype)
+            raise FormatError("an input's group does not exist")
+        vanishing, scales = scales.dtype in _UNDERFLOWING, scale_values(scales)
+        made = partial(gptq_values, words, zeros, scales, groups, vanishing=vanishing)
+        return made(less_one=self.less_one, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -135,7 +151,20 @@ class AWQWeight(SourceWeight):
     def values(self, stored: ShardReader, dtype: torch.dtype, index: int | None = None) -> Tensor:
         """Codes less zero points, times scales."""
         words, zeros, scales = _read(stored, self.parts)
-        return awq_values(words, zeros, scale_values(scales), dtype)
+        vanishing = scales.dtype in _UNDERFLOWING
+        return awq_values(words, zeros, scale_values(scales), dtype, vanishing=vanishing)
+
+
+def _factors(stored: ShardReader, name: str) -> Tensor:
+    """Factors of a weight's columns, float32 ``[in]``.
+
+    Raises:
+        FormatError: One is zero or no number.
+    """
+    factors = scale_values(stored.read(name))
+    if bool((factors == 0).any()):
+        raise FormatError("a factor of the weight's columns is zero", where=name)
+    return factors
 
 
 def _read(stored: ShardReader, parts: Mapping[str, str]) -> tuple[Tensor, Tensor, Tensor]:

@@ -32,7 +32,7 @@ def gptq_weights(source: SourceHeaders) -> Iterator[tuple[str, SourceWeight]]:
         )
     bits = section.get("bits")
     for prefix in _prefixes(infos):
-        parts, words = _parts(prefix, infos), infos[f"{prefix}.qweight"].shape
+        parts, words = _parts(prefix, source), infos[f"{prefix}.qweight"].shape
         groups = infos[parts["scales"]].shape[0]
         if f"{prefix}.g_idx" in infos:
             parts["g_idx"] = f"{prefix}.g_idx"
@@ -42,6 +42,9 @@ def gptq_weights(source: SourceHeaders) -> Iterator[tuple[str, SourceWeight]]:
         width = words[0] * 32 // max(1, columns)
         form = f"int{width} {_unit(columns, groups)}"
         shape = (words[1], columns)
+        zeros = (groups, -(-shape[0] * width // 32))
+        _require(parts["scales"], (groups, shape[0]), shape, source)
+        _require(parts["qzeros"], zeros, shape, source)
         yield f"{prefix}.weight", GPTQWeight(shape, parts, form, _GPTQ_VERSIONS[version])
 
 
@@ -61,9 +64,18 @@ def awq_weights(source: SourceHeaders) -> Iterator[tuple[str, SourceWeight]]:
             remedy="use a checkpoint of version gemm, or the unquantized one",
         )
     for prefix in _prefixes(infos):
-        parts = _parts(prefix, infos)
+        parts = _parts(prefix, source)
         columns, rows = infos[parts["qweight"]].shape[0], infos[parts["scales"]].shape[1]
-        form = f"int4 {_unit(columns, infos[parts['scales']].shape[0])}"
+        groups, words = infos[parts["scales"]].shape[0], -(-rows // 8)
+        if not groups or columns % groups:
+            raise FormatError(
+                f"{groups} groups of scales do not fit {columns} inputs",
+                where=source.place(parts["scales"]),
+                remedy=source.copy_again(parts["scales"]),
+            )
+        _require(parts["qweight"], (columns, words), (rows, columns), source)
+        _require(parts["qzeros"], (groups, words), (rows, columns), source)
+        form = f"int4 {_unit(columns, groups)}"
         yield f"{prefix}.weight", AWQWeight((rows, columns), parts, form)
 
 
@@ -71,23 +83,48 @@ def _prefixes(infos: Mapping[str, TensorInfo]) -> list[str]:
     return [name.removesuffix(".qweight") for name in infos if name.endswith(".qweight")]
 
 
-def _parts(prefix: str, infos: Mapping[str, TensorInfo]) -> dict[str, str]:
+def _require(
+    name: str, wanted: tuple[int, ...], shape: tuple[int, int], source: SourceHeaders
+) -> None:
+    """Refuse a tensor of another shape than a weight needs."""
+    found = source.infos[name].shape
+    if found != wanted:
+        raise FormatError(
+            f"{list(found)} numbers do not fit a weight {list(shape)}, which has {list(wanted)}",
+            where=source.place(name),
+            remedy=source.copy_again(name),
+        )
+
+
+def _parts(prefix: str, source: SourceHeaders) -> dict[str, str]:
     """The tensors of a weight, by what they are.
 
     Raises:
-        FormatError: One is missing, or no matrix of its kind.
+        FormatError: One is missing, or no matrix of its kind; or the weight is there in floating
+            point, too.
     """
+    infos, coded = source.infos, f"{prefix}.qweight"
+    if f"{prefix}.weight" in infos:
+        raise FormatError(
+            f"a weight is there twice: in codes, and as {prefix}.weight; readers disagree which "
+            "one counts",
+            where=source.place(f"{prefix}.weight"),
+            remedy="delete the file that does not belong to this checkpoint; or "
+            + source.copy_again(coded),
+        )
     parts = {part: f"{prefix}.{part}" for part in _PARTS}
     for part, name in parts.items():
         if name not in infos:
             raise FormatError(
-                f"a quantized weight has no {part}", where=prefix, remedy="complete the download"
+                f"a quantized weight has no {part}: {name} is missing",
+                where=source.place(coded),
+                remedy=source.copy_again(coded),
             )
         info, floating = infos[name], part == "scales"
         if len(info.shape) != 2 or (info.dtype is not torch.int32) != floating:
             raise FormatError(
                 f"{part} is {info.dtype} {list(info.shape)}, which no known layout has",
-                where=name,
+                where=source.place(name),
                 remedy=_ELSEWHERE,
             )
     return parts
