@@ -75,7 +75,7 @@ def quantized_source(
     method = str(section.get("quant_method", "")).lower() if section else ""
     _refuse_bitsandbytes(folder, method, infos)
     if not section or method not in _METHODS:
-        _refuse_codes(folder, method, infos)
+        _refuse_codes(folder, section, infos)
         return None
     try:
         weights = dict(_METHODS[method](SourceHeaders(folder, section, infos, called)))
@@ -106,7 +106,9 @@ def declared_section(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] 
     return None
 
 
-def _refuse_codes(folder: Path, method: str, infos: Mapping[str, TensorInfo]) -> None:
+def _refuse_codes(
+    folder: Path, section: Mapping[str, Any] | None, infos: Mapping[str, TensorInfo]
+) -> None:
     """Refuse weights in codes of which no known method says what they mean.
 
     Raises:
@@ -122,16 +124,16 @@ def _refuse_codes(folder: Path, method: str, infos: Mapping[str, TensorInfo]) ->
     )
     if coded is None:
         return
-    said = (
-        f"by a method that is not read, {method!r}"
-        if method
-        else f"and config.json has no {SECTION} that says what they mean"
-    )
-    remedy = "use the unquantized checkpoint, or convert this one with the tool that wrote it"
+    if not section:
+        said = f"config.json has no {SECTION} that says what they mean"
+        remedy = "restore config.json from the original checkpoint"
+    else:
+        said = f"by a method that is not read ({section.get('quant_method')!r})"
+        remedy = "use the unquantized checkpoint, or convert this one with the tool that wrote it"
     raise ModelError(
-        f"weights are stored in codes ({coded} among them), {said}",
+        f"weights are quantized already ({coded} among them), {said}",
         where=str(folder / infos[coded].file),
-        remedy=remedy if method else "restore config.json from the original checkpoint",
+        remedy=remedy,
     )
 
 
