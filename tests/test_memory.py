@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import gc
 import os
 import platform
 import re
@@ -17,7 +19,13 @@ import torch
 
 import prismquant as pq
 from prismquant.errors import NumericsError, OutOfMemory
-from prismquant.memory import ask_for_large_pages, memory_error, memory_told, peak_memory_bytes
+from prismquant.memory import (
+    ask_for_large_pages,
+    collecting_seldom,
+    memory_error,
+    memory_told,
+    peak_memory_bytes,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,6 +62,14 @@ _SMALL_CHURN = (
 def test_the_peak_is_at_least_what_was_touched() -> None:
     data = bytearray(b"x") * (64 << 20)
     assert peak_memory_bytes() > len(data)
+
+
+def test_circles_are_collected_as_before_after_an_error_too() -> None:
+    before = gc.get_threshold()
+    with contextlib.suppress(NumericsError), collecting_seldom():
+        assert gc.get_threshold()[0] == 100 * before[0]
+        raise NumericsError("some")
+    assert gc.get_threshold() == before
 
 
 def test_large_pages_are_asked_for_unless_that_was_decided(monkeypatch: pytest.MonkeyPatch) -> None:

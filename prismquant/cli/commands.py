@@ -34,6 +34,7 @@ from prismquant.cli.output import say, say_json, show
 from prismquant.cli.recipe_commands import recipes
 from prismquant.cli.written import print_findings, print_remarks, require_sound, tell_run
 from prismquant.errors import ArgumentError, PrismQuantError
+from prismquant.memory import collecting_seldom
 from prismquant.report.tables import as_text
 from prismquant.version import __version__
 
@@ -102,16 +103,17 @@ def inspect(
     from prismquant.report.plans import layer_table, totals_table, transform_table
 
     imported = import_recipe(recipe)
-    plan = make(
-        model,
-        imported,
-        kv_cache=kv_cache,
-        fallback=fallback,
-        on_failure=on_failure,
-        tensor_parallel=tensor_parallel,
-        arch=arch,
-    )
-    content = plan.to_dict()
+    with collecting_seldom():
+        plan = make(
+            model,
+            imported,
+            kv_cache=kv_cache,
+            fallback=fallback,
+            on_failure=on_failure,
+            tensor_parallel=tensor_parallel,
+            arch=arch,
+        )
+        content = plan.to_dict()
     if as_json:
         translated = {} if imported.translation is None else {"translation": imported.to_dict()}
         say_json(content | translated)

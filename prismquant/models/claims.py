@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 
 from torch import nn
 
@@ -31,17 +32,20 @@ def claim_parameters(
     Returns:
         What is left alone, in the order of the model.
     """
-    table = dict(model.named_modules()).get(arch.embeddings)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    table = modules.get(arch.embeddings)
     if not isinstance(table, nn.Embedding):
         misfits.add(
             f"{arch.embeddings}: expected the embeddings of tokens, found {kind_of(table)}",
             f"correct embeddings in {arch.name}.toml",
         )
     result: list[LeftAlone] = []
+    any_pattern = re.compile("|".join(map(fnmatch.translate, arch.left_alone)) or r"(?!)")
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner, _, leaf = name.rpartition(".")
-        called, module = owner if leaf == "weight" else name, model.get_submodule(owner)
-        reason = _reason(arch, owner, name)
+        called, module = owner if leaf == "weight" else name, modules[owner]
+        told = any_pattern.match(name) or any_pattern.match(owner)
+        reason = _reason(arch, owner, name) if told else None
         if called in sites and reason is not None:
             misfits.add(
                 f"{called}: a site claims it, and left_alone leaves it alone",

@@ -104,14 +104,30 @@ def bounds_logits(model: nn.Module, arch: ArchSpec, config: Any) -> bool:
 def _without_numbers(model: nn.Module, arch: ArchSpec) -> None:
     """Let modules that hold parameters compute shapes, and put out zeros."""
     for module in _outermost_holders(model):
-        module.forward = _on_shapes(module.to("meta").forward)
+        if module._modules or any(not tensor.is_meta for tensor in _own_tensors(module)):
+            module.to("meta")
+        module.forward = _on_shapes(module.forward)
     tell_device(model, torch.device("cpu"))
-    table = dict(model.named_modules()).get(arch.embeddings)
+    table = _module_at(model, arch.embeddings)
     if isinstance(table, nn.Embedding):
         # Some code between modules reads a row of it.
         zeros = torch.zeros(1, dtype=table.weight.dtype, device="cpu").expand(table.weight.shape)
         table.weight = nn.Parameter(zeros, requires_grad=False)
         setattr(table, "forward", _zeros_for(zeros[0]))  # noqa: B010 - mypy takes it for a method
+
+
+def _own_tensors(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers that a module holds itself."""
+    held = (*module._parameters.values(), *module._buffers.values())
+    return [tensor for tensor in held if tensor is not None]
+
+
+def _module_at(model: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path; None where there is none."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def _zeros_for(row: Tensor) -> Callable[[Tensor], Tensor]:
@@ -125,11 +141,13 @@ def _zeros_for(row: Tensor) -> Callable[[Tensor], Tensor]:
 
 def _outermost_holders(module: nn.Module) -> Iterator[nn.Module]:
     """Modules that hold parameters themselves, and lie in no such module."""
-    if next(module.parameters(recurse=False), None) is not None:
-        yield module
-        return
-    for child in list(module.children()):
-        yield from _outermost_holders(child)
+    left = [module]
+    while left:
+        last = left.pop()
+        if any(parameter is not None for parameter in last._parameters.values()):
+            yield last
+        else:
+            left += reversed(list(last.children()))
 
 
 def _on_shapes(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -39,10 +39,21 @@ _OWN_GATE = "_default_apply_gate"
 
 
 class ExpertLinear(nn.Linear):
-    """A linear layer without numbers until it is given some: a model has tens of thousands."""
+    """A linear layer without bias, and without numbers until it is given some.
 
-    def reset_parameters(self) -> None:
-        """Draw nothing."""
+    A model has tens of thousands of them.
+
+    Args:
+        in_features: Of its input.
+        out_features: Of its output.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        nn.Module.__init__(self)
+        # A module is slow to set attributes of.
+        vars(self).update(in_features=in_features, out_features=out_features)
+        empty = torch.empty(out_features, in_features)
+        self._parameters.update(weight=nn.Parameter(empty, requires_grad=False), bias=None)
 
 
 class Expert(nn.Module):
@@ -57,9 +68,9 @@ class Expert(nn.Module):
     def __init__(self, width: int, inner: int, act_fn: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.act_fn = act_fn
-        self.gate_proj = ExpertLinear(width, inner, bias=False)
-        self.up_proj = ExpertLinear(width, inner, bias=False)
-        self.down_proj = ExpertLinear(inner, width, bias=False)
+        self.gate_proj = ExpertLinear(width, inner)
+        self.up_proj = ExpertLinear(width, inner)
+        self.down_proj = ExpertLinear(inner, width)
 
 
 class ExpertLayers(nn.ModuleList):

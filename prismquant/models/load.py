@@ -12,7 +12,7 @@ transformers class. Nothing here reads a pickle.
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -65,9 +65,10 @@ def empty_model(config: Any, arch: ArchSpec) -> nn.Module:
                 split_experts(model, arch.experts)
         for part, dtype in parts:
             part.dtype = dtype
-        for owner, module in _with_owners(model):
-            _set_dtype(module, owner.config.dtype)
-            _fill_buffers(module, owner)
+        for owner, own_dtype, module in _with_owners(model):
+            _set_dtype(module, own_dtype)
+            if module._buffers:
+                _fill_buffers(module, owner)
     except ModelError:
         raise
     except Exception as error:
@@ -79,7 +80,8 @@ def empty_model(config: Any, arch: ArchSpec) -> nn.Module:
     model.eval()
     model.requires_grad_(False)
     for module in model.modules():
-        inner = getattr(module, "config", None)
+        # Of tens of thousands of modules, few have one; asking the others for it takes a while.
+        inner = vars(module).get("config")
         if inner is not None and hasattr(inner, "use_cache"):
             inner.use_cache = False
     return model
@@ -135,20 +137,27 @@ def _config_parts(config: Any) -> Iterator[Any]:
             yield from _config_parts(part)
 
 
-def _with_owners(model: nn.Module) -> Iterator[tuple[Any, nn.Module]]:
-    """Each module, with the nearest model of transformers that it is, or is part of."""
-    owners: dict[str, Any] = {}
+def _with_owners(model: nn.Module) -> Iterator[tuple[Any, torch.dtype, nn.Module]]:
+    """Each module, with the nearest model of transformers that it is, or is part of.
+
+    Between them is the dtype of that model's part of the config.
+    """
+    owners: dict[str, tuple[Any, torch.dtype]] = {}
     for name, module in model.named_modules():
-        own = hasattr(module, "_init_weights")
-        owners[name] = module if own else owners[name.rpartition(".")[0]]
-        yield owners[name], module
+        if hasattr(type(module), "_init_weights"):
+            said = cast("Any", module).config.dtype
+            known = isinstance(said, torch.dtype) and said.is_floating_point
+            owners[name] = (module, said if known else torch.float32)
+        else:
+            owners[name] = owners[name.rpartition(".")[0]]
+        yield *owners[name], module
 
 
-def _set_dtype(module: nn.Module, dtype: Any) -> None:
+def _set_dtype(module: nn.Module, dtype: torch.dtype) -> None:
     """Give a module's own parameters the dtype of its part of the config."""
-    known = isinstance(dtype, torch.dtype) and dtype.is_floating_point
-    for parameter in module.parameters(recurse=False):
-        parameter.data = parameter.data.to(dtype if known else torch.float32)
+    for parameter in module._parameters.values():
+        if parameter is not None and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
 
 
 @torch.no_grad()

@@ -28,9 +28,11 @@ _PLAIN = (str, bool, int, float)
 
 def to_json(value: Any) -> Any:
     """A value as JSON types."""
+    if value is None or value.__class__ in _PLAIN:
+        return value
     if isinstance(value, Enum):
         return value.value
-    if value is None or isinstance(value, _PLAIN):
+    if isinstance(value, _PLAIN):
         return value
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
@@ -40,7 +42,12 @@ def to_json(value: Any) -> Any:
         return {name: to_json(inner) for name, inner in value.items()}
     if isinstance(value, tuple | list):
         return [to_json(inner) for inner in value]
-    return {name: to_json(getattr(value, name)) for name in _hints(value.__class__)}
+    found = {name: getattr(value, name) for name in _hints(value.__class__)}
+    for name, inner in found.items():
+        # A call for each plain value of tens of thousands of layers takes a second.
+        if inner is not None and inner.__class__ not in _PLAIN:
+            found[name] = to_json(inner)
+    return found
 
 
 def from_json(kind: type[T], content: Any, where: str) -> T:

@@ -37,7 +37,7 @@ from prismquant.plan.transform_plan import (
     unrotated_values,
 )
 from prismquant.recipe.layer_config import Options
-from prismquant.recipe.resolve import Resolved, resolve
+from prismquant.recipe.resolve import Resolved, resolve_all
 from prismquant.recipe.schema import Recipe
 
 _LOOK = "`prismquant inspect MODEL` lists every layer with its modality, role and shape"
@@ -58,10 +58,7 @@ def make_plan(recipe: Recipe, bound: BoundModel) -> Plan:
             where=f"recipe {recipe.name!r}",
             remedy="`quantize` makes it on calibration data; or plan `recipe.chosen(name)`",
         )
-    resolved = {
-        site.name: resolve(recipe, modality=site.modality, role=site.role, name=site.name)
-        for site in bound.sites
-    }
+    resolved = resolve_all(recipe, bound.sites)
     sizes = _source_sizes(bound)
     findings = idle_rules(recipe, bound, resolved.values())
     transforms = plan_transforms(recipe, bound, findings)
@@ -245,8 +242,9 @@ def _row(
             "its weight is tied to the input embeddings, which stay in floating point",
             remedy="leave it alone with `skip: true`",
         )
-    config = replace(config, weights=fitted.weights, activations=fitted.activations).settled()
-    row = replace(row, config=config, note=_joined(note, fitted.note))
+    if (fitted.weights, fitted.activations) != (config.weights, config.activations):
+        config = replace(config, weights=fitted.weights, activations=fitted.activations)
+    row = replace(row, config=config.settled(), note=_joined(note, fitted.note))
     if site.kind is SiteKind.PATCH_CONV:
         return _dense_row(row)
     layout = layout_of(fitted.weights, config.activations)

@@ -12,6 +12,7 @@ another, the same way for every field:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
@@ -29,6 +30,7 @@ FewTokens = Literal["all", "rtn"]
 Partial = Mapping[str, Any]
 
 NONE = "none"
+_USUAL_RANGE = RangeRule()
 
 
 class Options(Mapping[str, Any]):
@@ -115,7 +117,7 @@ class LayerConfig:
     @property
     def needs_hessian(self) -> bool:
         """Whether its solver asks for second moments."""
-        return "hessian" in build_solver(self.solver, self.options).statistics
+        return "hessian" in _statistics(self.solver, self.options)
 
     @property
     def needs_float_chain(self) -> bool:
@@ -141,17 +143,19 @@ class LayerConfig:
         """The same work without what has no part in it: equal values then mean equal work."""
         if self.weights is None:
             return LayerConfig()
-        static = self.static_input or self.static_output
-        return replace(
-            self,
-            activation_range=self.activation_range if static else RangeRule(),
-            on_failure=self.on_failure if self.can_fail else "stop",
-        )
+        used = self
+        if not (self.static_input or self.static_output):
+            used = used._with("activation_range", _USUAL_RANGE)
+        return used if self.can_fail else used._with("on_failure", LayerConfig.on_failure)
 
     def without_experts(self) -> LayerConfig:
         """The same work on a layer that is part of no expert."""
-        usual = LayerConfig()
-        return replace(self, min_tokens=usual.min_tokens, few_tokens=usual.few_tokens)
+        used = self._with("min_tokens", LayerConfig.min_tokens)
+        return used._with("few_tokens", LayerConfig.few_tokens)
+
+    def _with(self, name: str, value: Any) -> LayerConfig:
+        """The same with another value of a field; itself, where it has that."""
+        return self if getattr(self, name) == value else replace(self, **{name: value})
 
     def describe(self) -> str:
         """Number formats in a few words for a message, e.g. ``int4 g128 sym, input int8 token``."""
@@ -160,6 +164,12 @@ class LayerConfig:
         inputs = f", input {self.activations.describe()}" if self.activations else ""
         outputs = f", output {self.outputs.describe()}" if self.outputs else ""
         return self.weights.describe() + inputs + outputs
+
+
+@functools.lru_cache(maxsize=256)
+def _statistics(solver: str, options: Options) -> frozenset[str]:
+    """Statistics that a solver asks for; plans of large models ask many times a layer."""
+    return frozenset(build_solver(solver, options).statistics)
 
 
 _NUMBERS = ("weights", "activations", "outputs")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from prismquant.algorithms.methods import build_solver, build_tuner
 from prismquant.errors import PrismQuantError, RecipeError
 from prismquant.recipe.layer_config import LayerConfig, build, merge
+from prismquant.recipe.match import Matchable
 from prismquant.recipe.rule import Fallback, LayerRule, check_weighting
 from prismquant.recipe.schema import Recipe
 
@@ -38,11 +39,41 @@ def resolve(recipe: Recipe, *, modality: str, role: str, name: str) -> Resolved:
         RecipeError: The merged fields make no number format, range rule or solver; the message
             names the layer and the rules that took part.
     """
-    matched = {
-        index: rule
+    matched = _matched(recipe, modality, role, name)
+    return _merged(recipe, matched, f"{name} ({modality}, {role})")
+
+
+def resolve_all(recipe: Recipe, layers: Iterable[Matchable]) -> dict[str, Resolved]:
+    """Results of :func:`resolve` for many layers, by name.
+
+    Layers that the same rules match share one value: models have tens of thousands of experts.
+
+    Raises:
+        RecipeError: As of :func:`resolve`, for the first layer that it is about.
+    """
+    found: dict[str, Resolved] = {}
+    made: dict[tuple[int, ...], Resolved] = {}
+    for layer in layers:
+        matched = _matched(recipe, layer.modality, layer.role, layer.name)
+        if matched not in made:
+            where = f"{layer.name} ({layer.modality}, {layer.role})"
+            made[matched] = _merged(recipe, matched, where)
+        found[layer.name] = made[matched]
+    return found
+
+
+def _matched(recipe: Recipe, modality: str, role: str, name: str) -> tuple[int, ...]:
+    """Indices of the rules that match a layer."""
+    return tuple(
+        index
         for index, rule in enumerate(recipe.rules)
         if rule.match.matches(modality=modality, role=role, name=name)
-    }
+    )
+
+
+def _merged(recipe: Recipe, indices: tuple[int, ...], layer: str) -> Resolved:
+    """Rules merged, for a layer that an error names."""
+    matched = {index: recipe.rules[index] for index in indices}
     skipped_by: int | None = None
     fallback: Fallback = "error"
     for index, rule in matched.items():
@@ -61,10 +92,10 @@ def resolve(recipe: Recipe, *, modality: str, role: str, name: str) -> Resolved:
         what = error.what if isinstance(error, PrismQuantError) else str(error)
         raise RecipeError(
             what,
-            where=f"{name} ({modality}, {role}), set by {numbers} of recipe {recipe.name!r}",
+            where=f"{layer}, set by {numbers} of recipe {recipe.name!r}",
             remedy=getattr(error, "remedy", None),
         ) from error
-    return Resolved(config, fallback, tuple(matched), skipped_by)
+    return Resolved(config, fallback, indices, skipped_by)
 
 
 def _partial(rule: LayerRule) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -141,7 +142,12 @@ def _edge(edge: Mapping[str, Any]) -> PlannedEdge:
 
 
 def _format(fields: Mapping[str, Any] | None) -> str:
-    return FLOAT if fields is None else NumberSpec.from_dict(fields).describe()
+    return FLOAT if fields is None else _described(tuple(fields.items()))
+
+
+@functools.lru_cache(maxsize=256)
+def _described(fields: tuple[tuple[str, Any], ...]) -> str:
+    return NumberSpec.from_dict(dict(fields)).describe()
 
 
 def _method(config: Mapping[str, Any]) -> str:

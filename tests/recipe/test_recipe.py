@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -29,7 +30,7 @@ from prismquant.recipe.match import Match
 from prismquant.recipe.plain_yaml import read_yaml, write_yaml
 from prismquant.recipe.presets import NAMED as RECIPES
 from prismquant.recipe.presets import PRESETS, preset_yaml
-from prismquant.recipe.resolve import Resolved, resolve
+from prismquant.recipe.resolve import Resolved, resolve, resolve_all
 from prismquant.recipe.schema import Recipe, load_recipe, parse_recipe
 
 if TYPE_CHECKING:
@@ -272,6 +273,42 @@ def test_transforms_are_read_in_order_with_all_their_words(tmp_path: Path) -> No
     assert longer.transforms[:3] == recipe.transforms
     assert (longer.transforms[3].name, longer.name) == ("smoothquant", "longer")
     assert len(recipe.transforms) == 3
+
+
+@dataclass(frozen=True)
+class Layer:
+    modality: str
+    role: str
+    name: str
+
+
+LAYERS = [
+    Layer(modality, role, f"{modality}.blocks.{block}.{role}")
+    for modality in ("vision", "llm")
+    for role in ("attn.qkv", "mlp.down")
+    for block in range(3)
+]
+RULES = st.fixed_dictionaries(
+    {},
+    optional={
+        "match": st.fixed_dictionaries(
+            {},
+            optional={
+                "modality": st.sampled_from(["vision", "llm"]),
+                "role": st.sampled_from(["attn", "mlp.down"]),
+                "name": st.sampled_from(["*.blocks.1.*", "re:.*qkv"]),
+            },
+        ),
+        "skip": st.booleans(),
+    },
+)
+
+
+@given(st.lists(RULES.map(lambda rule: {"weights": "int4-g128"} | rule), min_size=1, max_size=4))
+def test_layers_resolved_together_are_as_each_alone(rules: list[dict[str, Any]]) -> None:
+    recipe = Recipe(rules=rules)
+    found = resolve_all(recipe, LAYERS)
+    assert found == {one.name: resolve(recipe, **vars(one)) for one in LAYERS}
 
 
 def test_skip_holds_until_a_later_rule_gives_weights_again() -> None:
