@@ -28,6 +28,7 @@ from prismquant.formats.section_grammar import read_section
 from prismquant.models.config import import_transformers
 from prismquant.numerics.kinds import Granularity
 from prismquant.opening import read_json
+from prismquant.runtime.linear import ActivationQuantizer
 from prismquant.shards import ShardReader
 from prismquant.storage import write_json
 
@@ -94,8 +95,14 @@ def test_weights_are_those_of_its_own_decompression(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_are_those_of_its_own_model(name: str) -> None:
     _, logits, inputs = expected(name)
-    actual = logits_of(load_model(GOLDEN / name), inputs)
-    torch.testing.assert_close(actual, logits, **CLOSE)
+    model = load_model(GOLDEN / name)
+    actual = logits_of(model, inputs)
+    quantizers = [one for one in model.modules() if isinstance(one, ActivationQuantizer)]
+    if any(one.spec.dynamic and one.spec.kind == "int" for one in quantizers):
+        # Another processor sums in another order, and a value between two codes goes to the other.
+        assert (actual - logits).norm() < 0.02 * logits.norm()
+    else:
+        torch.testing.assert_close(actual, logits, **CLOSE)
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in UNREAD_BY_TRANSFORMERS])

@@ -98,7 +98,8 @@ def test_the_loss_is_the_least_of_all_mixes_of_the_size(
 def test_the_fewest_bytes_within_a_loss_and_the_best_of_these(seed: int, share: float) -> None:
     found = small(seed)
     mixes = every_mix(found)
-    most = share * max(loss for _, loss, _ in mixes)
+    # A sum that is the limit itself depends on its order.
+    most = share * max(loss for _, loss, _ in mixes) * (1 + 1e-9)
     mix = find(found, max_loss=most)
     size, loss = min((size, loss) for _, loss, size in mixes if loss <= most)
     assert (mix.stored_bytes, mix.gap, mix.minimised) == (size, 0, "bytes")
