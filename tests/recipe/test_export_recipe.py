@@ -382,7 +382,7 @@ def sayable_of_sides(draw: st.DrawFn) -> Recipe:
 
 
 @pytest.mark.parametrize("dialect", WRITERS)
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_what_both_can_say_is_the_same_after_a_round_trip(
     dialect: str, data: st.DataObject, models: Models, folder: Path

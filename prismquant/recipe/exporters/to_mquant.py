@@ -110,7 +110,7 @@ def _side(task: ExportTask, name: str) -> _SideLayers | None:
         and layer.role != "lm_head"
         and (flags := side_flags(work)) is not None
     }
-    counts = Counter(flags for layer, flags in own.items() if not layer.convolution)
+    counts = Counter(flags for layer, flags in own.items() if not layer.reads_pixels)
     counts = counts or Counter(own.values())
     if not counts:
         return None
@@ -119,7 +119,7 @@ def _side(task: ExportTask, name: str) -> _SideLayers | None:
         layer
         for layer, flags in own.items()
         # Pixels stay in floating point, whatever the flags say.
-        if flags == usual or (layer.convolution and flags.of_pixels(usual) == usual)
+        if flags == usual or (layer.reads_pixels and flags.of_pixels(usual) == usual)
     ]
     return _SideLayers(usual, frozenset(chosen))
 

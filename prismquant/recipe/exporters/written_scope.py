@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from prismquant.models.arch import ArchSpec, EdgeKind, Modality, Site, SiteKind, Tower
+from prismquant.models.arch import ArchSpec, EdgeKind, Modality, Site, Tower
 from prismquant.models.arch_files import known_archs
 
 ANY_DEPTH = 128
 """Blocks of a tower whose depth is not known, where a recipe names single ones."""
-_HEAD = "lm_head"
+_HEAD, _PATCH = "lm_head", "patch_embed"
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class WrittenLayer:
         role: Its role.
         path: The module path with ``*`` for the number of a block.
         block: The number of the block; None where it is in none.
-        convolution: Whether it is a patch embedding.
+        reads_pixels: Whether it is a patch embedding.
     """
 
     name: str
@@ -37,7 +37,7 @@ class WrittenLayer:
     role: str
     path: str
     block: int | None = None
-    convolution: bool = False
+    reads_pixels: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def model_scope(folder: Path) -> WrittenScope:
         block = int(found.group(1)) if found and found.groups() else None
         layers.append(
             WrittenLayer(
-                site.name, site.modality.value, site.role, path.path, block, path.convolution
+                site.name, site.modality.value, site.role, path.path, block, path.reads_pixels
             )
         )
     edges = tuple(dict.fromkeys(_edges(bound.arch)))
@@ -118,7 +118,7 @@ def _members(layer: WrittenLayer, blocks: int) -> Iterator[WrittenLayer]:
         return
     for number in range(blocks):
         name = layer.path.replace("*", str(number))
-        yield WrittenLayer(name, layer.modality, layer.role, layer.path, number, layer.convolution)
+        yield WrittenLayer(name, layer.modality, layer.role, layer.path, number, layer.reads_pixels)
 
 
 def _paths(arch: ArchSpec) -> tuple[WrittenLayer, ...]:
@@ -127,8 +127,9 @@ def _paths(arch: ArchSpec) -> tuple[WrittenLayer, ...]:
     for tower in arch.towers:
         for step, sites in _steps(tower):
             for site in sites:
-                path = f"{step}.{site.path}"
-                patch = site.kind == SiteKind.PATCH_CONV
+                # A step may be a layer itself, as a patch embedding is in Pixtral.
+                path = f"{step}.{site.path}".removesuffix(".")
+                patch = site.role == _PATCH
                 found.append(WrittenLayer(path, tower.modality.value, site.role, path, None, patch))
     return (*found, WrittenLayer(arch.head, Modality.LLM.value, _HEAD, arch.head))
 
