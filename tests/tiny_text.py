@@ -15,10 +15,25 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text")
-SPARSE = ("qwen3_moe",)
+SPARSE = ("qwen3_moe", "deepseek_v3")
 
 # A sliding window that the texts of the tests are longer than.
 WINDOW = 6
+# One block of each kind; heads of values are of another size than those of queries.
+_LATENT = {
+    "num_key_value_heads": tiny_vlm.HEADS,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+    "n_group": 2,
+    "topk_group": 1,
+}
 _ALTERNATING = ["sliding_attention", "full_attention"] * 4
 
 
@@ -31,6 +46,7 @@ def build(
     dtype: torch.dtype = torch.float32,
     tie: bool = False,
     chat: bool = True,
+    **values: Any,
 ) -> Path:
     """Write a random checkpoint.
 
@@ -42,11 +58,12 @@ def build(
         dtype: Of the weights.
         tie: Tie the head to the embedding.
         chat: Whether the tokenizer has a chat template.
+        values: Of its configuration, in place of the usual ones.
     """
     transformers = import_transformers()
     arch = known_archs()[family]
     kind = getattr(transformers, arch.hf_class)
-    config = kind.config_class(**_values(family, llm_blocks, tie))
+    config = kind.config_class(**(_values(family, llm_blocks, tie) | values))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = kind(config)
@@ -87,6 +104,9 @@ def _values(family: str, blocks: int, tie: bool) -> dict[str, Any]:
         del values["head_dim"]
     if family == "qwen3_moe":
         values |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+    if family == "deepseek_v3":
+        del values["head_dim"]
+        values |= _LATENT
     if family in ("mistral", "gemma2", "gemma3_text"):
         values["sliding_window"] = WINDOW
     if family.startswith("gemma"):

@@ -35,8 +35,13 @@ _TOKEN_KEYS = ("token_id", "token_index", "token_ids")
 _MOST = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), _EXPERTS),
     **dict.fromkeys(("num_experts_per_tok", "num_selected_experts"), _ACTIVE),
+    # Of the experts, two groups, in one of which a token chooses.
+    "n_group": 2,
+    "topk_group": 1,
     "sliding_window": _WINDOW,
 }
+# How many blocks at the beginning are of another kind than those behind.
+_FIRST_BLOCKS = ("first_k_dense_replace",)
 
 
 def shrunk_config(config: Any, token_ids: Sequence[int]) -> Any:
@@ -143,14 +148,20 @@ def _shorten(section: _Section) -> None:
         for key, value in section.items()
         if key not in each and _names_blocks(key, value, count)
     }
+    first = {key: section[key] for key in _FIRST_BLOCKS if isinstance(section.get(key), int)}
     kinds = [
-        (*(repr(v[i]) for v in each.values()), *(i in v for v in named.values()))
+        (
+            *(repr(v[i]) for v in each.values()),
+            *(i in v for v in named.values()),
+            *(i < v for v in first.values()),
+        )
         for i in range(count)
     ]
     kept = [i for i in range(count) if kinds[:i].count(kinds[i]) < _BLOCKS]
     section[depth] = len(kept)
     section.update({key: [value[i] for i in kept] for key, value in each.items()})
     section.update({k: [kept.index(i) for i in v if i in kept] for k, v in named.items()})
+    section.update({k: sum(i < v for i in kept) for k, v in first.items()})
 
 
 def _names_blocks(key: str, value: Any, count: int) -> bool:

@@ -56,7 +56,7 @@ def with_parts(data: Mapping[str, Any], file: str, read: _Reader) -> _Table:
     streams = [_stream(tower) for tower in made if tower.get("stream")]
     result |= {"edges": edges} if edges and "edges" not in data else {}
     result |= {"streams": streams} if streams and "streams" not in data else {}
-    fused = _one_of_each(tower.get("fused", {}) for tower in made)
+    fused = _one_of_each(_fused(tower) for tower in made)
     if fused and isinstance(own := data.get("fused", {}), dict):
         result["fused"] = fused | own
     gguf = data.get("gguf")
@@ -262,6 +262,12 @@ def _stream(tower: Mapping[str, Any]) -> _Table:
         "writers": [*ends["writers"], *added],
         "norms": [*read, *ends["norms"]],
     }
+
+
+def _fused(tower: Mapping[str, Any]) -> _Table:
+    """Layers that servers make of those of a tower, by labels that some site of it has."""
+    labels = {site.get("fuse") for site in tower.get("sites", ())}
+    return {label: said for label, said in tower.get("fused", {}).items() if label in labels}
 
 
 def _gguf_tensors(tower: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

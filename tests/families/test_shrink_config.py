@@ -59,6 +59,13 @@ def test_experts_become_few(name: str) -> None:
     assert small.num_experts_per_tok == 2
 
 
+def test_blocks_without_experts_stay_before_those_with_experts() -> None:
+    """Groups of experts stay so large that a token can choose in one of them."""
+    small = shrunk_config(transformers.DeepseekV3Config(), TOKENS)
+    assert (small.num_hidden_layers, small.first_k_dense_replace) == (4, 2)
+    assert (small.n_routed_experts, small.n_group, small.topk_group) == (4, 2, 1)
+
+
 def test_tokens_that_a_configuration_names_are_found_in_all_its_parts() -> None:
     config = transformers.Qwen2VLConfig(text_config={"eos_token_id": [7, 9]}, image_token_id=12)
     assert {0, 7, 9, 12} <= special_ids(config)
