@@ -94,6 +94,7 @@ bench: venv
 	$(BIN)/python -m bench.engine --models qwen2-vl-2b --blocks 2
 	$(BIN)/python -m bench.solver --sizes 1536 3584
 	$(BIN)/python -m bench.stream --shape qwen2-vl-2b
+	$(BIN)/python -m bench.packed
 	$(BIN)/python -m bench.ranges
 	$(BIN)/python -m bench.scaling
 

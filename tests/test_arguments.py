@@ -216,6 +216,7 @@ BAD: dict[str, list[Any]] = {
     "trust_remote_code": ["yes", 1],
     "weights_only": [1],
     "generated": ["yes"],
+    "packed": ["yes", 1],
     "options": [{"dtype": "int8"}],
 }
 # What is made by PrismQuant itself.

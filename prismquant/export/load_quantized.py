@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from prismquant.arguments import FLOATS, as_dtype, as_flag, as_path, default_modes
+from prismquant.arguments import FLOATS, as_device, as_dtype, as_flag, as_path, default_modes
+from prismquant.errors import FormatError
 from prismquant.export.compressed_tensors.reader import StoredLayer
 from prismquant.export.compressed_tensors.stored import StoredCheckpoint, open_checkpoint
 from prismquant.formats.quantized_layer import scale_and_zero_point
@@ -27,13 +28,20 @@ _DTYPES = (*FLOATS, "float64")
 
 @default_modes()
 def load(
-    folder: str | Path, *, dtype: torch.dtype | str | None = None, trust_remote_code: bool = False
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    packed: bool = False,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
 ) -> tuple[nn.Module, Any]:
     """Load a checkpoint, quantized or not, and its processor. Needs no other quantization library.
 
     Args:
         folder: A checkpoint in compressed-tensors format, or in floating point.
         dtype: Of the arithmetic, e.g. ``bfloat16``; the checkpoint's by default.
+        packed: Keep weights in codes, and multiply with these; they are dequantized otherwise.
+        device: Where the model goes.
         trust_remote_code: Allow code in the folder to build the processor.
 
     Returns:
@@ -46,22 +54,28 @@ def load(
     path = as_path(folder, "folder")
     wanted = None if dtype is None else as_dtype(dtype, known=_DTYPES)
     trusted = as_flag(trust_remote_code, "trust_remote_code")
+    in_codes, place = as_flag(packed, "packed"), as_device(device)
     processor = load_processor(path, trust_remote_code=trusted)
-    return load_model(path, dtype=wanted), processor
+    return load_model(path, dtype=wanted, device=place, packed=in_codes), processor
 
 
 def load_model(
-    folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    packed: bool = False,
 ) -> nn.Module:
-    """Load a checkpoint, quantized or not, for simulation.
+    """Load a checkpoint, quantized or not.
 
-    Weights are what the checkpoint stores, dequantized; inputs, and keys and values, are quantized
-    as its configuration says.
+    Weights are what the checkpoint stores, dequantized or in codes; inputs, and keys and values,
+    are quantized as its configuration says.
 
     Args:
         folder: The checkpoint.
         dtype: Of the arithmetic; that of the stored embeddings by default.
         device: Where it goes.
+        packed: Keep weights in codes.
 
     Returns:
         The model, in evaluation mode.
@@ -70,14 +84,35 @@ def load_model(
         ModelError, FormatError, StorageError: The checkpoint cannot be read.
     """
     if _is_foreign(folder):
+        if packed:
+            raise FormatError(
+                "only weights in the compressed-tensors format can be kept in codes",
+                where=str(folder),
+                remedy="leave packed out, or quantize the model anew",
+            )
         from prismquant.models.float_model import load_float  # shows other tools' codes as floats
 
         return load_float(folder, dtype, device=device)
     source = open_checkpoint(folder)
     model = empty_model(native_config(source.arch, folder), source.arch)
+    if packed:
+        _put_codes(model, source, device, dtype or source.dtype)
     materialize(model, "", source.reader, source.names, device, dtype or source.dtype)
     simulate_activations(model, source)
     return model
+
+
+def _put_codes(
+    model: nn.Module, source: StoredCheckpoint, device: torch.device | str, dtype: torch.dtype
+) -> None:
+    """Put layers that multiply with codes in the place of those that are stored so, one by one."""
+    from prismquant.runtime.packed_layers import PackedLinear
+
+    for layer in source.quantized:
+        linear = cast("nn.Linear", model.get_submodule(layer.name))
+        given = (source.codes(layer), source.columns(layer), device, dtype)
+        parent, _, leaf = layer.name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, PackedLinear.of(linear, *given))
 
 
 def _is_foreign(folder: Path) -> bool:

@@ -188,6 +188,11 @@ class FloatGrid:
         return self._layout.mantissa
 
     @property
+    def bias(self) -> int:
+        """The number that the exponents of codes are counted from."""
+        return 1 - self._layout.lowest
+
+    @property
     def smallest_normal(self) -> float:
         """Below it, points keep the spacing that they have from it on."""
         return 2.0**self._layout.lowest

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from prismquant.kernels.instructions import multiplies_bfloat16
+
 Wanted = torch.dtype | Literal["mixed"] | None
 
-# What `torch.cpu.get_capabilities` calls the instructions that multiply bfloat16.
-_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "avx10_2", "bf16")
 # Rows of a product at a time: enough that reading the weights anew costs little beside it.
 _ROWS = 512
 _CONVOLUTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)
@@ -97,12 +97,6 @@ class Precision:
         finally:
             for module in narrow:
                 del module.forward
-
-
-def multiplies_bfloat16() -> bool:
-    """True if this processor has instructions for products of bfloat16."""
-    capabilities: Callable[[], Mapping[str, object]] = getattr(torch.cpu, "get_capabilities", dict)
-    return any(capabilities().get(name) for name in _INSTRUCTIONS)
 
 
 def _forward_in(dtype: torch.dtype, module: nn.Module, *args: Any, **kwargs: Any) -> Any:

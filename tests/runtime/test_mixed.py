@@ -15,8 +15,8 @@ from prismquant.algorithms.problem import LayerResult
 from prismquant.engine import collectives, quantize, run
 from prismquant.engine.collectives import Ranks, Task
 from prismquant.engine.memory_forecast import narrow_modules
+from prismquant.kernels.instructions import multiplies_bfloat16
 from prismquant.models.bind import bind
-from prismquant.runtime import mixed
 from prismquant.runtime.linear import quant_linear
 from prismquant.runtime.mixed import Precision
 from prismquant.shards import ShardReader
@@ -190,7 +190,7 @@ def test_a_torch_that_tells_nothing_of_the_processor_is_no_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    assert not mixed.multiplies_bfloat16()
+    assert not multiplies_bfloat16()
 
 
 def test_the_record_tells_the_precision_and_resuming_in_another_is_refused(
