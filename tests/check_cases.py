@@ -248,6 +248,7 @@ CASES = [
     Case("transformers.tower-tokens", "w8a8-all", lambda d: None, "transformers"),
     Case("sglang.kernels", "w4a16", lambda d: None, "sglang"),
     Case("model.vllm", "w4a16", lambda d: None, "vllm", "video_llama_3"),
+    Case("vllm.unquantized", "w4a16-all", lambda d: None, "vllm", "llama4"),
     Case("model.unknown", "w4a16", lambda d: d.config.update(model_type="other_vl")),
     Case("model.config", "w4a16", lambda d: d.config["text_config"].update(hidden_size="wide")),
     Case("model.config", "w4a16", lambda d: d.config.pop("model_type")),

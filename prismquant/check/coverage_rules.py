@@ -62,6 +62,23 @@ def uncovered(checkpoint: Checkpoint) -> list[Problem]:
     )
 
 
+def plain_in_vllm(checkpoint: Checkpoint) -> list[Problem]:
+    """Quantized layers of parts that vLLM builds in floating point."""
+    names = None if checkpoint.model is None else checkpoint.model.arch.vllm
+    return gathered(
+        (
+            "vLLM builds this part in floating point, and has no place for codes and scales",
+            layer.called,
+            "skip it in the recipe, as presets for the language model alone do",
+        )
+        for layer in checkpoint.layers
+        if names is not None
+        and layer.group is not None
+        and layer.site is not None
+        and names.builds_plain(layer.site.name)
+    )
+
+
 def misread_by_vllm(checkpoint: Checkpoint) -> list[Problem]:
     """Layers whose group vLLM does not find, or finds another one for."""
     found = []

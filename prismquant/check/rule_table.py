@@ -53,14 +53,16 @@ def _stacked(name: str, says: str, find: _Find, severity: Severity = _E) -> Rule
     return Rule(name, severity, says, find, (_HF,), layered=True)
 
 
+def _refused_by_vllm(name: str, says: str, find: _Find) -> Rule:
+    return Rule(name, _E, says, find, (_VLLM,), layered=True)
+
+
 _MODEL = (
-    Rule(
-        "model.vllm",
-        _E,
-        "vLLM has a class for the architecture",
-        coverage.unknown_to_vllm,
-        (_VLLM,),
-        layered=True,
+    _refused_by_vllm(
+        "model.vllm", "vLLM has a class for the architecture", coverage.unknown_to_vllm
+    ),
+    _refused_by_vllm(
+        "vllm.unquantized", "vLLM builds the layer by its scheme", coverage.plain_in_vllm
     ),
 )
 _SECTION = (
@@ -101,13 +103,8 @@ _NAMES = (
     Rule(
         "names.uncovered", _W, "each layer is targeted or ignored", coverage.uncovered, layered=True
     ),
-    Rule(
-        "names.vllm",
-        _E,
-        "vLLM finds the scheme that transformers finds",
-        coverage.misread_by_vllm,
-        (_VLLM,),
-        layered=True,
+    _refused_by_vllm(
+        "names.vllm", "vLLM finds the scheme that transformers finds", coverage.misread_by_vllm
     ),
     Rule(
         "names.transformers",
@@ -256,7 +253,7 @@ _KERNELS = (
         layered=True,
     ),
     _stacked("transformers.experts", "it stacks experts", experts.unread),
-    Rule("vllm.experts", _E, "it has kernels for experts", experts.served, (_VLLM,), layered=True),
+    _refused_by_vllm("vllm.experts", "it has kernels for experts", experts.served),
     _stacked("transformers.expert-inputs", "it rounds inputs of experts", experts.float_inputs, _W),
     Rule(
         "transformers.tower-tokens",

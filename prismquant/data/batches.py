@@ -25,6 +25,8 @@ from prismquant.data.spans import NoSpan, Rendered, answer_span, render
 from prismquant.errors import DataError
 from prismquant.memory import memory_error
 
+_NARROW = (torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -330,7 +332,9 @@ def _processed(
             where=f"sample {sample.id}",
             remedy="crop the picture" if thin else "correct or remove the sample",
         ) from error
-    return {name: value for name, value in encoded.items() if isinstance(value, Tensor)}
+    found = {name: value for name, value in encoded.items() if isinstance(value, Tensor)}
+    # Some processors round pixels to 16 bits; a model may run in float32 all the same.
+    return {n: v.float() if v.dtype in _NARROW else v for n, v in found.items()}
 
 
 def _cut(batch: Batch, length: int) -> Batch:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from prismquant.engine.calls import StepCall, joined
-from prismquant.models.experts import Expert, ExpertLayers, routed_places
+from prismquant.models.experts import Expert, ExpertLayers, Routing, routed_places
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,20 @@ class ExpertCall:
 
     Attributes:
         call: Of the block.
-        hidden: ``[tokens, H]``, what the experts are given.
-        index: ``[tokens, k]``, the experts of each token.
-        weights: ``[tokens, k]``, what the output of each counts for.
+        routing: What the experts are given.
     """
 
     call: StepCall
-    hidden: Tensor
-    index: Tensor
-    weights: Tensor
+    routing: Routing
+
+    def of_rows(self, rows: Tensor) -> StepCall:
+        """The call as it is seen by an expert that is given some of the rows."""
+        return self.call.of_rows(self.routing.tokens_of(rows))
+
+    def whole(self) -> StepCall:
+        """The call as it is seen by one that is given all rows."""
+        tokens = self.routing.tokens
+        return self.call if tokens is None else self.call.of_rows(tokens)
 
 
 @dataclass(frozen=True)
@@ -58,20 +63,21 @@ class RoutedCalls:
 
     def __init__(self, calls: Sequence[ExpertCall], experts: nn.Module) -> None:
         self.calls, self.experts = list(calls), cast("ExpertLayers", experts)
-        self._places = [routed_places(one.index, len(self.experts)) for one in calls]
-        self.outputs = [torch.zeros_like(one.hidden) for one in calls]
+        count = len(self.experts)
+        self._places = [routed_places(one.routing.index, count) for one in calls]
+        self.outputs = [torch.zeros_like(one.routing.hidden) for one in calls]
 
     def input(self, number: int) -> ExpertInput:
         """The tokens that the router has sent to an expert."""
         rows = [places[number][0] for places in self._places]
-        hidden = [one.hidden[tokens] for one, tokens in zip(self.calls, rows, strict=True)]
-        parts = [one.call.of_rows(tokens) for one, tokens in zip(self.calls, rows, strict=True)]
+        hidden = [one.routing.hidden[own] for one, own in zip(self.calls, rows, strict=True)]
+        parts = [one.of_rows(own) for one, own in zip(self.calls, rows, strict=True)]
         return ExpertInput(joined(parts), torch.cat(hidden))
 
     def all_tokens(self) -> ExpertInput:
-        """All tokens, whatever their expert."""
-        hidden = torch.cat([one.hidden for one in self.calls])
-        return ExpertInput(joined([one.call for one in self.calls]), hidden)
+        """All tokens, whatever their expert; dealt ones as their own expert is given them."""
+        hidden = torch.cat([one.routing.hidden for one in self.calls])
+        return ExpertInput(joined([one.whole() for one in self.calls]), hidden)
 
     def add(self, number: int, output: Tensor) -> None:
         """Add what an expert has made of its tokens, by the router's weights.
@@ -82,13 +88,13 @@ class RoutedCalls:
         """
         start = 0
         for one, places, total in zip(self.calls, self._places, self.outputs, strict=True):
-            tokens, choices = places[number]
-            part = output[start : start + len(tokens)] * one.weights[tokens, choices, None]
-            total.index_add_(0, tokens, part.to(total.dtype))
-            start += len(tokens)
+            rows, choices = places[number]
+            part = output[start : start + len(rows)] * one.routing.weights[rows, choices, None]
+            total.index_add_(0, rows, part.to(total.dtype))
+            start += len(rows)
 
     def run(self) -> list[Tensor]:
-        """The outputs of all experts together, one tensor a call."""
+        """The outputs of all experts together, one tensor a call, with its rows."""
         for number, module in enumerate(self.experts):
             expert, hidden = cast("Expert", module), self.input(number).hidden
             if len(hidden):

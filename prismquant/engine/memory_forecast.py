@@ -310,7 +310,11 @@ class _Outline:
         hidden = self._hidden(step)
         # A halted pass holds the input, which is counted there.
         wide = hidden * (2 if self.placement.paused else 3) + _BETWEEN * inner
-        return self._tokens(step).total * wide * self.itemsize
+        count = self._tokens(step)
+        # Of a halted pass a dealt input stays as well: a row for each expert and token.
+        rows = sum(site.expert.dealt for site in step.sites if site.expert and not site.fuse_key)
+        dealt = (count.total if self.placement.paused else count.largest) * rows * hidden
+        return (count.total * wide + dealt) * self.itemsize
 
     def _call(self, step: BoundStep) -> int:
         flow = self._flow_itemsize(step)

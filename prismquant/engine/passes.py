@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from torch import Tensor, nn
 from prismquant.engine.calls import StepCall
 from prismquant.engine.expert_calls import ExpertCall
 from prismquant.engine.stand_ins import Enough, replaced_forwards
+
+if TYPE_CHECKING:
+    from prismquant.models.experts import ExpertLayers, Routing
 
 Output = tuple[Callable[[Any], None], Any]
 # Calls, each with the inputs of the layers that it reaches, by name.
@@ -51,6 +54,10 @@ class StepRun:
     def module(self) -> nn.Module:
         """The step."""
         return self.model.get_submodule(self.name)
+
+    def experts(self, name: str) -> ExpertLayers:
+        """The step's experts at this path."""
+        return cast("ExpertLayers", self.model.get_submodule(name))
 
 
 class Passes(Protocol):
@@ -113,8 +120,7 @@ class ReplayedPasses:
         found = []
         for number, call in enumerate(self._run.calls()):
             with self._run.around(), self._giving(number):
-                given = _given_to(self._run, call, name)
-            found.append(ExpertCall(call, *given))
+                found.append(ExpertCall(call, _given_to(self._run, call, name)))
         return found
 
     def give(self, name: str, outputs: Sequence[Tensor]) -> None:
@@ -123,7 +129,10 @@ class ReplayedPasses:
 
     def _giving(self, number: int) -> contextlib.AbstractContextManager[None]:
         """Within the block, experts put out what they were made to."""
-        given = {name: _returning(outputs[number]) for name, outputs in self._given.items()}
+        given = {
+            name: _returning(self._run.experts(name), outputs[number])
+            for name, outputs in self._given.items()
+        }
         return replaced_forwards(self._run.model, given)
 
     def outputs(self) -> Iterator[Output]:
@@ -215,7 +224,7 @@ class PausedPasses:
         """See :class:`Passes`."""
         if self._halted != (name,):
             self._advance({name: self._halt_experts(name)}, unsolved)
-        return [ExpertCall(one.call, *one.input) for one in self._all()]
+        return [ExpertCall(one.call, one.input) for one in self._all()]
 
     def give(self, name: str, outputs: Sequence[Tensor]) -> None:
         """See :class:`Passes`; the passes must halt at these experts."""
@@ -265,14 +274,13 @@ class PausedPasses:
     def _halt_experts(self, name: str) -> Callable[..., Any]:
         """In place of experts' forward: hand over what they are given; later, give or run."""
 
-        def forward(hidden: Tensor, index: Tensor, weights: Tensor) -> Any:
-            current = getcurrent()
+        def forward(*args: Tensor) -> Any:
+            current, experts = getcurrent(), self._run.experts(name)
             if current.parent is None:  # never: passes run in greenlets of their own
                 raise RuntimeError(f"{name} runs outside of a pass")
-            given = current.parent.switch((hidden, index, weights))
-            if given is not None:
-                return given
-            return self._run.model.get_submodule(name)(hidden, index, weights)
+            routing = experts.routing(*args)
+            given = current.parent.switch(routing)
+            return experts(*args) if given is None else routing.as_called(given)
 
         return forward
 
@@ -288,22 +296,23 @@ class PausedPasses:
         return forward
 
 
-def _returning(value: Tensor) -> Callable[..., Tensor]:
-    return lambda *_, **__: value
+def _returning(experts: ExpertLayers, output: Tensor) -> Callable[..., Tensor]:
+    """In place of experts' forward: put out what was made for the rows that they are given."""
+    return lambda *given: experts.routing(*given).as_called(output)
 
 
-def _given_to(run: StepRun, call: StepCall, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Arguments of a step's experts in one pass, which ends there."""
-    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+def _given_to(run: StepRun, call: StepCall, name: str) -> Routing:
+    """Rows that a step's experts are given in one pass, which ends there."""
+    seen: list[Routing] = []
 
-    def forward(hidden: Tensor, index: Tensor, weights: Tensor) -> None:
-        seen.append((hidden, index, weights))
+    def forward(*given: Tensor) -> None:
+        seen.append(run.experts(name).routing(*given))
         raise Enough
 
     with contextlib.suppress(Enough), replaced_forwards(run.model, {name: forward}):
         run.module(*call.args, **call.kwargs)
-    [given] = seen
-    return given
+    [routing] = seen
+    return routing
 
 
 def _seen(run: StepRun, call: StepCall, layers: Sequence[str]) -> dict[str, Tensor]:

@@ -239,7 +239,7 @@ class StreamedModel:
             owner = name.rpartition(".")[0]
             inside = any(owner == s or owner.startswith(f"{s}.") for s in steps)
             inside |= owner in tables
-            of_vision = any(owner.startswith(f"{root}.") for root in roots)
+            of_vision = any(f"{owner}.".startswith(f"{root}.") for root in roots)
             if not inside and of_vision == vision and owner not in names:
                 names.append(owner)
         return names

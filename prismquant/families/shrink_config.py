@@ -17,8 +17,9 @@ _Section = dict[str, Any]
 
 # Blocks of each kind that stay.
 _BLOCKS = 2
-# Key-value heads, query heads that share one, and width of an MLP in widths of the stream.
-_KV_HEADS, _GROUP, _EXPANSION = 2, 2, 2
+# Key-value heads, query heads that share one, and width of an MLP in widths of the stream. Few
+# whole widths stay as many: they may be those of neighbours whose features are joined.
+_KV_HEADS, _GROUP, _EXPANSION, _MOST_WIDTHS = 2, 2, 2, 4
 _EXPERTS, _ACTIVE = 4, 2
 # Fewer tokens than the shortest sample has, so that windows matter.
 _WINDOW = 8
@@ -114,14 +115,16 @@ def _narrow(section: _Section) -> None:
     size = section.get("head_dim") or section[width] // section[heads]
     groups = section.get("num_key_value_heads") or section[heads]
     shared = min(_GROUP, max(1, section[heads] // groups))
-    groups = min(_KV_HEADS, groups)
+    groups, old = min(_KV_HEADS, groups), section[width]
     if isinstance(section.get("num_key_value_heads"), int):
         section["num_key_value_heads"] = groups
     section[heads] = groups * shared
     section[width] = section[heads] * size
     for key in _INNER:
         if isinstance(section.get(key), int):
-            section[key] = _EXPANSION * section[width]
+            times, rest = divmod(section[key], old)
+            kept = not rest and 0 < times <= _MOST_WIDTHS
+            section[key] = (times if kept else _EXPANSION) * section[width]
 
 
 def _renumber(section: _Section, token_ids: Sequence[int]) -> None:
@@ -142,7 +145,11 @@ def _shorten(section: _Section) -> None:
     if not depth:
         return
     count = section[depth]
-    each = {k: v for k, v in section.items() if isinstance(v, list) and len(v) == count}
+    each = {
+        key: value
+        for key, value in section.items()
+        if isinstance(value, list) and len(value) == count and value != list(range(count))
+    }
     named = {
         key: value
         for key, value in section.items()

@@ -15,6 +15,7 @@ from prismquant.families.family_claims import FamilyClaim
 from prismquant.families.specimen_run import TOLERANCE, SpecimenRun
 from prismquant.memory import memory_error
 from prismquant.models.config import import_transformers
+from prismquant.models.forgotten_outputs import supply_outputs
 
 __all__ = ["expert_claims"]
 
@@ -51,4 +52,5 @@ def _own_model(run: SpecimenRun) -> nn.Module:
             trust_remote_code=False,
             local_files_only=True,
         )
+    supply_outputs(model, run.bound.arch)
     return model.eval()

@@ -260,6 +260,8 @@ class ArchSpec:
             over into the result as they are.
         experts_stay_stacked: Whether transformers reads experts of the family as stacks alone, and
             makes none of single tensors.
+        forgotten_outputs: Module path -> attributes that the model's own code reads of what the
+            module puts out, and that transformers gives it not: they are None.
         config_map: Present for remote-code checkpoints that the native class runs.
         processor_map: Likewise.
     """
@@ -288,6 +290,7 @@ class ArchSpec:
     config_part: str | None = None
     audio_inputs: tuple[str, ...] = ()
     experts_stay_stacked: bool = False
+    forgotten_outputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     config_map: ConfigMap | None = None
     processor_map: ProcessorMap | None = None
 

@@ -92,6 +92,7 @@ def load_arch(path: Path) -> ArchSpec:
         gptq=gptq_names(top.table("gptq")),
         ignored_tensors=top.texts("ignored_tensors", ()),
         experts_stay_stacked=top.flag("experts_stay_stacked"),
+        forgotten_outputs=top.lists("forgotten_outputs"),
         config_map=read_config_map(table) if (table := top.table("config")) else None,
         processor_map=read_processor_map(table) if (table := top.table("processor")) else None,
     )

@@ -156,7 +156,7 @@ def _mapped(part: _Table, rule: _Rule) -> _Table:
         return [new for path in paths if (new := rule(path)) is not None]
 
     for key in {"entry_sites", "sites"} & part.keys():
-        sites = [(site, rule(site["path"])) for site in part[key]]
+        sites = [(_beside(site, rule), rule(site["path"])) for site in part[key]]
         result[key] = [site | {"path": path} for site, path in sites if path is not None]
     if "edges" in part:
         edges = []
@@ -168,8 +168,8 @@ def _mapped(part: _Table, rule: _Rule) -> _Table:
         result["edges"] = edges
     for key in {"entry", "blocks", "final_norm"} & part.keys():
         result[key] = rule(part[key])
-    if "modules" in part:
-        result["modules"] = several(part["modules"])
+    for key in {"modules", "experts"} & part.keys():
+        result[key] = several(part[key])
     if "stream" in part:
         result["stream"] = {end: several(paths) for end, paths in part["stream"].items()}
     if "gguf" in part:
@@ -178,6 +178,12 @@ def _mapped(part: _Table, rule: _Rule) -> _Table:
             for name, table in part["gguf"].items()
         }
     return {key: value for key, value in result.items() if value is not None}
+
+
+def _beside(site: _Table, rule: _Rule) -> _Table:
+    """A site under the new name of the module beside it; one that is left out keeps its name."""
+    key = "in_blocks_with"
+    return site | {key: rule(site[key]) or site[key]} if key in site else site
 
 
 def _overlaid(part: _Table, own: _Table, where: str) -> _Table:

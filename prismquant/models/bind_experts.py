@@ -51,7 +51,7 @@ def sites_of_experts(
             input=f"{site.input}.{number}",
             fuse=f"{site.fuse}.{number}" if site.fuse else None,
         )
-        yield own, ExpertPlace(module, number)
+        yield own, ExpertPlace(module, number, dealt=getattr(experts, "dealt", False))
 
 
 def edges_of_experts(edge: Edge, parent: str, modules: Mapping[str, nn.Module]) -> Iterator[Edge]:

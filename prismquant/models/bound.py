@@ -30,10 +30,12 @@ class ExpertPlace:
     Attributes:
         module: Path of the module that holds all experts of the block.
         number: Its number among them.
+        dealt: Whether the block gives all experts together a row for each expert and token.
     """
 
     module: str
     number: int
+    dealt: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,22 @@
 """Experts of a block as layers of their own.
 
 transformers holds the experts of a block as two parameters of three dimensions: ``gate_up_proj``
-``[E, 2 I, H]`` and ``down_proj`` ``[E, H, I]``. Servers, and most released checkpoints, name each
-expert's matrices: ``experts.3.gate_proj``. :func:`split_experts` puts :class:`ExpertLayers` in the
-place of such a module; it computes the same, and each matrix is a linear layer with a path.
+``[E, 2 I, H]`` and ``down_proj`` ``[E, H, I]``, or with the sides of each matrix the other way
+round. Servers, and most released checkpoints, name each expert's matrices: ``experts.3.gate_proj``.
+:func:`split_experts` puts :class:`ExpertLayers` in the place of such a module; it computes the
+same, and each matrix is a linear layer with a path.
+
+Most blocks give their experts all tokens, and beside them which expert counts how much for which.
+Some deal: each expert is given a row for every token, which is zero where the token is not sent to
+it. Such experts are :class:`DealtExperts`.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import inspect
 import itertools
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -32,7 +39,6 @@ _COMPUTED = {
     "has_gate": True,
     "has_bias": False,
     "has_post_expert_norm": False,
-    "is_transposed": False,
     "is_concatenated": True,
 }
 _OWN_GATE = "_default_apply_gate"
@@ -73,6 +79,38 @@ class Expert(nn.Module):
         self.down_proj = ExpertLinear(inner, width)
 
 
+@dataclass(frozen=True)
+class Routing:
+    """Rows that a block gives its experts in one call.
+
+    Attributes:
+        hidden: ``[rows, H]``.
+        index: ``[rows, k]``, the experts of each row; numbers past the last expert mean none.
+        weights: ``[rows, k]``, what the output of each counts for.
+        tokens: int64 ``[rows]``, the token that each row is of; None: each is of its own.
+        dealt: Number of rows of the block's tensor, and where in it these rows stand, int64
+            ``[rows]``; None: these are all.
+    """
+
+    hidden: Tensor
+    index: Tensor
+    weights: Tensor
+    tokens: Tensor | None = None
+    dealt: tuple[int, Tensor] | None = None
+
+    def tokens_of(self, rows: Tensor) -> Tensor:
+        """Tokens of some of the rows."""
+        return rows if self.tokens is None else self.tokens[rows]
+
+    def as_called(self, output: Tensor) -> Tensor:
+        """Outputs of experts for these rows, as the block expects them."""
+        if self.dealt is None:
+            return output
+        count, places = self.dealt
+        whole = output.new_zeros(count, output.shape[-1])
+        return whole.index_copy_(0, places, output)
+
+
 class ExpertLayers(nn.ModuleList):
     """All experts of a block, each with layers of its own.
 
@@ -83,8 +121,11 @@ class ExpertLayers(nn.ModuleList):
         act_fn: Function of the gate's output.
 
     Attributes:
-        tokens: Rows of the input that each expert was given in the latest call, int64.
+        tokens: The tokens that each expert was given in the latest call, int64.
+        dealt: Whether the block gives them a row for each expert and token.
     """
+
+    dealt = False
 
     def __init__(
         self, count: int, width: int, inner: int, act_fn: Callable[[Tensor], Tensor]
@@ -104,17 +145,60 @@ class ExpertLayers(nn.ModuleList):
         Returns:
             ``[tokens, H]``.
         """
-        places = routed_places(top_k_index, len(self))
-        self.tokens = tuple(tokens for tokens, _ in places)
-        result = torch.zeros_like(hidden_states)
-        for number, (tokens, choices) in enumerate(places):
-            if not len(tokens):
+        return self._summed(self.routing(hidden_states, top_k_index, top_k_weights))
+
+    def routing(self, *given: Tensor) -> Routing:
+        """Rows that a call gives it."""
+        hidden, index, weights = given
+        return Routing(hidden, index, weights)
+
+    def _summed(self, routing: Routing) -> Tensor:
+        """Sum of its experts' outputs for each row, as the block expects it."""
+        places = routed_places(routing.index, len(self))
+        self.tokens = tuple(routing.tokens_of(rows) for rows, _ in places)
+        result = torch.zeros_like(routing.hidden)
+        for number, (rows, choices) in enumerate(places):
+            if not len(rows):
                 continue
-            expert, x = cast("Expert", self[number]), hidden_states[tokens]
+            expert, x = cast("Expert", self[number]), routing.hidden[rows]
             inner = expert.act_fn(expert.gate_proj(x)) * expert.up_proj(x)
-            output = expert.down_proj(inner) * top_k_weights[tokens, choices, None]
-            result.index_add_(0, tokens, output.to(result.dtype))
-        return result
+            output = expert.down_proj(inner) * routing.weights[rows, choices, None]
+            result.index_add_(0, rows, output.to(result.dtype))
+        return routing.as_called(result)
+
+
+class DealtExperts(ExpertLayers):
+    """Experts whose block deals: the rows of each come together, one for every token.
+
+    A row is zero where the token is not sent to the expert, and so is what the expert makes of it.
+    """
+
+    dealt = True
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        """Outputs of each expert for its rows.
+
+        Args:
+            hidden_states: ``[experts * tokens, H]``, or ``[experts, tokens, H]``.
+
+        Returns:
+            ``[experts * tokens, H]``.
+        """
+        return self._summed(self.routing(hidden_states))
+
+    def routing(self, *given: Tensor) -> Routing:
+        """The rows that are not zero; each has one expert, which counts as it is."""
+        whole = given[0].reshape(-1, given[0].shape[-1])
+        tokens = max(1, len(whole) // len(self))
+        places = whole.any(dim=-1).nonzero().flatten()
+        index = places.div(tokens, rounding_mode="floor")[:, None]
+        return Routing(
+            hidden=whole[places],
+            index=index,
+            weights=whole.new_ones(index.shape),
+            tokens=places % tokens,
+            dealt=(len(whole), places),
+        )
 
 
 def routed_places(top_k_index: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
@@ -161,11 +245,18 @@ def _split(module: nn.Module, path: str) -> ExpertLayers:
     """The layers of fused experts."""
     held = {name: tuple(value.shape) for name, value in module.named_parameters()}
     gate_up, down = held.pop(GATE_UP, ()), held.pop(DOWN, ())
+    turned = len(gate_up) == 3 and down == (gate_up[0], gate_up[2] // 2, gate_up[1])
+    if turned:
+        gate_up, down = ((count, out, own) for count, own, out in (gate_up, down))
     fits = len(gate_up) == 3 and not held and down == (gate_up[0], gate_up[2], gate_up[1] // 2)
-    strange = [key for key, value in _COMPUTED.items() if getattr(module, key, value) != value]
+    computed = _COMPUTED | {"is_transposed": turned}
+    strange = [key for key, value in computed.items() if getattr(module, key, value) != value]
     own_gate = getattr(type(module), "_apply_gate", None)
     if getattr(own_gate, "__name__", _OWN_GATE) != _OWN_GATE:
         strange.append("a gate of its own")
+    given = len(inspect.signature(module.forward).parameters)
+    if given not in _KINDS:
+        strange.append(f"a call with {given} arguments")
     if not fits or strange or not hasattr(module, "act_fn"):
         shapes = ", ".join(f"{n} {list(value.shape)}" for n, value in module.named_parameters())
         raise ModelError(
@@ -174,7 +265,11 @@ def _split(module: nn.Module, path: str) -> ExpertLayers:
             remedy="leave the experts alone: a line under left_alone, none under experts",
         )
     act_fn = cast("Callable[[Tensor], Tensor]", module.act_fn)
-    return ExpertLayers(gate_up[0], gate_up[2], gate_up[1] // 2, act_fn)
+    return _KINDS[given](gate_up[0], gate_up[2], gate_up[1] // 2, act_fn)
+
+
+# By the number of tensors that their block calls them with.
+_KINDS: dict[int, type[ExpertLayers]] = {3: ExpertLayers, 1: DealtExperts}
 
 
 def expert_views(

@@ -63,6 +63,10 @@ def empty_model(config: Any, arch: ArchSpec) -> nn.Module:
                 from prismquant.models.experts import split_experts  # of few models
 
                 split_experts(model, arch.experts)
+        if arch.forgotten_outputs:
+            from prismquant.models.forgotten_outputs import supply_outputs  # of few models
+
+            supply_outputs(model, arch)
         for part, dtype in parts:
             part.dtype = dtype
         for owner, own_dtype, module in _with_owners(model):
@@ -171,7 +175,8 @@ def _fill_buffers(module: nn.Module, owner: Any) -> None:
         owner._init_weights(module)
     for leaf in module._non_persistent_buffers_set.intersection(empty):
         buffer = module.get_buffer(leaf)
-        left = buffer.isnan() if buffer.is_floating_point() else buffer == _unset(buffer.dtype)
+        counts = not (buffer.is_floating_point() or buffer.is_complex())
+        left = buffer == _unset(buffer.dtype) if counts else buffer.isnan()
         if buffer.dtype is not torch.bool and left.any():
             raise ModelError(
                 f"{type(module).__name__} does not say how its buffer {leaf!r} is computed",
@@ -181,7 +186,7 @@ def _fill_buffers(module: nn.Module, owner: Any) -> None:
 
 def _unset(dtype: torch.dtype) -> float:
     """A value that no computed buffer has."""
-    if dtype.is_floating_point:
+    if dtype.is_floating_point or dtype.is_complex:
         return float("nan")
     return 0 if dtype is torch.bool else torch.iinfo(dtype).min
 

@@ -37,12 +37,19 @@ class VllmNames:
             where vLLM's own path is not what it makes of a plain target.
         parts: ``(part of a module path, what stands there in a name that it looks up)``, where it
             looks a layer up under names of no layer of the model, such as parts of a fused one.
+        unquantized: Module paths of parts that it builds in floating point, whatever a
+            configuration says of their layers.
     """
 
     prefixes: tuple[tuple[str, str], ...]
     head: str | None = None
     patterns: tuple[tuple[str, str], ...] = ()
     parts: tuple[tuple[str, str], ...] = ()
+    unquantized: tuple[str, ...] = ()
+
+    def builds_plain(self, module_name: str) -> bool:
+        """Whether it builds a layer in floating point, so that no codes can be read into it."""
+        return f"{module_name}.".startswith(tuple(f"{path}." for path in self.unquantized))
 
     def looked_up(self, module_name: str) -> tuple[str, ...]:
         """Names under which it looks a layer up in place of its path; mostly none."""
@@ -106,7 +113,8 @@ def vllm_names(table: StrictTable | None) -> VllmNames | None:
         return None
     patterns = tuple(table.strings("patterns").items())
     parts = tuple((old, new) for old, names in table.lists("parts").items() for new in names)
-    names = VllmNames(table.pairs("prefixes"), table.maybe_text("head"), patterns, parts)
+    plain = table.texts("unquantized", ())
+    names = VllmNames(table.pairs("prefixes"), table.maybe_text("head"), patterns, parts, plain)
     table.finish()
     return names
 

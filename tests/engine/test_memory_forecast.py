@@ -20,6 +20,7 @@ from prismquant.engine.placement import Placement, placements
 from prismquant.errors import PlanError
 from prismquant.models.arch import Modality
 from prismquant.models.bind import bind
+from prismquant.models.experts import DealtExperts
 from prismquant.plan.make_plan import make_plan
 from prismquant.quantization import prepare
 from prismquant.runtime.mixed import Precision
@@ -57,6 +58,18 @@ def test_a_float_chain_holds_everything_twice(tiny: Callable[..., Path]) -> None
     one = peaks(tiny("qwen2_vl"), "w4a16")[0]
     recipe = pq.load_recipe("w4a16").with_rules({"correction": "auto"})
     assert peaks(tiny("qwen2_vl"), recipe)[0] > 1.5 * one
+
+
+def test_dealt_rows_are_held_where_passes_halt(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four experts of 128 features: a row for each of 10,000 tokens, elsewhere of 1,000."""
+    dealt = peaks(tiny("llama4"), "w4a16")
+    monkeypatch.setattr(DealtExperts, "dealt", False)
+    sent = peaks(tiny("llama4"), "w4a16")
+    rows = [10_000 if one.paused else 1_000 for one in PLACEMENTS]
+    more = [a - b for a, b in zip(dealt, sent, strict=True)]
+    assert more == [count * 4 * 128 * 4 for count in rows]
 
 
 def test_weights_in_bfloat16_take_less_where_nothing_but_a_solver_changes_them(

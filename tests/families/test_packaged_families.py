@@ -58,7 +58,8 @@ def test_transformers_gives_the_logits_of_our_simulation(
 ) -> None:
     """Of all towers; no row of the plan is left without a reason, and vLLM refuses nothing.
 
-    Some experts transformers does not read, which is told.
+    A tower that vLLM builds in floating point, and experts that transformers does not read, are
+    told.
     """
     folder, out = tiny(family), tmp_path / "out"
     result = pq.quantize(folder, preset, out, pictures, fallback=True)
@@ -66,7 +67,7 @@ def test_transformers_gives_the_logits_of_our_simulation(
     assert towers == {site.modality for site in bind(folder).sites}
     assert {Modality.VISION, Modality.LLM} <= towers
     report = check(out, "vllm" if bind(folder).arch.vllm else "transformers")
-    assert report.ok, report.findings
+    assert {finding.rule for finding in report.errors} <= {"vllm.unquantized"}, report.findings
     actual = sample_logits(load_model(out), folder, pictures)
     full = sample_logits(load_float(folder), folder, pictures)
     assert 1e-3 < (actual - full).abs().max() < full.abs().max()

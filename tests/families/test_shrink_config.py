@@ -66,6 +66,19 @@ def test_blocks_without_experts_stay_before_those_with_experts() -> None:
     assert (small.n_routed_experts, small.n_group, small.topk_group) == (4, 2, 1)
 
 
+@pytest.mark.parametrize(("step", "blocks"), [(1, [0, 1, 2, 3]), (2, [1, 3, 4, 5])])
+def test_blocks_that_a_list_numbers_are_told_from_those_that_it_lacks(
+    step: int, blocks: list[int]
+) -> None:
+    """Two of each kind, also where all blocks have experts; joined neighbours stay as many."""
+    config = transformers.Llama4Config(
+        text_config={"interleave_moe_layer_step": step}, vision_config={"hidden_size": 1408}
+    )
+    small = shrunk_config(config, TOKENS)
+    assert small.text_config.moe_layers == blocks
+    assert small.vision_config.intermediate_size == 4 * small.vision_config.hidden_size
+
+
 def test_tokens_that_a_configuration_names_are_found_in_all_its_parts() -> None:
     config = transformers.Qwen2VLConfig(text_config={"eos_token_id": [7, 9]}, image_token_id=12)
     assert {0, 7, 9, 12} <= special_ids(config)
