@@ -14,12 +14,14 @@ import typer
 from prismquant.arguments import as_choice, as_path
 from prismquant.cli.analyze_command import analyze
 from prismquant.cli.arch_commands import archs
+from prismquant.cli.generate_command import generate
 from prismquant.cli.options import (
     AnalyzeOptions,
     Arch,
     AsJson,
     EvalOptions,
     Fallback,
+    GenerateOptions,
     KVCache,
     Model,
     OnFailure,
@@ -48,6 +50,7 @@ app = typer.Typer(
     help="Quantize vision-language models after training, and prove what was lost.",
 )
 app.command()(takes(AnalyzeOptions)(analyze))
+app.command()(takes(GenerateOptions)(generate))
 app.add_typer(archs, name="arch")
 app.add_typer(recipes, name="recipe")
 

@@ -205,6 +205,40 @@ class EvalOptions:
 
 
 @dataclass(frozen=True)
+class GenerateOptions:
+    """The arguments and options of ``prismquant generate``."""
+
+    model: Model
+    prompt: Annotated[str, typer.Option(help="What is asked.", show_default=False)]
+    image: Annotated[list[str] | None, typer.Option(help="A picture that it is about.")] = None
+    video: Annotated[list[str] | None, typer.Option(help="A clip that it is about.")] = None
+    reference: Annotated[
+        str | None, typer.Option(help="Model to ask as well, usually the unquantized one.")
+    ] = None
+    packed: Annotated[
+        bool, typer.Option("--packed", help="Keep weights in codes, and multiply with these.")
+    ] = False
+    show_kernels: Annotated[
+        bool, typer.Option("--show-kernels", help="Say which code multiplies; with --packed.")
+    ] = False
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most of an answer.")] = 128
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Of sampling; 0 takes the likeliest token.")
+    ] = 0.0
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, help="Sample from tokens of this probability together.")
+    ] = 1.0
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0
+    device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu"
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the arithmetic; the checkpoint's by default.")
+    ] = None
+    trust_remote_code: Trust = False
+    arch: Arch = None
+    as_json: AsJson = False
+
+
+@dataclass(frozen=True)
 class SearchOptions:
     """The arguments and options of ``prismquant search``."""
 
