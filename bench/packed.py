@@ -35,6 +35,8 @@ from prismquant.formats.spec import NumberSpec, spec
 from prismquant.kernels.dispatch import PACKED_LINEAR, use
 from prismquant.kernels.tiled_weight import TiledWeight
 from prismquant.memory import resident_bytes
+from prismquant.models.config import identify, native_config
+from prismquant.models.load import empty_model
 from prismquant.report.tables import format_bytes, markdown_table, rich_table
 
 FORMATS = (
@@ -116,6 +118,8 @@ def layer_table(shape: tuple[int, int], formats: Sequence[str], rows: Sequence[i
 @torch.no_grad()
 def alone(folder: Path, packed: bool, tokens: int, told: Path) -> None:
     """What a process does: load, read a question, decode, and leave the figures in a file."""
+    arch = identify(folder)
+    empty_model(native_config(arch, folder), arch)  # so that libraries are not counted
     before = resident_bytes()
     started = time.perf_counter()
     model: Any = load_model(folder, packed=packed)

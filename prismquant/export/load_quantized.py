@@ -19,6 +19,7 @@ from prismquant.export.compressed_tensors.reader import StoredLayer
 from prismquant.export.compressed_tensors.stored import StoredCheckpoint, open_checkpoint
 from prismquant.formats.quantized_layer import scale_and_zero_point
 from prismquant.formats.section import CONFIG_KEY, METHOD
+from prismquant.memory import give_back_freed
 from prismquant.models.config import header_infos, identify, native_config, read_config
 from prismquant.models.load import empty_model, materialize
 from prismquant.models.processor import load_processor
@@ -113,6 +114,7 @@ def _put_codes(
         given = (source.codes(layer), source.columns(layer), device, dtype)
         parent, _, leaf = layer.name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, PackedLinear.of(linear, *given))
+    give_back_freed()
 
 
 def _is_foreign(folder: Path) -> bool:

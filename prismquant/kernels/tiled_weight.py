@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # Rows of a tile, and a multiple of which columns are filled up to: those of the narrowest part.
 ROWS, COLUMNS = 16, 32
 # Rows that are unpacked at a time: their words are four times as large as codes.
-_ROWS_AT_A_TIME = 1024
+_ROWS_AT_A_TIME = 256
 _WIDTHS = (8, 4, 2, 1)
 
 
