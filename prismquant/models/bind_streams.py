@@ -30,7 +30,15 @@ def bind_streams(
 
     A tower need not have one. Norms of projectors read the vision tower's.
     """
-    streams = [_bind_stream(stream, modules, probe, misfits) for stream in arch.streams]
+    # Layers of some blocks, of which a model may have none; no matrix is lost by that.
+    absent = {
+        f"{tower.blocks}.*.{site.path}"
+        for tower in arch.towers
+        for site in tower.sites
+        if site.in_blocks_with is not None
+    }
+    absent = {path for path in absent if not _found(path, modules)}
+    streams = [_bind_stream(stream, absent, modules, probe, misfits) for stream in arch.streams]
     bound = tuple(stream for stream in streams if stream is not None)
     if len(bound) != len(arch.streams):
         return bound
@@ -56,9 +64,14 @@ def bind_streams(
 
 
 def _bind_stream(
-    stream: Stream, modules: Mapping[str, nn.Module], probe: NormProbe, misfits: Misfits
+    stream: Stream,
+    absent: set[str],
+    modules: Mapping[str, nn.Module],
+    probe: NormProbe,
+    misfits: Misfits,
 ) -> BoundStream | None:
-    writers = _matches(stream.writers, modules, misfits)
+    there = tuple(path for path in stream.writers if path not in absent)
+    writers = _matches(there, modules, misfits)
     norms = _matches(stream.norms, modules, misfits)
     widths = Counter(
         width for name in writers if (width := _written(name, modules, misfits)) is not None
@@ -93,13 +106,18 @@ def _matches(
 ) -> tuple[str, ...]:
     result: list[str] = []
     for pattern in patterns:
-        regex = re.compile(re.escape(pattern).replace(r"\*", r"[^.]+"))
-        found = [name for name in modules if regex.fullmatch(name)]
+        found = _found(pattern, modules)
         members = modules.get(pattern.partition(".*")[0])
         if not found and not (isinstance(members, nn.ModuleList) and len(members) == 0):
             misfits.add(f"{pattern}: a residual stream names it, but no module has this path")
         result.extend(found)
     return tuple(result)
+
+
+def _found(pattern: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Modules whose paths a pattern of a stream fits."""
+    regex = re.compile(re.escape(pattern).replace(r"\*", r"[^.]+"))
+    return [name for name in modules if regex.fullmatch(name)]
 
 
 def _written(name: str, modules: Mapping[str, nn.Module], misfits: Misfits) -> int | None:

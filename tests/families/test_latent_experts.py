@@ -83,3 +83,11 @@ def test_a_router_and_a_block_that_drafts_are_left_alone(tiny: Callable[..., Pat
     alone = {item.name: item.reason for item in bound.left_alone}
     assert alone["model.layers.1.mlp.gate"].startswith("router")
     assert bound.arch.ignored_tensors == ("model.layers.61.*",)
+
+
+def test_all_blocks_may_have_experts(tiny: Callable[..., Path]) -> None:
+    """The stream is then written to by what there is."""
+    bound = bind(tiny(FAMILY, first_k_dense_replace=0))
+    [stream] = bound.streams
+    # Four experts in each block, and the shared one.
+    assert len([name for name in stream.writers if name.endswith("down_proj")]) == 10

@@ -76,6 +76,7 @@ def test_blocks_that_a_list_numbers_are_told_from_those_that_it_lacks(
     )
     small = shrunk_config(config, TOKENS)
     assert small.text_config.moe_layers == blocks
+    assert small.text_config.intermediate_size_mlp == 2 * small.text_config.hidden_size
     assert small.vision_config.intermediate_size == 4 * small.vision_config.hidden_size
 
 
