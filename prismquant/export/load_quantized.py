@@ -19,7 +19,6 @@ from prismquant.export.compressed_tensors.reader import StoredLayer
 from prismquant.export.compressed_tensors.stored import StoredCheckpoint, open_checkpoint
 from prismquant.formats.quantized_layer import scale_and_zero_point
 from prismquant.formats.section import CONFIG_KEY, METHOD
-from prismquant.memory import give_back_freed
 from prismquant.models.config import header_infos, identify, native_config, read_config
 from prismquant.models.load import empty_model, materialize
 from prismquant.models.processor import load_processor
@@ -107,6 +106,7 @@ def _put_codes(
     model: nn.Module, source: StoredCheckpoint, device: torch.device | str, dtype: torch.dtype
 ) -> None:
     """Put layers that multiply with codes in the place of those that are stored so, one by one."""
+    from prismquant.memory import give_back_freed
     from prismquant.runtime.packed_layers import PackedLinear
 
     for layer in source.quantized:
