@@ -1,5 +1,9 @@
 """One dispatcher: which code runs an operation.
 
+:func:`use` asks for one backend, in tests and where results of two are compared; it counts for all
+kernels of this folder. Sums, pivots, ranges and the column loop of GPTQ each have one compiled twin
+of their torch code, which they ask :func:`compiled_loops` for.
+
 An operation has a reference in torch, which takes every case, and faster twins of it, its backends.
 Each backend is a module with two functions: ``refusal(*case)`` says in a few words why it does not
 take a case, or returns None, and ``run(*case)`` computes it. A module is imported when an operation
@@ -62,7 +66,7 @@ class Op:
         wanted = _WANTED.get()
         refusals: dict[str, str] = {}
         for backend in self.homes if wanted is None or wanted not in self.homes else (wanted,):
-            home = _imported(self.homes[backend])
+            home = imported(self.homes[backend])
             refusal = home if isinstance(home, str) else home.refusal(*case)
             if refusal is None:
                 return BackendChoice(backend, home.run, MappingProxyType(refusals))
@@ -108,9 +112,28 @@ def use(backend: str) -> Iterator[None]:
         _WANTED.reset(token)
 
 
+def allows(backend: str) -> bool:
+    """Whether a backend may run: none or this one was asked for."""
+    return _WANTED.get() in (None, backend)
+
+
+def compiled_loops(name: str) -> Any | None:
+    """A module of loops that numba compiles when it is imported.
+
+    Args:
+        name: Of the file in this folder.
+
+    Returns:
+        None where there is no numba that works, or another backend was asked for: the caller goes
+        on in torch.
+    """
+    home = imported(f"prismquant.kernels.{name}") if allows("numba") else ""
+    return None if isinstance(home, str) else home
+
+
 @functools.cache
-def _imported(home: str) -> Any:
-    """A backend's module; where it cannot be imported, a few words on why."""
+def imported(home: str) -> Any:
+    """A module; where it cannot be imported, a few words on why. Found out once for a process."""
     try:
         return importlib.import_module(home)
     except Exception as error:  # a broken package can raise anything, which is as good as none

@@ -9,15 +9,14 @@ Needs the package ``numba``; nothing is imported before a sum asks for it.
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from prismquant.kernels.dispatch import compiled_loops
 
+if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
@@ -32,10 +31,10 @@ def two_sum(high: Tensor, low: Tensor, x: Tensor) -> None:
         x: Likewise; it may be spoilt.
     """
     parts = (high, low, x)
-    loop = _loop() if all(_takes(part) for part in parts) else None
-    if loop is not None:
+    loops = compiled_loops("cpu_moments") if all(_takes(part) for part in parts) else None
+    if loops is not None:
         lines = [number for part in parts for number in (flat(part), part.stride(0))]
-        loop(*lines, *high.shape)
+        loops.two_sum_lines(*lines, *high.shape)
         return
     total = high + x
     of_x = total - high
@@ -63,13 +62,3 @@ def flat(x: Tensor) -> NDArray[Any]:
     extent = (len(x) - 1) * x.stride(0) + x.shape[1]
     flat: NDArray[Any] = x.detach().as_strided((extent,), (1,)).numpy()
     return flat
-
-
-@functools.cache
-def _loop() -> Callable[..., Any] | None:
-    """The compiled loop. A broken package can raise anything, which is as good as none."""
-    try:
-        from prismquant.kernels.cpu_moments import two_sum_lines
-    except Exception:
-        return None
-    return two_sum_lines

@@ -6,10 +6,11 @@ columns that move to the front of a triangle are copied one by one through all o
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
 import torch
+
+from prismquant.kernels.dispatch import compiled_loops
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def supports(device: torch.device) -> bool:
     """Whether the functions below work here: on CPUs with the package ``numba``."""
-    return device.type == "cpu" and _compiled()
+    return device.type == "cpu" and compiled_loops("cpu_pivots") is not None
 
 
 def pick_smallest(matrix: Tensor, lines: Tensor) -> list[int]:
@@ -58,13 +59,3 @@ def move_columns(matrix: Tensor, moved: Tensor, free: Tensor, rows: slice) -> No
     from prismquant.kernels import cpu_pivots
 
     cpu_pivots.move_columns(matrix.numpy(), moved.numpy(), free.numpy(), rows.start, rows.stop)
-
-
-@functools.cache
-def _compiled() -> bool:
-    """Whether numba compiles the loops, which it does when they are imported."""
-    try:
-        from prismquant.kernels import cpu_pivots  # noqa: F401
-    except (ImportError, OSError, RuntimeError, AttributeError):
-        return False
-    return True

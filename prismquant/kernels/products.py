@@ -11,7 +11,6 @@ by default and left alone.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from prismquant.errors import NumericsError
+from prismquant.kernels.dispatch import compiled_loops
 from prismquant.kernels.moments import flat
 
 if TYPE_CHECKING:
@@ -53,15 +53,6 @@ class RunningSum:
     columns: int
     high: Tensor
     low: Tensor
-
-
-@dataclass(frozen=True)
-class _Loops:
-    """Functions of :mod:`prismquant.kernels.cpu_products`."""
-
-    pack: Callable[..., None]
-    add_products: Callable[..., None]
-    subtract_products: Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -185,7 +176,7 @@ def subtract_products(matrix: Tensor, lines: Tensor) -> None:
     _run(loops.subtract_products, ((*known, *strip) for strip in ends))
 
 
-def _pack(loops: _Loops, x: Tensor) -> _Packed:
+def _pack(loops: Any, x: Tensor) -> _Packed:
     tokens, features = x.shape
     pairs = -(-tokens // 2)
     words = torch.empty(-(-features // _LINE) * pairs * _LINE, dtype=torch.int32).numpy()
@@ -223,17 +214,12 @@ def _run(loop: Callable[..., None], work: Iterable[tuple[Any, ...]]) -> None:
             done.result()
 
 
-@functools.cache
-def _loops() -> _Loops | None:
-    """The compiled loops. A broken package can raise anything, which is as good as none."""
-    try:
-        from prismquant.kernels.cpu_products import add_products, pack, subtract_products
-    except Exception:
-        return None
-    return _Loops(pack, add_products, subtract_products)
+def _loops() -> Any | None:
+    """The compiled loops, where there are any."""
+    return compiled_loops("cpu_products")
 
 
-def _found(x: Tensor) -> _Loops:
+def _found(x: Tensor) -> Any:
     """The loops, for an input that they can read."""
     loops = _loops()
     if loops is None or not adds(x):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from prismquant.kernels.dispatch import compiled_loops
 from prismquant.kernels.rounding import Rounding
 from prismquant.numerics import ranges
 
@@ -90,8 +91,8 @@ def look_for(device: torch.device) -> Look | None:
     Returns:
         On a CPU with a numba that works, the compiled one; else ``None``.
     """
-    loop = _loop() if device.type == "cpu" else None
-    return None if loop is None else functools.partial(_look, loop)
+    loops = compiled_loops("cpu_search") if device.type == "cpu" else None
+    return None if loops is None else functools.partial(_look, loops.look)
 
 
 def _look(
@@ -139,13 +140,3 @@ def _look(
 def _padded(x: Tensor) -> Tensor:
     """As float32, filled up with ones to whole tiles."""
     return pad(x.to(torch.float32), (0, -x.shape[-1] % _TILE), value=1.0)
-
-
-@functools.cache
-def _loop() -> Callable[..., Any] | None:
-    """The compiled loop. A broken package can raise anything, which is as good as none."""
-    try:
-        from prismquant.kernels.cpu_search import look
-    except Exception:
-        return None
-    return look

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from prismquant.errors import FormatError
+from prismquant.kernels.dispatch import allows, compiled_loops
 from prismquant.kernels.rounding import Aim, Kernel, LossAccumulator, Rounding, ScaleLines
 from prismquant.numerics.grids import IntGrid
 
@@ -42,7 +43,7 @@ _CAPABILITY = (8, 0)
 
 
 def kernel_for(device: torch.device) -> Kernel:
-    """The kernel that rounds columns fastest on a device, found out once for each.
+    """The kernel that rounds columns fastest on a device.
 
     Args:
         device: Where the columns lie.
@@ -54,14 +55,8 @@ def kernel_for(device: torch.device) -> Kernel:
     return next((one for one in kernels if supports(one, device)), "torch")
 
 
-@functools.cache
 def supports(kernel: Kernel, device: torch.device) -> bool:
-    """Whether a kernel works on a device; a process finds it out once.
-
-    Numba may not know the processor, or be of another version than what it needs: then the kernel,
-    which is compiled when it is imported, cannot be. Triton needs, beside its package and an NVIDIA
-    GPU of the generation of 2020 or later, a C compiler at run time, which small images lack: one
-    number is rounded for a trial.
+    """Whether a kernel works on a device, and no other is asked for.
 
     Args:
         kernel: Its name.
@@ -71,13 +66,22 @@ def supports(kernel: Kernel, device: torch.device) -> bool:
         return True
     if device.type != ("cuda" if kernel == "triton" else "cpu"):
         return False
+    if kernel == "triton":
+        return allows(kernel) and _triton_works(device)
+    return compiled_loops("cpu_sweep") is not None
+
+
+@functools.cache
+def _triton_works(device: torch.device) -> bool:
+    """Whether Triton rounds a number on a device; a process finds it out once.
+
+    It needs, beside its package and an NVIDIA GPU of the generation of 2020 or later, a C compiler
+    at run time, which small images lack.
+    """
     try:
-        if kernel == "triton":
-            return _new_enough(device) and _tried(device)
-        from prismquant.kernels import cpu_sweep  # noqa: F401
+        return _new_enough(device) and _tried(device)
     except (ImportError, OSError, RuntimeError, AttributeError, subprocess.SubprocessError):
         return False
-    return True
 
 
 def _tried(device: torch.device) -> bool:

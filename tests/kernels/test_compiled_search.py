@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from prismquant.kernels import range_search as search
+from prismquant.kernels.dispatch import imported
 from prismquant.numerics import ranges
 from prismquant.numerics.grids import FloatGrid, Grid, IntGrid
 from prismquant.numerics.kinds import FLOAT_KINDS, Granularity
@@ -169,14 +170,14 @@ def test_without_a_compiler_torch_does_the_search(monkeypatch: pytest.MonkeyPatc
     arguments = (odd_weight(3, 16, tail=False), IntGrid(4), True, Granularity.GROUP, 32)
     more = (RangeRule("mse"), torch.bfloat16)
     want, _ = search.weight_scales(*arguments, *more)
-    search._loop.cache_clear()
+    imported.cache_clear()
     monkeypatch.delitem(sys.modules, "prismquant.kernels.cpu_search", raising=False)
     monkeypatch.setitem(sys.modules, "numba", None)
     try:
         assert search.look_for(torch.device("cpu")) is None
         assert torch.equal(search.weight_scales(*arguments, *more)[0], want)
     finally:
-        search._loop.cache_clear()
+        imported.cache_clear()
 
 
 def test_there_is_no_look_on_other_devices() -> None:

@@ -26,7 +26,7 @@ from prismquant.algorithms.gptq import GPTQ
 from prismquant.algorithms.problem import LayerProblem
 from prismquant.errors import FormatError
 from prismquant.formats.spec import spec
-from prismquant.kernels import descent, products, sweep, transpose
+from prismquant.kernels import descent, dispatch, products, sweep, transpose
 from prismquant.kernels.rounding import LossAccumulator, ScaleLines
 from prismquant.kernels.sweep import MOST_COLUMNS, round_columns
 from prismquant.numerics.grids import FloatGrid, Grid, IntGrid
@@ -156,9 +156,12 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 @pytest.fixture
 def found_out_anew():
     """What works is found out once for each process: forgotten before a test and after it."""
-    sweep.supports.cache_clear()
+    known = (sweep._triton_works, dispatch.imported)
+    for one in known:
+        one.cache_clear()
     yield
-    sweep.supports.cache_clear()
+    for one in known:
+        one.cache_clear()
 
 
 @runs_numba
@@ -180,7 +183,7 @@ def test_a_processor_without_numba_sweeps_with_torch(monkeypatch):
 def test_other_and_older_gpus_sweep_with_torch(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert sweep.kernel_for(GPU) == "torch"
-    sweep.supports.cache_clear()
+    sweep._triton_works.cache_clear()
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert sweep.kernel_for(GPU) == "torch"
 
@@ -195,7 +198,7 @@ def test_a_gpu_without_triton_or_a_compiler_sweeps_with_torch(monkeypatch, error
     monkeypatch.setattr(sweep, "round_columns", fail)
     with FakeTensorMode():
         assert not sweep.supports("triton", GPU)
-        sweep.supports.cache_clear()
+        sweep._triton_works.cache_clear()
         monkeypatch.setattr(sweep, "round_columns", lambda *args, **kwargs: None)
         assert sweep.supports("triton", GPU)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prismquant.errors import NumericsError
 from prismquant.kernels import products
+from prismquant.kernels.dispatch import imported, use
 from prismquant.kernels.products import (
     RunningSum,
     add_products,
@@ -122,11 +123,11 @@ def test_threads_subtract_the_same_bits():
     assert torch.equal(*found)
 
 
-def test_what_no_cpu_multiplies_is_not_subtracted(monkeypatch):
-    monkeypatch.setattr(products, "_loops", lambda: None)
-    assert not products.subtracts(torch.zeros(2, 2))
-    with pytest.raises(NumericsError, match="cannot be multiplied"):
-        subtract_products(torch.zeros(2, 2), torch.ones(1, 2))
+def test_what_no_cpu_multiplies_is_not_subtracted():
+    with use("torch"):
+        assert not products.subtracts(torch.zeros(2, 2))
+        with pytest.raises(NumericsError, match="cannot be multiplied"):
+            subtract_products(torch.zeros(2, 2), torch.ones(1, 2))
 
 
 @multiplies
@@ -220,7 +221,7 @@ def test_numbers_that_are_not_normal_count_as_zero():
 
 @pytest.mark.parametrize("missing", ["numba", "prismquant.kernels.cpu_products"])
 def test_without_a_compiler_bfloat16_is_multiplied_in_float32(monkeypatch, missing):
-    products._loops.cache_clear()
+    imported.cache_clear()
     monkeypatch.delitem(sys.modules, "prismquant.kernels.cpu_products", raising=False)
     monkeypatch.setitem(sys.modules, missing, None)
     x = narrow(20, 70, seed=10)
@@ -228,7 +229,7 @@ def test_without_a_compiler_bfloat16_is_multiplied_in_float32(monkeypatch, missi
         assert not products.supports(CPU, torch.bfloat16)
         assert torch.equal(record_of(x).result(), record_of(x.float()).result())
     finally:
-        products._loops.cache_clear()
+        imported.cache_clear()
 
 
 def test_other_types_of_16_bits_are_not_multiplied_as_they_are_on_a_cpu():

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from prismquant.errors import DataError, NumericsError
 from prismquant.kernels import moments
+from prismquant.kernels.dispatch import compiled_loops, imported, use
 from prismquant.numerics.grids import IntGrid
 from prismquant.numerics.rules import RangeRule
 from prismquant.statistics.channel_max import ChannelMax
@@ -74,17 +75,17 @@ def test_the_mean_does_not_depend_on_the_order_or_on_who_has_seen_a_batch():
         assert torch.equal(records[0].result(), expected)
 
 
-@pytest.mark.skipif(moments._loop() is None, reason="there is no numba that works")
+@pytest.mark.skipif(compiled_loops("cpu_moments") is None, reason="there is no numba that works")
 @pytest.mark.parametrize("features", [1, 40, 600, 1024, 1100])
-def test_compiled_sums_have_the_bits_of_torch_alone(monkeypatch, features):
+def test_compiled_sums_have_the_bits_of_torch_alone(features):
     """What rounding took from the sums included."""
     generator = torch.Generator().manual_seed(features)
     batches = [torch.randn(30, features, generator=generator) * 10.0 ** (n % 4) for n in range(5)]
     compiled = record_of(*batches)
     compiled.merge(record_of(*batches[1:]))
-    monkeypatch.setattr(moments, "_loop", lambda: None)
-    plain = record_of(*batches)
-    plain.merge(record_of(*batches[1:]))
+    with use("torch"):
+        plain = record_of(*batches)
+        plain.merge(record_of(*batches[1:]))
     state = plain.state_dict()
     assert all(torch.equal(part, state[name]) for name, part in compiled.state_dict().items())
     assert torch.equal(compiled.result(), plain.result())
@@ -107,14 +108,14 @@ def test_a_sum_and_what_rounding_took_from_it_are_exact(seed, rows, columns):
 def test_without_a_compiler_sums_go_on_in_torch(monkeypatch):
     x = torch.randn(20, 70)
     expected = record_of(x).result()
-    moments._loop.cache_clear()
+    imported.cache_clear()
     monkeypatch.delitem(sys.modules, "prismquant.kernels.cpu_moments", raising=False)
     monkeypatch.setitem(sys.modules, "numba", None)
     try:
-        assert moments._loop() is None
+        assert compiled_loops("cpu_moments") is None
         assert torch.equal(record_of(x).result(), expected)
     finally:
-        moments._loop.cache_clear()
+        imported.cache_clear()
 
 
 class Rank:

@@ -20,6 +20,7 @@ from prismquant.algorithms.gptq.cholesky import (
     factorize_smallest_last,
 )
 from prismquant.kernels import pivots
+from prismquant.kernels.dispatch import imported
 
 # Whether pivots are picked by the compiled loop.
 COMPILED = [
@@ -302,7 +303,7 @@ def test_a_column_is_the_same_whatever_it_was_brought_up_to_date_with(dtype):
 def test_a_missing_package_leaves_pivots_to_torch(monkeypatch):
     monkeypatch.setitem(sys.modules, "prismquant.kernels.cpu_pivots", None)
     monkeypatch.delattr("prismquant.kernels.cpu_pivots", raising=False)
-    pivots._compiled.cache_clear()
+    imported.cache_clear()
     assert not pivots.supports(torch.device("cpu"))
     assert not pivots.supports(torch.device("cuda"))
-    pivots._compiled.cache_clear()
+    imported.cache_clear()
