@@ -209,6 +209,7 @@ def job(tool: str = engine.OURS, method: str = engine.REFERENCE) -> engine.Job:
     return engine.Job("qwen2-vl-2b", 2, "w4a16", tool, method, samples=2, threads=1)
 
 
+@pytest.mark.slow
 def test_our_run_reports_phases_and_others_without_an_environment_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,7 +91,13 @@ def rules_of(report: Report) -> set[str]:
 # --------------------------------------------------------------------------------------- clean ones
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("qwen2_vl", "qwen2_5_vl")),
+        "qwen3_vl",
+    ],
+)
 @pytest.mark.parametrize("preset", ["w4a16", "w8a8-all", "w8a8-static", "fp8"])
 @pytest.mark.parametrize("target", [None, *TargetReader])
 def test_what_we_write_for_servers_has_no_error_and_no_warning(

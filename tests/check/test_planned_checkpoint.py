@@ -43,7 +43,7 @@ def recipe_of(fields: dict[str, Any], **more: Any) -> Any:
     return parse_recipe({"rules": rules} | more, source="test")
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", [pytest.param("qwen2_vl", marks=pytest.mark.slow), "qwen3_vl"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_verdict_on_a_plan_is_that_on_the_checkpoint(
     tiny: Callable[..., Path],

@@ -119,7 +119,8 @@ def test_a_killed_analysis_goes_on_to_the_same_bytes(
     assert [path.name for path in tmp_path.iterdir()] == ["s.json"]
 
 
-@pytest.mark.parametrize("method", [pytest.param("kl_div", marks=pytest.mark.slow), "fisher"])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["kl_div", "fisher"])
 def test_several_ranks_find_what_one_finds(
     run: Cli, tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path, method: str
 ) -> None:

@@ -15,6 +15,7 @@ EXAMPLE = ROOT / "examples" / "mquant_drop_in.py"
 pytestmark = pytest.mark.skipif(not EXAMPLE.is_file(), reason="runs in the source tree only")
 
 
+@pytest.mark.slow
 def test_it_prints_what_the_page_shows(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(

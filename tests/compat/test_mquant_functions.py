@@ -78,7 +78,10 @@ class Setting:
         return f"{PARTS.format(connector=self.family.connector)} {flags}"
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(
+    scope="module",
+    params=["qwen2_vl", pytest.param("video_llama_3", marks=pytest.mark.slow)],
+)
 def setting(
     request: pytest.FixtureRequest, tiny: Callable[..., Path], tmp_path_factory: Any
 ) -> Setting:

@@ -307,7 +307,7 @@ def test_a_batch_is_what_the_processor_makes_of_its_samples_at_once(
         assert torch.equal(batch.inputs[name], value), name
 
 
-@pytest.mark.parametrize("token", [None, "colour"])
+@pytest.mark.parametrize("token", [None, pytest.param("colour", marks=pytest.mark.slow)])
 def test_any_token_pads(tiny: Callable[..., Path], tmp_path: Path, token: str | None) -> None:
     """A tokenizer needs none of its own, and the result has the same bytes whichever it is."""
     data, folder = tiny_vlm.samples(tmp_path / "data"), tiny("qwen2_vl")

@@ -71,8 +71,10 @@ def input_range_of(record: RunRecord, name: str) -> StaticInputRange:
     return found
 
 
-@pytest.mark.parametrize("solver", ["rtn", "gptq"])
-@pytest.mark.parametrize("preset", RECIPES)
+@pytest.mark.parametrize("solver", [pytest.param("rtn", marks=pytest.mark.slow), "gptq"])
+@pytest.mark.parametrize(
+    "preset", [*RECIPES[:3], *(pytest.param(one, marks=pytest.mark.slow) for one in RECIPES[3:])]
+)
 def test_every_family_goes_through_the_whole_pipeline(
     tiny_folder: Path, calibration_file: Path, tmp_path: Path, preset: str, solver: str
 ) -> None:

@@ -91,6 +91,7 @@ def test_several_ranks_give_the_codes_of_one(
             assert layer.loss == pytest.approx(twin.loss, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_lost_rank_ends_the_run_and_leaves_a_folder_to_resume(
     tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path
 ) -> None:
