@@ -63,9 +63,9 @@ def check_bytes(plan: Plan, folder: Path) -> None:
 
 
 # `w4a16-all` does all that `w4a16` does: the shorter ones, and those that differ from them in the
-# method alone, are tried on one family only.
+# method alone, are tried on one family only; on the others all presets are slow.
 PAIRS = [
-    (preset, family)
+    pytest.param(preset, family, marks=[pytest.mark.slow] * (family != "qwen2_5_vl"))
     for preset in PRESETS
     for family in tiny_vlm.FAMILIES
     if preset.endswith("-all") or preset.startswith(("vision", "mquant")) or family == "qwen2_5_vl"
