@@ -99,7 +99,7 @@ def test_a_model_of_text_that_no_architecture_describes(tmp_path: Path, out: Pat
     words = (
         "no architecture describes model_type 'gpt2'",
         "config.json",
-        "known: deepseek_vl, gemma2",
+        "deepseek_vl, gemma2, gemma3",
     )
     refused(ModelError, *words, model=tmp_path, recipe="w8a8", out=out)
 
