@@ -56,6 +56,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return write_model(tmp_path_factory.mktemp("model"), small(request.param))
 
 
+@pytest.mark.slow
 def test_a_random_checkpoint_is_one_of_its_family(model: Path) -> None:
     """It binds, has a plan, and every activation stays finite and of ordinary size."""
     bound = bind(model)

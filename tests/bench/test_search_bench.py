@@ -161,6 +161,7 @@ def test_truths_of_a_sample_are_enough_for_a_rank_correlation() -> None:
     assert {row[5] for row in rank_rows(found) if row[3] == "answer"} == {"1.000"}
 
 
+@pytest.mark.slow
 def test_a_mix_of_rounded_layers_is_the_checkpoint_of_its_recipe(tmp_path: Path) -> None:
     found = analyze(
         CHECKPOINT, "int2-g32,int4-g32", tmp_path / "found.json", method="weight", solver="rtn"

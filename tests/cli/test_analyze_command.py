@@ -99,6 +99,7 @@ main()
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_a_killed_analysis_goes_on_to_the_same_bytes(
     run: Cli, tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path, number: int
 ) -> None:

@@ -158,6 +158,7 @@ def test_an_error_in_a_pass_reaches_the_caller_and_leaves_the_module_as_it_was()
     assert len(list(passes.outputs())) == 3
 
 
+@pytest.mark.slow
 def test_whole_checkpoints_are_the_same_either_way(
     tiny_folder: Path,
     calibration_file: Path,

@@ -75,7 +75,7 @@ def test_transformers_gives_the_logits_of_our_simulation(
     assert (actual - full).abs().max() > 1e-3, "nothing was quantized"
 
 
-@pytest.mark.parametrize("preset", ["w8a8-static", "w4a16"])
+@pytest.mark.parametrize("preset", [pytest.param("w8a8-static", marks=pytest.mark.slow), "w4a16"])
 def test_bfloat16_checkpoints_agree_to_their_tolerance(
     family: str, tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path, preset: str
 ) -> None:
@@ -391,7 +391,14 @@ def rounded_rows(weight: torch.Tensor) -> torch.Tensor:
     return (weight / scale).round().clamp(-128, 127) * scale
 
 
-@pytest.mark.parametrize("outputs", ["int8-tensor", "int8-token", "int8-tensor-asym"])
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        "int8-tensor-asym",
+        pytest.param("int8-tensor", marks=pytest.mark.slow),
+        pytest.param("int8-token", marks=pytest.mark.slow),
+    ],
+)
 def test_quantized_outputs_are_declared_stored_and_simulated(
     tiny_folder: Path, calibration_file: Path, tmp_path: Path, outputs: str
 ) -> None:

@@ -40,7 +40,9 @@ def imported_by_load(folder: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("recipe", ["w4a16", "w4a8", "fp8-kv"])
+@pytest.mark.parametrize(
+    "recipe", ["w4a16", *(pytest.param(one, marks=pytest.mark.slow) for one in ("w4a8", "fp8-kv"))]
+)
 def test_load_imports_little_and_nothing_that_quantizes(
     recipe: str, tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path
 ) -> None:

@@ -89,6 +89,7 @@ def test_all_claims_hold_for_text_alone(
     assert [claim.holds for claim in norms] == [True]
 
 
+@pytest.mark.slow
 def test_a_remote_layout_is_tried_as_transformers_writes_it(
     tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -283,6 +284,7 @@ def test_the_command_tells_by_its_exit_status(tiny: Callable[..., Path], tmp_pat
     assert "claims are wrong" in bad.stdout
 
 
+@pytest.mark.slow
 def test_an_empty_table_of_names_is_no_claim_that_holds(
     tiny: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -32,6 +32,7 @@ def thinker(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_families.build(_FAMILY, tmp_path_factory.mktemp("models") / "thinker")
 
 
+@pytest.mark.slow
 def test_a_stream_that_sounds_enter_is_not_rotated_without_them(
     thinker: Path, tmp_path: Path
 ) -> None:

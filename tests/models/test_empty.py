@@ -75,6 +75,7 @@ def test_parameters_have_the_dtype_of_their_part_of_the_config(tiny_folder: Path
     assert config.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_threads_build_models_at_one_time_and_change_nothing(tiny_folder: Path):
     """Other code in the process makes ordinary modules meanwhile."""
     before, expected = _state(), bind(tiny_folder).shapes

@@ -186,7 +186,9 @@ def test_the_engines_embeddings_are_the_models_own(
 # ---------------------------------------------------------------------------------- from end to end
 
 
-@pytest.mark.parametrize("preset", ["w4a16", "w8a8", "w8a8-static"])
+@pytest.mark.parametrize(
+    "preset", ["w4a16", pytest.param("w8a8", marks=pytest.mark.slow), "w8a8-static"]
+)
 def test_what_is_written_is_read_by_transformers_as_by_us(
     tiny: Callable[..., Path], text_family: str, texts: Path, tmp_path: Path, preset: str
 ) -> None:

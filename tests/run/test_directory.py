@@ -667,6 +667,7 @@ TRANSFORMED: dict[str, tuple[str, list[dict[str, Any]], list[dict[str, Any]]]] =
 
 
 @pytest.mark.parametrize("kind", TRANSFORMED)
+@pytest.mark.slow
 def test_a_run_with_transforms_resumes_to_the_same_bytes(
     kind: str, tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path
 ) -> None:
@@ -829,7 +830,13 @@ def uninterrupted(
 
 
 # The signal 9 leaves no time to clean up: what it leaves is cleaned by the next run.
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
+@pytest.mark.parametrize(
+    "sent",
+    [
+        pytest.param(signal.SIGINT, id="interrupted", marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, id="killed"),
+    ],
+)
 def test_a_process_that_is_stopped_can_be_resumed(
     deep: Path,
     signalled_recipe: Recipe,

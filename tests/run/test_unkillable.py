@@ -161,6 +161,7 @@ def kill_again_and_again(warm: Warm, kind: str, out: Path, times: int, seed: int
     return hits
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(warm: Warm, tmp_path: Path) -> None:
     """Both chains, static inputs: all is on disk or made again."""
     out = tmp_path / "out"

@@ -64,8 +64,8 @@ def test_the_file_is_what_is_returned(
     assert out.read_bytes() == first
 
 
-@pytest.mark.parametrize("method", ["fisher", "kl_div"])
-@pytest.mark.parametrize("units", [1, 6, 10])
+@pytest.mark.parametrize("method", ["fisher", pytest.param("kl_div", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("units", [1, 6, pytest.param(10, marks=pytest.mark.slow)])
 def test_an_analysis_that_is_cut_off_goes_on_to_the_same_bytes(
     tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path, units: int, method: str
 ) -> None:
@@ -234,6 +234,7 @@ def test_a_memory_budget_that_is_too_small_is_told(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_options_without_use_are_told(
     tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path
 ) -> None:

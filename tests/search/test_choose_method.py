@@ -150,6 +150,7 @@ def test_the_result_is_that_of_the_ordinary_recipe(
 
 
 @pytest.mark.parametrize("most", [0, 1, 2])
+@pytest.mark.slow
 def test_a_choice_that_is_cut_off_goes_on(
     spiky: Path, data: Path, tmp_path: Path, finished: Path, most: int
 ) -> None:

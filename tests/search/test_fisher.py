@@ -153,8 +153,12 @@ def divergences(folder: Path, batches: list[Batch], changed: nn.Module) -> dict[
 @pytest.mark.parametrize(
     ("unit", "option"),
     [
-        ("model.visual.patch_embed.proj", "int8-channel"),
-        ("model.visual.deepstack_merger_list.0.linear_fc1", "int8-channel"),
+        pytest.param("model.visual.patch_embed.proj", "int8-channel", marks=pytest.mark.slow),
+        pytest.param(
+            "model.visual.deepstack_merger_list.0.linear_fc1",
+            "int8-channel",
+            marks=pytest.mark.slow,
+        ),
         ("model.language_model.layers.0.mlp.down_proj", "int8-channel+int8-token"),
         ("lm_head", "int8-channel"),
         ("kv_cache", "kv:int8-head"),
@@ -184,6 +188,7 @@ def test_a_score_is_the_divergence_that_is_measured(
         assert score.loss == pytest.approx(measured[name], rel=0.25), name
 
 
+@pytest.mark.slow
 def test_draws_depend_on_the_seed_and_the_sample_alone(
     tiny: Callable[..., Path], calibration_file: Path
 ) -> None:
@@ -217,6 +222,7 @@ def test_outputs_and_gradients_may_wait_in_files(
     assert not list((tmp_path / "waiting").iterdir())
 
 
+@pytest.mark.slow
 def test_parts_that_are_looked_at_together_change_nothing(
     tiny: Callable[..., Path], calibration_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,6 +242,7 @@ def test_parts_that_are_looked_at_together_change_nothing(
                 assert (own.loss, own.error) == pytest.approx((score.loss, score.error), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_units_that_are_done_are_passed_and_change_nothing(
     tiny: Callable[..., Path], calibration_file: Path
 ) -> None:

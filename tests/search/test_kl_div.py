@@ -89,6 +89,7 @@ def losses(found: Sensitivity) -> dict[tuple[str, str, str], float]:
 
 
 @pytest.mark.parametrize("family", [pytest.param("qwen2_5_vl", marks=pytest.mark.slow), "qwen3_vl"])
+@pytest.mark.slow
 def test_steps_that_are_loaded_one_at_a_time_give_the_same(
     tiny: Callable[..., Path],
     calibration_file: Path,

@@ -42,6 +42,7 @@ def losses_of(found: Sensitivity, format_name: str) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("method", ["fisher", "kl_div", "gradient", "output", "weight"])
+@pytest.mark.slow
 def test_an_analysis_keeps_the_losses_that_a_run_on_float_inputs_has(
     tiny: Callable[..., Path], calibration_file: Path, tmp_path: Path, method: str
 ) -> None:

@@ -105,7 +105,7 @@ def lowest(choice: MethodChoice, part: str) -> str:
     [
         ("qwen2_vl", (LLM,)),
         pytest.param("qwen3_vl", (LLM, TOWER), marks=pytest.mark.slow),
-        ("video_llama_3", (LLM,)),
+        pytest.param("video_llama_3", (LLM,), marks=pytest.mark.slow),
     ],
 )
 def test_a_trial_measures_what_its_checkpoint_loses(

@@ -21,6 +21,7 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "sensitivity_qwen3_vl.py"
 pytestmark = pytest.mark.skipif(not SCRIPT.is_file(), reason="runs in the source tree only")
 
 
+@pytest.mark.slow
 def test_the_example_ranks_units_and_makes_the_checkpoint(
     tiny: Callable[..., Path],
     calibration_file: Path,
@@ -59,7 +60,7 @@ def test_the_example_ranks_units_and_makes_the_checkpoint(
 @pytest.mark.parametrize(
     ("worse", "better"), [("nvfp4", "nvfp4a16"), ("mxfp4", "mxfp4a16"), ("mxfp6", "mxfp8+none")]
 )
-@pytest.mark.parametrize("method", ["fisher", "kl_div"])
+@pytest.mark.parametrize("method", ["fisher", pytest.param("kl_div", marks=pytest.mark.slow)])
 def test_formats_of_new_devices_are_analyzed_anywhere(
     tiny: Callable[..., Path],
     calibration_file: Path,

@@ -49,7 +49,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("family", "where", "order"),
     [
-        ("qwen2_vl", [LLM], [0, 1, 2, 3]),
+        pytest.param("qwen2_vl", [LLM], [0, 1, 2, 3], marks=pytest.mark.slow),
         pytest.param("qwen2_vl", [LLM], [1, 3, 0], marks=pytest.mark.slow),
         pytest.param("qwen3_vl", [LLM, TOWER], [0, 1, 3], marks=pytest.mark.slow),
         pytest.param("video_llama_3", [LLM], [2, 1, 0], marks=pytest.mark.slow),

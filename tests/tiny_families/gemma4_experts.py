@@ -9,7 +9,7 @@ import tiny_vlm
 from tiny_families import gemma4
 
 ARCH = "gemma4"
-SPARSE = True
+SPARSE = SLOW = True
 TOKENS = gemma4.TOKENS
 
 

@@ -11,6 +11,7 @@ from tiny_families import gemma4
 
 ARCH = "gemma4"
 BLOCKS = 4
+SLOW = True
 TOKENS = gemma4.TOKENS
 _SOUND = {"hidden_size": tiny_vlm.HIDDEN, "num_hidden_layers": 1, "num_attention_heads": 4}
 
