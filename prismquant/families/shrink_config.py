@@ -29,8 +29,10 @@ _WIDTH = ("embed_dim", "hidden_size", "d_model")
 _HEADS = ("num_attention_heads", "num_heads")
 _DEPTH = ("num_hidden_layers", "depth", "num_layers")
 # All of these follow the section's own width.
-_INNER = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
-_INNER += ("intermediate_size_mlp",)
+_INNER = (
+    *("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"),
+    "intermediate_size_mlp",
+)
 # All of these may hold the width of the language model.
 _OUTER = ("out_hidden_size", "hidden_size", "projection_dim", "text_hidden_size")
 _TOKEN_KEYS = ("token_id", "token_index", "token_ids")
